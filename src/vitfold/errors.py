@@ -1,0 +1,61 @@
+"""What a user can mend: one root error and its kinds.
+
+Owns the exception types that the command line prints without a traceback. Bugs are not here: they
+raise builtins.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VitfoldError(Exception):
+    """Something that the user can mend; the message says what is wrong, what was found, what to do."""
+
+
+class SourceError(VitfoldError):
+    """A model could not be loaded, or has a feature that vitfold does not run."""
+
+
+class ParityError(SourceError):
+    """The loaded program does not compute what the original computes."""
+
+
+class RecipeError(VitfoldError):
+    """A recipe or schedule does not fit the model, or has an unknown key."""
+
+
+class TargetError(VitfoldError):
+    """A target is unknown, or cannot run what was asked of it."""
+
+
+class BundleError(VitfoldError):
+    """A bundle is missing, damaged, too new, or cannot be written."""
+
+
+class ImageError(VitfoldError):
+    """An image or a folder of images cannot be read."""
+
+
+class EngineError(VitfoldError):
+    """A runtime is missing or refused the graph."""
+
+
+class GateError(VitfoldError):
+    """A measured result misses the bound that the user set; the command line exits with 3."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Return a phrase that offers the nearest known names, or lists them when none is near."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(close) + "?"
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    return f"known: {shown}"
+
+
+def missing_extra(package: str, extra: str, purpose: str) -> str:
+    """Return the message for an optional dependency that is not installed."""
+    return f"{purpose} needs the package {package}, which is not installed; run: pip install 'vitfold[{extra}]'"

@@ -1,0 +1,18 @@
+"""Models as plain data: spec, parameters, preprocessing, labels, origin. No torch here."""
+
+from vitfold.model.params import Array, Model, Origin, check_params
+from vitfold.model.preprocess import Preprocess, preprocess_from_dict
+from vitfold.model.spec import ViTSpec, param_shapes, spec_to_dict, vit_spec_from_dict
+
+__all__ = [
+    "Array",
+    "Model",
+    "Origin",
+    "Preprocess",
+    "ViTSpec",
+    "check_params",
+    "param_shapes",
+    "preprocess_from_dict",
+    "spec_to_dict",
+    "vit_spec_from_dict",
+]

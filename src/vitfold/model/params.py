@@ -1,0 +1,106 @@
+"""A model as a value: spec, parameters, preprocessing, labels, origin.
+
+Owns the invariants that hold between a spec and its parameters, and the digest of both. Knows no
+zoo, no runtime and no torch: parameters are NumPy arrays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitfold.errors import SourceError
+from vitfold.model.preprocess import Preprocess
+from vitfold.model.spec import ViTSpec, param_shapes, spec_to_dict
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where the weights came from: a source string that `load` understands again, and what loaded it."""
+
+    source: str
+    loader: str
+    arguments: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {"source": self.source, "loader": self.loader, "arguments": dict(self.arguments)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Model:
+    """A Vision Transformer as data; checked at construction, so that a half-made one can't exist."""
+
+    spec: ViTSpec
+    params: Mapping[str, Array]
+    preprocess: Preprocess
+    labels: tuple[str, ...] | None
+    origin: Origin
+
+    def __post_init__(self) -> None:
+        check_params(self.spec, self.params)
+        object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
+        if self.labels is not None and len(self.labels) != self.spec.output_width:
+            raise SourceError(
+                f"{len(self.labels)} labels for {self.spec.output_width} outputs; give one label per output or none"
+            )
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(int(p.nbytes) for p in self.params.values())
+
+    def with_params(self, spec: ViTSpec, params: Mapping[str, Array]) -> Model:
+        """Return this model with another spec and parameters; the shape of every fold."""
+        return replace(self, spec=spec, params=params)
+
+    def digest(self) -> str:
+        """Return the sha256 over the spec, the preprocessing and every parameter, in hexadecimal."""
+        head = json.dumps([spec_to_dict(self.spec), self.preprocess.to_dict()], sort_keys=True)
+        total = hashlib.sha256(head.encode())
+        for name in sorted(self.params):
+            array = np.ascontiguousarray(self.params[name])
+            total.update(f"{name}{array.dtype}{array.shape}".encode())
+            total.update(array.reshape(-1).view(np.uint8).data)
+        return total.hexdigest()
+
+
+def check_params(spec: ViTSpec, params: Mapping[str, Array]) -> None:
+    """Check names, shapes, types and finiteness of `params` against `spec`.
+
+    Raises:
+        SourceError: naming the first keys that are missing, left over, misshapen or not finite.
+    """
+    required, optional = param_shapes(spec)
+    missing = sorted(set(required) - set(params))
+    extra = sorted(set(params) - set(required) - set(optional))
+    if missing or extra:
+        raise SourceError(
+            f"weights do not fit the architecture: missing {missing[:4] or 'none'}, unexpected {extra[:4] or 'none'}; "
+            "check the architecture name and its options"
+        )
+    for name, array in params.items():
+        shape = required.get(name) or optional[name]
+        if tuple(array.shape) != shape:
+            raise SourceError(
+                f"weight {name} has shape {tuple(array.shape)}, the architecture needs {shape}; "
+                "check the architecture, --num-classes and --image-size"
+            )
+        if array.dtype != np.float32:
+            raise SourceError(f"weight {name} has type {array.dtype}; parameters are float32")
+        # A sum is not finite as soon as one element is not, and costs one pass without a mask.
+        if not np.isfinite(array.sum(dtype=np.float64)):
+            bad = int((~np.isfinite(array)).sum())
+            raise SourceError(
+                f"weight {name} holds {bad} values that are NaN or infinite; "
+                "the checkpoint is damaged or was saved after a diverged training: use another one"
+            )

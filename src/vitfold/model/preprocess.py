@@ -1,0 +1,105 @@
+"""Preprocessing as data, and its execution with Pillow and NumPy.
+
+Owns what happens between a decoded image and the model's input, exactly as the source library does
+it, without torch. Reading files is `images`' job.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from vitfold.errors import SourceError
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+ResizeMode = Literal["shortest", "cover", "exact", "none"]
+
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocess:
+    """Resize, center crop, scale to [0, 1], normalize; sizes are (height, width) in pixels.
+
+    `resize` is "shortest" (the short side becomes `resize_size[0]`, the long side is truncated, as
+    torchvision does), "cover" (the smallest size with this aspect that covers `resize_size`, rounded,
+    as timm does for oblong inputs), "exact" (aspect ignored) or "none".
+    """
+
+    resize: ResizeMode
+    resize_size: tuple[int, int]
+    crop_size: tuple[int, int]
+    interpolation: Interpolation
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        if self.resize not in get_args(ResizeMode):
+            raise SourceError(f"unsupported resize mode {self.resize!r}; supported: {get_args(ResizeMode)}")
+        if self.interpolation not in _RESAMPLING:
+            raise SourceError(f"unsupported interpolation {self.interpolation!r}; supported: {sorted(_RESAMPLING)}")
+        if min(*self.resize_size, *self.crop_size) <= 0:
+            raise SourceError(f"sizes must be positive, found resize {self.resize_size}, crop {self.crop_size}")
+        if min(self.std) <= 0:
+            raise SourceError(f"std must be positive, found {self.std}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def resized_shape(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) to which an image of this size is resized."""
+        if self.resize == "none":
+            return height, width
+        if self.resize == "exact":
+            return self.resize_size
+        if self.resize == "shortest":
+            short, long = min(height, width), max(height, width)
+            other = int(self.resize_size[0] * long / short)
+            return (self.resize_size[0], other) if height <= width else (other, self.resize_size[0])
+        ratio = min(height / self.resize_size[0], width / self.resize_size[1])
+        return round(height / ratio), round(width / ratio)
+
+    def __call__(self, image: Image.Image) -> Float[np.ndarray, "3 H W"]:
+        """Return the model input (3, H, W), float32, of one decoded image."""
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        shape = self.resized_shape(image.height, image.width)
+        if shape != (image.height, image.width):
+            image = image.resize((shape[1], shape[0]), _RESAMPLING[self.interpolation])
+        image = _center_crop(image, self.crop_size)
+        pixels = np.asarray(image, dtype=np.float32)
+        pixels = pixels / np.float32(255.0)
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
+
+
+def _center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Crop the center; an image smaller than the crop is padded with black, as torchvision does."""
+    height, width = size
+    if (image.height, image.width) == size:
+        return image
+    if image.height < height or image.width < width:
+        canvas = Image.new("RGB", (max(width, image.width), max(height, image.height)))
+        canvas.paste(image, (max(0, (width - image.width) // 2), max(0, (height - image.height) // 2)))
+        image = canvas
+    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def preprocess_from_dict(values: dict[str, Any]) -> Preprocess:
+    """Rebuild from `Preprocess.to_dict`."""
+    unknown = sorted(set(values) - {f.name for f in fields(Preprocess)})
+    if unknown:
+        raise SourceError(f"unknown preprocessing key {unknown[0]!r}; upgrade vitfold to read this file")
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return Preprocess(**plain)

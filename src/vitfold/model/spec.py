@@ -1,0 +1,204 @@
+"""The architecture of a plain Vision Transformer as data.
+
+Owns the features that the program `programs.vit` can run and the names and shapes of the parameters
+that it reads. Knows no model zoo: sources translate into this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from vitfold.errors import SourceError
+
+Activation = Literal["gelu_erf", "gelu_tanh", "quick_gelu", "silu", "relu"]
+Mlp = Literal["plain", "swiglu"]
+PosEmbed = Literal["none", "all", "patches"]
+Pool = Literal["token", "avg", "map", "token_avg", "token_dist", "none"]
+HeadActivation = Literal["none", "tanh"]
+Output = Literal["logits", "image_embeds", "last_hidden_state"]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViTSpec:
+    """A pre-norm Vision Transformer encoder with a pooling and a head.
+
+    Prefix tokens stand first: class token, distillation token, registers, in this order.
+    """
+
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    channels: int = 3
+    width: int
+    depth: int
+    heads: int
+    head_width: int
+    mlp_width: int
+    class_token: bool = True
+    dist_token: bool = False
+    registers: int = 0
+    pos_embed: PosEmbed = "all"
+    pre_norm: bool = False
+    qk_norm: bool = False
+    layer_scale: bool = False
+    activation: Activation = "gelu_erf"
+    mlp: Mlp = "plain"
+    norm_eps: float = 1e-6
+    final_norm: bool = True
+    pool: Pool = "token"
+    pool_prefix: bool = False
+    pool_norm: bool = False
+    map_heads: int = 0
+    map_mlp_width: int = 0
+    map_activation: Activation = "gelu_erf"
+    outputs: int = 0
+    head_activation: HeadActivation = "none"
+    output: Output = "logits"
+
+    def __post_init__(self) -> None:
+        for name, kind in (
+            ("activation", Activation),
+            ("map_activation", Activation),
+            ("mlp", Mlp),
+            ("pos_embed", PosEmbed),
+            ("pool", Pool),
+            ("head_activation", HeadActivation),
+            ("output", Output),
+        ):
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                raise SourceError(f"unsupported {name} {value!r}; supported: {', '.join(get_args(kind))}")
+        for axis, (image, patch) in enumerate(zip(self.image_size, self.patch_size, strict=True)):
+            if patch <= 0 or image <= 0 or image % patch:
+                raise SourceError(
+                    f"image size {image} (axis {axis}) is not a positive multiple of the patch size {patch}; "
+                    "choose an image size that the patch size divides"
+                )
+        for name in ("channels", "width", "depth", "heads", "head_width", "mlp_width"):
+            if getattr(self, name) <= 0:
+                raise SourceError(f"{name} must be positive, found {getattr(self, name)}")
+        if self.pool in ("token", "token_avg", "token_dist") and not self.class_token:
+            raise SourceError(f"pool {self.pool!r} needs a class token, which this model does not have")
+        if (self.pool == "token_dist") and not self.dist_token:
+            raise SourceError("pool 'token_dist' needs a distillation token, which this model does not have")
+        if self.output == "logits" and not self.outputs:
+            raise SourceError("a classifier needs outputs; a model without a head has the output 'image_embeds'")
+        if self.pool == "map" and (self.map_heads <= 0 or self.width % self.map_heads):
+            raise SourceError(f"attention pooling needs map_heads that divide the width {self.width}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+    @property
+    def patches(self) -> int:
+        """Patch tokens that enter the first block."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def prefix(self) -> int:
+        """Prefix tokens P: class, distillation and register tokens, never merged."""
+        return int(self.class_token) + int(self.dist_token) + self.registers
+
+    @property
+    def tokens(self) -> int:
+        """Tokens N that enter the first block."""
+        return self.prefix + self.patches
+
+    @property
+    def attention_width(self) -> int:
+        """Width of the concatenated heads, H * K."""
+        return self.heads * self.head_width
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of what pooling hands to the head."""
+        return 2 * self.width if self.pool == "token_avg" else self.width
+
+    @property
+    def output_width(self) -> int:
+        """Width of the model's output vector."""
+        return self.outputs or self.pooled_width
+
+
+def vit_spec_from_dict(values: dict[str, Any]) -> ViTSpec:
+    """Rebuild a spec from `spec_to_dict`; an unknown key is an error, since it would change the function."""
+    known = {f.name for f in fields(ViTSpec)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise SourceError(f"unknown spec key {unknown[0]!r}; this vitfold is older than the file, upgrade vitfold")
+    values = dict(values)
+    for name in ("image_size", "patch_size"):
+        values[name] = tuple(values[name])
+    return ViTSpec(**values)
+
+
+def spec_to_dict(spec: ViTSpec) -> dict[str, Any]:
+    """Return the spec as plain JSON values."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(spec).items()}
+
+
+def param_shapes(spec: ViTSpec) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """Return (required, optional) parameter names and shapes; linear weights are (out, in).
+
+    Biases of linear layers are optional; those of LayerNorm are required.
+    """
+    required: dict[str, Shape] = {}
+    optional: dict[str, Shape] = {}
+    width = spec.width
+
+    def linear(layer: str, outputs: int, inputs: int) -> None:
+        required[f"{layer}.weight"] = (outputs, inputs)
+        optional[f"{layer}.bias"] = (outputs,)
+
+    def norm(layer: str, size: int) -> None:
+        required[f"{layer}.weight"] = (size,)
+        required[f"{layer}.bias"] = (size,)
+
+    required["patch_embed.weight"] = (width, spec.channels, *spec.patch_size)
+    optional["patch_embed.bias"] = (width,)
+    if spec.class_token:
+        required["cls_token"] = (1, 1, width)
+    if spec.dist_token:
+        required["dist_token"] = (1, 1, width)
+    if spec.registers:
+        required["reg_token"] = (1, spec.registers, width)
+    if spec.pos_embed != "none":
+        required["pos_embed"] = (1, spec.tokens if spec.pos_embed == "all" else spec.patches, width)
+    if spec.pre_norm:
+        norm("pre_norm", width)
+    for i in range(spec.depth):
+        block = f"blocks.{i}"
+        norm(f"{block}.norm1", width)
+        linear(f"{block}.attn.qkv", 3 * spec.attention_width, width)
+        if spec.qk_norm:
+            norm(f"{block}.attn.q_norm", spec.head_width)
+            norm(f"{block}.attn.k_norm", spec.head_width)
+        linear(f"{block}.attn.proj", width, spec.attention_width)
+        norm(f"{block}.norm2", width)
+        linear(f"{block}.mlp.fc1", spec.mlp_width * (2 if spec.mlp == "swiglu" else 1), width)
+        linear(f"{block}.mlp.fc2", width, spec.mlp_width)
+        if spec.layer_scale:
+            required[f"{block}.ls1"] = (width,)
+            required[f"{block}.ls2"] = (width,)
+    if spec.final_norm:
+        norm("norm", width)
+    if spec.pool == "map":
+        required["pool.latent"] = (1, 1, width)
+        linear("pool.q", width, width)
+        linear("pool.kv", 2 * width, width)
+        linear("pool.proj", width, width)
+        if spec.map_mlp_width:
+            norm("pool.norm", width)
+            linear("pool.mlp.fc1", spec.map_mlp_width, width)
+            linear("pool.mlp.fc2", width, spec.map_mlp_width)
+    if spec.pool_norm:
+        norm("pool_norm", spec.pooled_width)
+    if spec.outputs:
+        linear("head", spec.outputs, spec.pooled_width)
+        if spec.pool == "token_dist":
+            linear("head_dist", spec.outputs, spec.pooled_width)
+    return required, optional

@@ -1,0 +1,1 @@
+"""Primitive operations and their interpreters: run, emit, count."""

@@ -1,0 +1,224 @@
+"""The interpreter that computes shapes only and counts work: the cost model's input.
+
+Owns the counting rule: one multiply-accumulate (MAC) per product in linear layers, patch embedding and
+matrix products, for one image; attention is counted at the tokens that enter a block, the MLP at those
+that leave its merge; elementwise work, softmax and normalization count bytes but no MACs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteCost:
+    """Work of one operation on one image: MACs, bytes of activations moved, bytes of weights read."""
+
+    site: str
+    kind: str
+    macs: int
+    activation_bytes: int
+    weight_bytes: int
+
+
+class Count:
+    """Shapes of one image, with a batch axis of 1; `costs` grows in execution order."""
+
+    def __init__(self, shapes: Mapping[str, Shape]) -> None:
+        self._shapes = shapes
+        self._scope = ""
+        self.costs: list[SiteCost] = []
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of everything counted so far."""
+        return sum(cost.macs for cost in self.costs)
+
+    def _note(
+        self, site: str, kind: str, inputs: tuple[Shape, ...], output: Shape, macs: int = 0, weights: int = 0
+    ) -> None:
+        moved = sum(_size(shape) for shape in (*inputs, output)) * FLOAT_BYTES
+        self.costs.append(
+            SiteCost(site=site, kind=kind, macs=macs, activation_bytes=moved, weight_bytes=weights * FLOAT_BYTES)
+        )
+
+    def _elementwise(self, kind: str, *inputs: Shape) -> Shape:
+        output = _broadcast(*inputs)
+        self._note(self._scope, kind, inputs, output)
+        return output
+
+    def scope(self, site: str) -> None:
+        """Charge unnamed operations to `site`."""
+        self._scope = site
+
+    def param(self, name: str) -> Shape:
+        """The parameter's shape."""
+        return self._shapes[name]
+
+    def patch_embed(self, layer: str, image: Shape) -> Shape:
+        """Patches as a matrix product."""
+        width, channels, height, across = self._shapes[f"{layer}.weight"]
+        output = (image[0], (image[2] // height) * (image[3] // across), width)
+        weights = width * channels * height * across
+        self._note(layer, "linear", (image,), output, macs=output[1] * weights, weights=weights)
+        return output
+
+    def linear(self, layer: str, x: Shape) -> Shape:
+        """Rows times weights."""
+        outputs, inputs = self._shapes[f"{layer}.weight"]
+        output = (*x[:-1], outputs)
+        self._note(layer, "linear", (x,), output, macs=_size(x[:-1]) * inputs * outputs, weights=inputs * outputs)
+        return output
+
+    def layer_norm(self, layer: str, x: Shape, eps: float) -> Shape:
+        """One pass in, one out."""
+        self._note(layer, "normalization", (x,), x, weights=2 * x[-1])
+        return x
+
+    def activation(self, kind: str, x: Shape, site: str) -> Shape:
+        """One pass in, one out."""
+        self._note(site, "activation", (x,), x)
+        return x
+
+    def attention(self, site: str, q: Shape, k: Shape, v: Shape, bias: Shape | None) -> Shape:
+        """Two products and a softmax over the scores."""
+        scores = self.matmul(f"{site}.qk", q, k, transpose_b=True)
+        self._note(f"{site}.softmax", "softmax", (scores,) if bias is None else (scores, bias), scores)
+        return self.matmul(f"{site}.av", scores, v)
+
+    def matmul(self, site: str, a: Shape, b: Shape, *, transpose_b: bool = False) -> Shape:
+        """Rows times columns times depth."""
+        columns = b[-2] if transpose_b else b[-1]
+        output = (*_broadcast(a[:-2], b[:-2]), a[-2], columns)
+        self._note(site, "matmul", (a, b), output, macs=_size(output) * a[-1])
+        return output
+
+    def add(self, a: Shape, b: Shape) -> Shape:
+        """Elementwise."""
+        return self._elementwise("elementwise", a, b)
+
+    def add_scalar(self, a: Shape, value: float) -> Shape:
+        """Elementwise."""
+        return self._elementwise("elementwise", a)
+
+    def multiply(self, a: Shape, b: Shape) -> Shape:
+        """Elementwise."""
+        return self._elementwise("elementwise", a, b)
+
+    def scale(self, a: Shape, value: float) -> Shape:
+        """Elementwise."""
+        return self._elementwise("elementwise", a)
+
+    def divide(self, a: Shape, b: Shape) -> Shape:
+        """Elementwise."""
+        return self._elementwise("elementwise", a, b)
+
+    def log(self, a: Shape) -> Shape:
+        """Elementwise."""
+        return self._elementwise("elementwise", a)
+
+    def tanh(self, a: Shape) -> Shape:
+        """Elementwise."""
+        return self._elementwise("elementwise", a)
+
+    def l2_normalize(self, a: Shape) -> Shape:
+        """Elementwise."""
+        return self._elementwise("normalization", a)
+
+    def mean(self, a: Shape, axis: int) -> Shape:
+        """Reduction."""
+        output = a[:axis] + a[axis + 1 :]
+        self._note(self._scope, "reduction", (a,), output)
+        return output
+
+    def sum(self, a: Shape, axis: int) -> Shape:
+        """Reduction."""
+        return self.mean(a, axis)
+
+    def reshape(self, a: Shape, shape: tuple[int, ...]) -> Shape:
+        """Free; a wrong size is a bug in the program."""
+        output = (a[0], *shape)
+        if _size(output) != _size(a):
+            raise ValueError(f"cannot reshape {a} to {output}")
+        return output
+
+    def transpose(self, a: Shape, perm: tuple[int, ...]) -> Shape:
+        """One copy."""
+        output = tuple(a[axis] for axis in perm)
+        self._note(self._scope, "layout", (a,), output)
+        return output
+
+    def split(self, a: Shape, parts: int, axis: int) -> tuple[Shape, ...]:
+        """One copy."""
+        if a[axis] % parts:
+            raise ValueError(f"cannot split axis {axis} of {a} into {parts}")
+        self._note(self._scope, "layout", (a,), a)
+        return ((*a[:axis], a[axis] // parts, *a[axis + 1 :]),) * parts
+
+    def slice(self, a: Shape, axis: int, start: int, stop: int, step: int = 1) -> Shape:
+        """One copy of what is taken."""
+        if not 0 <= start <= stop <= a[axis]:
+            raise ValueError(f"slice {start}:{stop} is outside axis {axis} of {a}")
+        output = (*a[:axis], len(range(start, stop, step)), *a[axis + 1 :])
+        self._note(self._scope, "layout", (output,), output)
+        return output
+
+    def concat(self, parts: tuple[Shape, ...], axis: int) -> Shape:
+        """One copy."""
+        first = parts[0]
+        output = (*first[:axis], sum(part[axis] for part in parts), *first[axis + 1 :])
+        self._note(self._scope, "layout", parts, output)
+        return output
+
+    def prepend_rows(self, rows: Shape, x: Shape) -> Shape:
+        """One copy."""
+        return self.concat((rows, x), 1)
+
+    def argmax(self, a: Shape) -> tuple[Shape, Shape]:
+        """Reduction."""
+        self._note(self._scope, "reduction", (a,), a[:-1])
+        return a[:-1], a[:-1]
+
+    def rank_split(self, scores: Shape, count: int) -> tuple[Shape, Shape]:
+        """A sort of one short row."""
+        self._note(self._scope, "reduction", (scores,), scores)
+        return (scores[0], count), (scores[0], scores[1] - count)
+
+    def take(self, x: Shape, index: Shape) -> Shape:
+        """One copy of what is taken."""
+        output = (*index, *x[2:])
+        self._note(self._scope, "layout", (output,), output)
+        return output
+
+    def scatter_add(self, site: str, x: Shape, index: Shape, rows: Shape) -> Shape:
+        """Counted as additions of bytes, not as the one-hot product that some targets use."""
+        self._note(site, "elementwise", (x, rows), x)
+        return x
+
+    def ones_like(self, a: Shape) -> Shape:
+        """Free."""
+        return a
+
+    def identity_like(self, a: Shape) -> Shape:
+        """Free."""
+        return (a[0], a[1], a[1])
+
+
+def _size(shape: Shape) -> int:
+    total = 1
+    for length in shape:
+        total *= length
+    return total
+
+
+def _broadcast(*shapes: Shape) -> Shape:
+    rank = max(len(shape) for shape in shapes)
+    padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
+    for lengths in zip(*padded, strict=True):
+        if len({length for length in lengths if length != 1}) > 1:
+            raise ValueError(f"shapes {shapes} do not broadcast")
+    return tuple(max(lengths) for lengths in zip(*padded, strict=True))

@@ -1,0 +1,397 @@
+"""The interpreter that writes an ONNX graph for one target.
+
+Owns how each operation is lowered to ONNX. Nodes are named by sites and carry the site as metadata;
+linear weights are transposed only while they are written. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from vitfold.model import Array, Model
+from vitfold.ops.count import Count, SiteCost
+from vitfold.target import Target
+
+Shape = tuple[int, ...]
+SITE_KEY = "vitfold.site"
+INPUT_NAME = "pixel_values"
+EXTERNAL_DATA_BYTES = 256 * 1024 * 1024
+MICROSOFT = "com.microsoft"
+_IR_VERSION = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """An ONNX value and the shape of one image's share of it (batch axis 1)."""
+
+    onnx: ir.Value
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph:
+    """An emitted graph, not yet written, and the work that it does per image."""
+
+    model: ir.Model
+    costs: tuple[SiteCost, ...]
+    weight_bytes: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per image."""
+        return sum(cost.macs for cost in self.costs)
+
+
+class Emit:
+    """ONNX values on an onnx-ir tape; shapes come from `Count`, so both agree by construction."""
+
+    def __init__(self, params: Mapping[str, Array], target: Target) -> None:
+        self.tape = Tape()
+        self.count = Count({name: array.shape for name, array in params.items()})
+        self._params = params
+        self._target = target
+        self._scope = "input"
+        self._constants: dict[tuple[str, Shape, bytes], ir.Value] = {}
+        self._weights: dict[tuple[str, bool], ir.Value] = {}
+        self._names: Counter[str] = Counter()
+
+    # Writing nodes and constants.
+
+    def _unique(self, base: str) -> str:
+        self._names[base] += 1
+        seen = self._names[base]
+        return base if seen == 1 else f"{base}.{seen}"
+
+    def _nodes(
+        self,
+        op_type: str,
+        *inputs: ir.Value,
+        outputs: int = 1,
+        site: str | None = None,
+        domain: str = "",
+        **attributes: Any,
+    ) -> Sequence[ir.Value]:
+        name = self._unique(site if site is not None else f"{self._scope}.{op_type.lower()}")
+        names = [name] if outputs == 1 else [f"{name}.out{i}" for i in range(outputs)]
+        values: Sequence[ir.Value] = self.tape.op_multi_out(
+            op_type,
+            inputs,
+            attributes=attributes or None,
+            outputs=[ir.Value(name=f"{n}:0") for n in names],
+            domain=domain,
+            name=name,
+            metadata_props={SITE_KEY: site or self._scope},
+        )
+        return values
+
+    def _node(
+        self, op_type: str, *inputs: ir.Value, site: str | None = None, domain: str = "", **attributes: Any
+    ) -> ir.Value:
+        return self._nodes(op_type, *inputs, site=site, domain=domain, **attributes)[0]
+
+    def _constant(self, array: Array) -> ir.Value:
+        """Return an initializer; equal small constants are shared."""
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = self._unique(f"const.{len(self._constants)}")
+            self._constants[key] = self.tape.initializer(ir.tensor(array, name=name))
+        return self._constants[key]
+
+    def _integers(self, *values: int) -> ir.Value:
+        return self._constant(np.array(values, np.int64))
+
+    def _number(self, value: float) -> ir.Value:
+        return self._constant(np.array(value, np.float32))
+
+    def _weight(self, name: str, *, transposed: bool = False) -> ir.Value:
+        """Return a parameter as initializer; a transposed copy exists only while it is written."""
+        key = (name, transposed)
+        if key not in self._weights:
+            array = self._params[name]
+            label = f"{name}.T" if transposed else name
+            if transposed:
+                shape = ir.Shape((array.shape[1], array.shape[0]))
+
+                def turned(array: Array = array, label: str = label) -> ir.Tensor:
+                    return ir.tensor(np.ascontiguousarray(array.T), name=label)
+
+                tensor: ir.TensorProtocol = ir.LazyTensor(turned, ir.DataType.FLOAT, shape, name=label)
+            else:
+                tensor = ir.tensor(array, name=label)
+            self._weights[key] = self.tape.initializer(tensor)
+        return self._weights[key]
+
+    # Operations.
+
+    def scope(self, site: str) -> None:
+        """Name the nodes that follow."""
+        self._scope = site
+        self.count.scope(site)
+
+    def param(self, name: str) -> Value:
+        """An initializer."""
+        return Value(self._weight(name), self._params[name].shape)
+
+    def patch_embed(self, layer: str, image: Value) -> Value:
+        """Conv with stride = kernel, then tokens last to first."""
+        shape = self.count.patch_embed(layer, image.shape)
+        weight = self._params[f"{layer}.weight"]
+        inputs = [image.onnx, self._weight(f"{layer}.weight")]
+        if f"{layer}.bias" in self._params:
+            inputs.append(self._weight(f"{layer}.bias"))
+        y = self._node("Conv", *inputs, site=layer, kernel_shape=list(weight.shape[2:]), strides=list(weight.shape[2:]))
+        y = self._node("Reshape", y, self._integers(0, shape[2], shape[1]))
+        return Value(self._node("Transpose", y, perm=[0, 2, 1]), shape)
+
+    def linear(self, layer: str, x: Value) -> Value:
+        """MatMul and Add, or one Gemm on flattened rows, as the target wants it."""
+        shape = self.count.linear(layer, x.shape)
+        bias = self._weight(f"{layer}.bias") if f"{layer}.bias" in self._params else None
+        if self._target.linear_bias == "gemm" and bias is not None:
+            rows = x.onnx
+            if len(shape) > 2:
+                rows = self._node("Reshape", rows, self._integers(-1, x.shape[-1]))
+            y = self._node("Gemm", rows, self._weight(f"{layer}.weight"), bias, site=layer, transB=1)
+            if len(shape) > 2:
+                y = self._node("Reshape", y, self._integers(-1, *shape[1:]))
+            return Value(y, shape)
+        y = self._node("MatMul", x.onnx, self._weight(f"{layer}.weight", transposed=True), site=layer)
+        if bias is not None:
+            y = self._node("Add", y, bias, site=f"{layer}.bias")
+        return Value(y, shape)
+
+    def layer_norm(self, layer: str, x: Value, eps: float) -> Value:
+        """One LayerNormalization; decomposed it would overflow in FP16."""
+        shape = self.count.layer_norm(layer, x.shape, eps)
+        scale, bias = self._weight(f"{layer}.weight"), self._weight(f"{layer}.bias")
+        return Value(self._node("LayerNormalization", x.onnx, scale, bias, site=layer, axis=-1, epsilon=eps), shape)
+
+    def activation(self, kind: str, x: Value, site: str) -> Value:
+        """Gelu as one operator; the others as their textbook form."""
+        shape = self.count.activation(kind, x.shape, site)
+        if kind in ("gelu_erf", "gelu_tanh"):
+            approximate = "none" if kind == "gelu_erf" else "tanh"
+            return Value(self._node("Gelu", x.onnx, site=site, approximate=approximate), shape)
+        if kind == "relu":
+            return Value(self._node("Relu", x.onnx, site=site), shape)
+        alpha = 1.702 if kind == "quick_gelu" else 1.0
+        if self._target.contrib:
+            return Value(self._node("QuickGelu", x.onnx, site=site, domain=MICROSOFT, alpha=alpha), shape)
+        gate = x.onnx if alpha == 1.0 else self._node("Mul", x.onnx, self._number(alpha))
+        return Value(self._node("Mul", x.onnx, self._node("Sigmoid", gate), site=site), shape)
+
+    def attention(self, site: str, q: Value, k: Value, v: Value, bias: Value | None) -> Value:
+        """Decomposed: scores, bias, softmax, weighted sum. Every engine fuses or runs this form well."""
+        shape = self.count.attention(site, q.shape, k.shape, v.shape, None if bias is None else bias.shape)
+        scores = self._scores(f"{site}.qk", q.onnx, k.onnx, 1.0 / math.sqrt(q.shape[-1]))
+        if bias is not None:
+            scores = self._node("Add", scores, bias.onnx, site=f"{site}.bias")
+        weights = self._node("Softmax", scores, site=f"{site}.softmax", axis=-1)
+        return Value(self._node("MatMul", weights, v.onnx, site=f"{site}.av"), shape)
+
+    def _scores(self, site: str, a: ir.Value, b: ir.Value, alpha: float) -> ir.Value:
+        """Alpha * a b^T on the last two axes of rank-4 values."""
+        if self._target.contrib:
+            return self._node("FusedMatMul", a, b, site=site, domain=MICROSOFT, transB=1, alpha=alpha)
+        turned = self._node("Transpose", b, perm=[0, 1, 3, 2])
+        return self._node("MatMul", self._node("Mul", a, self._number(alpha)), turned, site=site)
+
+    def matmul(self, site: str, a: Value, b: Value, *, transpose_b: bool = False) -> Value:
+        """MatMul; a transposed right side stays a flag where the target has one."""
+        shape = self.count.matmul(site, a.shape, b.shape, transpose_b=transpose_b)
+        if not transpose_b:
+            return Value(self._node("MatMul", a.onnx, b.onnx, site=site), shape)
+        if self._target.contrib:
+            return Value(self._node("FusedMatMul", a.onnx, b.onnx, site=site, domain=MICROSOFT, transB=1), shape)
+        axes = list(range(len(b.shape)))
+        axes[-2:] = axes[-1], axes[-2]
+        return Value(self._node("MatMul", a.onnx, self._node("Transpose", b.onnx, perm=axes), site=site), shape)
+
+    def add(self, a: Value, b: Value) -> Value:
+        """Add."""
+        return Value(self._node("Add", a.onnx, b.onnx), self.count.add(a.shape, b.shape))
+
+    def add_scalar(self, a: Value, value: float) -> Value:
+        """Add a constant."""
+        return Value(self._node("Add", a.onnx, self._number(value)), self.count.add_scalar(a.shape, value))
+
+    def multiply(self, a: Value, b: Value) -> Value:
+        """Mul."""
+        return Value(self._node("Mul", a.onnx, b.onnx), self.count.multiply(a.shape, b.shape))
+
+    def scale(self, a: Value, value: float) -> Value:
+        """Mul with a constant."""
+        return Value(self._node("Mul", a.onnx, self._number(value)), self.count.scale(a.shape, value))
+
+    def divide(self, a: Value, b: Value) -> Value:
+        """Div."""
+        return Value(self._node("Div", a.onnx, b.onnx), self.count.divide(a.shape, b.shape))
+
+    def log(self, a: Value) -> Value:
+        """Log."""
+        return Value(self._node("Log", a.onnx), self.count.log(a.shape))
+
+    def tanh(self, a: Value) -> Value:
+        """Tanh."""
+        return Value(self._node("Tanh", a.onnx), self.count.tanh(a.shape))
+
+    def l2_normalize(self, a: Value) -> Value:
+        """a / max(||a||, 1e-12), as torch."""
+        shape = self.count.l2_normalize(a.shape)
+        norm = self._node("ReduceL2", a.onnx, self._integers(-1), keepdims=1)
+        return Value(self._node("Div", a.onnx, self._node("Max", norm, self._number(1e-12))), shape)
+
+    def mean(self, a: Value, axis: int) -> Value:
+        """ReduceMean."""
+        return Value(self._node("ReduceMean", a.onnx, self._integers(axis), keepdims=0), self.count.mean(a.shape, axis))
+
+    def sum(self, a: Value, axis: int) -> Value:
+        """ReduceSum."""
+        return Value(self._node("ReduceSum", a.onnx, self._integers(axis), keepdims=0), self.count.sum(a.shape, axis))
+
+    def reshape(self, a: Value, shape: tuple[int, ...]) -> Value:
+        """Reshape; the batch axis is copied."""
+        return Value(self._node("Reshape", a.onnx, self._integers(0, *shape)), self.count.reshape(a.shape, shape))
+
+    def transpose(self, a: Value, perm: tuple[int, ...]) -> Value:
+        """Transpose."""
+        return Value(self._node("Transpose", a.onnx, perm=list(perm)), self.count.transpose(a.shape, perm))
+
+    def split(self, a: Value, parts: int, axis: int) -> tuple[Value, ...]:
+        """Split."""
+        shapes = self.count.split(a.shape, parts, axis)
+        values = self._nodes("Split", a.onnx, outputs=parts, axis=axis, num_outputs=parts)
+        return tuple(Value(value, shape) for value, shape in zip(values, shapes, strict=True))
+
+    def slice(self, a: Value, axis: int, start: int, stop: int, step: int = 1) -> Value:
+        """Slice; taking everything is no node."""
+        shape = self.count.slice(a.shape, axis, start, stop, step)
+        if (start, stop, step) == (0, a.shape[axis], 1):
+            return a
+        bounds = (self._integers(start), self._integers(stop), self._integers(axis), self._integers(step))
+        return Value(self._node("Slice", a.onnx, *bounds), shape)
+
+    def concat(self, parts: tuple[Value, ...], axis: int) -> Value:
+        """Concat."""
+        shape = self.count.concat(tuple(part.shape for part in parts), axis)
+        return Value(self._node("Concat", *(part.onnx for part in parts), axis=axis), shape)
+
+    def prepend_rows(self, rows: Value, x: Value) -> Value:
+        """Pad with zero rows and add, so that the graph never asks for its batch size."""
+        shape = self.count.prepend_rows(rows.shape, x.shape)
+        front, back = rows.shape[1], x.shape[1]
+        padded = self._node("Pad", x.onnx, self._integers(0, front, 0, 0, 0, 0))
+        below = self._node("Pad", rows.onnx, self._integers(0, 0, 0, 0, back, 0))
+        return Value(self._node("Add", padded, below), shape)
+
+    def argmax(self, a: Value) -> tuple[Value, Value]:
+        """TopK with k = 1."""
+        shapes = self.count.argmax(a.shape)
+        values, index = self._nodes("TopK", a.onnx, self._integers(1), outputs=2, axis=-1)
+        axis = self._integers(-1)
+        return (
+            Value(self._node("Squeeze", values, axis), shapes[0]),
+            Value(self._node("Squeeze", index, axis), shapes[1]),
+        )
+
+    def rank_split(self, scores: Value, count: int) -> tuple[Value, Value]:
+        """Sort by TopK, cut, and sort the rest by index: ONNX breaks ties by the smaller index."""
+        shapes = self.count.rank_split(scores.shape, count)
+        total = scores.shape[1]
+        _, order = self._nodes("TopK", scores.onnx, self._integers(total), outputs=2, axis=-1)
+        one = self._integers(1)
+        first = self._node("Slice", order, self._integers(0), self._integers(count), one, one)
+        if count == total:
+            rest = self._node("Slice", order, self._integers(total), self._integers(total), one, one)
+            return Value(first, shapes[0]), Value(rest, shapes[1])
+        rest = self._node("Slice", order, self._integers(count), self._integers(total), one, one)
+        rest, _ = self._nodes("TopK", rest, self._integers(total - count), outputs=2, axis=-1, largest=0)
+        return Value(first, shapes[0]), Value(rest, shapes[1])
+
+    def take(self, x: Value, index: Value) -> Value:
+        """Gather rows in the target's form."""
+        shape = self.count.take(x.shape, index.shape)
+        if len(x.shape) == 2:
+            return Value(self._node("GatherElements", x.onnx, index.onnx, axis=1), shape)
+        if self._target.gather == "one_hot":
+            return Value(self._node("MatMul", self._one_hot(index, x.shape[1], by_row=True), x.onnx), shape)
+        rows = self._node("Unsqueeze", index.onnx, self._integers(2))
+        if self._target.gather == "gather_nd":
+            return Value(self._node("GatherND", x.onnx, rows, batch_dims=1), shape)
+        width = self._constant(np.ones((1, 1, x.shape[2]), np.int64))
+        return Value(self._node("GatherElements", x.onnx, self._node("Mul", rows, width), axis=1), shape)
+
+    def _one_hot(self, index: Value, depth: int, *, by_row: bool) -> ir.Value:
+        """(B, R, depth) with a 1 at `index` in each row, or its transpose (B, depth, R)."""
+        axis = 2 if by_row else 1
+        places = np.arange(depth, dtype=np.int64).reshape((1, 1, depth) if by_row else (1, depth, 1))
+        hits = self._node("Equal", self._node("Unsqueeze", index.onnx, self._integers(axis)), self._constant(places))
+        return self._node("Cast", hits, to=int(ir.DataType.FLOAT))
+
+    def scatter_add(self, site: str, x: Value, index: Value, rows: Value) -> Value:
+        """A product with a one-hot matrix, or a scatter with reduction, as the target wants it."""
+        shape = self.count.scatter_add(site, x.shape, index.shape, rows.shape)
+        if self._target.scatter_add == "one_hot":
+            added = self._node("MatMul", self._one_hot(index, x.shape[1], by_row=False), rows.onnx, site=site)
+            return Value(self._node("Add", x.onnx, added), shape)
+        width = self._constant(np.ones((1, 1, x.shape[2]), np.int64))
+        places = self._node("Mul", self._node("Unsqueeze", index.onnx, self._integers(2)), width)
+        return Value(
+            self._node("ScatterElements", x.onnx, places, rows.onnx, site=site, axis=1, reduction="add"), shape
+        )
+
+    def ones_like(self, a: Value) -> Value:
+        """0 a + 1: no shape arithmetic in the graph."""
+        return self.add_scalar(self.scale(a, 0.0), 1.0)
+
+    def identity_like(self, a: Value) -> Value:
+        """0 a + I."""
+        shape = self.count.identity_like(a.shape)
+        identity = self._constant(np.eye(a.shape[1], dtype=np.float32)[None])
+        return Value(self._node("Add", self._node("Mul", a.onnx, self._number(0.0)), identity), shape)
+
+
+def emit_graph(program: Callable[[Emit, Value], Value], model: Model, target: Target) -> Graph:
+    """Run `program` over the emitting operations and return the ONNX graph; the batch stays symbolic."""
+    spec = model.spec
+    shape = (spec.channels, *spec.image_size)
+    pixels = ir.Value(name=INPUT_NAME, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(("batch", *shape)))
+    ops = Emit(model.params, target)
+    result = program(ops, Value(pixels, (1, *shape)))
+    output = result.onnx
+    output.name = spec.output
+    output.type = ir.TensorType(ir.DataType.FLOAT)
+    output.shape = ir.Shape(("batch", *result.shape[1:]))
+    initializers = list(ops.tape.initializers)
+    graph = ir.Graph(
+        [pixels],
+        [output],
+        nodes=ops.tape.nodes,
+        initializers=initializers,
+        opset_imports={"": target.opset, MICROSOFT: 1} if target.contrib else {"": target.opset},
+        name="vitfold",
+    )
+    weight_bytes = sum(value.const_value.nbytes for value in initializers if value.const_value is not None)
+    return Graph(
+        model=ir.Model(graph, ir_version=_IR_VERSION, producer_name="vitfold"),
+        costs=tuple(ops.count.costs),
+        weight_bytes=weight_bytes,
+    )
+
+
+def write_onnx(graph: Graph, path: Path) -> None:
+    """Write the graph; weights beyond 256 MiB go to `<name>.data` beside it.
+
+    Such a file is written several times faster than one protobuf message, and has no 2 GiB limit.
+    """
+    external = f"{path.name}.data" if graph.weight_bytes > EXTERNAL_DATA_BYTES else None
+    ir.save(graph.model, path, external_data=external)

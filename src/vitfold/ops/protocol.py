@@ -1,0 +1,142 @@
+"""The seam between programs and interpreters: the primitive operations.
+
+Owns the vocabulary in which programs are written. Axis 0 of every activation is the batch B, which
+no operation names: shapes passed to operations are those of one image. An interpreter decides what a
+value `T` is: a torch tensor, an ONNX value, a shape.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Ops(Protocol[T]):
+    """What a program may do. `layer` names parameters, `site` names the operation everywhere."""
+
+    def scope(self, site: str) -> None:
+        """Name the operations that follow, up to the next call, for graphs, profiles and counts."""
+        ...
+
+    def param(self, name: str) -> T:
+        """Return a parameter with its leading batch axis of length 1."""
+        ...
+
+    def patch_embed(self, layer: str, image: T) -> T:
+        """Project patches: (B, 3, H, W) -> (B, N, D) in raster order."""
+        ...
+
+    def linear(self, layer: str, x: T) -> T:
+        """Apply x W^T + b on the last axis; b only where the model has one."""
+        ...
+
+    def layer_norm(self, layer: str, x: T, eps: float) -> T:
+        """Normalize the last axis, then scale and shift."""
+        ...
+
+    def activation(self, kind: str, x: T, site: str) -> T:
+        """Apply the activation function `kind` of `model.spec.Activation`."""
+        ...
+
+    def attention(self, site: str, q: T, k: T, v: T, bias: T | None) -> T:
+        """softmax(q k^T / sqrt(K) + bias) v on (B, H, N, K).
+
+        The bias (B, 1, 1, N) broadcasts over heads and queries; q may have batch 1 and broadcast too.
+        """
+        ...
+
+    def matmul(self, site: str, a: T, b: T, *, transpose_b: bool = False) -> T:
+        """Multiply the last two axes; leading axes broadcast."""
+        ...
+
+    def add(self, a: T, b: T) -> T:
+        """a + b, broadcast."""
+        ...
+
+    def add_scalar(self, a: T, value: float) -> T:
+        """a + value."""
+        ...
+
+    def multiply(self, a: T, b: T) -> T:
+        """a * b, broadcast."""
+        ...
+
+    def scale(self, a: T, value: float) -> T:
+        """a * value."""
+        ...
+
+    def divide(self, a: T, b: T) -> T:
+        """a / b, broadcast."""
+        ...
+
+    def log(self, a: T) -> T:
+        """Natural logarithm."""
+        ...
+
+    def tanh(self, a: T) -> T:
+        """Hyperbolic tangent."""
+        ...
+
+    def l2_normalize(self, a: T) -> T:
+        """a / ||a||_2 along the last axis; zero rows stay zero."""
+        ...
+
+    def mean(self, a: T, axis: int) -> T:
+        """Mean over one axis, which disappears."""
+        ...
+
+    def sum(self, a: T, axis: int) -> T:
+        """Sum over one axis, which disappears."""
+        ...
+
+    def reshape(self, a: T, shape: tuple[int, ...]) -> T:
+        """Reshape everything behind the batch axis to `shape`."""
+        ...
+
+    def transpose(self, a: T, perm: tuple[int, ...]) -> T:
+        """Permute axes; perm[0] is 0."""
+        ...
+
+    def split(self, a: T, parts: int, axis: int) -> tuple[T, ...]:
+        """Split into equal parts."""
+        ...
+
+    def slice(self, a: T, axis: int, start: int, stop: int, step: int = 1) -> T:
+        """Take start:stop:step of one axis; `stop` is not beyond the end."""
+        ...
+
+    def concat(self, parts: tuple[T, ...], axis: int) -> T:
+        """Concatenate along an axis."""
+        ...
+
+    def prepend_rows(self, rows: T, x: T) -> T:
+        """Put parameter rows (1, P, D) in front of every image's tokens: (B, N, D) -> (B, P+N, D)."""
+        ...
+
+    def argmax(self, a: T) -> tuple[T, T]:
+        """Return the largest value of the last axis and its index (the first, on ties): (B, N, M) -> 2 x (B, N)."""
+        ...
+
+    def rank_split(self, scores: T, count: int) -> tuple[T, T]:
+        """Split positions by score: (B, N) -> indices of the `count` largest (descending), the others (ascending).
+
+        On ties the smaller index counts as larger.
+        """
+        ...
+
+    def take(self, x: T, index: T) -> T:
+        """Gather rows of every image: x (B, N, D) or (B, N), index (B, R) -> (B, R, D) or (B, R)."""
+        ...
+
+    def scatter_add(self, site: str, x: T, index: T, rows: T) -> T:
+        """Add rows (B, R, D) onto rows `index` (B, R) of x (B, N, D); several may meet in one row."""
+        ...
+
+    def ones_like(self, a: T) -> T:
+        """Ones of the shape and type of `a`, whose values are finite."""
+        ...
+
+    def identity_like(self, a: T) -> T:
+        """The identity matrix (B, N, N) for a (B, N, 1), whose values are finite."""
+        ...

@@ -1,0 +1,174 @@
+"""The interpreter that executes a program eagerly in torch; the reference for all others.
+
+Owns what each operation means numerically. Gradients flow when the caller asks for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vitfold.model import Array
+
+
+class Run:
+    """Torch values; parameters are shared with the NumPy arrays, not copied."""
+
+    def __init__(self, params: Mapping[str, Array], *, device: str = "cpu") -> None:
+        self._params = {name: torch.from_numpy(array).to(device) for name, array in params.items()}
+
+    def scope(self, site: str) -> None:
+        """Names are of no use here."""
+
+    def param(self, name: str) -> Tensor:
+        """Return the parameter itself."""
+        return self._params[name]
+
+    def patch_embed(self, layer: str, image: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B N D"]:
+        """Convolve with stride = kernel."""
+        weight = self._params[f"{layer}.weight"]
+        patches = F.conv2d(image, weight, self._params.get(f"{layer}.bias"), stride=weight.shape[2:])
+        return patches.flatten(2).transpose(1, 2)
+
+    def linear(self, layer: str, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
+        """X W^T + b."""
+        return F.linear(x, self._params[f"{layer}.weight"], self._params.get(f"{layer}.bias"))
+
+    def layer_norm(self, layer: str, x: Float[Tensor, "*B D"], eps: float) -> Float[Tensor, "*B D"]:
+        """LayerNorm over the last axis."""
+        return F.layer_norm(x, x.shape[-1:], self._params[f"{layer}.weight"], self._params[f"{layer}.bias"], eps)
+
+    def activation(self, kind: str, x: Float[Tensor, "*B"], site: str) -> Float[Tensor, "*B"]:
+        """The function named `kind`."""
+        if kind == "gelu_erf":
+            return F.gelu(x)
+        if kind == "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        if kind == "quick_gelu":
+            return x * torch.sigmoid(1.702 * x)
+        if kind == "silu":
+            return F.silu(x)
+        if kind == "relu":
+            return F.relu(x)
+        raise ValueError(f"unknown activation {kind!r}")
+
+    def attention(
+        self,
+        site: str,
+        q: Float[Tensor, "#B H N K"],
+        k: Float[Tensor, "B H M K"],
+        v: Float[Tensor, "B H M K"],
+        bias: Float[Tensor, "B 1 1 M"] | None,
+    ) -> Float[Tensor, "B H N K"]:
+        """Scaled dot-product attention."""
+        if q.shape[0] != k.shape[0]:
+            q = q.expand(k.shape[0], -1, -1, -1)
+        mask = None if bias is None else bias.expand(-1, -1, q.shape[2], -1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0 / math.sqrt(q.shape[-1]))
+
+    def matmul(
+        self, site: str, a: Float[Tensor, ...], b: Float[Tensor, ...], *, transpose_b: bool = False
+    ) -> Float[Tensor, ...]:
+        """Batched product of the last two axes."""
+        return a @ (b.transpose(-1, -2) if transpose_b else b)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """a + b."""
+        return a + b
+
+    def add_scalar(self, a: Tensor, value: float) -> Tensor:
+        """a + value."""
+        return a + value
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        """a * b."""
+        return a * b
+
+    def scale(self, a: Tensor, value: float) -> Tensor:
+        """a * value."""
+        return a * value
+
+    def divide(self, a: Tensor, b: Tensor) -> Tensor:
+        """a / b."""
+        return a / b
+
+    def log(self, a: Tensor) -> Tensor:
+        """Natural logarithm."""
+        return torch.log(a)
+
+    def tanh(self, a: Tensor) -> Tensor:
+        """Hyperbolic tangent."""
+        return torch.tanh(a)
+
+    def l2_normalize(self, a: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """a / ||a||, zero rows stay zero."""
+        return F.normalize(a, dim=-1)
+
+    def mean(self, a: Tensor, axis: int) -> Tensor:
+        """Mean over one axis."""
+        return a.mean(axis)
+
+    def sum(self, a: Tensor, axis: int) -> Tensor:
+        """Sum over one axis."""
+        return a.sum(axis)
+
+    def reshape(self, a: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Reshape behind the batch axis."""
+        return a.reshape(a.shape[0], *shape)
+
+    def transpose(self, a: Tensor, perm: tuple[int, ...]) -> Tensor:
+        """Permute axes."""
+        return a.permute(perm)
+
+    def split(self, a: Tensor, parts: int, axis: int) -> tuple[Tensor, ...]:
+        """Split into equal parts."""
+        return a.chunk(parts, axis)
+
+    def slice(self, a: Tensor, axis: int, start: int, stop: int, step: int = 1) -> Tensor:
+        """start:stop:step of one axis."""
+        index = [slice(None)] * a.ndim
+        index[axis] = slice(start, stop, step)
+        return a[tuple(index)]
+
+    def concat(self, parts: tuple[Tensor, ...], axis: int) -> Tensor:
+        """Concatenate."""
+        return torch.cat(parts, axis)
+
+    def prepend_rows(self, rows: Float[Tensor, "1 P D"], x: Float[Tensor, "B N D"]) -> Float[Tensor, "B M D"]:
+        """Rows in front of every image's tokens."""
+        return torch.cat((rows.expand(x.shape[0], -1, -1), x), 1)
+
+    def argmax(self, a: Float[Tensor, "B N M"]) -> tuple[Float[Tensor, "B N"], Int[Tensor, "B N"]]:
+        """Largest value of the last axis and its index."""
+        values, index = a.max(-1)
+        return values, index
+
+    def rank_split(self, scores: Float[Tensor, "B N"], count: int) -> tuple[Int[Tensor, "B R"], Int[Tensor, "B K"]]:
+        """Indices of the `count` largest, descending, and of the others, ascending."""
+        order = torch.sort(scores, dim=1, descending=True, stable=True).indices
+        return order[:, :count], order[:, count:].sort(1).values
+
+    def take(self, x: Tensor, index: Int[Tensor, "B R"]) -> Tensor:
+        """Gather rows of every image."""
+        if x.ndim == 2:
+            return x.gather(1, index)
+        return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+    def scatter_add(
+        self, site: str, x: Float[Tensor, "B N D"], index: Int[Tensor, "B R"], rows: Float[Tensor, "B R D"]
+    ) -> Float[Tensor, "B N D"]:
+        """Add rows onto rows."""
+        return x.scatter_add(1, index[:, :, None].expand_as(rows), rows)
+
+    def ones_like(self, a: Tensor) -> Tensor:
+        """Ones."""
+        return torch.ones_like(a)
+
+    def identity_like(self, a: Float[Tensor, "B N 1"]) -> Float[Tensor, "B N N"]:
+        """One identity matrix per image."""
+        return torch.eye(a.shape[1], dtype=a.dtype, device=a.device).expand(a.shape[0], -1, -1)

@@ -1,0 +1,131 @@
+"""The token operations that programs share: matching, merging, unmerging.
+
+Owns bipartite soft matching and the size-weighted merge, over any interpreter's operations. Knows no
+model: which tensor is the metric and when merging happens is the program's choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Generic
+
+from vitfold.ops.protocol import Ops, T
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens(Generic[T]):
+    """A sequence with what merging must remember.
+
+    `x` is (B, N, D). `size` (B, N, 1) counts the original tokens in each row, None before the first
+    merge. `source` (B, N, N_0) is 1 where row n holds original token m, None unless traced.
+    """
+
+    x: T
+    count: int
+    prefix: int
+    size: T | None = None
+    source: T | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match(Generic[T]):
+    """Which rows merge: row `moved[i]` of A joins row `into[i]` of B; `kept` are the other rows of A.
+
+    A and B are the even and the odd sequence positions behind the prefix; `start_a` and `start_b` are
+    the first of each. Indices are (B, r), (B, r) and (B, |A| - r).
+    """
+
+    moved: T
+    into: T
+    kept: T
+    start_a: int
+    start_b: int
+
+
+def match(ops: Ops[T], site: str, metric: T, *, count: int, prefix: int, r: int) -> Match[T]:
+    """Pair the r tokens of A that are most similar to a token of B with it.
+
+    Equation: s_ij = cos(m_i, m_j), i in A, j in B; the r largest max_j s_ij merge i into argmax_j s_ij.
+
+    Every prefix token stays out of A and B, so none can merge or be merged into, however many there are.
+
+    Source: ToMe (2210.09461), section 3.1; for one or two prefix tokens it chooses the same pairs.
+    """
+    ops.scope(site)
+    start_a = prefix + prefix % 2
+    start_b = prefix + 1 - prefix % 2
+    unit = ops.l2_normalize(metric)
+    a = ops.slice(unit, 1, start_a, count, 2)
+    b = ops.slice(unit, 1, start_b, count, 2)
+    best, nearest = ops.argmax(ops.matmul(f"{site}.scores", a, b, transpose_b=True))
+    moved, kept = ops.rank_split(best, r)
+    return Match(moved=moved, into=ops.take(nearest, moved), kept=kept, start_a=start_a, start_b=start_b)
+
+
+def merge(ops: Ops[T], site: str, tokens: Tokens[T], pairs: Match[T], *, r: int, trace: bool) -> Tokens[T]:
+    """Replace every destination by the size-weighted mean of itself and what joins it.
+
+    Equation: x_j = (s_j x_j + sum_i s_i x_i) / (s_j + sum_i s_i).
+
+    The order afterwards is prefix, kept rows of A, rows of B, each in its former order.
+
+    Source: ToMe (2210.09461), section 3.1.
+    """
+    ops.scope(site)
+    first = tokens.size is None
+    size = ops.ones_like(ops.slice(tokens.x, 2, 0, 1)) if tokens.size is None else tokens.size
+    x = tokens.x if first else ops.multiply(tokens.x, size)
+    total = _combine(ops, f"{site}.size", size, tokens, pairs)
+    # Rows of `x` are sums so far; dividing all of them also restores those that nothing joined.
+    summed = _combine(ops, f"{site}.x", x, tokens, pairs)
+    source = tokens.source
+    if trace:
+        source = source if source is not None else ops.identity_like(size)
+        source = _combine(ops, f"{site}.source", source, tokens, pairs)
+    return replace(tokens, x=ops.divide(summed, total), count=tokens.count - r, size=total, source=source)
+
+
+def _combine(ops: Ops[T], site: str, x: T, tokens: Tokens[T], pairs: Match[T]) -> T:
+    """Sum the rows of x (B, N, D) that merge and reorder: (B, N - r, D)."""
+    a = ops.slice(x, 1, pairs.start_a, tokens.count, 2)
+    b = ops.slice(x, 1, pairs.start_b, tokens.count, 2)
+    joined = ops.scatter_add(site, b, pairs.into, ops.take(a, pairs.moved))
+    parts: tuple[T, ...] = (ops.take(a, pairs.kept), joined)
+    if tokens.prefix:
+        parts = (ops.slice(x, 1, 0, tokens.prefix), *parts)
+    return ops.concat(parts, 1)
+
+
+def log_size(ops: Ops[T], tokens: Tokens[T]) -> T | None:
+    """Return the bias of proportional attention, log s as (B, 1, 1, N), or None before the first merge.
+
+    Source: ToMe (2210.09461), equation 1.
+    """
+    if tokens.size is None:
+        return None
+    return ops.log(ops.reshape(tokens.size, (1, 1, tokens.count)))
+
+
+def weighted_mean(ops: Ops[T], tokens: Tokens[T], *, originals: int, with_prefix: bool) -> T:
+    """Return the mean over the original tokens, (B, D): every row counts as often as its size.
+
+    Equation: sum_n s_n x_n / N_0 over the patch rows, or over all rows.
+    """
+    x = tokens.x
+    if tokens.size is not None:
+        x = ops.multiply(x, tokens.size)
+    if not with_prefix and tokens.prefix:
+        x = ops.slice(x, 1, tokens.prefix, tokens.count)
+    if tokens.size is None:
+        return ops.mean(x, 1)
+    return ops.scale(ops.sum(x, 1), 1.0 / originals)
+
+
+def unmerge(ops: Ops[T], site: str, tokens: Tokens[T]) -> T:
+    """Give every original token the row that holds it: (B, N, D) -> (B, N_0, D), raster order.
+
+    Equation: x_0 = source^T x.
+    """
+    if tokens.source is None:
+        return tokens.x
+    return ops.matmul(site, ops.transpose(tokens.source, (0, 2, 1)), tokens.x)

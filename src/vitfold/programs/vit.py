@@ -1,0 +1,171 @@
+"""The forward pass of a plain Vision Transformer, written once over `Ops`.
+
+Owns the order of operations of every supported ViT feature. What an operation does is the
+interpreter's business; which weights it has is the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from vitfold.model import ViTSpec
+from vitfold.ops.protocol import Ops, T
+from vitfold.programs.tokens import Tokens, log_size, match, merge, unmerge, weighted_mean
+from vitfold.recipe import MergeRecipe, tokens_per_block
+
+Observe = Callable[[int, Tokens[T]], None]
+
+
+def vit(
+    ops: Ops[T],
+    spec: ViTSpec,
+    recipe: MergeRecipe,
+    image: T,
+    *,
+    trace: bool = False,
+    observe: Observe[T] | None = None,
+) -> T:
+    """Return the model's output (B, C) for images (B, 3, H, W); (B, N_0, C) where it pools nothing.
+
+    With `trace`, tokens carry the source matrix; `observe(l, tokens)` sees them after block l.
+
+    Source: ViT (2010.11929), equations 1-4; merging between attention and MLP as ToMe (2210.09461).
+    """
+    tokens_per_block(spec, recipe.r)
+    tokens = embed(ops, spec, image)
+    trace = trace or spec.pool == "none"
+    for block in range(spec.depth):
+        r = recipe.r[block] if recipe.r else 0
+        tokens = transformer_block(ops, spec, block, tokens, r=r, prop_attn=recipe.prop_attn, trace=trace)
+        if observe is not None:
+            observe(block, tokens)
+    return head(ops, spec, pool(ops, spec, tokens, prop_attn=recipe.prop_attn))
+
+
+def embed(ops: Ops[T], spec: ViTSpec, image: T) -> Tokens[T]:
+    """Patches, prefix tokens and positions."""
+    ops.scope("embed")
+    x = ops.patch_embed("patch_embed", image)
+    if spec.pos_embed == "patches":
+        x = ops.add(x, ops.param("pos_embed"))
+    names = [
+        name
+        for name, present in (
+            ("cls_token", spec.class_token),
+            ("dist_token", spec.dist_token),
+            ("reg_token", spec.registers),
+        )
+        if present
+    ]
+    if names:
+        rows = tuple(ops.param(name) for name in names)
+        x = ops.prepend_rows(rows[0] if len(rows) == 1 else ops.concat(rows, 1), x)
+    if spec.pos_embed == "all":
+        x = ops.add(x, ops.param("pos_embed"))
+    if spec.pre_norm:
+        x = ops.layer_norm("pre_norm", x, spec.norm_eps)
+    return Tokens(x=x, count=spec.tokens, prefix=spec.prefix)
+
+
+def transformer_block(
+    ops: Ops[T], spec: ViTSpec, block: int, tokens: Tokens[T], *, r: int, prop_attn: bool, trace: bool
+) -> Tokens[T]:
+    """Attention on N tokens, merging, MLP on N - r tokens."""
+    site = f"blocks.{block}"
+    ops.scope(f"{site}.attn")
+    count = tokens.count
+    x = ops.layer_norm(f"{site}.norm1", tokens.x, spec.norm_eps)
+    qkv = ops.linear(f"{site}.attn.qkv", x)
+    qkv = ops.transpose(ops.reshape(qkv, (count, 3 * spec.heads, spec.head_width)), (0, 2, 1, 3))
+    q, k, v = ops.split(qkv, 3, 1)
+    if spec.qk_norm:
+        q = ops.layer_norm(f"{site}.attn.q_norm", q, spec.norm_eps)
+        k = ops.layer_norm(f"{site}.attn.k_norm", k, spec.norm_eps)
+    bias = log_size(ops, tokens) if prop_attn else None
+    y = ops.attention(f"{site}.attn", q, k, v, bias)
+    y = ops.reshape(ops.transpose(y, (0, 2, 1, 3)), (count, spec.attention_width))
+    y = ops.linear(f"{site}.attn.proj", y)
+    if spec.layer_scale:
+        y = ops.multiply(y, ops.param(f"{site}.ls1"))
+    tokens = replace(tokens, x=ops.add(tokens.x, y))
+    if r:
+        pairs = match(ops, f"{site}.merge", ops.mean(k, 1), count=count, prefix=tokens.prefix, r=r)
+        tokens = merge(ops, f"{site}.merge", tokens, pairs, r=r, trace=trace)
+    ops.scope(f"{site}.mlp")
+    y = mlp(ops, spec, f"{site}.mlp", ops.layer_norm(f"{site}.norm2", tokens.x, spec.norm_eps))
+    if spec.layer_scale:
+        y = ops.multiply(y, ops.param(f"{site}.ls2"))
+    return replace(tokens, x=ops.add(tokens.x, y))
+
+
+def mlp(ops: Ops[T], spec: ViTSpec, site: str, x: T) -> T:
+    """fc2(act(fc1 x)), or fc2(act(g) * u) with (g, u) = fc1 x for SwiGLU (2002.05202)."""
+    hidden = ops.linear(f"{site}.fc1", x)
+    if spec.mlp == "swiglu":
+        gate, up = ops.split(hidden, 2, 2)
+        hidden = ops.multiply(ops.activation(spec.activation, gate, f"{site}.act"), up)
+    else:
+        hidden = ops.activation(spec.activation, hidden, f"{site}.act")
+    return ops.linear(f"{site}.fc2", hidden)
+
+
+def pool(ops: Ops[T], spec: ViTSpec, tokens: Tokens[T], *, prop_attn: bool) -> T:
+    """Final norm and pooling: (B, D), (B, 2 D) or, without pooling, (B, N_0, D)."""
+    ops.scope("pool")
+    if spec.final_norm:
+        tokens = replace(tokens, x=ops.layer_norm("norm", tokens.x, spec.norm_eps))
+    if spec.pool == "none":
+        x = unmerge(ops, "pool.unmerge", tokens)
+    elif spec.pool == "map":
+        x = attention_pool(ops, spec, tokens, bias=log_size(ops, tokens) if prop_attn else None)
+    elif spec.pool == "avg":
+        originals = spec.tokens if spec.pool_prefix else spec.patches
+        x = weighted_mean(ops, tokens, originals=originals, with_prefix=spec.pool_prefix)
+    elif spec.pool == "token_avg":
+        mean = weighted_mean(ops, tokens, originals=spec.patches, with_prefix=False)
+        x = ops.concat((_row(ops, spec, tokens.x, 0), mean), 1)
+    elif spec.pool == "token_dist":
+        x = ops.slice(tokens.x, 1, 0, 2)
+    else:
+        x = _row(ops, spec, tokens.x, 0)
+    return ops.layer_norm("pool_norm", x, spec.norm_eps) if spec.pool_norm else x
+
+
+def attention_pool(ops: Ops[T], spec: ViTSpec, tokens: Tokens[T], *, bias: T | None) -> T:
+    """Let one learned query attend to all tokens, then an MLP with residual: (B, N, D) -> (B, D).
+
+    Merged tokens count by their size in this attention too.
+
+    Source: SigLIP (2303.15343) and its MAP head (2106.04560, section 3).
+    """
+    heads, head_width = spec.map_heads, spec.width // spec.map_heads
+    q = ops.linear("pool.q", ops.param("pool.latent"))
+    q = ops.transpose(ops.reshape(q, (1, heads, head_width)), (0, 2, 1, 3))
+    kv = ops.linear("pool.kv", tokens.x)
+    kv = ops.transpose(ops.reshape(kv, (tokens.count, 2 * heads, head_width)), (0, 2, 1, 3))
+    k, v = ops.split(kv, 2, 1)
+    y = ops.attention("pool.attn", q, k, v, bias)
+    y = ops.linear("pool.proj", ops.reshape(ops.transpose(y, (0, 2, 1, 3)), (1, spec.width)))
+    if spec.map_mlp_width:
+        hidden = ops.linear("pool.mlp.fc1", ops.layer_norm("pool.norm", y, spec.norm_eps))
+        y = ops.add(y, ops.linear("pool.mlp.fc2", ops.activation(spec.map_activation, hidden, "pool.mlp.act")))
+    return ops.reshape(y, (spec.width,))
+
+
+def head(ops: Ops[T], spec: ViTSpec, x: T) -> T:
+    """Classifier or projection, where the model has one."""
+    ops.scope("head")
+    if spec.pool == "token_dist" and spec.outputs:
+        first = ops.linear("head", _row(ops, spec, x, 0))
+        second = ops.linear("head_dist", _row(ops, spec, x, 1))
+        return ops.scale(ops.add(first, second), 0.5)
+    if spec.pool == "token_dist":
+        return ops.mean(x, 1)
+    if spec.outputs:
+        x = ops.linear("head", x)
+    return ops.tanh(x) if spec.head_activation == "tanh" else x
+
+
+def _row(ops: Ops[T], spec: ViTSpec, x: T, row: int) -> T:
+    return ops.reshape(ops.slice(x, 1, row, row + 1), (spec.width,))

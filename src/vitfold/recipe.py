@@ -1,0 +1,129 @@
+"""What was asked of the optimizer, fully resolved, and its TOML form.
+
+Owns the values of every lossy choice and the arithmetic of token counts that follows from them. A
+recipe holds lists of integers, never "auto": turning `8` or `8:-1` into a list is `schedule`'s job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import tomli_w
+
+from vitfold.errors import RecipeError, nearest
+from vitfold.model import ViTSpec
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRecipe:
+    """Tokens removed in each block, `r[l]` for block l, and whether attention counts merged tokens.
+
+    Source: ToMe (2210.09461), sections 3.1 and 3.2.
+    """
+
+    r: tuple[int, ...]
+    prop_attn: bool = True
+
+    def __post_init__(self) -> None:
+        if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in self.r):
+            raise RecipeError(f"merge.r must be a list of integers of at least 0, found {list(self.r)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Every lossy choice, resolved for one architecture."""
+
+    merge: MergeRecipe = field(default_factory=lambda: MergeRecipe(r=()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON and TOML values."""
+        values = asdict(self)
+        values["merge"]["r"] = list(self.merge.r)
+        return values
+
+    def to_toml(self) -> str:
+        """Return the TOML text that `parse_recipe` reads back."""
+        return tomli_w.dumps(self.to_dict())
+
+    def digest(self) -> str:
+        """Return the sha256 of the canonical form, in hexadecimal."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def is_lossless(self) -> bool:
+        """True if the recipe leaves the function unchanged."""
+        return not any(self.merge.r)
+
+
+def parse_recipe(text: str, *, name: str) -> dict[str, Any]:
+    """Parse TOML and check every key; values may still be unresolved (merge.r = "8:-1").
+
+    Raises:
+        RecipeError: on TOML that does not parse and on a key that no recipe has, naming the nearest.
+    """
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{name} is not valid TOML: {error}; see recipes/ for examples") from None
+    check_keys(values, name=name)
+    return values
+
+
+def check_keys(values: Mapping[str, Any], *, name: str) -> None:
+    """Check the sections of a recipe and the keys within them against the dataclasses above."""
+    sections = {"merge": {f.name for f in fields(MergeRecipe)}}
+    for section, content in values.items():
+        if section not in sections:
+            raise RecipeError(f"{name}: unknown section [{section}]; {nearest(section, sections)}")
+        if not isinstance(content, Mapping):
+            raise RecipeError(f"{name}: {section} must be a section, written as [{section}]")
+        for key in content:
+            if key not in sections[section]:
+                raise RecipeError(f"{name}: unknown key {section}.{key}; {nearest(key, sections[section])}")
+
+
+def recipe_from_dict(values: Mapping[str, Any], *, name: str) -> Recipe:
+    """Rebuild a resolved recipe from `Recipe.to_dict`."""
+    check_keys(values, name=name)
+    merge = dict(values.get("merge", {}))
+    prop_attn = merge.get("prop_attn", True)
+    if not isinstance(prop_attn, bool):
+        raise RecipeError(f"{name}: merge.prop_attn must be true or false, found {prop_attn!r}")
+    return Recipe(merge=MergeRecipe(r=tuple(merge.get("r", ())), prop_attn=prop_attn))
+
+
+def largest_r(tokens: int, prefix: int) -> int:
+    """Return the most tokens that one merge can remove: floor((N - P) / 2)."""
+    return max(0, (tokens - prefix) // 2)
+
+
+def tokens_per_block(spec: ViTSpec, r: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the tokens that enter each block and, last, those that leave the last: L + 1 numbers.
+
+    Equation: N_{l+1} = N_l - r_l.
+
+    Raises:
+        RecipeError: if a block cannot remove as many tokens, naming it and the largest allowed r.
+    """
+    if len(r) not in (0, spec.depth):
+        raise RecipeError(f"merge.r has {len(r)} entries, the model has {spec.depth} blocks; give one per block")
+    counts = [spec.tokens]
+    for block, removed in enumerate(r or (0,) * spec.depth):
+        allowed = largest_r(counts[-1], spec.prefix)
+        if removed > allowed:
+            raise RecipeError(
+                f"r = {removed} is too large for block {block}: {counts[-1]} tokens enter it, {spec.prefix} of them "
+                f"protected, so at most {allowed} can be merged; lower r there"
+            )
+        counts.append(counts[-1] - removed)
+    return tuple(counts)
