@@ -1,3 +1,89 @@
-"""vitfold: pretrained Vision Transformers made fast without retraining, with an honest account of the cost."""
+"""vitfold: pretrained Vision Transformers made fast without retraining, with an honest account of the cost.
 
-__version__ = "0.1.0"
+The public interface, one page: `load` or `adapt` a model, `optimize` it, `save` a bundle, `open` it and
+call it on images. Making bundles needs `pip install 'vitfold[optimize]'`; opening them does not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vitfold.bundle import Bundle, open_bundle
+from vitfold.errors import (
+    BundleError,
+    EngineError,
+    GateError,
+    ImageError,
+    ParityError,
+    RecipeError,
+    SourceError,
+    TargetError,
+    VitfoldError,
+)
+from vitfold.images import ImageSet, find_images
+from vitfold.model import Model, Preprocess, ViTSpec
+from vitfold.pipeline import Folded, optimize, read_recipe, save
+from vitfold.predictor import Prediction, Predictor
+from vitfold.predictor import open_predictor as open
+from vitfold.recipe import MergeRecipe, Recipe
+from vitfold.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "EngineError",
+    "Folded",
+    "GateError",
+    "ImageError",
+    "ImageSet",
+    "MergeRecipe",
+    "Model",
+    "ParityError",
+    "Prediction",
+    "Predictor",
+    "Preprocess",
+    "Recipe",
+    "RecipeError",
+    "SourceError",
+    "TargetError",
+    "ViTSpec",
+    "VitfoldError",
+    "__version__",
+    "adapt",
+    "find_images",
+    "load",
+    "open",
+    "open_bundle",
+    "optimize",
+    "read_recipe",
+    "save",
+]
+
+
+def load(source: str, **options: Any) -> Model:
+    """Load a pretrained model: "timm:vit_base_patch16_224", "hf:FOLDER", "FILE.safetensors" with arch=..., ...
+
+    Options are those of `vitfold.sources.load_source`: arch, num_classes, image_size, weights, seed.
+
+    Raises:
+        SourceError: if it cannot be loaded, or has a feature that vitfold does not run.
+        ParityError: if the loaded model would not compute what the original computes.
+    """
+    from vitfold.sources import load_source
+
+    return load_source(source, **options).model
+
+
+def adapt(module: torch.nn.Module, **options: Any) -> Model:
+    """Take over a torch module of a supported class; options: preprocess, labels.
+
+    Raises:
+        SourceError: if its class or one of its features is not supported.
+        ParityError: if the result would not compute what the module computes.
+    """
+    from vitfold.sources import adapt as adapt_module
+
+    return adapt_module(module, **options)

@@ -7,6 +7,7 @@ model says about them is `bench`.
 from __future__ import annotations
 
 import hashlib
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +21,11 @@ from PIL import Image, UnidentifiedImageError
 
 from vitfold.errors import ImageError, nearest
 from vitfold.model import Preprocess
+from vitfold.model.preprocess import rgb_from_image
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"})
+# Filters of warnings belong to the process, so only one thread at a time may change them.
+_OPENING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +38,10 @@ class ImageSet:
     class_index: tuple[int, ...] | None
 
     def digest(self) -> str:
-        """Return the sha256 over the names and contents of all files."""
+        """Return the sha256 over the names, class folders and contents of all files."""
         total = hashlib.sha256()
         for path in self.paths:
-            total.update(path.name.encode())
+            total.update(path.relative_to(self.root).as_posix().encode())
             total.update(hashlib.sha256(path.read_bytes()).digest())
         return total.hexdigest()
 
@@ -71,7 +75,8 @@ def find_images(root: str | Path) -> ImageSet:
     folder = Path(root)
     if not folder.exists():
         parent = folder.parent
-        hint = nearest(folder.name, [p.name for p in parent.iterdir()]) if parent.is_dir() else "check the path"
+        beside = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+        hint = nearest(folder.name, beside) if beside else "check the path"
         raise ImageError(f"no such folder: {folder} ({hint})")
     if not folder.is_dir():
         raise ImageError(f"{folder} is a file; give a folder of images or of class folders")
@@ -93,7 +98,8 @@ def find_images(root: str | Path) -> ImageSet:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    files = (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    return sorted(p for p in files if p.is_file())
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -103,10 +109,14 @@ def read_image(path: str | Path) -> Image.Image:
         ImageError: if it is missing, not an image, cut short, or too large to be one.
     """
     try:
-        with warnings.catch_warnings():
+        with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return image.convert("RGB")
+            opened = Image.open(path)
+        with opened as image:
+            image.load()
+            return rgb_from_image(image)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise ImageError(f"no such image: {path}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -140,7 +150,7 @@ def batches(
         range(start, min(start + batch, len(images.paths))) for start in range(0, len(images.paths), batch)
     )
 
-    def prepare(group: Sequence[int]) -> tuple[list[int], list[Float[np.ndarray, "3 H W"]], list[str]]:
+    def prepare(group: Sequence[int]) -> tuple[Batch | None, list[str]]:
         kept, pixels, bad = [], [], []
         for i in group:
             try:
@@ -150,31 +160,27 @@ def batches(
                 if not skip_bad:
                     raise ImageError(f"{error} (or pass --skip-bad to leave such images out)") from None
                 bad.append(str(error))
-        return kept, pixels, bad
+        return Batch(pixel_values=np.stack(pixels), index=tuple(kept)) if kept else None, bad
+
+    def finish(done: Future[tuple[Batch | None, list[str]]]) -> Iterator[Batch]:
+        prepared, bad = done.result()
+        for message in bad:
+            if on_skip is not None:
+                on_skip(message)
+        if prepared is not None:
+            yield prepared
 
     pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="decode")
-    waiting: deque[Future[tuple[list[int], list[Float[np.ndarray, "3 H W"]], list[str]]]] = deque()
+    waiting: deque[Future[tuple[Batch | None, list[str]]]] = deque()
     try:
         for group in groups:
             waiting.append(pool.submit(prepare, group))
             if len(waiting) > workers:
-                yield from _finished(waiting.popleft(), on_skip)
+                yield from finish(waiting.popleft())
         while waiting:
-            yield from _finished(waiting.popleft(), on_skip)
+            yield from finish(waiting.popleft())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _finished(
-    future: Future[tuple[list[int], list[Float[np.ndarray, "3 H W"]], list[str]]],
-    on_skip: Callable[[str], None] | None,
-) -> Iterator[Batch]:
-    kept, pixels, bad = future.result()
-    for message in bad:
-        if on_skip is not None:
-            on_skip(message)
-    if kept:
-        yield Batch(pixel_values=np.stack(pixels), index=tuple(kept))
 
 
 def class_targets(images: ImageSet, labels: Sequence[str] | None, outputs: int) -> list[int]:

@@ -35,8 +35,7 @@ class MergeRecipe:
     prop_attn: bool = True
 
     def __post_init__(self) -> None:
-        if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in self.r):
-            raise RecipeError(f"merge.r must be a list of integers of at least 0, found {list(self.r)}")
+        _check_r(self.r, name="merge.r")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +98,16 @@ def recipe_from_dict(values: Mapping[str, Any], *, name: str) -> Recipe:
     prop_attn = merge.get("prop_attn", True)
     if not isinstance(prop_attn, bool):
         raise RecipeError(f"{name}: merge.prop_attn must be true or false, found {prop_attn!r}")
-    return Recipe(merge=MergeRecipe(r=tuple(merge.get("r", ())), prop_attn=prop_attn))
+    r = merge.get("r", ())
+    _check_r(r, name=f"{name}: merge.r")
+    return Recipe(merge=MergeRecipe(r=tuple(r), prop_attn=prop_attn))
+
+
+def _check_r(r: object, *, name: str) -> None:
+    if isinstance(r, (list, tuple)) and all(type(n) is int and n >= 0 for n in r):
+        return
+    found = list(r) if isinstance(r, tuple) else r
+    raise RecipeError(f"{name} must be a list of integers of at least 0, one per block, found {found!r}")
 
 
 def largest_r(tokens: int, prefix: int) -> int:

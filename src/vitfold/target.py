@@ -6,13 +6,13 @@ is written in ONNX is `ops.emit`'s business; running it is `engines`'.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
 
 from vitfold.errors import TargetError, nearest
 
 Gather = Literal["gather_nd", "gather_elements", "one_hot"]
-Scatter = Literal["one_hot", "scatter_elements", "scatter_nd"]
+Scatter = Literal["one_hot", "scatter_elements"]
 Bias = Literal["gemm", "add"]
 
 
@@ -66,12 +66,29 @@ TARGETS: dict[str, Target] = {
 }
 
 
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "gather": get_args(Gather),
+    "scatter_add": get_args(Scatter),
+    "linear_bias": get_args(Bias),
+}
+
+
 def find_target(name: str) -> Target:
-    """Return the target of this name.
+    """Return the target of this name; "cpu:gather=one_hot,linear_bias=add" changes single lowering choices.
 
     Raises:
         TargetError: offering the nearest names.
     """
-    if name not in TARGETS:
-        raise TargetError(f"unknown target {name!r}; {nearest(name, TARGETS)}")
-    return TARGETS[name]
+    base, _, changes = name.partition(":")
+    if base not in TARGETS:
+        raise TargetError(f"unknown target {base!r}; {nearest(base, TARGETS)}")
+    target = TARGETS[base]
+    for change in filter(None, changes.split(",")):
+        key, _, value = change.partition("=")
+        if key not in _CHOICES:
+            raise TargetError(f"unknown lowering choice {key!r} in target {name!r}; {nearest(key, _CHOICES)}")
+        if value not in _CHOICES[key]:
+            raise TargetError(f"{key} cannot be {value!r} in target {name!r}; {nearest(value, _CHOICES[key])}")
+        changed: dict[str, Any] = {key: value, "name": name}
+        target = replace(target, **changed)
+    return target

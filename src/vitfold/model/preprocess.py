@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from vitfold.errors import SourceError
+from vitfold.errors import ImageError, SourceError, nearest
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 ResizeMode = Literal["shortest", "cover", "exact", "none"]
@@ -71,8 +71,7 @@ class Preprocess:
 
     def __call__(self, image: Image.Image) -> Float[np.ndarray, "3 H W"]:
         """Return the model input (3, H, W), float32, of one decoded image."""
-        if image.mode != "RGB":
-            image = image.convert("RGB")
+        image = rgb_from_image(image)
         shape = self.resized_shape(image.height, image.width)
         if shape != (image.height, image.width):
             image = image.resize((shape[1], shape[0]), _RESAMPLING[self.interpolation])
@@ -81,6 +80,24 @@ class Preprocess:
         pixels = pixels / np.float32(255.0)
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
+
+
+def rgb_from_image(image: Image.Image) -> Image.Image:
+    """Return the image as RGB with 8 bits; transparency is dropped, as the source libraries do.
+
+    Differs from Pillow's own conversion for 16-bit grey images, which it saturates to white: here they
+    are scaled.
+
+    Raises:
+        ImageError: for pixels whose white is not defined (32-bit integers and floats).
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ImageError(f"pixels of mode {image.mode} have no defined white; convert the image to 8 or 16 bits first")
+    return image.convert("RGB")
 
 
 def _center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -97,9 +114,19 @@ def _center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def preprocess_from_dict(values: dict[str, Any]) -> Preprocess:
-    """Rebuild from `Preprocess.to_dict`."""
-    unknown = sorted(set(values) - {f.name for f in fields(Preprocess)})
+    """Rebuild from `Preprocess.to_dict`.
+
+    Raises:
+        SourceError: if a key is unknown or missing.
+    """
+    known = {f.name for f in fields(Preprocess)}
+    unknown, missing = sorted(set(values) - known), sorted(known - set(values))
     if unknown:
-        raise SourceError(f"unknown preprocessing key {unknown[0]!r}; upgrade vitfold to read this file")
+        raise SourceError(
+            f"unknown preprocessing key {unknown[0]!r} ({nearest(unknown[0], known)}); "
+            "upgrade vitfold to read this file"
+        )
+    if missing:
+        raise SourceError(f"preprocessing key {missing[0]!r} is missing; the file is damaged, write it again")
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return Preprocess(**plain)

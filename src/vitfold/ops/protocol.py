@@ -7,11 +7,12 @@ value `T` is: a torch tensor, an ONNX value, a shape.
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Ops(Protocol[T]):
     """What a program may do. `layer` names parameters, `site` names the operation everywhere."""
 

@@ -29,7 +29,7 @@ class Run:
         """Return the parameter itself."""
         return self._params[name]
 
-    def patch_embed(self, layer: str, image: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B N D"]:
+    def patch_embed(self, layer: str, image: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B N D"]:
         """Convolve with stride = kernel."""
         weight = self._params[f"{layer}.weight"]
         patches = F.conv2d(image, weight, self._params.get(f"{layer}.bias"), stride=weight.shape[2:])
@@ -139,7 +139,7 @@ class Run:
         """Concatenate."""
         return torch.cat(parts, axis)
 
-    def prepend_rows(self, rows: Float[Tensor, "1 P D"], x: Float[Tensor, "B N D"]) -> Float[Tensor, "B M D"]:
+    def prepend_rows(self, rows: Float[Tensor, "1 P D"], x: Float[Tensor, "B N D"]) -> Float[Tensor, "B P+N D"]:
         """Rows in front of every image's tokens."""
         return torch.cat((rows.expand(x.shape[0], -1, -1), x), 1)
 

@@ -1,0 +1,5 @@
+"""`python -m vitfold`."""
+
+from vitfold.cli import main
+
+main()

@@ -1,0 +1,139 @@
+"""Subjects side by side: every row pairs a speed with a fidelity.
+
+Owns what is timed in each scope and how rows become JSON. The clock is `timing`'s.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from vitfold.bench.fidelity import Fidelity
+from vitfold.bench.measurement import Measurement, Scope, speed_up
+from vitfold.bench.timing import Progress, interleave
+from vitfold.engines import Session
+from vitfold.errors import ImageError
+from vitfold.images import ImageSet, read_image
+from vitfold.model import Preprocess
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Subject:
+    """Something to time, with what its row says beside the time."""
+
+    name: str
+    session: Session
+    preprocess: Preprocess
+    fidelity: Fidelity | None
+    tokens: int | None = None
+    macs: int | None = None
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Row:
+    """One line of a table: never a speed without its fidelity."""
+
+    subject: Subject
+    measurement: Measurement
+    speed_up: Mapping[str, float]
+    baseline: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the documented JSON form of a row."""
+        fidelity = self.subject.fidelity
+        return {
+            "bundle": self.subject.name,
+            "engine": self.measurement.engine,
+            "batch": self.measurement.batch,
+            "scope": self.measurement.scope,
+            "latency_ms": self.measurement.latency_ms(),
+            "throughput_ips": self.measurement.throughput_ips(),
+            "noisy": self.measurement.noisy,
+            "fidelity": None if fidelity is None else fidelity.to_dict(),
+            "speed_up": {**self.speed_up, "baseline": self.baseline},
+            "tokens": self.subject.tokens,
+            "macs": self.subject.macs,
+            "size_bytes": self.subject.size_bytes,
+        }
+
+
+def compare(
+    subjects: Sequence[Subject],
+    *,
+    batch: int,
+    images: ImageSet | None,
+    scopes: Sequence[Scope] = ("engine", "end_to_end"),
+    trials: int = 10,
+    seconds: float = 2.0,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Time all subjects interleaved, scope by scope; the first subject is the baseline.
+
+    Without images there is nothing to decode: only scope "engine" is timed, on seeded noise.
+    """
+    names = [subject.name for subject in subjects]
+    if len(set(names)) != len(names):
+        raise ValueError(f"subjects need different names, found {names}")
+    rows: list[Row] = []
+    for scope in scopes:
+        if scope == "end_to_end" and images is None:
+            continue
+        calls = {subject.name: _call(subject, scope, batch, images) for subject in subjects}
+        samples = interleave(calls, trials=trials, seconds=seconds, progress=progress)
+        measured = {
+            subject.name: Measurement(
+                subject=subject.name,
+                engine=subject.session.engine,
+                batch=batch,
+                scope=scope,
+                trials_ns=samples[subject.name],
+            )
+            for subject in subjects
+        }
+        baseline = measured[names[0]]
+        rows += [
+            Row(
+                subject=subject,
+                measurement=measured[subject.name],
+                speed_up=speed_up(baseline, measured[subject.name]),
+                baseline=names[0],
+            )
+            for subject in subjects
+        ]
+    return rows
+
+
+def _call(subject: Subject, scope: Scope, batch: int, images: ImageSet | None) -> Callable[[], None]:
+    session = subject.session
+    if scope == "engine":
+        session.bind(_pixels(subject.preprocess, batch, images))
+        return session.run
+    assert images is not None
+    paths = itertools.cycle(images.paths)
+
+    def end_to_end() -> None:
+        chosen = [next(paths) for _ in range(batch)]
+        session.bind(np.stack([subject.preprocess(read_image(path)) for path in chosen]))
+        session.run()
+        session.fetch().reshape(batch, -1).argmax(axis=1)
+
+    return end_to_end
+
+
+def _pixels(preprocess: Preprocess, batch: int, images: ImageSet | None) -> Float[np.ndarray, "B 3 H W"]:
+    if images is None:
+        return np.random.default_rng(0).standard_normal((batch, 3, *preprocess.crop_size), dtype=np.float32)
+    readable: list[Float[np.ndarray, "3 H W"]] = []
+    for path in images.paths:
+        if len(readable) == batch:
+            break
+        readable.append(preprocess(read_image(path)))
+    if not readable:
+        raise ImageError(f"no image to time in {images.root}")
+    return np.stack([readable[i % len(readable)] for i in range(batch)])

@@ -1,0 +1,78 @@
+"""How faithful outputs are to a reference, and how accurate.
+
+Owns the metrics; where outputs come from is `evaluation`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """Agreement with a reference and accuracy over `images` images; ratios in [0, 1], None if not measured.
+
+    `agreement` is the share of images with the same top-1 class, `cosine` the mean cosine of the
+    output vectors, `sqnr_db` 10 log10(sum ref^2 / sum (ref - out)^2) in decibels (None if exact).
+    """
+
+    images: int
+    top1: float | None
+    top5: float | None
+    agreement: float | None
+    cosine: float | None
+    sqnr_db: float | None
+    reference: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+def fidelity_from_dict(values: dict[str, Any]) -> Fidelity:
+    """Rebuild from `Fidelity.to_dict`."""
+    return Fidelity(**{f.name: values[f.name] for f in fields(Fidelity)})
+
+
+def accuracy(outputs: Float[np.ndarray, "B C"], targets: Sequence[int], *, top: int) -> float:
+    """Return the share of rows whose target is among the `top` largest outputs."""
+    best = np.argpartition(-outputs, min(top, outputs.shape[1]) - 1, axis=1)[:, :top]
+    return float(np.mean([target in row for target, row in zip(targets, best, strict=True)]))
+
+
+def measure_fidelity(
+    outputs: Float[np.ndarray, "B ..."],
+    *,
+    targets: Sequence[int] | None,
+    reference: Float[np.ndarray, "B ..."] | None,
+    reference_name: str | None,
+    classifies: bool,
+) -> Fidelity:
+    """Compare outputs with targets and with a reference on the same images, row by row."""
+    flat = outputs.reshape(len(outputs), -1).astype(np.float64)
+    top1 = top5 = agreement = cosine = sqnr = None
+    if targets is not None and classifies:
+        top1 = accuracy(flat, targets, top=1)
+        top5 = accuracy(flat, targets, top=5) if flat.shape[1] > 5 else None
+    if reference is not None:
+        ref = reference.reshape(len(reference), -1).astype(np.float64)
+        if classifies:
+            agreement = float(np.mean(flat.argmax(1) == ref.argmax(1)))
+        norms = np.linalg.norm(flat, axis=1) * np.linalg.norm(ref, axis=1)
+        cosine = float(np.mean(np.sum(flat * ref, axis=1) / np.maximum(norms, 1e-30)))
+        noise = float(np.sum((flat - ref) ** 2))
+        sqnr = None if noise == 0.0 else float(10.0 * np.log10(np.sum(ref**2) / noise))
+    return Fidelity(
+        images=len(outputs),
+        top1=top1,
+        top5=top5,
+        agreement=agreement,
+        cosine=cosine,
+        sqnr_db=sqnr,
+        reference=reference_name if reference is not None else None,
+    )

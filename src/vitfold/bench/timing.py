@@ -1,0 +1,68 @@
+"""The one timing loop: every subject of a comparison goes through it, interleaved.
+
+Owns when the clock starts and stops. What runs is the caller's closure; what the numbers mean is
+`measurement`'s business.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+
+Progress = Callable[[str], None]
+
+
+def interleave(
+    subjects: Mapping[str, Callable[[], None]],
+    *,
+    trials: int = 10,
+    seconds: float = 1.0,
+    warmup: int = 2,
+    max_iterations: int = 1000,
+    progress: Progress | None = None,
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Time each subject `trials` times, in turn, and return nanoseconds per iteration and trial.
+
+    Every trial visits all subjects, starting with another one each time, so that a slow spell of the
+    machine falls on all of them. A visit runs once unrecorded, then records iterations for
+    `seconds` / `trials` (at least one, at most `max_iterations`). The first trial is preceded by
+    `warmup` unrecorded runs of each.
+    """
+    if trials < 1 or warmup < 0 or seconds <= 0:
+        raise ValueError("trials must be at least 1, warmup at least 0 and seconds positive")
+    names = list(subjects)
+    for name in names:
+        if progress is not None:
+            progress(f"warm-up: {name}")
+        for _ in range(warmup):
+            subjects[name]()
+    budget_ns = int(seconds / trials * 1e9)
+    samples: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for trial in range(trials):
+            start = trial % len(names)
+            for name in names[start:] + names[:start]:
+                if progress is not None:
+                    progress(f"trial {trial + 1}/{trials}: {name}")
+                samples[name].append(_visit(subjects[name], budget_ns, max_iterations))
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: tuple(trials_ns) for name, trials_ns in samples.items()}
+
+
+def _visit(call: Callable[[], None], budget_ns: int, max_iterations: int) -> tuple[int, ...]:
+    call()
+    clock = time.perf_counter_ns
+    recorded: list[int] = []
+    begin = clock()
+    while True:
+        before = clock()
+        call()
+        after = clock()
+        recorded.append(after - before)
+        if after - begin >= budget_ns or len(recorded) >= max_iterations:
+            return tuple(recorded)

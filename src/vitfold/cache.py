@@ -1,0 +1,52 @@
+"""Where vitfold keeps what it need not compute twice.
+
+Owns the folder and the atomic write. What is kept, and under which key, is the caller's choice.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from vitfold.model import Array
+
+
+def cache_folder() -> Path:
+    """Return the cache folder: $VITFOLD_CACHE, or the system's place for caches."""
+    return Path(os.environ.get("VITFOLD_CACHE") or platformdirs.user_cache_dir("vitfold"))
+
+
+def read_arrays(kind: str, key: str) -> dict[str, Array] | None:
+    """Return the arrays kept under this key, or None; a damaged entry counts as none and is removed."""
+    path = cache_folder() / kind / f"{key}.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        arrays: dict[str, Array] = load_file(path)
+    except (SafetensorError, OSError):
+        path.unlink(missing_ok=True)
+        return None
+    return arrays
+
+
+def keep_arrays(kind: str, key: str, arrays: Mapping[str, Array]) -> None:
+    """Keep arrays under this key; a reader sees all of them or none. A full or read-only disk is no error."""
+    folder = cache_folder() / kind
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".partial", delete=False) as file:
+            partial = Path(file.name)
+        try:
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)
+            partial.replace(folder / f"{key}.safetensors")
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError:
+        return

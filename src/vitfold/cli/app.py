@@ -1,0 +1,48 @@
+"""The command table."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vitfold.cli import bench, demo, doctor, evaluate, inspect, optimize, predict
+from vitfold.version import __version__
+
+app = typer.Typer(
+    name="vitfold",
+    help="Make pretrained Vision Transformers fast without retraining, and say what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool | None) -> None:
+    if value:
+        typer.echo(f"vitfold {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = None,
+) -> None:
+    pass
+
+
+app.command("optimize")(optimize.optimize)
+app.command("predict")(predict.predict)
+app.command("evaluate")(evaluate.evaluate)
+app.command("bench")(bench.bench)
+app.command("inspect")(inspect.inspect)
+app.command("doctor")(doctor.doctor)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

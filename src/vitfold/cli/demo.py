@@ -1,0 +1,81 @@
+"""`vitfold demo`: the main job on the bundled model, as one table."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitfold.cli import options
+from vitfold.cli.optimize import require_optimize
+from vitfold.cli.terminal import command, counting, note, out, print_json, steps, write_json
+
+
+@command
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the bundles go.")] = Path(
+        "out/demo"
+    ),
+    merge: Annotated[str, typer.Option(help="The r of each rung, comma-separated.")] = "1,2,3,4",
+    batch: options.Batch = 1,
+    trials: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 10,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Recorded seconds per rung and scope.")] = 2.0,
+    json_output: Annotated[
+        Path | None, typer.Option("--json-output", help="Write the JSON with raw samples here.")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Optimize the bundled CIFAR-10 model at several r, and show speed beside accuracy."""
+    require_optimize()
+    from vitfold import pipeline
+    from vitfold.bench.comparison import compare
+    from vitfold.bench.environment import environment
+    from vitfold.bundle import Bundle
+    from vitfold.images import find_images
+    from vitfold.report.tables import environment_line, ladder
+    from vitfold.sources import load_source
+    from vitfold.sources.origin import demo_folder
+    from vitfold.subjects import Lineup
+
+    rungs = ["none", *(r.strip() for r in merge.split(",") if r.strip() not in ("", "0", "none"))]
+    images = find_images(demo_folder() / "images")
+    before = environment()
+    bundles: list[Bundle] = []
+    with steps("demo") as say:
+        say("loading the bundled ViT-S/14")
+        model = load_source("demo").model
+        for r in rungs:
+            say(f"r = {r}: folding, emitting, verifying")
+            folded = pipeline.optimize(model, merge=r)
+            name = "vitfold-fp32" if r == "none" else f"vitfold-r{r}"
+            bundles.append(pipeline.save(folded, output / f"{name}.fold", overwrite=True))
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitfold-")))
+        lineup = stack.enter_context(Lineup(folder=folder, images=images, limit=len(images.paths)))
+        lineup.add_peer("torch", bundles[0])
+        with counting("accuracy on the bundled images", lineup.fidelity_images * (len(bundles) + 1)) as advance:
+            for bundle in bundles:
+                lineup.add_bundle(bundle, advance)
+            lineup.measure_peers(bundles[0], advance)
+        with steps("timing") as say:
+            rows = compare(
+                lineup.ordered(None), batch=batch, images=images, trials=trials, seconds=seconds, progress=say
+            )
+    result = {"environment": before, "rows": [row.to_dict() for row in rows]}
+    if json_output is not None:
+        write_json(json_output, {**result, "measurements": [row.measurement.to_dict() for row in rows]})
+    if json:
+        print_json(result)
+        return
+    out.print(environment_line(before), highlight=False)
+    for scope, title in (("engine", "engine only"), ("end_to_end", "end to end, file to label")):
+        chosen = [row for row in rows if row.measurement.scope == scope]
+        heading = f"ViT-S/14, {len(images.paths)} CIFAR-10 images, batch {batch}, {title}"
+        out.print(ladder(chosen, title=heading))
+    out.print(f"bundles: {output}", highlight=False, soft_wrap=True)
+    example = images.paths[0]
+    note(f"next: vitfold predict {bundles[-1].path} {example}")
+    note("      vitfold optimize timm:vit_base_patch16_224 --merge 8 --images YOUR_PHOTOS -o vit.fold")

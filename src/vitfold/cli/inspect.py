@@ -1,0 +1,69 @@
+"""`vitfold inspect`: what is in a bundle."""
+
+from __future__ import annotations
+
+from vitfold.cli import options
+from vitfold.cli.terminal import command, out, print_json
+
+
+@command
+def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
+    """Print a bundle's recipe, target, tokens per block, work, size and origin."""
+    from vitfold.bundle import open_bundle
+    from vitfold.report.tables import percent
+    from vitfold.schedule import describe_r
+
+    opened = open_bundle(bundle)
+    manifest = opened.manifest
+    if json:
+        print_json(
+            {
+                "recipe": manifest.recipe.to_dict(),
+                "target": dict(manifest.target),
+                "tokens": list(manifest.tokens),
+                "macs": manifest.macs,
+                "size_bytes": opened.size_bytes,
+                "origin": dict(manifest.origin),
+                "digest": opened.digest,
+                "model_digest": manifest.model_digest,
+                "output": manifest.spec.output,
+                "labels": None if manifest.labels is None else list(manifest.labels),
+                "preprocess": manifest.preprocess.to_dict(),
+                "verified": dict(manifest.verified),
+                "fidelity": manifest.fidelity,
+                "vitfold": manifest.vitfold,
+            }
+        )
+        return
+    spec, pre = manifest.spec, manifest.preprocess
+    fidelity = manifest.fidelity
+    lines = [
+        ("origin", f"{manifest.origin['source']} ({manifest.origin['loader']})"),
+        (
+            "model",
+            f"{spec.depth} blocks, width {spec.width}, {spec.heads} heads, patch {spec.patch_size[0]}, "
+            f"input {spec.image_size[0]} x {spec.image_size[1]}, "
+            f"pool {spec.pool}, {spec.output} of {spec.output_width}",
+        ),
+        ("preprocess", f"{pre.resize} {pre.resize_size}, crop {pre.crop_size}, {pre.interpolation}"),
+        ("target", f"{manifest.target['name']} ({manifest.target['engine']})"),
+        ("merge", describe_r(manifest.recipe.merge.r)),
+        ("tokens", " ".join(map(str, manifest.tokens))),
+        ("work", f"{manifest.macs / 1e9:.2f} GMACs per image"),
+        ("size", f"{opened.size_bytes / 1e6:.1f} MB"),
+        (
+            "verified",
+            f"{manifest.verified['engine']}, median relative error {manifest.verified['median_relative_error']:.1e}",
+        ),
+        (
+            "fidelity",
+            "not measured; see vitfold evaluate"
+            if fidelity is None
+            else f"{percent(fidelity['agreement'])} agree, top-1 {percent(fidelity['top1'])} "
+            f"on {fidelity['images']} images",
+        ),
+        ("digest", opened.digest),
+    ]
+    out.print(f"[bold]{opened.path}[/]", highlight=False, soft_wrap=True)
+    for name, value in lines:
+        out.print(f"  {name:11}{value}", highlight=False, soft_wrap=True, markup=False)

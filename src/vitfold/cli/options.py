@@ -1,0 +1,41 @@
+"""Options that several commands share, so that they read the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="demo, timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME, open_clip:NAME, or FILE.safetensors with --arch.",
+    ),
+]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle made by `vitfold optimize`.")]
+Images = Annotated[
+    Path | None,
+    typer.Option("--images", metavar="DIR", help="A folder of images, or of one sub-folder per class."),
+]
+Arch = Annotated[str | None, typer.Option(metavar="TIMM_NAME", help="Architecture of a .safetensors file.")]
+NumClasses = Annotated[int | None, typer.Option(min=0, help="Classes of the head; 0 for features.")]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="Input pixels per side; positions are resampled.")]
+Weights = Annotated[
+    Literal["pretrained", "random"],
+    typer.Option(help="random: seeded random weights, for timing without a download."),
+]
+Seed = Annotated[int, typer.Option(help="Seed of random weights.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Images per call.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; default: all usable cores.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out instead of stopping.")]
+ReferenceBundle = Annotated[
+    Path | None,
+    typer.Option(
+        "--reference",
+        metavar="BUNDLE",
+        help="A bundle made with --merge none, to compare with where the source is gone.",
+    ),
+]

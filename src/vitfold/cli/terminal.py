@@ -1,0 +1,109 @@
+"""What commands share with the terminal: results on stdout, everything else on stderr.
+
+Owns exit codes (0 done, 1 the user can mend it, 2 usage, 3 a gate failed), progress bars and JSON.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from vitfold.errors import GateError, VitfoldError
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_GATE = 3
+EXIT_INTERRUPTED = 130
+
+out = Console()
+log = Console(stderr=True)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def command(function: F) -> F:
+    """Turn errors that the user can mend into one message and an exit code, without a traceback."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except GateError as error:
+            fail(str(error), EXIT_GATE)
+        except VitfoldError as error:
+            fail(str(error), EXIT_ERROR)
+        except KeyboardInterrupt:
+            fail("interrupted; nothing was left half-written", EXIT_INTERRUPTED)
+        except BrokenPipeError:
+            sys.stderr.close()
+            raise typer.Exit(EXIT_ERROR) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+def fail(message: str, code: int) -> None:
+    """Print an error and leave with this code."""
+    log.print(f"[bold red]error:[/] {_escape(message)}", soft_wrap=True, highlight=False)
+    raise typer.Exit(code)
+
+
+def note(message: str) -> None:
+    """Print a remark on stderr."""
+    log.print(f"[dim]{_escape(message)}[/]", soft_wrap=True, highlight=False)
+
+
+def _escape(message: str) -> str:
+    return message.replace("[", "\\[")
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document on stdout, and nothing else."""
+    sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON document.
+
+    Raises:
+        VitfoldError: if the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise VitfoldError(f"cannot write {path}: {error}; choose another file") from None
+
+
+@contextmanager
+def steps(title: str) -> Iterator[Callable[[str], None]]:
+    """Show a spinner with the current step and the time it takes; hand out the function that names it."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=log, transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        last = [""]
+
+        def say(step: str) -> None:
+            progress.update(task, description=f"{title}: {step}")
+            if not log.is_terminal and step.split(":", maxsplit=1)[0] != last[0]:
+                last[0] = step.split(":", maxsplit=1)[0]
+                note(f"{title}: {step}")
+
+        yield say
+
+
+@contextmanager
+def counting(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar over `total` items; hand out the function that advances it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=log, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda count: progress.advance(task, count)

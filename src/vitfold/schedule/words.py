@@ -1,0 +1,118 @@
+"""The words of a schedule: none, a constant, a list, or a constant with an inflection.
+
+Owns parsing, clamping and the short form for tables and logs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from itertools import groupby
+
+from vitfold.errors import RecipeError
+from vitfold.model import ViTSpec
+from vitfold.recipe import largest_r, tokens_per_block
+
+ACCEPTED = (
+    "accepted: none, a number (8: as many in every block), one number per block (8,8,0,4), "
+    "or number:inflection (8:-1 starts at 16 and ends at 0; the inflection lies in [-1, 1])"
+)
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+
+
+def resolve_r(value: object, spec: ViTSpec) -> tuple[int, ...]:
+    """Return the tokens that each block removes: L integers that the model can carry out.
+
+    `None`, "none" and 0 remove nothing. A number is the same r in every block, and "r:inflection" the
+    linear schedule below; both remove less where too few tokens are left. A list is used as it stands,
+    with zeros for the blocks behind its end.
+
+    Equation: r_l = floor(r_min + (r_max - r_min) l / (L - 1)), r_min = floor(r (1 - inflection)),
+    r_max = 2 r - r_min.
+
+    Args:
+        value: None, an integer, a sequence of integers, or text; anything else is refused.
+
+    Raises:
+        RecipeError: on other values, and where a list, or the first block, asks for more than is there.
+
+    Source: ToMe (2210.09461), section 3.1, and the schedules of its appendix; an r that is too large
+    for the very first block is an error here, not silently less.
+    """
+    if value is None:
+        return (0,) * spec.depth
+    if isinstance(value, str):
+        return _from_text(value.strip(), spec)
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        return _literal([_integer(n, value) for n in value], spec)
+    return _clamped((_integer(value, value),) * spec.depth, spec)
+
+
+def describe_r(r: Sequence[int]) -> str:
+    """Return a short form without loss: "none", "8 x 12", "16,15,13,12", "16 x 10,7,0"."""
+    if not any(r):
+        return "none"
+    parts: list[str] = []
+    for removed, run in groupby(r):
+        length = len(list(run))
+        parts += [f"{removed} x {length}"] if length > 2 else [str(removed)] * length
+    return ",".join(parts)
+
+
+def _from_text(text: str, spec: ViTSpec) -> tuple[int, ...]:
+    if text.lower() == "none":
+        return (0,) * spec.depth
+    if "," in text:
+        return _literal([_integer(part.strip(), text) for part in text.split(",")], spec)
+    if ":" in text:
+        r, inflection = text.split(":", 1)
+        return _clamped(_inflected(_integer(r.strip(), text), _inflection(inflection, text), spec.depth), spec)
+    return _clamped((_integer(text, text),) * spec.depth, spec)
+
+
+def _inflected(r: int, inflection: float, depth: int) -> tuple[int, ...]:
+    """Return the linear schedule; rounding downwards as ToMe does, so that totals compare."""
+    least = int(r * (1 - inflection))
+    most = 2 * r - least
+    if depth == 1:
+        return (r,)
+    return tuple(least + (most - least) * block // (depth - 1) for block in range(depth))
+
+
+def _literal(r: list[int], spec: ViTSpec) -> tuple[int, ...]:
+    if len(r) > spec.depth:
+        raise RecipeError(f"r has {len(r)} entries, the model has {spec.depth} blocks; give at most one per block")
+    padded = (*r, *(0,) * (spec.depth - len(r)))
+    tokens_per_block(spec, padded)
+    return padded
+
+
+def _clamped(wanted: tuple[int, ...], spec: ViTSpec) -> tuple[int, ...]:
+    tokens_per_block(spec, (*wanted[:1], *(0,) * (spec.depth - 1)))
+    count, r = spec.tokens, []
+    for removed in wanted:
+        r.append(min(removed, largest_r(count, spec.prefix)))
+        count -= r[-1]
+    return tuple(r)
+
+
+def _integer(value: object, whole: object) -> int:
+    """Return one number of tokens out of `whole`, which the message shows."""
+    if isinstance(value, str) and _INTEGER.fullmatch(value) and isinstance(whole, str):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RecipeError(f"r = {whole!r} is not understood: {value!r} is not an integer; {ACCEPTED}")
+    if value < 0:
+        raise RecipeError(f"r = {whole!r} removes a negative number of tokens ({value}); {ACCEPTED}")
+    return value
+
+
+def _inflection(text: str, whole: str) -> float:
+    try:
+        inflection = float(text)
+    except ValueError:
+        inflection = math.nan
+    if not -1 <= inflection <= 1:
+        raise RecipeError(f"r = {whole!r} has the inflection {text.strip()!r}, not a number in [-1, 1]; {ACCEPTED}")
+    return inflection

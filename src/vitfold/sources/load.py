@@ -1,0 +1,275 @@
+"""From a source string, or a torch module in memory, to a checked `Model`.
+
+Owns the dispatch over zoos, the origin, and that every load ends in a parity check. Torch and the
+zoos are imported on the first call, not with this module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from vitfold.errors import SourceError, missing_extra, nearest
+from vitfold.model import Model, Origin, Preprocess
+
+if TYPE_CHECKING:
+    import torch
+
+    from vitfold.sources.reader import Facts, Translation
+
+Weights = Literal["pretrained", "random"]
+
+# Prefix -> (package to import, vitfold extra that brings it, module here).
+ZOOS = {
+    "timm": ("timm", "optimize", "timm"),
+    "hf": ("transformers", "transformers", "transformers"),
+    "torchvision": ("torchvision", "torchvision", "torchvision"),
+    "open_clip": ("open_clip", "open_clip", "open_clip"),
+}
+FORMS = "timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME, open_clip:NAME/TAG, FILE.safetensors with --arch, or demo"
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A model, and the module that it was read from: eval mode, float32, on the CPU."""
+
+    model: Model
+    original: torch.nn.Module
+
+
+def load_source(
+    source: str,
+    *,
+    arch: str | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    weights: Weights = "pretrained",
+    seed: int = 0,
+) -> Loaded:
+    """Load a pretrained model and check that the program computes what the original computes.
+
+    Args:
+        source: timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME, open_clip:NAME/TAG, FILE.safetensors, or demo.
+        arch: timm architecture of a file.
+        num_classes: classes of the head; pretrained heads cannot be changed.
+        image_size: side of the square input in pixels; positions are resampled to it.
+        weights: "random" builds the architecture from `seed` without a download of weights.
+        seed: of random weights.
+
+    Raises:
+        SourceError: if the source is unknown, unreadable, or has a feature that vitfold does not run.
+        ParityError: if the program differs from the original.
+    """
+    _check_arguments(source, arch, num_classes, image_size, weights)
+    torch = _import("torch", "optimize", "loading a model")
+    arguments: dict[str, Any] = {
+        "arch": arch, "num_classes": num_classes, "image_size": image_size, "weights": weights, "seed": seed,
+    }  # fmt: skip
+    prefix, _, name = source.partition(":")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if prefix in ZOOS and name:
+            package, extra, here = ZOOS[prefix]
+            zoo = _import(package, extra, f"loading {source}")
+            translator = importlib.import_module(f"vitfold.sources.{here}")
+            if prefix == "hf" and Path(name).expanduser().is_dir():
+                folder = Path(name).expanduser().resolve()
+                name, source = str(folder), f"hf:{folder}"
+                arguments.update(_digests(folder / "model.safetensors"))
+            module, facts = translator.build(
+                name, num_classes=num_classes, image_size=image_size, pretrained=weights == "pretrained"
+            )
+        else:
+            path = _file(source)
+            zoo = _import("timm", "optimize", f"loading {source}")
+            translator = importlib.import_module("vitfold.sources.timm")
+            files = importlib.import_module("vitfold.sources.files")
+            module, facts = files.build(path, arch=arch, num_classes=num_classes, image_size=image_size)
+            source = source if source == "demo" else str(path)
+            arguments.update(_digests(path))
+    module = module.float().cpu().eval()
+    origin = Origin(source=source, loader=_loader(zoo), arguments=arguments)
+    preprocess, labels = facts.get("preprocess"), facts.get("labels")
+    model = _translate(translator, module, facts, origin, preprocess, labels, unnamed=weights == "random")
+    return Loaded(model=model, original=module)
+
+
+def adapt(
+    module: torch.nn.Module,
+    *,
+    preprocess: Preprocess | None = None,
+    labels: Sequence[str] | None = None,
+    origin: str | None = None,
+) -> Model:
+    """Read a torch module in memory; it is left as it is, and its float32 weights are shared.
+
+    Args:
+        module: one of the supported classes of timm, transformers, torchvision or open_clip.
+        preprocess: replaces what the zoo says about the module.
+        labels: names of the classes, one per output.
+        origin: where the weights came from, for the record.
+
+    Raises:
+        SourceError: if the class or one of its parts is not supported.
+        ParityError: if the program differs from the original.
+    """
+    torch = _import("torch", "optimize", "reading a model")
+    if not isinstance(module, torch.nn.Module):
+        raise SourceError(f"adapt needs a torch.nn.Module, found {type(module).__name__}; for a name use load_source")
+    translator, zoo = _translator(module)
+    tensors = [*module.parameters(), *module.buffers()]
+    plain = all(
+        t.device.type in ("cpu", "meta") and (t.dtype == torch.float32 or not t.is_floating_point()) for t in tensors
+    )
+    if not plain:
+        copy = importlib.import_module("copy")
+        module = copy.deepcopy(module).float().cpu()
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        where = Origin(source=origin or "memory", loader=_loader(zoo), arguments={})
+        return _translate(translator, module, {}, where, preprocess, tuple(labels) if labels is not None else None)
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _translate(
+    translator: Any,
+    module: torch.nn.Module,
+    facts: Facts,
+    origin: Origin,
+    preprocess: Preprocess | None,
+    labels: tuple[str, ...] | None,
+    *,
+    unnamed: bool = False,
+) -> Model:
+    """Translate, describe and check; every way in ends here."""
+    from vitfold.sources.parity import check_parity
+
+    found: Translation = translator.translate(module)
+    if preprocess is None or labels is None:
+        default, names = translator.describe(module, found.spec, facts)
+        preprocess = preprocess or default
+        labels = labels or (None if unnamed else names)
+    if preprocess is None or preprocess.crop_size != found.spec.image_size:
+        size = None if preprocess is None else preprocess.crop_size
+        raise SourceError(
+            f"the preprocessing yields {size} pixels, the model takes {found.spec.image_size}; give a matching one"
+        )
+    model = Model(spec=found.spec, params=found.params, preprocess=preprocess, labels=labels, origin=origin)
+    check_parity(found.forward, model, blocks=found.blocks)
+    return model
+
+
+def _check_arguments(
+    source: str, arch: str | None, num_classes: int | None, image_size: int | None, weights: str
+) -> None:
+    if weights not in get_args(Weights):
+        raise SourceError(f"weights {weights!r} is neither 'pretrained' nor 'random'")
+    for name, value, least in (("--num-classes", num_classes, 0), ("--image-size", image_size, 1)):
+        if value is not None and value < least:
+            raise SourceError(f"{name} must be at least {least}, found {value}")
+    prefix, colon, _ = source.partition(":")
+    in_zoo = bool(colon) and prefix in ZOOS
+    if in_zoo and arch is not None:
+        raise SourceError(f"--arch {arch} belongs to a file, and {source} names its architecture itself; leave it out")
+    if weights == "random" and not in_zoo and _looks_like_file(source):
+        raise SourceError(f"--weights random does not go with the file {source}; use timm:NAME --weights random")
+
+
+def _looks_like_file(source: str) -> bool:
+    return source == "demo" or Path(source).suffix in (".safetensors", *PICKLES) or os.sep in source
+
+
+def _file(source: str) -> Path:
+    """Return the absolute path that a source without a zoo's prefix names."""
+    if source == "demo":
+        return _demo()
+    path = Path(source).expanduser()
+    prefix, colon, name = source.partition(":")
+    if path.suffix in PICKLES:
+        raise SourceError(
+            f"{source} may hold a pickle, which can run any code when opened; save its weights with "
+            "safetensors.torch.save_file and pass that file"
+        )
+    if path.suffix == ".safetensors":
+        return path.resolve()
+    if colon and prefix in ZOOS and not name:
+        raise SourceError(f"{source} names no model; write {prefix}:NAME")
+    if colon and not path.exists():
+        raise SourceError(f"unknown source {prefix!r} in {source!r}; {nearest(prefix, ZOOS)}; a source is {FORMS}")
+    if path.is_dir():
+        raise SourceError(f"{source} is a folder; for a folder of transformers write hf:{source}")
+    if path.exists():
+        raise SourceError(f"{source} is not a .safetensors file; a source is {FORMS}")
+    raise SourceError(f"unknown source {source!r}; did you mean timm:{source}? A source is {FORMS}")
+
+
+def demo_folder() -> Path:
+    """Return the demo's folder: the one that VITFOLD_DEMO names, or the one in the checkout."""
+    named = os.environ.get("VITFOLD_DEMO")
+    return Path(named).expanduser().resolve() if named else Path(__file__).resolve().parents[3] / "assets" / "demo"
+
+
+def _demo() -> Path:
+    """Return the demo's weights."""
+    path = demo_folder() / "model.safetensors"
+    if not path.is_file():
+        raise SourceError(
+            f"the demo model is not at {path}; it comes with a checkout of the repository, not with the package: clone "
+            "it, or set VITFOLD_DEMO to the folder that holds model.safetensors"
+        )
+    return path
+
+
+def _digests(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    files = importlib.import_module("vitfold.sources.files")
+    return {"sha256": files.sha256(path)}
+
+
+def _import(package: str, extra: str, purpose: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.partition(".")[0] != package:
+            raise
+        raise SourceError(missing_extra(package, extra, purpose)) from None
+
+
+def _loader(zoo: ModuleType) -> str:
+    return f"{zoo.__name__} {getattr(zoo, '__version__', 'unknown')}"
+
+
+def _translator(module: torch.nn.Module) -> tuple[Any, Any]:
+    """Return the file here that reads this class, and the zoo it comes from.
+
+    Raises:
+        SourceError: naming the class, and the supported ones.
+    """
+    from vitfold.sources.reader import PLAIN, REFUSED, class_name, refuse
+
+    name = class_name(module)
+    root = name.partition(".")[0]
+    here = {package: (prefix, at) for prefix, (package, _, at) in ZOOS.items()}
+    known: list[str] = ["timm.VisionTransformer", "timm.VisionTransformerDistilled", "torchvision.VisionTransformer"]
+    known += ["open_clip.VisionTransformer", "open_clip.TimmModel", "open_clip.CLIP", "open_clip.CustomTextCLIP"]
+    if root == "transformers":
+        known += importlib.import_module("vitfold.sources.transformers").MODELS
+    if name in known:
+        return importlib.import_module(f"vitfold.sources.{here[root][1]}"), importlib.import_module(root)
+    if name in REFUSED:
+        raise refuse(f"{REFUSED[name]} ({name})", PLAIN)
+    stems = [full.partition(".")[2] for full in known]
+    raise SourceError(
+        f"vitfold does not read {name} ({type(module).__module__}); {nearest(name, known)} "
+        f"Supported: {', '.join(sorted(set(stems)))}"
+    )

@@ -1,0 +1,36 @@
+"""Loading again what a bundle was made from.
+
+Owns the way back from a manifest's `origin` to the model, and the place of the demo.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vitfold.errors import SourceError
+from vitfold.sources.load import Loaded, load_source
+
+DEMO_VARIABLE = "VITFOLD_DEMO"
+_OPTIONS = ("arch", "num_classes", "image_size", "weights", "seed")
+
+
+def load_origin(origin: Mapping[str, Any]) -> Loaded:
+    """Load the model of `Origin.to_dict()` again.
+
+    Raises:
+        SourceError: if it came from a module in memory, or cannot be found any more.
+    """
+    source = str(origin["source"])
+    if source == "memory":
+        raise SourceError("it was made from a module in memory, which cannot be loaded again")
+    arguments = dict(origin["arguments"])
+    return load_source(source, **{name: arguments[name] for name in _OPTIONS if name in arguments})
+
+
+def demo_folder() -> Path:
+    """Return the folder of the demo model and its images: $VITFOLD_DEMO, or assets/demo of the checkout."""
+    named = os.environ.get(DEMO_VARIABLE)
+    return Path(named) if named else Path(__file__).resolve().parents[3] / "assets" / "demo"

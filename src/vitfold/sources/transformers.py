@@ -1,0 +1,365 @@
+"""Vision Transformers of the package transformers.
+
+Owns the translation of ViT, DeiT, DINOv2, DINOv2 with registers, CLIP's and SigLIP's image towers. What
+their processor files say is `transformers_preprocess`' job.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitfold.errors import SourceError, nearest
+from vitfold.model import Preprocess, ViTSpec
+from vitfold.model.spec import Activation, Mlp
+from vitfold.sources.reader import (
+    PLAIN,
+    REFUSED,
+    Built,
+    Facts,
+    Reader,
+    Translation,
+    activation_name,
+    class_name,
+    download_error,
+    refuse,
+    same,
+    with_register_rows,
+)
+from vitfold.sources.transformers_preprocess import default_processor, preprocess_from_processor, read_processor
+
+# Top-level class -> (family, attribute of the encoder within it, attribute of the head).
+MODELS = {
+    "transformers.ViTModel": ("vit", "", "pooler"),
+    "transformers.ViTForImageClassification": ("vit", "vit", "classifier"),
+    "transformers.DeiTModel": ("vit", "", "pooler"),
+    "transformers.DeiTForImageClassification": ("vit", "deit", "classifier"),
+    "transformers.DeiTForImageClassificationWithTeacher": ("vit", "deit", "cls_classifier"),
+    "transformers.Dinov2Model": ("dinov2", "", ""),
+    "transformers.Dinov2ForImageClassification": ("dinov2", "dinov2", "classifier"),
+    "transformers.Dinov2WithRegistersModel": ("dinov2", "", ""),
+    "transformers.Dinov2WithRegistersForImageClassification": ("dinov2", "dinov2_with_registers", "classifier"),
+    "transformers.CLIPVisionModel": ("clip", "", ""),
+    "transformers.CLIPVisionModelWithProjection": ("clip", "vision_model", "visual_projection"),
+    "transformers.SiglipVisionModel": ("siglip", "", "head"),
+    "transformers.SiglipForImageClassification": ("siglip", "vision_model", "classifier"),
+}
+PARTS = {
+    "vit": ("Embeddings", "PatchEmbeddings", "Layer", "Attention", "MLP", "Pooler"),
+    "dinov2": ("Embeddings", "PatchEmbeddings", "Layer", "Attention", "MLP", "SwiGLUFFN", "LayerScale", "Encoder"),
+    "clip": ("VisionEmbeddings", "EncoderLayer", "Attention", "MLP", "Encoder"),
+    "siglip": ("VisionEmbeddings", "EncoderLayer", "Attention", "MLP", "Encoder", "MultiheadAttentionPoolingHead"),
+}
+STEMS = {"vit": ("ViT", "DeiT"), "dinov2": ("Dinov2", "Dinov2WithRegisters"), "clip": ("CLIP",), "siglip": ("Siglip",)}
+CLASSES = (
+    *MODELS,
+    *(f"transformers.{s}{part}" for family, parts in PARTS.items() for s in STEMS[family] for part in parts),
+)
+# Family -> names of the block's first norm, attention, output projection and second norm.
+LAYOUT = {
+    "vit": ("layernorm_before", "attention", "o_proj", "layernorm_after"),
+    "dinov2": ("norm1", "attention", "o_proj", "norm2"),
+    "clip": ("layer_norm1", "self_attn", "out_proj", "layer_norm2"),
+    "siglip": ("layer_norm1", "self_attn", "out_proj", "layer_norm2"),
+}
+INSTEAD = {"CLIPModel": "CLIPVisionModelWithProjection", "SiglipModel": "SiglipVisionModel"}
+
+
+def build(name: str, *, num_classes: int | None, image_size: int | None, pretrained: bool) -> Built:
+    """Create a model from a folder or a repository of the hub, with the class that its config names."""
+    import transformers
+
+    folder = Path(name)
+    if name.startswith((".", "/", "~")) and not folder.is_dir():
+        raise SourceError(f"hf: no folder {name}; pass a folder with config.json or the name of a repository")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except Exception as error:  # the hub's clients raise a dozen unrelated types
+        raise download_error(f"hf:{name}", error) from error
+    kind = _class_of(transformers, config, name)
+    family = MODELS[f"transformers.{kind.__name__}"][0]
+    processor = read_processor(name)
+    _check_classes(name, kind.__name__, config, num_classes, pretrained)
+    if pretrained:
+        module = _pretrained(kind, name)
+    else:
+        config = kind.config_class.from_pretrained(name)
+        if num_classes is not None:
+            config.num_labels = num_classes
+        module = kind(config)
+    if image_size is None and family == "dinov2" and processor is not None:
+        # DINOv2 interpolates its 518-pixel positions at every forward; its processor names the size in use.
+        image_size = preprocess_from_processor(processor, None).crop_size[0]
+    if image_size is not None:
+        set_image_size(module, image_size)
+    return module, {"processor": processor}
+
+
+def _class_of(transformers: Any, config: Any, name: str) -> Any:
+    found = (getattr(config, "architectures", None) or [""])[0]
+    wanted = INSTEAD.get(found, found)
+    if f"transformers.{wanted}" not in MODELS:
+        known = [full.partition(".")[2] for full in MODELS]
+        reason = REFUSED.get(f"transformers.{found}")
+        if reason is not None:
+            raise refuse(f"{reason} (transformers.{found})", PLAIN)
+        raise SourceError(
+            f"hf:{name} is a {found or config.model_type}, which vitfold does not run; {nearest(wanted, known)}; "
+            f"supported: {', '.join(known)}"
+        )
+    return getattr(transformers, wanted)
+
+
+def _check_classes(name: str, kind: str, config: Any, num_classes: int | None, pretrained: bool) -> None:
+    if num_classes is None:
+        return
+    if "Classification" not in kind:
+        raise SourceError(f"hf:{name} is a {kind}, which has no classifier; leave out --num-classes")
+    if pretrained and num_classes != config.num_labels:
+        raise SourceError(
+            f"the pretrained head of hf:{name} has {config.num_labels} classes, {num_classes} were asked for, and a "
+            "new head would be random; leave out --num-classes, or use --weights random"
+        )
+
+
+def _pretrained(kind: Any, name: str) -> nn.Module:
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    try:
+        module, info = kind.from_pretrained(name, **options)
+        missing = sorted(info["missing_keys"])
+        if missing and all(key.startswith("pooler.") for key in missing):
+            module, info = kind.from_pretrained(name, add_pooling_layer=False, **options)
+            missing = sorted(info["missing_keys"])
+    except Exception as error:  # the hub's clients raise a dozen unrelated types
+        raise download_error(f"hf:{name}", error) from error
+    if missing:
+        raise SourceError(
+            f"the weights of hf:{name} lack {missing[:4]}, which {kind.__name__} needs and would leave random; "
+            "fix 'architectures' in its config.json, or use another checkpoint"
+        )
+    result: nn.Module = module
+    return result
+
+
+def set_image_size(module: nn.Module, size: int) -> None:
+    """Resample the positions in place to square images of `size` pixels, as the model's own forward would."""
+    _, inner, _ = MODELS[class_name(module)]
+    encoder: Any = getattr(module, inner) if inner else module
+    embeddings = encoder.embeddings
+    grid = _pair(embeddings.patch_size)
+    if size % grid[0] or size % grid[1]:
+        raise SourceError(f"--image-size {size} is not a multiple of the patch size {grid[0]}; choose one that is")
+    patches = (size // grid[0]) * (size // grid[1])
+    clip = hasattr(embeddings, "position_embedding")
+    table = embeddings.position_embedding.weight if clip else embeddings.position_embeddings[0]
+    prefix = (
+        table.shape[0] - embeddings.num_patches if clip else table.shape[0] - embeddings.patch_embeddings.num_patches
+    )
+    with torch.no_grad():
+        rows = embeddings.interpolate_pos_encoding(torch.empty(1, prefix + patches, table.shape[1]), size, size)
+    if clip:
+        embeddings.position_embedding = nn.Embedding(rows.shape[1], rows.shape[2], _weight=rows[0].clone())
+        embeddings.position_ids = torch.arange(prefix + patches).expand((1, -1))
+        embeddings.num_patches, embeddings.num_positions = patches, prefix + patches
+        embeddings.image_size = size
+    else:
+        embeddings.position_embeddings = nn.Parameter(rows.clone())
+        embeddings.patch_embeddings.image_size = (size, size)
+        embeddings.patch_embeddings.num_patches = patches
+        if hasattr(embeddings, "image_size"):
+            embeddings.image_size = (size, size)
+    encoder.config.image_size = size
+
+
+def translate(module: Any) -> Translation:
+    """Read one of the classes in `MODELS`."""
+    reader = Reader(module, classes=CLASSES)
+    family, inner, head = MODELS[class_name(module)]
+    encoder = getattr(module, inner) if inner else module
+    stack = encoder if family == "vit" else encoder.encoder
+    layers = stack.layer if family == "dinov2" else stack.layers
+    shape = _embedding(reader, encoder, family)
+    heads, head_width, mlp, mlp_width, activation = same(
+        (_block(reader, f"blocks.{i}", layer, family) for i, layer in enumerate(layers)),
+        "heads, head width, MLP, MLP width or activation",
+    )
+    if family == "dinov2":
+        for i, layer in enumerate(layers):
+            reader.layer_scale(f"blocks.{i}.ls1", layer.layer_scale1, "lambda1", shape["width"])
+            reader.layer_scale(f"blocks.{i}.ls2", layer.layer_scale2, "lambda1", shape["width"])
+    tail = _tail(reader, module, encoder, family, head)
+    reader.finish()
+    spec = ViTSpec(
+        **shape,
+        **tail,
+        depth=len(layers),
+        heads=heads,
+        head_width=head_width,
+        mlp=mlp,
+        mlp_width=mlp_width,
+        activation=activation,
+        layer_scale=family == "dinov2",
+        norm_eps=reader.eps(),
+    )
+    return Translation(spec=spec, params=reader.params, forward=_forward(module, spec), blocks=tuple(layers))
+
+
+def _forward(module: Any, spec: ViTSpec) -> Any:
+    """Return a function from images to the one output that the program computes."""
+
+    def forward(image: Tensor) -> Tensor:
+        output = module(pixel_values=image)
+        for name in ("logits", "image_embeds"):
+            if hasattr(output, name):
+                found: Tensor = getattr(output, name)
+                return found
+        if output.pooler_output is not None:
+            pooled: Tensor = output.pooler_output
+            return pooled
+        hidden: Tensor = output.last_hidden_state
+        return hidden if spec.pool == "none" else hidden[:, 0]
+
+    return forward
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _embedding(reader: Reader, encoder: Any, family: str) -> dict[str, Any]:
+    embeddings = encoder.embeddings
+    if family in ("clip", "siglip"):
+        return _clip_embedding(reader, encoder, family)
+    patch = embeddings.patch_embeddings
+    reader.patch_embed(patch.projection)
+    reader.put("cls_token", embeddings.cls_token)
+    reader.ignore(embeddings.mask_token)
+    distilled = hasattr(embeddings, "distillation_token")
+    if distilled:
+        reader.put("dist_token", embeddings.distillation_token)
+    positions = reader.take(embeddings.position_embeddings)
+    registers = 0
+    if hasattr(embeddings, "register_tokens"):
+        registers = int(embeddings.register_tokens.shape[1])
+        if registers:
+            reader.put("reg_token", embeddings.register_tokens)
+            positions = with_register_rows(positions, after=1, registers=registers)
+        reader.ignore(embeddings.register_tokens)
+    reader.params["pos_embed"] = positions
+    return {
+        "image_size": _pair(patch.image_size),
+        "patch_size": _pair(patch.patch_size),
+        "width": int(positions.shape[2]),
+        "dist_token": distilled,
+        "registers": registers,
+    }
+
+
+def _clip_embedding(reader: Reader, encoder: Any, family: str) -> dict[str, Any]:
+    embeddings = encoder.embeddings
+    reader.patch_embed(embeddings.patch_embedding)
+    if family == "clip":
+        reader.params["cls_token"] = reader.take(embeddings.class_embedding).reshape(1, 1, -1)
+        reader.norm("pre_norm", encoder.pre_layrnorm)
+    positions = reader.take(embeddings.position_embedding.weight)
+    reader.ignore(embeddings.position_ids)
+    reader.params["pos_embed"] = positions[None]
+    return {
+        "image_size": _pair(embeddings.image_size),
+        "patch_size": _pair(embeddings.patch_size),
+        "width": int(positions.shape[1]),
+        "class_token": family == "clip",
+        "pre_norm": family == "clip",
+    }
+
+
+def _block(reader: Reader, site: str, layer: Any, family: str) -> tuple[int, int, Mlp, int, Activation]:
+    """Store one block; return what has to be the same in all of them."""
+    norm1, attention, proj, norm2 = LAYOUT[family]
+    attn = getattr(layer, attention)
+    reader.norm(f"{site}.norm1", getattr(layer, norm1))
+    reader.linear(f"{site}.attn.qkv", attn.q_proj, attn.k_proj, attn.v_proj)
+    reader.linear(f"{site}.attn.proj", getattr(attn, proj))
+    reader.norm(f"{site}.norm2", getattr(layer, norm2))
+    heads = int(getattr(attn, "num_attention_heads", 0) or attn.num_heads)
+    mlp = layer.mlp
+    if class_name(mlp).endswith("SwiGLUFFN"):
+        reader.linear(f"{site}.mlp.fc1", mlp.gate_proj, mlp.up_proj)
+        reader.linear(f"{site}.mlp.fc2", mlp.down_proj)
+        return heads, int(attn.head_dim), "swiglu", int(mlp.down_proj.in_features), activation_name(mlp.act_fn)
+    reader.linear(f"{site}.mlp.fc1", mlp.fc1)
+    reader.linear(f"{site}.mlp.fc2", mlp.fc2)
+    return heads, int(attn.head_dim), "plain", int(mlp.fc1.out_features), activation_name(mlp.activation_fn)
+
+
+def _tail(reader: Reader, module: Any, encoder: Any, family: str, head_name: str) -> dict[str, Any]:
+    """Store what follows the blocks."""
+    head = getattr(module, head_name, None) if head_name else None
+    if family == "siglip":
+        return _siglip_tail(reader, module, encoder, head)
+    pool = "token"
+    if family == "clip":
+        reader.norm("pool_norm", encoder.post_layernorm)
+    else:
+        reader.norm("norm", encoder.layernorm)
+    extra: dict[str, Any] = {"final_norm": family != "clip", "pool_norm": family == "clip"}
+    if head_name == "pooler" and head is not None:
+        if class_name(head.activation) != "torch.Tanh":
+            raise refuse(f"a pooler with {class_name(head.activation)}", "use the classifier, or a pooler with tanh")
+        extra["head_activation"] = "tanh"
+        head = head.dense
+    elif head_name == "cls_classifier":
+        pool = "token_dist"
+        if class_name(head) != "torch.Identity":  # type: ignore[arg-type]
+            reader.linear("head_dist", module.distillation_classifier)
+    elif head_name == "classifier" and family == "dinov2":
+        pool = "token_avg"
+    return {**extra, **_head(reader, head, logits="classifier" in head_name), "pool": pool}
+
+
+def _siglip_tail(reader: Reader, module: Any, encoder: Any, head: Any) -> dict[str, Any]:
+    reader.norm("norm", encoder.post_layernorm)
+    if class_name(module) == "transformers.SiglipForImageClassification":
+        reader.ignore(getattr(encoder, "head", None))  # the classifier averages the tokens instead
+        return {**_head(reader, head, logits=True), "pool": "avg"}
+    if head is None:
+        return {"pool": "none", "output": "last_hidden_state"}
+    reader.put("pool.latent", head.probe)
+    reader.attention(head.attention, qkv=("pool.q", "pool.kv"), proj="pool.proj")
+    reader.norm("pool.norm", head.layernorm)
+    reader.linear("pool.mlp.fc1", head.mlp.fc1)
+    reader.linear("pool.mlp.fc2", head.mlp.fc2)
+    return {
+        "pool": "map",
+        "map_heads": int(head.attention.num_heads),
+        "map_mlp_width": int(head.mlp.fc1.out_features),
+        "map_activation": activation_name(head.mlp.activation_fn),
+        "output": "image_embeds",
+    }
+
+
+def _head(reader: Reader, head: Any, *, logits: bool) -> dict[str, Any]:
+    if head is None or class_name(head) == "torch.Identity":
+        return {"output": "image_embeds"}
+    reader.linear("head", head)
+    outputs = int(np.shape(reader.params["head.weight"])[0])
+    return {"outputs": outputs, "output": "logits" if logits else "image_embeds"}
+
+
+def describe(module: Any, spec: ViTSpec, facts: Facts) -> tuple[Preprocess, tuple[str, ...] | None]:
+    """Return the processor's transform, or the family's default, and the names of the classes."""
+    family = MODELS[class_name(module)][0]
+    if "DeiT" in class_name(module):
+        family = "deit"
+    processor = facts.get("processor") or default_processor(family, spec.image_size)
+    preprocess = preprocess_from_processor(processor, spec.image_size)
+    if spec.output != "logits":
+        return preprocess, None
+    names = [module.config.id2label.get(i) for i in range(spec.outputs)]
+    if all(isinstance(name, str) and not name.startswith("LABEL_") for name in names):
+        return preprocess, tuple(names)
+    return preprocess, None

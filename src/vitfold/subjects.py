@@ -1,0 +1,128 @@
+"""Bundles and peers made ready to be timed against each other.
+
+Owns opening them, their fidelity on the same images, their names in the table and their release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vitfold.bench.comparison import Subject
+from vitfold.bench.evaluation import Outputs, run_over
+from vitfold.bench.fidelity import Fidelity
+from vitfold.bundle import Bundle
+from vitfold.engines import Session, open_session
+from vitfold.errors import VitfoldError, nearest
+from vitfold.images import ImageSet
+from vitfold.peers import load_original, open_peer
+from vitfold.reference import compare_outputs, optional_reference, reference_outputs
+
+Advance = Callable[[int], Any]
+
+
+class Lineup:
+    """Subjects in the order in which they were added; closes their sessions at the end of `with`."""
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        images: ImageSet | None,
+        limit: int,
+        threads: int | None = None,
+        reference: Bundle | None = None,
+    ) -> None:
+        self._folder = folder
+        self._images = None if images is None else images.first(limit)
+        self._threads = threads
+        self._reference = reference
+        self._original: Any = None
+        self._peers: list[Subject] = []
+        self._bundles: list[Subject] = []
+
+    @property
+    def fidelity_images(self) -> int:
+        """Images over which every subject's fidelity is measured."""
+        return 0 if self._images is None else len(self._images.paths)
+
+    def _fidelity(self, session: Session, bundle: Bundle, advance: Advance) -> Fidelity | None:
+        if self._images is None:
+            return None
+        manifest = bundle.manifest
+        outputs = run_over(session, self._images, manifest.preprocess, advance=advance)
+        expected: Outputs | None = reference_outputs(
+            manifest.model_digest, self._images, manifest.preprocess, optional_reference(bundle, self._reference)
+        )
+        return compare_outputs(
+            outputs,
+            self._images,
+            labels=manifest.labels,
+            classifies=manifest.spec.output == "logits",
+            reference=expected,
+        )
+
+    def add_bundle(self, bundle: Bundle, advance: Advance) -> None:
+        """Open a bundle and measure its fidelity."""
+        session = open_session(bundle, threads=self._threads)
+        taken = {subject.name for subject in self._bundles}
+        name = bundle.name if bundle.name not in taken else str(bundle.path)
+        if name in taken:
+            raise VitfoldError(f"{bundle.path} is given twice; give each bundle once")
+        self._bundles.append(
+            Subject(
+                name=name,
+                session=session,
+                preprocess=bundle.manifest.preprocess,
+                fidelity=None,
+                tokens=bundle.manifest.tokens[-1],
+                macs=bundle.manifest.macs,
+                size_bytes=bundle.size_bytes,
+            )
+        )
+        self._bundles[-1] = replace(self._bundles[-1], fidelity=self._fidelity(session, bundle, advance))
+
+    def add_peer(self, name: str, bundle: Bundle) -> None:
+        """Set up a peer of the model that `bundle` was made from."""
+        manifest = bundle.manifest
+        if self._original is None:
+            self._original = load_original(manifest.origin)
+        shape = (manifest.spec.channels, *manifest.spec.image_size)
+        session = open_peer(name, self._original, shape, self._folder)
+        self._peers.append(
+            Subject(
+                name=name, session=session, preprocess=manifest.preprocess, fidelity=None, tokens=manifest.spec.tokens
+            )
+        )
+
+    def measure_peers(self, bundle: Bundle, advance: Advance) -> None:
+        """Measure the fidelity of every peer like that of a bundle."""
+        self._peers = [replace(peer, fidelity=self._fidelity(peer.session, bundle, advance)) for peer in self._peers]
+
+    def ordered(self, baseline: str | None) -> list[Subject]:
+        """Return peers, then bundles, with the baseline first.
+
+        Raises:
+            VitfoldError: if no subject has that name.
+        """
+        subjects = [*self._peers, *self._bundles]
+        if baseline is None:
+            return subjects
+        names = [subject.name for subject in subjects]
+        if baseline not in names:
+            raise VitfoldError(f"no row is called {baseline!r}; {nearest(baseline, names)}")
+        return sorted(subjects, key=lambda subject: subject.name != baseline)
+
+    def __enter__(self) -> Lineup:
+        """Enter a context that closes all sessions."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close all sessions."""
+        for subject in (*self._peers, *self._bundles):
+            subject.session.close()

@@ -1,0 +1,347 @@
+"""The command line by hand: what a user types, what comes back, and what every mistake says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from vitfold.cli.app import app
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "assets" / "demo"
+RANDOM = ("timm:vit_tiny_patch16_224", "--weights", "random", "--image-size", "32", "--num-classes", "4")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["VITFOLD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, (result.stdout, result.stderr)
+    return result
+
+
+def run_json(*arguments: object, code: int = 0) -> Any:
+    return json.loads(run(*arguments, "--json", code=code).stdout)
+
+
+def error(*arguments: object, code: int = 1) -> str:
+    result = run(*arguments, code=code)
+    assert result.stdout == ""
+    return " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def few(folder: Path) -> Path:
+    """Two labelled demo images of every class."""
+    for category in sorted((DEMO / "images").iterdir()):
+        target = folder / "few" / category.name
+        target.mkdir(parents=True)
+        for path in sorted(category.iterdir())[:2]:
+            (target / path.name).write_bytes(path.read_bytes())
+    return folder / "few"
+
+
+@pytest.fixture(scope="module")
+def merged(folder: Path, few: Path) -> Path:
+    run("optimize", "demo", "-o", folder / "merged.fold", "--merge", "2", "--images", few)
+    return folder / "merged.fold"
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Path:
+    run("optimize", "demo", "-o", folder / "plain.fold")
+    return folder / "plain.fold"
+
+
+@pytest.fixture(scope="module")
+def tiny(folder: Path) -> Path:
+    run("optimize", *RANDOM, "-o", folder / "tiny.fold")
+    return folder / "tiny.fold"
+
+
+def test_optimize_says_what_it_made(folder: Path, few: Path) -> None:
+    values = run_json("optimize", "demo", "-o", folder / "said.fold", "--merge", "3:-1", "--images", few)
+    assert values["tokens"][0] == 65
+    assert values["tokens"][-1] == 65 - sum(values["recipe"]["merge"]["r"])
+    assert values["verified"]["median_relative_error"] < 1e-4
+    assert values["fidelity"]["images"] == 20
+    assert values["fidelity"]["agreement"] >= 0.8
+    assert (folder / "said.fold" / "model.onnx").stat().st_size <= values["size_bytes"]
+
+
+def test_a_dry_run_writes_nothing(folder: Path) -> None:
+    values = run_json("optimize", "demo", "-o", folder / "dry.fold", "--merge", "4", "--dry-run")
+    assert values["tokens"] == [65 - 4 * i for i in range(13)]
+    assert "bundle" not in values
+    assert not (folder / "dry.fold").exists()
+
+
+def test_a_recipe_repeats_a_bundle(folder: Path, merged: Path) -> None:
+    again = run_json("optimize", "demo", "-o", folder / "again.fold", "--recipe", merged / "recipe.toml")
+    first = run_json("inspect", merged)
+    assert again["recipe"] == first["recipe"]
+    onnx = [(folder / name / "model.onnx").read_bytes() for name in ("again.fold", "merged.fold")]
+    assert onnx[0] == onnx[1]
+
+
+def test_predict_names_the_class(merged: Path, few: Path) -> None:
+    images = [next((few / name).iterdir()) for name in ("ship", "horse")]
+    results = run_json("predict", merged, *images, "--top", "3")
+    assert [r["image"] for r in results] == [str(path) for path in images]
+    assert [r["top"][0]["label"] for r in results] == ["ship", "horse"]
+    assert all(len(r["top"]) == 3 for r in results)
+    assert "ship" in run("predict", merged, images[0]).stdout
+
+
+def test_evaluate_reports_accuracy_and_fidelity(merged: Path, few: Path) -> None:
+    values = run_json("evaluate", merged, "--images", few)
+    assert {"images", "top1", "top5", "agreement", "cosine"} <= set(values)
+    assert values["images"] == 20
+    assert 0.7 <= values["top1"] <= 1.0
+    assert values["top1"] <= values["top5"] <= 1.0
+    assert 0.9 <= values["cosine"] < 1.0
+
+
+def test_without_merging_nothing_differs(plain: Path, few: Path) -> None:
+    values = run_json("evaluate", plain, "--images", few)
+    assert values["agreement"] == 1.0
+    assert values["cosine"] == pytest.approx(1.0, abs=1e-9)
+
+
+def test_unlabelled_images_give_agreement_only(merged: Path, few: Path, folder: Path) -> None:
+    flat = folder / "flat"
+    flat.mkdir()
+    for path in few.glob("*/*.jpg"):
+        (flat / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
+    values = run_json("evaluate", merged, "--images", flat, "--limit", "7")
+    assert values["images"] == 7
+    assert values["top1"] is None
+    assert values["agreement"] is not None
+
+
+def test_a_named_reference_is_used(merged: Path, plain: Path, few: Path) -> None:
+    with_origin = run_json("evaluate", merged, "--images", few)
+    with_bundle = run_json("evaluate", merged, "--images", few, "--reference", plain)
+    assert with_origin["cosine"] == pytest.approx(with_bundle["cosine"], abs=1e-6)
+
+
+def test_gates_exit_with_three(merged: Path, few: Path, folder: Path) -> None:
+    assert "agreement is" in " ".join(
+        run("evaluate", merged, "--images", few, "--min-cosine", "1", "--min-agreement", "1", code=3).stderr.split()
+    ) or "cosine is" in " ".join(run("evaluate", merged, "--images", few, "--min-cosine", "1", code=3).stderr.split())
+    run("evaluate", merged, "--images", few, "--min-top1", "0.5")
+    run("optimize", "demo", "-o", folder / "g.fold", "--merge", "5", "--images", few, "--min-agreement", "1", code=3)
+
+
+def test_bench_rows_are_the_documented_interface(merged: Path, plain: Path, few: Path, folder: Path) -> None:
+    raw = folder / "raw.json"
+    values = run_json(
+        "bench", plain, merged, "--images", few, "--trials", "2", "--seconds", "0.1", "--batch", "2", "-o", raw
+    )
+    assert {"processor", "cores", "threads", "packages"} <= set(values["environment"])
+    rows = {(row["bundle"], row["scope"]): row for row in values["rows"]}
+    assert set(rows) == {(name, scope) for name in ("plain", "merged") for scope in ("engine", "end_to_end")}
+    for row in values["rows"]:
+        assert set(row["latency_ms"]) == {"median", "mean", "std", "p90", "p99", "iqr"}
+        assert set(row["throughput_ips"]) == {"median", "mean", "std"}
+        assert row["batch"] == 2
+        assert isinstance(row["noisy"], bool)
+        assert row["fidelity"]["images"] == 20
+        assert row["speed_up"]["baseline"] == "plain"
+    samples = json.loads(raw.read_text())["measurements"]
+    assert len(samples) == 4
+    assert all(len(m["trials_ns"]) == 2 and all(m["trials_ns"]) for m in samples)
+
+
+def test_bench_without_images_times_the_engine_only(tiny: Path) -> None:
+    values = run_json("bench", tiny, "--trials", "1", "--seconds", "0.1")
+    assert [row["scope"] for row in values["rows"]] == ["engine"]
+    assert values["rows"][0]["fidelity"] is None
+    shown = run("bench", tiny, "--trials", "1", "--seconds", "0.1")
+    assert "engine only" in shown.stdout
+
+
+def test_bench_takes_peers(tiny: Path) -> None:
+    values = run_json("bench", tiny, "--peers", "torch", "--trials", "1", "--seconds", "0.1")
+    assert [row["bundle"] for row in values["rows"]] == ["torch", "tiny"]
+    assert values["rows"][0]["engine"].startswith("torch")
+    turned = run_json("bench", tiny, "--peers", "torch", "--baseline", "tiny", "--trials", "1", "--seconds", "0.1")
+    assert turned["rows"][1]["speed_up"]["baseline"] == "tiny"
+
+
+def test_inspect_prints_the_documented_fields(merged: Path) -> None:
+    values = run_json("inspect", merged)
+    assert {"recipe", "target", "tokens", "macs", "size_bytes", "origin"} <= set(values)
+    assert values["origin"]["source"] == "demo"
+    assert "demo" in run("inspect", merged).stdout
+
+
+def test_doctor_says_what_is_there() -> None:
+    values = run_json("doctor")
+    assert values["environment"]["cores"] >= 1
+    assert {"onnxruntime", "torch"} <= {part["package"] for part in values["packages"]}
+    assert "onnxruntime" in run("doctor").stdout
+
+
+def test_a_file_with_an_architecture(folder: Path, few: Path) -> None:
+    out = folder / "file.fold"
+    source = (DEMO / "model.safetensors", "--arch", "vit_small_patch14_dinov2", "--num-classes", "10")
+    values = run_json("optimize", *source, "--image-size", "112", "-o", out, "--merge", "1")
+    assert values["tokens"][:2] == [65, 64]
+
+
+# Mistakes.
+
+
+def test_usage_errors_exit_with_two(merged: Path) -> None:
+    run("optimize", "demo", code=2)
+    run("optimize", "demo", "-o", "x.fold", "--merge", "2", "--recipe", "r.toml", code=2)
+    run("evaluate", merged, code=2)
+    run("bench", code=2)
+    run("predict", merged, code=2)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (("timm:vit_base_patch16_242", "--weights", "random"), "vit_base_patch16_224"),
+        (("tim:vit_base_patch16_224",), "timm"),
+        (("nosuchfile.safetensors", "--arch", "vit_tiny_patch16_224"), "nosuchfile"),
+        (("timm:swin_tiny_patch4_window7_224", "--weights", "random"), "Swin"),
+    ],
+)
+def test_unknown_models_offer_what_is_near(folder: Path, source: tuple[str, ...], expected: str) -> None:
+    assert expected in error("optimize", *source, "-o", folder / "never.fold")
+    assert not (folder / "never.fold").exists()
+
+
+def test_weights_that_do_not_fit_name_the_key(folder: Path) -> None:
+    state = load_file(DEMO / "model.safetensors")
+    save_file({k: v for k, v in state.items() if k != "blocks.3.attn.qkv.bias"}, folder / "short.safetensors")
+    options = ("--arch", "vit_small_patch14_dinov2", "--num-classes", "10", "--image-size", "112")
+    assert "blocks.3.attn.qkv.bias" in error(
+        "optimize", folder / "short.safetensors", *options, "-o", folder / "never.fold"
+    )
+    state["blocks.2.mlp.fc1.weight"][3, 5] = np.nan
+    save_file(state, folder / "nan.safetensors")
+    said = error("optimize", folder / "nan.safetensors", *options, "-o", folder / "never.fold")
+    assert "blocks.2.mlp.fc1.weight" in said
+    assert "NaN" in said
+    (folder / "cut.safetensors").write_bytes((DEMO / "model.safetensors").read_bytes()[:100_000])
+    assert "cut.safetensors" in error("optimize", folder / "cut.safetensors", *options, "-o", folder / "never.fold")
+
+
+@pytest.mark.parametrize(
+    ("merge", "expected"),
+    [("40", "block 0"), ("8,8,8,8,8,8,8,8,8,8,8,8", "block"), ("eight", "eight"), ("2:-3", "-1"), ("-1", "-1")],
+)
+def test_schedules_that_do_not_fit_name_the_block(folder: Path, merge: str, expected: str) -> None:
+    assert expected in error("optimize", "demo", "-o", folder / "never.fold", f"--merge={merge}")
+
+
+def test_unknown_targets_and_peers_offer_the_nearest(folder: Path, tiny: Path) -> None:
+    assert "portable" in error("optimize", "demo", "-o", folder / "never.fold", "--target", "portabel")
+    assert "torch-compile" in error("bench", tiny, "--peers", "torch-compil")
+    assert "tiny" in error("bench", tiny, "--trials", "1", "--seconds", "0.1", "--baseline", "tyni")
+
+
+def test_bad_images_are_named_and_skipped_only_on_request(merged: Path, few: Path, folder: Path) -> None:
+    mixed = folder / "mixed"
+    mixed.mkdir()
+    good = sorted(few.glob("*/*.jpg"))[:4]
+    for path in good:
+        (mixed / path.name.replace(".jpg", f"-{path.parent.name}.jpg")).write_bytes(path.read_bytes())
+    (mixed / "broken.jpg").write_bytes(good[0].read_bytes()[:300])
+    (mixed / "text.png").write_text("no image")
+    said = error("evaluate", merged, "--images", mixed)
+    assert "broken.jpg" in said
+    assert "--skip-bad" in said
+    values = run_json("evaluate", merged, "--images", mixed, "--skip-bad")
+    assert values["images"] == len({path.name for path in mixed.iterdir()}) - 2
+    assert len(values["skipped"]) == 2
+    assert "broken.jpg" in error("predict", merged, mixed / "broken.jpg")
+
+
+def test_folders_without_images_say_so(merged: Path, folder: Path) -> None:
+    (folder / "empty").mkdir()
+    assert "no images" in error("evaluate", merged, "--images", folder / "empty")
+    assert "no such folder" in error("evaluate", merged, "--images", folder / "absent")
+
+
+def test_class_folders_that_do_not_fit_say_so(merged: Path, folder: Path) -> None:
+    (folder / "classes" / "zebra").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "classes" / "zebra" / "a.png")
+    assert "zebra" in error("evaluate", merged, "--images", folder / "classes")
+
+
+def test_a_damaged_bundle_is_refused_everywhere(tiny: Path, folder: Path) -> None:
+    import shutil
+
+    broken = folder / "broken.fold"
+    shutil.copytree(tiny, broken)
+    content = bytearray((broken / "model.onnx").read_bytes())
+    content[-100] ^= 1
+    (broken / "model.onnx").write_bytes(content)
+    for arguments in (("inspect", broken), ("bench", broken), ("predict", broken, DEMO / "images")):
+        assert "damaged" in error(*arguments)
+
+
+def test_an_existing_bundle_is_kept_unless_told(tiny: Path) -> None:
+    before = run_json("inspect", tiny)["digest"]
+    assert "--overwrite" in error("optimize", *RANDOM, "-o", tiny, "--merge", "1")
+    assert run_json("inspect", tiny)["digest"] == before
+
+
+def test_interrupting_leaves_no_half_written_bundle(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vitfold", "optimize", "demo", "-o", str(tmp_path / "a.fold"), "--merge", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(tmp_path.iterdir()):  # the partial folder is there: emission has begun
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "interrupted" in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_needs_no_torch() -> None:
+    script = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'timm', 'onnx_ir', 'transformers'):\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "sys.argv = ['vitfold', *sys.argv[1:]]\n"
+        "from vitfold.cli import main\n"
+        "main()\n"
+    )
+    for arguments in (["--help"], ["optimize", "--help"], ["--version"], ["doctor", "--json"]):
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()

@@ -1,0 +1,112 @@
+"""What all tests share: shapes and types of signatures executed as vitfold is imported, and tiny models."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from jaxtyping import config, install_import_hook
+
+# Tiny tensors lose more to a second thread than they win, above all where tests share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# From here on every function and dataclass of vitfold checks its annotations when it is called.
+_HOOK = install_import_hook("vitfold", "beartype.beartype")
+
+from vitfold.model import Array, Model, Origin, Preprocess, ViTSpec, param_shapes  # noqa: E402
+from vitfold.recipe import MergeRecipe  # noqa: E402
+
+TINY: dict[str, Any] = {
+    "image_size": (32, 32),
+    "patch_size": (8, 8),
+    "width": 32,
+    "depth": 2,
+    "heads": 4,
+    "head_width": 8,
+    "mlp_width": 48,
+    "outputs": 10,
+}
+_TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed", "pool.latent")
+
+
+def random_param(name: str, shape: tuple[int, ...], seed: int = 0) -> Array:
+    """Return a parameter that changes the function if it is dropped, transposed or swapped with another."""
+    draw = np.random.default_rng([zlib.crc32(name.encode()), seed])
+    if name.endswith((".ls1", ".ls2")):
+        values = draw.uniform(0.2, 1.5, shape)
+    elif len(shape) == 1 and name.endswith(".weight"):
+        values = draw.uniform(0.6, 1.4, shape)
+    elif name.endswith(".bias") or name in _TOKENS:
+        values = 0.4 * draw.standard_normal(shape)
+    else:
+        values = draw.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
+    return values.astype(np.float32)
+
+
+def build_tiny_model(*, without: Iterable[str] = (), seed: int = 0, **overrides: Any) -> Model:
+    """Return a random model of two blocks and width 32; `without` names optional biases to leave out."""
+    spec = ViTSpec(**{**TINY, **overrides})
+    required, optional = param_shapes(spec)
+    dropped = set(without)
+    if unknown := dropped - set(optional):
+        raise ValueError(f"not optional parameters of this model: {sorted(unknown)}")
+    shapes = required | {name: shape for name, shape in optional.items() if name not in dropped}
+    return Model(
+        spec=spec,
+        params={name: random_param(name, shape, seed) for name, shape in shapes.items()},
+        preprocess=Preprocess(
+            resize="shortest",
+            resize_size=spec.image_size,
+            crop_size=spec.image_size,
+            interpolation="bicubic",
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+        ),
+        labels=None,
+        origin=Origin(source="tests:tiny", loader="tests", arguments={}),
+    )
+
+
+@pytest.fixture
+def without_type_checks() -> Iterator[None]:
+    """Switch annotations off, to reach what vitfold itself says to a wrong type, as it does for its users."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., Model]:
+    """The factory `tiny_model(**spec_overrides)` of random models with two blocks and width 32."""
+    return build_tiny_model
+
+
+@pytest.fixture(scope="session")
+def random_images() -> Callable[..., Array]:
+    """The factory `random_images(spec, batch)` of model inputs (batch, channels, H, W)."""
+
+    def make(spec: ViTSpec, batch: int, seed: int = 0) -> Array:
+        shape = (batch, spec.channels, *spec.image_size)
+        return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_torch() -> Callable[..., Array]:
+    """The reference: `run_torch(model, images, r, prop_attn)` executes the program with `Run`."""
+    import torch
+
+    from vitfold.ops.run import Run
+    from vitfold.programs.vit import vit
+
+    def run(model: Model, images: Array, r: Sequence[int] = (), *, prop_attn: bool = True) -> Array:
+        recipe = MergeRecipe(r=tuple(r), prop_attn=prop_attn)
+        with torch.inference_mode():
+            return vit(Run(model.params), model.spec, recipe, torch.from_numpy(images)).numpy()
+
+    return run

@@ -1,0 +1,181 @@
+"""The cost model: published counts, shapes that agree with execution, and loud misfits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from vitfold.model import ViTSpec, param_shapes
+from vitfold.ops.count import Count
+from vitfold.ops.run import Run
+from vitfold.programs.vit import vit
+from vitfold.recipe import MergeRecipe, tokens_per_block
+from vitfold.schedule import resolve_r
+
+
+def vit_spec(width: int, depth: int, heads: int, size: int = 224) -> ViTSpec:
+    return ViTSpec(
+        image_size=(size, size),
+        patch_size=(16, 16),
+        width=width,
+        depth=depth,
+        heads=heads,
+        head_width=width // heads,
+        mlp_width=4 * width,
+        outputs=1000,
+    )
+
+
+BASE, LARGE = vit_spec(768, 12, 12), vit_spec(1024, 24, 16)
+BASE_384 = vit_spec(768, 12, 12, 384)
+
+
+def count_of(spec: ViTSpec, r: tuple[int, ...] = ()) -> Count:
+    required, optional = param_shapes(spec)
+    count = Count({**required, **optional})
+    vit(count, spec, MergeRecipe(r=r), (1, spec.channels, *spec.image_size))
+    return count
+
+
+def test_macs_of_vit_base_without_merging():
+    assert count_of(BASE).macs / 1e9 == pytest.approx(17.56, abs=0.02)
+
+
+def test_macs_of_vit_base_with_r_8():
+    assert count_of(BASE, (8,) * 12).macs / 1e9 == pytest.approx(13.10, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("spec", "r", "ratio"),
+    [
+        (BASE, 4, 1.146),
+        (BASE, 8, 1.340),
+        (BASE, 13, 1.694),
+        (BASE, 16, 2.002),
+        (LARGE, 4, 1.335),
+        (LARGE, 7, 1.773),
+        (LARGE, 8, 1.988),
+        (BASE_384, 23, 1.348),
+        (BASE_384, 45, 1.964),
+    ],
+)
+def test_mac_ratios_of_constant_schedules(spec, r, ratio):
+    merged = count_of(spec, resolve_r(r, spec)).macs
+    assert count_of(spec).macs / merged == pytest.approx(ratio, rel=0.01)
+
+
+def test_macs_stand_at_the_sites_that_do_the_work():
+    macs = {cost.site: cost.macs for cost in count_of(BASE, (8,) * 12).costs if cost.macs}
+    assert macs["patch_embed"] == 196 * 768 * 768
+    assert macs["blocks.0.attn.qkv"] == 197 * 768 * 2304
+    assert macs["blocks.0.attn.qk"] == macs["blocks.0.attn.av"] == 197 * 197 * 768
+    assert macs["blocks.0.merge.scores"] == 98 * 98 * 64
+    assert macs["blocks.0.mlp.fc1"] == 189 * 768 * 3072
+    assert macs["blocks.11.mlp.fc2"] == 101 * 768 * 3072
+    assert macs["head"] == 768 * 1000
+
+
+def test_weight_bytes_are_those_of_the_weights():
+    """Every linear weight is read once; biases, tokens and positions are not weights of a product."""
+    count = count_of(BASE)
+    required, _ = param_shapes(BASE)
+    products = sum(_size(shape) for name, shape in required.items() if len(shape) in (2, 4) and name != "pos_embed")
+    assert sum(cost.weight_bytes for cost in count.costs if cost.kind == "linear") == 4 * products
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def test_merging_moves_fewer_bytes_but_not_for_free():
+    plain, merged = count_of(BASE), count_of(BASE, (8,) * 12)
+    assert sum(c.activation_bytes for c in merged.costs) < sum(c.activation_bytes for c in plain.costs)
+    assert sum(c.activation_bytes for c in merged.costs if ".merge" in c.site) > 0
+
+
+class Both:
+    """Runs every operation twice, executed and counted, and compares the shapes one by one."""
+
+    def __init__(self, run: Run, count: Count) -> None:
+        self._run, self._count = run, count
+        self.compared = 0
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def operation(*args: Any, **kwargs: Any) -> Any:
+            ran = getattr(self._run, name)(*[_side(a, 0) for a in args], **kwargs)
+            counted = getattr(self._count, name)(*[_side(a, 1) for a in args], **kwargs)
+            if ran is None:
+                return None
+            if isinstance(ran, torch.Tensor):
+                return self._pair(name, ran, counted)
+            return tuple(self._pair(name, a, b) for a, b in zip(ran, counted, strict=True))
+
+        return operation
+
+    def _pair(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
+        assert tuple(tensor.shape) == shape, f"{name} returns {tuple(tensor.shape)}, Count says {shape}"
+        self.compared += 1
+        return tensor, shape
+
+
+def _side(value: Any, side: int) -> Any:
+    if isinstance(value, tuple) and value and isinstance(value[0], torch.Tensor):
+        return value[side]
+    if isinstance(value, tuple) and value and isinstance(value[0], tuple):
+        return tuple(_side(part, side) for part in value)
+    return value
+
+
+@pytest.mark.parametrize("r", [(), (5, 3), (8, 4)])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"registers": 3, "dist_token": True, "pool": "token_dist"},
+        {"class_token": False, "pool": "avg", "mlp": "swiglu", "qk_norm": True},
+        {"pool": "map", "map_heads": 2, "map_mlp_width": 8, "layer_scale": True, "pre_norm": True},
+        {"pool": "token_avg", "pos_embed": "patches", "image_size": (24, 48)},
+        {"pool": "none", "outputs": 0, "output": "last_hidden_state"},
+    ],
+)
+def test_every_shape_agrees_with_execution(tiny_model, random_images, overrides, r):
+    model = tiny_model(**overrides)
+    spec = model.spec
+    image = torch.from_numpy(random_images(spec, 1))
+    both = Both(Run(model.params), Count({name: array.shape for name, array in model.params.items()}))
+    lengths: list[int] = []
+    with torch.inference_mode():
+        vit(
+            both,
+            spec,
+            MergeRecipe(r=r),
+            (image, tuple(image.shape)),
+            observe=lambda _, tokens: lengths.append(tokens.x[1][1]),
+        )
+    assert tuple(lengths) == tokens_per_block(spec, r)[1:]
+    assert both.compared >= 40
+
+
+MISFITS = {
+    "reshape": (lambda c: c.reshape((1, 4, 6), (5, 5)), "cannot reshape"),
+    "split": (lambda c: c.split((1, 4, 7), 2, 2), "cannot split"),
+    "slice past the end": (lambda c: c.slice((1, 4, 7), 1, 0, 5), "outside axis 1"),
+    "slice before the start": (lambda c: c.slice((1, 4, 7), 1, -1, 4), "outside axis 1"),
+    "slice backwards": (lambda c: c.slice((1, 4, 7), 1, 3, 2), "outside axis 1"),
+    "add": (lambda c: c.add((1, 4, 7), (1, 4, 6)), "do not broadcast"),
+    "multiply": (lambda c: c.multiply((1, 4, 7), (5, 7)), "do not broadcast"),
+    "matmul of two batches": (lambda c: c.matmul("m", (2, 4, 7), (3, 7, 4)), "do not broadcast"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_misfitting_shapes_raise(case):
+    operation, message = MISFITS[case]
+    with pytest.raises(ValueError, match=message):
+        operation(Count({}))

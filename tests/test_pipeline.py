@@ -1,0 +1,126 @@
+"""From a model to a bundle: verified, compared, and loud where something is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitfold import pipeline
+from vitfold.bundle import open_bundle
+from vitfold.errors import EngineError, RecipeError, TargetError
+from vitfold.images import ImageSet, find_images
+from vitfold.model import Array, Model
+from vitfold.recipe import MergeRecipe, Recipe
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> ImageSet:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return find_images(folder)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITFOLD_CACHE", str(tmp_path / "cache"))
+
+
+def test_optimize_resolves_and_folds(tiny_model: Callable[..., Model]) -> None:
+    folded = pipeline.optimize(tiny_model(layer_scale=True), merge="3,2")
+    assert folded.recipe.merge.r == (3, 2)
+    assert folded.tokens == (17, 14, 12)
+    assert not folded.folded.spec.layer_scale
+    assert folded.model.spec.layer_scale
+
+
+def test_a_bundle_says_what_it_is(tiny_model: Callable[..., Model], tmp_path: Path, photos: ImageSet) -> None:
+    folded = pipeline.optimize(tiny_model(), merge=2)
+    bundle = pipeline.save(folded, tmp_path / "a.fold", images=photos)
+    manifest = open_bundle(bundle.path).manifest
+    assert manifest.tokens == (17, 15, 13)
+    assert manifest.macs == sum(cost.macs for cost in folded.costs())
+    assert manifest.model_digest == folded.model.digest()
+    assert manifest.verified["median_relative_error"] < 1e-5
+    assert manifest.fidelity is not None
+    assert manifest.fidelity["images"] == 6
+    assert 0.0 <= manifest.fidelity["agreement"] <= 1.0
+    assert manifest.fidelity["cosine"] < 1.0
+
+
+def test_without_merging_nothing_changes(tiny_model: Callable[..., Model], tmp_path: Path, photos: ImageSet) -> None:
+    bundle = pipeline.save(pipeline.optimize(tiny_model()), tmp_path / "a.fold", images=photos)
+    assert bundle.manifest.fidelity is not None
+    assert bundle.manifest.fidelity["agreement"] == 1.0
+    assert bundle.manifest.fidelity["cosine"] == pytest.approx(1.0, abs=1e-9)
+
+
+def test_the_same_input_gives_the_same_digest(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    first = pipeline.save(pipeline.optimize(tiny_model(), merge=2), tmp_path / "a.fold")
+    second = pipeline.save(pipeline.optimize(tiny_model(), merge=2), tmp_path / "b.fold")
+    other = pipeline.save(pipeline.optimize(tiny_model(), merge=3), tmp_path / "c.fold")
+    assert first.digest == second.digest != other.digest
+
+
+def test_a_wrong_graph_never_becomes_a_bundle(
+    tiny_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = pipeline.run_reference
+
+    def off(folded: pipeline.Folded, pixels: Array) -> Array:
+        return original(folded, pixels) * np.float32(1.01)
+
+    monkeypatch.setattr(pipeline, "run_reference", off)
+    with pytest.raises(EngineError, match="differs from the reference"):
+        pipeline.save(pipeline.optimize(tiny_model()), tmp_path / "a.fold")
+    assert not (tmp_path / "a.fold").exists()
+
+
+def test_an_overflowing_model_never_becomes_a_bundle(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    model = tiny_model()
+    huge = {name: (a * np.float32(1e30) if "fc" in name else a) for name, a in model.params.items()}
+    with pytest.raises(EngineError, match="NaN or infinite"):
+        pipeline.save(pipeline.optimize(model.with_params(model.spec, huge)), tmp_path / "a.fold")
+    assert not (tmp_path / "a.fold").exists()
+
+
+def test_a_recipe_file_is_resolved(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('[merge]\nr = "2:-1"\nprop_attn = false\n')
+    recipe = pipeline.read_recipe(path, tiny_model().spec)
+    assert recipe.merge == MergeRecipe(r=(4, 0), prop_attn=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[merge]\nR = 2\n", "merge.R"),
+        ("[merg]\nr = 2\n", "merge"),
+        ("[merge\n", "not valid TOML"),
+        ("[merge]\nr = 99\n", "block 0"),
+        ("[merge]\nprop_attn = 1\n", "true or false"),
+    ],
+)
+def test_bad_recipes_are_named(tiny_model: Callable[..., Model], tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        pipeline.read_recipe(path, tiny_model().spec)
+
+
+def test_a_missing_recipe_is_named(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        pipeline.read_recipe(tmp_path / "no.toml", tiny_model().spec)
+
+
+def test_contradictions_and_unknown_targets_are_refused(tiny_model: Callable[..., Model]) -> None:
+    with pytest.raises(RecipeError, match="not both"):
+        pipeline.optimize(tiny_model(), merge=2, recipe=Recipe())
+    with pytest.raises(TargetError, match="cpu"):
+        pipeline.optimize(tiny_model(), target="cpus")
