@@ -312,3 +312,11 @@ def test_class_folders_that_fit_neither_way_are_refused(tmp_path):
 def test_images_without_classes_have_no_targets(tmp_path):
     with pytest.raises(ImageError, match="has no class folders"):
         class_targets(folder_of(tmp_path, 1), None, 3)
+
+
+def test_loose_images_beside_class_folders_are_an_error(tmp_path):
+    (tmp_path / "thumbs").mkdir()
+    for path in (tmp_path / "loose.png", tmp_path / "thumbs" / "small.png"):
+        Image.new("RGB", (4, 4)).save(path)
+    with pytest.raises(ImageError, match=r"loose\.png.*thumbs"):
+        find_images(tmp_path)

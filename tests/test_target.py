@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -37,5 +38,31 @@ def test_no_target_scatters():
     ],
 )
 def test_an_unknown_target_offers_the_nearest(name, message):
+    with pytest.raises(TargetError, match=message):
+        find_target(name)
+
+
+def test_single_lowering_choices_can_be_changed():
+    changed = find_target("cpu:gather=one_hot,linear_bias=add")
+    assert (changed.gather, changed.linear_bias) == ("one_hot", "add")
+    assert changed.name == "cpu:gather=one_hot,linear_bias=add"
+    assert (
+        replace(changed, gather=TARGETS["cpu"].gather, linear_bias=TARGETS["cpu"].linear_bias, name="cpu")
+        == (TARGETS["cpu"])
+    )
+    assert TARGETS["cpu"].gather != "one_hot", "the table itself must not change"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cpus:gather=one_hot", "unknown target 'cpus'; did you mean cpu"),
+        ("cpu:gathr=one_hot", "unknown lowering choice 'gathr' .*did you mean gather"),
+        ("cpu:scatter_add=scatter_nd", "scatter_add cannot be 'scatter_nd' .*did you mean scatter_elements"),
+        ("cpu:gather", "gather cannot be ''"),
+        ("cpu:opset=3", "unknown lowering choice 'opset'"),
+    ],
+)
+def test_an_unknown_lowering_choice_offers_the_nearest(name, message):
     with pytest.raises(TargetError, match=message):
         find_target(name)

@@ -83,12 +83,17 @@ def find_images(root: str | Path) -> ImageSet:
     children = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     by_class = {p.name: _image_files(p) for p in children}
     by_class = {name: files for name, files in by_class.items() if files}
+    files = _image_files(folder)
+    if by_class and files:
+        raise ImageError(
+            f"{folder} holds both images ({files[0].name}, {len(files)} in all) and folders of images "
+            f"({next(iter(by_class))}, ...); move the loose images into class folders or elsewhere"
+        )
     if by_class:
         classes = tuple(by_class)
-        paths = tuple(p for files in by_class.values() for p in files)
-        index = tuple(i for i, files in enumerate(by_class.values()) for _ in files)
+        paths = tuple(p for group in by_class.values() for p in group)
+        index = tuple(i for i, group in enumerate(by_class.values()) for _ in group)
         return ImageSet(root=str(folder), paths=paths, classes=classes, class_index=index)
-    files = _image_files(folder)
     if not files:
         raise ImageError(
             f"no images in {folder}; expected files ending in {', '.join(sorted(SUFFIXES))}, "

@@ -13,8 +13,8 @@ from vitfold.model import param_shapes, spec_to_dict, vit_spec_from_dict
 
 MISFITS = {
     "patch size": (
-        {"image_size": (32, 30)},
-        r"image size 30 \(axis 1\) is not a positive multiple of the patch size 8",
+        {"image_size": (32, 7)},
+        r"image size 7 \(axis 1\) is smaller than the patch size 8",
     ),
     "no patches": ({"image_size": (0, 32)}, r"image size 0 \(axis 0\)"),
     "width": ({"width": 0}, "width must be positive, found 0"),

@@ -170,6 +170,20 @@ MISFITS = {
     "slice backwards": (lambda c: c.slice((1, 4, 7), 1, 3, 2), "outside axis 1"),
     "add": (lambda c: c.add((1, 4, 7), (1, 4, 6)), "do not broadcast"),
     "multiply": (lambda c: c.multiply((1, 4, 7), (5, 7)), "do not broadcast"),
+    "matmul of two depths": (lambda c: c.matmul("m", (1, 4, 7), (1, 6, 4)), "cannot multiply"),
+    "matmul of two depths, transposed": (
+        lambda c: c.matmul("m", (1, 4, 7), (1, 4, 6), transpose_b=True),
+        "cannot multiply",
+    ),
+    "linear": (lambda c: c.linear("layer", (1, 4, 6)), "takes width 7"),
+    "patch_embed": (lambda c: c.patch_embed("patch", (1, 1, 8, 8)), "takes 3 channels"),
+    "attention": (
+        lambda c: c.attention("a", (1, 2, 4, 8), (1, 2, 5, 8), (1, 2, 6, 8), None),
+        "one value per key",
+    ),
+    "concat": (lambda c: c.concat(((1, 4, 7), (1, 4, 6)), 1), "cannot concatenate"),
+    "rank_split": (lambda c: c.rank_split((1, 4), 5), "the 5 largest"),
+    "scatter_add": (lambda c: c.scatter_add("s", (1, 4, 7), (1, 2), (1, 3, 7)), "one row"),
     "matmul of two batches": (lambda c: c.matmul("m", (2, 4, 7), (3, 7, 4)), "do not broadcast"),
 }
 
@@ -178,4 +192,4 @@ MISFITS = {
 def test_misfitting_shapes_raise(case):
     operation, message = MISFITS[case]
     with pytest.raises(ValueError, match=message):
-        operation(Count({}))
+        operation(Count({"layer.weight": (5, 7), "patch.weight": (8, 3, 4, 4)}))

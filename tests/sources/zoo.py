@@ -114,6 +114,8 @@ CONTRACT: dict[str, Callable[[], nn.Module]] = {
     "timm SwiGLU gate last": partial(T, mlp_layer=tl.GluMlp, act_layer=nn.SiLU),
     "timm SwiGLU split": partial(T, mlp_layer=tl.SwiGLU, act_layer=nn.SiLU),
     "timm map": partial(T, class_token=False, global_pool="map", **GELU_TANH),
+    "timm map without prefix": partial(T, global_pool="map", reg_tokens=4),
+    "timm pixels beyond the last patch": partial(T, img_size=34),
     "timm map with prefix": partial(T, global_pool="map", pool_include_prefix=True),
     "timm no head": partial(T, num_classes=0),
     "timm no pool": partial(T, num_classes=0, global_pool=""),

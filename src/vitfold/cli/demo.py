@@ -36,8 +36,7 @@ def demo(
     from vitfold.bundle import Bundle
     from vitfold.images import find_images
     from vitfold.report.tables import environment_line, ladder
-    from vitfold.sources import load_source
-    from vitfold.sources.origin import demo_folder
+    from vitfold.sources import demo_folder, load_source
     from vitfold.subjects import Lineup
 
     rungs = ["none", *(r.strip() for r in merge.split(",") if r.strip() not in ("", "0", "none"))]

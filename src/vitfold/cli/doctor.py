@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from typing import Any
 
 from rich.table import Table
 
 from vitfold.cli import options
-from vitfold.cli.terminal import command, note, out, print_json
+from vitfold.cli.terminal import command, note, out, print_json, steps
 
 _PARTS = (
     ("onnxruntime", "onnxruntime", "runs bundles", "vitfold"),
@@ -22,7 +25,7 @@ _PARTS = (
 
 
 @command
-def doctor(json: options.Json = False) -> None:
+def doctor(as_json: options.Json = False) -> None:
     """Say what is installed, which instruction sets the processor has, and how to mend what is missing."""
     from vitfold.bench.environment import environment, installed_version
     from vitfold.cache import cache_folder
@@ -31,9 +34,13 @@ def doctor(json: options.Json = False) -> None:
 
     facts = environment()
     parts: list[dict[str, Any]] = []
+    installed = [module for package, module, _, _ in _PARTS if installed_version(package) is not None]
+    with steps("doctor") as say:
+        say("importing what is installed")
+        problems = _import_problems(installed)
     for package, module, purpose, cure in _PARTS:
         version = installed_version(package)
-        problem = None if version is None else _import_problem(module)
+        problem = problems.get(module)
         parts.append(
             {
                 "package": package,
@@ -44,7 +51,7 @@ def doctor(json: options.Json = False) -> None:
             }
         )
     advice = _advice(facts["processor"]["instruction_sets"])
-    if json:
+    if as_json:
         print_json(
             {
                 "vitfold": __version__,
@@ -76,13 +83,25 @@ def doctor(json: options.Json = False) -> None:
         note(line)
 
 
-def _import_problem(module: str) -> str | None:
-    """Return why an installed package cannot be imported, or None."""
-    import subprocess
-    import sys
-
-    done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=False)
-    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["import failed"])[-1]
+def _import_problems(modules: list[str]) -> dict[str, str]:
+    """Import installed packages in one process of their own; return what went wrong with which."""
+    script = (
+        "import importlib, json, sys\n"
+        "found = {}\n"
+        "for name in sys.argv[1:]:\n"
+        "    try:\n"
+        "        importlib.import_module(name)\n"
+        "    except BaseException as error:\n"
+        "        found[name] = f'{type(error).__name__}: {error}'.splitlines()[0]\n"
+        "print(json.dumps(found))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *modules], capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines:
+        last = (done.stderr.strip().splitlines() or ["the process died"])[-1]
+        return dict.fromkeys(modules, f"importing them together fails: {last}")
+    problems: dict[str, str] = json.loads(lines[-1])
+    return problems
 
 
 def _advice(sets: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ it, without torch. Reading files is `images`' job.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -17,6 +17,7 @@ from vitfold.errors import ImageError, SourceError, nearest
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 ResizeMode = Literal["shortest", "cover", "exact", "none"]
+CropOffset = Literal["round", "floor"]
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -32,7 +33,8 @@ class Preprocess:
 
     `resize` is "shortest" (the short side becomes `resize_size[0]`, the long side is truncated, as
     torchvision does), "cover" (the smallest size with this aspect that covers `resize_size`, rounded,
-    as timm does for oblong inputs), "exact" (aspect ignored) or "none".
+    as timm does for oblong inputs), "exact" (aspect ignored) or "none". An odd surplus is cropped at the
+    rounded half (torchvision) or at its floor (transformers), as `crop_offset` says.
     """
 
     resize: ResizeMode
@@ -41,10 +43,13 @@ class Preprocess:
     interpolation: Interpolation
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    crop_offset: CropOffset = "round"
 
     def __post_init__(self) -> None:
         if self.resize not in get_args(ResizeMode):
             raise SourceError(f"unsupported resize mode {self.resize!r}; supported: {get_args(ResizeMode)}")
+        if self.crop_offset not in get_args(CropOffset):
+            raise SourceError(f"unsupported crop offset {self.crop_offset!r}; supported: {get_args(CropOffset)}")
         if self.interpolation not in _RESAMPLING:
             raise SourceError(f"unsupported interpolation {self.interpolation!r}; supported: {sorted(_RESAMPLING)}")
         if min(*self.resize_size, *self.crop_size) <= 0:
@@ -75,7 +80,7 @@ class Preprocess:
         shape = self.resized_shape(image.height, image.width)
         if shape != (image.height, image.width):
             image = image.resize((shape[1], shape[0]), _RESAMPLING[self.interpolation])
-        image = _center_crop(image, self.crop_size)
+        image = _center_crop(image, self.crop_size, self.crop_offset)
         pixels = np.asarray(image, dtype=np.float32)
         pixels = pixels / np.float32(255.0)
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
@@ -100,7 +105,7 @@ def rgb_from_image(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _center_crop(image: Image.Image, size: tuple[int, int], offset: CropOffset) -> Image.Image:
     """Crop the center; an image smaller than the crop is padded with black, as torchvision does."""
     height, width = size
     if (image.height, image.width) == size:
@@ -109,7 +114,8 @@ def _center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         canvas = Image.new("RGB", (max(width, image.width), max(height, image.height)))
         canvas.paste(image, (max(0, (width - image.width) // 2), max(0, (height - image.height) // 2)))
         image = canvas
-    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    down, across = image.height - height, image.width - width
+    top, left = (down // 2, across // 2) if offset == "floor" else (round(down / 2), round(across / 2))
     return image.crop((left, top, left + width, top + height))
 
 
@@ -120,7 +126,8 @@ def preprocess_from_dict(values: dict[str, Any]) -> Preprocess:
         SourceError: if a key is unknown or missing.
     """
     known = {f.name for f in fields(Preprocess)}
-    unknown, missing = sorted(set(values) - known), sorted(known - set(values))
+    needed = {f.name for f in fields(Preprocess) if f.default is MISSING}
+    unknown, missing = sorted(set(values) - known), sorted(needed - set(values))
     if unknown:
         raise SourceError(
             f"unknown preprocessing key {unknown[0]!r} ({nearest(unknown[0], known)}); "

@@ -71,10 +71,10 @@ class ViTSpec:
             if value not in get_args(kind):
                 raise SourceError(f"unsupported {name} {value!r}; supported: {', '.join(get_args(kind))}")
         for axis, (image, patch) in enumerate(zip(self.image_size, self.patch_size, strict=True)):
-            if patch <= 0 or image <= 0 or image % patch:
+            if patch <= 0 or image < patch:
                 raise SourceError(
-                    f"image size {image} (axis {axis}) is not a positive multiple of the patch size {patch}; "
-                    "choose an image size that the patch size divides"
+                    f"image size {image} (axis {axis}) is smaller than the patch size {patch}; "
+                    "choose a larger image size"
                 )
         for name in ("channels", "width", "depth", "heads", "head_width", "mlp_width"):
             if getattr(self, name) <= 0:
@@ -90,7 +90,7 @@ class ViTSpec:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches down and across."""
+        """Whole patches down and across; pixels beyond the last one are not seen, as in every zoo."""
         return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
 
     @property

@@ -62,6 +62,7 @@ class Count:
     def patch_embed(self, layer: str, image: Shape) -> Shape:
         """Patches as a matrix product."""
         width, channels, height, across = self._shapes[f"{layer}.weight"]
+        _require(image[1] == channels, f"{layer} takes {channels} channels, found {image}")
         output = (image[0], (image[2] // height) * (image[3] // across), width)
         weights = width * channels * height * across
         self._note(layer, "linear", (image,), output, macs=output[1] * weights, weights=weights)
@@ -70,6 +71,7 @@ class Count:
     def linear(self, layer: str, x: Shape) -> Shape:
         """Rows times weights."""
         outputs, inputs = self._shapes[f"{layer}.weight"]
+        _require(x[-1] == inputs, f"{layer} takes width {inputs}, found {x}")
         output = (*x[:-1], outputs)
         self._note(layer, "linear", (x,), output, macs=_size(x[:-1]) * inputs * outputs, weights=inputs * outputs)
         return output
@@ -86,13 +88,15 @@ class Count:
 
     def attention(self, site: str, q: Shape, k: Shape, v: Shape, bias: Shape | None) -> Shape:
         """Two products and a softmax over the scores."""
+        _require(k[-2] == v[-2], f"{site} needs one value per key, found {k} and {v}")
         scores = self.matmul(f"{site}.qk", q, k, transpose_b=True)
         self._note(f"{site}.softmax", "softmax", (scores,) if bias is None else (scores, bias), scores)
         return self.matmul(f"{site}.av", scores, v)
 
     def matmul(self, site: str, a: Shape, b: Shape, *, transpose_b: bool = False) -> Shape:
         """Rows times columns times depth."""
-        columns = b[-2] if transpose_b else b[-1]
+        columns, depth = (b[-2], b[-1]) if transpose_b else (b[-1], b[-2])
+        _require(a[-1] == depth, f"{site} cannot multiply {a} and {b}")
         output = (*_broadcast(a[:-2], b[:-2]), a[-2], columns)
         self._note(site, "matmul", (a, b), output, macs=_size(output) * a[-1])
         return output
@@ -142,8 +146,7 @@ class Count:
     def reshape(self, a: Shape, shape: tuple[int, ...]) -> Shape:
         """Free; a wrong size is a bug in the program."""
         output = (a[0], *shape)
-        if _size(output) != _size(a):
-            raise ValueError(f"cannot reshape {a} to {output}")
+        _require(_size(output) == _size(a), f"cannot reshape {a} to {output}")
         return output
 
     def transpose(self, a: Shape, perm: tuple[int, ...]) -> Shape:
@@ -154,15 +157,13 @@ class Count:
 
     def split(self, a: Shape, parts: int, axis: int) -> tuple[Shape, ...]:
         """One copy."""
-        if a[axis] % parts:
-            raise ValueError(f"cannot split axis {axis} of {a} into {parts}")
+        _require(a[axis] % parts == 0, f"cannot split axis {axis} of {a} into {parts}")
         self._note(self._scope, "layout", (a,), a)
         return ((*a[:axis], a[axis] // parts, *a[axis + 1 :]),) * parts
 
     def slice(self, a: Shape, axis: int, start: int, stop: int, step: int = 1) -> Shape:
         """One copy of what is taken."""
-        if not 0 <= start <= stop <= a[axis]:
-            raise ValueError(f"slice {start}:{stop} is outside axis {axis} of {a}")
+        _require(0 <= start <= stop <= a[axis], f"slice {start}:{stop} is outside axis {axis} of {a}")
         output = (*a[:axis], len(range(start, stop, step)), *a[axis + 1 :])
         self._note(self._scope, "layout", (output,), output)
         return output
@@ -170,6 +171,8 @@ class Count:
     def concat(self, parts: tuple[Shape, ...], axis: int) -> Shape:
         """One copy."""
         first = parts[0]
+        rest = {part[:axis] + part[axis + 1 :] for part in parts}
+        _require(len(rest) == 1, f"cannot concatenate {parts} along axis {axis}")
         output = (*first[:axis], sum(part[axis] for part in parts), *first[axis + 1 :])
         self._note(self._scope, "layout", parts, output)
         return output
@@ -185,6 +188,7 @@ class Count:
 
     def rank_split(self, scores: Shape, count: int) -> tuple[Shape, Shape]:
         """A sort of one short row."""
+        _require(0 <= count <= scores[1], f"cannot take the {count} largest of {scores}")
         self._note(self._scope, "reduction", (scores,), scores)
         return (scores[0], count), (scores[0], scores[1] - count)
 
@@ -196,6 +200,7 @@ class Count:
 
     def scatter_add(self, site: str, x: Shape, index: Shape, rows: Shape) -> Shape:
         """Counted as additions of bytes, not as the one-hot product that some targets use."""
+        _require(rows == (*index, x[2]), f"{site} needs one row of {x} per index of {index}, found {rows}")
         self._note(site, "elementwise", (x, rows), x)
         return x
 
@@ -218,7 +223,15 @@ def _size(shape: Shape) -> int:
 def _broadcast(*shapes: Shape) -> Shape:
     rank = max(len(shape) for shape in shapes)
     padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
+    output = []
     for lengths in zip(*padded, strict=True):
-        if len({length for length in lengths if length != 1}) > 1:
-            raise ValueError(f"shapes {shapes} do not broadcast")
-    return tuple(max(lengths) for lengths in zip(*padded, strict=True))
+        longer = {length for length in lengths if length != 1}
+        _require(len(longer) <= 1, f"shapes {shapes} do not broadcast")
+        output.append(longer.pop() if longer else 1)
+    return tuple(output)
+
+
+def _require(fits: bool, message: str) -> None:
+    """Raise for a bug in a program: shapes that no interpreter could run."""
+    if not fits:
+        raise ValueError(message)

@@ -121,6 +121,19 @@ def weighted_mean(ops: Ops[T], tokens: Tokens[T], *, originals: int, with_prefix
     return ops.scale(ops.sum(x, 1), 1.0 / originals)
 
 
+def without_prefix(ops: Ops[T], tokens: Tokens[T]) -> Tokens[T]:
+    """Leave the prefix rows out, of x and of sizes: (B, N, D) -> (B, N - P, D)."""
+    rows = (tokens.prefix, tokens.count)
+    return replace(
+        tokens,
+        x=ops.slice(tokens.x, 1, *rows),
+        size=None if tokens.size is None else ops.slice(tokens.size, 1, *rows),
+        source=None if tokens.source is None else ops.slice(tokens.source, 1, *rows),
+        count=tokens.count - tokens.prefix,
+        prefix=0,
+    )
+
+
 def unmerge(ops: Ops[T], site: str, tokens: Tokens[T]) -> T:
     """Give every original token the row that holds it: (B, N, D) -> (B, N_0, D), raster order.
 

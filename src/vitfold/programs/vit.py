@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from vitfold.model import ViTSpec
 from vitfold.ops.protocol import Ops, T
-from vitfold.programs.tokens import Tokens, log_size, match, merge, unmerge, weighted_mean
+from vitfold.programs.tokens import Tokens, log_size, match, merge, unmerge, weighted_mean, without_prefix
 from vitfold.recipe import MergeRecipe, tokens_per_block
 
 Observe = Callable[[int, Tokens[T]], None]
@@ -118,7 +118,7 @@ def pool(ops: Ops[T], spec: ViTSpec, tokens: Tokens[T], *, prop_attn: bool) -> T
     if spec.pool == "none":
         x = unmerge(ops, "pool.unmerge", tokens)
     elif spec.pool == "map":
-        x = attention_pool(ops, spec, tokens, bias=log_size(ops, tokens) if prop_attn else None)
+        x = attention_pool(ops, spec, tokens, prop_attn=prop_attn)
     elif spec.pool == "avg":
         originals = spec.tokens if spec.pool_prefix else spec.patches
         x = weighted_mean(ops, tokens, originals=originals, with_prefix=spec.pool_prefix)
@@ -132,14 +132,19 @@ def pool(ops: Ops[T], spec: ViTSpec, tokens: Tokens[T], *, prop_attn: bool) -> T
     return ops.layer_norm("pool_norm", x, spec.norm_eps) if spec.pool_norm else x
 
 
-def attention_pool(ops: Ops[T], spec: ViTSpec, tokens: Tokens[T], *, bias: T | None) -> T:
-    """Let one learned query attend to all tokens, then an MLP with residual: (B, N, D) -> (B, D).
+def attention_pool(ops: Ops[T], spec: ViTSpec, tokens: Tokens[T], *, prop_attn: bool) -> T:
+    """Let one learned query attend to the tokens, then an MLP with residual: (B, N, D) -> (B, D).
+
+    It sees the prefix tokens only where `spec.pool_prefix` says so.
 
     Merged tokens count by their size in this attention too.
 
     Source: SigLIP (2303.15343) and its MAP head (2106.04560, section 3).
     """
     heads, head_width = spec.map_heads, spec.width // spec.map_heads
+    if tokens.prefix and not spec.pool_prefix:
+        tokens = without_prefix(ops, tokens)
+    bias = log_size(ops, tokens) if prop_attn else None
     q = ops.linear("pool.q", ops.param("pool.latent"))
     q = ops.transpose(ops.reshape(q, (1, heads, head_width)), (0, 2, 1, 3))
     kv = ops.linear("pool.kv", tokens.x)

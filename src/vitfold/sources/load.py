@@ -97,6 +97,11 @@ def load_source(
     origin = Origin(source=source, loader=_loader(zoo), arguments=arguments)
     preprocess, labels = facts.get("preprocess"), facts.get("labels")
     model = _translate(translator, module, facts, origin, preprocess, labels, unnamed=weights == "random")
+    if image_size is not None and any(image_size % patch for patch in model.spec.patch_size):
+        raise SourceError(
+            f"--image-size {image_size} is not a multiple of the patch size {model.spec.patch_size[0]}: "
+            "the last pixels would not be seen; choose a multiple"
+        )
     return Loaded(model=model, original=module)
 
 

@@ -1,19 +1,16 @@
 """Loading again what a bundle was made from.
 
-Owns the way back from a manifest's `origin` to the model, and the place of the demo.
+Owns the way back from a manifest's `origin` to the model.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from vitfold.errors import SourceError
 from vitfold.sources.load import Loaded, load_source
 
-DEMO_VARIABLE = "VITFOLD_DEMO"
 _OPTIONS = ("arch", "num_classes", "image_size", "weights", "seed")
 
 
@@ -28,9 +25,3 @@ def load_origin(origin: Mapping[str, Any]) -> Loaded:
         raise SourceError("it was made from a module in memory, which cannot be loaded again")
     arguments = dict(origin["arguments"])
     return load_source(source, **{name: arguments[name] for name in _OPTIONS if name in arguments})
-
-
-def demo_folder() -> Path:
-    """Return the folder of the demo model and its images: $VITFOLD_DEMO, or assets/demo of the checkout."""
-    named = os.environ.get(DEMO_VARIABLE)
-    return Path(named) if named else Path(__file__).resolve().parents[3] / "assets" / "demo"

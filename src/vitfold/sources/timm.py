@@ -224,8 +224,6 @@ def _pooling(reader: Reader, module: Any, distilled: bool) -> dict[str, Any]:
 
 def _map_pool(reader: Reader, module: Any) -> dict[str, Any]:
     pool = module.attn_pool
-    if module.num_prefix_tokens and not module.pool_include_prefix:
-        raise refuse("attention pooling that leaves out prefix tokens", "create it with pool_include_prefix=True")
     if pool.latent_len != 1 or pool.pos_embed is not None or class_name(pool.q_norm) != "torch.Identity":
         raise refuse("attention pooling with several queries, positions or QK norm", PLAIN)
     reader.put("pool.latent", pool.latent)

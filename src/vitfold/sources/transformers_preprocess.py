@@ -85,6 +85,7 @@ def preprocess_from_processor(values: dict[str, Any], image_size: tuple[int, int
         interpolation=RESAMPLE[resample],  # type: ignore[arg-type]
         mean=_triple(mean),
         std=_triple(std),
+        crop_offset="floor",
     )
 
 
