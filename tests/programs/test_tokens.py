@@ -24,9 +24,9 @@ def draw(batch: int, count: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).standard_normal((batch, count, width)).astype(np.float32))
 
 
-def positions(pairs: Match[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Indices within A and B as sequence positions."""
-    return pairs.start_a + 2 * pairs.moved, pairs.start_b + 2 * pairs.into, pairs.start_a + 2 * pairs.kept
+def former_destinations(pairs: Match[torch.Tensor]) -> torch.Tensor:
+    """Destinations as positions in the sequence before the merge."""
+    return pairs.survivors.gather(1, pairs.into)
 
 
 def merge_once(tokens: Tokens[torch.Tensor], metric: torch.Tensor, r: int, *, trace: bool = True) -> Tokens:
@@ -51,13 +51,14 @@ def test_match_and_merge_equal_the_oracle_for_every_r(prefix, patches):
     for r in range(1, largest_r(count, prefix) + 1):
         pairs = match(Run({}), "m", metric, count=count, prefix=prefix, r=r)
         merged = merge_once(Tokens(x=x, count=count, prefix=prefix), metric, r)
-        moved, into, kept = positions(pairs)
+        into = former_destinations(pairs)
         assert merged.count == merged.x.shape[1] == count - r
         for image in range(3):
             plan = tome.plan_merge(metric[image].numpy(), r, prefix)
-            assert (moved[image].tolist(), into[image].tolist()) == (plan.moved, plan.into)
-            evens = [i for i in range(prefix, count) if i % 2 == 0]
-            assert kept[image].tolist() == [i for i in evens if i not in plan.moved]
+            assert (pairs.moved[image].tolist(), into[image].tolist()) == (plan.moved, plan.into)
+            evens = [i for i in range(prefix, count) if i % 2 == 0 and i not in plan.moved]
+            odds = [i for i in range(prefix, count) if i % 2 == 1]
+            assert pairs.survivors[image].tolist() == [*range(prefix), *evens, *odds]
             assert_rows(merged, image, tome.apply_merge(tome.fresh_rows(x[image].numpy()), plan))
 
 
@@ -124,7 +125,8 @@ def test_ties_between_duplicated_patches_keep_the_weighted_outputs(prefix, copie
 def test_equal_scores_prefer_the_smaller_index():
     metric = torch.ones(1, 8, 4)
     pairs = match(Run({}), "m", metric, count=8, prefix=0, r=2)
-    assert (pairs.moved.tolist(), pairs.into.tolist(), pairs.kept.tolist()) == ([[0, 1]], [[0, 0]], [[2, 3]])
+    assert (pairs.moved.tolist(), former_destinations(pairs).tolist()) == ([[0, 2]], [[1, 1]])
+    assert pairs.survivors.tolist() == [[4, 6, 1, 3, 5, 7]]
 
 
 def test_zero_rows_in_the_metric_give_no_nan():

@@ -192,6 +192,14 @@ class Count:
         self._note(self._scope, "reduction", (scores,), scores)
         return (scores[0], count), (scores[0], scores[1] - count)
 
+    def affine_index(self, index: Shape, step: int, start: int) -> Shape:
+        """Free: a few integers."""
+        return index
+
+    def surround_index(self, index: Shape, before: range, after: range) -> Shape:
+        """Free: a few integers."""
+        return (index[0], len(before) + index[1] + len(after))
+
     def take(self, x: Shape, index: Shape) -> Shape:
         """One copy of what is taken."""
         output = (*index, *x[2:])

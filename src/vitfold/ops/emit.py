@@ -63,6 +63,7 @@ class Emit:
         self._constants: dict[tuple[str, Shape, bytes], ir.Value] = {}
         self._weights: dict[tuple[str, bool], ir.Value] = {}
         self._names: Counter[str] = Counter()
+        self._derived: dict[tuple[ir.Value, int, bool], ir.Value] = {}
 
     # Writing nodes and constants.
 
@@ -294,28 +295,36 @@ class Emit:
         return Value(self._node("Add", padded, below), shape)
 
     def argmax(self, a: Value) -> tuple[Value, Value]:
-        """TopK with k = 1."""
+        """ReduceMax and ArgMax, which takes the first on ties."""
         shapes = self.count.argmax(a.shape)
-        values, index = self._nodes("TopK", a.onnx, self._integers(1), outputs=2, axis=-1)
-        axis = self._integers(-1)
-        return (
-            Value(self._node("Squeeze", values, axis), shapes[0]),
-            Value(self._node("Squeeze", index, axis), shapes[1]),
-        )
+        values = self._node("ReduceMax", a.onnx, self._integers(-1), keepdims=0)
+        return Value(values, shapes[0]), Value(self._node("ArgMax", a.onnx, axis=-1, keepdims=0), shapes[1])
 
     def rank_split(self, scores: Value, count: int) -> tuple[Value, Value]:
         """Sort by TopK, cut, and sort the rest by index: ONNX breaks ties by the smaller index."""
         shapes = self.count.rank_split(scores.shape, count)
         total = scores.shape[1]
         _, order = self._nodes("TopK", scores.onnx, self._integers(total), outputs=2, axis=-1)
-        one = self._integers(1)
-        first = self._node("Slice", order, self._integers(0), self._integers(count), one, one)
-        if count == total:
-            rest = self._node("Slice", order, self._integers(total), self._integers(total), one, one)
-            return Value(first, shapes[0]), Value(rest, shapes[1])
-        rest = self._node("Slice", order, self._integers(count), self._integers(total), one, one)
-        rest, _ = self._nodes("TopK", rest, self._integers(total - count), outputs=2, axis=-1, largest=0)
+        first, rest = self._nodes("Split", order, self._integers(count, total - count), outputs=2, axis=1)
+        if count < total:
+            rest, _ = self._nodes("TopK", rest, self._integers(total - count), outputs=2, axis=-1, largest=0)
         return Value(first, shapes[0]), Value(rest, shapes[1])
+
+    def affine_index(self, index: Value, step: int, start: int) -> Value:
+        """Mul and Add, where they do something."""
+        onnx = index.onnx
+        if step != 1:
+            onnx = self._node("Mul", onnx, self._integers(step))
+        if start != 0:
+            onnx = self._node("Add", onnx, self._integers(start))
+        return Value(onnx, self.count.affine_index(index.shape, step, start))
+
+    def surround_index(self, index: Value, before: range, after: range) -> Value:
+        """Pad with zeros and add the constants, so that the graph never asks for its batch size."""
+        shape = self.count.surround_index(index.shape, before, after)
+        padded = self._node("Pad", index.onnx, self._integers(0, len(before), 0, len(after)))
+        ends = np.array([[*before, *(0,) * index.shape[1], *after]], np.int64)
+        return Value(self._node("Add", padded, self._constant(ends)), shape)
 
     def take(self, x: Value, index: Value) -> Value:
         """Gather rows in the target's form."""
@@ -324,7 +333,7 @@ class Emit:
             return Value(self._node("GatherElements", x.onnx, index.onnx, axis=1), shape)
         if self._target.gather == "one_hot":
             return Value(self._node("MatMul", self._one_hot(index, x.shape[1], by_row=True), x.onnx), shape)
-        rows = self._node("Unsqueeze", index.onnx, self._integers(2))
+        rows = self._column(index)
         if self._target.gather == "gather_nd":
             return Value(self._node("GatherND", x.onnx, rows, batch_dims=1), shape)
         width = self._constant(np.ones((1, 1, x.shape[2]), np.int64))
@@ -332,10 +341,20 @@ class Emit:
 
     def _one_hot(self, index: Value, depth: int, *, by_row: bool) -> ir.Value:
         """(B, R, depth) with a 1 at `index` in each row, or its transpose (B, depth, R)."""
-        axis = 2 if by_row else 1
-        places = np.arange(depth, dtype=np.int64).reshape((1, 1, depth) if by_row else (1, depth, 1))
-        hits = self._node("Equal", self._node("Unsqueeze", index.onnx, self._integers(axis)), self._constant(places))
-        return self._node("Cast", hits, to=int(ir.DataType.FLOAT))
+        key = (index.onnx, depth, by_row)
+        if key not in self._derived:
+            places = np.arange(depth, dtype=np.int64).reshape((1, 1, depth) if by_row else (1, depth, 1))
+            wide = self._column(index) if by_row else self._node("Unsqueeze", index.onnx, self._integers(1))
+            hits = self._node("Equal", wide, self._constant(places))
+            self._derived[key] = self._node("Cast", hits, to=int(ir.DataType.FLOAT))
+        return self._derived[key]
+
+    def _column(self, index: Value) -> ir.Value:
+        """(B, R) -> (B, R, 1), once per index."""
+        key = (index.onnx, 0, True)
+        if key not in self._derived:
+            self._derived[key] = self._node("Unsqueeze", index.onnx, self._integers(2))
+        return self._derived[key]
 
     def scatter_add(self, site: str, x: Value, index: Value, rows: Value) -> Value:
         """A product with a one-hot matrix, or a scatter with reduction, as the target wants it."""
@@ -344,7 +363,7 @@ class Emit:
             added = self._node("MatMul", self._one_hot(index, x.shape[1], by_row=False), rows.onnx, site=site)
             return Value(self._node("Add", x.onnx, added), shape)
         width = self._constant(np.ones((1, 1, x.shape[2]), np.int64))
-        places = self._node("Mul", self._node("Unsqueeze", index.onnx, self._integers(2)), width)
+        places = self._node("Mul", self._column(index), width)
         return Value(
             self._node("ScatterElements", x.onnx, places, rows.onnx, site=site, axis=1, reduction="add"), shape
         )

@@ -126,6 +126,14 @@ class Ops(Protocol[T]):
         """
         ...
 
+    def affine_index(self, index: T, step: int, start: int) -> T:
+        """start + step * index, on integers (B, R)."""
+        ...
+
+    def surround_index(self, index: T, before: range, after: range) -> T:
+        """Put constant indices in front of and behind those of every image: (B, R) -> (B, |before| + R + |after|)."""
+        ...
+
     def take(self, x: T, index: T) -> T:
         """Gather rows of every image: x (B, N, D) or (B, N), index (B, R) -> (B, R, D) or (B, R)."""
         ...

@@ -153,6 +153,16 @@ class Run:
         order = torch.sort(scores, dim=1, descending=True, stable=True).indices
         return order[:, :count], order[:, count:].sort(1).values
 
+    def affine_index(self, index: Int[Tensor, "B R"], step: int, start: int) -> Int[Tensor, "B R"]:
+        """start + step * index."""
+        return start + step * index
+
+    def surround_index(self, index: Int[Tensor, "B R"], before: range, after: range) -> Int[Tensor, "B M"]:
+        """Constant indices in front and behind."""
+        ends = (torch.tensor(tuple(end), dtype=index.dtype, device=index.device) for end in (before, after))
+        front, back = (end.expand(index.shape[0], -1) for end in ends)
+        return torch.cat((front, index, back), 1)
+
     def take(self, x: Tensor, index: Int[Tensor, "B R"]) -> Tensor:
         """Gather rows of every image."""
         if x.ndim == 2:

@@ -29,17 +29,15 @@ class Tokens(Generic[T]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match(Generic[T]):
-    """Which rows merge: row `moved[i]` of A joins row `into[i]` of B; `kept` are the other rows of A.
+    """Which rows merge: row `moved[i]` of the sequence joins row `into[i]` of the merged sequence.
 
-    A and B are the even and the odd sequence positions behind the prefix; `start_a` and `start_b` are
-    the first of each. Indices are (B, r), (B, r) and (B, |A| - r).
+    `survivors` are the rows that stay, in their new order: prefix, the rest of A, B. Indices are (B, r),
+    (B, r) and (B, N - r).
     """
 
     moved: T
     into: T
-    kept: T
-    start_a: int
-    start_b: int
+    survivors: T
 
 
 def match(ops: Ops[T], site: str, metric: T, *, count: int, prefix: int, r: int) -> Match[T]:
@@ -47,19 +45,29 @@ def match(ops: Ops[T], site: str, metric: T, *, count: int, prefix: int, r: int)
 
     Equation: s_ij = cos(m_i, m_j), i in A, j in B; the r largest max_j s_ij merge i into argmax_j s_ij.
 
-    Every prefix token stays out of A and B, so none can merge or be merged into, however many there are.
+    A and B are the even and the odd sequence positions behind the prefix: every prefix token stays out
+    of both, so none can merge or be merged into, however many there are.
 
-    Source: ToMe (2210.09461), section 3.1; for one or two prefix tokens it chooses the same pairs.
+    Source: ToMe (2210.09461), section 3.1; for one or two prefix tokens it chooses the same pairs and the
+    same order.
     """
     ops.scope(site)
-    start_a = prefix + prefix % 2
-    start_b = prefix + 1 - prefix % 2
+    a = range(prefix + prefix % 2, count, 2)
+    b = range(prefix + 1 - prefix % 2, count, 2)
     unit = ops.l2_normalize(metric)
-    a = ops.slice(unit, 1, start_a, count, 2)
-    b = ops.slice(unit, 1, start_b, count, 2)
-    best, nearest = ops.argmax(ops.matmul(f"{site}.scores", a, b, transpose_b=True))
+    scores = ops.matmul(
+        f"{site}.scores",
+        ops.slice(unit, 1, a.start, count, 2),
+        ops.slice(unit, 1, b.start, count, 2),
+        transpose_b=True,
+    )
+    best, nearest = ops.argmax(scores)
     moved, kept = ops.rank_split(best, r)
-    return Match(moved=moved, into=ops.take(nearest, moved), kept=kept, start_a=start_a, start_b=start_b)
+    return Match(
+        moved=ops.affine_index(moved, a.step, a.start),
+        into=ops.affine_index(ops.take(nearest, moved), 1, prefix + len(a) - r),
+        survivors=ops.surround_index(ops.affine_index(kept, a.step, a.start), range(prefix), b),
+    )
 
 
 def merge(ops: Ops[T], site: str, tokens: Tokens[T], pairs: Match[T], *, r: int, trace: bool) -> Tokens[T]:
@@ -75,25 +83,19 @@ def merge(ops: Ops[T], site: str, tokens: Tokens[T], pairs: Match[T], *, r: int,
     first = tokens.size is None
     size = ops.ones_like(ops.slice(tokens.x, 2, 0, 1)) if tokens.size is None else tokens.size
     x = tokens.x if first else ops.multiply(tokens.x, size)
-    total = _combine(ops, f"{site}.size", size, tokens, pairs)
+    total = _combine(ops, f"{site}.size", size, pairs)
     # Rows of `x` are sums so far; dividing all of them also restores those that nothing joined.
-    summed = _combine(ops, f"{site}.x", x, tokens, pairs)
+    summed = _combine(ops, f"{site}.x", x, pairs)
     source = tokens.source
     if trace:
         source = source if source is not None else ops.identity_like(size)
-        source = _combine(ops, f"{site}.source", source, tokens, pairs)
+        source = _combine(ops, f"{site}.source", source, pairs)
     return replace(tokens, x=ops.divide(summed, total), count=tokens.count - r, size=total, source=source)
 
 
-def _combine(ops: Ops[T], site: str, x: T, tokens: Tokens[T], pairs: Match[T]) -> T:
-    """Sum the rows of x (B, N, D) that merge and reorder: (B, N - r, D)."""
-    a = ops.slice(x, 1, pairs.start_a, tokens.count, 2)
-    b = ops.slice(x, 1, pairs.start_b, tokens.count, 2)
-    joined = ops.scatter_add(site, b, pairs.into, ops.take(a, pairs.moved))
-    parts: tuple[T, ...] = (ops.take(a, pairs.kept), joined)
-    if tokens.prefix:
-        parts = (ops.slice(x, 1, 0, tokens.prefix), *parts)
-    return ops.concat(parts, 1)
+def _combine(ops: Ops[T], site: str, x: T, pairs: Match[T]) -> T:
+    """Sum the rows of x (B, N, D) that merge, in the new order: (B, N - r, D)."""
+    return ops.scatter_add(site, ops.take(x, pairs.survivors), pairs.into, ops.take(x, pairs.moved))
 
 
 def log_size(ops: Ops[T], tokens: Tokens[T]) -> T | None:
