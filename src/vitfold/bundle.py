@@ -48,6 +48,11 @@ class Manifest:
     verified: Mapping[str, Any]
     fidelity: Mapping[str, Any] | None
 
+    @property
+    def has_trained_weights(self) -> bool:
+        """False for seeded random weights, whose outputs hardly depend on the image: no fidelity is meant by them."""
+        return has_trained_weights(self.origin)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, without the format header and the file list."""
         return {
@@ -84,6 +89,11 @@ class Bundle:
     def onnx_path(self) -> Path:
         """The ONNX graph."""
         return self.path / MODEL
+
+
+def has_trained_weights(origin: Mapping[str, Any]) -> bool:
+    """Return whether an origin names trained weights, so that a fidelity says something."""
+    return bool(origin["arguments"].get("weights") != "random")
 
 
 def write_bundle(path: str | Path, write: Callable[[Path], Manifest], *, overwrite: bool = False) -> Bundle:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vitfold.bench.fidelity import Fidelity
-from vitfold.bundle import Bundle, Manifest, write_bundle
+from vitfold.bundle import Bundle, Manifest, has_trained_weights, write_bundle
 from vitfold.errors import EngineError, RecipeError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model, ViTSpec, param_shapes
@@ -136,7 +136,7 @@ def save(
             session.run()
             verified = _verify(expected, session.fetch())
             verified["engine"] = session.engine
-            if images is not None:
+            if images is not None and has_trained_weights(folded.model.origin.to_dict()):
                 say("comparing with the unfolded model")
                 subset = images.first(FIDELITY_IMAGES)
                 fidelity = compare_with_reference(

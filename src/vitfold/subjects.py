@@ -19,6 +19,8 @@ from vitfold.engines import Session, open_session
 from vitfold.errors import VitfoldError, nearest
 from vitfold.images import ImageSet
 from vitfold.peers import load_original, open_peer
+from vitfold.pipeline import count_costs
+from vitfold.recipe import MergeRecipe
 from vitfold.reference import compare_outputs, optional_reference, reference_outputs
 
 Advance = Callable[[int], Any]
@@ -50,9 +52,9 @@ class Lineup:
         return 0 if self._images is None else len(self._images.paths)
 
     def _fidelity(self, session: Session, bundle: Bundle, advance: Advance) -> Fidelity | None:
-        if self._images is None:
-            return None
         manifest = bundle.manifest
+        if self._images is None or not manifest.has_trained_weights:
+            return None
         outputs = run_over(session, self._images, manifest.preprocess, advance=advance)
         expected: Outputs | None = reference_outputs(
             manifest.model_digest, self._images, manifest.preprocess, optional_reference(bundle, self._reference)
@@ -92,9 +94,16 @@ class Lineup:
             self._original = load_original(manifest.origin)
         shape = (manifest.spec.channels, *manifest.spec.image_size)
         session = open_peer(name, self._original, shape, self._folder)
+        costs = count_costs(manifest.spec, MergeRecipe(r=()))
         self._peers.append(
             Subject(
-                name=name, session=session, preprocess=manifest.preprocess, fidelity=None, tokens=manifest.spec.tokens
+                name=name,
+                session=session,
+                preprocess=manifest.preprocess,
+                fidelity=None,
+                tokens=manifest.spec.tokens,
+                macs=sum(cost.macs for cost in costs),
+                size_bytes=sum(p.numel() * p.element_size() for p in self._original.parameters()),
             )
         )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -43,7 +44,6 @@ def bench(
     from vitfold.bundle import open_bundle
     from vitfold.images import find_images
     from vitfold.peers import check_peers
-    from vitfold.report.tables import environment_line, ladder
     from vitfold.subjects import Lineup
 
     names = [name.strip() for name in (peers or "").split(",") if name.strip()]
@@ -73,14 +73,52 @@ def bench(
     if json:
         print_json(result)
         return
-    out.print(environment_line(before), highlight=False)
-    for scope, title in (("engine", "engine only"), ("end_to_end", "end to end: file to label")):
-        chosen = [row for row in rows if row.measurement.scope == scope]
-        if chosen:
-            out.print(ladder(chosen, title=f"{title}, batch {batch}, median ± half IQR, against {chosen[0].baseline}"))
+    print_ladders(result, title=f"batch {batch}")
     if found is None:
         note("no --images: fidelity and end-to-end time were not measured")
+    if not all(one.manifest.has_trained_weights for one in opened):
+        note("random weights: no fidelity, since their outputs hardly depend on the image")
     if any(row.measurement.noisy for row in rows):
         note("noisy rows: the machine was busy; trust speed-ups (paired trials) more than times")
     if not rows:
         raise VitfoldError("nothing was timed")
+
+
+def print_ladders(result: Mapping[str, Any], *, title: str) -> None:
+    """Print the environment and one table per scope."""
+    from vitfold.report.tables import SCOPES, environment_line, ladder
+
+    out.print(environment_line(result["environment"]), highlight=False)
+    for scope, name in SCOPES.items():
+        chosen = [row for row in result["rows"] if row["scope"] == scope]
+        if chosen:
+            baseline = chosen[0]["speed_up"]["baseline"]
+            out.print(ladder(chosen, title=f"{title}, {name}; median ± half IQR, speed-up against {baseline}"))
+
+
+@command
+def table(
+    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="JSON of bench or demo.")],
+    scope: Annotated[Literal["engine", "end_to_end"] | None, typer.Option(help="Only this scope.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Markdown instead of a terminal table.")] = False,
+) -> None:
+    """Print the tables of a JSON file that bench or demo wrote."""
+    import json
+
+    from vitfold.report import tables
+
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        rows = [row for row in result["rows"] if scope in (None, row["scope"])]
+        batch = {row["batch"] for row in rows}
+        if markdown:
+            for one in tables.SCOPES:
+                chosen = [row for row in rows if row["scope"] == one]
+                if chosen:
+                    out.print(tables.markdown(chosen), highlight=False, markup=False, soft_wrap=True)
+            return
+        print_ladders({**result, "rows": rows}, title=f"batch {', '.join(map(str, sorted(batch)))}")
+    except OSError as error:
+        raise VitfoldError(f"cannot read {file}: {error}; write one with: vitfold bench BUNDLE -o FILE.json") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise VitfoldError(f"{file} is not the JSON of bench or demo ({error!r}); write it again") from None

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from vitfold.cli import options
+from vitfold.cli.bench import print_ladders
 from vitfold.cli.optimize import require_optimize
 from vitfold.cli.terminal import command, counting, note, out, print_json, steps, write_json
 
@@ -35,7 +36,6 @@ def demo(
     from vitfold.bench.environment import environment
     from vitfold.bundle import Bundle
     from vitfold.images import find_images
-    from vitfold.report.tables import environment_line, ladder
     from vitfold.sources import demo_folder, load_source
     from vitfold.subjects import Lineup
 
@@ -47,9 +47,9 @@ def demo(
         say("loading the bundled ViT-S/14")
         model = load_source("demo").model
         for r in rungs:
-            say(f"r = {r}: folding, emitting, verifying")
+            say(f"folding, emitting, verifying: r = {r}")
             folded = pipeline.optimize(model, merge=r)
-            name = "vitfold-fp32" if r == "none" else f"vitfold-r{r}"
+            name = "r0" if r == "none" else "r" + r.replace(":", "_")
             bundles.append(pipeline.save(folded, output / f"{name}.fold", overwrite=True))
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitfold-")))
@@ -69,11 +69,7 @@ def demo(
     if json:
         print_json(result)
         return
-    out.print(environment_line(before), highlight=False)
-    for scope, title in (("engine", "engine only"), ("end_to_end", "end to end, file to label")):
-        chosen = [row for row in rows if row.measurement.scope == scope]
-        heading = f"ViT-S/14, {len(images.paths)} CIFAR-10 images, batch {batch}, {title}"
-        out.print(ladder(chosen, title=heading))
+    print_ladders(result, title=f"ViT-S/14, {len(images.paths)} CIFAR-10 images, batch {batch}")
     out.print(f"bundles: {output}", highlight=False, soft_wrap=True)
     example = images.paths[0]
     note(f"next: vitfold predict {bundles[-1].path} {example}")

@@ -40,6 +40,8 @@ def evaluate(
     opened = open_bundle(bundle)
     given = None if reference is None else open_bundle(reference)
     manifest = opened.manifest
+    if not manifest.has_trained_weights:
+        note("random weights: these figures say nothing about accuracy, since outputs hardly depend on the image")
     found = find_images(images)
     chosen = found if limit is None else found.first(limit)
     classifies = manifest.spec.output == "logits"

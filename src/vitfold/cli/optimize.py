@@ -80,6 +80,8 @@ def optimize(
         print_json(values)
     else:
         _print(values)
+    if images is not None and weights == "random":
+        note("random weights: no fidelity was measured, since their outputs hardly depend on the image")
     if bundle is not None and min_agreement is not None:
         _gate(bundle.manifest.fidelity, min_agreement)
 
@@ -137,6 +139,9 @@ def _print(values: dict[str, Any]) -> None:
 def _gate(fidelity: Any, least: float) -> None:
     agreement = None if fidelity is None else fidelity["agreement"]
     if agreement is None:
-        raise GateError("agreement was not measured: this model gives embeddings; gate on cosine with evaluate")
+        raise GateError(
+            "agreement was not measured: random weights, or a model that gives embeddings; "
+            "for embeddings gate on cosine with: vitfold evaluate --min-cosine"
+        )
     if agreement < least:
         raise GateError(f"top-1 agreement {agreement:.4f} is below --min-agreement {least}; lower --merge")

@@ -93,9 +93,10 @@ def steps(title: str) -> Iterator[Callable[[str], None]]:
 
         def say(step: str) -> None:
             progress.update(task, description=f"{title}: {step}")
-            if not log.is_terminal and step.split(":", maxsplit=1)[0] != last[0]:
-                last[0] = step.split(":", maxsplit=1)[0]
-                note(f"{title}: {step}")
+            kind = step.partition(":")[0].rstrip("0123456789/ ")
+            if not log.is_terminal and kind != last[0]:
+                last[0] = kind
+                note(f"{title}: {kind}")
 
         yield say
 

@@ -1,4 +1,4 @@
-"""Terminal tables.
+"""Tables for the terminal and for Markdown, from the JSON rows of `bench` and `demo`.
 
 Owns columns, units and rounding. Every row shows a speed with its fidelity, or says that none was
 measured.
@@ -6,58 +6,82 @@ measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from vitfold.bench.comparison import Row
+RowDict = Mapping[str, Any]
+SCOPES = {"engine": "engine only", "end_to_end": "end to end, file to label"}
 
 
-def ladder(rows: Sequence[Row], *, title: str) -> Table:
-    """Return one line per row: work, fidelity, latency with spread, throughput, speed-up, size.
+def columns(rows: Sequence[RowDict]) -> list[str]:
+    """Return the header; encoders show cosine where classifiers show top-1."""
+    return ["rung", "tok.", "GMACs", _quality(rows), "agree %", "latency ms", "img/s", "speed-up", "MB"]
 
-    It fits into 80 columns; `~` marks a noisy latency. Encoders show cosine where classifiers show top-1.
-    """
-    classifies = any(row.subject.fidelity is not None and row.subject.fidelity.agreement is not None for row in rows)
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("rung", overflow="fold")
-    quality_name = "top-1 %" if classifies else "cosine"
-    names = ("tokens", "GMACs", quality_name, "agree %", "latency ms", "img/s", "speed-up", "MB")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+
+def _quality(rows: Sequence[RowDict]) -> str:
+    measured = [row["fidelity"] for row in rows if row["fidelity"] is not None]
+    embeds = measured and all(fidelity["agreement"] is None for fidelity in measured)
+    return "cosine" if embeds else "top-1 %"
+
+
+def cells(rows: Sequence[RowDict]) -> list[list[str]]:
+    """Return the formatted cells: medians, with half the interquartile range; `~` marks a noisy latency."""
+    embeds = _quality(rows) == "cosine"
+    result = []
     for row in rows:
-        fidelity, latency = row.subject.fidelity, row.measurement.latency_ms()
-        if classifies:
-            quality = percent(None if fidelity is None else fidelity.top1, unit="")
-        else:
-            quality = _or_dash(None if fidelity is None else fidelity.cosine, ".4f")
-        table.add_row(
-            row.subject.name,
-            _or_dash(row.subject.tokens, "d"),
-            _or_dash(None if row.subject.macs is None else row.subject.macs / 1e9, ".2f"),
-            quality,
-            percent(None if fidelity is None else fidelity.agreement, unit=""),
-            f"{'~' if row.measurement.noisy else ''}{latency['median']:.1f} ±{latency['iqr'] / 2:.1f}",
-            f"{row.measurement.throughput_ips()['median']:.1f}",
-            f"{row.speed_up['median']:.2f}x ±{row.speed_up['iqr'] / 2:.2f}",
-            _or_dash(None if row.subject.size_bytes is None else row.subject.size_bytes / 1e6, ".0f"),
+        fidelity = row["fidelity"] or {}
+        latency, speed_up = row["latency_ms"], row["speed_up"]
+        quality = number(fidelity.get("cosine"), ".4f") if embeds else percent(fidelity.get("top1"), unit="")
+        result.append(
+            [
+                str(row["bundle"]),
+                number(row["tokens"], "d"),
+                number(row["macs"], ".2f", scale=1e-9),
+                quality,
+                percent(fidelity.get("agreement"), unit=""),
+                f"{'~' if row['noisy'] else ''}{latency['median']:.1f} ±{latency['iqr'] / 2:.1f}",
+                f"{row['throughput_ips']['median']:.1f}",
+                f"{speed_up['median']:.2f}x ±{speed_up['iqr'] / 2:.2f}",
+                number(row["size_bytes"], ".0f", scale=1e-6),
+            ]
         )
+    return result
+
+
+def ladder(rows: Sequence[RowDict], *, title: str) -> Table:
+    """Return a terminal table that fits into 80 columns where names are short."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in columns(rows):
+        left = name == "rung"
+        table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold")
+    for row in cells(rows):
+        table.add_row(*row)
     return table
+
+
+def markdown(rows: Sequence[RowDict]) -> str:
+    """Return the same table in Markdown."""
+    header = columns(rows)
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in cells(rows)]
+    return "\n".join(lines)
 
 
 def percent(ratio: float | None, *, unit: str = " %") -> str:
     """Return a ratio as a percentage, or a dash."""
-    return _or_dash(None if ratio is None else 100.0 * ratio, ".2f", unit=unit)
+    return number(ratio, ".2f", scale=100.0) + (unit if ratio is not None else "")
 
 
-def _or_dash(value: Any, form: str, *, unit: str = "") -> str:
-    return "-" if value is None else f"{value:{form}}{unit}"
+def number(value: float | None, form: str, *, scale: float = 1) -> str:
+    """Return a scaled number, or a dash where it was not measured."""
+    return "-" if value is None else f"{value * scale:{form}}"
 
 
-def environment_line(environment: dict[str, Any]) -> str:
+def environment_line(environment: Mapping[str, Any]) -> str:
     """Return the processor, its instruction sets and the thread count in one line."""
     processor = environment["processor"]
     sets = " ".join(processor["instruction_sets"]) or "no known instruction sets"
-    return f"{processor['name']} · {environment['threads']} threads · {sets}"
+    return f"{processor['name']}, {environment['threads']} threads, {sets}"
