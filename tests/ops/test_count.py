@@ -182,8 +182,9 @@ MISFITS = {
         "one value per key",
     ),
     "concat": (lambda c: c.concat(((1, 4, 7), (1, 4, 6)), 1), "cannot concatenate"),
-    "rank_split": (lambda c: c.rank_split((1, 4), 5), "the 5 largest"),
-    "scatter_add": (lambda c: c.scatter_add("s", (1, 4, 7), (1, 2), (1, 3, 7)), "one row"),
+    "rank_split": (lambda c: c.rank_split((1, 4, 1), 5), "the 5 largest"),
+    "row of indices": (lambda c: c.take((1, 4, 7), (1, 2)), "expected a column"),
+    "scatter_add": (lambda c: c.scatter_add("s", (1, 4, 7), (1, 2, 1), (1, 3, 7)), "one row"),
     "matmul of two batches": (lambda c: c.matmul("m", (2, 4, 7), (3, 7, 4)), "do not broadcast"),
 }
 

@@ -70,14 +70,14 @@ def test_parameters_are_shared_and_not_copied():
 
 
 def test_rank_split_orders_the_largest_descending_and_the_others_ascending():
-    scores = torch.tensor([[3.0, 9.0, 1.0, 9.0, 4.0]])
+    scores = torch.tensor([[3.0, 9.0, 1.0, 9.0, 4.0]])[..., None]
     first, rest = ops().rank_split(scores, 3)
-    assert (first.tolist(), rest.tolist()) == ([[1, 3, 4]], [[0, 2]])
+    assert (first[..., 0].tolist(), rest[..., 0].tolist()) == ([[1, 3, 4]], [[0, 2]])
 
 
 def test_scatter_add_adds_all_rows_that_meet():
     found = ops().scatter_add(
-        "s", torch.ones(1, 3, 1), torch.tensor([[2, 0, 2]]), torch.tensor([[[1.0], [10.0], [100.0]]])
+        "s", torch.ones(1, 3, 1), torch.tensor([[[2], [0], [2]]]), torch.tensor([[[1.0], [10.0], [100.0]]])
     )
     assert found[0, :, 0].tolist() == [11.0, 1.0, 102.0]
 

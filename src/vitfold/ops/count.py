@@ -183,32 +183,36 @@ class Count:
 
     def argmax(self, a: Shape) -> tuple[Shape, Shape]:
         """Reduction."""
-        self._note(self._scope, "reduction", (a,), a[:-1])
-        return a[:-1], a[:-1]
+        output = (*a[:-1], 1)
+        self._note(self._scope, "reduction", (a,), output)
+        return output, output
 
     def rank_split(self, scores: Shape, count: int) -> tuple[Shape, Shape]:
-        """A sort of one short row."""
-        _require(0 <= count <= scores[1], f"cannot take the {count} largest of {scores}")
+        """A sort of one short column."""
+        batch, rows, _ = _column(scores)
+        _require(0 <= count <= rows, f"cannot take the {count} largest of {scores}")
         self._note(self._scope, "reduction", (scores,), scores)
-        return (scores[0], count), (scores[0], scores[1] - count)
+        return (batch, count, 1), (batch, rows - count, 1)
 
     def affine_index(self, index: Shape, step: int, start: int) -> Shape:
         """Free: a few integers."""
-        return index
+        return _column(index)
 
     def surround_index(self, index: Shape, before: range, after: range) -> Shape:
         """Free: a few integers."""
-        return (index[0], len(before) + index[1] + len(after))
+        batch, rows, _ = _column(index)
+        return (batch, len(before) + rows + len(after), 1)
 
     def take(self, x: Shape, index: Shape) -> Shape:
         """One copy of what is taken."""
-        output = (*index, *x[2:])
+        batch, rows, _ = _column(index)
+        output = (batch, rows, x[2])
         self._note(self._scope, "layout", (output,), output)
         return output
 
     def scatter_add(self, site: str, x: Shape, index: Shape, rows: Shape) -> Shape:
         """Counted as additions of bytes, not as the one-hot product that some targets use."""
-        _require(rows == (*index, x[2]), f"{site} needs one row of {x} per index of {index}, found {rows}")
+        _require(rows == (*_column(index)[:2], x[2]), f"{site} needs one row of {x} per index of {index}, found {rows}")
         self._note(site, "elementwise", (x, rows), x)
         return x
 
@@ -237,6 +241,11 @@ def _broadcast(*shapes: Shape) -> Shape:
         _require(len(longer) <= 1, f"shapes {shapes} do not broadcast")
         output.append(longer.pop() if longer else 1)
     return tuple(output)
+
+
+def _column(shape: Shape) -> tuple[int, int, int]:
+    _require(len(shape) == 3 and shape[2] == 1, f"expected a column (B, R, 1), found {shape}")
+    return (shape[0], shape[1], 1)
 
 
 def _require(fits: bool, message: str) -> None:

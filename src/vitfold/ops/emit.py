@@ -63,7 +63,7 @@ class Emit:
         self._constants: dict[tuple[str, Shape, bytes], ir.Value] = {}
         self._weights: dict[tuple[str, bool], ir.Value] = {}
         self._names: Counter[str] = Counter()
-        self._derived: dict[tuple[ir.Value, int, bool], ir.Value] = {}
+        self._derived: dict[tuple[ir.Value, int], ir.Value] = {}
 
     # Writing nodes and constants.
 
@@ -246,10 +246,8 @@ class Emit:
         return Value(self._node("Tanh", a.onnx), self.count.tanh(a.shape))
 
     def l2_normalize(self, a: Value) -> Value:
-        """a / max(||a||, 1e-12), as torch."""
-        shape = self.count.l2_normalize(a.shape)
-        norm = self._node("ReduceL2", a.onnx, self._integers(-1), keepdims=1)
-        return Value(self._node("Div", a.onnx, self._node("Max", norm, self._number(1e-12))), shape)
+        """LpNormalization, which leaves zero rows zero."""
+        return Value(self._node("LpNormalization", a.onnx, axis=-1, p=2), self.count.l2_normalize(a.shape))
 
     def mean(self, a: Value, axis: int) -> Value:
         """ReduceMean."""
@@ -297,17 +295,17 @@ class Emit:
     def argmax(self, a: Value) -> tuple[Value, Value]:
         """ReduceMax and ArgMax, which takes the first on ties."""
         shapes = self.count.argmax(a.shape)
-        values = self._node("ReduceMax", a.onnx, self._integers(-1), keepdims=0)
-        return Value(values, shapes[0]), Value(self._node("ArgMax", a.onnx, axis=-1, keepdims=0), shapes[1])
+        values = self._node("ReduceMax", a.onnx, self._integers(-1), keepdims=1)
+        return Value(values, shapes[0]), Value(self._node("ArgMax", a.onnx, axis=-1, keepdims=1), shapes[1])
 
     def rank_split(self, scores: Value, count: int) -> tuple[Value, Value]:
         """Sort by TopK, cut, and sort the rest by index: ONNX breaks ties by the smaller index."""
         shapes = self.count.rank_split(scores.shape, count)
         total = scores.shape[1]
-        _, order = self._nodes("TopK", scores.onnx, self._integers(total), outputs=2, axis=-1)
+        _, order = self._nodes("TopK", scores.onnx, self._integers(total), outputs=2, axis=1)
         first, rest = self._nodes("Split", order, self._integers(count, total - count), outputs=2, axis=1)
         if count < total:
-            rest, _ = self._nodes("TopK", rest, self._integers(total - count), outputs=2, axis=-1, largest=0)
+            rest, _ = self._nodes("TopK", rest, self._integers(total - count), outputs=2, axis=1, largest=0)
         return Value(first, shapes[0]), Value(rest, shapes[1])
 
     def affine_index(self, index: Value, step: int, start: int) -> Value:
@@ -322,48 +320,49 @@ class Emit:
     def surround_index(self, index: Value, before: range, after: range) -> Value:
         """Pad with zeros and add the constants, so that the graph never asks for its batch size."""
         shape = self.count.surround_index(index.shape, before, after)
-        padded = self._node("Pad", index.onnx, self._integers(0, len(before), 0, len(after)))
-        ends = np.array([[*before, *(0,) * index.shape[1], *after]], np.int64)
-        return Value(self._node("Add", padded, self._constant(ends)), shape)
+        padded = self._node("Pad", index.onnx, self._integers(0, len(before), 0, 0, len(after), 0))
+        ends = np.array([*before, *(0,) * index.shape[1], *after], np.int64)
+        return Value(self._node("Add", padded, self._constant(ends.reshape(1, -1, 1))), shape)
 
     def take(self, x: Value, index: Value) -> Value:
-        """Gather rows in the target's form."""
+        """Gather rows in the target's form; a single column needs no widened index."""
         shape = self.count.take(x.shape, index.shape)
-        if len(x.shape) == 2:
+        if x.shape[2] == 1:
             return Value(self._node("GatherElements", x.onnx, index.onnx, axis=1), shape)
         if self._target.gather == "one_hot":
-            return Value(self._node("MatMul", self._one_hot(index, x.shape[1], by_row=True), x.onnx), shape)
-        rows = self._column(index)
+            return Value(self._node("MatMul", self._one_hot(index, x.shape[1]), x.onnx), shape)
         if self._target.gather == "gather_nd":
-            return Value(self._node("GatherND", x.onnx, rows, batch_dims=1), shape)
-        width = self._constant(np.ones((1, 1, x.shape[2]), np.int64))
-        return Value(self._node("GatherElements", x.onnx, self._node("Mul", rows, width), axis=1), shape)
+            return Value(self._node("GatherND", x.onnx, index.onnx, batch_dims=1), shape)
+        return Value(self._node("GatherElements", x.onnx, self._widened(index, x.shape[2]), axis=1), shape)
 
-    def _one_hot(self, index: Value, depth: int, *, by_row: bool) -> ir.Value:
-        """(B, R, depth) with a 1 at `index` in each row, or its transpose (B, depth, R)."""
-        key = (index.onnx, depth, by_row)
+    def _one_hot(self, index: Value, depth: int) -> ir.Value:
+        """(B, R, depth) with a 1 at `index` in each row; made once per index."""
+        key = (index.onnx, depth)
         if key not in self._derived:
-            places = np.arange(depth, dtype=np.int64).reshape((1, 1, depth) if by_row else (1, depth, 1))
-            wide = self._column(index) if by_row else self._node("Unsqueeze", index.onnx, self._integers(1))
-            hits = self._node("Equal", wide, self._constant(places))
+            hits = self._node(
+                "Equal", index.onnx, self._constant(np.arange(depth, dtype=np.int64).reshape(1, 1, depth))
+            )
             self._derived[key] = self._node("Cast", hits, to=int(ir.DataType.FLOAT))
         return self._derived[key]
 
-    def _column(self, index: Value) -> ir.Value:
-        """(B, R) -> (B, R, 1), once per index."""
-        key = (index.onnx, 0, True)
+    def _widened(self, index: Value, width: int) -> ir.Value:
+        """(B, R, 1) -> (B, R, width), once per index."""
+        key = (index.onnx, -width)
         if key not in self._derived:
-            self._derived[key] = self._node("Unsqueeze", index.onnx, self._integers(2))
+            self._derived[key] = self._node("Mul", index.onnx, self._constant(np.ones((1, 1, width), np.int64)))
         return self._derived[key]
 
     def scatter_add(self, site: str, x: Value, index: Value, rows: Value) -> Value:
         """A product with a one-hot matrix, or a scatter with reduction, as the target wants it."""
         shape = self.count.scatter_add(site, x.shape, index.shape, rows.shape)
         if self._target.scatter_add == "one_hot":
-            added = self._node("MatMul", self._one_hot(index, x.shape[1], by_row=False), rows.onnx, site=site)
+            hits = self._one_hot(index, x.shape[1])
+            if self._target.contrib:
+                added = self._node("FusedMatMul", hits, rows.onnx, site=site, domain=MICROSOFT, transA=1)
+            else:
+                added = self._node("MatMul", self._node("Transpose", hits, perm=[0, 2, 1]), rows.onnx, site=site)
             return Value(self._node("Add", x.onnx, added), shape)
-        width = self._constant(np.ones((1, 1, x.shape[2]), np.int64))
-        places = self._node("Mul", self._column(index), width)
+        places = index.onnx if x.shape[2] == 1 else self._widened(index, x.shape[2])
         return Value(
             self._node("ScatterElements", x.onnx, places, rows.onnx, site=site, axis=1, reduction="add"), shape
         )

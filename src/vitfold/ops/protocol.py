@@ -116,30 +116,30 @@ class Ops(Protocol[T]):
         ...
 
     def argmax(self, a: T) -> tuple[T, T]:
-        """Return the largest value of the last axis and its index (the first, on ties): (B, N, M) -> 2 x (B, N)."""
+        """Return the largest value of the last axis and its index (the first, on ties): (B, N, M) -> 2 x (B, N, 1)."""
         ...
 
     def rank_split(self, scores: T, count: int) -> tuple[T, T]:
-        """Split positions by score: (B, N) -> indices of the `count` largest (descending), the others (ascending).
+        """Split rows by score (B, N, 1): indices of the `count` largest (descending), of the others (ascending).
 
-        On ties the smaller index counts as larger.
+        On ties the smaller index counts as larger. Indices are columns (B, R, 1) everywhere.
         """
         ...
 
     def affine_index(self, index: T, step: int, start: int) -> T:
-        """start + step * index, on integers (B, R)."""
+        """start + step * index, on integers (B, R, 1)."""
         ...
 
     def surround_index(self, index: T, before: range, after: range) -> T:
-        """Put constant indices in front of and behind those of every image: (B, R) -> (B, |before| + R + |after|)."""
+        """Put constant indices in front of and behind those of every image, along axis 1."""
         ...
 
     def take(self, x: T, index: T) -> T:
-        """Gather rows of every image: x (B, N, D) or (B, N), index (B, R) -> (B, R, D) or (B, R)."""
+        """Gather rows of every image: x (B, N, D), index (B, R, 1) -> (B, R, D)."""
         ...
 
     def scatter_add(self, site: str, x: T, index: T, rows: T) -> T:
-        """Add rows (B, R, D) onto rows `index` (B, R) of x (B, N, D); several may meet in one row."""
+        """Add rows (B, R, D) onto rows `index` (B, R, 1) of x (B, N, D); several may meet in one row."""
         ...
 
     def ones_like(self, a: T) -> T:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from vitfold.model import Array
@@ -143,37 +143,37 @@ class Run:
         """Rows in front of every image's tokens."""
         return torch.cat((rows.expand(x.shape[0], -1, -1), x), 1)
 
-    def argmax(self, a: Float[Tensor, "B N M"]) -> tuple[Float[Tensor, "B N"], Int[Tensor, "B N"]]:
+    def argmax(self, a: Float[Tensor, "B N M"]) -> tuple[Float[Tensor, "B N 1"], Int[Tensor, "B N 1"]]:
         """Largest value of the last axis and its index."""
-        values, index = a.max(-1)
+        values, index = a.max(-1, keepdim=True)
         return values, index
 
-    def rank_split(self, scores: Float[Tensor, "B N"], count: int) -> tuple[Int[Tensor, "B R"], Int[Tensor, "B K"]]:
+    def rank_split(
+        self, scores: Float[Tensor, "B N 1"], count: int
+    ) -> tuple[Int[Tensor, "B R 1"], Int[Tensor, "B K 1"]]:
         """Indices of the `count` largest, descending, and of the others, ascending."""
         order = torch.sort(scores, dim=1, descending=True, stable=True).indices
         return order[:, :count], order[:, count:].sort(1).values
 
-    def affine_index(self, index: Int[Tensor, "B R"], step: int, start: int) -> Int[Tensor, "B R"]:
+    def affine_index(self, index: Int[Tensor, "B R 1"], step: int, start: int) -> Int[Tensor, "B R 1"]:
         """start + step * index."""
         return start + step * index
 
-    def surround_index(self, index: Int[Tensor, "B R"], before: range, after: range) -> Int[Tensor, "B M"]:
+    def surround_index(self, index: Int[Tensor, "B R 1"], before: range, after: range) -> Int[Tensor, "B M 1"]:
         """Constant indices in front and behind."""
         ends = (torch.tensor(tuple(end), dtype=index.dtype, device=index.device) for end in (before, after))
-        front, back = (end.expand(index.shape[0], -1) for end in ends)
+        front, back = (end[None, :, None].expand(index.shape[0], -1, -1) for end in ends)
         return torch.cat((front, index, back), 1)
 
-    def take(self, x: Tensor, index: Int[Tensor, "B R"]) -> Tensor:
+    def take(self, x: Shaped[Tensor, "B N D"], index: Int[Tensor, "B R 1"]) -> Shaped[Tensor, "B R D"]:
         """Gather rows of every image."""
-        if x.ndim == 2:
-            return x.gather(1, index)
-        return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+        return x.gather(1, index.expand(-1, -1, x.shape[2]))
 
     def scatter_add(
-        self, site: str, x: Float[Tensor, "B N D"], index: Int[Tensor, "B R"], rows: Float[Tensor, "B R D"]
+        self, site: str, x: Float[Tensor, "B N D"], index: Int[Tensor, "B R 1"], rows: Float[Tensor, "B R D"]
     ) -> Float[Tensor, "B N D"]:
         """Add rows onto rows."""
-        return x.scatter_add(1, index[:, :, None].expand_as(rows), rows)
+        return x.scatter_add(1, index.expand_as(rows), rows)
 
     def ones_like(self, a: Tensor) -> Tensor:
         """Ones."""

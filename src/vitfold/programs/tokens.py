@@ -31,8 +31,8 @@ class Tokens(Generic[T]):
 class Match(Generic[T]):
     """Which rows merge: row `moved[i]` of the sequence joins row `into[i]` of the merged sequence.
 
-    `survivors` are the rows that stay, in their new order: prefix, the rest of A, B. Indices are (B, r),
-    (B, r) and (B, N - r).
+    `survivors` are the rows that stay, in their new order: prefix, the rest of A, B. Indices are (B, r, 1),
+    (B, r, 1) and (B, N - r, 1).
     """
 
     moved: T
