@@ -13,7 +13,7 @@ from vitfold import pipeline
 from vitfold.bundle import open_bundle
 from vitfold.errors import EngineError, RecipeError, TargetError
 from vitfold.images import ImageSet, find_images
-from vitfold.model import Array, Model
+from vitfold.model import Array, Model, ViTSpec
 from vitfold.recipe import MergeRecipe, Recipe
 
 
@@ -124,3 +124,22 @@ def test_contradictions_and_unknown_targets_are_refused(tiny_model: Callable[...
         pipeline.optimize(tiny_model(), merge=2, recipe=Recipe())
     with pytest.raises(TargetError, match="cpu"):
         pipeline.optimize(tiny_model(), target="cpus")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_named_recipes_fit_a_base_model(path: Path) -> None:
+    spec = ViTSpec(
+        image_size=(224, 224),
+        patch_size=(16, 16),
+        width=768,
+        depth=12,
+        heads=12,
+        head_width=64,
+        mlp_width=3072,
+        outputs=10,
+    )
+    recipe = pipeline.read_recipe(path, spec)
+    assert sum(recipe.merge.r) > 0
+    assert not recipe.is_lossless

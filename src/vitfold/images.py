@@ -10,10 +10,11 @@ import hashlib
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -22,6 +23,9 @@ from PIL import Image, UnidentifiedImageError
 from vitfold.errors import ImageError, nearest
 from vitfold.model import Preprocess
 from vitfold.model.preprocess import rgb_from_image
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"})
 # Filters of warnings belong to the process, so only one thread at a time may change them.
@@ -151,11 +155,9 @@ def batches(
     Raises:
         ImageError: at the first bad image, naming it, unless `skip_bad`.
     """
-    groups: Iterator[Sequence[int]] = (
-        range(start, min(start + batch, len(images.paths))) for start in range(0, len(images.paths), batch)
-    )
+    groups = (range(start, min(start + batch, len(images.paths))) for start in range(0, len(images.paths), batch))
 
-    def prepare(group: Sequence[int]) -> tuple[Batch | None, list[str]]:
+    def prepare(group: range) -> tuple[Batch | None, list[str]]:
         kept, pixels, bad = [], [], []
         for i in group:
             try:
@@ -167,23 +169,28 @@ def batches(
                 bad.append(str(error))
         return Batch(pixel_values=np.stack(pixels), index=tuple(kept)) if kept else None, bad
 
-    def finish(done: Future[tuple[Batch | None, list[str]]]) -> Iterator[Batch]:
-        prepared, bad = done.result()
+    for prepared, bad in prepared_ahead(groups, prepare, workers=workers):
         for message in bad:
             if on_skip is not None:
                 on_skip(message)
         if prepared is not None:
             yield prepared
 
+
+def prepared_ahead(items: Iterable[A], prepare: Callable[[A], B], *, workers: int = 2) -> Iterator[B]:
+    """Yield prepare(item) in order; threads prepare the next ones while the caller works on this one.
+
+    At most `workers + 2` results exist at any time.
+    """
     pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="decode")
-    waiting: deque[Future[tuple[Batch | None, list[str]]]] = deque()
+    waiting: deque[Future[B]] = deque()
     try:
-        for group in groups:
-            waiting.append(pool.submit(prepare, group))
+        for item in items:
+            waiting.append(pool.submit(prepare, item))
             if len(waiting) > workers:
-                yield from finish(waiting.popleft())
+                yield waiting.popleft().result()
         while waiting:
-            yield from finish(waiting.popleft())
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -17,7 +17,7 @@ from PIL import Image
 from vitfold.bundle import Bundle, open_bundle
 from vitfold.engines import Session, open_session
 from vitfold.errors import ImageError
-from vitfold.images import read_image
+from vitfold.images import prepared_ahead, read_image
 
 ImageLike = str | Path | Image.Image
 
@@ -50,20 +50,22 @@ class Predictor:
         return self.bundle.manifest.spec.output == "logits"
 
     def __call__(self, images: ImageLike | Iterable[ImageLike], *, batch: int = 8) -> list[Prediction]:
-        """Return one prediction per image; paths are decoded, Pillow images used as they are.
+        """Return one prediction per image; paths are decoded while the engine runs, Pillow images used as they are.
 
         Raises:
             ImageError: if an image cannot be read.
         """
         items: Sequence[ImageLike] = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+        preprocess, labels = self.bundle.manifest.preprocess, self.bundle.manifest.labels
+
+        def prepare(group: Sequence[ImageLike]) -> Float[np.ndarray, "B 3 H W"]:
+            return np.stack([preprocess(_decoded(item)) for item in group])
+
         predictions: list[Prediction] = []
-        for start in range(0, len(items), batch):
-            pixels = np.stack(
-                [self.bundle.manifest.preprocess(_decoded(item)) for item in items[start : start + batch]]
-            )
+        groups = (items[start : start + batch] for start in range(0, len(items), batch))
+        for pixels in prepared_ahead(groups, prepare):
             self.session.bind(pixels)
             self.session.run()
-            labels = self.bundle.manifest.labels
             predictions += [Prediction(output=row, labels=labels) for row in self.session.fetch()]
         return predictions
 

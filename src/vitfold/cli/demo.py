@@ -54,7 +54,9 @@ def demo(
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitfold-")))
         lineup = stack.enter_context(Lineup(folder=folder, images=images, limit=len(images.paths)))
-        lineup.add_peer("torch", bundles[0])
+        with steps("demo") as say:
+            say("preparing torch eager")
+            lineup.add_peer("torch", bundles[0])
         with counting("accuracy on the bundled images", lineup.fidelity_images * (len(bundles) + 1)) as advance:
             for bundle in bundles:
                 lineup.add_bundle(bundle, advance)

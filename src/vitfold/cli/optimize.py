@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.terminal import command, note, out, print_json, steps
+from vitfold.cli.terminal import command, note, out, print_json, quiet_stdout, steps
 from vitfold.errors import GateError, VitfoldError, missing_extra
 
 if TYPE_CHECKING:
@@ -57,9 +57,12 @@ def optimize(
     image_set = None if images is None else find_images(images)
     with steps("optimize") as say:
         say(f"loading {source}")
-        model = load_source(
-            source, arch=arch, num_classes=num_classes, image_size=image_size, weights=weights, seed=seed
-        ).model
+        with quiet_stdout():
+            loaded = load_source(
+                source, arch=arch, num_classes=num_classes, image_size=image_size, weights=weights, seed=seed
+            )
+        model = loaded.model
+        del loaded
         chosen = None if recipe is None else pipeline.read_recipe(recipe, model.spec)
         folded = pipeline.optimize(model, merge=merge, recipe=chosen, target=target)
         if dry_run:

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from vitfold.cli import options
-from vitfold.cli.terminal import command, out, print_json
+from vitfold.cli.terminal import command, out, print_json, steps
 
 
 @command
@@ -23,7 +23,8 @@ def predict(
     """Print the most probable labels of images, or their embeddings with --json."""
     from vitfold.predictor import open_predictor
 
-    with open_predictor(bundle, threads=threads) as predictor:
+    with steps("predict") as say, open_predictor(bundle, threads=threads) as predictor:
+        say(f"{len(images)} images")
         predictions = predictor(images)
         classifies = predictor.classifies
     results: list[dict[str, Any]] = []

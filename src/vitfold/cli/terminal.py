@@ -5,6 +5,7 @@ Owns exit codes (0 done, 1 the user can mend it, 2 usage, 3 a gate failed), prog
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
@@ -93,12 +94,19 @@ def steps(title: str) -> Iterator[Callable[[str], None]]:
 
         def say(step: str) -> None:
             progress.update(task, description=f"{title}: {step}")
-            kind = step.partition(":")[0].rstrip("0123456789/ ")
+            kind = step.partition(": ")[0].rstrip("0123456789/ ")
             if not log.is_terminal and kind != last[0]:
                 last[0] = kind
                 note(f"{title}: {kind}")
 
         yield say
+
+
+@contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Send what foreign code prints on stdout (download notices) to stderr: stdout is for results."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 @contextmanager

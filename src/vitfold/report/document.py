@@ -1,0 +1,58 @@
+"""Tables inside Markdown documents, generated from the JSON files in results/.
+
+Owns the markers: `<!-- table: FILE.json SCOPE -->` and `<!-- accuracy: PATTERN -->`, each ended by `<!-- /... -->`.
+`python -m vitfold.report.document README.md` fills them in; a test compares.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from vitfold.report.tables import markdown, number, percent
+
+_BLOCK = re.compile(r"(<!-- (table|accuracy): ([^>]+?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+
+
+def fill(text: str, root: Path) -> str:
+    """Return the document with every marked table generated from the files below `root`."""
+
+    def render(match: re.Match[str]) -> str:
+        opening, kind, argument, closing = match.groups()
+        table = _speed(root, argument) if kind == "table" else _accuracy(root, argument)
+        return f"{opening}\n{table}\n\n{closing}"
+
+    return _BLOCK.sub(render, text)
+
+
+def _speed(root: Path, argument: str) -> str:
+    name, scope = argument.split()
+    rows = json.loads((root / name).read_text(encoding="utf-8"))["rows"]
+    return markdown([row for row in rows if row["scope"] == scope])
+
+
+def _accuracy(root: Path, pattern: str) -> str:
+    header = "| rung | images | top-1 % | agree % | cosine |\n|---|---:|---:|---:|---:|"
+    lines = [header]
+    for path in sorted(root.glob(pattern)):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        shown = (
+            percent(values["top1"], unit=""),
+            percent(values["agreement"], unit=""),
+            number(values["cosine"], ".4f"),
+        )
+        lines.append(f"| {path.stem.rpartition('-')[2]} | {values['images']} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Fill the tables of the documents named on the command line, in place."""
+    for name in sys.argv[1:]:
+        path = Path(name)
+        path.write_text(fill(path.read_text(encoding="utf-8"), path.parent), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

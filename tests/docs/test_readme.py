@@ -1,0 +1,85 @@
+"""What the README says is executed or compared."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from vitfold.cli.app import app
+from vitfold.report.document import fill
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the examples find what they name."""
+    made = tmp_path_factory.mktemp("readme")
+    (made / "assets").symlink_to(ROOT / "assets")
+    for animal in ("cat", "dog"):
+        shutil.copy(next((ROOT / "assets/demo/images" / animal).iterdir()), made / f"{animal}.jpg")
+    return made
+
+
+def run_python(code: str, folder: Path) -> str:
+    environment = {**os.environ, "VITFOLD_CACHE": str(folder / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_python_examples_run(folder: Path) -> None:
+    serving, making = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    made = run_python(making, folder)
+    assert "ship" in made
+    shutil.copytree(folder / "out" / "readme.fold", folder / "vit.fold")
+    assert run_python(serving, folder).count("[(") == 2
+
+
+def test_commands_and_options_exist() -> None:
+    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines() if line.startswith("vitfold ")]
+    assert len(commands) >= 4
+    for line in commands:
+        words = line.split("#")[0].split()
+        shown = CliRunner().invoke(app, [words[1], "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+        assert shown.exit_code == 0, line
+        for option in (word for word in words if word.startswith("-")):
+            assert option in shown.stdout, (line, option)
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
+    assert targets == ["demo", "test"]
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_tables_are_those_of_results() -> None:
+    assert fill(README, ROOT) == README
+    assert README.count("<!-- table:") >= 3
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *[f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")]]
+)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert ((ROOT / page).parent / target).exists(), (page, target)
