@@ -49,7 +49,7 @@ def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
         ("target", f"{manifest.target['name']} ({manifest.target['engine']})"),
         ("merge", describe_r(manifest.recipe.merge.r)),
         ("tokens", " ".join(map(str, manifest.tokens))),
-        ("work", f"{manifest.macs / 1e9:.2f} GMACs per image"),
+        ("work", f"{manifest.macs / 1e9:.3g} GMACs per image"),
         ("size", f"{opened.size_bytes / 1e6:.1f} MB"),
         (
             "verified",

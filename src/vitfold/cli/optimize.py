@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from vitfold.pipeline import Folded
 
 
+_MEASURED = (("agreement", "agree with the unfolded model"), ("top1", "top-1"))
+
+
 @command
 def optimize(
     source: options.Source,
@@ -121,7 +124,7 @@ def _print(values: dict[str, Any]) -> None:
     out.print(f"[bold]{values['source']}[/] for {values['target']}", highlight=False)
     out.print(f"  merge     {values['schedule']}", highlight=False)
     out.print(f"  tokens    {' '.join(map(str, tokens))}", highlight=False)
-    out.print(f"  work      {values['macs'] / 1e9:.2f} GMACs per image", highlight=False)
+    out.print(f"  work      {values['macs'] / 1e9:.3g} GMACs per image", highlight=False)
     if "bundle" not in values:
         out.print("  dry run: nothing was written", highlight=False)
         return
@@ -129,12 +132,10 @@ def _print(values: dict[str, Any]) -> None:
     out.print(f"  verified  {values['verified']['engine']} within {error:.1e} of the reference", highlight=False)
     fidelity = values["fidelity"]
     if fidelity is not None:
-        cosine = "-" if fidelity["cosine"] is None else f"{fidelity['cosine']:.4f}"
-        out.print(
-            f"  fidelity  {percent(fidelity['agreement'])} agree, top-1 {percent(fidelity['top1'])}, cosine {cosine} "
-            f"on {fidelity['images']} images",
-            highlight=False,
-        )
+        parts = [f"{percent(fidelity[key])} {name}" for key, name in _MEASURED if fidelity[key] is not None]
+        if fidelity["cosine"] is not None:
+            parts.append(f"cosine {fidelity['cosine']:.4f}")
+        out.print(f"  fidelity  {', '.join(parts)}, on {fidelity['images']} images", highlight=False)
     out.print(f"  bundle    {values['bundle']} ({values['size_bytes'] / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
     note(f"next: vitfold bench {values['bundle']}, or vitfold predict {values['bundle']} IMAGE")
 

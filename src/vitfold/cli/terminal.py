@@ -88,7 +88,7 @@ def write_json(path: Path, value: Any) -> None:
 def steps(title: str) -> Iterator[Callable[[str], None]]:
     """Show a spinner with the current step and the time it takes; hand out the function that names it."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=log, transient=True) as progress:
+    with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         last = [""]
 
@@ -113,6 +113,6 @@ def quiet_stdout() -> Iterator[None]:
 def counting(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar over `total` items; hand out the function that advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=log, transient=True) as progress:
+    with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
         task = progress.add_task(title, total=total)
         yield lambda count: progress.advance(task, count)
