@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from jaxtyping import config, install_import_hook
+from PIL import Image
 
 # Tiny tensors lose more to a second thread than they win, above all where tests share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # From here on every function and dataclass of vitfold checks its annotations when it is called.
 _HOOK = install_import_hook("vitfold", "beartype.beartype")
 
+from vitfold.images import ImageSet, find_images  # noqa: E402
 from vitfold.model import Array, Model, Origin, Preprocess, ViTSpec, param_shapes  # noqa: E402
 from vitfold.recipe import MergeRecipe  # noqa: E402
 
@@ -110,3 +113,21 @@ def run_torch() -> Callable[..., Array]:
             return vit(Run(model.params), model.spec, recipe, torch.from_numpy(images)).numpy()
 
     return run
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> ImageSet:
+    """Six random images of 40 x 50 pixels in a folder of their own."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return find_images(folder)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder for this test alone."""
+    monkeypatch.setenv("VITFOLD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

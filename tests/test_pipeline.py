@@ -7,29 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from vitfold import pipeline
 from vitfold.bundle import open_bundle
 from vitfold.errors import EngineError, RecipeError, TargetError
-from vitfold.images import ImageSet, find_images
+from vitfold.images import ImageSet
 from vitfold.model import Array, Model, ViTSpec
 from vitfold.recipe import MergeRecipe, Recipe
 
-
-@pytest.fixture
-def photos(tmp_path: Path) -> ImageSet:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(6):
-        Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return find_images(folder)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VITFOLD_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_optimize_resolves_and_folds(tiny_model: Callable[..., Model]) -> None:

@@ -13,25 +13,11 @@ from vitfold import pipeline
 from vitfold.bundle import Bundle
 from vitfold.cache import keep_arrays, read_arrays
 from vitfold.errors import SourceError
-from vitfold.images import ImageSet, find_images
+from vitfold.images import ImageSet
 from vitfold.model import Model
 from vitfold.reference import Reference, optional_reference, reference_outputs
 
-
-@pytest.fixture
-def photos(tmp_path: Path) -> ImageSet:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(5):
-        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return find_images(folder)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("VITFOLD_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def save(model: Model, path: Path, merge: int | None = None) -> Bundle:
@@ -50,7 +36,7 @@ def test_outputs_are_computed_once(tiny_model: Callable[..., Model], photos: Ima
     second = reference_outputs(model.digest(), photos, model.preprocess, find)
     assert len(calls) == 1
     np.testing.assert_array_equal(first.values, second.values)
-    assert first.index == second.index == (0, 1, 2, 3, 4)
+    assert first.index == second.index == (0, 1, 2, 3, 4, 5)
 
 
 def test_other_images_or_another_model_are_computed_anew(
@@ -60,18 +46,18 @@ def test_other_images_or_another_model_are_computed_anew(
     first = reference_outputs(model.digest(), photos, model.preprocess, lambda: Reference(model=model))
     second = reference_outputs(other.digest(), photos, other.preprocess, lambda: Reference(model=other))
     assert not np.allclose(first.values, second.values)
-    Image.new("RGB", (32, 32)).save(photos.paths[0])
+    Image.new("RGB", (50, 40)).save(photos.paths[0])
     third = reference_outputs(model.digest(), photos, model.preprocess, lambda: Reference(model=model))
     assert not np.allclose(first.values[0], third.values[0])
     np.testing.assert_allclose(first.values[1:], third.values[1:], rtol=1e-5, atol=1e-5)
 
 
 def test_a_damaged_cache_entry_is_computed_again(
-    tiny_model: Callable[..., Model], photos: ImageSet, cache: Path
+    tiny_model: Callable[..., Model], photos: ImageSet, own_cache: Path
 ) -> None:
     model = tiny_model()
     first = reference_outputs(model.digest(), photos, model.preprocess, lambda: Reference(model=model))
-    (entry,) = (cache / "reference").iterdir()
+    (entry,) = (own_cache / "reference").iterdir()
     entry.write_bytes(b"damaged")
     second = reference_outputs(model.digest(), photos, model.preprocess, lambda: Reference(model=model))
     np.testing.assert_array_equal(first.values, second.values)

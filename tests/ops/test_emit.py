@@ -15,9 +15,9 @@ import onnxruntime
 import pytest
 
 from vitfold.model import Array, Model, param_shapes
-from vitfold.ops import emit
 from vitfold.ops.count import Count
 from vitfold.ops.emit import INPUT_NAME, MICROSOFT, SITE_KEY, emit_graph, write_onnx
+from vitfold.ops.emit import graph as emission
 from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe, largest_r, tokens_per_block
 from vitfold.target import TARGETS, Target
@@ -196,7 +196,7 @@ def test_emitting_twice_gives_the_same_bytes(tiny_model, tmp_path):
 @pytest.mark.parametrize("target", TARGETS)
 def test_large_weights_go_to_external_data(tiny_model, random_images, run_torch, tmp_path, target, monkeypatch):
     model = tiny_model()
-    monkeypatch.setattr(emit, "EXTERNAL_DATA_BYTES", 1000)
+    monkeypatch.setattr(emission, "EXTERNAL_DATA_BYTES", 1000)
     path = written(model, TARGETS[target], (4, 2), tmp_path)
     data = tmp_path / "model.onnx.data"
     assert data.stat().st_size > model.size_bytes / 2 > path.stat().st_size / 2

@@ -7,13 +7,12 @@ errors into ones that name the cure.
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import onnxruntime as ort
 from jaxtyping import Float
 
-from vitfold.engines.session import usable_cores
+from vitfold.engines.session import Session, usable_cores
 from vitfold.errors import EngineError
 
 _EXCEPTIONS = (
@@ -27,7 +26,7 @@ _EXCEPTIONS = (
 )
 
 
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(Session):
     """One ONNX graph on ONNX Runtime's CPU provider, with one input and one output."""
 
     def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
@@ -101,13 +100,3 @@ class OnnxRuntimeSession:
     def close(self) -> None:
         """Drop the runtime's session and its memory."""
         self._binding = self._session = self._pixels = None
-
-    def __enter__(self) -> OnnxRuntimeSession:
-        """Enter a context that closes the session."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close."""
-        self.close()

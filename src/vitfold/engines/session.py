@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 from types import TracebackType
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
+
+S = TypeVar("S", bound="Session")
 
 
 def usable_cores() -> int:
@@ -22,7 +24,7 @@ def usable_cores() -> int:
 class Session(Protocol):
     """A loaded model: `bind` moves input to the device, `run` returns when done, `fetch` brings output back.
 
-    A session is a context manager; outside of `with`, `close` releases what it holds.
+    A session is a context manager; outside of `with`, `close` releases what it holds. Engines inherit that.
     """
 
     @property
@@ -46,12 +48,12 @@ class Session(Protocol):
         """Release everything."""
         ...
 
-    def __enter__(self) -> Session:
+    def __enter__(self: S) -> S:
         """Enter a context that closes the session."""
-        ...
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close."""
-        ...
+        self.close()

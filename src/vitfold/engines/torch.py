@@ -5,16 +5,15 @@ Owns nothing but the wrapping of a module as a session. Bundles never need it.
 
 from __future__ import annotations
 
-from types import TracebackType
-
 import numpy as np
 import torch
 from jaxtyping import Float
 
+from vitfold.engines.session import Session
 from vitfold.errors import EngineError
 
 
-class TorchSession:
+class TorchSession(Session):
     """A module that maps images (B, 3, H, W) to one output tensor."""
 
     def __init__(self, module: torch.nn.Module, *, compiled: bool = False, threads: int | None = None) -> None:
@@ -51,13 +50,3 @@ class TorchSession:
     def close(self) -> None:
         """Drop the module."""
         self._input = self._output = None
-
-    def __enter__(self) -> TorchSession:
-        """Enter a context that closes the session."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close."""
-        self.close()

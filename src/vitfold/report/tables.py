@@ -70,12 +70,12 @@ def markdown(rows: Sequence[RowDict]) -> str:
     return "\n".join(lines)
 
 
-def percent(ratio: float | None, *, unit: str = " %") -> str:
+def percent(ratio: int | float | None, *, unit: str = " %") -> str:
     """Return a ratio as a percentage, or a dash."""
     return number(ratio, ".2f", scale=100.0) + (unit if ratio is not None else "")
 
 
-def number(value: float | None, form: str, *, scale: float = 1) -> str:
+def number(value: int | float | None, form: str, *, scale: int | float = 1) -> str:
     """Return a scaled number, or a dash where it was not measured."""
     return "-" if value is None else f"{value * scale:{form}}"
 

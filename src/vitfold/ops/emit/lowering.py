@@ -1,32 +1,23 @@
-"""The interpreter that writes an ONNX graph for one target.
+"""The interpreter that lowers each operation to ONNX for one target.
 
-Owns how each operation is lowered to ONNX. Nodes are named by sites and carry the site as metadata;
-linear weights are transposed only while they are written. Never imports torch.
+Owns which nodes an operation becomes. Naming and writing them is `writer`'s business.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.tape import Tape
 
-from vitfold.model import Array, Model
-from vitfold.ops.count import Count, SiteCost
+from vitfold.model import Array
+from vitfold.ops.count import Count
+from vitfold.ops.emit.writer import Shape, Writer
 from vitfold.target import Target
 
-Shape = tuple[int, ...]
-SITE_KEY = "vitfold.site"
-INPUT_NAME = "pixel_values"
-EXTERNAL_DATA_BYTES = 256 * 1024 * 1024
 MICROSOFT = "com.microsoft"
-_IR_VERSION = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,101 +28,14 @@ class Value:
     shape: Shape
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Graph:
-    """An emitted graph, not yet written, and the work that it does per image."""
-
-    model: ir.Model
-    costs: tuple[SiteCost, ...]
-    weight_bytes: int
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates per image."""
-        return sum(cost.macs for cost in self.costs)
-
-
-class Emit:
-    """ONNX values on an onnx-ir tape; shapes come from `Count`, so both agree by construction."""
+class Emit(Writer):
+    """ONNX values on a tape; shapes come from `Count`, so both agree by construction."""
 
     def __init__(self, params: Mapping[str, Array], target: Target) -> None:
-        self.tape = Tape()
+        super().__init__(params)
         self.count = Count({name: array.shape for name, array in params.items()})
-        self._params = params
         self._target = target
-        self._scope = "input"
-        self._constants: dict[tuple[str, Shape, bytes], ir.Value] = {}
-        self._weights: dict[tuple[str, bool], ir.Value] = {}
-        self._names: Counter[str] = Counter()
         self._derived: dict[tuple[ir.Value, int], ir.Value] = {}
-
-    # Writing nodes and constants.
-
-    def _unique(self, base: str) -> str:
-        self._names[base] += 1
-        seen = self._names[base]
-        return base if seen == 1 else f"{base}.{seen}"
-
-    def _nodes(
-        self,
-        op_type: str,
-        *inputs: ir.Value,
-        outputs: int = 1,
-        site: str | None = None,
-        domain: str = "",
-        **attributes: Any,
-    ) -> Sequence[ir.Value]:
-        name = self._unique(site if site is not None else f"{self._scope}.{op_type.lower()}")
-        names = [name] if outputs == 1 else [f"{name}.out{i}" for i in range(outputs)]
-        values: Sequence[ir.Value] = self.tape.op_multi_out(
-            op_type,
-            inputs,
-            attributes=attributes or None,
-            outputs=[ir.Value(name=f"{n}:0") for n in names],
-            domain=domain,
-            name=name,
-            metadata_props={SITE_KEY: site or self._scope},
-        )
-        return values
-
-    def _node(
-        self, op_type: str, *inputs: ir.Value, site: str | None = None, domain: str = "", **attributes: Any
-    ) -> ir.Value:
-        return self._nodes(op_type, *inputs, site=site, domain=domain, **attributes)[0]
-
-    def _constant(self, array: Array) -> ir.Value:
-        """Return an initializer; equal small constants are shared."""
-        key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self._constants:
-            name = self._unique(f"const.{len(self._constants)}")
-            self._constants[key] = self.tape.initializer(ir.tensor(array, name=name))
-        return self._constants[key]
-
-    def _integers(self, *values: int) -> ir.Value:
-        return self._constant(np.array(values, np.int64))
-
-    def _number(self, value: float) -> ir.Value:
-        return self._constant(np.array(value, np.float32))
-
-    def _weight(self, name: str, *, transposed: bool = False) -> ir.Value:
-        """Return a parameter as initializer; a transposed copy exists only while it is written."""
-        key = (name, transposed)
-        if key not in self._weights:
-            array = self._params[name]
-            label = f"{name}.T" if transposed else name
-            if transposed:
-                shape = ir.Shape((array.shape[1], array.shape[0]))
-
-                def turned(array: Array = array, label: str = label) -> ir.Tensor:
-                    return ir.tensor(np.ascontiguousarray(array.T), name=label)
-
-                tensor: ir.TensorProtocol = ir.LazyTensor(turned, ir.DataType.FLOAT, shape, name=label)
-            else:
-                tensor = ir.tensor(array, name=label)
-            self._weights[key] = self.tape.initializer(tensor)
-        return self._weights[key]
-
-    # Operations.
 
     def scope(self, site: str) -> None:
         """Name the nodes that follow."""
@@ -376,40 +280,3 @@ class Emit:
         shape = self.count.identity_like(a.shape)
         identity = self._constant(np.eye(a.shape[1], dtype=np.float32)[None])
         return Value(self._node("Add", self._node("Mul", a.onnx, self._number(0.0)), identity), shape)
-
-
-def emit_graph(program: Callable[[Emit, Value], Value], model: Model, target: Target) -> Graph:
-    """Run `program` over the emitting operations and return the ONNX graph; the batch stays symbolic."""
-    spec = model.spec
-    shape = (spec.channels, *spec.image_size)
-    pixels = ir.Value(name=INPUT_NAME, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(("batch", *shape)))
-    ops = Emit(model.params, target)
-    result = program(ops, Value(pixels, (1, *shape)))
-    output = result.onnx
-    output.name = spec.output
-    output.type = ir.TensorType(ir.DataType.FLOAT)
-    output.shape = ir.Shape(("batch", *result.shape[1:]))
-    initializers = list(ops.tape.initializers)
-    graph = ir.Graph(
-        [pixels],
-        [output],
-        nodes=ops.tape.nodes,
-        initializers=initializers,
-        opset_imports={"": target.opset, MICROSOFT: 1} if target.contrib else {"": target.opset},
-        name="vitfold",
-    )
-    weight_bytes = sum(value.const_value.nbytes for value in initializers if value.const_value is not None)
-    return Graph(
-        model=ir.Model(graph, ir_version=_IR_VERSION, producer_name="vitfold"),
-        costs=tuple(ops.count.costs),
-        weight_bytes=weight_bytes,
-    )
-
-
-def write_onnx(graph: Graph, path: Path) -> None:
-    """Write the graph; weights beyond 256 MiB go to `<name>.data` beside it.
-
-    Such a file is written several times faster than one protobuf message, and has no 2 GiB limit.
-    """
-    external = f"{path.name}.data" if graph.weight_bytes > EXTERNAL_DATA_BYTES else None
-    ir.save(graph.model, path, external_data=external)

@@ -1,0 +1,72 @@
+"""A whole ONNX graph from a program, and its file.
+
+Owns inputs, outputs, opsets and where weights are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from vitfold.model import Model
+from vitfold.ops.count import SiteCost
+from vitfold.ops.emit.lowering import MICROSOFT, Emit, Value
+from vitfold.target import Target
+
+INPUT_NAME = "pixel_values"
+EXTERNAL_DATA_BYTES = 256 * 1024 * 1024
+_IR_VERSION = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph:
+    """An emitted graph, not yet written, and the work that it does per image."""
+
+    model: ir.Model
+    costs: tuple[SiteCost, ...]
+    weight_bytes: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per image."""
+        return sum(cost.macs for cost in self.costs)
+
+
+def emit_graph(program: Callable[[Emit, Value], Value], model: Model, target: Target) -> Graph:
+    """Run `program` over the emitting operations and return the ONNX graph; the batch stays symbolic."""
+    spec = model.spec
+    shape = (spec.channels, *spec.image_size)
+    pixels = ir.Value(name=INPUT_NAME, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(("batch", *shape)))
+    ops = Emit(model.params, target)
+    result = program(ops, Value(pixels, (1, *shape)))
+    output = result.onnx
+    output.name = spec.output
+    output.type = ir.TensorType(ir.DataType.FLOAT)
+    output.shape = ir.Shape(("batch", *result.shape[1:]))
+    initializers = list(ops.tape.initializers)
+    graph = ir.Graph(
+        [pixels],
+        [output],
+        nodes=ops.tape.nodes,
+        initializers=initializers,
+        opset_imports={"": target.opset, MICROSOFT: 1} if target.contrib else {"": target.opset},
+        name="vitfold",
+    )
+    weight_bytes = sum(value.const_value.nbytes for value in initializers if value.const_value is not None)
+    return Graph(
+        model=ir.Model(graph, ir_version=_IR_VERSION, producer_name="vitfold"),
+        costs=tuple(ops.count.costs),
+        weight_bytes=weight_bytes,
+    )
+
+
+def write_onnx(graph: Graph, path: Path) -> None:
+    """Write the graph; weights beyond 256 MiB go to `<name>.data` beside it.
+
+    Such a file is written several times faster than one protobuf message, and has no 2 GiB limit.
+    """
+    external = f"{path.name}.data" if graph.weight_bytes > EXTERNAL_DATA_BYTES else None
+    ir.save(graph.model, path, external_data=external)
