@@ -53,7 +53,26 @@ class ImageSet:
         """Return a subset of at most `count` images, spread evenly over the set."""
         if count >= len(self.paths):
             return self
-        keep = [int(i) for i in np.linspace(0, len(self.paths) - 1, count)]
+        return self._only([int(i) for i in np.linspace(0, len(self.paths) - 1, count)])
+
+    def readable(self, on_skip: Callable[[str], None]) -> ImageSet:
+        """Return the images that decode; `on_skip` is told of each other one.
+
+        Raises:
+            ImageError: if none does.
+        """
+        keep = []
+        for i, path in enumerate(self.paths):
+            try:
+                read_image(path)
+                keep.append(i)
+            except ImageError as error:
+                on_skip(str(error))
+        if not keep:
+            raise ImageError(f"none of the {len(self.paths)} images in {self.root} can be read; give another folder")
+        return self._only(keep)
+
+    def _only(self, keep: Sequence[int]) -> ImageSet:
         return ImageSet(
             root=self.root,
             paths=tuple(self.paths[i] for i in keep),

@@ -34,12 +34,11 @@ class Lineup:
         *,
         folder: Path,
         images: ImageSet | None,
-        limit: int,
         threads: int | None = None,
         reference: Bundle | None = None,
     ) -> None:
         self._folder = folder
-        self._images = None if images is None else images.first(limit)
+        self._images = images
         self._threads = threads
         self._reference = reference
         self._original: Any = None

@@ -282,6 +282,14 @@ def test_bad_images_are_named_and_skipped_only_on_request(merged: Path, few: Pat
     assert values["images"] == len({path.name for path in mixed.iterdir()}) - 2
     assert len(values["skipped"]) == 2
     assert "broken.jpg" in error("predict", merged, mixed / "broken.jpg")
+    assert "--skip-bad" in error("optimize", "demo", "-o", folder / "bad.fold", "--images", mixed)
+    assert not (folder / "bad.fold").exists()
+    made = run("optimize", "demo", "-o", folder / "bad.fold", "--images", mixed, "--skip-bad", "--json")
+    assert json.loads(made.stdout)["fidelity"]["images"] == values["images"]
+    assert "skipped" in made.stderr
+    assert "text.png" in made.stderr
+    timed = run_json("bench", merged, "--images", mixed, "--skip-bad", "--trials", "1", "--seconds", "0.1")
+    assert timed["rows"][0]["fidelity"]["images"] == values["images"]
 
 
 def test_folders_without_images_say_so(merged: Path, folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.terminal import command, counting, note, out, print_json, steps, write_json
+from vitfold.cli.terminal import command, counting, note, out, print_json, skipped, steps, write_json
 from vitfold.errors import VitfoldError
 
 
@@ -30,7 +30,8 @@ def bench(
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 10,
     seconds: Annotated[float, typer.Option(min=0.1, help="Recorded seconds per subject and scope.")] = 3.0,
-    limit: Annotated[int, typer.Option(min=1, help="Images for fidelity, spread evenly over --images.")] = 200,
+    limit: Annotated[int, typer.Option(min=1, help="Images used, spread evenly over --images.")] = 200,
+    skip_bad: options.SkipBad = False,
     reference: options.ReferenceBundle = None,
     threads: options.Threads = None,
     output: Annotated[
@@ -50,11 +51,13 @@ def bench(
     check_peers(names)
     opened = [open_bundle(path) for path in bundles]
     given = None if reference is None else open_bundle(reference)
-    found = None if images is None else find_images(images)
+    found = None if images is None else find_images(images).first(limit)
+    if found is not None and skip_bad:
+        found = found.readable(skipped)
     before = environment(threads=threads)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitfold-")))
-        lineup = stack.enter_context(Lineup(folder=folder, images=found, limit=limit, threads=threads, reference=given))
+        lineup = stack.enter_context(Lineup(folder=folder, images=found, threads=threads, reference=given))
         with steps("bench") as say:
             for name in names:
                 say(f"preparing {name}")

@@ -53,7 +53,7 @@ def demo(
             bundles.append(pipeline.save(folded, output / f"{name}.fold", overwrite=True))
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitfold-")))
-        lineup = stack.enter_context(Lineup(folder=folder, images=images, limit=len(images.paths)))
+        lineup = stack.enter_context(Lineup(folder=folder, images=images))
         with steps("demo") as say:
             say("preparing torch eager")
             lineup.add_peer("torch", bundles[0])

@@ -10,6 +10,8 @@ from vitfold.cli import options
 from vitfold.cli.terminal import command, counting, log, note, out, print_json
 from vitfold.errors import GateError, VitfoldError
 
+DENSE_IMAGES = 256
+
 
 @command
 def evaluate(
@@ -43,6 +45,10 @@ def evaluate(
     if not manifest.has_trained_weights:
         note("random weights: these figures say nothing about accuracy, since outputs hardly depend on the image")
     found = find_images(images)
+    if manifest.spec.output == "last_hidden_state" and len(found.paths) > DENSE_IMAGES:
+        # Every output is kept for the comparison, and one of these is as large as an image.
+        limit = min(limit or DENSE_IMAGES, DENSE_IMAGES)
+        note(f"outputs are one vector per token: using {limit} of {len(found.paths)} images, spread evenly")
     chosen = found if limit is None else found.first(limit)
     classifies = manifest.spec.output == "logits"
     if chosen.classes is not None and classifies:

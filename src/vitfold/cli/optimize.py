@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.terminal import command, note, out, print_json, quiet_stdout, steps
+from vitfold.cli.terminal import command, note, out, print_json, quiet_stdout, skipped, steps
 from vitfold.errors import GateError, VitfoldError, missing_extra
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def optimize(
     image_size: options.ImageSize = None,
     weights: options.Weights = "pretrained",
     seed: options.Seed = 0,
+    skip_bad: options.SkipBad = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
     min_agreement: Annotated[
         float | None, typer.Option(min=0, max=1, help="Exit with 3 if top-1 agreement on --images is lower.")
@@ -57,7 +58,9 @@ def optimize(
     from vitfold.target import find_target
 
     find_target(target)
-    image_set = None if images is None else find_images(images)
+    image_set = None if images is None else find_images(images).first(pipeline.FIDELITY_IMAGES)
+    if image_set is not None and skip_bad:
+        image_set = image_set.readable(skipped)
     with steps("optimize") as say:
         say(f"loading {source}")
         with quiet_stdout():

@@ -62,6 +62,11 @@ def note(message: str) -> None:
     log.print(f"[dim]{_escape(message)}[/]", soft_wrap=True, highlight=False)
 
 
+def skipped(message: str) -> None:
+    """Say that an image was left out."""
+    note(f"skipped: {message}")
+
+
 def _escape(message: str) -> str:
     return message.replace("[", "\\[")
 
