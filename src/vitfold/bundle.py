@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitfold.digest import file_sha256
 from vitfold.errors import BundleError, VitfoldError, nearest
 from vitfold.model import Preprocess, ViTSpec, preprocess_from_dict, spec_to_dict, vit_spec_from_dict
 from vitfold.recipe import Recipe, recipe_from_dict
@@ -153,18 +154,10 @@ def _put_in_place(work: Path, destination: Path) -> None:
 
 def _file_table(folder: Path) -> dict[str, dict[str, Any]]:
     return {
-        path.name: {"sha256": _sha256(path), "size_bytes": path.stat().st_size}
+        path.name: {"sha256": file_sha256(path), "size_bytes": path.stat().st_size}
         for path in sorted(folder.iterdir())
         if path.name != MANIFEST
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        total = hashlib.sha256()
-        while chunk := file.read(1 << 22):
-            total.update(chunk)
-    return total.hexdigest()
 
 
 def open_bundle(path: str | Path) -> Bundle:
@@ -240,7 +233,7 @@ def _check_file(folder: Path, name: str, entry: Any) -> int:
     if not path.is_file() or path.is_symlink():
         raise BundleError(f"{folder} lacks the file {name}; copy the whole folder again or make the bundle again")
     size = path.stat().st_size
-    if size != entry.get("size_bytes") or _sha256(path) != entry.get("sha256"):
+    if size != entry.get("size_bytes") or file_sha256(path) != entry.get("sha256"):
         raise BundleError(
             f"{path} is damaged: its sha256 is not the one in {MANIFEST}; copy it again or make the bundle again"
         )

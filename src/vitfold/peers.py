@@ -50,20 +50,22 @@ def load_original(origin: Mapping[str, Any]) -> Any:
     return load_origin(origin).original
 
 
-def open_peer(name: str, module: Any, shape: tuple[int, int, int], folder: Path) -> Session:
+def open_peer(
+    name: str, module: Any, shape: tuple[int, int, int], folder: Path, *, threads: int | None = None
+) -> Session:
     """Set up a peer for images of this shape (3, H, W); `folder` keeps its files meanwhile."""
     from vitfold.engines.torch import TorchSession
 
     if name == "torch":
-        return TorchSession(module)
+        return TorchSession(module, threads=threads)
     if name == "torch-compile":
-        return TorchSession(module, compiled=True)
+        return TorchSession(module, compiled=True, threads=threads)
     if name == "onnxruntime":
         from vitfold.engines.onnxruntime import OnnxRuntimeSession
 
         path = folder / "plain.onnx"
         _export(module, shape, path)
-        return OnnxRuntimeSession(path)
+        return OnnxRuntimeSession(path, threads=threads)
     raise EngineError(f"unknown peer {name!r}; {nearest(name, PEERS)}")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from vitfold.bench.evaluation import run_over
 from vitfold.bench.fidelity import Fidelity
 from vitfold.bundle import Bundle, Manifest, has_trained_weights, write_bundle
 from vitfold.errors import EngineError, RecipeError
@@ -22,7 +23,7 @@ from vitfold.model.folds import fold_layer_scale
 from vitfold.ops.count import Count, SiteCost
 from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe, Recipe, parse_recipe, tokens_per_block
-from vitfold.reference import Reference, compare_with_reference
+from vitfold.reference import Reference, compare_outputs, reference_outputs
 from vitfold.schedule import resolve_r
 from vitfold.target import Target, find_target
 from vitfold.version import __version__
@@ -104,7 +105,6 @@ def save(
     path: str | Path,
     *,
     images: ImageSet | None = None,
-    reference: Reference | None = None,
     overwrite: bool = False,
     step: Step | None = None,
 ) -> Bundle:
@@ -120,6 +120,8 @@ def save(
     from vitfold.ops.emit import emit_graph, write_onnx
 
     say = step or (lambda _: None)
+    model = folded.model
+    digest = model.digest()
 
     def write(onnx_path: Path) -> Manifest:
         say("emitting ONNX")
@@ -128,7 +130,7 @@ def save(
         )
         write_onnx(graph, onnx_path)
         say("verifying in the engine")
-        pixels = _verification_images(folded.model, images)
+        pixels = _verification_images(model, images)
         expected = run_reference(folded, pixels)
         fidelity: Fidelity | None = None
         with OnnxRuntimeSession(onnx_path) as session:
@@ -136,23 +138,27 @@ def save(
             session.run()
             verified = _verify(expected, session.fetch())
             verified["engine"] = session.engine
-            if images is not None and has_trained_weights(folded.model.origin.to_dict()):
+            if images is not None and has_trained_weights(model.origin.to_dict()):
                 say("comparing with the unfolded model")
                 subset = images.first(FIDELITY_IMAGES)
-                fidelity = compare_with_reference(
-                    session, subset, folded.model, reference=reference or Reference(model=folded.model)
+                fidelity = compare_outputs(
+                    run_over(session, subset, model.preprocess),
+                    subset,
+                    labels=model.labels,
+                    classifies=model.spec.output == "logits",
+                    reference=reference_outputs(digest, subset, model.preprocess, lambda: Reference(model=model)),
                 )
         return Manifest(
             vitfold=__version__,
-            spec=folded.model.spec,
-            preprocess=folded.model.preprocess,
-            labels=folded.model.labels,
+            spec=model.spec,
+            preprocess=model.preprocess,
+            labels=model.labels,
             recipe=folded.recipe,
             target=folded.target.to_dict(),
             tokens=folded.tokens,
             macs=graph.macs,
-            origin=folded.model.origin.to_dict(),
-            model_digest=folded.model.digest(),
+            origin=model.origin.to_dict(),
+            model_digest=digest,
             verified=verified,
             fidelity=None if fidelity is None else fidelity.to_dict(),
         )

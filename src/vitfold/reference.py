@@ -46,14 +46,6 @@ class Reference:
                 "give a bundle made with --merge none as reference"
             )
 
-    @property
-    def digest(self) -> str:
-        """The digest of the unfolded model."""
-        if self.model is not None:
-            return self.model.digest()
-        assert self.bundle is not None
-        return self.bundle.manifest.model_digest
-
     def open(self, folder: Path) -> Session:
         """Open a session of the unfolded model; `folder` holds its graph meanwhile."""
         if self.bundle is not None:
@@ -130,19 +122,6 @@ def compare_outputs(
         reference=ref,
         reference_name=None if ref is None else "unfolded float32",
         classifies=classifies,
-    )
-
-
-def compare_with_reference(session: Session, images: ImageSet, model: Model, *, reference: Reference) -> Fidelity:
-    """Run a session over images and compare with the unfolded model."""
-    expected = reference_outputs(reference.digest, images, model.preprocess, lambda: reference)
-    outputs = run_over(session, images, model.preprocess)
-    return compare_outputs(
-        outputs,
-        images,
-        labels=model.labels,
-        classifies=model.spec.output == "logits",
-        reference=expected,
     )
 
 

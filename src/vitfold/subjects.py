@@ -42,6 +42,7 @@ class Lineup:
         self._threads = threads
         self._reference = reference
         self._original: Any = None
+        self._expected: dict[str, Outputs] = {}
         self._peers: list[Subject] = []
         self._bundles: list[Subject] = []
 
@@ -55,15 +56,17 @@ class Lineup:
         if self._images is None or not manifest.has_trained_weights:
             return None
         outputs = run_over(session, self._images, manifest.preprocess, advance=advance)
-        expected: Outputs | None = reference_outputs(
-            manifest.model_digest, self._images, manifest.preprocess, optional_reference(bundle, self._reference)
-        )
+        digest = manifest.model_digest
+        if digest not in self._expected:
+            self._expected[digest] = reference_outputs(
+                digest, self._images, manifest.preprocess, optional_reference(bundle, self._reference)
+            )
         return compare_outputs(
             outputs,
             self._images,
             labels=manifest.labels,
             classifies=manifest.spec.output == "logits",
-            reference=expected,
+            reference=self._expected[digest],
         )
 
     def add_bundle(self, bundle: Bundle, advance: Advance) -> None:
@@ -92,7 +95,7 @@ class Lineup:
         if self._original is None:
             self._original = load_original(manifest.origin)
         shape = (manifest.spec.channels, *manifest.spec.image_size)
-        session = open_peer(name, self._original, shape, self._folder)
+        session = open_peer(name, self._original, shape, self._folder, threads=self._threads)
         costs = count_costs(manifest.spec, MergeRecipe(r=()))
         self._peers.append(
             Subject(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
-from vitfold.bench.fidelity import fidelity_from_dict, measure_fidelity
+from vitfold.bench.fidelity import Fidelity, measure_fidelity
 
 LOGITS = np.array([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0], [0.0, 1.0, 2.0], [5.0, 0.0, 1.0]], np.float32)
 
@@ -44,6 +46,6 @@ def test_sqnr_is_in_decibels() -> None:
     assert found.agreement is None
 
 
-def test_dictionary_round_trip() -> None:
+def test_the_dictionary_is_json_and_holds_every_figure() -> None:
     found = measure_fidelity(LOGITS, targets=[0] * 4, reference=LOGITS, reference_name="x", classifies=True)
-    assert fidelity_from_dict(found.to_dict()) == found
+    assert Fidelity(**json.loads(json.dumps(found.to_dict()))) == found

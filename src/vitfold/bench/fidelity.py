@@ -6,7 +6,7 @@ Owns the metrics; where outputs come from is `evaluation`'s business.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,6 @@ class Fidelity:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
-
-
-def fidelity_from_dict(values: dict[str, Any]) -> Fidelity:
-    """Rebuild from `Fidelity.to_dict`."""
-    return Fidelity(**{f.name: values[f.name] for f in fields(Fidelity)})
 
 
 def accuracy(outputs: Float[np.ndarray, "B C"], targets: Sequence[int], *, top: int) -> float:

@@ -62,11 +62,6 @@ class OnnxRuntimeSession(Session):
         """Name and version."""
         return f"onnxruntime {ort.__version__}"
 
-    @property
-    def input_shape(self) -> tuple[int | str | None, ...]:
-        """The graph's input shape; symbolic lengths are strings."""
-        return self._shape
-
     def _bound(self) -> ort.IOBinding:
         if self._binding is None:
             raise EngineError("this session is closed; open the bundle again")

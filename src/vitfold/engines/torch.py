@@ -19,9 +19,8 @@ class TorchSession(Session):
     def __init__(self, module: torch.nn.Module, *, compiled: bool = False, threads: int | None = None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        self._module = module.eval()
         self._compiled = compiled
-        self._call = torch.compile(module) if compiled else module
+        self._call = torch.compile(module.eval()) if compiled else module.eval()
         self._input: torch.Tensor | None = None
         self._output: torch.Tensor | None = None
 
@@ -48,5 +47,5 @@ class TorchSession(Session):
         return self._output.float().numpy().copy()
 
     def close(self) -> None:
-        """Drop the module."""
+        """Drop input and output; the module belongs to the caller."""
         self._input = self._output = None

@@ -6,7 +6,6 @@ preprocess). The architecture is built and translated by `timm`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -23,15 +22,6 @@ from vitfold.sources import timm as timm_source
 from vitfold.sources.reader import Built, class_name
 
 SIDECAR_KEYS = ("arch", "num_classes", "image_size", "labels", "preprocess")
-
-
-def sha256(path: Path) -> str:
-    """Return the digest of a file, in hexadecimal."""
-    total = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            total.update(chunk)
-    return total.hexdigest()
 
 
 def build(path: Path, *, arch: str | None, num_classes: int | None, image_size: int | None) -> Built:

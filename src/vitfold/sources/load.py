@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from vitfold.digest import file_sha256
 from vitfold.errors import SourceError, missing_extra, nearest
 from vitfold.model import Model, Origin, Preprocess
 
@@ -237,8 +238,7 @@ def _demo() -> Path:
 def _digests(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
-    files = importlib.import_module("vitfold.sources.files")
-    return {"sha256": files.sha256(path)}
+    return {"sha256": file_sha256(path)}
 
 
 def _import(package: str, extra: str, purpose: str) -> Any:
