@@ -1,0 +1,70 @@
+"""The interpreter that runs a program with quantization simulated: quantize, dequantize, compute in float.
+
+Owns quantizers in torch; `quantizer` states the same arithmetic in NumPy. Weights are expected on
+their grid already (`quant` puts them there), so only activations are rounded here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitfold.model import Array
+from vitfold.ops.run import Run
+from vitfold.quantizer import Quantizer, Twin, Uniform
+
+
+def fake_quantize(x: Float[Tensor, "..."], quantizer: Quantizer) -> Float[Tensor, "..."]:
+    """Quantize and dequantize in torch."""
+    if isinstance(quantizer, Uniform):
+        if quantizer.axis is None:
+            return torch.fake_quantize_per_tensor_affine(
+                x, float(quantizer.scale), int(quantizer.zero_point), quantizer.low, quantizer.high
+            )
+        scale, zero_point = torch.from_numpy(quantizer.scale), torch.from_numpy(quantizer.zero_point)
+        axis = quantizer.axis % x.ndim
+        return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, quantizer.low, quantizer.high)
+    if isinstance(quantizer, Twin):
+        inner, outer = fake_quantize(x, quantizer.inner), fake_quantize(x, quantizer.outer)
+        return torch.where(x < quantizer.threshold, inner, outer)
+    codes = torch.log2(x.clamp_min(1e-30) / float(quantizer.scale)).mul_(-quantizer.root).round_()
+    return torch.exp2(codes.clamp_(0, 2**quantizer.bits - 1).div_(-quantizer.root)).mul_(float(quantizer.scale))
+
+
+class Simulate(Run):
+    """`Run`, with the operands of linear layers and attention products rounded as the quantizers say."""
+
+    def __init__(
+        self, params: Mapping[str, Array], quantizers: Mapping[str, Quantizer], *, device: str = "cpu"
+    ) -> None:
+        super().__init__(params, device=device)
+        self._quantizers = quantizers
+
+    def _rounded(self, site: str, x: Tensor) -> Tensor:
+        quantizer = self._quantizers.get(site)
+        return x if quantizer is None else fake_quantize(x, quantizer)
+
+    def linear(self, layer: str, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
+        """Q(X) W^T + b."""
+        return super().linear(layer, self._rounded(f"{layer}.x", x))
+
+    def attention(
+        self,
+        site: str,
+        q: Float[Tensor, "#B H N K"],
+        k: Float[Tensor, "B H M K"],
+        v: Float[Tensor, "B H M K"],
+        bias: Float[Tensor, "B 1 1 M"] | None,
+    ) -> Float[Tensor, "B H N K"]:
+        """Q(softmax(Q(q) Q(k)^T / sqrt(K) + bias)) Q(v); softmax itself stays float."""
+        if not any(f"{site}.{operand}" in self._quantizers for operand in ("q", "k", "v", "softmax")):
+            return super().attention(site, q, k, v, bias)
+        q, k, v = (self._rounded(f"{site}.{name}", operand) for name, operand in (("q", q), ("k", k), ("v", v)))
+        logits = (q @ k.transpose(-1, -2)) * (1.0 / math.sqrt(q.shape[-1]))
+        if bias is not None:
+            logits = logits + bias
+        return self._rounded(f"{site}.softmax", logits.softmax(-1)) @ v

@@ -1,0 +1,248 @@
+"""Quantizers as values: what each site's numbers are rounded to.
+
+Owns the quantizers (uniform, twin uniform, logarithmic), their arithmetic in NumPy, which every
+interpreter has to reproduce, and the file that holds a model's quantizers. How ranges are found is
+`quant`'s business, how a quantizer becomes nodes is `ops.emit`'s.
+
+A site is named after its operation: `blocks.3.attn.qkv.x` is the input of a linear layer, `.w` its
+weight; an attention has the sites `blocks.3.attn.q`, `.k`, `.v` and `.softmax`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from vitfold.errors import BundleError
+from vitfold.model import Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Uniform:
+    """x ~ scale (q - zero_point) with integer codes q in [low, high].
+
+    `scale` (float32, positive) and `zero_point` (int32, within [low, high]) have shape () per tensor,
+    or (C,) per channel of `axis`: 0 for the output channels of a weight (O, I), 1 for the heads of an
+    attention operand (B, H, N, K), -1 for the channels of a linear layer's input.
+
+    Source: Jacob et al. (1712.05877), equation 1.
+    """
+
+    scale: Array
+    zero_point: Array
+    low: int
+    high: int
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        scale = np.asarray(self.scale, np.float32)
+        zero_point = np.asarray(self.zero_point, np.int32)
+        if scale.shape != zero_point.shape or scale.ndim != (0 if self.axis is None else 1):
+            raise ValueError(f"scale {scale.shape} and zero point {zero_point.shape} do not fit axis {self.axis}")
+        if not (np.isfinite(scale).all() and (scale > 0).all()):
+            raise ValueError("scales must be positive and finite")
+        if not self.low < self.high or (zero_point < self.low).any() or (zero_point > self.high).any():
+            raise ValueError(f"zero points must lie in the codes [{self.low}, {self.high}]")
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "zero_point", zero_point)
+
+    @property
+    def symmetric(self) -> bool:
+        """True if zero is the code 0."""
+        return not self.zero_point.any()
+
+    @property
+    def bits(self) -> int:
+        """Bits that the codes need."""
+        return int(self.high - self.low).bit_length()
+
+    def _aligned(self, x: Array) -> tuple[Array, Array]:
+        if self.axis is None:
+            return self.scale, self.zero_point
+        shape = [1] * x.ndim
+        shape[self.axis] = -1
+        return self.scale.reshape(shape), self.zero_point.reshape(shape)
+
+    def codes(self, x: Array) -> Array:
+        """clamp(round(x / scale) + zero_point, low, high) as int32, rounding half to even like QuantizeLinear."""
+        scale, zero_point = self._aligned(x)
+        codes: Array = np.clip(np.rint(x / scale) + zero_point, self.low, self.high).astype(np.int32)
+        return codes
+
+    def values(self, codes: Array) -> Array:
+        """Scale * (codes - zero_point) as float32."""
+        scale, zero_point = self._aligned(codes)
+        values: Array = ((codes - zero_point) * scale).astype(np.float32)
+        return values
+
+    def __call__(self, x: Array) -> Array:
+        """Quantize and dequantize."""
+        return self.values(self.codes(x))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Twin:
+    """Two uniform quantizers with disjoint domains, both with zero point 0.
+
+    rule "sign" (post-GELU): negative x go to `inner` (codes low..0), the others to `outer` (codes 0..high).
+    rule "magnitude" (post-softmax, x >= 0): x below the upper end of `inner`, high scale, goes to `inner`,
+    the others to `outer`.
+
+    Source: PTQ4ViT (2111.12293), section 3.2, in the paper's disjoint form (the released code adds both).
+    """
+
+    rule: Literal["sign", "magnitude"]
+    inner: Uniform
+    outer: Uniform
+
+    def __post_init__(self) -> None:
+        if not (self.inner.symmetric and self.outer.symmetric and self.inner.axis is self.outer.axis is None):
+            raise ValueError("both ranges of a twin quantizer are per tensor and have the zero point 0")
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code: one says which range, the others index it."""
+        return self.outer.bits + 1
+
+    @property
+    def threshold(self) -> float:
+        """The value from which on `outer` is used."""
+        return 0.0 if self.rule == "sign" else float(self.inner.scale) * self.inner.high
+
+    def __call__(self, x: Array) -> Array:
+        """Quantize and dequantize."""
+        chosen: Array = np.where(x < np.float32(self.threshold), self.inner(x), self.outer(x))
+        return chosen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Log:
+    """x ~ scale base^-q for x >= 0, q = clamp(round(-log_base(x / scale)), 0, 2^bits - 1); base 2 or sqrt 2.
+
+    No runtime executes it: it exists in the simulation only.
+
+    Source: FQ-ViT (2111.13824), equation 9 (base 2); RepQ-ViT (2212.08254), equation 13 (base sqrt 2).
+    """
+
+    scale: Array
+    bits: int
+    root: Literal[1, 2]
+
+    def __post_init__(self) -> None:
+        scale = np.asarray(self.scale, np.float32)
+        if scale.ndim != 0 or not np.isfinite(scale) or scale <= 0:
+            raise ValueError("the scale of a logarithmic quantizer is one positive number")
+        object.__setattr__(self, "scale", scale)
+
+    def __call__(self, x: Array) -> Array:
+        """Quantize and dequantize; zero becomes the smallest value that there is."""
+        tiny = np.float32(1e-30)
+        codes = np.clip(np.rint(-self.root * np.log2(np.maximum(x, tiny) / self.scale)), 0, 2**self.bits - 1)
+        values: Array = (self.scale * np.exp2(-codes / self.root)).astype(np.float32)
+        return values
+
+
+Quantizer = Uniform | Twin | Log
+
+
+class QuantParams(Mapping[str, Quantizer]):
+    """The quantizer of every quantized site; sites that are not in it stay float."""
+
+    def __init__(self, quantizers: Mapping[str, Quantizer]) -> None:
+        self._quantizers = MappingProxyType(dict(sorted(quantizers.items())))
+
+    def __getitem__(self, site: str) -> Quantizer:
+        """Return the quantizer of a site."""
+        return self._quantizers[site]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over sites in sorted order."""
+        return iter(self._quantizers)
+
+    def __len__(self) -> int:
+        """Return how many sites are quantized."""
+        return len(self._quantizers)
+
+    def uniform(self, site: str) -> Uniform | None:
+        """Return the uniform quantizer of a site, None if it stays float."""
+        found = self._quantizers.get(site)
+        if found is not None and not isinstance(found, Uniform):
+            raise TypeError(f"{site} has a {type(found).__name__} quantizer where only a uniform one can stand")
+        return found
+
+    def digest(self) -> str:
+        """Return the sha256 of everything in it, in hexadecimal."""
+        head, arrays = _flatten(self._quantizers)
+        total = hashlib.sha256(head.encode())
+        for name in sorted(arrays):
+            total.update(f"{name}{arrays[name].dtype}{arrays[name].shape}".encode())
+            total.update(arrays[name].tobytes())
+        return total.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file; scalars stand in its metadata."""
+        head, arrays = _flatten(self._quantizers)
+        save_file(arrays, path, metadata={"quantizers": head})
+
+
+def load_quant_params(path: Path) -> QuantParams:
+    """Read what `QuantParams.save` wrote.
+
+    Raises:
+        BundleError: if the file is missing or is something else.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            head = json.loads((file.metadata() or {})["quantizers"])
+            return QuantParams({site: _restore(entry, file.get_tensor) for site, entry in head.items()})
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{path} holds no quantizers ({error}); make the bundle again") from None
+
+
+def _flatten(quantizers: Mapping[str, Quantizer]) -> tuple[str, dict[str, Array]]:
+    head: dict[str, Any] = {}
+    arrays: dict[str, Array] = {}
+
+    def uniform(site: str, q: Uniform) -> dict[str, Any]:
+        arrays[f"{site}.scale"] = np.ascontiguousarray(q.scale)
+        arrays[f"{site}.zero_point"] = np.ascontiguousarray(q.zero_point)
+        return {"kind": "uniform", "name": site, "low": q.low, "high": q.high, "axis": q.axis}
+
+    for site, q in quantizers.items():
+        if isinstance(q, Uniform):
+            head[site] = uniform(site, q)
+        elif isinstance(q, Twin):
+            head[site] = {
+                "kind": "twin",
+                "rule": q.rule,
+                "inner": uniform(f"{site}.inner", q.inner),
+                "outer": uniform(f"{site}.outer", q.outer),
+            }
+        else:
+            arrays[f"{site}.scale"] = np.ascontiguousarray(q.scale)
+            head[site] = {"kind": "log", "name": site, "bits": q.bits, "root": q.root}
+    return json.dumps(head, sort_keys=True), arrays
+
+
+def _restore(entry: Mapping[str, Any], tensor: Any) -> Quantizer:
+    if entry["kind"] == "twin":
+        inner, outer = (_restore(entry[part], tensor) for part in ("inner", "outer"))
+        if not (isinstance(inner, Uniform) and isinstance(outer, Uniform)):
+            raise ValueError("a twin quantizer holds two uniform ones")
+        return Twin(rule=entry["rule"], inner=inner, outer=outer)
+    scale = tensor(f"{entry['name']}.scale")
+    if entry["kind"] == "log":
+        return Log(scale=scale, bits=entry["bits"], root=entry["root"])
+    if entry["kind"] != "uniform":
+        raise ValueError(f"unknown quantizer {entry['kind']!r}")
+    zero_point = tensor(f"{entry['name']}.zero_point")
+    return Uniform(scale=scale, zero_point=zero_point, low=entry["low"], high=entry["high"], axis=entry["axis"])
