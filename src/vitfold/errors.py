@@ -30,6 +30,10 @@ class TargetError(VitfoldError):
     """A target is unknown, or cannot run what was asked of it."""
 
 
+class CalibrationError(VitfoldError):
+    """Calibration images or activations cannot be used, or a cache of theirs is stale."""
+
+
 class BundleError(VitfoldError):
     """A bundle is missing, damaged, too new, or cannot be written."""
 

@@ -55,6 +55,12 @@ class ImageSet:
             return self
         return self._only([int(i) for i in np.linspace(0, len(self.paths) - 1, count)])
 
+    def sample(self, count: int, *, seed: int) -> ImageSet:
+        """Return a seeded random subset of at most `count` images, in the order of the set."""
+        if count >= len(self.paths):
+            return self
+        return self._only(sorted(np.random.default_rng(seed).choice(len(self.paths), count, replace=False).tolist()))
+
     def readable(self, on_skip: Callable[[str], None]) -> ImageSet:
         """Return the images that decode; `on_skip` is told of each other one.
 

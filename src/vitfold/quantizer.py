@@ -151,7 +151,34 @@ class Log:
         return values
 
 
-Quantizer = Uniform | Twin | Log
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Shifted:
+    """x ~ inner(x + offset) - offset, with a fixed offset (C,) per channel of the last axis.
+
+    Source: NoisyQuant (2211.16056), equation 4; W offset is taken off in the bias.
+    """
+
+    offset: Array
+    inner: Uniform
+
+    def __post_init__(self) -> None:
+        offset = np.asarray(self.offset, np.float32)
+        if offset.ndim != 1 or not np.isfinite(offset).all() or self.inner.axis is not None:
+            raise ValueError("a shifted quantizer has one finite offset per channel and one scale")
+        object.__setattr__(self, "offset", offset)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.inner.bits
+
+    def __call__(self, x: Array) -> Array:
+        """Shift, quantize, dequantize, shift back."""
+        shifted: Array = self.inner(x + self.offset) - self.offset
+        return shifted
+
+
+Quantizer = Uniform | Twin | Log | Shifted
 
 
 class QuantParams(Mapping[str, Quantizer]):
@@ -227,6 +254,9 @@ def _flatten(quantizers: Mapping[str, Quantizer]) -> tuple[str, dict[str, Array]
                 "inner": uniform(f"{site}.inner", q.inner),
                 "outer": uniform(f"{site}.outer", q.outer),
             }
+        elif isinstance(q, Shifted):
+            arrays[f"{site}.offset"] = np.ascontiguousarray(q.offset)
+            head[site] = {"kind": "shifted", "name": site, "inner": uniform(f"{site}.inner", q.inner)}
         else:
             arrays[f"{site}.scale"] = np.ascontiguousarray(q.scale)
             head[site] = {"kind": "log", "name": site, "bits": q.bits, "root": q.root}
@@ -239,6 +269,11 @@ def _restore(entry: Mapping[str, Any], tensor: Any) -> Quantizer:
         if not (isinstance(inner, Uniform) and isinstance(outer, Uniform)):
             raise ValueError("a twin quantizer holds two uniform ones")
         return Twin(rule=entry["rule"], inner=inner, outer=outer)
+    if entry["kind"] == "shifted":
+        within = _restore(entry["inner"], tensor)
+        if not isinstance(within, Uniform):
+            raise ValueError("a shifted quantizer holds a uniform one")
+        return Shifted(offset=tensor(f"{entry['name']}.offset"), inner=within)
     scale = tensor(f"{entry['name']}.scale")
     if entry["kind"] == "log":
         return Log(scale=scale, bits=entry["bits"], root=entry["root"])

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatchcase
 from typing import Any
 
 import tomli_w
@@ -38,16 +40,86 @@ class MergeRecipe:
         _check_r(self.r, name="merge.r")
 
 
+FLOAT = "float"
+_BITS = range(2, 9)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantRecipe:
+    """Bits of weights and activations, by which method, and what stays float.
+
+    `attention` says whether the operands of the attention products are rounded too; `sites` overrides single
+    sites, glob -> "w8a8" or "float", the last match wins; `calibration_size` images are drawn with `seed`.
+    `head_bits` is the least that the classifier gets, as every published table does it.
+    """
+
+    weights: int = 8
+    activations: int = 8
+    method: str = "vitfold"
+    attention: bool = False
+    calibration_size: int = 128
+    seed: int = 0
+    head_bits: int = 8
+    sites: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "activations", "head_bits"):
+            value = getattr(self, name)
+            if type(value) is not int or value not in _BITS:
+                raise RecipeError(f"quant.{name} must be {_BITS.start} to {_BITS.stop - 1} bits, found {value!r}")
+        if type(self.calibration_size) is not int or self.calibration_size < 1:
+            raise RecipeError(f"quant.calibration_size must be at least 1, found {self.calibration_size!r}")
+        if type(self.seed) is not int:
+            raise RecipeError(f"quant.seed must be an integer, found {self.seed!r}")
+        if not isinstance(self.attention, bool) or not isinstance(self.method, str):
+            raise RecipeError("quant.attention is true or false, quant.method a name")
+        if not isinstance(self.sites, Mapping):
+            raise RecipeError('quant.sites is a section of globs, as in "blocks.0.*" = "float"')
+        for glob, scheme in self.sites.items():
+            if scheme != FLOAT:
+                bits_from_scheme(scheme, name=f"quant.sites.{glob!r}")
+
+    def bits(self, site: str, *, weight: bool) -> int | None:
+        """Return the bits of a site's weight or activation, None where it stays float."""
+        found: int | None = self.weights if weight else self.activations
+        if site in ("head", "head_dist"):
+            found = max(self.head_bits, found or 0)
+        for glob, scheme in self.sites.items():
+            if fnmatchcase(site, glob):
+                found = None if scheme == FLOAT else bits_from_scheme(scheme, name=glob)[0 if weight else 1]
+        return found
+
+    @property
+    def scheme(self) -> str:
+        """The usual short form, as W8A8."""
+        return f"W{self.weights}A{self.activations}"
+
+
+def bits_from_scheme(scheme: str, *, name: str = "--quant") -> tuple[int, int]:
+    """Return (weight bits, activation bits) of "w8a8" and its like.
+
+    Raises:
+        RecipeError: naming the usual ones.
+    """
+    found = re.fullmatch(r"w(\d+)a(\d+)", scheme.lower()) if isinstance(scheme, str) else None
+    if found is None or int(found[1]) not in _BITS or int(found[2]) not in _BITS:
+        raise RecipeError(f"{name} cannot be {scheme!r}; give w8a8, w6a6, w4a8, w4a4 or the like, with 2 to 8 bits")
+    return int(found[1]), int(found[2])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Every lossy choice, resolved for one architecture."""
+    """Every lossy choice, resolved for one architecture; `quant` is None where everything stays float."""
 
     merge: MergeRecipe = field(default_factory=lambda: MergeRecipe(r=()))
+    quant: QuantRecipe | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON and TOML values."""
         values = asdict(self)
         values["merge"]["r"] = list(self.merge.r)
+        if self.quant is None:
+            del values["quant"]
         return values
 
     def to_toml(self) -> str:
@@ -61,7 +133,10 @@ class Recipe:
     @property
     def is_lossless(self) -> bool:
         """True if the recipe leaves the function unchanged."""
-        return not any(self.merge.r)
+        return self.quant is None and not any(self.merge.r)
+
+
+_SECTIONS: dict[str, Any] = {"merge": MergeRecipe, "quant": QuantRecipe}
 
 
 def parse_recipe(text: str, *, name: str) -> dict[str, Any]:
@@ -80,7 +155,7 @@ def parse_recipe(text: str, *, name: str) -> dict[str, Any]:
 
 def check_keys(values: Mapping[str, Any], *, name: str) -> None:
     """Check the sections of a recipe and the keys within them against the dataclasses above."""
-    sections = {"merge": {f.name for f in fields(MergeRecipe)}}
+    sections = {section: {f.name for f in fields(kind)} for section, kind in _SECTIONS.items()}
     for section, content in values.items():
         if section not in sections:
             raise RecipeError(f"{name}: unknown section [{section}]; {nearest(section, sections)}")
@@ -100,7 +175,8 @@ def recipe_from_dict(values: Mapping[str, Any], *, name: str) -> Recipe:
         raise RecipeError(f"{name}: merge.prop_attn must be true or false, found {prop_attn!r}")
     r = merge.get("r", ())
     _check_r(r, name=f"{name}: merge.r")
-    return Recipe(merge=MergeRecipe(r=tuple(r), prop_attn=prop_attn))
+    quant = None if "quant" not in values else QuantRecipe(**values["quant"])
+    return Recipe(merge=MergeRecipe(r=tuple(r), prop_attn=prop_attn), quant=quant)
 
 
 def _check_r(r: object, *, name: str) -> None:

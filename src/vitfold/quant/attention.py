@@ -1,0 +1,120 @@
+"""The search of one attention: ranges of q, k, v and of the softmax's output.
+
+Owns the order: q and k by the error of the logits, then the softmax and v by that of the output.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitfold.quant.collect import AttentionSamples
+from vitfold.quant.methods import Method
+from vitfold.quant.ranges import affine_uniform, code_range, percentile_range, rounded, symmetric_uniform
+from vitfold.quantizer import Log, Quantizer, Twin, Uniform
+
+_SPLITS = range(1, 20)
+
+
+def search_attention(
+    site: str, samples: AttentionSamples, bits: int, method: Method, *, symmetric: bool, uniform_only: bool
+) -> dict[str, Quantizer]:
+    """Return the quantizers of `{site}.q`, `.k`, `.v` and `.softmax`."""
+    symmetric = symmetric or method.symmetric
+    q, k, v = samples.q, samples.k, samples.v
+    alpha = q.shape[-1] ** -0.5
+    weigh_logits = _weights(samples.grad_logits, method)
+    weigh_output = _weights(samples.grad_output, method)
+    exact_logits = (q @ k.transpose(-1, -2)) * alpha
+    found: dict[str, Quantizer] = {}
+    q_hat, k_hat = q, k
+    for _ in range(method.rounds if method.activations == "hessian" else 1):
+        found[f"{site}.q"] = _operand(
+            q,
+            bits,
+            method,
+            symmetric,
+            lambda x: ((x @ k_hat.transpose(-1, -2)) * alpha - exact_logits).square() * weigh_logits,  # noqa: B023
+        )
+        q_hat = rounded(q, found[f"{site}.q"])
+        found[f"{site}.k"] = _operand(
+            k,
+            bits,
+            method,
+            symmetric,
+            lambda x: ((q_hat @ x.transpose(-1, -2)) * alpha - exact_logits).square() * weigh_logits,  # noqa: B023
+        )
+        k_hat = rounded(k, found[f"{site}.k"])
+    weights = samples.logits.softmax(-1)
+    exact = weights @ v
+    candidates = _softmax_candidates(bits, method, uniform_only=uniform_only)
+    softmax = min(candidates, key=lambda c: float(((rounded(weights, c) @ v - exact).square() * weigh_output).mean()))
+    weights_hat = rounded(weights, softmax)
+    found[f"{site}.softmax"] = softmax
+    found[f"{site}.v"] = _operand(
+        v, bits, method, symmetric, lambda x: (weights_hat @ x - exact).square() * weigh_output
+    )
+    return found
+
+
+def _weights(grad: Tensor | None, method: Method) -> Tensor:
+    if method.activations != "hessian" or grad is None:
+        return torch.ones(())
+    return grad.square()
+
+
+def _operand(x: Float[Tensor, "S H N K"], bits: int, method: Method, symmetric: bool, error: object) -> Uniform:
+    """One range per head, or one for all; the error of a candidate is summed per head."""
+    axis = 1 if method.head_scales else None
+    if method.head_scales:
+        low, high = x.amin((0, 2, 3)), x.amax((0, 2, 3))
+    else:
+        low, high = x.amin(), x.amax()
+    if method.activations == "percentile":
+        low, high = percentile_range(x, 0.9999)
+
+    def make(factor: Tensor) -> Uniform:
+        if symmetric:
+            return symmetric_uniform(torch.maximum(low.abs(), high.abs()) * factor, bits, axis=axis)
+        return affine_uniform(low * factor, high * factor, bits, axis=axis)
+
+    if method.activations in ("minmax", "percentile"):
+        return make(torch.ones(()))
+    least = torch.full(low.shape, float("inf"))
+    chosen = torch.ones(low.shape)
+    for f in method.grid.factors():
+        x_hat = rounded(x, make(torch.tensor(f)))
+        total = (x_hat - x).square() if method.activations == "mse" else error(x_hat)  # type: ignore[operator]
+        summed = total.sum((0, 2, 3)) if method.head_scales else total.sum()
+        better = summed < least
+        least = torch.where(better, summed, least)
+        chosen = torch.where(better, torch.tensor(f), chosen)
+    return make(chosen)
+
+
+def _softmax_candidates(bits: int, method: Method, *, uniform_only: bool) -> list[Quantizer]:
+    """Quantizers for numbers in [0, 1] that the method may choose from."""
+    zero = np.int32(0)
+    made: list[Quantizer] = []
+    kinds = ("uniform",) if uniform_only and "uniform" in method.softmax else method.softmax
+    for kind in kinds:
+        if kind == "uniform":
+            last = code_range(bits, symmetric=method.symmetric)[1]
+            tops = [1.0] if method.activations in ("minmax", "percentile") else np.linspace(1.0, 0.1, 19)
+            made += [Uniform(scale=np.float32(top / last), zero_point=zero, low=0, high=last) for top in tops]
+        elif kind == "twin":
+            last = 2 ** (bits - 1) - 1
+            outer = Uniform(scale=np.float32(1.0 / 2 ** (bits - 1)), zero_point=zero, low=0, high=last)
+            made += [
+                Twin(
+                    rule="magnitude",
+                    inner=Uniform(scale=np.float32(2.0**-m / 2 ** (bits - 1)), zero_point=zero, low=0, high=last),
+                    outer=outer,
+                )
+                for m in _SPLITS
+            ]
+        else:
+            made.append(Log(scale=np.float32(1.0), bits=bits, root=1 if kind == "log2" else 2))
+    return made

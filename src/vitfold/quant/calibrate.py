@@ -1,0 +1,174 @@
+"""From a float model and calibration images to a model on its grid and the quantizers of its sites.
+
+Owns the order of the steps of a method: collect, fold, search, round. Each step is a module beside
+this one; a method says which of them it uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vitfold.errors import CalibrationError
+from vitfold.images import ImageSet
+from vitfold.model import Array, Model
+from vitfold.quant.attention import search_attention
+from vitfold.quant.collect import Samples, collect
+from vitfold.quant.folding import fold_channels
+from vitfold.quant.linear import LinearProblem, search_linear
+from vitfold.quant.methods import Method, find_method
+from vitfold.quant.moments import collect_moments, round_weights
+from vitfold.quant.ranges import rounded
+from vitfold.quant.sites import find_sites
+from vitfold.quantizer import Quantizer, QuantParams, Uniform
+from vitfold.recipe import MergeRecipe, QuantRecipe
+
+LEAST_IMAGES = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """What a target can execute.
+
+    `symmetric` activations have the zero point 0; `weight_bits` caps 8-bit weights; `uniform_only` leaves
+    out quantizers that cost a second product or exist in the simulation only, where the method has a choice.
+    """
+
+    symmetric: bool = False
+    weight_bits: int = 8
+    uniform_only: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Calibrated:
+    """A model whose weights lie on their grids, and its quantizers. `folded` is the float model, folds applied."""
+
+    model: Model
+    folded: Model
+    quantizers: QuantParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where progress goes: `step(text)` names a step, `advance(n)` counts images."""
+
+    step: Callable[[str], Any] = lambda _: None
+    advance: Callable[[int], Any] = lambda _: None
+
+
+def calibrate(
+    model: Model,
+    merge: MergeRecipe,
+    quant: QuantRecipe,
+    images: ImageSet,
+    *,
+    scheme: Scheme | None = None,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Quantize a model by a method; the images are all used, in batches.
+
+    Raises:
+        CalibrationError: on too few images, or activations that are constant, NaN or infinite, naming the site.
+        RecipeError: if the method is unknown or a glob of `quant.sites` matches nothing.
+    """
+    scheme, progress = scheme or Scheme(), progress or Progress()
+    method = find_method(quant.method)
+    check_globs(quant, model)
+    if len(images.paths) < LEAST_IMAGES:
+        raise CalibrationError(
+            f"{len(images.paths)} calibration images are too few for ranges; give at least {LEAST_IMAGES}, better 128"
+        )
+    progress.step("collecting activations")
+    samples = collect(model, merge, images, gradients=method.needs_gradients, seed=quant.seed, advance=progress.advance)
+    check_samples(samples, quant)
+    progress.step(f"folding channels ({method.name})")
+    folded, samples, presets = fold_channels(model, samples, method, quant, merge, scheme_symmetric=scheme.symmetric)
+    quantizers: dict[str, Quantizer] = {}
+    for site, problem in _problems(folded, samples, method, quant, scheme).items():
+        progress.step(f"searching ranges: {site}")
+        quantizers |= search_linear(problem, method, preset=presets.get(f"{site}.x"))
+    if quant.attention:
+        for attention in find_sites(folded.spec)[1]:
+            bits = quant.bits(attention.site, weight=False)
+            if bits is not None:
+                progress.step(f"searching ranges: {attention.site}")
+                quantizers |= search_attention(
+                    attention.site,
+                    samples.attentions[attention.site],
+                    bits,
+                    method,
+                    symmetric=scheme.symmetric,
+                    uniform_only=scheme.uniform_only,
+                )
+    params: dict[str, Array] = dict(folded.params)
+    if method.rounding == "gptq" or method.correct:
+        progress.step("collecting second moments")
+        moments = collect_moments(folded, merge, images, quantizers, advance=progress.advance)
+        progress.step("rounding weights")
+        params |= round_weights(params, quantizers, moments, method)
+    else:
+        for site, quantizer in quantizers.items():
+            if site.endswith(".w") and isinstance(quantizer, Uniform):
+                name = f"{site[:-2]}.weight"
+                params[name] = rounded(torch.from_numpy(params[name]), quantizer).numpy()
+    return Calibrated(model=folded.with_params(folded.spec, params), folded=folded, quantizers=QuantParams(quantizers))
+
+
+def _problems(
+    model: Model, samples: Samples, method: Method, quant: QuantRecipe, scheme: Scheme
+) -> Mapping[str, LinearProblem]:
+    problems = {}
+    for site in find_sites(model.spec)[0]:
+        weight_bits = quant.bits(site.layer, weight=True)
+        bits = quant.bits(site.layer, weight=False)
+        if weight_bits is None or bits is None:
+            continue
+        problems[site.layer] = LinearProblem(
+            site=site,
+            samples=samples.linears[site.layer],
+            weight=torch.from_numpy(model.params[f"{site.layer}.weight"]),
+            weight_bits=min(weight_bits, scheme.weight_bits),
+            bits=bits,
+            symmetric=scheme.symmetric,
+            uniform_only=scheme.uniform_only,
+        )
+    return problems
+
+
+def check_globs(quant: QuantRecipe, model: Model) -> None:
+    """Check that every glob of the plan matches a site.
+
+    Raises:
+        RecipeError: naming the nearest sites.
+    """
+    from fnmatch import fnmatchcase
+
+    from vitfold.errors import RecipeError, nearest
+
+    linears, attentions = find_sites(model.spec)
+    names = [site.layer for site in linears] + [site.site for site in attentions]
+    for glob in quant.sites:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise RecipeError(f"no site matches {glob!r}; {nearest(glob, names)}; list them with: vitfold sensitivity")
+
+
+def check_samples(samples: Samples, quant: QuantRecipe) -> None:
+    """Check that every quantized site varies.
+
+    Raises:
+        CalibrationError: naming the site.
+    """
+    for layer, one in samples.linears.items():
+        if quant.bits(layer, weight=False) is None:
+            continue
+        if float((one.high - one.low).max()) == 0.0:
+            raise CalibrationError(
+                f"the input of {layer} is constant over {samples.images} images, so it has no range; give other "
+                f'images, or keep it float with a recipe: [quant.sites] "{layer}" = "float"'
+            )
+        if not np.isfinite(one.x.sum().item()):
+            raise CalibrationError(f"the input of {layer} is NaN or infinite; check the weights and the images")

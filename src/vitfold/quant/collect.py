@@ -1,0 +1,264 @@
+"""Calibration data: a bounded sample of what every site sees, collected in one pass.
+
+Owns what is kept: rows of each linear layer's input, exact ranges per channel, the gradient of the
+loss at the same rows of its output, and a few images' attention operands. Memory does not grow with
+the number of images. What is made of the samples is `calibrate`'s business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitfold.cache import keep_arrays, read_arrays
+from vitfold.errors import CalibrationError
+from vitfold.images import ImageSet, batches
+from vitfold.model import Model
+from vitfold.ops.record import Record
+from vitfold.programs.vit import vit
+from vitfold.quant.sites import find_sites
+from vitfold.recipe import MergeRecipe
+
+ROWS = 1024
+ATTENTION_IMAGES = 12
+_FORMAT = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LinearSamples:
+    """Rows of a linear layer's input, its exact range per channel over all rows, gradients at the outputs.
+
+    Half of the rows are those of largest magnitude in their batch (sink tokens, which decide ranges and are
+    too rare for a random sample), the others random; `share` is how many rows of the whole stream each
+    stands for. `grad` is the loss's gradient at the same rows of the output, None if it was not asked for.
+    """
+
+    x: Float[Tensor, "R I"]
+    share: Float[Tensor, "R 1"]
+    low: Float[Tensor, I]
+    high: Float[Tensor, I]
+    grad: Float[Tensor, "R O"] | None
+
+    @property
+    def ordinary(self) -> Float[Tensor, "S I"]:
+        """The randomly drawn rows only, for percentiles."""
+        return self.x[(self.share == self.share.max()).squeeze(1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttentionSamples:
+    """Operands of an attention on a few images; `bias` is what was added to the scaled logits, or None."""
+
+    q: Float[Tensor, "S H N K"]
+    k: Float[Tensor, "S H M K"]
+    v: Float[Tensor, "S H M K"]
+    logits: Float[Tensor, "S H N M"]
+    grad_logits: Float[Tensor, "S H N M"] | None
+    grad_output: Float[Tensor, "S H N K"] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Samples:
+    """Everything that a method may look at."""
+
+    linears: Mapping[str, LinearSamples]
+    attentions: Mapping[str, AttentionSamples]
+    images: int
+
+
+class _Reservoir:
+    """Keeps what `Samples` holds while batches pass."""
+
+    def __init__(self, layers: set[str], attentions: set[str], quota: int, seed: int) -> None:
+        self._layers, self._attentions, self._quota, self._seed = layers, attentions, quota, seed
+        self.arrays: dict[str, list[Tensor]] = {}
+        self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
+        self._rows: dict[str, Tensor] = {}
+        self.watched: dict[str, Tensor] = {}
+        self.batch = 0
+        self.take_attention = True
+        self.first_bad: str | None = None
+
+    def see(self, site: str, value: Tensor) -> None:
+        owner, _, part = site.rpartition(".")
+        if part == "x" and owner in self._layers:
+            rows = value.detach().reshape(-1, value.shape[-1])
+            if self.first_bad is None and not torch.isfinite(rows.sum()):
+                self.first_bad = site
+            low, high = rows.amin(0), rows.amax(0)
+            if owner in self.ranges:
+                low, high = torch.minimum(low, self.ranges[owner][0]), torch.maximum(high, self.ranges[owner][1])
+            self.ranges[owner] = (low, high)
+            self._rows[owner], share = self._choose(owner, rows, self._quota * len(value))
+            self._keep(site, rows[self._rows[owner]])
+            self._keep(f"{owner}.share", share)
+        elif part == "y" and owner in self._layers:
+            self.watched[f"{owner}.y"] = value
+        elif self.take_attention:
+            attention = owner if part != "y" else owner.rpartition(".")[0]
+            if attention not in self._attentions or part == "softmax":
+                return
+            if part == "y":
+                self.watched[site] = value
+            if site.endswith(".qk.y") or part in ("q", "k", "v"):
+                self._keep(site, value.detach())
+
+    def _choose(self, owner: str, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Row numbers and their shares: the largest, and a random sample of the others."""
+        if count >= len(rows):
+            return torch.arange(len(rows)), torch.ones(len(rows), 1)
+        order = rows.abs().amax(1).argsort(descending=True, stable=True)
+        top, rest = order[: count // 2], order[count // 2 :]
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}:{self.batch}:{owner}".encode()))
+        drawn = rest[torch.randperm(len(rest), generator=generator)[: count - len(top)]]
+        share = torch.ones(count, 1)
+        share[len(top) :] = len(rest) / len(drawn)
+        return torch.cat((top, drawn)), share
+
+    def _keep(self, site: str, value: Tensor) -> None:
+        self.arrays.setdefault(site, []).append(value.clone())
+
+    def keep_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        for site, gradient in gradients.items():
+            owner = site.removesuffix(".y")
+            if owner in self._layers:
+                self._keep(f"{owner}.g", gradient.reshape(-1, gradient.shape[-1])[self._rows[owner]])
+            else:
+                self._keep(f"{owner}.g", gradient)
+
+
+def collect(
+    model: Model,
+    merge: MergeRecipe,
+    images: ImageSet,
+    *,
+    gradients: bool,
+    seed: int = 0,
+    batch: int = 8,
+    advance: Callable[[int], Any] | None = None,
+    rows: int = ROWS,
+) -> Samples:
+    """Run the model with merging over the images and sample every site; kept for the next call.
+
+    Args:
+        gradients: also sample the gradient of the loss at every output, for the Hessian-guided search.
+        rows: rows per linear layer over all images, at least one per image.
+
+    Raises:
+        CalibrationError: if activations are NaN or infinite, naming the first site.
+    """
+    head = json.dumps([_FORMAT, model.digest(), merge.r, merge.prop_attn, images.digest(), gradients, seed, rows])
+    key = hashlib.sha256(head.encode()).hexdigest()
+    kept = read_arrays("calibration", key)
+    if kept is None or "images" not in kept:
+        kept = _pass(model, merge, images, gradients=gradients, seed=seed, batch=batch, advance=advance, rows=rows)
+        keep_arrays("calibration", key, kept)
+    elif advance is not None:
+        advance(len(images.paths))
+    return _samples(model, {name: torch.from_numpy(array) for name, array in kept.items()})
+
+
+def _pass(
+    model: Model,
+    merge: MergeRecipe,
+    images: ImageSet,
+    *,
+    gradients: bool,
+    seed: int,
+    batch: int,
+    advance: Callable[[int], Any] | None,
+    rows: int,
+) -> dict[str, np.ndarray]:
+    linears, attentions = find_sites(model.spec)
+    quota = max(1, rows // len(images.paths))
+    reservoir = _Reservoir({s.layer for s in linears}, {s.site for s in attentions}, quota, seed)
+    ops = Record(model.params, reservoir.see)
+    seen = 0
+    generator = torch.Generator().manual_seed(seed)
+    for group in batches(images, model.preprocess, batch=batch):
+        reservoir.batch += 1
+        reservoir.take_attention = seen < ATTENTION_IMAGES
+        pixels = torch.from_numpy(group.pixel_values)
+        reservoir.watched = {}
+        if gradients:
+            with torch.enable_grad():
+                output = vit(ops, model.spec, merge, pixels.requires_grad_())
+                if model.spec.output != "logits":
+                    output = torch.nn.functional.normalize(output, dim=-1)
+                loss = _gauss_newton_loss(output, generator)
+                watched = reservoir.watched
+                found = torch.autograd.grad(loss, list(watched.values()), allow_unused=True)
+            reservoir.keep_gradients(
+                {
+                    site: torch.zeros_like(watched[site]) if gradient is None else gradient
+                    for site, gradient in zip(watched, found, strict=True)
+                }
+            )
+        else:
+            with torch.inference_mode():
+                vit(ops, model.spec, merge, pixels)
+        if reservoir.first_bad is not None:
+            raise CalibrationError(
+                f"the activations at {reservoir.first_bad} are NaN or infinite on images like "
+                f"{images.paths[group.index[0]]}; check the preprocessing and the weights, or keep that site float "
+                "with --keep-float"
+            )
+        seen += len(group.index)
+        if advance is not None:
+            advance(len(group.index))
+    reservoir.watched = {}
+    arrays = {site: torch.cat(parts).numpy() for site, parts in reservoir.arrays.items()}
+    for layer, (low, high) in reservoir.ranges.items():
+        arrays[f"{layer}.low"], arrays[f"{layer}.high"] = low.numpy(), high.numpy()
+    arrays["images"] = np.array(seen)
+    return arrays
+
+
+def _gauss_newton_loss(output: Tensor, generator: torch.Generator) -> Tensor:
+    """A scalar whose squared gradients estimate the Gauss-Newton diagonal of the output's squared error.
+
+    <r, output> with random signs r: E[(J^T r)^2] = diag(J^T J). No labels are needed, and unlike Fisher samples of
+    a confident classifier, whose gradients all but vanish, every image counts. Embeddings are normalized first.
+
+    Source: Hutchinson's estimator as in PyHessian (1912.07145), on the Gauss-Newton matrix; PTQ4ViT (2111.12293)
+    takes the gradient of a divergence instead, which is zero where the model equals itself.
+    """
+    signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
+    return (output * signs).sum()
+
+
+def _samples(model: Model, arrays: Mapping[str, Tensor]) -> Samples:
+    linears, attentions = find_sites(model.spec)
+    return Samples(
+        linears={
+            s.layer: LinearSamples(
+                x=arrays[f"{s.layer}.x"],
+                share=arrays[f"{s.layer}.share"],
+                low=arrays[f"{s.layer}.low"],
+                high=arrays[f"{s.layer}.high"],
+                grad=arrays.get(f"{s.layer}.g"),
+            )
+            for s in linears
+        },
+        attentions={
+            s.site: AttentionSamples(
+                q=arrays[f"{s.site}.q"],
+                k=arrays[f"{s.site}.k"],
+                v=arrays[f"{s.site}.v"],
+                logits=arrays[f"{s.site}.qk.y"],
+                grad_logits=arrays.get(f"{s.site}.qk.g"),
+                grad_output=arrays.get(f"{s.site}.av.g"),
+            )
+            for s in attentions
+        },
+        images=int(arrays["images"]),
+    )

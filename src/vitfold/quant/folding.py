@@ -1,0 +1,160 @@
+"""Choosing the exact folds of a method: how far to equalize the channels that a LayerNorm or V feeds.
+
+Owns the choice of shift and scale; the algebra is `equalize`'s. Samples go through the same change, so
+nothing is collected twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitfold.model import Array, Model
+from vitfold.quant.collect import LinearSamples, Samples
+from vitfold.quant.equalize import equalize_norm, equalize_values
+from vitfold.quant.methods import Method
+from vitfold.quant.ranges import PERCENTILES, affine_uniform, rounded, search_weight, symmetric_uniform
+from vitfold.quant.sites import LinearSite, find_sites
+from vitfold.quantizer import Uniform
+from vitfold.recipe import MergeRecipe, QuantRecipe
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+def fold_channels(
+    model: Model,
+    samples: Samples,
+    method: Method,
+    quant: QuantRecipe,
+    merge: MergeRecipe,
+    *,
+    scheme_symmetric: bool,
+) -> tuple[Model, Samples, Mapping[str, Uniform]]:
+    """Return the folded model, the samples that it would see, and input ranges that a fold fixed."""
+    if method.equalize == "none" and not method.values:
+        return model, samples, {}
+    params: dict[str, Array] = dict(model.params)
+    linears, attentions = dict(samples.linears), dict(samples.attentions)
+    presets: dict[str, Uniform] = {}
+    for site in find_sites(model.spec)[0]:
+        bits, weight_bits = quant.bits(site.layer, weight=False), quant.bits(site.layer, weight=True)
+        if bits is None or weight_bits is None:
+            continue
+        one = linears[site.layer]
+        if site.norm is not None and method.equalize != "none":
+            shift, scale, preset = _choose(site, one, params, method, bits, weight_bits, symmetric=scheme_symmetric)
+            params |= equalize_norm(params, site.norm, site.layer, shift=shift.numpy(), scale=scale.numpy())
+            linears[site.layer] = _moved(one, shift, scale)
+            if preset is not None:
+                presets[f"{site.layer}.x"] = preset
+        elif site.values is not None and method.values:
+            shift, scale = _search_strength(site, one, params, bits, weight_bits)
+            params |= equalize_values(params, site.values, site.layer, shift=shift.numpy(), scale=scale.numpy())
+            linears[site.layer] = _moved(one, shift, scale)
+            name = site.values.removesuffix(".qkv")
+            attention = attentions[name]
+            heads = attention.v.shape[1]
+            s, m = (t.reshape(1, heads, 1, -1) for t in (scale, shift))
+            grad = attention.grad_output
+            attentions[name] = replace(
+                attention, v=(attention.v - m) / s, grad_output=None if grad is None else grad * s
+            )
+            values = linears[site.values]
+            if values.grad is not None:
+                grown = values.grad.clone()
+                grown[:, -len(scale) :] *= scale
+                linears[site.values] = replace(values, grad=grown)
+    folded = model.with_params(model.spec, params)
+    return folded, replace(samples, linears=linears, attentions=attentions), presets
+
+
+def _moved(one: LinearSamples, shift: Tensor, scale: Tensor) -> LinearSamples:
+    return replace(one, x=(one.x - shift) / scale, low=(one.low - shift) / scale, high=(one.high - shift) / scale)
+
+
+def _choose(
+    site: LinearSite,
+    one: LinearSamples,
+    params: Mapping[str, Array],
+    method: Method,
+    bits: int,
+    weight_bits: int,
+    *,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Uniform | None]:
+    if method.equalize == "smooth":
+        weight = torch.from_numpy(params[f"{site.layer}.weight"])
+        reach = torch.maximum(one.low.abs(), one.high.abs()).clamp_min(1e-5)
+        scale = (reach / weight.abs().amax(0).clamp_min(1e-5)).sqrt()
+        return torch.zeros_like(scale), scale, None
+    if method.equalize == "repq":
+        return _repq(one, bits)
+    shift, scale = _search_strength(site, one, params, bits, weight_bits)
+    return shift, scale, None
+
+
+def _repq(one: LinearSamples, bits: int) -> tuple[Tensor, Tensor, Uniform]:
+    """Per-channel affine ranges by percentile, then one scale and zero point for all.
+
+    Source: RepQ-ViT (2212.08254), section 3.2: r1 = s / mean(s), r2 = z - mean(z).
+    """
+    x = one.ordinary
+    chosen: Uniform | None = None
+    least = float("inf")
+    for percentile in PERCENTILES:
+        low, high = torch.quantile(x, torch.tensor([1 - percentile, percentile]), dim=0)
+        candidate = affine_uniform(low, high, bits, axis=1)
+        error = float((rounded(x, candidate) - x).square().mean())
+        if error < least:
+            chosen, least = candidate, error
+    assert chosen is not None
+    s, z = torch.from_numpy(chosen.scale), torch.from_numpy(chosen.zero_point).float()
+    mean, middle = s.mean(), z.mean().round()
+    preset = Uniform(scale=mean.numpy(), zero_point=middle.int().numpy(), low=chosen.low, high=chosen.high)
+    return -s * (z - middle), s / mean, preset
+
+
+def _search_strength(
+    site: LinearSite, one: LinearSamples, params: Mapping[str, Array], bits: int, weight_bits: int
+) -> tuple[Float[Tensor, I], Float[Tensor, I]]:
+    """Center every channel, scale it by its half range to a power; the power of least output error wins."""
+    x = one.x
+    weight = torch.from_numpy(params[f"{site.layer}.weight"])
+    ends = torch.quantile(one.ordinary, torch.tensor([0.002, 0.998]), dim=0)
+    shift = ends.mean(0)
+    half = ((ends[1] - ends[0]) / 2).clamp_min(1e-5)
+    grad = one.share if one.grad is None else one.grad.square() * one.share
+    chosen, least = torch.ones_like(half), float("inf")
+    for strength in STRENGTHS:
+        scale = half**strength
+        scale = scale / scale.log().mean().exp()
+        moved, heavier = (x - shift) / scale, weight * scale
+        w = search_weight(
+            heavier,
+            weight_bits,
+            groups=None,
+            symmetric=True,
+            grid=_coarse(),
+            error=lambda rounded_w, w=heavier, h=(moved.square() * one.share).mean(0): (
+                (rounded_w - w).square() * h
+            ).sum(1),
+        )
+        exact, w_hat = moved @ heavier.T, rounded(heavier, w)
+        absmax = moved.abs().max()
+        for factor in _FACTORS:
+            x_hat = rounded(moved, symmetric_uniform(absmax * factor, bits))
+            error = float(((x_hat @ w_hat.T - exact).square() * grad).mean())
+            if error < least:
+                chosen, least = scale, error
+    return shift, chosen
+
+
+def _coarse() -> object:
+    from vitfold.quant.ranges import Grid
+
+    return Grid(start=0.5, stop=1.0, count=11)

@@ -1,0 +1,140 @@
+"""Quantization methods as recipes of parts: a table, not code.
+
+Owns which parts each published method consists of and where this differs from its released code. The
+parts themselves are `ranges`, `equalize`, `noise` and `rounding`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from vitfold.errors import RecipeError, nearest
+from vitfold.quant.ranges import Grid
+
+Metric = Literal["minmax", "percentile", "mse", "output", "hessian"]
+Softmax = Literal["uniform", "twin", "log2", "log_sqrt2"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """The parts of one method.
+
+    `weights` and `activations` name the error that a range is chosen by: none (minmax), a percentile of
+    the samples, the rounding error itself (mse), the error of the layer's output (output), or that
+    weighted by the squared gradient of the loss (hessian). `granularity` of weights is per output channel,
+    or per tensor with one scale each for the Q, K and V rows of qkv. `softmax` lists the quantizers that the
+    search may choose from. `equalize` names the exact fold of LayerNorm's channels, `values` folds V's channels
+    into proj, `head_scales` gives every attention head ranges of its own, `noise` adds a fixed vector
+    before rounding, `rounding` and `correct` say how weights go to their grid.
+    """
+
+    name: str
+    source: str
+    granularity: Literal["channel", "tensor"] = "channel"
+    symmetric_weights: bool = True
+    symmetric: bool = False
+    weights: Metric = "mse"
+    activations: Metric = "mse"
+    weight_grid: Grid = Grid(start=0.4, stop=1.0, count=61)
+    grid: Grid = Grid(start=0.3, stop=1.0, count=36)
+    rounds: int = 1
+    equalize: Literal["none", "repq", "smooth", "searched"] = "none"
+    values: bool = False
+    head_scales: bool = False
+    twin_gelu: bool = False
+    softmax: tuple[Softmax, ...] = ("uniform",)
+    noise: bool = False
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    correct: bool = False
+
+    @property
+    def needs_gradients(self) -> bool:
+        """True if the search weights errors by the loss's gradient."""
+        return "hessian" in (self.weights, self.activations)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            name="vitfold",
+            source="LayerNorm channels shifted and scaled (strength searched), V's channels folded into proj, "
+            "Fisher-weighted range search, GPTQ rounding with a ridge correction of the activation error",
+            weights="output",
+            activations="hessian",
+            equalize="searched",
+            values=True,
+            head_scales=True,
+            twin_gelu=True,
+            softmax=("uniform", "twin", "log_sqrt2"),
+            rounding="gptq",
+            correct=True,
+        ),
+        Method(
+            name="ptq4vit",
+            source="PTQ4ViT, Yuan et al., ECCV 2022 (2111.12293): twin uniform quantizers in the paper's disjoint "
+            "form, Hessian-guided alternating search with Fisher samples",
+            granularity="tensor",
+            symmetric=True,
+            weights="hessian",
+            activations="hessian",
+            weight_grid=Grid(start=0.01, stop=1.2, count=100),
+            grid=Grid(start=0.01, stop=1.2, count=100),
+            rounds=3,
+            head_scales=True,
+            twin_gelu=True,
+            softmax=("twin",),
+        ),
+        Method(
+            name="repq",
+            source="RepQ-ViT, Li et al., ICCV 2023 (2212.08254): per-channel LayerNorm ranges folded into one, "
+            "log-sqrt2 softmax, percentile ranges chosen by MSE",
+            symmetric_weights=False,
+            weights="percentile",
+            activations="percentile",
+            equalize="repq",
+            softmax=("log_sqrt2",),
+        ),
+        Method(
+            name="noisy",
+            source="NoisyQuant, Liu et al., CVPR 2023 (2211.16056): a fixed noise vector added before rounding and "
+            "taken off again in the bias",
+            symmetric=True,
+            weights="mse",
+            activations="output",
+            noise=True,
+        ),
+        Method(
+            name="smooth",
+            source="SmoothQuant, Xiao et al., ICML 2023 (2211.10438): activation ranges moved into the weights, "
+            "alpha = 0.5, after LayerNorm",
+            weights="mse",
+            activations="mse",
+            equalize="smooth",
+        ),
+        Method(name="mse", source="ranges of least squared rounding error", weights="mse", activations="mse"),
+        Method(
+            name="percentile",
+            source="0.9999 percentile of activations, minmax weights",
+            weights="minmax",
+            activations="percentile",
+        ),
+        Method(name="minmax", source="observed minimum and maximum", weights="minmax", activations="minmax"),
+    )
+}
+
+
+def find_method(name: str) -> Method:
+    """Return the method of this name.
+
+    Raises:
+        RecipeError: offering the nearest names.
+    """
+    if name not in METHODS:
+        raise RecipeError(f"unknown quantization method {name!r}; {nearest(name, METHODS)}")
+    return METHODS[name]

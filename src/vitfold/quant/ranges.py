@@ -1,0 +1,154 @@
+"""Range search: from samples of a site to the quantizer that loses least.
+
+Owns the grids and the metrics. Which metric a method uses is `methods`' choice; where samples come
+from is `collect`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitfold.quantizer import Quantizer, Uniform
+
+Error = Callable[[Quantizer], float]
+PERCENTILES = (0.999, 0.9999, 0.99999)
+
+
+def code_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
+    """Return the codes of `bits` bits: two's complement, or from 0 on for affine quantizers."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
+def symmetric_uniform(absmax: Float[Tensor, "*C"], bits: int, *, axis: int | None = None) -> Uniform:
+    """absmax maps onto the outer edge of the largest code: scale = absmax / (2^(bits-1) - 1/2)."""
+    low, high = code_range(bits, symmetric=True)
+    scale = _positive(absmax / (high + 0.5)).numpy()
+    return Uniform(scale=scale, zero_point=np.zeros(scale.shape, np.int32), low=low, high=high, axis=axis)
+
+
+def affine_uniform(
+    low: Float[Tensor, "*C"], high: Float[Tensor, "*C"], bits: int, *, axis: int | None = None
+) -> Uniform:
+    """The codes span [low, high], widened so that zero is a code of its own."""
+    first, last = code_range(bits, symmetric=False)
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    scale = _positive((high - low) / (last - first))
+    zero_point = (first - low / scale).round().clamp(first, last).int().numpy()
+    return Uniform(scale=scale.numpy(), zero_point=zero_point, low=first, high=last, axis=axis)
+
+
+def _positive(scale: Tensor) -> Tensor:
+    return scale.float().clamp_min(torch.finfo(torch.float32).tiny * 2**24)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Factors that shrink or widen the observed range: start, stop, how many."""
+
+    start: float
+    stop: float
+    count: int
+
+    def factors(self) -> list[float]:
+        """Return the factors, the largest first, so that a tie keeps the wider range."""
+        return [float(f) for f in np.linspace(self.stop, self.start, self.count)]
+
+
+def search_symmetric(absmax: Float[Tensor, ""], bits: int, grid: Grid, error: Error) -> Uniform:
+    """Return the symmetric quantizer of least error over the grid."""
+    return best((symmetric_uniform(absmax * f, bits) for f in grid.factors()), error)
+
+
+def search_affine(low: Float[Tensor, ""], high: Float[Tensor, ""], bits: int, grid: Grid, error: Error) -> Uniform:
+    """Coordinate descent over (low, high): both ends together, then each alone around the best."""
+    both = [(f, f) for f in grid.factors()]
+    fine = [float(f) for f in np.linspace(1.15, 0.7, max(5, grid.count // 2))]
+
+    def make(factors: tuple[float, float]) -> Uniform:
+        return affine_uniform(low * factors[0], high * factors[1], bits)
+
+    def pick(candidates: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        errors = [error(make(candidate)) for candidate in candidates]
+        return candidates[int(np.argmin(errors))]
+
+    a, b = pick(both)
+    a, b = pick([(a, b), *((a, b * f) for f in fine)])
+    a, b = pick([(a, b), *((a * f, b) for f in fine)])
+    return make((a, b))
+
+
+def best(candidates: object, error: Error) -> Uniform:
+    """Return the candidate of least error, the first on ties."""
+    chosen: Uniform | None = None
+    least = float("inf")
+    for candidate in candidates:  # type: ignore[attr-defined]
+        found = error(candidate)
+        if chosen is None or found < least:
+            chosen, least = candidate, found
+    assert chosen is not None
+    return chosen
+
+
+def percentile_range(x: Float[Tensor, ...], ratio: float) -> tuple[Tensor, Tensor]:
+    """Return the (1 - ratio) and ratio quantiles over everything."""
+    flat = x.flatten()
+    count = flat.numel()
+    above = max(1, round((1.0 - ratio) * count))
+    high = flat.kthvalue(max(1, count - above + 1)).values
+    low = flat.kthvalue(min(count, above)).values
+    return low, high
+
+
+def search_weight(
+    weight: Float[Tensor, "O I"],
+    bits: int,
+    *,
+    groups: int | None,
+    symmetric: bool,
+    grid: Grid,
+    error: Callable[[Float[Tensor, "O I"]], Float[Tensor, O]],
+) -> Uniform:
+    """Pick scales for a weight, one per output channel or one per equal group of them.
+
+    `error` maps a rounded weight to the error of each output channel; a group takes the factor of least
+    sum. With `groups=None` every output channel is its own group.
+    """
+    outputs = weight.shape[0]
+    count = outputs if groups is None else groups
+
+    def grouped(values: Tensor, how: str) -> Tensor:
+        parts = values.reshape(count, -1)
+        each = parts.sum(1) if how == "sum" else parts.amax(1) if how == "max" else parts.amin(1)
+        return each.repeat_interleave(outputs // count)
+
+    high = grouped(weight.amax(1), "max")
+    low = grouped(weight.amin(1), "min")
+    absmax = torch.maximum(high.abs(), low.abs())
+
+    def make(factor: Tensor) -> Uniform:
+        if symmetric:
+            return symmetric_uniform(absmax * factor, bits, axis=0)
+        return affine_uniform(low * factor, high * factor, bits, axis=0)
+
+    least = torch.full((outputs,), float("inf"))
+    chosen = torch.ones(outputs)
+    for f in grid.factors():
+        quantizer = make(torch.full((outputs,), f))
+        found = grouped(error(rounded(weight, quantizer)), "sum")
+        better = found < least
+        least = torch.where(better, found, least)
+        chosen = torch.where(better, torch.tensor(f), chosen)
+    return make(chosen)
+
+
+def rounded(x: Tensor, quantizer: Quantizer) -> Tensor:
+    """Quantize and dequantize, exactly as the simulation does."""
+    from vitfold.ops.simulate import fake_quantize
+
+    return fake_quantize(x, quantizer)
