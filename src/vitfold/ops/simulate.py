@@ -18,7 +18,7 @@ from vitfold.ops.run import Run
 from vitfold.quantizer import Quantizer, Twin, Uniform
 
 
-def fake_quantize(x: Float[Tensor, "..."], quantizer: Quantizer) -> Float[Tensor, "..."]:
+def fake_quantize(x: Float[Tensor, ...], quantizer: Quantizer) -> Float[Tensor, ...]:
     """Quantize and dequantize in torch."""
     if isinstance(quantizer, Uniform):
         if quantizer.axis is None:

@@ -5,7 +5,7 @@ Owns inputs, outputs, opsets and where weights are stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,9 @@ import onnx_ir as ir
 
 from vitfold.model import Model
 from vitfold.ops.count import SiteCost
-from vitfold.ops.emit.lowering import MICROSOFT, Emit, Value
+from vitfold.ops.emit.lowering import Emit, Value
+from vitfold.ops.emit.quantized import MICROSOFT
+from vitfold.quantizer import Quantizer
 from vitfold.target import Target
 
 INPUT_NAME = "pixel_values"
@@ -35,12 +37,23 @@ class Graph:
         return sum(cost.macs for cost in self.costs)
 
 
-def emit_graph(program: Callable[[Emit, Value], Value], model: Model, target: Target) -> Graph:
-    """Run `program` over the emitting operations and return the ONNX graph; the batch stays symbolic."""
+def emit_graph(
+    program: Callable[[Emit, Value], Value],
+    model: Model,
+    target: Target,
+    quantizers: Mapping[str, Quantizer] | None = None,
+) -> Graph:
+    """Run `program` over the emitting operations and return the ONNX graph; the batch stays symbolic.
+
+    The model's weights lie on the grids of `quantizers`, if given; sites without one stay float.
+
+    Raises:
+        TargetError: naming the site whose quantizer the target cannot execute.
+    """
     spec = model.spec
     shape = (spec.channels, *spec.image_size)
     pixels = ir.Value(name=INPUT_NAME, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(("batch", *shape)))
-    ops = Emit(model.params, target)
+    ops = Emit(model.params, target, quantizers)
     result = program(ops, Value(pixels, (1, *shape)))
     output = result.onnx
     output.name = spec.output

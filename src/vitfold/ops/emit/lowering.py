@@ -14,10 +14,10 @@ import onnx_ir as ir
 
 from vitfold.model import Array
 from vitfold.ops.count import Count
-from vitfold.ops.emit.writer import Shape, Writer
+from vitfold.ops.emit.quantized import MICROSOFT, Quantized
+from vitfold.ops.emit.writer import Shape
+from vitfold.quantizer import Quantizer
 from vitfold.target import Target
-
-MICROSOFT = "com.microsoft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +28,17 @@ class Value:
     shape: Shape
 
 
-class Emit(Writer):
-    """ONNX values on a tape; shapes come from `Count`, so both agree by construction."""
+class Emit(Quantized):
+    """ONNX values on a tape; shapes come from `Count`, so both agree by construction.
 
-    def __init__(self, params: Mapping[str, Array], target: Target) -> None:
-        super().__init__(params)
+    Sites that have no quantizer stay float; the weights of those that have one lie on its grid.
+    """
+
+    def __init__(
+        self, params: Mapping[str, Array], target: Target, quantizers: Mapping[str, Quantizer] | None = None
+    ) -> None:
+        super().__init__(params, target, quantizers)
         self.count = Count({name: array.shape for name, array in params.items()})
-        self._target = target
         self._derived: dict[tuple[ir.Value, int], ir.Value] = {}
 
     def scope(self, site: str) -> None:
@@ -58,8 +62,14 @@ class Emit(Writer):
         return Value(self._node("Transpose", y, perm=[0, 2, 1]), shape)
 
     def linear(self, layer: str, x: Value) -> Value:
-        """MatMul and Add, or one Gemm on flattened rows, as the target wants it."""
+        """MatMul and Add, or one Gemm on flattened rows, as the target wants it.
+
+        Raises:
+            TargetError: naming a quantizer that the target cannot execute.
+        """
         shape = self.count.linear(layer, x.shape)
+        if self._is_quantized(layer):
+            return Value(self._quantized_linear(layer, x.onnx), shape)
         bias = self._weight(f"{layer}.bias") if f"{layer}.bias" in self._params else None
         if self._target.linear_bias == "gemm" and bias is not None:
             rows = x.onnx
@@ -95,12 +105,22 @@ class Emit(Writer):
         return Value(self._node("Mul", x.onnx, self._node("Sigmoid", gate), site=site), shape)
 
     def attention(self, site: str, q: Value, k: Value, v: Value, bias: Value | None) -> Value:
-        """Decomposed: scores, bias, softmax, weighted sum. Every engine fuses or runs this form well."""
+        """Decomposed: scores, bias, softmax, weighted sum. Every engine fuses or runs this form well.
+
+        Raises:
+            TargetError: naming a quantizer that the target cannot execute.
+        """
         shape = self.count.attention(site, q.shape, k.shape, v.shape, None if bias is None else bias.shape)
-        scores = self._scores(f"{site}.qk", q.onnx, k.onnx, 1.0 / math.sqrt(q.shape[-1]))
+        integer_scores, integer_average = self._attention_is_quantized(site)
+        if integer_scores:
+            scores = self._quantized_scores(site, q.onnx, k.onnx, q.shape[-1])
+        else:
+            scores = self._scores(f"{site}.qk", q.onnx, k.onnx, 1.0 / math.sqrt(q.shape[-1]))
         if bias is not None:
             scores = self._node("Add", scores, bias.onnx, site=f"{site}.bias")
         weights = self._node("Softmax", scores, site=f"{site}.softmax", axis=-1)
+        if integer_average:
+            return Value(self._quantized_average(site, weights, v.onnx), shape)
         return Value(self._node("MatMul", weights, v.onnx, site=f"{site}.av"), shape)
 
     def _scores(self, site: str, a: ir.Value, b: ir.Value, alpha: float) -> ir.Value:
