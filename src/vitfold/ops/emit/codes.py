@@ -93,7 +93,8 @@ def place_weight(site: str, quantizer: Quantizer, target: Target) -> PlacedWeigh
     """Move the codes of a weight into the target's signed range of `weight_bits` bits.
 
     Raises:
-        TargetError: if they do not fit there, or have another axis than the output channels.
+        TargetError: if they do not fit there, have another axis than the output channels, or zero points
+            that the target does not take.
     """
     if not isinstance(quantizer, Uniform) or quantizer.axis not in (None, 0):
         raise TargetError(f"{site} needs a uniform quantizer, per tensor or per output channel (axis 0)")
@@ -105,6 +106,7 @@ def place_weight(site: str, quantizer: Quantizer, target: Target) -> PlacedWeigh
             f"{site} has {quantizer.bits}-bit codes, {target.name} multiplies {target.weight_bits}-bit weights "
             "without saturating; quantize for this target, or choose one with wider products"
         )
-    return PlacedWeight(
-        quantizer=quantizer, offset=offset, zero_point=np.asarray(quantizer.zero_point - offset, np.int8)
-    )
+    zero_point = np.asarray(quantizer.zero_point - offset, np.int8)
+    if target.symmetric and zero_point.any():
+        raise TargetError(f"{site} has zero points, which {target.name} cannot multiply; quantize it symmetrically")
+    return PlacedWeight(quantizer=quantizer, offset=offset, zero_point=zero_point)
