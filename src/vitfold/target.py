@@ -28,11 +28,12 @@ class Target:
     (com.microsoft) may appear.
 
     The others say how quantized products run. `activation_type` stores activation codes; `symmetric`
-    allows them no zero point but 0; `weight_bits` is the widest weight code that the target multiplies
+    allows no zero point but 0; `weight_bits` is the widest weight code that the target multiplies
     without saturating; `quantized_product` is the form: ONNX Runtime's MatMulIntegerToFloat, standard
-    QuantizeLinear/DequantizeLinear pairs around a MatMul, or integers all through with dequantizations
-    behind the products; `quantize_attention` whether the products within attention gain from
-    quantization there: what a calibration should do unless told otherwise.
+    QuantizeLinear/DequantizeLinear pairs in front of a MatMul, or the reordered form, in which products
+    take integers, every dequantization stands behind one, and a softmax is normalized behind its product;
+    `quantize_attention` says whether the products within attention gain from quantization there: what a
+    calibration should do unless told otherwise.
     """
 
     name: str
@@ -119,6 +120,13 @@ TARGETS: dict[str, Target] = {
             activation_type="int8",
             symmetric=True,
             why="TensorRT takes no uint8 activations and no zero points; they become shifts of x and of the bias",
+        ),
+        replace(
+            _PORTABLE,
+            name="integer",
+            quantized_product="integer",
+            quantize_attention=True,
+            why="operand reordering: every product takes integers, dequantizations stand behind it",
         ),
     )
 }

@@ -18,6 +18,7 @@ from onnx import numpy_helper
 from quantizing import affine, per_channel, quantized, symmetric, twin_sign
 from vitfold.errors import TargetError
 from vitfold.model import Array, Model
+from vitfold.ops.count import integer_work
 from vitfold.ops.emit import INPUT_NAME, SITE_KEY, emit_graph, write_onnx
 from vitfold.ops.emit.codes import place, place_weight
 from vitfold.ops.simulate import Simulate
@@ -28,6 +29,7 @@ from vitfold.recipe import MergeRecipe
 from vitfold.target import TARGETS, Target
 
 EXECUTED = list(TARGETS)
+STANDARD = [name for name in EXECUTED if TARGETS[name].quantized_product == "qdq"]
 CPU = [name for name in EXECUTED if TARGETS[name].quantized_product == "matmul_integer_to_float"]
 
 
@@ -55,9 +57,12 @@ def executed(
     return np.asarray(found)
 
 
-def simulated(program: Any, model: Model, quantizers: dict[str, Quantizer], images: Array) -> Array:
+def simulated(
+    program: Any, model: Model, quantizers: dict[str, Quantizer], images: Array, target: Target = TARGETS["cpu"]
+) -> Array:
+    ops = Simulate(model.params, quantizers, reordered=target.quantized_product == "integer")
     with torch.inference_mode():
-        return np.asarray(program(Simulate(model.params, quantizers), torch.from_numpy(images)))
+        return np.asarray(program(ops, torch.from_numpy(images)))
 
 
 def errors_of_rows(found: Array, expected: Array) -> Array:
@@ -87,7 +92,7 @@ def test_a_block_equals_its_simulation(tiny_model, random_images, tmp_path, name
     model, quantizers = quantized_for(target, model, images, attention=attention, twin=twin)
     program = one_block(model)
     found = executed(program, model, target, quantizers, images, tmp_path)
-    expected = simulated(program, model, quantizers, images)
+    expected = simulated(program, model, quantizers, images, target)
     errors = errors_of_rows(found, expected)
     assert np.median(errors) < 1e-5
     assert errors.max() < 0.05
@@ -108,7 +113,7 @@ def test_whole_models_follow_their_simulation(tiny_model, random_images, tmp_pat
     model, quantizers = quantized_for(TARGETS[name], model, images, (5, 3))
     program = whole(model, (5, 3))
     found = executed(program, model, TARGETS[name], quantizers, images, tmp_path)
-    errors = errors_of_rows(found, simulated(program, model, quantizers, images))
+    errors = errors_of_rows(found, simulated(program, model, quantizers, images, TARGETS[name]))
     assert errors.min() < 1e-5
     assert np.median(errors) < np.median(errors_of_rows(found, simulated(program, model, {}, images)))
 
@@ -334,26 +339,33 @@ def test_optimized_cpu_graphs_multiply_integers_in_every_quantized_layer(tiny_mo
             assert not [x for x in node.input[:2] if x in constants], f"{node.name} multiplies float weights"
 
 
-@pytest.mark.parametrize("name", [name for name in EXECUTED if not TARGETS[name].contrib])
+@pytest.mark.parametrize("name", STANDARD)
 def test_standard_graphs_pair_quantize_and_dequantize(tiny_model, random_images, tmp_path, name):
     target = TARGETS[name]
     model, images = tiny_model(), random_images(tiny_model().spec, 2)
-    model, quantizers = quantized_for(target, model, images, (5, 3))
+    model, quantizers = quantized_for(target, model, images, (5, 3), twin=not target.symmetric)
     path = tmp_path / "model.onnx"
-    write_onnx(emit_graph(whole(model, (5, 3)), model, target, quantizers), path)
+    emitted = emit_graph(whole(model, (5, 3)), model, target, quantizers)
+    write_onnx(emitted, path)
     onnx.checker.check_model(str(path), full_check=True)
     graph = onnx.load(str(path)).graph
     assert {node.domain for node in graph.node} == {""}
+    work = integer_work(emitted.costs)
+    dequantizations = [node for node in graph.node if node.op_type == "DequantizeLinear"]
+    assert work.dequantized_operands == len(dequantizations), "what the cost model counts stands in the graph"
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     restored = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     products = [node for node in graph.node if node.op_type == "MatMul" and restored.issuperset(node.input)]
     layers = [site for site in quantizers if site.endswith(".x")]
-    assert len(products) == len(layers) + 2 * 2
+    assert len(products) == len(layers) + 2 * 2 + (0 if target.symmetric else 2 + 2)
     for node in graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             zero_point = constants[node.input[2]]
             assert zero_point.dtype in (np.uint8, np.int8), "a 32-bit zero point would be a bias"
             assert not target.symmetric or (zero_point.dtype == np.int8 and not zero_point.any())
+
+
+PRODUCTS = {"matmul_integer_to_float": "MatMulIntegerToFloat", "qdq": "MatMul", "integer": "MatMulInteger"}
 
 
 @pytest.mark.parametrize("name", EXECUTED)
@@ -367,12 +379,12 @@ def test_every_node_of_a_quantized_graph_names_its_site(tiny_model, random_image
         (site,) = [entry.value for entry in node.metadata_props if entry.key == SITE_KEY]
         assert node.name
         sites.setdefault(site, set()).add(node.op_type)
-    product = "MatMulIntegerToFloat" if TARGETS[name].contrib else "MatMul"
+    product = PRODUCTS[TARGETS[name].quantized_product]
     for site in quantizers:
         if site.endswith(".w"):
             assert product in sites[site.removesuffix(".w")]
         else:
-            assert "QuantizeLinear" in sites[site]
+            assert sites[site] & {"QuantizeLinear", "Clip"}, "codes are made, or requantized"
 
 
 def test_a_quantized_graph_stores_weights_in_one_byte_and_is_emitted_twice_the_same(

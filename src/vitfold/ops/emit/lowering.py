@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from vitfold.model import Array
 from vitfold.ops.count import Count
-from vitfold.ops.emit.quantized import MICROSOFT, Quantized
+from vitfold.ops.emit.quantized import MICROSOFT
+from vitfold.ops.emit.reordered import Reader, Reordered
 from vitfold.ops.emit.writer import Shape
 from vitfold.quantizer import Quantizer
 from vitfold.target import Target
@@ -28,7 +29,14 @@ class Value:
     shape: Shape
 
 
-class Emit(Quantized):
+@dataclass(frozen=True, slots=True)
+class Codes(Value):
+    """Integer codes, which only move until the one layer that they are meant for reads them."""
+
+    reader: Reader
+
+
+class Emit(Reordered):
     """ONNX values on a tape; shapes come from `Count`, so both agree by construction.
 
     Sites that have no quantizer stay float; the weights of those that have one lie on its grid.
@@ -38,7 +46,8 @@ class Emit(Quantized):
         self, params: Mapping[str, Array], target: Target, quantizers: Mapping[str, Quantizer] | None = None
     ) -> None:
         super().__init__(params, target, quantizers)
-        self.count = Count({name: array.shape for name, array in params.items()})
+        shapes = {name: array.shape for name, array in params.items()}
+        self.count = Count(shapes, quantizers, dequantize_first=target.quantized_product == "qdq")
         self._derived: dict[tuple[ir.Value, int], ir.Value] = {}
 
     def scope(self, site: str) -> None:
@@ -68,6 +77,11 @@ class Emit(Quantized):
             TargetError: naming a quantizer that the target cannot execute.
         """
         shape = self.count.linear(layer, x.shape)
+        if isinstance(x, Codes):
+            reader, placed = x.reader
+            if reader != layer:
+                raise ValueError(f"{layer} reads the codes of {reader}")
+            return Value(self._linear_of_codes(layer, x.onnx, placed), shape)
         if self._is_quantized(layer):
             return Value(self._quantized_linear(layer, x.onnx), shape)
         bias = self._weight(f"{layer}.bias") if f"{layer}.bias" in self._params else None
@@ -118,6 +132,9 @@ class Emit(Quantized):
             scores = self._scores(f"{site}.qk", q.onnx, k.onnx, 1.0 / math.sqrt(q.shape[-1]))
         if bias is not None:
             scores = self._node("Add", scores, bias.onnx, site=f"{site}.bias")
+        if integer_average and self._reorders:
+            y, meant = self._reordered_average(site, scores, v.onnx)
+            return Value(y, shape) if meant is None else Codes(y, shape, meant)
         weights = self._node("Softmax", scores, site=f"{site}.softmax", axis=-1)
         if integer_average:
             return Value(self._quantized_average(site, weights, v.onnx), shape)
@@ -183,11 +200,13 @@ class Emit(Quantized):
 
     def reshape(self, a: Value, shape: tuple[int, ...]) -> Value:
         """Reshape; the batch axis is copied."""
-        return Value(self._node("Reshape", a.onnx, self._integers(0, *shape)), self.count.reshape(a.shape, shape))
+        counted = self.count.reshape(a.shape, shape)
+        return replace(a, onnx=self._node("Reshape", a.onnx, self._integers(0, *shape)), shape=counted)
 
     def transpose(self, a: Value, perm: tuple[int, ...]) -> Value:
         """Transpose."""
-        return Value(self._node("Transpose", a.onnx, perm=list(perm)), self.count.transpose(a.shape, perm))
+        counted = self.count.transpose(a.shape, perm)
+        return replace(a, onnx=self._node("Transpose", a.onnx, perm=list(perm)), shape=counted)
 
     def split(self, a: Value, parts: int, axis: int) -> tuple[Value, ...]:
         """Split."""

@@ -84,6 +84,9 @@ class Quantized(Writer):
         scale = self._number(float(placed.scale))
         return self._node("QuantizeLinear", x, scale, self._constant(placed.zero_point), site=site)
 
+    def _placed_weight(self, layer: str) -> PlacedWeight:
+        return place_weight(f"{layer}.w", self._quantizers[f"{layer}.w"], self._target)
+
     def _weight_codes(self, layer: str, placed: PlacedWeight) -> ir.Value:
         """Int8 codes (I, O) as an initializer, computed only while it is written."""
         if layer not in self._codes:
@@ -114,8 +117,7 @@ class Quantized(Writer):
             TargetError: naming the site that this target cannot execute.
         """
         site = f"{layer}.x"
-        weight = place_weight(f"{layer}.w", self._quantizers[f"{layer}.w"], self._target)
-        branches = self._branches(site, x)
+        weight, branches = self._placed_weight(layer), self._branches(site, x)
         if len(branches) > 1 and any(branch.placed.shift for branch in branches):
             raise TargetError(f"{site}: {self._target.name} has no zero points for this twin quantizer")
         bias = self._bias(layer, weight, branches)
