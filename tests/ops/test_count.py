@@ -162,7 +162,7 @@ def test_every_shape_agrees_with_execution(tiny_model, random_images, overrides,
             observe=lambda _, tokens: lengths.append(tokens.x[1][1]),
         )
     assert tuple(lengths) == tokens_per_block(spec, r)[1:]
-    assert both.compared >= 40
+    assert both.compared >= 30
 
 
 MISFITS = {

@@ -329,9 +329,12 @@ def test_optimized_cpu_graphs_multiply_integers_in_every_quantized_layer(tiny_mo
     made_by = {output: node for node in graph.node for output in node.output}
     integer = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
     layers = {site.removesuffix(".x") for site in quantizers if site.endswith(".x")}
-    assert {f"{layer}.weight.codes" for layer in layers} <= {node.input[1] for node in integer}
-    assert all(constants[f"{layer}.weight.codes"].dtype == np.int8 for layer in layers)
-    assert len(integer) == len(layers) + 2 + 2 * (1 + 2), "two branches in fc2 and in the average, one in the scores"
+    multiplied = {node.input[1]: constants[node.input[1]] for node in integer if node.input[1] in constants}
+    for layer in layers:
+        codes = [array for name, array in multiplied.items() if name.startswith(f"{layer}.weight.codes")]
+        assert sum(array.size for array in codes) == model.params[f"{layer}.weight"].size
+        assert {array.dtype for array in codes} == {np.dtype(np.int8)}
+    assert len(integer) == len(layers) + 2 * 2 + 2 + 2 * (1 + 2), "qkv in three; two branches in fc2 and the average"
     for node in integer:
         assert not [x for x in node.input[:2] if x in made_by and made_by[x].op_type == "DequantizeLinear"]
     for node in graph.node:

@@ -141,6 +141,12 @@ class Count:
         self._note(layer, "linear", (x,), output, _size(x[:-1]) * weights, weights, operands)
         return output
 
+    def heads(self, layer: str, x: Shape, parts: int, heads: int) -> tuple[Shape, ...]:
+        """`linear`, one copy to turn, one to split."""
+        y = self.linear(layer, x)
+        rows = self.reshape(y, (y[1], parts * heads, y[2] // (parts * heads)))
+        return self.split(self.transpose(rows, (0, 2, 1, 3)), parts, 1)
+
     def layer_norm(self, layer: str, x: Shape, eps: float) -> Shape:
         """One pass in, one out."""
         self._note(layer, "normalization", (x,), x, weights=2 * x[-1])

@@ -6,7 +6,7 @@ executes. Which nodes result is `quantized`'s business.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -78,6 +78,14 @@ class PlacedWeight:
     quantizer: Uniform
     offset: int
     zero_point: Array
+
+    def rows(self, start: int, stop: int) -> PlacedWeight:
+        """Return what stands for the output channels start:stop alone."""
+        if self.quantizer.axis is None:
+            return self
+        scale, zero_point = self.quantizer.scale[start:stop], self.quantizer.zero_point[start:stop]
+        part = replace(self.quantizer, scale=scale, zero_point=zero_point)
+        return replace(self, quantizer=part, zero_point=self.zero_point[start:stop])
 
     @property
     def scale(self) -> Array:

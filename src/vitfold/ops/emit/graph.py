@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from vitfold.model import Model
 from vitfold.ops.count import SiteCost
@@ -59,18 +60,20 @@ def emit_graph(
     output.name = spec.output
     output.type = ir.TensorType(ir.DataType.FLOAT)
     output.shape = ir.Shape(("batch", *result.shape[1:]))
-    initializers = list(ops.tape.initializers)
     graph = ir.Graph(
         [pixels],
         [output],
         nodes=ops.tape.nodes,
-        initializers=initializers,
+        initializers=ops.tape.initializers,
         opset_imports={"": target.opset, MICROSOFT: 1} if target.contrib else {"": target.opset},
         name="vitfold",
     )
-    weight_bytes = sum(value.const_value.nbytes for value in initializers if value.const_value is not None)
+    onnx = ir.Model(graph, ir_version=_IR_VERSION, producer_name="vitfold")
+    RemoveUnusedNodesPass()(onnx)
+    kept = graph.initializers.values()
+    weight_bytes = sum(value.const_value.nbytes for value in kept if value.const_value is not None)
     return Graph(
-        model=ir.Model(graph, ir_version=_IR_VERSION, producer_name="vitfold"),
+        model=onnx,
         costs=tuple(ops.count.costs),
         weight_bytes=weight_bytes,
     )

@@ -41,7 +41,8 @@ class Quantized(Writer):
         super().__init__(params)
         self._target = target
         self._quantizers = quantizers or {}
-        self._codes: dict[str, ir.Value] = {}
+        self._weight_of: dict[tuple[str, int], ir.Value] = {}
+        self._codes_of: dict[tuple[ir.Value, float, str, int], ir.Value] = {}
 
     def _both(self, first: str, second: str) -> bool:
         """Say whether a product runs in integers: both operands are quantized.
@@ -77,28 +78,57 @@ class Quantized(Writer):
         return Branch(inner, lower), Branch(outer, upper)
 
     def _quantize(self, site: str, branch: Branch) -> ir.Value:
-        """QuantizeLinear, behind the shift that a symmetric target needs."""
+        """QuantizeLinear, behind the shift that a symmetric target needs; made once for equal branches.
+
+        Codes are smaller to move than floats: where nothing has to recognize the pairs, quantize first.
+        """
         placed, x = branch.placed, branch.onnx
+        key = (x, float(placed.scale), placed.zero_point.dtype.str, int(placed.zero_point))
+        if key in self._codes_of:
+            return self._codes_of[key]
+        moves: list[ir.Node] = []
+        if self._target.quantized_product != "qdq":
+            x, moves = _before_moves(x)
         if placed.shift:
             x = self._node("Sub", x, self._number(float(placed.shift)), site=site)
         scale = self._number(float(placed.scale))
-        return self._node("QuantizeLinear", x, scale, self._constant(placed.zero_point), site=site)
+        codes = self._node("QuantizeLinear", x, scale, self._constant(placed.zero_point), site=site)
+        for move in moves:
+            attributes = {name: attribute.value for name, attribute in move.attributes.items()}
+            codes = self._node(move.op_type, codes, *move.inputs[1:], site=site, **attributes)
+        self._codes_of[key] = codes
+        return codes
 
     def _placed_weight(self, layer: str) -> PlacedWeight:
         return place_weight(f"{layer}.w", self._quantizers[f"{layer}.w"], self._target)
 
-    def _weight_codes(self, layer: str, placed: PlacedWeight) -> ir.Value:
-        """Int8 codes (I, O) as an initializer, computed only while it is written."""
-        if layer not in self._codes:
-            weight, label = self._params[f"{layer}.weight"], f"{layer}.weight.codes"
+    def _weight_codes(self, layer: str, placed: PlacedWeight, start: int = 0, stop: int | None = None) -> ir.Value:
+        """Int8 codes (I, O) of the output channels start:stop as an initializer, computed only while it is written."""
+        key = (layer, start)
+        if key not in self._weight_of:
+            weight = self._params[f"{layer}.weight"][start:stop]
+            label = f"{layer}.weight.codes" if stop is None else f"{layer}.weight.codes.{start}"
 
             def codes() -> ir.Tensor:
                 return ir.tensor(np.ascontiguousarray(placed.codes(weight).T), name=label)
 
             shape = ir.Shape((weight.shape[1], weight.shape[0]))
             tensor = ir.LazyTensor(codes, ir.DataType.INT8, shape, name=label)
-            self._codes[layer] = self.tape.initializer(tensor)
-        return self._codes[layer]
+            self._weight_of[key] = self.tape.initializer(tensor)
+        return self._weight_of[key]
+
+    def _integer_linear_parts(self, layer: str, x: ir.Value, parts: int) -> list[ir.Value]:
+        """The layer's outputs in equal parts, one integer product each, from the same codes."""
+        whole, branches = self._placed_weight(layer), self._branches(f"{layer}.x", x)
+        bias = self._params.get(f"{layer}.bias")
+        size = len(self._params[f"{layer}.weight"]) // parts
+        results = []
+        for start in range(0, parts * size, size):
+            weight, stop = whole.rows(start, start + size), start + size
+            codes = self._weight_codes(layer, weight, start, stop)
+            part = None if bias is None else self._constant(bias[start:stop])
+            results.append(self._integer_products(layer, f"{layer}.x", branches, codes, weight, np.float32(1), part))
+        return results
 
     def _bias(self, layer: str, weight: PlacedWeight, branches: tuple[Branch, ...]) -> ir.Value | None:
         """The bias, plus W c where the input was shifted by c; None where both are nothing."""
@@ -217,3 +247,14 @@ class Quantized(Writer):
                 raise TargetError(
                     f"{site} has a zero point, which {self._target.name} cannot multiply; quantize it symmetrically"
                 )
+
+
+def _before_moves(x: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
+    """Return the value that Reshape and Transpose nodes moved to `x`, and these nodes in order."""
+    moves: list[ir.Node] = []
+    node = x.producer()
+    while node is not None and node.op_type in ("Reshape", "Transpose") and node.inputs[0] is not None:
+        moves.insert(0, node)
+        x = node.inputs[0]
+        node = x.producer()
+    return x, moves
