@@ -14,8 +14,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from vitfold.model import Model
 from vitfold.ops.count import SiteCost
-from vitfold.ops.emit.lowering import Emit, Value
+from vitfold.ops.emit.lowering import Emit
 from vitfold.ops.emit.quantized import MICROSOFT
+from vitfold.ops.emit.rows import Value
 from vitfold.quantizer import Quantizer
 from vitfold.target import Target
 
