@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from vitfold.errors import TargetError
-from vitfold.target import TARGETS, Bias, Gather, Scatter, find_target
+from vitfold.target import TARGETS, ActivationType, Bias, Gather, QuantizedProduct, Scatter, cpu_target, find_target
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -19,9 +19,40 @@ def test_every_row_is_found_by_its_name_and_uses_known_words(name):
     assert target.gather in get_args(Gather)
     assert target.scatter_add in get_args(Scatter)
     assert target.linear_bias in get_args(Bias)
+    assert target.activation_type in get_args(ActivationType)
+    assert target.quantized_product in get_args(QuantizedProduct)
+    assert target.weight_bits in (7, 8)
+    assert not target.symmetric or target.activation_type == "int8"
+    assert target.contrib or target.quantized_product != "matmul_integer_to_float"
     assert target.opset >= 17, "LayerNormalization must be one operator"
     assert target.why
     assert json.loads(json.dumps(target.to_dict())) == target.to_dict()
+
+
+def test_weights_of_seven_bits_cannot_saturate_pairs_in_int16():
+    """Vpmaddubsw adds two products of uint8 and int8 in int16."""
+    worst = [255 * code for code in (-(2**6), 2**6 - 1)]
+    assert 2 * min(worst) >= -(2**15)
+    assert 2 * max(worst) < 2**15
+    assert 2 * 255 * (2**7 - 1) >= 2**15, "8 bits would"
+    for name in ("cpu", "cpu-avx2"):
+        assert TARGETS[name].weight_bits == 7
+
+
+@pytest.mark.parametrize(
+    ("sets", "machine", "name"),
+    [
+        (["avx2", "avx512f", "avx512_vnni", "amx_int8"], "x86_64", "cpu-amx"),
+        (["avx2", "avx512_vnni"], "x86_64", "cpu-vnni"),
+        (["avx2", "avx_vnni"], "AMD64", "cpu-vnni"),
+        (["avx2", "fma", "avx512f"], "x86_64", "cpu-avx2"),
+        ([], "x86_64", "cpu-avx2"),
+        (["asimd", "asimddp", "i8mm"], "aarch64", "cpu-arm"),
+        ([], "arm64", "cpu-arm"),
+    ],
+)
+def test_the_quantized_cpu_target_follows_the_instruction_sets(sets, machine, name):
+    assert cpu_target(sets, machine).name == name
 
 
 def test_no_target_scatters():
@@ -34,7 +65,8 @@ def test_no_target_scatters():
     [
         ("cpus", "unknown target 'cpus'; did you mean cpu"),
         ("portabel", "did you mean portable"),
-        ("", "known: cpu, portable"),
+        ("", "known: cpu, cpu-amx, .*, portable"),
+        ("cpu-vni", "did you mean cpu-vnni"),
     ],
 )
 def test_an_unknown_target_offers_the_nearest(name, message):

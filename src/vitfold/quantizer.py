@@ -89,6 +89,10 @@ class Uniform:
         return self.values(self.codes(x))
 
 
+EXPONENTIALS = Uniform(scale=np.array(1 / 255), zero_point=np.array(0), low=0, high=255)
+"""What exp(x - max) in (0, 1] is rounded to in a reordered softmax: it needs no calibration."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Twin:
     """Two uniform quantizers with disjoint domains, both with zero point 0.

@@ -6,6 +6,7 @@ is written in ONNX is `ops.emit`'s business; running it is `engines`'.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,8 @@ from vitfold.errors import TargetError, nearest
 Gather = Literal["gather_nd", "gather_elements", "one_hot"]
 Scatter = Literal["one_hot", "scatter_elements"]
 Bias = Literal["gemm", "add"]
+ActivationType = Literal["uint8", "int8"]
+QuantizedProduct = Literal["matmul_integer_to_float", "qdq", "integer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +26,14 @@ class Target:
     `gather` and `scatter_add` say how token rows are picked and summed, `linear_bias` whether a linear
     layer is one Gemm or a MatMul and an Add, `contrib` whether ONNX Runtime's own operators
     (com.microsoft) may appear.
+
+    The others say how quantized products run. `activation_type` stores activation codes; `symmetric`
+    allows no zero point but 0; `weight_bits` is the widest weight code that the target multiplies
+    without saturating; `quantized_product` is the form: ONNX Runtime's MatMulIntegerToFloat, standard
+    QuantizeLinear/DequantizeLinear pairs in front of a MatMul, or the reordered form, in which products
+    take integers, every dequantization stands behind one, and a softmax is normalized behind its product;
+    `quantize_attention` says whether the products within attention gain from quantization there: what a
+    calibration should do unless told otherwise.
     """
 
     name: str
@@ -32,6 +43,11 @@ class Target:
     gather: Gather
     scatter_add: Scatter
     linear_bias: Bias
+    activation_type: ActivationType
+    symmetric: bool
+    weight_bits: int
+    quantized_product: QuantizedProduct
+    quantize_attention: bool
     why: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -39,28 +55,90 @@ class Target:
         return asdict(self)
 
 
+_CPU = Target(
+    name="cpu",
+    engine="onnxruntime",
+    opset=20,
+    contrib=True,
+    gather="gather_nd",
+    scatter_add="one_hot",
+    linear_bias="gemm",
+    activation_type="uint8",
+    symmetric=False,
+    weight_bits=7,
+    quantized_product="matmul_integer_to_float",
+    quantize_attention=False,
+    why="float32 on ONNX Runtime's CPU provider, with its fused operators; quantized as on cpu-avx2",
+)
+_PORTABLE = Target(
+    name="portable",
+    engine="onnxruntime",
+    opset=20,
+    contrib=False,
+    gather="gather_elements",
+    scatter_add="one_hot",
+    linear_bias="add",
+    activation_type="uint8",
+    symmetric=False,
+    weight_bits=8,
+    quantized_product="qdq",
+    quantize_attention=False,
+    why="standard ONNX operators only: for any runtime, at some cost on ONNX Runtime",
+)
+
+
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target(
-            name="cpu",
-            engine="onnxruntime",
-            opset=20,
-            contrib=True,
-            gather="gather_nd",
-            scatter_add="one_hot",
-            linear_bias="gemm",
-            why="float32 on ONNX Runtime's CPU provider, with its fused operators",
+        _CPU,
+        _PORTABLE,
+        replace(
+            _CPU,
+            name="cpu-avx2",
+            why="x86 without integer dot products: vpmaddubsw adds pairs of u8 x s8 in saturating int16, "
+            "which 7-bit weights cannot reach",
         ),
-        Target(
-            name="portable",
-            engine="onnxruntime",
-            opset=20,
-            contrib=False,
-            gather="gather_elements",
-            scatter_add="one_hot",
-            linear_bias="add",
-            why="float32, standard ONNX operators only: for any runtime, at some cost on ONNX Runtime",
+        replace(
+            _CPU,
+            name="cpu-vnni",
+            weight_bits=8,
+            quantize_attention=True,
+            why="x86 with AVX512-VNNI or AVX-VNNI: u8 x s8 at full range; integer attention takes 5 % off a ViT-B/16",
+        ),
+        replace(
+            _CPU,
+            name="cpu-amx",
+            weight_bits=8,
+            quantize_attention=True,
+            why="x86 with AMX int8 tiles: u8 x s8 at full range; lowered as for VNNI",
+        ),
+        replace(
+            _CPU,
+            name="cpu-arm",
+            activation_type="int8",
+            weight_bits=8,
+            why="ARM with dot products: s8 x s8 at full range",
+        ),
+        replace(
+            _PORTABLE,
+            name="openvino",
+            engine="openvino",
+            why="OpenVINO folds the Q/DQ pairs around products into integer kernels",
+        ),
+        replace(
+            _PORTABLE,
+            name="tensorrt-int8",
+            engine="tensorrt",
+            activation_type="int8",
+            symmetric=True,
+            why="TensorRT takes no uint8 activations and no zero points; they become shifts of x and of the bias",
+        ),
+        replace(
+            _PORTABLE,
+            name="integer",
+            quantized_product="integer",
+            quantize_attention=True,
+            why="operand reordering: every product takes integers, dequantizations stand behind it",
         ),
     )
 }
@@ -92,3 +170,15 @@ def find_target(name: str) -> Target:
         changed: dict[str, Any] = {key: value, "name": name}
         target = replace(target, **changed)
     return target
+
+
+def cpu_target(instruction_sets: Collection[str], machine: str) -> Target:
+    """Return the quantized CPU target for these instruction sets (py-cpuinfo's flags) and `platform.machine()`."""
+    sets = set(instruction_sets)
+    if machine.lower() in ("arm64", "aarch64") or "asimddp" in sets:
+        return TARGETS["cpu-arm"]
+    if "amx_int8" in sets:
+        return TARGETS["cpu-amx"]
+    if sets & {"avx512_vnni", "avx512vnni", "avx_vnni"}:
+        return TARGETS["cpu-vnni"]
+    return TARGETS["cpu-avx2"]

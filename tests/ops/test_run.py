@@ -94,3 +94,15 @@ def test_a_query_of_batch_one_attends_to_every_image():
 def test_an_unknown_activation_is_a_bug_and_raises():
     with pytest.raises(ValueError, match="unknown activation 'mish'"):
         ops().activation("mish", torch.ones(2, 3), "site")
+
+
+def test_heads_are_a_linear_layer_parted_and_turned():
+    weight = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2 * 3 * 4, 5)
+    x = torch.arange(2 * 7 * 5, dtype=torch.float32).reshape(2, 7, 5)
+    found = Run({"l.weight": weight}).heads("l", x, 2, 3)
+    y = x.numpy() @ weight.T
+    assert len(found) == 2
+    for part, values in enumerate(found):
+        for head in range(3):
+            start = (part * 3 + head) * 4
+            np.testing.assert_allclose(values[:, head].numpy(), y[:, :, start : start + 4])

@@ -7,8 +7,10 @@ that leave its merge; elementwise work, softmax and normalization count bytes bu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from vitfold.quantizer import Quantizer, Twin
 
 Shape = tuple[int, ...]
 FLOAT_BYTES = 4
@@ -16,20 +18,62 @@ FLOAT_BYTES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteCost:
-    """Work of one operation on one image: MACs, bytes of activations moved, bytes of weights read."""
+    """Work of one operation on one image: MACs, bytes of activations moved, bytes of weights read.
+
+    `integer` says whether both operands of a product are quantized; then weights take one byte each.
+    `dequantized_operands` counts the dequantizations that stand in front of that product.
+    """
 
     site: str
     kind: str
     macs: int
     activation_bytes: int
     weight_bytes: int
+    integer: bool = False
+    dequantized_operands: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntegerWork:
+    """What of a model's products is integer, as its operands are given; compare before and after reordering."""
+
+    macs: int
+    integer_macs: int
+    dequantized_operands: int
+
+    @property
+    def integer_ratio(self) -> float:
+        """The share of MACs whose operands are quantized."""
+        return self.integer_macs / self.macs if self.macs else 0.0
+
+
+def integer_work(costs: Iterable[SiteCost]) -> IntegerWork:
+    """Sum up what `Count` found."""
+    found = tuple(costs)
+    return IntegerWork(
+        macs=sum(cost.macs for cost in found),
+        integer_macs=sum(cost.macs for cost in found if cost.integer),
+        dequantized_operands=sum(cost.dequantized_operands for cost in found),
+    )
 
 
 class Count:
-    """Shapes of one image, with a batch axis of 1; `costs` grows in execution order."""
+    """Shapes of one image, with a batch axis of 1; `costs` grows in execution order.
 
-    def __init__(self, shapes: Mapping[str, Shape]) -> None:
+    `dequantize_first` says where dequantizations of quantized operands stand: in front of the products,
+    as in a Q/DQ graph, or behind them.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Shape],
+        quantizers: Mapping[str, Quantizer] | None = None,
+        *,
+        dequantize_first: bool = False,
+    ) -> None:
         self._shapes = shapes
+        self._quantizers = quantizers or {}
+        self._dequantize_first = dequantize_first
         self._scope = ""
         self.costs: list[SiteCost] = []
 
@@ -39,11 +83,31 @@ class Count:
         return sum(cost.macs for cost in self.costs)
 
     def _note(
-        self, site: str, kind: str, inputs: tuple[Shape, ...], output: Shape, macs: int = 0, weights: int = 0
+        self,
+        site: str,
+        kind: str,
+        inputs: tuple[Shape, ...],
+        output: Shape,
+        macs: int = 0,
+        weights: int = 0,
+        operands: tuple[str, str] | None = None,
     ) -> None:
+        """Append a cost; `operands` are the sites of both sides of a product."""
         moved = sum(_size(shape) for shape in (*inputs, output)) * FLOAT_BYTES
+        integer = operands is not None and all(operand in self._quantizers for operand in operands)
+        dequantized = 0
+        if integer and operands is not None and self._dequantize_first:
+            dequantized = sum(2 if isinstance(self._quantizers[operand], Twin) else 1 for operand in operands)
         self.costs.append(
-            SiteCost(site=site, kind=kind, macs=macs, activation_bytes=moved, weight_bytes=weights * FLOAT_BYTES)
+            SiteCost(
+                site=site,
+                kind=kind,
+                macs=macs,
+                activation_bytes=moved,
+                weight_bytes=weights * (1 if integer else FLOAT_BYTES),
+                integer=integer,
+                dequantized_operands=dequantized,
+            )
         )
 
     def _elementwise(self, kind: str, *inputs: Shape) -> Shape:
@@ -73,8 +137,15 @@ class Count:
         outputs, inputs = self._shapes[f"{layer}.weight"]
         _require(x[-1] == inputs, f"{layer} takes width {inputs}, found {x}")
         output = (*x[:-1], outputs)
-        self._note(layer, "linear", (x,), output, macs=_size(x[:-1]) * inputs * outputs, weights=inputs * outputs)
+        weights, operands = inputs * outputs, (f"{layer}.x", f"{layer}.w")
+        self._note(layer, "linear", (x,), output, _size(x[:-1]) * weights, weights, operands)
         return output
+
+    def heads(self, layer: str, x: Shape, parts: int, heads: int) -> tuple[Shape, ...]:
+        """`linear`, one copy to turn, one to split."""
+        y = self.linear(layer, x)
+        rows = self.reshape(y, (y[1], parts * heads, y[2] // (parts * heads)))
+        return self.split(self.transpose(rows, (0, 2, 1, 3)), parts, 1)
 
     def layer_norm(self, layer: str, x: Shape, eps: float) -> Shape:
         """One pass in, one out."""
@@ -89,16 +160,21 @@ class Count:
     def attention(self, site: str, q: Shape, k: Shape, v: Shape, bias: Shape | None) -> Shape:
         """Two products and a softmax over the scores."""
         _require(k[-2] == v[-2], f"{site} needs one value per key, found {k} and {v}")
-        scores = self.matmul(f"{site}.qk", q, k, transpose_b=True)
+        scores = self._product(f"{site}.qk", q, k, (f"{site}.q", f"{site}.k"), transpose_b=True)
         self._note(f"{site}.softmax", "softmax", (scores,) if bias is None else (scores, bias), scores)
-        return self.matmul(f"{site}.av", scores, v)
+        return self._product(f"{site}.av", scores, v, (f"{site}.softmax", f"{site}.v"))
 
     def matmul(self, site: str, a: Shape, b: Shape, *, transpose_b: bool = False) -> Shape:
         """Rows times columns times depth."""
+        return self._product(site, a, b, transpose_b=transpose_b)
+
+    def _product(
+        self, site: str, a: Shape, b: Shape, operands: tuple[str, str] | None = None, *, transpose_b: bool = False
+    ) -> Shape:
         columns, depth = (b[-2], b[-1]) if transpose_b else (b[-1], b[-2])
         _require(a[-1] == depth, f"{site} cannot multiply {a} and {b}")
         output = (*_broadcast(a[:-2], b[:-2]), a[-2], columns)
-        self._note(site, "matmul", (a, b), output, macs=_size(output) * a[-1])
+        self._note(site, "matmul", (a, b), output, macs=_size(output) * a[-1], operands=operands)
         return output
 
     def add(self, a: Shape, b: Shape) -> Shape:

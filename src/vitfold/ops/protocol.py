@@ -32,6 +32,10 @@ class Ops(Protocol[T]):
         """Apply x W^T + b on the last axis; b only where the model has one."""
         ...
 
+    def heads(self, layer: str, x: T, parts: int, heads: int) -> tuple[T, ...]:
+        """Apply a linear layer and part its outputs, part by part, into heads: (B, N, I) -> parts x (B, H, N, K)."""
+        ...
+
     def layer_norm(self, layer: str, x: T, eps: float) -> T:
         """Normalize the last axis, then scale and shift."""
         ...

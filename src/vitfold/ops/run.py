@@ -39,6 +39,12 @@ class Run:
         """X W^T + b."""
         return F.linear(x, self._params[f"{layer}.weight"], self._params.get(f"{layer}.bias"))
 
+    def heads(self, layer: str, x: Float[Tensor, "B N I"], parts: int, heads: int) -> tuple[Tensor, ...]:
+        """`linear`, then one view per part."""
+        y = self.linear(layer, x)
+        rows = self.reshape(y, (y.shape[1], parts * heads, y.shape[2] // (parts * heads)))
+        return self.split(self.transpose(rows, (0, 2, 1, 3)), parts, 1)
+
     def layer_norm(self, layer: str, x: Float[Tensor, "*B D"], eps: float) -> Float[Tensor, "*B D"]:
         """LayerNorm over the last axis."""
         return F.layer_norm(x, x.shape[-1:], self._params[f"{layer}.weight"], self._params[f"{layer}.bias"], eps)

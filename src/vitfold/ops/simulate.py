@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitfold.model import Array
 from vitfold.ops.run import Run
-from vitfold.quantizer import Quantizer, Shifted, Twin, Uniform
+from vitfold.quantizer import EXPONENTIALS, Quantizer, Shifted, Twin, Uniform
 
 
 def _aligned(quantizer: Uniform, ndim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,13 +43,24 @@ def fake_quantize(x: Float[Tensor, ...], quantizer: Quantizer) -> Float[Tensor, 
 
 
 class Simulate(Run):
-    """`Run`, with the operands of linear layers and attention products rounded as the quantizers say."""
+    """`Run`, with the operands of linear layers and attention products rounded as the quantizers say.
+
+    With `reordered` (target "integer") a quantized softmax rounds the exponentials, whatever its own
+    quantizer, and is normalized behind the product with v by the sum of what they were rounded to, so
+    that its weights sum to 1 exactly.
+    """
 
     def __init__(
-        self, params: Mapping[str, Array], quantizers: Mapping[str, Quantizer], *, device: str = "cpu"
+        self,
+        params: Mapping[str, Array],
+        quantizers: Mapping[str, Quantizer],
+        *,
+        reordered: bool = False,
+        device: str = "cpu",
     ) -> None:
         super().__init__(params, device=device)
         self._quantizers = quantizers
+        self._reordered = reordered
 
     def _rounded(self, site: str, x: Tensor) -> Tensor:
         quantizer = self._quantizers.get(site)
@@ -74,4 +85,7 @@ class Simulate(Run):
         logits = (q @ k.transpose(-1, -2)) * (1.0 / math.sqrt(q.shape[-1]))
         if bias is not None:
             logits = logits + bias
+        if self._reordered and f"{site}.softmax" in self._quantizers:
+            powers = fake_quantize(torch.exp(logits - logits.amax(-1, keepdim=True)), EXPONENTIALS)
+            return (powers @ v) / powers.sum(-1, keepdim=True)
         return self._rounded(f"{site}.softmax", logits.softmax(-1)) @ v

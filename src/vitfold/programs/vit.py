@@ -76,9 +76,7 @@ def transformer_block(
     ops.scope(f"{site}.attn")
     count = tokens.count
     x = ops.layer_norm(f"{site}.norm1", tokens.x, spec.norm_eps)
-    qkv = ops.linear(f"{site}.attn.qkv", x)
-    qkv = ops.transpose(ops.reshape(qkv, (count, 3 * spec.heads, spec.head_width)), (0, 2, 1, 3))
-    q, k, v = ops.split(qkv, 3, 1)
+    q, k, v = ops.heads(f"{site}.attn.qkv", x, 3, spec.heads)
     if spec.qk_norm:
         q = ops.layer_norm(f"{site}.attn.q_norm", q, spec.norm_eps)
         k = ops.layer_norm(f"{site}.attn.k_norm", k, spec.norm_eps)
@@ -147,9 +145,7 @@ def attention_pool(ops: Ops[T], spec: ViTSpec, tokens: Tokens[T], *, prop_attn: 
     bias = log_size(ops, tokens) if prop_attn else None
     q = ops.linear("pool.q", ops.param("pool.latent"))
     q = ops.transpose(ops.reshape(q, (1, heads, head_width)), (0, 2, 1, 3))
-    kv = ops.linear("pool.kv", tokens.x)
-    kv = ops.transpose(ops.reshape(kv, (tokens.count, 2 * heads, head_width)), (0, 2, 1, 3))
-    k, v = ops.split(kv, 2, 1)
+    k, v = ops.heads("pool.kv", tokens.x, 2, heads)
     y = ops.attention("pool.attn", q, k, v, bias)
     y = ops.linear("pool.proj", ops.reshape(ops.transpose(y, (0, 2, 1, 3)), (1, spec.width)))
     if spec.map_mlp_width:

@@ -5,15 +5,19 @@ Owns inputs, outputs, opsets and where weights are stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from vitfold.model import Model
 from vitfold.ops.count import SiteCost
-from vitfold.ops.emit.lowering import MICROSOFT, Emit, Value
+from vitfold.ops.emit.lowering import Emit
+from vitfold.ops.emit.quantized import MICROSOFT
+from vitfold.ops.emit.rows import Value
+from vitfold.quantizer import Quantizer
 from vitfold.target import Target
 
 INPUT_NAME = "pixel_values"
@@ -35,29 +39,42 @@ class Graph:
         return sum(cost.macs for cost in self.costs)
 
 
-def emit_graph(program: Callable[[Emit, Value], Value], model: Model, target: Target) -> Graph:
-    """Run `program` over the emitting operations and return the ONNX graph; the batch stays symbolic."""
+def emit_graph(
+    program: Callable[[Emit, Value], Value],
+    model: Model,
+    target: Target,
+    quantizers: Mapping[str, Quantizer] | None = None,
+) -> Graph:
+    """Run `program` over the emitting operations and return the ONNX graph; the batch stays symbolic.
+
+    The model's weights lie on the grids of `quantizers`, if given; sites without one stay float.
+
+    Raises:
+        TargetError: naming the site whose quantizer the target cannot execute.
+    """
     spec = model.spec
     shape = (spec.channels, *spec.image_size)
     pixels = ir.Value(name=INPUT_NAME, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(("batch", *shape)))
-    ops = Emit(model.params, target)
+    ops = Emit(model.params, target, quantizers)
     result = program(ops, Value(pixels, (1, *shape)))
     output = result.onnx
     output.name = spec.output
     output.type = ir.TensorType(ir.DataType.FLOAT)
     output.shape = ir.Shape(("batch", *result.shape[1:]))
-    initializers = list(ops.tape.initializers)
     graph = ir.Graph(
         [pixels],
         [output],
         nodes=ops.tape.nodes,
-        initializers=initializers,
+        initializers=ops.tape.initializers,
         opset_imports={"": target.opset, MICROSOFT: 1} if target.contrib else {"": target.opset},
         name="vitfold",
     )
-    weight_bytes = sum(value.const_value.nbytes for value in initializers if value.const_value is not None)
+    onnx = ir.Model(graph, ir_version=_IR_VERSION, producer_name="vitfold")
+    RemoveUnusedNodesPass()(onnx)
+    kept = graph.initializers.values()
+    weight_bytes = sum(value.const_value.nbytes for value in kept if value.const_value is not None)
     return Graph(
-        model=ir.Model(graph, ir_version=_IR_VERSION, producer_name="vitfold"),
+        model=onnx,
         costs=tuple(ops.count.costs),
         weight_bytes=weight_bytes,
     )

@@ -38,7 +38,7 @@ class Writer:
     def _nodes(
         self,
         op_type: str,
-        *inputs: ir.Value,
+        *inputs: ir.Value | None,
         outputs: int = 1,
         site: str | None = None,
         domain: str = "",
@@ -58,7 +58,7 @@ class Writer:
         return values
 
     def _node(
-        self, op_type: str, *inputs: ir.Value, site: str | None = None, domain: str = "", **attributes: Any
+        self, op_type: str, *inputs: ir.Value | None, site: str | None = None, domain: str = "", **attributes: Any
     ) -> ir.Value:
         return self._nodes(op_type, *inputs, site=site, domain=domain, **attributes)[0]
 

@@ -1,0 +1,141 @@
+"""The lowering of operations on token rows: ranking, picking and summing them.
+
+Owns the values that all lowerings pass on, and their shapes' count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from vitfold.model import Array
+from vitfold.ops.count import Count
+from vitfold.ops.emit.quantized import MICROSOFT
+from vitfold.ops.emit.reordered import Reader, Reordered
+from vitfold.ops.emit.writer import Shape
+from vitfold.quantizer import Quantizer
+from vitfold.target import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """An ONNX value and the shape of one image's share of it (batch axis 1)."""
+
+    onnx: ir.Value
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Codes(Value):
+    """Integer codes, which only move until the one layer that they are meant for reads them."""
+
+    reader: Reader
+
+
+class Rows(Reordered):
+    """Static lengths, no scatter: row counts are known when a graph is written, which rows is not."""
+
+    def __init__(
+        self, params: Mapping[str, Array], target: Target, quantizers: Mapping[str, Quantizer] | None = None
+    ) -> None:
+        super().__init__(params, target, quantizers)
+        shapes = {name: array.shape for name, array in params.items()}
+        self.count = Count(shapes, quantizers, dequantize_first=target.quantized_product == "qdq")
+        self._derived: dict[tuple[ir.Value, int], ir.Value] = {}
+
+    def prepend_rows(self, rows: Value, x: Value) -> Value:
+        """Pad with zero rows and add, so that the graph never asks for its batch size."""
+        shape = self.count.prepend_rows(rows.shape, x.shape)
+        front, back = rows.shape[1], x.shape[1]
+        padded = self._node("Pad", x.onnx, self._integers(0, front, 0, 0, 0, 0))
+        below = self._node("Pad", rows.onnx, self._integers(0, 0, 0, 0, back, 0))
+        return Value(self._node("Add", padded, below), shape)
+
+    def argmax(self, a: Value) -> tuple[Value, Value]:
+        """ReduceMax and ArgMax, which takes the first on ties."""
+        shapes = self.count.argmax(a.shape)
+        values = self._node("ReduceMax", a.onnx, self._integers(-1), keepdims=1)
+        return Value(values, shapes[0]), Value(self._node("ArgMax", a.onnx, axis=-1, keepdims=1), shapes[1])
+
+    def rank_split(self, scores: Value, count: int) -> tuple[Value, Value]:
+        """Sort by TopK, cut, and sort the rest by index: ONNX breaks ties by the smaller index."""
+        shapes = self.count.rank_split(scores.shape, count)
+        total = scores.shape[1]
+        _, order = self._nodes("TopK", scores.onnx, self._integers(total), outputs=2, axis=1)
+        first, rest = self._nodes("Split", order, self._integers(count, total - count), outputs=2, axis=1)
+        if count < total:
+            rest, _ = self._nodes("TopK", rest, self._integers(total - count), outputs=2, axis=1, largest=0)
+        return Value(first, shapes[0]), Value(rest, shapes[1])
+
+    def affine_index(self, index: Value, step: int, start: int) -> Value:
+        """Mul and Add, where they do something."""
+        onnx = index.onnx
+        if step != 1:
+            onnx = self._node("Mul", onnx, self._integers(step))
+        if start != 0:
+            onnx = self._node("Add", onnx, self._integers(start))
+        return Value(onnx, self.count.affine_index(index.shape, step, start))
+
+    def surround_index(self, index: Value, before: range, after: range) -> Value:
+        """Pad with zeros and add the constants, so that the graph never asks for its batch size."""
+        shape = self.count.surround_index(index.shape, before, after)
+        padded = self._node("Pad", index.onnx, self._integers(0, len(before), 0, 0, len(after), 0))
+        ends = np.array([*before, *(0,) * index.shape[1], *after], np.int64)
+        return Value(self._node("Add", padded, self._constant(ends.reshape(1, -1, 1))), shape)
+
+    def take(self, x: Value, index: Value) -> Value:
+        """Gather rows in the target's form; a single column needs no widened index."""
+        shape = self.count.take(x.shape, index.shape)
+        if x.shape[2] == 1:
+            return Value(self._node("GatherElements", x.onnx, index.onnx, axis=1), shape)
+        if self._target.gather == "one_hot":
+            return Value(self._node("MatMul", self._one_hot(index, x.shape[1]), x.onnx), shape)
+        if self._target.gather == "gather_nd":
+            return Value(self._node("GatherND", x.onnx, index.onnx, batch_dims=1), shape)
+        return Value(self._node("GatherElements", x.onnx, self._widened(index, x.shape[2]), axis=1), shape)
+
+    def _one_hot(self, index: Value, depth: int) -> ir.Value:
+        """(B, R, depth) with a 1 at `index` in each row; made once per index."""
+        key = (index.onnx, depth)
+        if key not in self._derived:
+            hits = self._node(
+                "Equal", index.onnx, self._constant(np.arange(depth, dtype=np.int64).reshape(1, 1, depth))
+            )
+            self._derived[key] = self._node("Cast", hits, to=int(ir.DataType.FLOAT))
+        return self._derived[key]
+
+    def _widened(self, index: Value, width: int) -> ir.Value:
+        """(B, R, 1) -> (B, R, width), once per index."""
+        key = (index.onnx, -width)
+        if key not in self._derived:
+            self._derived[key] = self._node("Mul", index.onnx, self._constant(np.ones((1, 1, width), np.int64)))
+        return self._derived[key]
+
+    def scatter_add(self, site: str, x: Value, index: Value, rows: Value) -> Value:
+        """A product with a one-hot matrix, or a scatter with reduction, as the target wants it."""
+        shape = self.count.scatter_add(site, x.shape, index.shape, rows.shape)
+        if self._target.scatter_add == "one_hot":
+            hits = self._one_hot(index, x.shape[1])
+            if self._target.contrib:
+                added = self._node("FusedMatMul", hits, rows.onnx, site=site, domain=MICROSOFT, transA=1)
+            else:
+                added = self._node("MatMul", self._node("Transpose", hits, perm=[0, 2, 1]), rows.onnx, site=site)
+            return Value(self._node("Add", x.onnx, added), shape)
+        places = index.onnx if x.shape[2] == 1 else self._widened(index, x.shape[2])
+        return Value(
+            self._node("ScatterElements", x.onnx, places, rows.onnx, site=site, axis=1, reduction="add"), shape
+        )
+
+    def ones_like(self, a: Value) -> Value:
+        """0 a + 1: no shape arithmetic in the graph."""
+        zeros = self._node("Mul", a.onnx, self._number(0.0))
+        return Value(self._node("Add", zeros, self._number(1.0)), self.count.ones_like(a.shape))
+
+    def identity_like(self, a: Value) -> Value:
+        """0 a + I."""
+        shape = self.count.identity_like(a.shape)
+        identity = self._constant(np.eye(a.shape[1], dtype=np.float32)[None])
+        return Value(self._node("Add", self._node("Mul", a.onnx, self._number(0.0)), identity), shape)

@@ -1,0 +1,99 @@
+"""Quantizers for tests: ranges from one batch, weights put on their grids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from vitfold.model import Array, Model
+from vitfold.ops.run import Run
+from vitfold.programs.vit import vit
+from vitfold.quantizer import Quantizer, Twin, Uniform
+from vitfold.recipe import MergeRecipe
+
+
+class Ranges(Run):
+    """`Run` that keeps the inputs of every linear layer and attention product."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model.params)
+        self.seen: dict[str, Array] = {}
+
+    def linear(self, layer, x):
+        self.seen[f"{layer}.x"] = x.numpy()
+        return super().linear(layer, x)
+
+    def attention(self, site, q, k, v, bias):
+        for name, operand in (("q", q), ("k", k), ("v", v)):
+            self.seen[f"{site}.{name}"] = operand.numpy()
+        self.seen[f"{site}.softmax"] = np.ones(1, np.float32)
+        return super().attention(site, q, k, v, bias)
+
+
+def affine(x: Array, low: int = 0, high: int = 255) -> Uniform:
+    """The codes low..high over [min(x, 0), max(x, 0)]."""
+    least, most = min(float(x.min()), 0.0), max(float(x.max()), 1e-3)
+    scale = (most - least) / (high - low)
+    return Uniform(scale=np.array(scale), zero_point=np.array(round(low - least / scale)), low=low, high=high)
+
+
+def symmetric(x: Array, low: int = -128, high: int = 127) -> Uniform:
+    return Uniform(scale=np.array(np.abs(x).max() / high), zero_point=np.array(0), low=low, high=high)
+
+
+def per_channel(weight: Array, bits: int = 8) -> Uniform:
+    high = 2 ** (bits - 1) - 1
+    scale = (np.abs(weight).max(1) / high).astype(np.float32)
+    return Uniform(scale=scale, zero_point=np.zeros(len(scale), np.int32), low=-high - 1, high=high, axis=0)
+
+
+def twin_sign(x: Array, bits: int = 8) -> Twin:
+    """Post-GELU: negative and positive numbers have scales of their own."""
+    high = 2 ** (bits - 1) - 1
+    inner = Uniform(scale=np.array(-x.min() / (high + 1)), zero_point=np.array(0), low=-high - 1, high=0)
+    outer = Uniform(scale=np.array(x.max() / high), zero_point=np.array(0), low=0, high=high)
+    return Twin(rule="sign", inner=inner, outer=outer)
+
+
+def twin_magnitude(split: float = 1 / 16, bits: int = 8) -> Twin:
+    """Post-softmax: numbers below `split` have a finer scale."""
+    high = 2 ** (bits - 1) - 1
+    inner, outer = (
+        Uniform(scale=np.array(end / high), zero_point=np.array(0), low=0, high=high) for end in (split, 1.0)
+    )
+    return Twin(rule="magnitude", inner=inner, outer=outer)
+
+
+def quantized(
+    model: Model,
+    images: Array,
+    r: Sequence[int] = (),
+    *,
+    weight_bits: int = 8,
+    attention: bool = True,
+    attention_zero_points: bool = True,
+    twin: bool = False,
+) -> tuple[Model, dict[str, Quantizer]]:
+    """Return the model with its weights on their grids, and a quantizer for every site."""
+    ranges = Ranges(model)
+    with torch.inference_mode():
+        vit(ranges, model.spec, MergeRecipe(r=tuple(r)), torch.from_numpy(images))
+    quantizers: dict[str, Quantizer] = {}
+    params = dict(model.params)
+    for site, x in ranges.seen.items():
+        name, _, operand = site.rpartition(".")
+        if operand == "x":
+            weights = per_channel(params[f"{name}.weight"], weight_bits)
+            quantizers[f"{name}.w"] = weights
+            params[f"{name}.weight"] = weights(params[f"{name}.weight"])
+            quantizers[site] = twin_sign(x) if twin and name.endswith("mlp.fc2") else affine(x)
+        elif attention and operand == "softmax":
+            quantizers[site] = (
+                twin_magnitude() if twin else affine(x, 0, 127) if not attention_zero_points else affine(x)
+            )
+        elif attention:
+            quantizers[site] = affine(x) if attention_zero_points else symmetric(x)
+    return replace(model, params=params), quantizers
