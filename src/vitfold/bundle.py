@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ FORMAT = "vitfold.bundle"
 VERSION = 1
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
+WEIGHTS = "weights.safetensors"
+QUANTIZERS = "quantizers.safetensors"
 RECIPE = "recipe.toml"
 
 
@@ -33,7 +35,8 @@ class Manifest:
 
     `tokens` are those that enter each block and those that leave the last; `macs` are per image.
     `verified` says how far the engine's output is from the reference interpreter's, `fidelity` how
-    far this bundle is from the unfolded model on real images, if any were given.
+    far this bundle is from the unfolded model on real images, if any were given. `calibration` says how a
+    quantized bundle was calibrated: method, seed, images with their digests, environment.
     """
 
     vitfold: str
@@ -48,6 +51,12 @@ class Manifest:
     model_digest: str
     verified: Mapping[str, Any]
     fidelity: Mapping[str, Any] | None
+    calibration: Mapping[str, Any] | None = None
+
+    @property
+    def simulated(self) -> bool:
+        """True if no engine executes it: the bundle holds weights and quantizers instead of a graph."""
+        return self.target.get("engine") == "simulation"
 
     @property
     def has_trained_weights(self) -> bool:
@@ -69,6 +78,7 @@ class Manifest:
             "model_digest": self.model_digest,
             "verified": dict(self.verified),
             "fidelity": None if self.fidelity is None else dict(self.fidelity),
+            "calibration": None if self.calibration is None else dict(self.calibration),
         }
 
 
@@ -108,12 +118,13 @@ def write_bundle(path: str | Path, write: Callable[[Path], Manifest], *, overwri
     """
     destination = Path(path).absolute()
     _check_destination(destination, overwrite=overwrite)
+    work = destination.parent / f".{destination.name}.{secrets.token_hex(4)}.partial"
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
-    except OSError as error:
-        raise BundleError(f"cannot write {destination}: {error}; choose a folder that you may write to") from None
-    try:
+        try:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            work.mkdir(mode=0o700)
+        except OSError as error:
+            raise BundleError(f"cannot write {destination}: {error}; choose a folder that you may write to") from None
         manifest = write(work / MODEL)
         (work / RECIPE).write_text(manifest.recipe.to_toml(), encoding="utf-8")
         header = {"format": FORMAT, "version": VERSION, **manifest.to_dict(), "files": _file_table(work)}
@@ -218,11 +229,14 @@ def _read_manifest(folder: Path, values: Any) -> tuple[Manifest, Mapping[str, An
             model_digest=values["model_digest"],
             verified=values["verified"],
             fidelity=values["fidelity"],
+            calibration=values.get("calibration"),
         )
     except (KeyError, TypeError, AttributeError, VitfoldError) as error:
         raise BundleError(f"{folder / MANIFEST} is damaged: {error!r}; make the bundle again") from None
-    if not isinstance(files, dict) or MODEL not in files:
-        raise BundleError(f"{folder / MANIFEST} is damaged: it does not list {MODEL}; make the bundle again")
+    needed = (WEIGHTS, QUANTIZERS) if manifest.simulated else (MODEL,)
+    for name in needed:
+        if not isinstance(files, dict) or name not in files:
+            raise BundleError(f"{folder / MANIFEST} is damaged: it does not list {name}; make the bundle again")
     return manifest, files
 
 

@@ -61,6 +61,12 @@ class ImageSet:
             return self
         return self._only(sorted(np.random.default_rng(seed).choice(len(self.paths), count, replace=False).tolist()))
 
+    def without(self, others: ImageSet) -> ImageSet | None:
+        """Return the images that are not among the others, None if there are none."""
+        taken = set(others.paths)
+        keep = [i for i, path in enumerate(self.paths) if path not in taken]
+        return self._only(keep) if keep else None
+
     def readable(self, on_skip: Callable[[str], None]) -> ImageSet:
         """Return the images that decode; `on_skip` is told of each other one.
 

@@ -48,7 +48,8 @@ _BITS = range(2, 9)
 class QuantRecipe:
     """Bits of weights and activations, by which method, and what stays float.
 
-    `attention` says whether the operands of the attention products are rounded too; `sites` overrides single
+    `attention` says whether the operands of the attention products are rounded too (None: as the target
+    gains from it; resolved recipes say true or false); `sites` overrides single
     sites, glob -> "w8a8" or "float", the last match wins; `calibration_size` images are drawn with `seed`.
     `head_bits` is the least that the classifier gets, as every published table does it.
     """
@@ -56,7 +57,7 @@ class QuantRecipe:
     weights: int = 8
     activations: int = 8
     method: str = "vitfold"
-    attention: bool = False
+    attention: bool | None = None
     calibration_size: int = 128
     seed: int = 0
     head_bits: int = 8
@@ -71,7 +72,7 @@ class QuantRecipe:
             raise RecipeError(f"quant.calibration_size must be at least 1, found {self.calibration_size!r}")
         if type(self.seed) is not int:
             raise RecipeError(f"quant.seed must be an integer, found {self.seed!r}")
-        if not isinstance(self.attention, bool) or not isinstance(self.method, str):
+        if self.attention not in (None, True, False) or not isinstance(self.method, str):
             raise RecipeError("quant.attention is true or false, quant.method a name")
         if not isinstance(self.sites, Mapping):
             raise RecipeError('quant.sites is a section of globs, as in "blocks.0.*" = "float"')
@@ -88,6 +89,12 @@ class QuantRecipe:
             if fnmatchcase(site, glob):
                 found = None if scheme == FLOAT else bits_from_scheme(scheme, name=glob)[0 if weight else 1]
         return found
+
+    @property
+    def executable(self) -> bool:
+        """True if integer kernels of 8 bits execute every activation; weights of fewer bits are stored in 8."""
+        schemes = [bits_from_scheme(s)[1] for s in self.sites.values() if s != FLOAT]
+        return all(bits == 8 for bits in (self.activations, *schemes))
 
     @property
     def scheme(self) -> str:
@@ -120,6 +127,10 @@ class Recipe:
         values["merge"]["r"] = list(self.merge.r)
         if self.quant is None:
             del values["quant"]
+        else:
+            values["quant"]["sites"] = dict(self.quant.sites)
+            if self.quant.attention is None:
+                del values["quant"]["attention"]
         return values
 
     def to_toml(self) -> str:
@@ -175,8 +186,20 @@ def recipe_from_dict(values: Mapping[str, Any], *, name: str) -> Recipe:
         raise RecipeError(f"{name}: merge.prop_attn must be true or false, found {prop_attn!r}")
     r = merge.get("r", ())
     _check_r(r, name=f"{name}: merge.r")
-    quant = None if "quant" not in values else QuantRecipe(**values["quant"])
+    quant = None if "quant" not in values else check_quant(values["quant"], name=name)
     return Recipe(merge=MergeRecipe(r=tuple(r), prop_attn=prop_attn), quant=quant)
+
+
+def check_quant(values: Mapping[str, Any], *, name: str) -> QuantRecipe:
+    """Return the section [quant] as a value.
+
+    Raises:
+        RecipeError: naming the file and the key.
+    """
+    try:
+        return QuantRecipe(**values)
+    except RecipeError as error:
+        raise RecipeError(f"{name}: {error}") from None
 
 
 def _check_r(r: object, *, name: str) -> None:

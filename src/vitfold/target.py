@@ -140,6 +140,13 @@ TARGETS: dict[str, Target] = {
             quantize_attention=True,
             why="operand reordering: every product takes integers, dequantizations stand behind it",
         ),
+        replace(
+            _PORTABLE,
+            name="simulation",
+            engine="simulation",
+            quantize_attention=True,
+            why="no graph: quantization simulated in float, for codes that no engine executes; it has no speed",
+        ),
     )
 }
 

@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vitfold.bundle import Bundle
 from vitfold.engines.session import Session, usable_cores
 from vitfold.errors import EngineError, nearest
 
-ENGINES = ("onnxruntime",)
+ENGINES = ("onnxruntime", "openvino")
+SIMULATION = "simulation"
 
-__all__ = ["ENGINES", "Session", "open_session", "usable_cores"]
+__all__ = ["ENGINES", "SIMULATION", "Session", "open_graph", "open_session", "usable_cores"]
 
 
 def open_session(bundle: Bundle, *, engine: str | None = None, threads: int | None = None) -> Session:
     """Load a bundle into the engine that its target names, or into another one.
 
     Raises:
-        EngineError: if the engine is unknown or refuses the graph.
+        EngineError: if the engine is unknown, not installed or refuses the graph.
     """
-    name = engine or str(bundle.manifest.target.get("engine"))
-    if name == "onnxruntime":
+    if bundle.manifest.simulated:
+        if engine not in (None, SIMULATION):
+            raise EngineError(
+                f"{bundle.path} is simulated: no engine executes {_scheme(bundle)}, so {engine} cannot; "
+                "make one with --quant w8a8 to run it there"
+            )
+        from vitfold.engines.simulation import open_simulation
+
+        return open_simulation(bundle, threads=threads)
+    return open_graph(bundle.onnx_path, engine or str(bundle.manifest.target.get("engine")), threads=threads)
+
+
+def _scheme(bundle: Bundle) -> str:
+    quant = bundle.manifest.recipe.quant
+    return "it" if quant is None else quant.scheme
+
+
+def open_graph(path: Path, engine: str, *, threads: int | None = None) -> Session:
+    """Load an ONNX graph into an engine.
+
+    Raises:
+        EngineError: if the engine is unknown, not installed or refuses the graph.
+    """
+    if engine == "onnxruntime":
         from vitfold.engines.onnxruntime import OnnxRuntimeSession
 
-        return OnnxRuntimeSession(bundle.onnx_path, threads=threads)
-    raise EngineError(f"unknown engine {name!r}; {nearest(name, ENGINES)}")
+        return OnnxRuntimeSession(path, threads=threads)
+    if engine == "openvino":
+        from vitfold.engines.openvino import OpenVinoSession
+
+        return OpenVinoSession(path, threads=threads)
+    raise EngineError(f"unknown engine {engine!r}; {nearest(engine, ENGINES)}")

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 import torch
 
-from vitfold.errors import CalibrationError
+from vitfold.errors import CalibrationError, RecipeError, nearest
 from vitfold.images import ImageSet
-from vitfold.model import Array, Model
+from vitfold.model import Array, Model, ViTSpec
 from vitfold.quant.attention import search_attention
 from vitfold.quant.collect import Samples, collect
 from vitfold.quant.folding import fold_channels
@@ -77,7 +78,7 @@ def calibrate(
     """
     scheme, progress = scheme or Scheme(), progress or Progress()
     method = find_method(quant.method)
-    check_globs(quant, model)
+    check_globs(quant, model.spec)
     if len(images.paths) < LEAST_IMAGES:
         raise CalibrationError(
             f"{len(images.paths)} calibration images are too few for ranges; give at least {LEAST_IMAGES}, better 128"
@@ -139,17 +140,13 @@ def _problems(
     return problems
 
 
-def check_globs(quant: QuantRecipe, model: Model) -> None:
+def check_globs(quant: QuantRecipe, spec: ViTSpec) -> None:
     """Check that every glob of the plan matches a site.
 
     Raises:
         RecipeError: naming the nearest sites.
     """
-    from fnmatch import fnmatchcase
-
-    from vitfold.errors import RecipeError, nearest
-
-    linears, attentions = find_sites(model.spec)
+    linears, attentions = find_sites(spec)
     names = [site.layer for site in linears] + [site.site for site in attentions]
     for glob in quant.sites:
         if not any(fnmatchcase(name, glob) for name in names):

@@ -53,6 +53,11 @@ class Method:
         """True if the search weights errors by the loss's gradient."""
         return "hessian" in (self.weights, self.activations)
 
+    @property
+    def runs_softmax(self) -> bool:
+        """True if an engine executes at least one of the method's softmax quantizers."""
+        return bool({"uniform", "twin"} & set(self.softmax))
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)

@@ -1,0 +1,109 @@
+"""The simulation of quantization as a session: for bundles that no engine executes.
+
+Owns nothing but the wrapping of the simulating interpreter. It is never timed: a simulation is slower than
+the float model, and its time says nothing about integer kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from vitfold.bundle import QUANTIZERS, WEIGHTS, Bundle
+from vitfold.engines.session import Session
+from vitfold.errors import BundleError, EngineError, missing_extra
+from vitfold.model import Array, ViTSpec
+from vitfold.quantizer import Quantizer, load_quant_params
+from vitfold.recipe import MergeRecipe
+
+
+class SimulationSession(Session):
+    """A model whose weights lie on their grids, with its quantizers; `reordered` as target "integer" computes."""
+
+    def __init__(
+        self,
+        spec: ViTSpec,
+        params: Mapping[str, Array],
+        quantizers: Mapping[str, Quantizer],
+        merge: MergeRecipe,
+        *,
+        reordered: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        try:
+            import torch
+
+            from vitfold.ops.simulate import Simulate
+        except ModuleNotFoundError:
+            raise EngineError(missing_extra("torch", "optimize", "a simulated bundle")) from None
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._ops: Simulate | None = Simulate(params, quantizers, reordered=reordered)
+        self._spec, self._merge = spec, merge
+        self._input: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
+
+    @property
+    def engine(self) -> str:
+        """Its name, as tables show it."""
+        return "simulation (not executed)"
+
+    def bind(self, pixel_values: Float[np.ndarray, "B 3 H W"]) -> None:
+        """Share the array's memory."""
+        import torch
+
+        given, wanted = pixel_values.shape, (self._spec.channels, *self._spec.image_size)
+        if len(given) != 4 or tuple(given[1:]) != wanted:
+            raise EngineError(f"the model takes input of shape (batch, {wanted}), found {given}; resize the images")
+        self._input = torch.from_numpy(np.ascontiguousarray(pixel_values, np.float32))
+
+    def run(self) -> None:
+        """Execute without gradients."""
+        import torch
+
+        from vitfold.programs.vit import vit
+
+        if self._ops is None or self._input is None:
+            raise EngineError("nothing is bound, or the session is closed; call bind before run")
+        with torch.inference_mode():
+            self._output = vit(self._ops, self._spec, self._merge, self._input)
+
+    def fetch(self) -> Float[np.ndarray, "B ..."]:
+        """Copy the output."""
+        if self._output is None:
+            raise EngineError("nothing has run; call run before fetch")
+        return np.array(self._output.numpy())
+
+    def close(self) -> None:
+        """Drop weights, input and output."""
+        self._ops = self._input = self._output = None
+
+
+def open_simulation(bundle: Bundle, *, threads: int | None = None) -> SimulationSession:
+    """Open a bundle that holds weights and quantizers.
+
+    Raises:
+        BundleError: if they cannot be read.
+        EngineError: if torch is not installed.
+    """
+    manifest = bundle.manifest
+    return SimulationSession(
+        manifest.spec,
+        _weights(bundle.path / WEIGHTS),
+        load_quant_params(bundle.path / QUANTIZERS),
+        manifest.recipe.merge,
+        threads=threads,
+    )
+
+
+def _weights(path: Path) -> Mapping[str, Array]:
+    try:
+        weights: dict[str, Array] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path} cannot be read ({error}); make the bundle again") from None
+    return weights

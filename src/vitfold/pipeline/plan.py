@@ -1,0 +1,185 @@
+"""What is to be done to a model: its recipe resolved for the model and the target.
+
+Owns the resolution of every choice before anything slow starts. Calibrating is `calibration`'s
+business, writing `writing`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vitfold.bench.environment import processor
+from vitfold.errors import RecipeError, TargetError
+from vitfold.model import Model, ViTSpec, param_shapes
+from vitfold.model.folds import fold_layer_scale
+from vitfold.ops.count import Count, SiteCost
+from vitfold.programs.vit import vit
+from vitfold.quantizer import QuantParams
+from vitfold.recipe import (
+    MergeRecipe,
+    QuantRecipe,
+    Recipe,
+    bits_from_scheme,
+    check_quant,
+    parse_recipe,
+    tokens_per_block,
+)
+from vitfold.schedule import resolve_r
+from vitfold.target import Target, cpu_target, find_target
+
+Merge = str | int | Sequence[int] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Folded:
+    """A model with a resolved recipe and a target, ready to be saved.
+
+    `model` is the one that was loaded; `folded` went through the exact folds. Where the recipe quantizes,
+    `quantizers` and `calibration` (what it was done with, plain JSON values) are None until
+    `calibration.calibrate_folded` has run; then the weights of `folded` lie on their grids.
+    """
+
+    model: Model
+    folded: Model
+    recipe: Recipe
+    target: Target
+    quantizers: QuantParams | None = None
+    calibration: Mapping[str, Any] | None = None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens that enter each block, and those that leave the last."""
+        return tokens_per_block(self.model.spec, self.recipe.merge.r)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True if the recipe quantizes and that has not been done yet."""
+        return self.recipe.quant is not None and self.quantizers is None
+
+    @property
+    def simulated(self) -> bool:
+        """True if no engine executes it."""
+        return self.target.engine == "simulation"
+
+    def costs(self) -> tuple[SiteCost, ...]:
+        """Work per site for one image."""
+        return count_costs(self.folded.spec, self.recipe.merge)
+
+
+def optimize(
+    model: Model,
+    *,
+    merge: Merge = None,
+    quant: str | QuantRecipe | None = None,
+    recipe: Recipe | None = None,
+    target: str = "cpu",
+) -> Folded:
+    """Resolve the recipe for this model and apply the exact folds.
+
+    Target "cpu" becomes the one for this processor's instruction set where the recipe quantizes, and
+    "simulation" where no engine executes what it asks for.
+
+    Args:
+        merge: r per block as `schedule.resolve_r` takes it; not together with `recipe`.
+        quant: "w8a8" and its like, "none", or the whole section; not together with `recipe`.
+
+    Raises:
+        RecipeError: if the schedule does not fit the model, or the method or a glob is unknown.
+        TargetError: if the target is unknown or cannot execute the recipe.
+    """
+    if recipe is not None and (merge is not None or quant is not None):
+        raise RecipeError("give either a recipe or a merge schedule and a quantization, not both")
+    if recipe is None:
+        recipe = Recipe(merge=MergeRecipe(r=resolve_r(merge, model.spec)), quant=_quant_recipe(quant))
+    tokens_per_block(model.spec, recipe.merge.r)
+    chosen = resolve_target(target, recipe.quant)
+    if recipe.quant is not None:
+        recipe = replace(recipe, quant=resolve_quant(recipe.quant, chosen, model.spec))
+    return Folded(model=model, folded=fold_layer_scale(model), recipe=recipe, target=chosen)
+
+
+def _quant_recipe(quant: str | QuantRecipe | None) -> QuantRecipe | None:
+    if quant is None or isinstance(quant, QuantRecipe):
+        return quant
+    if quant == "none":
+        return None
+    weights, activations = bits_from_scheme(quant)
+    return QuantRecipe(weights=weights, activations=activations)
+
+
+def resolve_target(name: str, quant: QuantRecipe | None) -> Target:
+    """Return the target; for a quantized "cpu" the one of this processor, or the simulation.
+
+    Raises:
+        TargetError: if a target that executes was asked for what no engine executes.
+    """
+    target = find_target(name)
+    if quant is None:
+        if target.engine == "simulation" or target.quantized_product == "integer":
+            raise TargetError(f"target {name} is for quantized models; add --quant w8a8, or choose --target cpu")
+        return target
+    if target.engine == "simulation":
+        return target
+    if not quant.executable:
+        if name == "cpu":
+            return find_target("simulation")
+        raise TargetError(
+            f"no engine of target {name} executes activations of fewer than 8 bits ({quant.scheme}); "
+            "use --quant w8a8 or w4a8, or --target simulation"
+        )
+    if target.name == "cpu":
+        found = processor()
+        return cpu_target(found["instruction_sets"], found["architecture"])
+    return target
+
+
+def resolve_quant(quant: QuantRecipe, target: Target, spec: ViTSpec) -> QuantRecipe:
+    """Settle what the target decides: whether attention products are quantized.
+
+    Raises:
+        RecipeError: if the method or a glob is unknown.
+        TargetError: if attention products are asked for that the target cannot execute by this method.
+    """
+    from vitfold.quant import check_globs, find_method
+
+    method = find_method(quant.method)
+    check_globs(quant, spec)
+    runs = target.engine == "simulation" or method.runs_softmax
+    if quant.attention and not runs:
+        raise TargetError(
+            f"method {method.name} rounds the softmax to logarithms, which no engine executes; set quant.attention = "
+            "false, choose another method, or --target simulation"
+        )
+    if quant.attention is None:
+        return replace(quant, attention=target.quantize_attention and runs)
+    return quant
+
+
+def read_recipe(path: str | Path, spec: ViTSpec) -> Recipe:
+    """Read a recipe file and resolve it for an architecture: `merge.r` may be any form of --merge.
+
+    Raises:
+        RecipeError: if the file is missing, not TOML, has unknown keys, or does not fit.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}; see recipes/ for examples") from None
+    values = parse_recipe(text, name=str(path))
+    merge, quant = values.get("merge", {}), values.get("quant")
+    prop_attn = merge.get("prop_attn", True)
+    if not isinstance(prop_attn, bool):
+        raise RecipeError(f"{path}: merge.prop_attn must be true or false, found {prop_attn!r}")
+    merged = MergeRecipe(r=resolve_r(merge.get("r"), spec), prop_attn=prop_attn)
+    return Recipe(merge=merged, quant=None if quant is None else check_quant(quant, name=str(path)))
+
+
+def count_costs(spec: ViTSpec, recipe: MergeRecipe) -> tuple[SiteCost, ...]:
+    """Return the work per site for one image, without any weights."""
+    required, optional = param_shapes(spec)
+    count = Count(required | optional)
+    vit(count, spec, recipe, (1, spec.channels, *spec.image_size))
+    return tuple(count.costs)
