@@ -1,20 +1,122 @@
-"""Peers are set up like the bundles that they are compared with."""
+"""Peers are set up like the bundles that they are compared with, at their tools' best settings."""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from vitfold import peers
 from vitfold.engines import onnxruntime as engine
-from vitfold.errors import EngineError
-from vitfold.peers import PEERS, check_peers, open_peer
+from vitfold.errors import EngineError, ImageError
+from vitfold.images import ImageSet
+from vitfold.model import Array, Preprocess
+from vitfold.peers import CALIBRATED, PEERS, Calibration, check_peers, installed_version, open_peer
+
+SHAPE = (3, 8, 8)
+
+
+class Attending(torch.nn.Module):
+    """Linear layers around a product of two activations, as in attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(8, 32), torch.nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = torch.nn.functional.gelu(self.first(x.flatten(1, 2)))
+        weights = (tokens @ tokens.transpose(1, 2) / 8).softmax(-1)
+        return self.last(weights @ tokens).mean(1)
 
 
 @pytest.fixture
 def module() -> torch.nn.Module:
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 4))
+    torch.manual_seed(0)
+    return Attending().eval()
+
+
+@pytest.fixture
+def calibration(photos: ImageSet) -> Calibration:
+    preprocess = Preprocess(
+        resize="exact",
+        resize_size=SHAPE[1:],
+        crop_size=SHAPE[1:],
+        interpolation="bicubic",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    )
+    return Calibration(images=photos, preprocess=preprocess)
+
+
+def installed_peers() -> list[str]:
+    def there(name: str) -> bool:
+        try:
+            check_peers([name], calibrated=True)
+        except EngineError:
+            return False
+        return True
+
+    return [name for name in PEERS if name != "torch-compile" and there(name)]
+
+
+def run(peer: peers.Peer, pixels: Array) -> Array:
+    with peer.session as session:
+        session.bind(pixels)
+        session.run()
+        return session.fetch()
+
+
+@pytest.mark.parametrize("name", installed_peers())
+def test_a_peer_computes_what_the_original_does(
+    name: str, module: torch.nn.Module, calibration: Calibration, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = calibration.pixels()
+    with torch.inference_mode():
+        expected = module(torch.from_numpy(pixels)).numpy()
+    peer = open_peer(name, module, SHAPE, tmp_path, threads=1, calibration=calibration)
+    found = run(peer, pixels)
+    assert found.shape == expected.shape
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert error < 1e-5 or (name in CALIBRATED and 1e-5 < error < 0.05)
+    assert peer.size_bytes > 0
+    assert capsys.readouterr().out == ""
+    assert tempfile.gettempdir() != str(tmp_path)
+
+
+@pytest.mark.skipif("onnxruntime-int8" not in installed_peers(), reason="the extra peers is not installed")
+def test_only_linear_layers_are_quantized_by_onnxruntime(
+    module: torch.nn.Module, calibration: Calibration, tmp_path: Path
+) -> None:
+    import onnx
+
+    open_peer("onnxruntime-int8", module, SHAPE, tmp_path, calibration=calibration).session.close()
+    nodes = onnx.load(str(tmp_path / "onnxruntime-int8.onnx")).graph.node
+    made_by = {output: node for node in nodes for output in node.output}
+    quantized = [
+        node
+        for node in nodes
+        if node.op_type in ("MatMul", "Gemm")
+        and all(name in made_by and made_by[name].op_type == "DequantizeLinear" for name in node.input[:2])
+    ]
+    assert len(quantized) == 2
+    assert sum(node.op_type in ("MatMul", "Gemm") for node in nodes) == 4
+    assert sum(node.op_type == "QuantizeLinear" for node in nodes) == 2
+    assert not (tmp_path / "prepared.onnx").exists()
+
+
+def test_weights_lose_a_bit_only_where_the_processor_saturates(monkeypatch: pytest.MonkeyPatch) -> None:
+    def saturates(architecture: str, *sets: str) -> bool:
+        facts = {"name": "", "architecture": architecture, "instruction_sets": list(sets)}
+        monkeypatch.setattr(peers, "processor", lambda: facts)
+        return peers._saturates()
+
+    assert saturates("x86_64", "avx2", "avx512f")
+    assert not saturates("x86_64", "avx2", "avx_vnni")
+    assert not saturates("AMD64", "avx512_vnni")
+    assert not saturates("aarch64", "asimd")
 
 
 def test_peers_run_on_as_many_threads_as_the_bundles(
@@ -23,7 +125,7 @@ def test_peers_run_on_as_many_threads_as_the_bundles(
     asked: list[int | None] = []
     before = torch.get_num_threads()
     try:
-        open_peer("torch", module, (3, 8, 8), tmp_path, threads=before + 1).close()
+        open_peer("torch", module, SHAPE, tmp_path, threads=before + 1).session.close()
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
@@ -34,13 +136,62 @@ def test_peers_run_on_as_many_threads_as_the_bundles(
         return original(path, threads=threads)
 
     monkeypatch.setattr(engine, "OnnxRuntimeSession", remembered)
-    open_peer("onnxruntime", module, (3, 8, 8), tmp_path, threads=1).close()
+    open_peer("onnxruntime", module, SHAPE, tmp_path, threads=1).session.close()
     assert asked == [1]
 
 
 def test_unknown_peers_offer_the_nearest(module: torch.nn.Module, tmp_path: Path) -> None:
-    check_peers(list(PEERS))
+    check_peers(installed_peers(), calibrated=True)
     with pytest.raises(EngineError, match="torch-compile"):
         check_peers(["torch-compiled"])
     with pytest.raises(EngineError, match="onnxruntime"):
-        open_peer("onnxrt", module, (3, 8, 8), tmp_path)
+        open_peer("onnxrt", module, SHAPE, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [
+        ("torch", "torch", "optimize"),
+        ("onnxruntime", "onnxscript", "peers"),
+        ("onnxruntime-int8", "onnx", "peers"),
+        ("onnxruntime-int8", "sympy", "peers"),
+        ("openvino", "openvino", "peers"),
+        ("nncf", "nncf", "peers"),
+        ("nncf", "openvino", "peers"),
+    ],
+)
+def test_a_missing_package_names_its_extra(
+    name: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "installed_version", lambda asked: None if asked == package else "1.0")
+    with pytest.raises(EngineError, match=rf"peer {name} needs the package {package}.*vitfold\[{extra}\]"):
+        check_peers([name], calibrated=True)
+
+
+@pytest.mark.parametrize("name", sorted(CALIBRATED))
+def test_quantized_peers_ask_for_images(
+    name: str, module: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "installed_version", lambda _: "1.0")
+    with pytest.raises(EngineError, match=f"{name}.*--calibration-images"):
+        check_peers([name])
+    with pytest.raises(EngineError, match=f"{name}.*--calibration-images"):
+        open_peer(name, module, SHAPE, tmp_path)
+
+
+@pytest.mark.skipif(installed_version("onnxscript") is None, reason="the extra peers is not installed")
+def test_a_model_that_a_tool_refuses_is_said_to_be(tmp_path: Path) -> None:
+    class Deciding(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1) if x.sum() > 0 else x.flatten(1) * 2
+
+    with pytest.raises(EngineError, match=r"peer onnxruntime could not be made.*leave it out of --peers"):
+        open_peer("onnxruntime", Deciding(), SHAPE, tmp_path)
+
+
+def test_an_unreadable_calibration_image_is_named(
+    module: torch.nn.Module, calibration: Calibration, tmp_path: Path
+) -> None:
+    calibration.images.paths[3].write_bytes(b"no image")
+    with pytest.raises(ImageError, match=calibration.images.paths[3].name):
+        open_peer("nncf", module, SHAPE, tmp_path, calibration=calibration)

@@ -1,4 +1,4 @@
-"""What a user would run instead: the original in torch, compiled torch, and its plain ONNX export.
+"""What a user would run instead: the original in torch, its plain ONNX export, and other tools' INT8 of that export.
 
 Owns how each peer is set up at its best settings. Timing them is `bench`'s business.
 """
@@ -8,35 +8,90 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitfold.bench.environment import installed_version
+import numpy as np
+from jaxtyping import Float
+
+from vitfold.bench.environment import installed_version, processor
 from vitfold.engines import Session
 from vitfold.errors import EngineError, missing_extra, nearest
+from vitfold.images import ImageSet, batches
+from vitfold.model import Preprocess
 
 PEERS: Mapping[str, str] = {
     "torch": "the original module in eager PyTorch",
     "torch-compile": "the original module through torch.compile",
     "onnxruntime": "the original module through torch.onnx.export on ONNX Runtime",
+    "onnxruntime-int8": "that export quantized by onnxruntime.quantization, on ONNX Runtime",
+    "openvino": "that export on OpenVINO",
+    "nncf": "that export quantized by NNCF, on OpenVINO",
 }
+CALIBRATED = frozenset({"onnxruntime-int8", "nncf"})
+_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "torch": (),
+    "torch-compile": (),
+    "onnxruntime": ("onnxscript",),
+    "onnxruntime-int8": ("onnxscript", "onnx", "sympy"),
+    "openvino": ("onnxscript", "openvino"),
+    "nncf": ("onnxscript", "openvino", "nncf"),
+}
+_BATCH = 8
 
 
-def check_peers(names: list[str]) -> None:
-    """Check names before anything slow starts.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Images from which a peer takes the ranges of activations, preprocessed as the bundle's are."""
+
+    images: ImageSet
+    preprocess: Preprocess
+
+    def pixels(self) -> Float[np.ndarray, "B 3 H W"]:
+        """Return all of them as one batch in memory.
+
+        Raises:
+            ImageError: at the first unreadable image.
+        """
+        return np.concatenate([one.pixel_values for one in batches(self.images, self.preprocess, batch=_BATCH)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """A peer that is ready to run; `size_bytes` are those of its weights, or of its files where it has any."""
+
+    session: Session
+    size_bytes: int
+
+
+def check_peers(names: list[str], *, calibrated: bool = False) -> None:
+    """Check names before anything slow starts; `calibrated` says that calibration images are at hand.
 
     Raises:
-        EngineError: for a name that is not a peer, or one whose package is missing.
+        EngineError: for a name that is not a peer, one whose package is missing, or one that lacks images.
     """
     for name in names:
         if name not in PEERS:
             raise EngineError(f"unknown peer {name!r}; {nearest(name, PEERS)}")
         if installed_version("torch") is None:
             raise EngineError(missing_extra("torch", "optimize", f"the peer {name}"))
-        if name == "onnxruntime" and installed_version("onnxscript") is None:
-            raise EngineError(missing_extra("onnxscript", "peers", f"the peer {name}"))
+        for package in _NEEDS[name]:
+            if installed_version(package) is None:
+                raise EngineError(missing_extra(package, "peers", f"the peer {name}"))
+        if name in CALIBRATED and not calibrated:
+            raise EngineError(_without_images(name))
+
+
+def _without_images(name: str) -> str:
+    return (
+        f"the peer {name} takes the ranges of activations from images, and none were given; "
+        "add --calibration-images DIR, about 128 images like those it will see"
+    )
 
 
 def load_original(origin: Mapping[str, Any]) -> Any:
@@ -51,31 +106,151 @@ def load_original(origin: Mapping[str, Any]) -> Any:
 
 
 def open_peer(
-    name: str, module: Any, shape: tuple[int, int, int], folder: Path, *, threads: int | None = None
-) -> Session:
-    """Set up a peer for images of this shape (3, H, W); `folder` keeps its files meanwhile."""
+    name: str,
+    module: Any,
+    shape: tuple[int, int, int],
+    folder: Path,
+    *,
+    threads: int | None = None,
+    calibration: Calibration | None = None,
+) -> Peer:
+    """Set up a peer for images of this shape (3, H, W).
+
+    `folder` keeps the files of one module's peers meanwhile, its plain export among them, which they share.
+
+    Raises:
+        EngineError: for a name that is not a peer, one that lacks images, or one whose tool refuses the model.
+        ImageError: if a calibration image cannot be read.
+    """
     from vitfold.engines.torch import TorchSession
 
-    if name == "torch":
-        return TorchSession(module, threads=threads)
-    if name == "torch-compile":
-        return TorchSession(module, compiled=True, threads=threads)
-    if name == "onnxruntime":
+    if name not in PEERS:
+        raise EngineError(f"unknown peer {name!r}; {nearest(name, PEERS)}")
+    if name in ("torch", "torch-compile"):
+        size = sum(p.numel() * p.element_size() for p in module.parameters())
+        return Peer(session=TorchSession(module, compiled=name == "torch-compile", threads=threads), size_bytes=size)
+    if name in CALIBRATED and calibration is None:
+        raise EngineError(_without_images(name))
+    pixels = None if calibration is None or name not in CALIBRATED else calibration.pixels()
+    with _at_work(name, folder):
+        path = _plain_export(module, shape, folder)
+        if name == "onnxruntime-int8":
+            path = _quantized_by_onnxruntime(path, pixels, folder / "onnxruntime-int8.onnx")
+        elif name == "nncf":
+            path = _quantized_by_nncf(path, pixels, folder / "nncf.xml")
+    size = sum(file.stat().st_size for file in folder.glob(f"{path.stem}.*"))
+    if name.startswith("onnxruntime"):
         from vitfold.engines.onnxruntime import OnnxRuntimeSession
 
-        path = folder / "plain.onnx"
-        _export(module, shape, path)
-        return OnnxRuntimeSession(path, threads=threads)
-    raise EngineError(f"unknown peer {name!r}; {nearest(name, PEERS)}")
+        return Peer(session=OnnxRuntimeSession(path, threads=threads), size_bytes=size)
+    from vitfold.engines.openvino import OpenVinoSession
+
+    return Peer(session=OpenVinoSession(path, threads=threads), size_bytes=size)
 
 
-def _export(module: Any, shape: tuple[int, int, int], path: Path) -> None:
+@contextlib.contextmanager
+def _at_work(name: str, folder: Path) -> Iterator[None]:
+    """Silence a foreign tool, keep its temporary files in `folder`, and say whose error it was.
+
+    These tools print and log on stdout, which is for results.
+    """
+    quiet = io.StringIO()
+    before = tempfile.tempdir, logging.root.manager.disable
+    tempfile.tempdir = str(folder)
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            warnings.simplefilter("ignore")
+            yield
+    except ModuleNotFoundError as error:
+        raise EngineError(missing_extra(str(error.name), "peers", f"the peer {name}")) from None
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0]
+        raise EngineError(
+            f"the peer {name} could not be made from this model: {type(error).__name__}: {said}; "
+            "leave it out of --peers, or upgrade its packages (vitfold doctor lists them)"
+        ) from error
+    finally:
+        tempfile.tempdir = before[0]
+        logging.disable(before[1])
+
+
+def _plain_export(module: Any, shape: tuple[int, int, int], folder: Path) -> Path:
     import torch
 
-    quiet = io.StringIO()
-    example = torch.zeros((2, *shape))
-    batch = torch.export.Dim("batch")
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        warnings.simplefilter("ignore")
-        torch.onnx.export(module, (example,), str(path), dynamo=True, dynamic_shapes=({0: batch},), opset_version=20)
+    path = folder / "plain.onnx"
+    if not path.exists():
+        example, batch = torch.zeros((2, *shape)), torch.export.Dim("batch")
+        shapes = ({0: batch},)
+        torch.onnx.export(module, (example,), str(path), dynamo=True, dynamic_shapes=shapes, opset_version=20)
+    return path
+
+
+def _saturates() -> bool:
+    """Return whether this processor adds pairs of 8-bit products in 16 bits, where weights of 8 bits overflow."""
+    facts = processor()
+    exact = {"avx_vnni", "avx512_vnni", "amx_int8"} & set(facts["instruction_sets"])
+    return facts["architecture"].lower() in ("x86_64", "amd64") and not exact
+
+
+def _quantized_by_onnxruntime(plain: Path, pixels: Any, path: Path) -> Path:
+    """Write the INT8 graph of `onnxruntime.quantization.quantize_static` after its own pre-processing.
+
+    TRIED
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = path.with_name("prepared.onnx")
+    quant_pre_process(str(plain), str(prepared))
+    graph = onnx.load(str(prepared), load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    products = [node.name for node in graph.node if node.op_type == "MatMul" and not weights & set(node.input)]
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._groups = iter([pixels[start : start + _BATCH] for start in range(0, len(pixels), _BATCH)])
+
+        def get_next(self) -> dict[str, Float[np.ndarray, "B 3 H W"]] | None:
+            group = next(self._groups, None)
+            return None if group is None else {graph.input[0].name: group}
+
+    quantize_static(
+        str(prepared),
+        str(path),
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["MatMul", "Gemm"],
+        nodes_to_exclude=products,
+        per_channel=True,
+        reduce_range=_saturates(),
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        calibrate_method=CalibrationMethod.MinMax,
+        extra_options={"CalibMovingAverage": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
+    )
+    prepared.unlink()
+    return path
+
+
+def _quantized_by_nncf(plain: Path, pixels: Any, path: Path) -> Path:
+    """Write the INT8 model of `nncf.quantize`, as OpenVINO's XML and a file of weights beside it.
+
+    TRIED
+    """
+    # Else NNCF reports its use to its makers; it reads this variable when it is imported.
+    os.environ.setdefault("NNCF_CI", "1")
+    import nncf
+    import openvino as ov
+
+    model = nncf.quantize(
+        ov.Core().read_model(str(plain)),
+        nncf.Dataset([pixels[i : i + 1] for i in range(len(pixels))]),
+        model_type=nncf.ModelType.TRANSFORMER,
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=len(pixels),
+        fast_bias_correction=True,
+    )
+    ov.save_model(model, str(path), compress_to_fp16=False)
+    return path

@@ -18,7 +18,7 @@ from vitfold.bundle import Bundle
 from vitfold.engines import Session, open_session
 from vitfold.errors import VitfoldError, nearest
 from vitfold.images import ImageSet
-from vitfold.peers import load_original, open_peer
+from vitfold.peers import Calibration, load_original, open_peer
 from vitfold.pipeline import count_costs
 from vitfold.recipe import MergeRecipe
 from vitfold.reference import compare_outputs, optional_reference, reference_outputs
@@ -27,7 +27,10 @@ Advance = Callable[[int], Any]
 
 
 class Lineup:
-    """Subjects in the order in which they were added; closes their sessions at the end of `with`."""
+    """Subjects in the order in which they were added; closes their sessions at the end of `with`.
+
+    `calibration` are the images from which INT8 peers take the ranges of activations.
+    """
 
     def __init__(
         self,
@@ -36,8 +39,10 @@ class Lineup:
         images: ImageSet | None,
         threads: int | None = None,
         reference: Bundle | None = None,
+        calibration: ImageSet | None = None,
     ) -> None:
         self._folder = folder
+        self._calibration = calibration
         self._images = images
         self._threads = threads
         self._reference = reference
@@ -90,22 +95,29 @@ class Lineup:
         self._bundles[-1] = replace(self._bundles[-1], fidelity=self._fidelity(session, bundle, advance))
 
     def add_peer(self, name: str, bundle: Bundle) -> None:
-        """Set up a peer of the model that `bundle` was made from."""
+        """Set up a peer of the model that `bundle` was made from.
+
+        Raises:
+            VitfoldError: if that model is not at hand, the peer's tool refuses it, or the peer lacks images.
+        """
         manifest = bundle.manifest
         if self._original is None:
             self._original = load_original(manifest.origin)
         shape = (manifest.spec.channels, *manifest.spec.image_size)
-        session = open_peer(name, self._original, shape, self._folder, threads=self._threads)
+        calibration = None
+        if self._calibration is not None:
+            calibration = Calibration(images=self._calibration, preprocess=manifest.preprocess)
+        peer = open_peer(name, self._original, shape, self._folder, threads=self._threads, calibration=calibration)
         costs = count_costs(manifest.spec, MergeRecipe(r=()))
         self._peers.append(
             Subject(
                 name=name,
-                session=session,
+                session=peer.session,
                 preprocess=manifest.preprocess,
                 fidelity=None,
                 tokens=manifest.spec.tokens,
                 macs=sum(cost.macs for cost in costs),
-                size_bytes=sum(p.numel() * p.element_size() for p in self._original.parameters()),
+                size_bytes=peer.size_bytes,
             )
         )
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from vitfold import pipeline
+from vitfold.bench.environment import installed_version
 from vitfold.bundle import Bundle
 from vitfold.engines import ENGINES, Session, open_session
 from vitfold.errors import EngineError
@@ -20,14 +23,31 @@ def model(tiny_model: Callable[..., Model]) -> Model:
     return tiny_model()
 
 
+TARGETS = {"onnxruntime": "cpu", "openvino": "portable"}
+
+
 @pytest.fixture(scope="module")
 def bundle(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return pipeline.save(pipeline.optimize(model, merge=3), tmp_path_factory.mktemp("engines") / "tiny.fold")
 
 
+@pytest.fixture(scope="module")
+def portable(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folded = pipeline.optimize(model, merge=3, target="portable")
+    return pipeline.save(folded, tmp_path_factory.mktemp("engines") / "portable.fold")
+
+
 @pytest.fixture(params=ENGINES)
-def session(request: pytest.FixtureRequest, bundle: Bundle) -> Iterator[Session]:
-    with open_session(bundle, engine=request.param, threads=1) as opened:
+def engine(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if installed_version(name) is None:
+        pytest.skip(f"{name} is not installed")
+    return name
+
+
+@pytest.fixture
+def session(engine: str, bundle: Bundle, portable: Bundle) -> Iterator[Session]:
+    with open_session(portable if TARGETS[engine] == "portable" else bundle, engine=engine, threads=1) as opened:
         yield opened
 
 
@@ -91,12 +111,30 @@ def test_a_wrong_shape_says_the_right_one(session: Session, shape: tuple[int, ..
         session.bind(np.zeros(shape, np.float32))
 
 
-def test_a_closed_session_says_so(bundle: Bundle) -> None:
-    for engine in ENGINES:
-        opened = open_session(bundle, engine=engine)
-        opened.close()
+def test_a_closed_session_says_so(session: Session, model: Model, random_images: Callable[..., Array]) -> None:
+    pixels = random_images(model.spec, 1)
+    run(session, pixels)
+    session.close()
+    for step in (lambda: session.bind(pixels), session.run, session.fetch):
         with pytest.raises(EngineError, match="closed"):
-            opened.run()
+            step()
+    session.close()
+
+
+def test_batch_sizes_may_alternate(session: Session, model: Model, random_images: Callable[..., Array]) -> None:
+    pixels = random_images(model.spec, 4)
+    together = run(session, pixels)
+    for size in (1, 2, 3, 4, 1):
+        np.testing.assert_allclose(run(session, pixels[:size]), together[:size], rtol=1e-5, atol=1e-5)
+
+
+def test_input_is_read_where_it_lies(session: Session, model: Model, random_images: Callable[..., Array]) -> None:
+    first, second = random_images(model.spec, 2, seed=1), random_images(model.spec, 2, seed=2)
+    expected = run(session, second)
+    session.bind(first)
+    first[:] = second
+    session.run()
+    np.testing.assert_array_equal(session.fetch(), expected)
 
 
 def test_an_unknown_engine_offers_the_nearest(bundle: Bundle) -> None:
@@ -104,11 +142,65 @@ def test_an_unknown_engine_offers_the_nearest(bundle: Bundle) -> None:
         open_session(bundle, engine="onnxrt")
 
 
-def test_a_file_that_is_no_graph_is_named(tmp_path: Path) -> None:
+def open_graph(engine: str, path: Path) -> Session:
+    """Open a graph that is no bundle's."""
     from vitfold.engines.onnxruntime import OnnxRuntimeSession
+    from vitfold.engines.openvino import OpenVinoSession
 
+    return {"onnxruntime": OnnxRuntimeSession, "openvino": OpenVinoSession}[engine](path, threads=1)
+
+
+def test_a_file_that_is_no_graph_is_named(engine: str, tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"this is no protobuf")
-    with pytest.raises(EngineError, match=r"bad\.onnx"):
-        OnnxRuntimeSession(tmp_path / "bad.onnx")
-    with pytest.raises(EngineError, match=r"absent\.onnx"):
-        OnnxRuntimeSession(tmp_path / "absent.onnx")
+    for name in ("bad.onnx", "absent.onnx"):
+        with pytest.raises(EngineError, match=name) as caught:
+            open_graph(engine, tmp_path / name)
+        assert f"pip install -U {engine}" in str(caught.value)
+
+
+def write_graph(path: Path, *nodes: Any, inputs: tuple[str, ...] = ("x",), output: str = "y") -> Path:
+    """Write a graph over images (B, 3, 8, 8)."""
+    helper = pytest.importorskip("onnx.helper")
+    import onnx
+
+    values = {name: helper.make_tensor_value_info(name, 1, ["batch", 3, 8, 8]) for name in (*inputs, output)}
+    graph = helper.make_graph(list(nodes), "graph", [values[name] for name in inputs], [values[output]])
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), str(path))
+    return path
+
+
+def test_a_graph_of_two_inputs_is_refused(engine: str, tmp_path: Path) -> None:
+    helper = pytest.importorskip("onnx.helper")
+    path = write_graph(tmp_path / "two.onnx", helper.make_node("Add", ["x", "z"], ["y"]), inputs=("x", "z"))
+    with pytest.raises(EngineError, match="2 inputs"):
+        open_graph(engine, path)
+
+
+def test_openvino_names_the_target_when_it_lacks_an_operator(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    helper = pytest.importorskip("onnx.helper")
+    path = write_graph(
+        tmp_path / "own.onnx", helper.make_node("TransposeMatMul", ["x", "x"], ["y"], domain="com.microsoft")
+    )
+    with pytest.raises(EngineError, match=r"TransposeMatMul.*--target openvino or --target portable"):
+        open_graph("openvino", path)
+
+
+def test_openvino_keeps_floats_and_takes_the_threads(portable: Bundle, random_images: Callable[..., Array]) -> None:
+    pytest.importorskip("openvino")
+    from vitfold.engines.openvino import KEPT_SIZES, OpenVinoSession
+
+    with OpenVinoSession(portable.onnx_path, threads=1) as opened:
+        for batch in (1, 2, 3, 4):
+            opened.bind(random_images(portable.manifest.spec, batch))
+        assert list(opened._requests) == [3, 4][-KEPT_SIZES:]
+        compiled = opened._requests[4].get_compiled_model()
+        assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
+        assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+
+
+def test_a_missing_engine_names_its_extra(portable: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(EngineError, match=r"vitfold\[openvino\]"):
+        open_session(portable, engine="openvino")

@@ -36,6 +36,8 @@ PACKAGES = (
     "numpy",
     "pillow",
     "onnxruntime",
+    "openvino",
+    "nncf",
     "onnx-ir",
     "torch",
     "timm",

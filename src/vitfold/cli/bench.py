@@ -22,8 +22,20 @@ def bench(
     images: options.Images = None,
     peers: Annotated[
         str | None,
-        typer.Option(help="Time these beside the bundles: torch, torch-compile, onnxruntime (comma-separated)."),
+        typer.Option(
+            help="Time these beside the bundles (comma-separated): torch, torch-compile, onnxruntime, "
+            "onnxruntime-int8, openvino, nncf."
+        ),
     ] = None,
+    calibration_images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Images from which the peers onnxruntime-int8 and nncf take ranges of activations."
+        ),
+    ] = None,
+    calibration_size: Annotated[
+        int, typer.Option(min=1, help="Images used, spread evenly over --calibration-images.")
+    ] = 128,
     baseline: Annotated[
         str | None,
         typer.Option(help="The row that speed-ups refer to; default: the first peer, else the first bundle."),
@@ -48,16 +60,21 @@ def bench(
     from vitfold.subjects import Lineup
 
     names = [name.strip() for name in (peers or "").split(",") if name.strip()]
-    check_peers(names)
+    check_peers(names, calibrated=calibration_images is not None)
     opened = [open_bundle(path) for path in bundles]
     given = None if reference is None else open_bundle(reference)
     found = None if images is None else find_images(images).first(limit)
     if found is not None and skip_bad:
         found = found.readable(skipped)
+    calibration = None if calibration_images is None else find_images(calibration_images).first(calibration_size)
+    if calibration is not None and skip_bad:
+        calibration = calibration.readable(skipped)
     before = environment(threads=threads)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitfold-")))
-        lineup = stack.enter_context(Lineup(folder=folder, images=found, threads=threads, reference=given))
+        lineup = stack.enter_context(
+            Lineup(folder=folder, images=found, threads=threads, reference=given, calibration=calibration)
+        )
         with steps("bench") as say:
             for name in names:
                 say(f"preparing {name}")

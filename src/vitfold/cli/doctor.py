@@ -20,7 +20,11 @@ _PARTS = (
     ("transformers", "transformers", "source hf:REPO_OR_FOLDER", "vitfold[transformers]"),
     ("torchvision", "torchvision", "source torchvision:NAME", "vitfold[torchvision]"),
     ("open_clip_torch", "open_clip", "source open_clip:NAME", "vitfold[open_clip]"),
-    ("onnxscript", "onnxscript", "peer onnxruntime in bench", "vitfold[peers]"),
+    ("openvino", "openvino", "engine openvino, peers openvino and nncf in bench", "vitfold[openvino]"),
+    ("onnxscript", "onnxscript", "peers that start from the plain ONNX export in bench", "vitfold[peers]"),
+    ("onnx", "onnx", "peer onnxruntime-int8 in bench", "vitfold[peers]"),
+    ("sympy", "sympy", "peer onnxruntime-int8 in bench", "vitfold[peers]"),
+    ("nncf", "nncf", "peer nncf in bench", "vitfold[peers]"),
 )
 
 
