@@ -114,7 +114,7 @@ def _write_files(folded: Folded, onnx_path: Path, say: Step) -> int:
 
 
 def _open(folded: Folded, onnx_path: Path) -> Session:
-    """Open what was written; a target whose engine is not here is verified on ONNX Runtime, which runs the same graph."""
+    """Open what was written; the graph of a target whose engine is not here runs on ONNX Runtime."""
     if folded.simulated:
         return simulation(folded)
     engine = folded.target.engine
@@ -188,7 +188,8 @@ def _verify(folded: Folded, pixels: Float[np.ndarray, "B 3 H W"], found: Float[n
     return verified if noise is None else {**verified, "simulation_self_noise": noise}
 
 
-def _relative_errors(expected: Float[np.ndarray, "B ..."], found: Float[np.ndarray, "B ..."]) -> Float[np.ndarray, "B"]:
+def _relative_errors(expected: Float[np.ndarray, "B ..."], found: Float[np.ndarray, "B ..."]) -> Float[np.ndarray, B]:
     rows = (len(expected), -1)
-    errors: Float[np.ndarray, "B"] = np.abs(found.reshape(rows) - expected.reshape(rows)).max(axis=1)
-    return errors / np.abs(expected.reshape(rows)).max(axis=1)
+    errors: Float[np.ndarray, B] = np.abs(found.reshape(rows) - expected.reshape(rows)).max(axis=1)
+    relative: Float[np.ndarray, B] = errors / np.abs(expected.reshape(rows)).max(axis=1)
+    return relative

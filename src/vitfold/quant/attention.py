@@ -5,6 +5,8 @@ Owns the order: q and k by the error of the logits, then the softmax and v by th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -12,9 +14,17 @@ from torch import Tensor
 
 from vitfold.quant.collect import AttentionSamples
 from vitfold.quant.methods import Method
-from vitfold.quant.ranges import affine_uniform, code_range, percentile_range, rounded, symmetric_uniform
+from vitfold.quant.ranges import (
+    affine_uniform,
+    code_range,
+    percentile_range,
+    rounded,
+    symmetric_uniform,
+    uniform_from_scale,
+)
 from vitfold.quantizer import Log, Quantizer, Twin, Uniform
 
+Errors = Callable[[Tensor], Tensor]
 _SPLITS = range(1, 20)
 
 
@@ -23,6 +33,7 @@ def search_attention(
 ) -> dict[str, Quantizer]:
     """Return the quantizers of `{site}.q`, `.k`, `.v` and `.softmax`."""
     symmetric = symmetric or method.symmetric
+    per_head = method.head_scales and not uniform_only
     q, k, v = samples.q, samples.k, samples.v
     alpha = q.shape[-1] ** -0.5
     weigh_logits = _weights(samples.grad_logits, method)
@@ -36,6 +47,7 @@ def search_attention(
             bits,
             method,
             symmetric,
+            per_head,
             lambda x: ((x @ k_hat.transpose(-1, -2)) * alpha - exact_logits).square() * weigh_logits,  # noqa: B023
         )
         q_hat = rounded(q, found[f"{site}.q"])
@@ -44,6 +56,7 @@ def search_attention(
             bits,
             method,
             symmetric,
+            per_head,
             lambda x: ((q_hat @ x.transpose(-1, -2)) * alpha - exact_logits).square() * weigh_logits,  # noqa: B023
         )
         k_hat = rounded(k, found[f"{site}.k"])
@@ -54,7 +67,7 @@ def search_attention(
     weights_hat = rounded(weights, softmax)
     found[f"{site}.softmax"] = softmax
     found[f"{site}.v"] = _operand(
-        v, bits, method, symmetric, lambda x: (weights_hat @ x - exact).square() * weigh_output
+        v, bits, method, symmetric, per_head, lambda x: (weights_hat @ x - exact).square() * weigh_output
     )
     return found
 
@@ -65,10 +78,12 @@ def _weights(grad: Tensor | None, method: Method) -> Tensor:
     return grad.square()
 
 
-def _operand(x: Float[Tensor, "S H N K"], bits: int, method: Method, symmetric: bool, error: object) -> Uniform:
+def _operand(
+    x: Float[Tensor, "S H N K"], bits: int, method: Method, symmetric: bool, per_head: bool, error: Errors
+) -> Uniform:
     """One range per head, or one for all; the error of a candidate is summed per head."""
-    axis = 1 if method.head_scales else None
-    if method.head_scales:
+    axis = 1 if per_head else None
+    if per_head:
         low, high = x.amin((0, 2, 3)), x.amax((0, 2, 3))
     else:
         low, high = x.amin(), x.amax()
@@ -86,8 +101,8 @@ def _operand(x: Float[Tensor, "S H N K"], bits: int, method: Method, symmetric: 
     chosen = torch.ones(low.shape)
     for f in method.grid.factors():
         x_hat = rounded(x, make(torch.tensor(f)))
-        total = (x_hat - x).square() if method.activations == "mse" else error(x_hat)  # type: ignore[operator]
-        summed = total.sum((0, 2, 3)) if method.head_scales else total.sum()
+        total = (x_hat - x).square() if method.activations == "mse" else error(x_hat)
+        summed = total.sum((0, 2, 3)) if per_head else total.sum()
         better = summed < least
         least = torch.where(better, summed, least)
         chosen = torch.where(better, torch.tensor(f), chosen)
@@ -96,25 +111,24 @@ def _operand(x: Float[Tensor, "S H N K"], bits: int, method: Method, symmetric: 
 
 def _softmax_candidates(bits: int, method: Method, *, uniform_only: bool) -> list[Quantizer]:
     """Quantizers for numbers in [0, 1] that the method may choose from."""
-    zero = np.int32(0)
     made: list[Quantizer] = []
     kinds = ("uniform",) if uniform_only and "uniform" in method.softmax else method.softmax
     for kind in kinds:
         if kind == "uniform":
             last = code_range(bits, symmetric=method.symmetric)[1]
             tops = [1.0] if method.activations in ("minmax", "percentile") else np.linspace(1.0, 0.1, 19)
-            made += [Uniform(scale=np.float32(top / last), zero_point=zero, low=0, high=last) for top in tops]
+            made += [uniform_from_scale(float(top) / last, 0, last) for top in tops]
         elif kind == "twin":
             last = 2 ** (bits - 1) - 1
-            outer = Uniform(scale=np.float32(1.0 / 2 ** (bits - 1)), zero_point=zero, low=0, high=last)
+            outer = uniform_from_scale(1.0 / 2 ** (bits - 1), 0, last)
             made += [
                 Twin(
                     rule="magnitude",
-                    inner=Uniform(scale=np.float32(2.0**-m / 2 ** (bits - 1)), zero_point=zero, low=0, high=last),
+                    inner=uniform_from_scale(2.0**-m / 2 ** (bits - 1), 0, last),
                     outer=outer,
                 )
                 for m in _SPLITS
             ]
         else:
-            made.append(Log(scale=np.float32(1.0), bits=bits, root=1 if kind == "log2" else 2))
+            made.append(Log(scale=np.array(1.0, np.float32), bits=bits, root=1 if kind == "log2" else 2))
     return made

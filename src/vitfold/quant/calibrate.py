@@ -21,7 +21,7 @@ from vitfold.quant.attention import search_attention
 from vitfold.quant.collect import Samples, collect
 from vitfold.quant.folding import fold_channels
 from vitfold.quant.linear import LinearProblem, search_linear
-from vitfold.quant.methods import Method, find_method
+from vitfold.quant.methods import find_method
 from vitfold.quant.moments import collect_moments, round_weights
 from vitfold.quant.ranges import rounded
 from vitfold.quant.sites import find_sites
@@ -87,9 +87,9 @@ def calibrate(
     samples = collect(model, merge, images, gradients=method.needs_gradients, seed=quant.seed, advance=progress.advance)
     check_samples(samples, quant)
     progress.step(f"folding channels ({method.name})")
-    folded, samples, presets = fold_channels(model, samples, method, quant, merge, scheme_symmetric=scheme.symmetric)
+    folded, samples, presets = fold_channels(model, samples, method, quant)
     quantizers: dict[str, Quantizer] = {}
-    for site, problem in _problems(folded, samples, method, quant, scheme).items():
+    for site, problem in _problems(folded, samples, quant, scheme).items():
         progress.step(f"searching ranges: {site}")
         quantizers |= search_linear(problem, method, preset=presets.get(f"{site}.x"))
     if quant.attention:
@@ -119,9 +119,7 @@ def calibrate(
     return Calibrated(model=folded.with_params(folded.spec, params), folded=folded, quantizers=QuantParams(quantizers))
 
 
-def _problems(
-    model: Model, samples: Samples, method: Method, quant: QuantRecipe, scheme: Scheme
-) -> Mapping[str, LinearProblem]:
+def _problems(model: Model, samples: Samples, quant: QuantRecipe, scheme: Scheme) -> Mapping[str, LinearProblem]:
     problems = {}
     for site in find_sites(model.spec)[0]:
         weight_bits = quant.bits(site.layer, weight=True)

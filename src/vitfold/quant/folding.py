@@ -6,6 +6,7 @@ nothing is collected twice.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -17,12 +18,13 @@ from vitfold.model import Array, Model
 from vitfold.quant.collect import LinearSamples, Samples
 from vitfold.quant.equalize import equalize_norm, equalize_values
 from vitfold.quant.methods import Method
-from vitfold.quant.ranges import PERCENTILES, affine_uniform, rounded, search_weight, symmetric_uniform
+from vitfold.quant.ranges import PERCENTILES, Grid, affine_uniform, rounded, search_weight, symmetric_uniform
 from vitfold.quant.sites import LinearSite, find_sites
 from vitfold.quantizer import Uniform
-from vitfold.recipe import MergeRecipe, QuantRecipe
+from vitfold.recipe import QuantRecipe
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_COARSE = Grid(start=0.5, stop=1.0, count=11)
 _FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 
@@ -31,9 +33,6 @@ def fold_channels(
     samples: Samples,
     method: Method,
     quant: QuantRecipe,
-    merge: MergeRecipe,
-    *,
-    scheme_symmetric: bool,
 ) -> tuple[Model, Samples, Mapping[str, Uniform]]:
     """Return the folded model, the samples that it would see, and input ranges that a fold fixed."""
     if method.equalize == "none" and not method.values:
@@ -47,7 +46,7 @@ def fold_channels(
             continue
         one = linears[site.layer]
         if site.norm is not None and method.equalize != "none":
-            shift, scale, preset = _choose(site, one, params, method, bits, weight_bits, symmetric=scheme_symmetric)
+            shift, scale, preset = _choose(site, one, params, method, bits, weight_bits)
             params |= equalize_norm(params, site.norm, site.layer, shift=shift.numpy(), scale=scale.numpy())
             linears[site.layer] = _moved(one, shift, scale)
             if preset is not None:
@@ -84,8 +83,6 @@ def _choose(
     method: Method,
     bits: int,
     weight_bits: int,
-    *,
-    symmetric: bool,
 ) -> tuple[Tensor, Tensor, Uniform | None]:
     if method.equalize == "smooth":
         weight = torch.from_numpy(params[f"{site.layer}.weight"])
@@ -134,15 +131,14 @@ def _search_strength(
         scale = half**strength
         scale = scale / scale.log().mean().exp()
         moved, heavier = (x - shift) / scale, weight * scale
+        moments = (moved.square() * one.share).mean(0)
         w = search_weight(
             heavier,
             weight_bits,
             groups=None,
             symmetric=True,
-            grid=_coarse(),
-            error=lambda rounded_w, w=heavier, h=(moved.square() * one.share).mean(0): (
-                (rounded_w - w).square() * h
-            ).sum(1),
+            grid=_COARSE,
+            error=functools.partial(_weighted_error, heavier, moments),
         )
         exact, w_hat = moved @ heavier.T, rounded(heavier, w)
         absmax = moved.abs().max()
@@ -154,7 +150,6 @@ def _search_strength(
     return shift, chosen
 
 
-def _coarse() -> object:
-    from vitfold.quant.ranges import Grid
-
-    return Grid(start=0.5, stop=1.0, count=11)
+def _weighted_error(weight: Tensor, moments: Tensor, candidate: Tensor) -> Tensor:
+    """The error of each output, for inputs of these second moments that are taken as uncorrelated."""
+    return ((candidate - weight).square() * moments).sum(1)

@@ -28,6 +28,7 @@ from vitfold.quant.ranges import (
     search_symmetric,
     search_weight,
     symmetric_uniform,
+    uniform_from_scale,
 )
 from vitfold.quant.sites import LinearSite
 from vitfold.quantizer import Quantizer, Shifted, Twin, Uniform
@@ -58,7 +59,7 @@ def search_linear(problem: LinearProblem, method: Method, *, preset: Uniform | N
     alternate = "hessian" in (method.weights, method.activations) and method.rounding == "nearest"
     inputs: Quantizer = preset or _search_inputs(problem, method, x, exact, grad, rounded(problem.weight, weight))
     for _ in range(method.rounds if alternate else 1):
-        weight = _search_weight(problem, method, rounded(x, inputs), x, exact, grad)
+        weight = _search_weight(problem, method, rounded(x, inputs), exact, grad)
         if preset is None and alternate:
             inputs = _search_inputs(problem, method, x, exact, grad, rounded(problem.weight, weight))
     if method.noise and isinstance(inputs, Uniform):
@@ -81,9 +82,7 @@ def _groups(problem: LinearProblem, method: Method) -> int | None:
     return None if method.granularity == "channel" else problem.site.groups
 
 
-def _search_weight(
-    problem: LinearProblem, method: Method, x_hat: Tensor, x: Tensor, exact: Tensor, grad: Tensor
-) -> Uniform:
+def _search_weight(problem: LinearProblem, method: Method, x_hat: Tensor, exact: Tensor, grad: Tensor) -> Uniform:
     weight = problem.weight
 
     def error(w: Tensor) -> Tensor:
@@ -157,8 +156,7 @@ def _search_twin(activation: str, high: Tensor, bits: int, method: Method, error
     Source: PTQ4ViT (2111.12293), section 3.2, with the minimum of the activation function at hand.
     """
     first, last = code_range(bits, symmetric=True)
-    zero = np.int32(0)
-    inner = Uniform(scale=np.float32(activation_minimum(activation) / first), zero_point=zero, low=first, high=last)
+    inner = uniform_from_scale(activation_minimum(activation) / first, first, last)
     outer = search_symmetric(
         high,
         bits,

@@ -16,6 +16,11 @@ Metric = Literal["minmax", "percentile", "mse", "output", "hessian"]
 Softmax = Literal["uniform", "twin", "log2", "log_sqrt2"]
 
 
+_WEIGHTS = Grid(start=0.4, stop=1.0, count=61)
+_ACTIVATIONS = Grid(start=0.3, stop=1.0, count=36)
+_PUBLISHED = Grid(start=0.01, stop=1.2, count=100)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """The parts of one method.
@@ -36,8 +41,8 @@ class Method:
     symmetric: bool = False
     weights: Metric = "mse"
     activations: Metric = "mse"
-    weight_grid: Grid = Grid(start=0.4, stop=1.0, count=61)
-    grid: Grid = Grid(start=0.3, stop=1.0, count=36)
+    weight_grid: Grid = _WEIGHTS
+    grid: Grid = _ACTIVATIONS
     rounds: int = 1
     equalize: Literal["none", "repq", "smooth", "searched"] = "none"
     values: bool = False
@@ -68,10 +73,10 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(
             name="vitfold",
-            source="LayerNorm channels shifted and scaled (strength searched), V's channels folded into proj, "
-            "Fisher-weighted range search, GPTQ rounding with a ridge correction of the activation error",
+            source="LayerNorm channels shifted and scaled (strength searched), V's channels folded into proj, ranges "
+            "searched by the error of each layer's output, GPTQ rounding with a ridge correction of the activation error",
             weights="output",
-            activations="hessian",
+            activations="output",
             equalize="searched",
             values=True,
             head_scales=True,
@@ -88,8 +93,8 @@ METHODS: dict[str, Method] = {
             symmetric=True,
             weights="hessian",
             activations="hessian",
-            weight_grid=Grid(start=0.01, stop=1.2, count=100),
-            grid=Grid(start=0.01, stop=1.2, count=100),
+            weight_grid=_PUBLISHED,
+            grid=_PUBLISHED,
             rounds=3,
             head_scales=True,
             twin_gelu=True,

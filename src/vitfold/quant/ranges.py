@@ -43,6 +43,11 @@ def affine_uniform(
     return Uniform(scale=scale.numpy(), zero_point=zero_point, low=first, high=last, axis=axis)
 
 
+def uniform_from_scale(scale: float, low: int, high: int) -> Uniform:
+    """Return the per-tensor quantizer of this scale with the zero point 0."""
+    return Uniform(scale=np.array(scale, np.float32), zero_point=np.array(0, np.int32), low=low, high=high)
+
+
 def _positive(scale: Tensor) -> Tensor:
     return scale.float().clamp_min(torch.finfo(torch.float32).tiny * 2**24)
 

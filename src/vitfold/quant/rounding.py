@@ -26,7 +26,8 @@ def ridge_weight(
     lam = damping * moments.diagonal().mean()
     system = moments + lam * torch.eye(len(moments), dtype=moments.dtype)
     right = weight.to(moments.dtype) @ (cross - moments)
-    return (weight + torch.linalg.solve(system, right.T).T).to(weight.dtype)
+    corrected: Tensor = (weight + torch.linalg.solve(system, right.T).T).to(weight.dtype)
+    return corrected
 
 
 def gptq(
