@@ -244,8 +244,8 @@ def _flatten(quantizers: Mapping[str, Quantizer]) -> tuple[str, dict[str, Array]
     arrays: dict[str, Array] = {}
 
     def uniform(site: str, q: Uniform) -> dict[str, Any]:
-        arrays[f"{site}.scale"] = np.ascontiguousarray(q.scale)
-        arrays[f"{site}.zero_point"] = np.ascontiguousarray(q.zero_point)
+        arrays[f"{site}.scale"] = np.array(q.scale)
+        arrays[f"{site}.zero_point"] = np.array(q.zero_point)
         return {"kind": "uniform", "name": site, "low": q.low, "high": q.high, "axis": q.axis}
 
     for site, q in quantizers.items():
@@ -259,10 +259,10 @@ def _flatten(quantizers: Mapping[str, Quantizer]) -> tuple[str, dict[str, Array]
                 "outer": uniform(f"{site}.outer", q.outer),
             }
         elif isinstance(q, Shifted):
-            arrays[f"{site}.offset"] = np.ascontiguousarray(q.offset)
+            arrays[f"{site}.offset"] = np.array(q.offset)
             head[site] = {"kind": "shifted", "name": site, "inner": uniform(f"{site}.inner", q.inner)}
         else:
-            arrays[f"{site}.scale"] = np.ascontiguousarray(q.scale)
+            arrays[f"{site}.scale"] = np.array(q.scale)
             head[site] = {"kind": "log", "name": site, "bits": q.bits, "root": q.root}
     return json.dumps(head, sort_keys=True), arrays
 

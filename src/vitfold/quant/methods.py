@@ -74,7 +74,7 @@ METHODS: dict[str, Method] = {
         Method(
             name="vitfold",
             source="LayerNorm channels shifted and scaled (strength searched), V's channels folded into proj, ranges "
-            "searched by the error of each layer's output, GPTQ rounding with a ridge correction of the activation error",
+            "searched by the error of each layer's output, GPTQ rounding with a ridge correction",
             weights="output",
             activations="output",
             equalize="searched",

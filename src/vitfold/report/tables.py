@@ -70,6 +70,23 @@ def markdown(rows: Sequence[RowDict]) -> str:
     return "\n".join(lines)
 
 
+def sensitivity_table(rows: Sequence[RowDict], *, title: str) -> Table:
+    """Return the terminal table of `vitfold sensitivity`, the costliest site first."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("#", "site", "SQNR dB", "noise %", "agree %", "MACs %"):
+        table.add_column(name, justify="left" if name == "site" else "right", no_wrap=True)
+    for rank, row in enumerate(rows, start=1):
+        table.add_row(
+            str(rank),
+            row["site"],
+            number(row["sqnr_db"], ".1f"),
+            percent(row["noise_ratio"], unit=""),
+            percent(row["agreement"], unit=""),
+            percent(row["macs_ratio"], unit=""),
+        )
+    return table
+
+
 def percent(ratio: int | float | None, *, unit: str = " %") -> str:
     """Return a ratio as a percentage, or a dash."""
     return number(ratio, ".2f", scale=100.0) + (unit if ratio is not None else "")
