@@ -18,7 +18,6 @@ from vitfold.model import Array
 from vitfold.ops.run import Run
 from vitfold.quantizer import EXPONENTIALS, Quantizer, Shifted, Twin, Uniform
 
-
 # torch's integer product wants more than 16 rows and multiples of 8; tiny layers run in float.
 _LEAST_INTEGER_WIDTH = 64
 
@@ -88,9 +87,9 @@ class Simulate(Run):
             return super().linear(layer, self._rounded(f"{layer}.x", x))
         quantizer = self._quantizers[f"{layer}.x"]
         assert isinstance(quantizer, Uniform)
-        scale, low, high = _aligned(quantizer, x.ndim)
+        scale, low, high = _aligned(quantizer, 2)
         middle = (low + high + 1) / 2
-        rows = (x / scale).round_().clamp_(low, high).sub_(middle).to(torch.int8).reshape(-1, x.shape[-1])
+        rows = (x.reshape(-1, x.shape[-1]) / scale).round_().clamp_(low, high).sub_(middle).to(torch.int8)
         sums = torch._int_mm(rows, codes.integers).to(torch.float32).add_(codes.sums * middle)
         y = sums.mul_(codes.scale * scale).reshape(*x.shape[:-1], -1)
         bias = self._params.get(f"{layer}.bias")

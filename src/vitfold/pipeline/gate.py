@@ -88,4 +88,5 @@ def _reason(folded: Folded) -> str:
         return "this processor has no integer dot products (VNNI, AMX or ARM dotprod), so integer products gain little"
     costs = folded.costs()
     macs = sum(cost.macs for cost in costs)
-    return f"the model is small ({macs / 1e9:.2g} GMACs per image): quantizing activations costs more than the products save"
+    work = f"{macs / 1e9:.2g} GMACs per image"
+    return f"the model is small ({work}): rounding its activations costs more than the products save"
