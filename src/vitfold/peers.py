@@ -201,8 +201,8 @@ def _quantized_by_onnxruntime(plain: Path, pixels: Any, path: Path) -> Path:
     Tried on the bundled ViT-S/14 with 128 CIFAR-10 images, by top-1 over 1000 others (float: 0.891) and agreement
     with float: these settings 0.892 and 0.990; outputs quantized too 0.888 and 0.991, and slower; attention's products
     too 0.892 and 0.988; the patch embedding too 0.889 and 0.986; every operator (the tool's default) 0.875 and 0.966,
-    no faster; extremes over all batches 0.889 and 0.985; percentiles (99.99) 0.882 and 0.977; entropy, with outputs and products,
-    0.883 and 0.986. Ranges by histogram also keep every activation in memory.
+    no faster; extremes over all batches 0.889 and 0.985; percentiles (99.99) 0.882 and 0.977; entropy, with outputs
+    and products, 0.883 and 0.986. Ranges by histogram also keep every activation in memory.
     """
     import onnx
     from onnxruntime.quantization import (
