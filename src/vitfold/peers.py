@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -253,10 +252,11 @@ def _quantized_by_nncf(plain: Path, pixels: Any, path: Path) -> Path:
     0.987 (cosine 0.9994); without SmoothQuant 0.894 and 0.988 (cosine 0.9989); PERFORMANCE 0.893 and 0.992, and 4-9%
     slower; the slow bias correction 0.890 and 0.983, and four times as long.
     """
-    # Else NNCF reports its use to its makers; it reads this variable when it is imported.
-    os.environ.setdefault("NNCF_CI", "1")
-    import nncf
-    import openvino as ov
+    from vitfold.engines.openvino import without_telemetry
+
+    with without_telemetry():
+        import nncf
+        import openvino as ov
 
     model = nncf.quantize(
         ov.Core().read_model(str(plain)),
