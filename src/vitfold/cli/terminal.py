@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ def steps(title: str) -> Iterator[Callable[[str], None]]:
 
         def say(step: str) -> None:
             progress.update(task, description=f"{title}: {step}")
-            kind = step.partition(": ")[0].rstrip("0123456789/ ")
+            kind = re.sub(r" \d+/\d+$", "", step.partition(": ")[0])
             if not log.is_terminal and kind != last[0]:
                 last[0] = kind
                 note(f"{title}: {kind}")
