@@ -59,7 +59,7 @@ def demo(
             name += "" if recipe is None else f"-{quant}"
             folded = pipeline.optimize(model, merge=r, quant=recipe)
             if folded.needs_calibration:
-                progress = counted(lambda text, name=name: say(f"{name}: {text}"), bar, CALIBRATION_IMAGES)
+                progress = counted(say, bar, CALIBRATION_IMAGES)
                 folded = pipeline.calibrate_folded(folded, calibration, progress=progress)
             say(f"{name}: folding, emitting, verifying")
             bundles.append(pipeline.save(folded, output / f"{name}.fold", overwrite=True))
