@@ -44,7 +44,7 @@ def keep_arrays(kind: str, key: str, arrays: Mapping[str, Array]) -> None:
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".partial", delete=False) as file:
             partial = Path(file.name)
         try:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)
+            save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, partial)
             partial.replace(folder / f"{key}.safetensors")
         finally:
             partial.unlink(missing_ok=True)
