@@ -62,7 +62,7 @@ def test_a_wrong_graph_never_becomes_a_bundle(
     def off(folded: pipeline.Folded, pixels: Array) -> Array:
         return original(folded, pixels) * np.float32(1.01)
 
-    monkeypatch.setattr(pipeline, "run_reference", off)
+    monkeypatch.setattr("vitfold.pipeline.writing.run_reference", off)
     with pytest.raises(EngineError, match="differs from the reference"):
         pipeline.save(pipeline.optimize(tiny_model()), tmp_path / "a.fold")
     assert not (tmp_path / "a.fold").exists()

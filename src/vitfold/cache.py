@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,30 @@ def cache_folder() -> Path:
     return Path(os.environ.get("VITFOLD_CACHE") or platformdirs.user_cache_dir("vitfold"))
 
 
+def kept_file(kind: str, key: str) -> Path:
+    """Return where the entry of this key lies, if there is one."""
+    return cache_folder() / kind / f"{key}.safetensors"
+
+
+def keep_file(kind: str, key: str, write: Callable[[Path], object]) -> None:
+    """Keep what `write` writes; a reader sees all of it or nothing. A full or read-only disk is no error."""
+    path = kept_file(kind, key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
+            partial = Path(file.name)
+        try:
+            write(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, SafetensorError):
+        return
+
+
 def read_arrays(kind: str, key: str) -> dict[str, Array] | None:
     """Return the arrays kept under this key, or None; a damaged entry counts as none and is removed."""
-    path = cache_folder() / kind / f"{key}.safetensors"
+    path = kept_file(kind, key)
     if not path.is_file():
         return None
     try:
@@ -37,16 +58,6 @@ def read_arrays(kind: str, key: str) -> dict[str, Array] | None:
 
 
 def keep_arrays(kind: str, key: str, arrays: Mapping[str, Array]) -> None:
-    """Keep arrays under this key; a reader sees all of them or none. A full or read-only disk is no error."""
-    folder = cache_folder() / kind
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".partial", delete=False) as file:
-            partial = Path(file.name)
-        try:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)
-            partial.replace(folder / f"{key}.safetensors")
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError:
-        return
+    """Keep arrays under this key."""
+    whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    keep_file(kind, key, lambda path: save_file(whole, path))

@@ -50,6 +50,8 @@ class Uniform:
             raise ValueError(f"scale {scale.shape} and zero point {zero_point.shape} do not fit axis {self.axis}")
         if not (np.isfinite(scale).all() and (scale > 0).all()):
             raise ValueError("scales must be positive and finite")
+        if self.axis is not None and not isinstance(self.axis, int):
+            raise ValueError(f"an axis is a number, found {self.axis!r}")
         if not self.low < self.high or (zero_point < self.low).any() or (zero_point > self.high).any():
             raise ValueError(f"zero points must lie in the codes [{self.low}, {self.high}]")
         object.__setattr__(self, "scale", scale)
@@ -109,6 +111,8 @@ class Twin:
     outer: Uniform
 
     def __post_init__(self) -> None:
+        if self.rule not in ("sign", "magnitude"):
+            raise ValueError(f"unknown rule {self.rule!r} of a twin quantizer")
         if not (self.inner.symmetric and self.outer.symmetric and self.inner.axis is self.outer.axis is None):
             raise ValueError("both ranges of a twin quantizer are per tensor and have the zero point 0")
 
@@ -145,10 +149,12 @@ class Log:
         scale = np.asarray(self.scale, np.float32)
         if scale.ndim != 0 or not np.isfinite(scale) or scale <= 0:
             raise ValueError("the scale of a logarithmic quantizer is one positive number")
+        if self.root not in (1, 2) or self.bits < 1:
+            raise ValueError(f"no logarithmic quantizer has {self.bits} bits and the root {self.root}")
         object.__setattr__(self, "scale", scale)
 
     def __call__(self, x: Array) -> Array:
-        """Quantize and dequantize; zero becomes the smallest value that there is."""
+        """Quantize and dequantize; zero counts as 1e-30."""
         tiny = np.float32(1e-30)
         codes = np.clip(np.rint(-self.root * np.log2(np.maximum(x, tiny) / self.scale)), 0, 2**self.bits - 1)
         values: Array = (self.scale * np.exp2(-codes / self.root)).astype(np.float32)
@@ -235,17 +241,17 @@ def load_quant_params(path: Path) -> QuantParams:
         with safe_open(path, framework="numpy") as file:
             head = json.loads((file.metadata() or {})["quantizers"])
             return QuantParams({site: _restore(entry, file.get_tensor) for site, entry in head.items()})
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path} holds no quantizers ({error}); make the bundle again") from None
 
 
 def _flatten(quantizers: Mapping[str, Quantizer]) -> tuple[str, dict[str, Array]]:
     head: dict[str, Any] = {}
-    arrays: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}  # not by ascontiguousarray, which gives a scalar an axis
 
     def uniform(site: str, q: Uniform) -> dict[str, Any]:
-        arrays[f"{site}.scale"] = np.array(q.scale)
-        arrays[f"{site}.zero_point"] = np.array(q.zero_point)
+        arrays[f"{site}.scale"] = np.asarray(q.scale, order="C")
+        arrays[f"{site}.zero_point"] = np.asarray(q.zero_point, order="C")
         return {"kind": "uniform", "name": site, "low": q.low, "high": q.high, "axis": q.axis}
 
     for site, q in quantizers.items():
@@ -259,10 +265,10 @@ def _flatten(quantizers: Mapping[str, Quantizer]) -> tuple[str, dict[str, Array]
                 "outer": uniform(f"{site}.outer", q.outer),
             }
         elif isinstance(q, Shifted):
-            arrays[f"{site}.offset"] = np.array(q.offset)
+            arrays[f"{site}.offset"] = np.asarray(q.offset, order="C")
             head[site] = {"kind": "shifted", "name": site, "inner": uniform(f"{site}.inner", q.inner)}
         else:
-            arrays[f"{site}.scale"] = np.array(q.scale)
+            arrays[f"{site}.scale"] = np.asarray(q.scale, order="C")
             head[site] = {"kind": "log", "name": site, "bits": q.bits, "root": q.root}
     return json.dumps(head, sort_keys=True), arrays
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from quantizing import affine, per_channel, quantized, symmetric, twin_sign
+from quantizing import Ranges, affine, per_channel, quantized, symmetric, twin_sign
 from vitfold.errors import TargetError
 from vitfold.model import Array, Model
 from vitfold.ops.count import integer_work
@@ -24,7 +24,7 @@ from vitfold.ops.emit.codes import place, place_weight
 from vitfold.ops.simulate import Simulate
 from vitfold.programs.tokens import Tokens
 from vitfold.programs.vit import transformer_block, vit
-from vitfold.quantizer import Log, Quantizer, QuantParams, Uniform
+from vitfold.quantizer import Log, Quantizer, QuantParams, Shifted, Uniform
 from vitfold.recipe import MergeRecipe
 from vitfold.target import TARGETS, Target
 
@@ -187,6 +187,60 @@ def test_a_twin_quantizer_equals_numpy(tiny_model, random_images, tmp_path, name
         return
     found = executed(a_linear, model, target, {"head.x": twin, "head.w": weights}, images, tmp_path)
     assert_close(found, twin(x).astype(np.float64) @ model.params["head.weight"].T + model.params["head.bias"])
+
+
+def shifted(x: Array, kind: str = "symmetric int8", reach: float = 1.0) -> Shifted:
+    """A quantizer of x + n with a fixed n per channel, as NoisyQuant makes them."""
+    offset = (reach * np.random.default_rng(1).uniform(-1, 1, x.shape[-1]) * np.abs(x).max()).astype(np.float32)
+    inner = SINGLE[kind](x + offset)
+    assert isinstance(inner, Uniform)
+    return Shifted(offset=offset, inner=inner)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("kind", ["symmetric int8", "uint8"])
+@pytest.mark.parametrize("name", EXECUTED)
+def test_a_shifted_quantizer_equals_numpy(tiny_model, random_images, tmp_path, name, kind, bias):
+    """The offset is added before rounding, and W offset taken off in the bias."""
+    model, target = flat_model(tiny_model, bias=bias), TARGETS[name]
+    images = random_images(model.spec, 5)
+    x = patches_of(images)
+    weights = per_channel(model.params["head.weight"], target.weight_bits)
+    quantizer = shifted(0.8 * x, kind)
+    model = on_its_grid(model, weights)
+    quantizers = {"head.x": quantizer, "head.w": weights}
+    found = executed(a_linear, model, target, quantizers, images, tmp_path)
+    expected = quantizer(x).astype(np.float64) @ model.params["head.weight"].T
+    assert_close(found, expected + model.params["head.bias"] if bias else expected)
+    plain = executed(a_linear, model, target, {**quantizers, "head.x": quantizer.inner}, images, tmp_path)
+    assert np.abs(plain - found).max() > 0.01, "the offset has to be visible"
+
+
+@pytest.mark.parametrize("name", EXECUTED)
+def test_a_block_of_shifted_quantizers_equals_its_simulation(tiny_model, random_images, tmp_path, name):
+    """All four linear layers of a block, with qkv in three products and proj behind a requantization."""
+    target = TARGETS[name]
+    model, images = tiny_model(), random_images(tiny_model().spec, 3)
+    ranges = Ranges(model)
+    with torch.inference_mode():
+        one_block(model)(ranges, torch.from_numpy(images))
+    model, quantizers = quantized_for(target, model, images)
+    for site, x in ranges.seen.items():
+        if site.endswith(".x"):
+            quantizers[site] = shifted(x, "symmetric int8" if target.symmetric else "uint8", 0.2)
+    program = one_block(model)
+    found = executed(program, model, target, quantizers, images, tmp_path)
+    errors = errors_of_rows(found, simulated(program, model, quantizers, images, target))
+    assert np.median(errors) < 1e-5
+    assert errors.max() < 0.05
+
+
+def test_a_shifted_attention_operand_is_refused(tiny_model, random_images):
+    model, images = tiny_model(), random_images(tiny_model().spec, 2)
+    model, quantizers = quantized(model, images)
+    quantizers["blocks.0.attn.q"] = Shifted(offset=np.ones(8, np.float32), inner=symmetric(RANGE))
+    with pytest.raises(TargetError, match=r"attn\.q: no runtime executes a Shifted"):
+        emit_graph(whole(model, ()), model, TARGETS["cpu-vnni"], quantizers)
 
 
 @pytest.mark.parametrize("name", EXECUTED)

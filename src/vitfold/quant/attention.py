@@ -62,7 +62,7 @@ def search_attention(
         k_hat = rounded(k, found[f"{site}.k"])
     weights = samples.logits.softmax(-1)
     exact = weights @ v
-    candidates = _softmax_candidates(bits, method, uniform_only=uniform_only)
+    candidates = _softmax_candidates(bits, method, symmetric=symmetric, uniform_only=uniform_only)
     softmax = min(candidates, key=lambda c: float(((rounded(weights, c) @ v - exact).square() * weigh_output).mean()))
     weights_hat = rounded(weights, softmax)
     found[f"{site}.softmax"] = softmax
@@ -106,13 +106,13 @@ def _operand(
     return make(method.grid.search(low.numel(), found).reshape(low.shape))
 
 
-def _softmax_candidates(bits: int, method: Method, *, uniform_only: bool) -> list[Quantizer]:
+def _softmax_candidates(bits: int, method: Method, *, symmetric: bool, uniform_only: bool) -> list[Quantizer]:
     """Quantizers for numbers in [0, 1] that the method may choose from."""
     made: list[Quantizer] = []
     kinds = ("uniform",) if uniform_only and "uniform" in method.softmax else method.softmax
     for kind in kinds:
         if kind == "uniform":
-            last = code_range(bits, symmetric=method.symmetric)[1]
+            last = code_range(bits, symmetric=symmetric)[1]
             tops = [1.0] if method.activations in ("minmax", "percentile") else np.linspace(1.0, 0.1, 19)
             made += [uniform_from_scale(float(top) / last, 0, last) for top in tops]
         elif kind == "twin":

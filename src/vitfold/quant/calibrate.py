@@ -6,6 +6,7 @@ this one; a method says which of them it uses.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -20,6 +21,7 @@ from vitfold.model import Array, Model, ViTSpec
 from vitfold.quant.attention import search_attention
 from vitfold.quant.collect import Samples, collect
 from vitfold.quant.folding import fold_channels
+from vitfold.quant.kept import search_once
 from vitfold.quant.linear import LinearProblem, search_linear
 from vitfold.quant.methods import find_method
 from vitfold.quant.moments import collect_moments, round_weights
@@ -91,19 +93,26 @@ def calibrate(
     quantizers: dict[str, Quantizer] = {}
     for site, problem in _problems(folded, samples, quant, scheme).items():
         progress.step(f"searching ranges: {site}")
-        quantizers |= search_linear(problem, method, preset=presets.get(f"{site}.x"))
+        preset = presets.get(f"{site}.x")
+        quantizers |= search_once(
+            (problem, method, preset), functools.partial(search_linear, problem, method, preset=preset)
+        )
     if quant.attention:
         for attention in find_sites(folded.spec)[1]:
             bits = quant.bits(attention.site, weight=False)
             if bits is not None:
                 progress.step(f"searching ranges: {attention.site}")
-                quantizers |= search_attention(
-                    attention.site,
-                    samples.attentions[attention.site],
-                    bits,
-                    method,
-                    symmetric=scheme.symmetric,
-                    uniform_only=scheme.uniform_only,
+                quantizers |= search_once(
+                    (attention, samples.attentions[attention.site], bits, method, scheme),
+                    functools.partial(
+                        search_attention,
+                        attention.site,
+                        samples.attentions[attention.site],
+                        bits,
+                        method,
+                        symmetric=scheme.symmetric,
+                        uniform_only=scheme.uniform_only,
+                    ),
                 )
     params: dict[str, Array] = dict(folded.params)
     if method.rounding == "gptq" or method.correct:

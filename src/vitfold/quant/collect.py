@@ -50,8 +50,9 @@ class LinearSamples:
 
     @property
     def ordinary(self) -> Float[Tensor, "S I"]:
-        """The randomly drawn rows only, for percentiles."""
-        return self.x[(self.share == self.share.max()).squeeze(1)]
+        """The randomly drawn rows only, for percentiles; all rows, where all were kept."""
+        drawn = (self.share > 1).squeeze(1)
+        return self.x[drawn] if drawn.any() else self.x
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

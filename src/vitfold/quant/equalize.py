@@ -53,23 +53,5 @@ def _consumer(params: Mapping[str, Array], layer: str, *, shift: Array, scale: A
     return {f"{layer}.weight": _f32(weight * scale), f"{layer}.bias": _f32(bias + weight @ shift)}
 
 
-def fold_head_scales(params: Mapping[str, Array], qkv: str, *, query: Float[np.ndarray, H]) -> dict[str, Array]:
-    """Scale each head's query rows by s_h and its key rows by 1 / s_h: q k^T is unchanged.
-
-    Not together with token merging, whose metric is the mean of the keys over heads.
-    """
-    weight, bias = params[f"{qkv}.weight"].copy(), params.get(f"{qkv}.bias")
-    third = len(weight) // 3
-    factor = np.repeat(query, third // len(query))
-    both = np.concatenate([factor, 1.0 / factor])
-    weight[: 2 * third] *= both[:, None]
-    changed = dict(params) | {f"{qkv}.weight": _f32(weight)}
-    if bias is not None:
-        bias = bias.copy()
-        bias[: 2 * third] *= both
-        changed[f"{qkv}.bias"] = _f32(bias)
-    return changed
-
-
 def _f32(array: Array) -> Array:
     return np.ascontiguousarray(array, np.float32)

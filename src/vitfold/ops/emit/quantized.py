@@ -17,7 +17,7 @@ from vitfold.errors import TargetError
 from vitfold.model import Array
 from vitfold.ops.emit.codes import Placed, PlacedWeight, Sign, place, place_weight
 from vitfold.ops.emit.writer import Writer
-from vitfold.quantizer import Quantizer, Twin
+from vitfold.quantizer import Quantizer, Shifted, Twin
 from vitfold.target import Target
 
 MICROSOFT = "com.microsoft"
@@ -60,8 +60,14 @@ class Quantized(Writer):
         return self._both(f"{layer}.x", f"{layer}.w")
 
     def _branches(self, site: str, x: ir.Value, *, nonnegative: bool = False) -> tuple[Branch, ...]:
-        """One branch for a uniform quantizer, two for a twin one: each element is zero in one of them."""
+        """One branch for a uniform quantizer, two for a twin one: each element is zero in one of them.
+
+        The offset of a shifted quantizer of a linear layer's input is added here, and taken off in `_bias`.
+        """
         quantizer = self._quantizers[site]
+        if isinstance(quantizer, Shifted) and site.endswith(".x"):
+            x = self._node("Add", x, self._constant(quantizer.offset), site=site)
+            return (Branch(x, place(site, quantizer.inner, self._target)),)
         if not isinstance(quantizer, Twin):
             sign: Sign = "positive" if nonnegative else "any"
             return (Branch(x, place(site, quantizer, self._target, sign=sign)),)
@@ -120,7 +126,9 @@ class Quantized(Writer):
     def _integer_linear_parts(self, layer: str, x: ir.Value, parts: int) -> list[ir.Value]:
         """The layer's outputs in equal parts, one integer product each, from the same codes."""
         whole, branches = self._placed_weight(layer), self._branches(f"{layer}.x", x)
-        bias = self._params.get(f"{layer}.bias")
+        bias = self._moved_bias(layer, whole, branches)
+        if bias is None:
+            bias = self._params.get(f"{layer}.bias")
         size = len(self._params[f"{layer}.weight"]) // parts
         results = []
         for start in range(0, parts * size, size):
@@ -131,14 +139,28 @@ class Quantized(Writer):
         return results
 
     def _bias(self, layer: str, weight: PlacedWeight, branches: tuple[Branch, ...]) -> ir.Value | None:
-        """The bias, plus W c where the input was shifted by c; None where both are nothing."""
-        name = f"{layer}.bias"
-        shift = sum(float(branch.placed.shift) for branch in branches)
-        if not shift:
-            return self._weight(name) if name in self._params else None
-        rows = weight.quantizer(self._params[f"{layer}.weight"]).sum(1, dtype=np.float64)
-        bias = self._params[name].astype(np.float64) if name in self._params else 0.0
-        return self._constant((bias + shift * rows).astype(np.float32))
+        """The bias, moved or as it is; None where there is nothing to add."""
+        moved, name = self._moved_bias(layer, weight, branches), f"{layer}.bias"
+        if moved is not None:
+            return self._constant(moved)
+        return self._weight(name) if name in self._params else None
+
+    def _moved_bias(self, layer: str, weight: PlacedWeight, branches: tuple[Branch, ...]) -> Array | None:
+        """b + W c - W n where a symmetric target shifted the input by c and its quantizer by n; None if neither did.
+
+        Source: reference 2.5, option 2, for c; NoisyQuant (2211.16056), equation 4, for n.
+        """
+        quantizer = self._quantizers[f"{layer}.x"]
+        shift = np.float64(sum(float(branch.placed.shift) for branch in branches))
+        if isinstance(quantizer, Shifted):
+            moved = shift - quantizer.offset.astype(np.float64)
+        elif shift:
+            moved = np.full(self._params[f"{layer}.weight"].shape[1], shift)
+        else:
+            return None
+        rounded = weight.quantizer(self._params[f"{layer}.weight"]).astype(np.float64)
+        bias: Array = (self._params.get(f"{layer}.bias", np.float64(0)) + rounded @ moved).astype(np.float32)
+        return bias
 
     def _quantized_linear(self, layer: str, x: ir.Value) -> ir.Value:
         """Q(x) Q(W)^T + b, one product per branch with the same integer weight.

@@ -17,7 +17,7 @@ from vitfold.errors import TargetError
 from vitfold.model import Array
 from vitfold.ops.emit.codes import Placed, PlacedWeight, place
 from vitfold.ops.emit.quantized import Branch, Quantized
-from vitfold.quantizer import EXPONENTIALS, Twin
+from vitfold.quantizer import EXPONENTIALS, Uniform
 
 Reader = tuple[str, Placed]
 """A layer that reads codes, and how it wants them."""
@@ -50,7 +50,11 @@ class Reordered(Quantized):
         return self._target.quantized_product == "integer"
 
     def _integer_linear(
-        self, layer: str, weight: PlacedWeight, branches: tuple[tuple[ir.Value, Placed], ...]
+        self,
+        layer: str,
+        weight: PlacedWeight,
+        branches: tuple[tuple[ir.Value, Placed], ...],
+        bias: ir.Value | None,
     ) -> ir.Value:
         """Dx Dw (Xq - zx) Wq^T + b: codes (B, N, I) in, float (B, N, O) out.
 
@@ -61,8 +65,7 @@ class Reordered(Quantized):
             product = self._accumulate(layer, codes, self._weight_codes(layer, weight), placed, weight)
             parts.append(self._scaled(layer, product, weight.scale * placed.scale))
         y = self._sum(layer, parts)
-        bias = f"{layer}.bias"
-        return self._node("Add", y, self._weight(bias), site=bias) if bias in self._params else y
+        return y if bias is None else self._node("Add", y, bias, site=f"{layer}.bias")
 
     def _quantized_linear(self, layer: str, x: ir.Value) -> ir.Value:
         """Quantize, multiply integers, dequantize."""
@@ -70,11 +73,12 @@ class Reordered(Quantized):
             return super()._quantized_linear(layer, x)
         weight, branches = self._placed_weight(layer), self._branches(f"{layer}.x", x)
         coded = tuple((self._quantize(f"{layer}.x", branch), branch.placed) for branch in branches)
-        return self._integer_linear(layer, weight, coded)
+        return self._integer_linear(layer, weight, coded, self._bias(layer, weight, branches))
 
     def _linear_of_codes(self, layer: str, codes: ir.Value, placed: Placed) -> ir.Value:
         """A linear layer whose input is codes already."""
-        return self._integer_linear(layer, self._placed_weight(layer), ((codes, placed),))
+        weight = self._placed_weight(layer)
+        return self._integer_linear(layer, weight, ((codes, placed),), self._bias(layer, weight, ()))
 
     def _quantized_scores(self, site: str, q: ir.Value, k: ir.Value, width: int) -> ir.Value:
         """Dq Dk / sqrt(K) (Qq - zq) (Kq - zk)^T: the scales and 1 / sqrt(K) are one multiplication."""
@@ -118,7 +122,7 @@ class Reordered(Quantized):
     def _reader(self, site: str) -> Reader | None:
         """Return the projection behind an attention and the codes that it wants, where those can be computed here."""
         layer = self._projection(site)
-        if not self._is_quantized(layer) or isinstance(self._quantizers[f"{layer}.x"], Twin):
+        if not self._is_quantized(layer) or not isinstance(self._quantizers[f"{layer}.x"], Uniform):
             return None
         return layer, place(f"{layer}.x", self._quantizers[f"{layer}.x"], self._target)
 
