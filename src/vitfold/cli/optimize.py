@@ -96,6 +96,9 @@ def optimize(
         if repeat is not None:
             model, folded, calibration = _repeated(repeat, images, say)
             comparing = found
+            if calibration is not None:
+                everything = found or find_images(calibration.root)
+                comparing = everything.without(calibration) or everything
         else:
             assert source is not None
             model = load_model(source, say, arch, num_classes, image_size, weights, seed)

@@ -1,0 +1,283 @@
+"""Quantization by hand: what a user types, what comes back, and what every mistake says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from vitfold.bundle import open_bundle
+from vitfold.cli.app import app
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "assets" / "demo"
+RANDOM = ("timm:vit_tiny_patch16_224", "--weights", "random", "--image-size", "32", "--num-classes", "4")
+QUICK = ("--method", "minmax", "--calibration-size", "8")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["VITFOLD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, (result.stdout, result.stderr)
+    return result
+
+
+def run_json(*arguments: object, code: int = 0) -> Any:
+    return json.loads(run(*arguments, "--json", code=code).stdout)
+
+
+def error(*arguments: object, code: int = 1) -> str:
+    result = run(*arguments, code=code)
+    assert result.stdout == ""
+    return " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("quantize")
+
+
+@pytest.fixture(scope="module")
+def few(folder: Path) -> Path:
+    """Three labelled demo images of every class."""
+    for category in sorted((DEMO / "images").iterdir()):
+        target = folder / "few" / category.name
+        target.mkdir(parents=True)
+        for path in sorted(category.iterdir())[:3]:
+            shutil.copy(path, target)
+    return folder / "few"
+
+
+@pytest.fixture(scope="module")
+def quantized(folder: Path, few: Path) -> Path:
+    path = folder / "w8a8.fold"
+    run("optimize", "demo", "-o", path, "--quant", "w8a8", "--merge", "2", "--images", few, "--keep-slower", *QUICK)
+    return path
+
+
+@pytest.fixture(scope="module")
+def simulated(folder: Path, few: Path) -> Path:
+    run("optimize", "demo", "-o", folder / "w4a4.fold", "--quant", "w4a4", "--images", few, *QUICK)
+    return folder / "w4a4.fold"
+
+
+def test_a_quantized_bundle_says_what_it_is(quantized: Path, few: Path) -> None:
+    bundle = open_bundle(quantized)
+    quant, record = bundle.manifest.recipe.quant, bundle.manifest.calibration
+    assert quant is not None
+    assert record is not None
+    assert (quant.scheme, quant.method, quant.attention in (True, False)) == ("W8A8", "minmax", True)
+    assert str(bundle.manifest.target["name"]).startswith("cpu-")
+    assert len(record["images"]) == 8
+    assert record["seed"] == 0
+    assert record["method"]["name"] == "minmax"
+    assert all((few / image["path"]).is_file() and len(image["sha256"]) == 64 for image in record["images"])
+    assert bundle.size_bytes < 30e6, "a quarter of the float bundle"
+    assert bundle.manifest.fidelity is not None
+    assert bundle.manifest.fidelity["images"] == 22, "calibration images take no part in the comparison"
+    assert bundle.manifest.fidelity["cosine"] > 0.98
+    inspected = run("inspect", quantized).stdout
+    assert "W8A8 by minmax" in inspected
+
+
+def test_a_quantized_bundle_predicts_and_evaluates(quantized: Path, few: Path) -> None:
+    values = run_json("evaluate", quantized, "--images", few)
+    assert values["agreement"] >= 0.8
+    assert values["top1"] >= 0.7
+    top = run_json("predict", quantized, few / "ship" / sorted(p.name for p in (few / "ship").iterdir())[0])
+    assert top[0]["top"][0]["label"] == "ship"
+
+
+def test_a_bundle_is_made_again_from_itself(quantized: Path, few: Path, folder: Path) -> None:
+    values = run_json("optimize", "--from", quantized, "-o", folder / "again.fold", "--images", few)
+    again, first = open_bundle(folder / "again.fold"), open_bundle(quantized)
+    assert values["bundle"] == str(folder / "again.fold")
+    assert again.manifest.calibration is not None
+    assert first.manifest.calibration is not None
+    assert again.manifest.calibration["quantizers"] == first.manifest.calibration["quantizers"]
+    assert (again.path / "model.onnx").read_bytes() == (first.path / "model.onnx").read_bytes()
+    assert again.digest == first.digest
+
+
+def test_a_changed_calibration_image_is_noticed(quantized: Path, few: Path, folder: Path) -> None:
+    moved = folder / "moved"
+    shutil.copytree(few, moved)
+    record = open_bundle(quantized).manifest.calibration
+    assert record is not None
+    changed = moved / record["images"][0]["path"]
+    changed.write_bytes(changed.read_bytes() + b"\0")
+    message = error("optimize", "--from", quantized, "-o", folder / "x.fold", "--images", moved)
+    assert "has changed since" in message
+    changed.unlink()
+    message = error("optimize", "--from", quantized, "-o", folder / "x.fold", "--images", moved)
+    assert "is gone" in message
+    assert "--images DIR" in message
+    assert not (folder / "x.fold").exists()
+
+
+def test_what_no_engine_executes_is_simulated_and_never_timed(simulated: Path, few: Path) -> None:
+    bundle = open_bundle(simulated)
+    assert bundle.manifest.simulated
+    assert not (simulated / "model.onnx").exists()
+    assert run_json("evaluate", simulated, "--images", few)["images"] == 30
+    message = error("bench", simulated, "--seconds", "0.1", "--trials", "1")
+    assert "simulated" in message
+    assert "vitfold evaluate" in message
+    assert "(simulated)" in run("inspect", simulated).stdout
+
+
+def test_sensitivity_ranks_every_site(few: Path) -> None:
+    values = run_json("sensitivity", "demo", "--images", few, "--limit", "4", *QUICK)
+    sites = values["sites"]
+    assert len(sites) == 12 * 4 + 1
+    assert [one["noise_ratio"] for one in sites] == sorted((one["noise_ratio"] for one in sites), reverse=True)
+    assert sum(one["noise_ratio"] for one in sites) == pytest.approx(1.0)
+    assert all(0 < one["macs_ratio"] < 0.2 for one in sites)
+
+
+def test_the_most_sensitive_sites_stay_float(folder: Path, few: Path) -> None:
+    path = folder / "kept.fold"
+    values = run_json(
+        "optimize", "demo", "-o", path, "--quant", "w8a8", "--images", few, "--keep-float", "2", "--keep-slower", *QUICK
+    )
+    kept = [site for site, scheme in values["recipe"]["quant"]["sites"].items() if scheme == "float"]
+    assert len(kept) == 2
+    calibration = run_json("inspect", path)["recipe"]["quant"]["sites"]
+    assert set(calibration) == set(kept)
+
+
+def test_the_race_is_reported(folder: Path, few: Path) -> None:
+    values = run_json("optimize", "demo", "-o", folder / "race.fold", "--quant", "w8a8", "--images", few, *QUICK)
+    race = values["race"]
+    assert race["kept"] == ("quantized" if race["speed_up"]["median"] > 1.0 else "float")
+    assert (race["reason"] is None) == (race["speed_up"]["median"] > 1.0)
+    assert (open_bundle(folder / "race.fold").manifest.recipe.quant is not None) == (race["kept"] == "quantized")
+
+
+def test_a_slower_bundle_gives_way_to_the_float_one(folder: Path, few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitfold import pipeline
+
+    lost = pipeline.Race(median=0.8, iqr=0.1, reason="it is a test")
+    monkeypatch.setattr(pipeline, "race", lambda bundle, folded: lost)
+    arguments = ("optimize", "demo", "-o", folder / "lost.fold", "--quant", "w8a8", "--images", few, *QUICK)
+    result = run(*arguments)
+    assert "0.80x" in result.stderr
+    assert "it is a test" in result.stderr
+    assert "float model was kept" in result.stderr
+    assert open_bundle(folder / "lost.fold").manifest.recipe.quant is None
+    result = run(*arguments, "--overwrite", "--keep-slower")
+    assert "kept all the same" in result.stderr
+    assert open_bundle(folder / "lost.fold").manifest.recipe.quant is not None
+
+
+def test_a_ladder_goes_on_where_it_stopped(folder: Path, few: Path) -> None:
+    path = folder / "ladder.json"
+    base = ("ladder", "demo", "--images", few, "--calibration-images", few, "--limit", "6", "--calibration-size", "4")
+    first = run_json(*base, "--methods", "minmax", "--quant", "w8a8,w4a4", "--seeds", "0", "-o", path)
+    assert [(row["scheme"], row["engine"]) for row in first["rows"]] == [
+        ("W8A8", "onnxruntime"),
+        ("W4A4", "simulation"),
+    ]
+    before = path.read_text()
+    again = run_json(*base, "--methods", "minmax", "--quant", "w8a8,w4a4", "--seeds", "0", "-o", path)
+    assert again["rows"] == json.loads(before)["rows"]
+    more = run_json(*base, "--methods", "minmax,mse", "--quant", "w4a4", "--seeds", "0", "-o", path)
+    assert [row["method"] for row in more["rows"]] == ["minmax", "minmax", "mse"]
+    message = error("ladder", "demo", "--images", few, "--calibration-images", few, "--limit", "5", "-o", path)
+    assert "another model, merging or image folder" in message
+    (folder / "not.json").write_text("[]")
+    assert "not the JSON of a ladder" in error(*base, "-o", folder / "not.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--quant", "w9a9"), "w8a8"),
+        (("--quant", "int8"), "w8a8"),
+        (("--quant", "w8a8", "--method", "ptq4vti"), "ptq4vit"),
+        (("--quant", "w6a6", "--target", "openvino"), "--target simulation"),
+        (("--target", "integer"), "add --quant w8a8"),
+    ],
+)
+def test_what_cannot_be_quantized_says_what_can(
+    folder: Path, few: Path, arguments: tuple[str, ...], expected: str
+) -> None:
+    assert expected in error("optimize", *RANDOM, "-o", folder / "bad.fold", "--images", few, *arguments)
+    assert not (folder / "bad.fold").exists()
+
+
+def test_quantization_asks_for_images(folder: Path) -> None:
+    assert "--images DIR" in error("optimize", *RANDOM, "-o", folder / "bad.fold", "--quant", "w8a8")
+
+
+def test_one_image_is_too_few(folder: Path, few: Path) -> None:
+    one = folder / "one"
+    one.mkdir()
+    shutil.copy(next((few / "ship").iterdir()), one)
+    message = error("optimize", *RANDOM, "-o", folder / "bad.fold", "--quant", "w8a8", "--images", one)
+    assert "too few" in message
+
+
+def test_a_plan_whose_glob_matches_nothing_names_the_nearest_site(folder: Path, few: Path) -> None:
+    recipe = folder / "plan.toml"
+    recipe.write_text('[quant]\nmethod = "minmax"\n[quant.sites]\n"blocks.3.attn.qvk" = "float"\n')
+    message = error("optimize", *RANDOM, "-o", folder / "bad.fold", "--images", few, "--recipe", recipe)
+    assert "blocks.3.attn.qkv" in message
+    recipe.write_text('[quant]\nmethdo = "minmax"\n')
+    assert "method" in error("optimize", *RANDOM, "-o", folder / "bad.fold", "--images", few, "--recipe", recipe)
+    recipe.write_text("[quant]\nweights = 16\n")
+    assert "2 to 8 bits" in error("optimize", *RANDOM, "-o", folder / "bad.fold", "--images", few, "--recipe", recipe)
+
+
+def test_a_mixed_plan_from_a_recipe_keeps_sites_float(folder: Path, few: Path) -> None:
+    recipe = folder / "mixed.toml"
+    recipe.write_text('[quant]\nmethod = "minmax"\ncalibration_size = 6\n[quant.sites]\n"blocks.1?.*" = "float"\n')
+    path = folder / "mixed.fold"
+    run("optimize", "demo", "-o", path, "--images", few, "--recipe", recipe, "--keep-slower")
+    from vitfold.quantizer import load_quant_params
+
+    quantizers = load_quant_params(path / "quantizers.safetensors")
+    assert "blocks.9.mlp.fc1.w" in quantizers
+    assert not any(site.startswith(("blocks.10.", "blocks.11.")) for site in quantizers)
+
+
+def test_constant_images_name_the_site(folder: Path) -> None:
+    grey = folder / "grey"
+    grey.mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((32, 32, 3), 128, np.uint8)).save(grey / f"{i}.png")
+    weights = load_file(DEMO / "model.safetensors")
+    for name in list(weights):
+        if name.startswith("blocks.0.norm1"):
+            weights[name] = np.zeros_like(weights[name])
+    save_file(weights, folder / "flat.safetensors")
+    message = error(
+        *("optimize", folder / "flat.safetensors", "--arch", "vit_small_patch14_dinov2", "--num-classes", "10"),
+        *("--image-size", "112", "-o", folder / "bad.fold", "--quant", "w8a8", "--images", grey, *QUICK),
+    )
+    assert "blocks.0.attn.qkv" in message
+    assert "constant" in message
+
+
+def test_other_targets_are_written_too(folder: Path, few: Path) -> None:
+    for target in ("portable", "integer", "cpu-avx2", "tensorrt-int8"):
+        path = folder / f"{target}.fold"
+        run(
+            *("optimize", *RANDOM, "-o", path, "--quant", "w8a8", "--images", few, "--target", target),
+            *("--keep-slower", *QUICK),
+        )
+        assert open_bundle(path).manifest.target["name"] == target
