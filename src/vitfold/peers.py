@@ -200,8 +200,8 @@ def _quantized_by_onnxruntime(plain: Path, pixels: Any, path: Path) -> Path:
     Tried on the bundled ViT-S/14 with 128 CIFAR-10 images, by top-1 over 1000 others (float: 0.891) and agreement
     with float: these settings 0.892 and 0.990; outputs quantized too 0.888 and 0.991, and slower; attention's products
     too 0.892 and 0.988; the patch embedding too 0.889 and 0.986; every operator (the tool's default) 0.875 and 0.966,
-    no faster; extremes over all batches 0.889 and 0.985; percentiles (99.99) 0.882 and 0.977; entropy, with outputs
-    and products, 0.883 and 0.986. Ranges by histogram also keep every activation in memory.
+    and no faster beyond noise; extremes over all batches 0.889 and 0.985; percentiles (99.99) 0.882 and 0.977;
+    entropy, with outputs and products, 0.883 and 0.986. Ranges by histogram also keep every activation in memory.
     """
     import onnx
     from onnxruntime.quantization import (
@@ -249,7 +249,7 @@ def _quantized_by_nncf(plain: Path, pixels: Any, path: Path) -> Path:
     """Write the INT8 model of `nncf.quantize`, as OpenVINO's XML and a file of weights beside it.
 
     Tried like `_quantized_by_onnxruntime`: the preset MIXED with SmoothQuant, which the model type implies, 0.893 and
-    0.987 (cosine 0.9994); without SmoothQuant 0.894 and 0.988 (cosine 0.9989); PERFORMANCE 0.893 and 0.992, and 4-9%
+    0.987 (cosine 0.9994); without SmoothQuant 0.894 and 0.988 (cosine 0.9989); PERFORMANCE 0.893 and 0.992, and 4-13%
     slower; the slow bias correction 0.890 and 0.983, and four times as long.
     """
     from vitfold.engines.openvino import without_telemetry
