@@ -169,6 +169,8 @@ def _search_twin(activation: str, high: Tensor, bits: int, method: Method, error
 def _search_noise(inner: Uniform, x: Tensor, exact: Tensor, share: Tensor, weight: Tensor) -> Shifted:
     """A mean and a width for a fixed uniform noise vector, by the error of the layer's output.
 
+    No offset at all is one of the candidates, so that the samples' error never grows.
+
     Source: NoisyQuant (2211.16056), section 3.3; width in (0, 2] scales as in the released code.
     """
     noise = torch.rand(x.shape[1], generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -182,7 +184,7 @@ def _search_noise(inner: Uniform, x: Tensor, exact: Tensor, share: Tensor, weigh
 
     reach = float(x.mean().abs() + x.std())
     means = [float(m) for m in np.linspace(-reach, reach, 2 * _NOISE_STEPS + 1)]
-    chosen = min((made(mean, 1.0) for mean in means), key=error)
-    mean = float(chosen.offset.mean() - noise.mean() * scale)
+    errors = {(mean, width): error(made(mean, width)) for mean in means for width in (0.0, 1.0)}
+    mean = min(errors, key=errors.__getitem__)[0]
     widths = [float(w) for w in np.linspace(0.0, 2.0, _NOISE_STEPS + 1)]
     return min((made(mean, width) for width in widths), key=error)
