@@ -75,7 +75,16 @@ class Lineup:
         )
 
     def add_bundle(self, bundle: Bundle, advance: Advance) -> None:
-        """Open a bundle and measure its fidelity."""
+        """Open a bundle and measure its fidelity.
+
+        Raises:
+            VitfoldError: if it is given twice, or simulated, so that it has no speed.
+        """
+        if bundle.manifest.simulated:
+            raise VitfoldError(
+                f"{bundle.path} is simulated: no engine executes it, so it has no speed; measure its accuracy with: "
+                f"vitfold evaluate {bundle.path} --images DIR"
+            )
         session = open_session(bundle, threads=self._threads)
         taken = {subject.name for subject in self._bundles}
         name = bundle.name if bundle.name not in taken else str(bundle.path)

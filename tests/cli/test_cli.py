@@ -191,6 +191,26 @@ def test_bench_takes_peers(tiny: Path) -> None:
     assert turned["rows"][1]["speed_up"]["baseline"] == "tiny"
 
 
+@pytest.mark.parametrize("peer", ["onnxruntime-int8", "nncf"])
+def test_bench_calibrates_quantized_peers(peer: str, tiny: Path, few: Path) -> None:
+    quick = ("--trials", "1", "--seconds", "0.1")
+    said = error("bench", tiny, "--peers", peer, *quick)
+    if "pip install" in said:
+        pytest.skip(said)
+    assert "--calibration-images" in said
+    assert "no such folder" in error("bench", tiny, "--peers", peer, "--calibration-images", few / "absent", *quick)
+    calibration = ("--calibration-images", few, "--calibration-size", "4")
+    rows = run_json("bench", tiny, "--peers", peer, *calibration, *quick)["rows"]
+    assert [row["bundle"] for row in rows] == [peer, "tiny"]
+    assert 0 < rows[0]["size_bytes"] < 0.5 * rows[1]["size_bytes"]
+    assert rows[0]["engine"].startswith("onnxruntime" if peer.startswith("onnxruntime") else "openvino")
+
+
+def test_bench_says_when_calibration_images_serve_no_peer(tiny: Path, few: Path) -> None:
+    shown = run("bench", tiny, "--calibration-images", few, "--trials", "1", "--seconds", "0.1")
+    assert "--calibration-images was not used" in " ".join(shown.stderr.split())
+
+
 def test_inspect_prints_the_documented_fields(merged: Path) -> None:
     values = run_json("inspect", merged)
     assert {"recipe", "target", "tokens", "macs", "size_bytes", "origin"} <= set(values)
@@ -201,7 +221,7 @@ def test_inspect_prints_the_documented_fields(merged: Path) -> None:
 def test_doctor_says_what_is_there() -> None:
     values = run_json("doctor")
     assert values["environment"]["cores"] >= 1
-    assert {"onnxruntime", "torch"} <= {part["package"] for part in values["packages"]}
+    assert {"onnxruntime", "torch", "openvino", "nncf"} <= {part["package"] for part in values["packages"]}
     assert "onnxruntime" in run("doctor").stdout
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ def model(tiny_model: Callable[..., Model]) -> Model:
     return tiny_model()
 
 
+needs_openvino = pytest.mark.skipif(installed_version("openvino") is None, reason="openvino is not installed")
 TARGETS = {"onnxruntime": "cpu", "openvino": "portable"}
 
 
@@ -177,8 +180,8 @@ def test_a_graph_of_two_inputs_is_refused(engine: str, tmp_path: Path) -> None:
         open_graph(engine, path)
 
 
+@needs_openvino
 def test_openvino_names_the_target_when_it_lacks_an_operator(tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
     helper = pytest.importorskip("onnx.helper")
     path = write_graph(
         tmp_path / "own.onnx", helper.make_node("TransposeMatMul", ["x", "x"], ["y"], domain="com.microsoft")
@@ -187,8 +190,8 @@ def test_openvino_names_the_target_when_it_lacks_an_operator(tmp_path: Path) -> 
         open_graph("openvino", path)
 
 
+@needs_openvino
 def test_openvino_keeps_floats_and_takes_the_threads(portable: Bundle, random_images: Callable[..., Array]) -> None:
-    pytest.importorskip("openvino")
     from vitfold.engines.openvino import KEPT_SIZES, OpenVinoSession
 
     with OpenVinoSession(portable.onnx_path, threads=1) as opened:
@@ -204,3 +207,25 @@ def test_a_missing_engine_names_its_extra(portable: Bundle, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(EngineError, match=r"vitfold\[openvino\]"):
         open_session(portable, engine="openvino")
+
+
+@needs_openvino
+@pytest.mark.parametrize("other", ["", "import nncf"])
+def test_openvino_reports_to_nobody(portable: Bundle, tmp_path: Path, other: str) -> None:
+    if other and installed_version("nncf") is None:
+        pytest.skip("nncf is not installed")
+    script = (
+        "import sys\n"
+        "from vitfold.engines.openvino import OpenVinoSession, without_telemetry\n"
+        "with without_telemetry():\n"
+        f"    {other or 'pass'}\n"
+        "OpenVinoSession(sys.argv[1])\n"
+        "assert not [name for name in sys.modules if name.startswith('openvino_telemetry')]\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in ("CI", "TF_BUILD", "JENKINS_URL")}
+    command = [sys.executable, "-c", script, str(portable.onnx_path)]
+    done = subprocess.run(
+        command, env={**environment, "HOME": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "intel").exists()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vitfold.cli import bench, demo, doctor, evaluate, inspect, optimize, predict
+from vitfold.cli import bench, demo, doctor, evaluate, inspect, ladder, optimize, predict, sensitivity
 from vitfold.version import __version__
 
 app = typer.Typer(
@@ -35,6 +35,8 @@ def _root(
 
 
 app.command("optimize")(optimize.optimize)
+app.command("sensitivity")(sensitivity.sensitivity)
+app.command("ladder")(ladder.ladder)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)

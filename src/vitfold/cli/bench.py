@@ -56,7 +56,7 @@ def bench(
     from vitfold.bench.environment import environment
     from vitfold.bundle import open_bundle
     from vitfold.images import find_images
-    from vitfold.peers import check_peers
+    from vitfold.peers import CALIBRATED, check_peers
     from vitfold.subjects import Lineup
 
     names = [name.strip() for name in (peers or "").split(",") if name.strip()]
@@ -94,6 +94,8 @@ def bench(
         print_json(result)
         return
     print_ladders(result, title=f"batch {batch}")
+    if calibration is not None and not set(names) & CALIBRATED:
+        note("--calibration-images was not used: no peer of this run is quantized")
     if found is None:
         note("no --images: fidelity and end-to-end time were not measured")
     if not all(one.manifest.has_trained_weights for one in opened):

@@ -11,8 +11,10 @@ import typer
 
 from vitfold.cli import options
 from vitfold.cli.bench import print_ladders
-from vitfold.cli.optimize import require_optimize
-from vitfold.cli.terminal import command, counting, note, out, print_json, steps, write_json
+from vitfold.cli.optimize import quant_recipe, require_optimize
+from vitfold.cli.terminal import command, counted, counting, note, out, print_json, steps, working, write_json
+
+CALIBRATION_IMAGES = 64
 
 
 @command
@@ -20,7 +22,8 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the bundles go.")] = Path(
         "out/demo"
     ),
-    merge: Annotated[str, typer.Option(help="The r of each rung, comma-separated.")] = "1,2,3,4",
+    merge: Annotated[str, typer.Option(help="The r of each rung, comma-separated.")] = "2,4",
+    quant: Annotated[str, typer.Option(metavar="WxAy", help="Quantization of the second half, or none.")] = "w8a8",
     batch: options.Batch = 1,
     trials: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 10,
     seconds: Annotated[float, typer.Option(min=0.1, help="Recorded seconds per rung and scope.")] = 2.0,
@@ -29,7 +32,7 @@ def demo(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Optimize the bundled CIFAR-10 model at several r, and show speed beside accuracy."""
+    """Merge and quantize the bundled CIFAR-10 model at several r, and show speed beside accuracy."""
     require_optimize()
     from vitfold import pipeline
     from vitfold.bench.comparison import compare
@@ -39,17 +42,26 @@ def demo(
     from vitfold.sources import demo_folder, load_source
     from vitfold.subjects import Lineup
 
-    rungs = ["none", *(r.strip() for r in merge.split(",") if r.strip() not in ("", "0", "none"))]
+    merges = ["none", *(r.strip() for r in merge.split(",") if r.strip() not in ("", "0", "none"))]
+    wanted = quant_recipe(quant, None, CALIBRATION_IMAGES, 0)
+    rungs = [(r, None) for r in merges] + ([] if wanted is None else [(r, wanted) for r in merges])
     images = find_images(demo_folder() / "images")
     before = environment()
     bundles: list[Bundle] = []
-    with steps("demo") as say:
+    with working("demo") as (say, bar):
         say("loading the bundled ViT-S/14")
         model = load_source("demo").model
-        for r in rungs:
-            say(f"folding, emitting, verifying: r = {r}")
-            folded = pipeline.optimize(model, merge=r)
+        # Accuracy is reported on images that no range was taken from.
+        calibration = images.sample(CALIBRATION_IMAGES, seed=0)
+        images = images.without(calibration) or images
+        for r, recipe in rungs:
             name = "r0" if r == "none" else "r" + r.replace(":", "_")
+            name += "" if recipe is None else f"-{quant}"
+            folded = pipeline.optimize(model, merge=r, quant=recipe)
+            if folded.needs_calibration:
+                progress = counted(say, bar, CALIBRATION_IMAGES)
+                folded = pipeline.calibrate_folded(folded, calibration, progress=progress)
+            say(f"{name}: folding, emitting, verifying")
             bundles.append(pipeline.save(folded, output / f"{name}.fold", overwrite=True))
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitfold-")))
@@ -75,4 +87,4 @@ def demo(
     out.print(f"bundles: {output}", highlight=False, soft_wrap=True)
     example = images.paths[0]
     note(f"next: vitfold predict {bundles[-1].path} {example}")
-    note("      vitfold optimize timm:vit_base_patch16_224 --merge 8 --images YOUR_PHOTOS -o vit.fold")
+    note("      vitfold optimize timm:vit_base_patch16_224 --merge 8 --quant w8a8 --images YOUR_PHOTOS -o vit.fold")

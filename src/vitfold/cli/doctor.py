@@ -91,6 +91,7 @@ def _import_problems(modules: list[str]) -> dict[str, str]:
     """Import installed packages in one process of their own; return what went wrong with which."""
     script = (
         "import importlib, json, sys\n"
+        "sys.modules['openvino_telemetry'] = None\n"  # else importing OpenVINO reports to its makers
         "found = {}\n"
         "for name in sys.argv[1:]:\n"
         "    try:\n"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vitfold.cli import options
 from vitfold.cli.terminal import command, out, print_json
+
+if TYPE_CHECKING:
+    from vitfold.recipe import QuantRecipe
 
 
 @command
@@ -31,6 +36,7 @@ def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
                 "preprocess": manifest.preprocess.to_dict(),
                 "verified": dict(manifest.verified),
                 "fidelity": manifest.fidelity,
+                "calibration": manifest.calibration,
                 "vitfold": manifest.vitfold,
             }
         )
@@ -48,6 +54,7 @@ def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
         ("preprocess", f"{pre.resize} {pre.resize_size}, crop {pre.crop_size}, {pre.interpolation}"),
         ("target", f"{manifest.target['name']} ({manifest.target['engine']})"),
         ("merge", describe_r(manifest.recipe.merge.r)),
+        ("quant", _quant(manifest.recipe.quant, simulated=manifest.simulated)),
         ("tokens", " ".join(map(str, manifest.tokens))),
         ("work", f"{manifest.macs / 1e9:.3g} GMACs per image"),
         ("size", f"{opened.size_bytes / 1e6:.1f} MB"),
@@ -67,3 +74,12 @@ def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
     out.print(f"[bold]{opened.path}[/]", highlight=False, soft_wrap=True)
     for name, value in lines:
         out.print(f"  {name:11}{value}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _quant(quant: QuantRecipe | None, *, simulated: bool) -> str:
+    if quant is None:
+        return "none"
+    shown = f"{quant.scheme} by {quant.method}, {quant.calibration_size} calibration images, seed {quant.seed}"
+    kept = [glob for glob, scheme in quant.sites.items() if scheme == "float"]
+    shown += f", float: {', '.join(kept)}" if kept else ""
+    return f"{shown} (simulated)" if simulated else shown

@@ -39,3 +39,13 @@ ReferenceBundle = Annotated[
         help="A bundle made with --merge none, to compare with where the source is gone.",
     ),
 ]
+Quant = Annotated[
+    str | None,
+    typer.Option(metavar="WxAy", help="Bits of weights and activations: w8a8, w6a6, w4a8, w4a4, ..., or none."),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(help="vitfold (default), ptq4vit, repq, noisy, smooth, mse, percentile or minmax."),
+]
+CalibrationSize = Annotated[int, typer.Option(min=1, help="Images drawn from --images for calibration.")]
+CalibrationSeed = Annotated[int, typer.Option(help="Seed of that draw.")]

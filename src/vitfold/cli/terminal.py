@@ -8,17 +8,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vitfold.errors import GateError, VitfoldError
+
+if TYPE_CHECKING:
+    from vitfold.quant import Progress as Report
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -99,12 +103,50 @@ def steps(title: str) -> Iterator[Callable[[str], None]]:
 
         def say(step: str) -> None:
             progress.update(task, description=f"{title}: {step}")
-            kind = step.partition(": ")[0].rstrip("0123456789/ ")
+            kind = re.sub(r" \d+/\d+$", "", step.partition(": ")[0])
             if not log.is_terminal and kind != last[0]:
                 last[0] = kind
                 note(f"{title}: {kind}")
 
         yield say
+
+
+@contextmanager
+def working(title: str) -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """Like `steps`, with a bar for steps that count: hand out the function that names the step, and one for the bar.
+
+    The second takes how many items are done and of how many.
+    """
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+        last = [""]
+
+        def say(step: str) -> None:
+            progress.update(task, description=f"{title}: {step}", total=None)
+            kind = step.partition(": ")[0].rstrip("0123456789/ ")
+            if not log.is_terminal and kind != last[0]:
+                last[0] = kind
+                note(f"{title}: {kind}")
+
+        yield say, lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def counted(say: Callable[[str], None], bar: Callable[[int, int], None], total: int) -> Report:
+    """Return where calibration reports to: steps by name, images on the bar."""
+    from vitfold.quant import Progress as Report
+
+    done = [0]
+
+    def step(text: str) -> None:
+        done[0] = 0
+        say(text)
+
+    def advance(count: int) -> None:
+        done[0] += count
+        bar(done[0], total)
+
+    return Report(step=step, advance=advance)
 
 
 @contextmanager

@@ -6,7 +6,10 @@ runtime's errors into ones that name the cure. Nothing is kept on disk.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,23 @@ from vitfold.errors import EngineError, missing_extra
 
 # Batch sizes compiled at once: the common one and the remainder at the end of a folder. Each holds the weights again.
 KEPT_SIZES = 2
+
+
+@contextlib.contextmanager
+def without_telemetry() -> Iterator[None]:
+    """Import OpenVINO or NNCF within this context, so that they report nothing to their makers.
+
+    OpenVINO sends an event unasked as it is imported, NNCF as it is used, unless the package openvino_telemetry is
+    missing: here it is, for the time of the import. A program that has imported it before keeps it.
+    """
+    if "openvino_telemetry" in sys.modules:
+        yield
+        return
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["openvino_telemetry"]
 
 
 class OpenVinoSession(Session):
@@ -36,7 +56,8 @@ class OpenVinoSession(Session):
 
     def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
         try:
-            import openvino as ov
+            with without_telemetry():
+                import openvino as ov
         except ModuleNotFoundError:
             raise EngineError(missing_extra("openvino", "openvino", "the engine openvino")) from None
         self._ov = ov

@@ -1,15 +1,21 @@
 """From a model to a verified bundle: plan, calibrate, emit, verify, compare, write."""
 
-from vitfold.pipeline.calibration import calibrate_folded, recorded_images, split_images
+from vitfold.pipeline.calibration import calibrate_folded, keep_float, rank_sites, recorded_images, split_images
+from vitfold.pipeline.gate import Race, float_plan, race
 from vitfold.pipeline.plan import Folded, count_costs, optimize, read_recipe
 from vitfold.pipeline.writing import FIDELITY_IMAGES, run_reference, save
 
 __all__ = [
     "FIDELITY_IMAGES",
     "Folded",
+    "Race",
     "calibrate_folded",
     "count_costs",
+    "float_plan",
+    "keep_float",
     "optimize",
+    "race",
+    "rank_sites",
     "read_recipe",
     "recorded_images",
     "run_reference",

@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from vitfold.bench.environment import environment
 from vitfold.digest import file_sha256
-from vitfold.errors import CalibrationError
+from vitfold.errors import CalibrationError, RecipeError
 from vitfold.images import ImageSet
 from vitfold.pipeline.plan import Folded
+from vitfold.recipe import FLOAT
 from vitfold.target import Target
 
 if TYPE_CHECKING:
     from vitfold.quant import Progress, Scheme
+    from vitfold.quant.sensitivity import SiteSensitivity
+
+RANKING_IMAGES = 24
 
 
 def scheme_of(target: Target) -> Scheme:
@@ -66,6 +70,36 @@ def calibrate_folded(folded: Folded, images: ImageSet, *, progress: Progress | N
         "quantizers": done.quantizers.digest(),
     }
     return replace(folded, folded=done.model, quantizers=done.quantizers, calibration=record)
+
+
+def rank_sites(
+    folded: Folded, calibration: ImageSet, images: ImageSet, *, progress: Progress | None = None
+) -> tuple[SiteSensitivity, ...]:
+    """Return every site that the plan quantizes, the costliest first, measured on `images`."""
+    from vitfold.quant import calibrate
+    from vitfold.quant.sensitivity import measure_sensitivity
+
+    quant = folded.recipe.quant
+    if quant is None:
+        raise RecipeError("sensitivity needs a quantization; add --quant w8a8")
+    merge = folded.recipe.merge
+    done = calibrate(folded.folded, merge, quant, calibration, scheme=scheme_of(folded.target), progress=progress)
+    if progress is not None:
+        progress.step("quantizing one site at a time")
+    return measure_sensitivity(done, merge, images, advance=None if progress is None else progress.advance)
+
+
+def keep_float(folded: Folded, calibration: ImageSet, count: int, *, progress: Progress | None = None) -> Folded:
+    """Return the plan with its `count` most sensitive sites left float.
+
+    They are found on calibration images: what they cost is a property of the model, not of these images.
+    """
+    quant = folded.recipe.quant
+    if quant is None:
+        return folded
+    ranked = rank_sites(folded, calibration, calibration.first(RANKING_IMAGES), progress=progress)
+    sites = {**quant.sites, **{one.site: FLOAT for one in ranked[:count]}}
+    return replace(folded, recipe=replace(folded.recipe, quant=replace(quant, sites=sites)))
 
 
 def recorded_images(record: Mapping[str, Any], root: str | Path | None) -> ImageSet:

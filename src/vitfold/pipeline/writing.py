@@ -100,16 +100,21 @@ def _write_files(folded: Folded, onnx_path: Path, say: Step) -> int:
         params = {name: np.ascontiguousarray(array) for name, array in folded.folded.params.items()}
         save_file(params, onnx_path.with_name(WEIGHTS))
         return sum(cost.macs for cost in folded.costs())
+    say("emitting ONNX")
+    return write_graph(folded, onnx_path)
+
+
+def write_graph(folded: Folded, path: Path) -> int:
+    """Write the ONNX graph alone; return MACs per image."""
     from vitfold.ops.emit import emit_graph, write_onnx
 
-    say("emitting ONNX")
     graph = emit_graph(
         lambda ops, image: vit(ops, folded.folded.spec, folded.recipe.merge, image),
         folded.folded,
         folded.target,
         folded.quantizers,
     )
-    write_onnx(graph, onnx_path)
+    write_onnx(graph, path)
     return graph.macs
 
 

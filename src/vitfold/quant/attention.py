@@ -97,16 +97,13 @@ def _operand(
 
     if method.activations in ("minmax", "percentile"):
         return make(torch.ones(()))
-    least = torch.full(low.shape, float("inf"))
-    chosen = torch.ones(low.shape)
-    for f in method.grid.factors():
-        x_hat = rounded(x, make(torch.tensor(f)))
+
+    def found(factors: Tensor) -> Tensor:
+        x_hat = rounded(x, make(factors.reshape(low.shape)))
         total = (x_hat - x).square() if method.activations == "mse" else error(x_hat)
-        summed = total.sum((0, 2, 3)) if per_head else total.sum()
-        better = summed < least
-        least = torch.where(better, summed, least)
-        chosen = torch.where(better, torch.tensor(f), chosen)
-    return make(chosen)
+        return total.sum((0, 2, 3)) if per_head else total.sum().reshape(1)
+
+    return make(method.grid.search(low.numel(), found).reshape(low.shape))
 
 
 def _softmax_candidates(bits: int, method: Method, *, symmetric: bool, uniform_only: bool) -> list[Quantizer]:

@@ -29,8 +29,8 @@ from vitfold.quant.sites import find_sites
 from vitfold.recipe import MergeRecipe
 
 ROWS = 1024
-ATTENTION_IMAGES = 12
-_FORMAT = 3
+ATTENTION_IMAGES = 8
+_FORMAT = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

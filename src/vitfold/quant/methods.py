@@ -73,9 +73,8 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(
             name="vitfold",
-            source="LayerNorm channels shifted and scaled (strength searched), V's channels folded into proj, "
-            "ranges searched by the error of each layer's output, GPTQ rounding with a ridge correction of the "
-            "activation error",
+            source="LayerNorm channels shifted and scaled (strength searched), V's channels folded into proj, ranges "
+            "searched by the error of each layer's output, GPTQ rounding with a ridge correction",
             weights="output",
             activations="output",
             equalize="searched",

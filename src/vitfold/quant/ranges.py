@@ -64,16 +64,40 @@ class Grid:
         """Return the factors, the largest first, so that a tie keeps the wider range."""
         return [float(f) for f in np.linspace(self.stop, self.start, self.count)]
 
+    def search(self, groups: int, error: Callable[[Float[Tensor, G]], Float[Tensor, G]]) -> Float[Tensor, G]:
+        """Return the factor of least error for each group: every fourth point, then the points around the best."""
+        factors = self.factors()
+        stride = 4 if self.count > 12 else 1
+        chosen, least = torch.full((groups,), factors[0]), torch.full((groups,), float("inf"))
+
+        def take(candidates: Tensor) -> None:
+            nonlocal chosen, least
+            found = error(candidates)
+            better = found < least
+            least, chosen = torch.where(better, found, least), torch.where(better, candidates, chosen)
+
+        for factor in factors[::stride]:
+            take(torch.full((groups,), factor))
+        if stride > 1:
+            step, center = (self.stop - self.start) / (self.count - 1), chosen
+            for offset in range(-stride + 1, stride):
+                if offset:
+                    take((center + offset * step).clamp(self.start, self.stop))
+        return chosen
+
 
 def search_symmetric(absmax: Float[Tensor, ""], bits: int, grid: Grid, error: Error) -> Uniform:
     """Return the symmetric quantizer of least error over the grid."""
-    return best((symmetric_uniform(absmax * f, bits) for f in grid.factors()), error)
+
+    def found(factors: Tensor) -> Tensor:
+        return torch.tensor([error(symmetric_uniform(absmax * factors[0], bits))])
+
+    return symmetric_uniform(absmax * grid.search(1, found)[0], bits)
 
 
 def search_affine(low: Float[Tensor, ""], high: Float[Tensor, ""], bits: int, grid: Grid, error: Error) -> Uniform:
     """Coordinate descent over (low, high): both ends together, then each alone around the best."""
-    both = [(f, f) for f in grid.factors()]
-    fine = [float(f) for f in np.linspace(1.15, 0.7, max(5, grid.count // 2))]
+    fine = [float(f) for f in np.linspace(1.15, 0.7, 10)]
 
     def make(factors: tuple[float, float]) -> Uniform:
         return affine_uniform(low * factors[0], high * factors[1], bits)
@@ -82,7 +106,8 @@ def search_affine(low: Float[Tensor, ""], high: Float[Tensor, ""], bits: int, gr
         errors = [error(make(candidate)) for candidate in candidates]
         return candidates[int(np.argmin(errors))]
 
-    a, b = pick(both)
+    f = float(grid.search(1, lambda factors: torch.tensor([error(make((float(factors[0]), float(factors[0]))))]))[0])
+    a, b = f, f
     a, b = pick([(a, b), *((a, b * f) for f in fine)])
     a, b = pick([(a, b), *((a * f, b) for f in fine)])
     return make((a, b))
@@ -129,7 +154,7 @@ def search_weight(
 
     def grouped(values: Tensor, how: str) -> Tensor:
         parts = values.reshape(count, -1)
-        each = parts.sum(1) if how == "sum" else parts.amax(1) if how == "max" else parts.amin(1)
+        each = parts.amax(1) if how == "max" else parts.amin(1)
         return each.repeat_interleave(outputs // count)
 
     high = grouped(weight.amax(1), "max")
@@ -141,15 +166,11 @@ def search_weight(
             return symmetric_uniform(absmax * factor, bits, axis=0)
         return affine_uniform(low * factor, high * factor, bits, axis=0)
 
-    least = torch.full((outputs,), float("inf"))
-    chosen = torch.ones(outputs)
-    for f in grid.factors():
-        quantizer = make(torch.full((outputs,), f))
-        found = grouped(error(rounded(weight, quantizer)), "sum")
-        better = found < least
-        least = torch.where(better, found, least)
-        chosen = torch.where(better, torch.tensor(f), chosen)
-    return make(chosen)
+    def found(factors: Tensor) -> Tensor:
+        spread = factors.repeat_interleave(outputs // count)
+        return error(rounded(weight, make(spread))).reshape(count, -1).sum(1)
+
+    return make(grid.search(count, found).repeat_interleave(outputs // count))
 
 
 def rounded(x: Tensor, quantizer: Quantizer) -> Tensor:

@@ -1,6 +1,7 @@
 """Tables inside Markdown documents, generated from the JSON files in results/.
 
-Owns the markers: `<!-- table: FILE.json SCOPE -->` and `<!-- accuracy: PATTERN -->`, each ended by `<!-- /... -->`.
+Owns the markers, each ended by its closing twin: `<!-- table: FILE.json SCOPE -->`,
+`<!-- accuracy: PATTERN -->` and `<!-- ladder: FILE.json -->`.
 `python -m vitfold.report.document README.md` fills them in; a test compares.
 """
 
@@ -11,9 +12,9 @@ import re
 import sys
 from pathlib import Path
 
-from vitfold.report.tables import markdown, number, percent
+from vitfold.report.tables import accuracy_rows, markdown, number, percent
 
-_BLOCK = re.compile(r"(<!-- (table|accuracy): ([^>]+?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (table|accuracy|ladder): ([^>]+?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 def fill(text: str, root: Path) -> str:
@@ -21,7 +22,7 @@ def fill(text: str, root: Path) -> str:
 
     def render(match: re.Match[str]) -> str:
         opening, kind, argument, closing = match.groups()
-        table = _speed(root, argument) if kind == "table" else _accuracy(root, argument)
+        table = {"table": _speed, "accuracy": _accuracy, "ladder": _ladder}[kind](root, argument)
         return f"{opening}\n{table}\n\n{closing}"
 
     return _BLOCK.sub(render, text)
@@ -45,6 +46,12 @@ def _accuracy(root: Path, pattern: str) -> str:
         )
         lines.append(f"| {path.stem.rpartition('-')[2]} | {values['images']} | {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def _ladder(root: Path, name: str) -> str:
+    header, body = accuracy_rows(json.loads((root / name).read_text(encoding="utf-8")))
+    lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * (len(header) - 2)]
+    return "\n".join([*lines, *("| " + " | ".join(line) + " |" for line in body)])
 
 
 def main() -> None:

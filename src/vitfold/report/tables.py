@@ -6,7 +6,9 @@ measured.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 from rich import box
@@ -68,6 +70,86 @@ def markdown(rows: Sequence[RowDict]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in cells(rows)]
     return "\n".join(lines)
+
+
+def sensitivity_table(rows: Sequence[RowDict], *, title: str) -> Table:
+    """Return the terminal table of `vitfold sensitivity`, the costliest site first."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("#", "site", "SQNR dB", "noise %", "agree %", "MACs %"):
+        table.add_column(name, justify="left" if name == "site" else "right", no_wrap=True)
+    for rank, row in enumerate(rows, start=1):
+        table.add_row(
+            str(rank),
+            row["site"],
+            number(row["sqnr_db"], ".1f"),
+            percent(row["noise_ratio"], unit=""),
+            percent(row["agreement"], unit=""),
+            percent(row["macs_ratio"], unit=""),
+        )
+    return table
+
+
+def accuracy_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return header and cells of a ladder: one line per method, mean and spread of top-1 over seeds per bit width.
+
+    Encoders show SQNR in decibels. Published figures stand in brackets where the model has some.
+    """
+    rows = [row for row in result["rows"] if row["fidelity"] is not None]
+    schemes = list(dict.fromkeys(row["scheme"] for row in rows))
+    lines = list(dict.fromkeys((row["method"], row["engine"]) for row in rows if row["scheme"] == "W8A8"))
+    lines += [(m, "simulation") for m in dict.fromkeys(row["method"] for row in rows)]
+    published = published_figures(result["source"])
+    body = []
+    for method, engine in dict.fromkeys(lines):
+        shown = []
+        for scheme in schemes:
+            chosen = [
+                row["fidelity"]
+                for row in rows
+                if (row["method"], row["scheme"], row["engine"]) == (method, scheme, engine)
+            ]
+            figure = published.get(scheme, {}).get(method)
+            shown.append(_spread(chosen) + (f" [{figure:.2f}]" if figure is not None and chosen else ""))
+        if any(cell != "-" for cell in shown):
+            body.append([method, "simulated" if engine == "simulation" else engine, *shown])
+    return ["method", "run by", *schemes], body
+
+
+def _spread(fidelities: Sequence[Mapping[str, Any]]) -> str:
+    """Mean and half the range over seeds, of top-1 in percent or SQNR in decibels."""
+    if not fidelities:
+        return "-"
+    top1 = [fidelity["top1"] for fidelity in fidelities]
+    if None in top1:
+        values = [fidelity["sqnr_db"] for fidelity in fidelities]
+        cosine = sum(fidelity["cosine"] for fidelity in fidelities) / len(fidelities)
+        return f"{sum(values) / len(values):.1f} dB, {cosine:.4f}"
+    mean = 100 * sum(top1) / len(top1)
+    return f"{mean:.2f} ±{50 * (max(top1) - min(top1)):.2f}" if len(top1) > 1 else f"{mean:.2f}"
+
+
+def published_figures(source: str) -> dict[str, dict[str, float]]:
+    """Return top-1 figures from the papers for this architecture: scheme -> method -> percent."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    text = resources.files("vitfold.report").joinpath("published.toml").read_text(encoding="utf-8")
+    name = source.partition(":")[2].partition(".")[0]
+    found: dict[str, Any] = tomllib.loads(text).get(name, {})
+    return {scheme: dict(figures) for scheme, figures in found.items() if scheme != "float"}
+
+
+def accuracy_table(result: Mapping[str, Any]) -> Table:
+    """Return the terminal table of a ladder."""
+    header, body = accuracy_rows(result)
+    title = f"{result['source']}, {result['images']} images, mean ± half range over seeds"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in header:
+        table.add_column(name, justify="left" if name in ("method", "run by") else "right", no_wrap=True)
+    for line in body:
+        table.add_row(*line)
+    return table
 
 
 def percent(ratio: int | float | None, *, unit: str = " %") -> str:

@@ -1,0 +1,127 @@
+"""`vitfold ladder`: the accuracy of methods and bit widths over calibration seeds, resumable."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitfold.cli import options
+from vitfold.cli.optimize import load_model, require_optimize
+from vitfold.cli.terminal import command, note, out, print_json, working, write_json
+from vitfold.errors import VitfoldError
+
+METHODS = "vitfold,ptq4vit,repq,noisy,smooth,mse,percentile,minmax"
+
+
+@command
+def ladder(
+    source: options.Source,
+    images: options.Images = None,
+    calibration_images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Images to calibrate on; not those that are reported on.")
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Methods, comma-separated.")] = METHODS,
+    quant: Annotated[str, typer.Option(help="Bit widths, comma-separated.")] = "w8a8,w6a6,w4a4",
+    seeds: Annotated[str, typer.Option(help="Seeds that draw calibration images, comma-separated.")] = "0,1,2",
+    merge: Annotated[str | None, typer.Option(metavar="R", help="Tokens merged per block, as in optimize.")] = None,
+    calibration_size: options.CalibrationSize = 128,
+    both: Annotated[str, typer.Option(help="Methods to simulate too where an engine executes them.")] = "vitfold",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many images, spread evenly.")] = None,
+    arch: options.Arch = None,
+    num_classes: options.NumClasses = None,
+    image_size: options.ImageSize = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE.json", help="Rows; an existing file is gone on with.")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Measure every method at every bit width on --images, calibrated on --calibration-images."""
+    if images is None or calibration_images is None:
+        raise typer.BadParameter("give --images DIR and --calibration-images DIR", param_hint="--images")
+    require_optimize()
+    from vitfold.bench.environment import environment
+    from vitfold.images import find_images
+    from vitfold.pipeline.ladder import plan_cells, run_cells
+    from vitfold.quant import find_method
+    from vitfold.recipe import MergeRecipe
+    from vitfold.report.tables import accuracy_table
+    from vitfold.schedule import resolve_r
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    for name in names:
+        find_method(name)
+    schemes = [scheme.strip() for scheme in quant.split(",") if scheme.strip()]
+    try:
+        drawn = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"seeds are integers, found {seeds!r}", param_hint="--seeds") from None
+    found = find_images(images)
+    chosen = found if limit is None else found.first(limit)
+    with working("ladder") as (say, bar):
+        model = load_model(source, say, arch, num_classes, image_size, "pretrained", 0)
+        plan = MergeRecipe(r=resolve_r(merge, model.spec))
+        head = {
+            "source": source,
+            "model_digest": model.digest(),
+            "merge": list(plan.r),
+            "images": len(chosen.paths),
+            "images_digest": chosen.digest(),
+            "calibration_size": calibration_size,
+        }
+        rows = _kept(output, head)
+        done = {(row["method"], row["scheme"], row["seed"], row["engine"]) for row in rows if row["error"] is None}
+        rows = [row for row in rows if row["error"] is None]
+        cells = [
+            cell
+            for cell in plan_cells(names, schemes, drawn, both=both.split(","))
+            if (cell.method, cell.scheme, cell.seed, cell.engine) not in done
+        ]
+        seen = [0]
+
+        def step(text: str) -> None:
+            seen[0] = 0
+            say(text)
+
+        def advance(count: int) -> None:
+            seen[0] += count
+            bar(seen[0], len(chosen.paths))
+
+        result: dict[str, Any] = {**head, "environment": environment(), "rows": rows}
+        for row in run_cells(
+            model,
+            plan,
+            cells,
+            chosen,
+            find_images(calibration_images),
+            size=calibration_size,
+            step=step,
+            advance=advance,
+        ):
+            rows.append(row)
+            if output is not None:
+                write_json(output, result)
+    if json:
+        print_json(result)
+        return
+    out.print(accuracy_table(result))
+    for row in rows:
+        if row["error"] is not None:
+            note(f"{row['method']} {row['scheme']}, seed {row['seed']}: {row['error']}")
+
+
+def _kept(output: Path | None, head: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of an earlier run of the same ladder."""
+    if output is None or not output.exists():
+        return []
+    try:
+        before = json_module.loads(output.read_text(encoding="utf-8"))
+        rows: list[dict[str, Any]] = before["rows"]
+        same = all(before[key] == value for key, value in head.items())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VitfoldError(f"{output} is not the JSON of a ladder ({error!r}); give another file") from None
+    if not same:
+        raise VitfoldError(f"{output} holds a ladder of another model, merging or image folder; give another file")
+    return rows

@@ -1,0 +1,67 @@
+"""`vitfold sensitivity`: what each site's quantization costs alone."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from vitfold.cli import options
+from vitfold.cli.optimize import load_model, quant_recipe, require_optimize
+from vitfold.cli.terminal import command, counted, note, out, print_json, skipped, working
+
+
+@command
+def sensitivity(
+    source: options.Source,
+    images: options.Images = None,
+    quant: options.Quant = "w8a8",
+    method: options.Method = None,
+    merge: Annotated[str | None, typer.Option(metavar="R", help="Tokens merged per block, as in optimize.")] = None,
+    target: Annotated[str, typer.Option(help="As in optimize: decides what is quantized and how.")] = "cpu",
+    calibration_size: options.CalibrationSize = 128,
+    calibration_seed: options.CalibrationSeed = 0,
+    limit: Annotated[int, typer.Option(min=1, help="Images to measure on, not used for calibration.")] = 32,
+    arch: options.Arch = None,
+    num_classes: options.NumClasses = None,
+    image_size: options.ImageSize = None,
+    weights: options.Weights = "pretrained",
+    seed: options.Seed = 0,
+    skip_bad: options.SkipBad = False,
+    json: options.Json = False,
+) -> None:
+    """Quantize one site at a time and rank them: what to put back to float first (optimize --keep-float N)."""
+    if images is None:
+        raise typer.BadParameter("give --images DIR", param_hint="--images")
+    wanted = quant_recipe(quant, method, calibration_size, calibration_seed)
+    if wanted is None:
+        raise typer.BadParameter("give the bits to try, for example w8a8", param_hint="--quant")
+    require_optimize()
+    from vitfold import pipeline
+    from vitfold.images import find_images
+
+    found = find_images(images)
+    with working("sensitivity") as (say, advance):
+        model = load_model(source, say, arch, num_classes, image_size, weights, seed)
+        folded = pipeline.optimize(model, merge=merge, quant=wanted, target=target)
+        calibration, others = pipeline.split_images(folded, found)
+        others = others.first(limit)
+        if skip_bad:
+            calibration, others = calibration.readable(skipped), others.readable(skipped)
+        progress = counted(say, advance, len(calibration.paths))
+        ranked = pipeline.rank_sites(folded, calibration, others, progress=progress)
+    costs = {cost.site: cost.macs for cost in folded.costs()}
+    total = sum(costs.values())
+    rows: list[dict[str, Any]] = []
+    for one in ranked:
+        macs = costs.get(one.site) or sum(costs.get(f"{one.site}.{part}", 0) for part in ("qk", "av"))
+        rows.append({**one.to_dict(), "macs_ratio": macs / total})
+    if json:
+        print_json({"source": source, "images": len(others.paths), "recipe": folded.recipe.to_dict(), "sites": rows})
+        return
+    from vitfold.report.tables import sensitivity_table
+
+    title = f"{source}, {wanted.scheme} by {wanted.method}: one site quantized at a time, {len(others.paths)} images"
+    out.print(sensitivity_table(rows, title=title))
+    if weights == "random":
+        note("random weights: the order says little about the trained model")

@@ -1,0 +1,92 @@
+"""Whether the quantized bundle is faster than the float one on this machine.
+
+Owns the race between both and the reason that is given when quantization loses.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitfold.bench.environment import processor
+from vitfold.bench.measurement import Measurement, speed_up
+from vitfold.bench.timing import interleave
+from vitfold.bundle import Bundle
+from vitfold.engines import ENGINES, open_graph, open_session
+from vitfold.pipeline.plan import Folded
+from vitfold.pipeline.writing import write_graph
+from vitfold.recipe import Recipe
+from vitfold.target import find_target
+
+TRIALS = 7
+SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Race:
+    """How much faster the quantized bundle runs than the float one: median and interquartile range over trials."""
+
+    median: float
+    iqr: float
+    reason: str | None
+
+    @property
+    def faster(self) -> bool:
+        """True if quantization pays."""
+        return self.median > 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {"speed_up": {"median": self.median, "iqr": self.iqr}, "reason": self.reason}
+
+
+def float_plan(folded: Folded) -> Folded:
+    """Return the same plan without quantization, on the best float target of the same engine."""
+    target = find_target("cpu" if folded.target.engine == "onnxruntime" else folded.target.name)
+    recipe = Recipe(merge=folded.recipe.merge)
+    from vitfold.model.folds import fold_layer_scale
+
+    return replace(
+        folded, folded=fold_layer_scale(folded.model), recipe=recipe, target=target, quantizers=None, calibration=None
+    )
+
+
+def race(quantized: Bundle, folded: Folded, *, batch: int = 1, seconds: float = SECONDS) -> Race | None:
+    """Time the bundle against the float graph of the same merging, interleaved; None where nothing can be timed.
+
+    Simulated bundles, and those whose engine is not on this machine, have no time.
+    """
+    engine = folded.target.engine
+    if quantized.manifest.simulated or engine not in ENGINES:
+        return None
+    shape = (batch, folded.model.spec.channels, *folded.model.spec.image_size)
+    pixels = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
+        path = Path(folder) / "model.onnx"
+        write_graph(float_plan(folded), path)
+        with open_graph(path, engine) as plain, open_session(quantized) as session:
+            plain.bind(pixels)
+            session.bind(pixels)
+            samples = interleave({"float": plain.run, "quantized": session.run}, trials=TRIALS, seconds=seconds)
+            measured = {
+                name: Measurement(subject=name, engine=engine, batch=batch, scope="engine", trials_ns=samples[name])
+                for name in samples
+            }
+    ratio = speed_up(measured["float"], measured["quantized"])
+    return Race(**ratio, reason=None if ratio["median"] > 1.0 else _reason(folded))
+
+
+def _reason(folded: Folded) -> str:
+    sets = set(processor()["instruction_sets"])
+    if folded.target.quantized_product == "integer":
+        return "target integer shows operand reordering with standard operators, which no runtime fuses"
+    if not sets & {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp"}:
+        return "this processor has no integer dot products (VNNI, AMX or ARM dotprod), so integer products gain little"
+    costs = folded.costs()
+    macs = sum(cost.macs for cost in costs)
+    work = f"{macs / 1e9:.2g} GMACs per image"
+    return f"the model is small ({work}): rounding its activations costs more than the products save"

@@ -1,0 +1,107 @@
+"""Accuracy of methods at several bit widths over several calibration seeds.
+
+Owns the cells of that table and their order. Rows are handed out one by one, so that the caller can keep
+them and an interrupted ladder goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vitfold.bench.evaluation import run_over
+from vitfold.engines import ENGINES, SIMULATION, Session, open_graph
+from vitfold.errors import VitfoldError
+from vitfold.images import ImageSet
+from vitfold.model import Model
+from vitfold.pipeline.calibration import calibrate_folded
+from vitfold.pipeline.plan import Folded, optimize
+from vitfold.pipeline.writing import simulation, write_graph
+from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe, bits_from_scheme
+from vitfold.reference import Reference, compare_outputs, reference_outputs
+from vitfold.target import find_target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One accuracy: a method at a bit width with one calibration seed, executed or simulated."""
+
+    method: str
+    scheme: str
+    seed: int
+    engine: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+def plan_cells(
+    methods: Sequence[str], schemes: Sequence[str], seeds: Sequence[int], *, both: Collection[str] = ()
+) -> list[Cell]:
+    """Return the cells, seed by seed; what an engine executes runs there, for the methods in `both` simulated too."""
+    cells = []
+    for seed in seeds:
+        for scheme in schemes:
+            executable = bits_from_scheme(scheme)[1] == 8
+            for method in methods:
+                engines = [ENGINES[0] if executable else SIMULATION]
+                engines += [SIMULATION] if executable and method in both else []
+                cells += [Cell(method=method, scheme=scheme.upper(), seed=seed, engine=engine) for engine in engines]
+    return cells
+
+
+def run_cells(
+    model: Model,
+    merge: MergeRecipe,
+    cells: Sequence[Cell],
+    images: ImageSet,
+    calibration: ImageSet,
+    *,
+    size: int,
+    batch: int = 4,
+    step: Callable[[str], Any] = lambda _: None,
+    advance: Callable[[int], Any] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yield one row per cell: the cell, its fidelity on `images`, or the error that stopped it."""
+    digest = model.digest()
+    step("float model")
+    expected = reference_outputs(digest, images, model.preprocess, lambda: Reference(model=model), advance=advance)
+    for cell in cells:
+        step(f"{cell.method} {cell.scheme}, seed {cell.seed}")
+        try:
+            folded = _calibrated(model, merge, cell, calibration, size)
+            with tempfile.TemporaryDirectory(prefix="vitfold-") as folder, _open(folded, cell, Path(folder)) as session:
+                outputs = run_over(session, images, model.preprocess, batch=batch, advance=advance)
+        except VitfoldError as error:
+            yield {**cell.to_dict(), "fidelity": None, "error": str(error)}
+            continue
+        fidelity = compare_outputs(
+            outputs, images, labels=model.labels, classifies=model.spec.output == "logits", reference=expected
+        )
+        yield {
+            **cell.to_dict(),
+            "fidelity": fidelity.to_dict(),
+            "attention": bool(folded.recipe.quant and folded.recipe.quant.attention),
+            "error": None,
+        }
+
+
+def _calibrated(model: Model, merge: MergeRecipe, cell: Cell, calibration: ImageSet, size: int) -> Folded:
+    weights, activations = bits_from_scheme(cell.scheme)
+    quant = QuantRecipe(
+        weights=weights, activations=activations, method=cell.method, calibration_size=size, seed=cell.seed
+    )
+    folded = optimize(model, recipe=Recipe(merge=merge, quant=quant))
+    return calibrate_folded(folded, calibration.sample(size, seed=cell.seed))
+
+
+def _open(folded: Folded, cell: Cell, folder: Path) -> Session:
+    if cell.engine == SIMULATION:
+        return simulation(folded)
+    path = folder / "model.onnx"
+    write_graph(folded, path)
+    return open_graph(path, find_target(folded.target.name).engine)
