@@ -160,5 +160,5 @@ def test_named_recipes_fit_a_base_model(path: Path) -> None:
         outputs=10,
     )
     recipe = pipeline.read_recipe(path, spec)
-    assert sum(recipe.merge.r) > 0
+    assert recipe.quant is not None or sum(recipe.merge.r) > 0
     assert not recipe.is_lossless
