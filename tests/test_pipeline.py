@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from vitfold import pipeline
-from vitfold.bundle import open_bundle
+from vitfold.bundle import QUANTIZERS, open_bundle
+from vitfold.engines import open_session
 from vitfold.errors import EngineError, RecipeError, TargetError
 from vitfold.images import ImageSet
 from vitfold.model import Array, Model, ViTSpec
-from vitfold.recipe import MergeRecipe, Recipe
+from vitfold.quantizer import load_quant_params
+from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -76,6 +78,37 @@ def test_an_overflowing_model_never_becomes_a_bundle(tiny_model: Callable[..., M
     assert not (tmp_path / "a.fold").exists()
 
 
+@pytest.mark.parametrize(
+    ("bits", "target"), [(8, "portable"), (8, "cpu-vnni"), (8, "tensorrt-int8"), (8, "integer"), (4, "simulation")]
+)
+def test_a_quantized_model_becomes_a_bundle(
+    tiny_model: Callable[..., Model], tmp_path: Path, photos: ImageSet, bits: int, target: str
+) -> None:
+    """Planned, calibrated, saved; opened again it computes what the simulation computes."""
+    quant = QuantRecipe(weights=bits, activations=bits, method="minmax")
+    folded = pipeline.optimize(tiny_model(), recipe=Recipe(merge=MergeRecipe(r=(2, 2)), quant=quant), target=target)
+    assert folded.needs_calibration
+    with pytest.raises(RecipeError, match="not calibrated"):
+        pipeline.save(folded, tmp_path / "a.fold", images=photos)
+    done = pipeline.calibrate_folded(folded, photos)
+    assert not done.needs_calibration
+    bundle = open_bundle(pipeline.save(done, tmp_path / "a.fold", images=photos).path)
+    assert done.quantizers is not None
+    assert load_quant_params(bundle.path / QUANTIZERS).digest() == done.quantizers.digest()
+    assert bundle.manifest.calibration is not None
+    assert bundle.manifest.calibration["quantizers"] == done.quantizers.digest()
+    assert pipeline.recorded_images(bundle.manifest.calibration, None).paths == photos.paths
+    pixels = np.random.default_rng(0).standard_normal((8, 3, 32, 32), dtype=np.float32)
+    with open_session(bundle, engine=None if target == "simulation" else "onnxruntime") as session:
+        session.bind(pixels)
+        session.run()
+        found = session.fetch()
+    expected = pipeline.run_reference(done, pixels)
+    errors = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert errors.min() < 1e-5
+    assert np.median(errors) < 0.02
+
+
 def test_a_recipe_file_is_resolved(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_text('[merge]\nr = "2:-1"\nprop_attn = false\n')
@@ -127,5 +160,5 @@ def test_named_recipes_fit_a_base_model(path: Path) -> None:
         outputs=10,
     )
     recipe = pipeline.read_recipe(path, spec)
-    assert sum(recipe.merge.r) > 0
+    assert recipe.quant is not None or sum(recipe.merge.r) > 0
     assert not recipe.is_lossless

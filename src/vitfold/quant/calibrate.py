@@ -37,7 +37,7 @@ LEAST_IMAGES = 2
 class Scheme:
     """What a target can execute.
 
-    `symmetric` activations have the zero point 0; `weight_bits` caps 8-bit weights; `uniform_only` leaves
+    `symmetric` activations and weights have the zero point 0; `weight_bits` caps 8-bit weights; `uniform_only` leaves
     out quantizers that cost a second product or exist in the simulation only, where the method has a choice.
     """
 

@@ -5,7 +5,7 @@ Owns the alternation between both. Grids and quantizers come from `ranges`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ def _initial_weight(problem: LinearProblem, method: Method) -> Uniform:
         problem.weight,
         problem.weight_bits,
         groups=_groups(problem, method),
-        symmetric=method.symmetric_weights,
+        symmetric=method.symmetric_weights or problem.symmetric,
         grid=Grid(start=1.0, stop=1.0, count=1),
         error=lambda w: (w - problem.weight).square().sum(1),
     )
@@ -99,7 +99,7 @@ def _search_weight(problem: LinearProblem, method: Method, x_hat: Tensor, exact:
         weight,
         problem.weight_bits,
         groups=_groups(problem, method),
-        symmetric=method.symmetric_weights,
+        symmetric=method.symmetric_weights or problem.symmetric,
         grid=method.weight_grid,
         error=error,
     )
@@ -155,19 +155,21 @@ def _search_twin(activation: str, high: Tensor, bits: int, method: Method, error
 
     Source: PTQ4ViT (2111.12293), section 3.2, with the minimum of the activation function at hand.
     """
-    first, last = code_range(bits, symmetric=True)
-    inner = uniform_from_scale(activation_minimum(activation) / first, first, last)
+    first, _ = code_range(bits, symmetric=True)
+    inner = uniform_from_scale(activation_minimum(activation) / first, first, 0)
     outer = search_symmetric(
         high,
         bits,
         method.grid,
         lambda q: error(Twin(rule="sign", inner=inner, outer=q)),  # type: ignore[arg-type]
     )
-    return Twin(rule="sign", inner=inner, outer=outer)
+    return Twin(rule="sign", inner=inner, outer=replace(outer, low=0))
 
 
 def _search_noise(inner: Uniform, x: Tensor, exact: Tensor, share: Tensor, weight: Tensor) -> Shifted:
     """A mean and a width for a fixed uniform noise vector, by the error of the layer's output.
+
+    No offset at all is one of the candidates, so that the samples' error never grows.
 
     Source: NoisyQuant (2211.16056), section 3.3; width in (0, 2] scales as in the released code.
     """
@@ -182,7 +184,7 @@ def _search_noise(inner: Uniform, x: Tensor, exact: Tensor, share: Tensor, weigh
 
     reach = float(x.mean().abs() + x.std())
     means = [float(m) for m in np.linspace(-reach, reach, 2 * _NOISE_STEPS + 1)]
-    chosen = min((made(mean, 1.0) for mean in means), key=error)
-    mean = float(chosen.offset.mean() - noise.mean() * scale)
+    errors = {(mean, width): error(made(mean, width)) for mean in means for width in (0.0, 1.0)}
+    mean = min(errors, key=errors.__getitem__)[0]
     widths = [float(w) for w in np.linspace(0.0, 2.0, _NOISE_STEPS + 1)]
     return min((made(mean, width) for width in widths), key=error)

@@ -1,0 +1,325 @@
+"""Every method end to end on a tiny model: faithful by its bits, reproducible, executable, resumable."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from vitfold.cache import cache_folder
+from vitfold.errors import CalibrationError, RecipeError
+from vitfold.images import ImageSet, batches, find_images
+from vitfold.model import Array, Model
+from vitfold.ops.emit import INPUT_NAME, emit_graph, write_onnx
+from vitfold.ops.run import Run
+from vitfold.ops.simulate import Simulate, fake_quantize
+from vitfold.pipeline.calibration import scheme_of
+from vitfold.programs.vit import vit
+from vitfold.quant import METHODS, Calibrated, Scheme, calibrate, find_method
+from vitfold.quant.kept import content_key
+from vitfold.quant.sites import find_sites
+from vitfold.quantizer import Log, Twin, Uniform
+from vitfold.recipe import MergeRecipe, QuantRecipe
+from vitfold.target import TARGETS
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+FREE = Scheme(uniform_only=False)
+MERGE = MergeRecipe(r=(5, 3))
+
+
+def folder_of(folder: Path, count: int, seed: int) -> ImageSet:
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i:03}.png")
+    return find_images(folder)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> ImageSet:
+    return folder_of(tmp_path_factory.mktemp("images") / "calibration", 16, 0)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory, tiny_model) -> Array:
+    """Pixels of images that no calibration sees."""
+    found = folder_of(tmp_path_factory.mktemp("images") / "others", 16, 1)
+    return np.concatenate([group.pixel_values for group in batches(found, tiny_model().preprocess, batch=16)])
+
+
+def outputs(ops: Any, model: Model, pixels: Array, merge: MergeRecipe = MERGE) -> Array:
+    with torch.inference_mode():
+        return np.asarray(vit(ops, model.spec, merge, torch.from_numpy(pixels)))
+
+
+def sqnr_db(model: Model, done: Calibrated, pixels: Array, merge: MergeRecipe = MERGE) -> float:
+    exact = outputs(Run(model.params), model, pixels, merge)
+    found = outputs(Simulate(done.model.params, done.quantizers), done.model, pixels, merge)
+    return float(10 * np.log10(np.square(exact).sum() / np.square(found - exact).sum()))
+
+
+def recipe(bits: int = 8, method: str = "minmax", **choices: Any) -> QuantRecipe:
+    values = {"attention": True, "head_bits": bits, **choices}
+    return QuantRecipe(weights=bits, activations=bits, method=method, **values)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_faithful_by_its_bits(tiny_model, images, others, name):
+    model = tiny_model(outputs=40)
+    found = {bits: calibrate(model, MERGE, recipe(bits, name), images, scheme=FREE) for bits in (8, 6, 4)}
+    decibels = {bits: sqnr_db(model, done, others) for bits, done in found.items()}
+    assert decibels[8] > 28
+    assert decibels[8] > decibels[6] + 3
+    assert decibels[6] > decibels[4] + 3
+    assert decibels[4] > 5
+    linears, attentions = find_sites(model.spec)
+    for bits, done in found.items():
+        assert set(done.quantizers) == {name for site in (*linears, *attentions) for name in site.names}
+        assert {q.bits for q in done.quantizers.values()} <= {bits, bits - 1}
+        for site, quantizer in done.quantizers.items():
+            if site.endswith(".w"):
+                weight = torch.from_numpy(done.model.params[f"{site[:-2]}.weight"])
+                np.testing.assert_array_equal(fake_quantize(weight, quantizer), weight, site)
+        folded = outputs(Run(done.folded.params), done.folded, others[:4])
+        exact = outputs(Run(model.params), model, others[:4])
+        assert np.linalg.norm(folded - exact) < 1e-5 * np.linalg.norm(exact), "folds are exact"
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "avg": {"pool": "avg", "class_token": False},
+    "map": {"pool": "map", "map_heads": 2, "map_mlp_width": 24},
+    "none": {"pool": "none", "outputs": 0, "output": "last_hidden_state"},
+    "swiglu": {"mlp": "swiglu", "activation": "silu"},
+    "qk_norm": {"qk_norm": True},
+    "registers": {"registers": 2, "dist_token": True, "pool": "token_dist"},
+    "quick_gelu": {"activation": "quick_gelu", "pre_norm": True},
+    "no bias": {"without": ["head.bias", *(f"blocks.{i}.{n}.bias" for i in range(2) for n in ("attn.qkv", "mlp.fc2"))]},
+}
+
+
+ARCHITECTURES = [(f, m) for m in ("vitfold", "repq", "noisy") for f in FEATURES]
+ARCHITECTURES += [(f, "ptq4vit") for f in ("map", "swiglu")]  # the slowest search
+
+
+@pytest.mark.parametrize(("feature", "method"), ARCHITECTURES)
+def test_every_architecture_calibrates(tiny_model, images, others, feature, method):
+    model = tiny_model(**FEATURES[feature])
+    done = calibrate(model, MERGE, recipe(8, method), images, scheme=FREE)
+    least = 15 if feature == "none" else 25  # where nothing is pooled, a merge that flips moves whole rows
+    assert sqnr_db(model, done, others) > least
+    linears, attentions = find_sites(model.spec)
+    assert set(done.quantizers) == {name for site in (*linears, *attentions) for name in site.names}
+    twins = {site for site, q in done.quantizers.items() if isinstance(q, Twin) and q.rule == "sign"}
+    if method == "ptq4vit":
+        assert twins == {f"{s.layer}.x" for s in linears if s.activation is not None}
+        assert bool(twins) == (feature != "swiglu"), "a product of two signs is no activation's output"
+
+
+EXECUTED = [name for name in TARGETS if name != "simulation"]
+
+
+def executed(done: Calibrated, name: str, pixels: Array, folder: Path, merge: MergeRecipe = MERGE) -> Array:
+    def program(ops: Any, image: Any) -> Any:
+        return vit(ops, done.model.spec, merge, image)
+
+    write_onnx(emit_graph(program, done.model, TARGETS[name], done.quantizers), folder / "model.onnx")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {INPUT_NAME: pixels})
+    return np.asarray(found)
+
+
+def assert_follows(found: Array, done: Calibrated, model: Model, name: str, pixels: Array) -> None:
+    """One flip spreads over a model, so some images agree tightly and most are nearer than to the float model."""
+    integer = TARGETS[name].quantized_product == "integer"
+    expected = outputs(Simulate(done.model.params, done.quantizers, reordered=integer), done.model, pixels)
+    exact = outputs(Run(model.params), model, pixels)
+    errors, lost = (np.linalg.norm(found - other, axis=-1) for other in (expected, exact))
+    assert errors.min() < 1e-5 * np.linalg.norm(expected, axis=-1).min()
+    assert np.median(errors) < 0.5 * np.median(lost)
+
+
+@pytest.mark.parametrize("name", EXECUTED)
+def test_what_vitfold_finds_for_a_target_runs_there(tiny_model, images, others, tmp_path, name):
+    model, target = tiny_model(outputs=40), TARGETS[name]
+    done = calibrate(model, MERGE, recipe(8, "vitfold"), images, scheme=scheme_of(target))
+    assert all(isinstance(q, Uniform) and q.axis in (None, 0) for q in done.quantizers.values())
+    assert {q.bits for s, q in done.quantizers.items() if s.endswith(".w")} == {target.weight_bits}
+    assert_follows(executed(done, name, others, tmp_path), done, model, name, others)
+
+
+@pytest.mark.parametrize("name", ["tensorrt-int8", "integer"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "vitfold"])
+def test_what_other_methods_find_runs_too(tiny_model, images, others, tmp_path, name, method):
+    model = tiny_model(outputs=40)
+    quant = recipe(8, method, attention=find_method(method).runs_softmax)
+    done = calibrate(model, MERGE, quant, images, scheme=scheme_of(TARGETS[name]))
+    assert_follows(executed(done, name, others, tmp_path), done, model, name, others)
+
+
+def test_the_simulation_may_use_what_no_engine_executes(tiny_model, images):
+    free = calibrate(tiny_model(), MERGE, recipe(4, "vitfold"), images, scheme=FREE).quantizers
+    assert free["blocks.0.attn.q"].axis == 1  # type: ignore[union-attr]
+    assert any(isinstance(q, (Twin, Log)) for s, q in free.items() if s.endswith(".softmax"))
+
+
+@pytest.mark.parametrize("method", ["vitfold", "noisy"])
+def test_the_same_input_gives_the_same_digest(tiny_model, images, method, monkeypatch, tmp_path):
+    model = tiny_model()
+    digests = []
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        monkeypatch.setenv("VITFOLD_CACHE", str(tmp_path / folder))
+        done = calibrate(model, MERGE, recipe(8, method, seed=seed), images, scheme=FREE)
+        digests.append((done.quantizers.digest(), done.model.digest(), done.folded.digest()))
+    assert digests[0] == digests[1]
+    monkeypatch.setenv("VITFOLD_CACHE", str(tmp_path / "b"))
+    again = calibrate(model, MERGE, recipe(8, method, seed=1), images, scheme=FREE)
+    assert (again.quantizers.digest(), again.model.digest(), again.folded.digest()) == digests[0], "from the cache too"
+
+
+def test_what_the_recipe_keeps_float_stays_float(tiny_model, images, others):
+    model = tiny_model(outputs=40)
+    sites = {"blocks.0.*": "float", "head": "float", "blocks.1.mlp.fc2": "w8a8"}
+    done = calibrate(model, MERGE, recipe(4, "vitfold", sites=sites), images, scheme=FREE)
+    quantized = {site.rpartition(".")[0] for site in done.quantizers}
+    assert quantized == {f"blocks.1.{n}" for n in ("attn.qkv", "attn.proj", "attn", "mlp.fc1", "mlp.fc2")}
+    for name, array in model.params.items():
+        if name.startswith(("blocks.0.", "head", "norm", "patch_embed")):
+            np.testing.assert_array_equal(done.model.params[name], array, name)
+    assert done.quantizers["blocks.1.mlp.fc2.w"].bits == 8
+    assert done.quantizers["blocks.1.mlp.fc1.w"].bits == 4
+    whole = calibrate(model, MERGE, recipe(4, "vitfold"), images, scheme=FREE)
+    assert sqnr_db(model, done, others) > sqnr_db(model, whole, others) + 3
+
+
+def test_attention_stays_float_unless_asked_for(tiny_model, images):
+    for attention in (False, None):
+        done = calibrate(tiny_model(), MERGE, recipe(8, "minmax", attention=attention), images)
+        assert {site[-2:] for site in done.quantizers} == {".x", ".w"}
+
+
+def test_schemes_are_kept(tiny_model, images):
+    done = calibrate(tiny_model(), MERGE, recipe(8, "mse"), images, scheme=Scheme(symmetric=True, weight_bits=7))
+    for site, quantizer in done.quantizers.items():
+        assert isinstance(quantizer, Uniform)
+        assert quantizer.symmetric
+        assert quantizer.bits == (7 if site.endswith((".w", ".softmax")) else 8)
+
+
+def test_globs_that_match_nothing_are_named(tiny_model, images):
+    with pytest.raises(RecipeError, match=r"no site matches 'blocks\.7\.\*'.*blocks\."):
+        calibrate(tiny_model(), MERGE, recipe(sites={"blocks.7.*": "float"}), images)
+    with pytest.raises(RecipeError, match="unknown quantization method 'vitfolt'.*vitfold"):
+        calibrate(tiny_model(), MERGE, recipe(method="vitfolt"), images)
+
+
+def test_too_few_images_are_refused(tiny_model, images):
+    with pytest.raises(CalibrationError, match="1 calibration images are too few"):
+        calibrate(tiny_model(), MERGE, recipe(), images.first(1))
+    assert calibrate(tiny_model(), MERGE, recipe(), images.first(2)).quantizers
+
+
+class Searches:
+    """Counts searches, and stops after some."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = sys.modules["vitfold.quant.calibrate"]  # the package has a function of this name
+        self.found: list[str] = []
+        self.most = 10**6
+        for name in ("search_linear", "search_attention"):
+            original = getattr(module, name)
+
+            def counted(first: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+                if len(self.found) == self.most:
+                    raise KeyboardInterrupt
+                self.found.append(first if isinstance(first, str) else first.site.layer)
+                return original(first, *args, **kwargs)
+
+            monkeypatch.setattr(module, name, counted)
+
+
+@pytest.fixture
+def searches(monkeypatch) -> Searches:
+    return Searches(monkeypatch)
+
+
+@pytest.mark.parametrize("method", ["vitfold", "noisy"])
+def test_a_second_run_searches_nothing(tiny_model, images, searches, method):
+    first = calibrate(tiny_model(), MERGE, recipe(8, method), images, scheme=FREE)
+    assert len(searches.found) == 4 * 2 + 1 + 2
+    second = calibrate(tiny_model(), MERGE, recipe(8, method), images, scheme=FREE)
+    assert len(searches.found) == 4 * 2 + 1 + 2
+    assert second.quantizers.digest() == first.quantizers.digest()
+    assert second.model.digest() == first.model.digest()
+
+
+def test_an_interrupted_run_resumes(tiny_model, images, searches):
+    searches.most = 4
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny_model(), MERGE, recipe(), images)
+    assert len(list((cache_folder() / "search").iterdir())) == 4
+    searches.most = 10**6
+    calibrate(tiny_model(), MERGE, recipe(), images)
+    assert len(searches.found) == len(set(searches.found)) == 4 * 2 + 1 + 2
+
+
+def test_a_damaged_search_is_repeated(tiny_model, images, searches):
+    first = calibrate(tiny_model(), MERGE, recipe(), images)
+    count = len(searches.found)
+    entry = min((cache_folder() / "search").iterdir())
+    whole = entry.read_bytes()
+    for damaged in (b"", whole[:40], whole[:-1]):
+        entry.write_bytes(damaged)
+        again = calibrate(tiny_model(), MERGE, recipe(), images)
+        count += 1
+        assert len(searches.found) == count
+        assert again.quantizers.digest() == first.quantizers.digest()
+        assert entry.read_bytes() == whole
+
+
+def test_only_what_changed_is_searched_again(tiny_model, images, searches):
+    calibrate(tiny_model(), MERGE, recipe(), images)
+    changes: list[tuple[QuantRecipe, Scheme, set[str]]] = [
+        (recipe(sites={"blocks.1.mlp.fc2": "w8a6"}), Scheme(), {"blocks.1.mlp.fc2"}),
+        (recipe(), Scheme(weight_bits=7), {s.layer for s in find_sites(tiny_model().spec)[0]} | ATTENTIONS),
+        (recipe(6, head_bits=8), Scheme(), {s.layer for s in find_sites(tiny_model().spec)[0]} - {"head"} | ATTENTIONS),
+    ]
+    for quant, scheme, expected in changes:
+        searches.found.clear()
+        calibrate(tiny_model(), MERGE, quant, images, scheme=scheme)
+        assert set(searches.found) == expected
+
+
+ATTENTIONS = {"blocks.0.attn", "blocks.1.attn"}
+
+
+def test_keys_tell_every_content():
+    x = np.arange(6, dtype=np.float32)
+    parts: list[tuple[object, ...]] = [
+        (x,),
+        (x.reshape(2, 3),),
+        (x.astype(np.float64),),
+        (x, 1),
+        (x, "1"),
+        (x, 1.0),
+        (x, None),
+        (x, (1, 2)),
+        (x, (1,), (2,)),
+        (x, {"a": 1}),
+        (x, {"b": 1}),
+        (x, find_method("mse")),
+        (x, find_method("minmax")),
+        (x, FREE),
+    ]
+    assert len({content_key(*part) for part in parts}) == len(parts)
+    assert content_key(torch.from_numpy(x)) == content_key(x.copy())
+    with pytest.raises(TypeError, match="no part of a key"):
+        content_key(object())
