@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check results readme clean
+.PHONY: demo test check results ladder readme clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vitfold demo -o out/demo
@@ -30,18 +30,24 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[all,dev]'
 	touch $@ $(VENV)/.demo
 
-# The measurements behind the README, about 30 minutes on an idle machine. CIFAR10_VAL: class folders of test images;
-# PHOTOS: any folder of photos, used for end-to-end times only.
+# The measurements behind the README, about 30 minutes on an idle machine, the ladder some hours more. CIFAR10_VAL and
+# CIFAR10_TRAIN: class folders of test and training images; PHOTOS: any folder of photos, for end-to-end times and calibration.
 CIFAR10_VAL ?= assets/demo/images
+CIFAR10_TRAIN ?= assets/demo/images
 PHOTOS ?= assets/demo/images
 WORK := out/results
 VITB := timm:vit_base_patch16_224 --weights random
 PEERS := torch,torch-compile,onnxruntime
+INT8 := --quant w8a8 --method minmax --calibration-size 16 --images $(PHOTOS) --keep-slower --overwrite
+RUNGS := $(WORK)/r0.fold $(WORK)/r8.fold $(WORK)/r0-w8a8.fold $(WORK)/r8-w8a8.fold $(WORK)/r0-w8a8-ov.fold $(WORK)/r8-w8a8-ov.fold
+INT8PEERS := --peers torch,torch-compile,onnxruntime,onnxruntime-int8,openvino,nncf --baseline torch \
+	--calibration-images $(PHOTOS) --calibration-size 32
 BENCH := $(BIN)/vitfold bench --images $(PHOTOS) --limit 1
 
 results: $(VENV)/.dev
 	mkdir -p results $(WORK)
 	$(BIN)/vitfold demo -o $(WORK)/demo --seconds 6 --json-output results/demo.json
+	for r in 0 1 2 3 4; do $(BIN)/vitfold optimize demo --merge $$r -o $(WORK)/demo/r$$r.fold --overwrite; done
 	for r in 0 1 2 3 4; do $(BIN)/vitfold evaluate $(WORK)/demo/r$$r.fold --images $(CIFAR10_VAL) --json > results/cifar10-r$$r.json; done
 	for r in 0 8 16; do $(BIN)/vitfold optimize $(VITB) --merge $$r -o $(WORK)/r$$r.fold --overwrite; done
 	$(BENCH) $(WORK)/r0.fold $(WORK)/r8.fold $(WORK)/r16.fold --peers $(PEERS) --baseline onnxruntime --trials 15 --seconds 10 -o results/vit-b16-batch1.json
@@ -50,6 +56,15 @@ results: $(VENV)/.dev
 		$(BIN)/vitfold optimize $(VITB) --merge 8 --target cpu:$$c -o $(WORK)/$$c.fold --overwrite; done
 	$(BENCH) $(WORK)/r8.fold $(WORK)/gather=gather_elements.fold $(WORK)/gather=one_hot.fold $(WORK)/scatter_add=scatter_elements.fold \
 		$(WORK)/linear_bias=add.fold --trials 15 --seconds 8 -o results/merge-lowerings.json
+	for r in 0 8; do \
+		$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $$r -o $(WORK)/r$$r-w8a8.fold; \
+		$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $$r --target openvino -o $(WORK)/r$$r-w8a8-ov.fold; done
+	$(BENCH) $(RUNGS) $(INT8PEERS) --trials 10 --seconds 6 -o results/vit-b16-int8-batch1.json
+	$(BENCH) $(RUNGS) $(INT8PEERS) --trials 5 --seconds 10 --batch 8 -o results/vit-b16-int8-batch8.json
+
+# Accuracy of every method at every bit width over three calibration seeds; goes on where it stopped.
+ladder: $(VENV)/.dev
+	$(BIN)/vitfold ladder demo --images $(CIFAR10_VAL) --calibration-images $(CIFAR10_TRAIN) -o results/ladder-cifar10.json
 
 readme:
 	$(BIN)/python -m vitfold.report.document README.md

@@ -12,11 +12,11 @@ import torch
 from quantizing import affine, per_channel
 from vitfold.ops.emit import INPUT_NAME, emit_graph, write_onnx
 from vitfold.ops.simulate import Simulate
-from vitfold.programs.vit import mlp
+from vitfold.programs.vit import mlp, vit
 from vitfold.quant import METHODS
 from vitfold.quant.collect import collect
 from vitfold.quant.equalize import equalize_norm, equalize_values
-from vitfold.quant.folding import fold_channels
+from vitfold.quant.folding import center_norms, fold_channels
 from vitfold.recipe import MergeRecipe, QuantRecipe
 from vitfold.target import TARGETS
 
@@ -178,3 +178,22 @@ def test_the_shift_of_gelu_goes_into_the_bias_of_fc2_where_zero_points_cannot(ti
     errors = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert np.median(errors) < 1e-5
     assert errors.max() < 0.05
+
+
+@pytest.mark.parametrize("r", R.values(), ids=R)
+def test_zero_points_behind_layer_norms_fold_away(tiny_model, random_images, r):
+    """The folded model rounds the same numbers to the same codes, with the zero point in the middle."""
+    model = tiny_model()
+    quantizers = {
+        f"blocks.{i}.{layer}.x": affine(np.array([-1.5, 3.0])) for i in range(2) for layer in ("attn.qkv", "mlp.fc1")
+    }
+    quantizers["blocks.0.mlp.fc2.x"] = affine(np.array([-0.2, 4.0]))
+    folded, centered = center_norms(model, quantizers)
+    assert all(int(q.zero_point) == 128 for site, q in centered.items() if "fc2" not in site)
+    assert centered["blocks.0.mlp.fc2.x"] is quantizers["blocks.0.mlp.fc2.x"], "no LayerNorm feeds it"
+    images = torch.from_numpy(random_images(model.spec, 3))
+    merge = MergeRecipe(r=r)
+    with torch.inference_mode():
+        expected = vit(Simulate(model.params, quantizers), model.spec, merge, images)
+        found = vit(Simulate(folded.params, centered), folded.spec, merge, images)
+    assert relative_error(found.numpy(), expected.numpy()) < 2e-3, "but for codes that round the other way"

@@ -20,7 +20,7 @@ from vitfold.images import ImageSet
 from vitfold.model import Array, Model, ViTSpec
 from vitfold.quant.attention import search_attention
 from vitfold.quant.collect import Samples, collect
-from vitfold.quant.folding import fold_channels
+from vitfold.quant.folding import center_norms, fold_channels
 from vitfold.quant.kept import search_once
 from vitfold.quant.linear import LinearProblem, search_linear
 from vitfold.quant.methods import find_method
@@ -37,7 +37,8 @@ LEAST_IMAGES = 2
 class Scheme:
     """What a target can execute.
 
-    `symmetric` activations and weights have the zero point 0; `weight_bits` caps 8-bit weights; `uniform_only` leaves
+    `symmetric` weights and attention operands have the zero point 0, and zero points of other activations fold into
+    biases; `weight_bits` caps 8-bit weights; `uniform_only` leaves
     out quantizers that cost a second product or exist in the simulation only, where the method has a choice.
     """
 
@@ -114,6 +115,8 @@ def calibrate(
                         uniform_only=scheme.uniform_only,
                     ),
                 )
+    if scheme.symmetric:
+        folded, quantizers = center_norms(folded, quantizers)
     params: dict[str, Array] = dict(folded.params)
     if method.rounding == "gptq" or method.correct:
         progress.step("collecting second moments")

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,7 +21,7 @@ from vitfold.quant.equalize import equalize_norm, equalize_values
 from vitfold.quant.methods import Method
 from vitfold.quant.ranges import PERCENTILES, Grid, affine_uniform, rounded, search_weight, symmetric_uniform
 from vitfold.quant.sites import LinearSite, find_sites
-from vitfold.quantizer import Uniform
+from vitfold.quantizer import Quantizer, Uniform
 from vitfold.recipe import QuantRecipe
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -70,6 +71,35 @@ def fold_channels(
                 linears[site.values] = replace(values, grad=grown)
     folded = model.with_params(model.spec, params)
     return folded, replace(samples, linears=linears, attentions=attentions), presets
+
+
+def center_norms(model: Model, quantizers: Mapping[str, Quantizer]) -> tuple[Model, dict[str, Quantizer]]:
+    """Fold the zero points of inputs that a LayerNorm feeds into its shift and the layer's bias, exactly.
+
+    x = s (q - z) becomes x' = x - s (m - z) with the zero point m in the middle of the codes, which is 0 in signed
+    ones: an affine quantizer for a runtime that knows symmetric ones only, at no cost.
+
+    Source: reference 2.5, option 2, as RepQ-ViT (2212.08254) folds it.
+    """
+    params: dict[str, Array] = dict(model.params)
+    centered = dict(quantizers)
+    for site in find_sites(model.spec)[0]:
+        found = quantizers.get(f"{site.layer}.x")
+        if site.norm is None or not isinstance(found, Uniform) or found.axis is not None:
+            continue
+        middle = (found.low + found.high + 1) // 2
+        shift = found.scale * np.float32(middle - int(found.zero_point))
+        if shift:
+            width = len(params[f"{site.norm}.weight"])
+            params |= equalize_norm(
+                params,
+                site.norm,
+                site.layer,
+                shift=np.full(width, shift, np.float32),
+                scale=np.ones(width, np.float32),
+            )
+            centered[f"{site.layer}.x"] = replace(found, zero_point=np.array(middle, np.int32))
+    return model.with_params(model.spec, params), centered
 
 
 def _moved(one: LinearSamples, shift: Tensor, scale: Tensor) -> LinearSamples:

@@ -38,7 +38,10 @@ _NOISE_STEPS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LinearProblem:
-    """A layer's samples, its weight (O, I) and the bits that both get."""
+    """A layer's samples, its weight (O, I) and the bits that both get.
+
+    `symmetric` weights have the zero point 0. Inputs need not: their zero points fold into biases.
+    """
 
     site: LinearSite
     samples: LinearSamples
@@ -108,7 +111,6 @@ def _search_weight(problem: LinearProblem, method: Method, x_hat: Tensor, exact:
 def _search_inputs(
     problem: LinearProblem, method: Method, x: Tensor, exact: Tensor, grad: Tensor, weight: Tensor
 ) -> Quantizer:
-    symmetric = method.symmetric or problem.symmetric
 
     def error(quantizer: Quantizer) -> float:
         if method.activations in ("mse", "minmax"):
@@ -126,7 +128,9 @@ def _search_inputs(
             return twin
         plain = search_affine(low, high, problem.bits, method.grid, error)
         return twin if error(twin) < error(plain) else plain
-    return search_range(low, high, problem.samples.ordinary, problem.bits, method, symmetric=symmetric, error=error)
+    return search_range(
+        low, high, problem.samples.ordinary, problem.bits, method, symmetric=method.symmetric, error=error
+    )
 
 
 def search_range(
