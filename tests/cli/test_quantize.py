@@ -273,6 +273,17 @@ def test_constant_images_name_the_site(folder: Path) -> None:
     assert "constant" in message
 
 
+def test_reordering_leaves_no_dequantization_before_a_product(folder: Path, few: Path) -> None:
+    found = {}
+    for target in ("portable", "integer"):
+        path = folder / f"count-{target}.fold"
+        arguments = ("--quant", "w8a8", "--images", few, "--target", target, "--keep-slower", *QUICK)
+        found[target] = run_json("optimize", *RANDOM, "-o", path, *arguments)["integer"]
+    assert found["portable"]["dequantized_operands"] > 0
+    assert found["integer"]["dequantized_operands"] == 0
+    assert 0.5 < found["portable"]["macs_ratio"] <= found["integer"]["macs_ratio"] < 1.0
+
+
 def test_other_targets_are_written_too(folder: Path, few: Path) -> None:
     for target in ("portable", "integer", "cpu-avx2", "tensorrt-int8"):
         path = folder / f"{target}.fold"

@@ -218,10 +218,18 @@ def _plan(folded: Folded) -> dict[str, Any]:
         "schedule": describe_r(base.r),
         "quantization": None if quant is None else f"{quant.scheme} by {quant.method}",
         "simulated": folded.simulated,
+        "integer": _integer(folded),
         "tokens": list(folded.tokens),
         "macs": macs,
         "weight_bytes": folded.model.size_bytes,
     }
+
+
+def _integer(folded: Folded) -> dict[str, Any] | None:
+    if folded.quantizers is None:
+        return None
+    work = folded.integer_work()
+    return {"macs_ratio": work.integer_ratio, "dequantized_operands": work.dequantized_operands}
 
 
 def _print(values: dict[str, Any]) -> None:
@@ -235,6 +243,12 @@ def _print(values: dict[str, Any]) -> None:
         if not values["simulated"] and values["recipe"]["quant"].get("attention"):
             shown += " and attention"
         out.print(f"  quant     {values['quantization']} ({shown})", highlight=False)
+    if values["integer"] is not None:
+        out.print(
+            f"  integer   {percent(values['integer']['macs_ratio'])} of the multiply-accumulates, "
+            f"{values['integer']['dequantized_operands']} operands dequantized before a product",
+            highlight=False,
+        )
     out.print(f"  tokens    {' '.join(map(str, tokens))}", highlight=False)
     out.print(f"  work      {values['macs'] / 1e9:.3g} GMACs per image", highlight=False)
     if "bundle" not in values:

@@ -15,9 +15,9 @@ from vitfold.bench.environment import processor
 from vitfold.errors import RecipeError, TargetError
 from vitfold.model import Model, ViTSpec, param_shapes
 from vitfold.model.folds import fold_layer_scale
-from vitfold.ops.count import Count, SiteCost
+from vitfold.ops.count import Count, IntegerWork, SiteCost, integer_work
 from vitfold.programs.vit import vit
-from vitfold.quantizer import QuantParams
+from vitfold.quantizer import Quantizer, QuantParams
 from vitfold.recipe import (
     MergeRecipe,
     QuantRecipe,
@@ -67,6 +67,13 @@ class Folded:
     def costs(self) -> tuple[SiteCost, ...]:
         """Work per site for one image."""
         return count_costs(self.folded.spec, self.recipe.merge)
+
+    def integer_work(self) -> IntegerWork:
+        """How much of the work is integer, and how many dequantizations stand in front of a product, on this target."""
+        form = self.target.quantized_product
+        return integer_work(
+            count_costs(self.folded.spec, self.recipe.merge, self.quantizers, dequantize_first=form == "qdq")
+        )
 
 
 def optimize(
@@ -177,9 +184,15 @@ def read_recipe(path: str | Path, spec: ViTSpec) -> Recipe:
     return Recipe(merge=merged, quant=None if quant is None else check_quant(quant, name=str(path)))
 
 
-def count_costs(spec: ViTSpec, recipe: MergeRecipe) -> tuple[SiteCost, ...]:
-    """Return the work per site for one image, without any weights."""
+def count_costs(
+    spec: ViTSpec,
+    recipe: MergeRecipe,
+    quantizers: Mapping[str, Quantizer] | None = None,
+    *,
+    dequantize_first: bool = False,
+) -> tuple[SiteCost, ...]:
+    """Return the work per site for one image, without any weights; `quantizers` say what of it is integer."""
     required, optional = param_shapes(spec)
-    count = Count(required | optional)
+    count = Count(required | optional, quantizers, dequantize_first=dequantize_first)
     vit(count, spec, recipe, (1, spec.channels, *spec.image_size))
     return tuple(count.costs)
