@@ -284,6 +284,13 @@ def test_reordering_leaves_no_dequantization_before_a_product(folder: Path, few:
     assert 0.5 < found["portable"]["macs_ratio"] <= found["integer"]["macs_ratio"] < 1.0
 
 
+def test_the_fastest_engine_is_found_by_a_race(folder: Path, few: Path) -> None:
+    path = folder / "fastest.fold"
+    arguments = ("--quant", "w8a8", "--images", few, "--target", "fastest", "--keep-slower", *QUICK)
+    assert run_json("optimize", *RANDOM, "-o", path, *arguments)["target"] == open_bundle(path).manifest.target["name"]
+    assert open_bundle(path).manifest.target["engine"] in ("onnxruntime", "openvino")
+
+
 def test_other_targets_are_written_too(folder: Path, few: Path) -> None:
     for target in ("portable", "integer", "cpu-avx2", "tensorrt-int8"):
         path = folder / f"{target}.fold"

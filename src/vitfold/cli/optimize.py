@@ -51,7 +51,8 @@ def optimize(
         str,
         typer.Option(
             help="What the graph is written for: cpu (quantized: this processor's instruction set), portable, "
-            "cpu-avx2, cpu-vnni, cpu-amx, cpu-arm, openvino, tensorrt-int8, integer or simulation."
+            "cpu-avx2, cpu-vnni, cpu-amx, cpu-arm, openvino, tensorrt-int8, integer or simulation; fastest: cpu or "
+            "openvino, whichever runs faster here."
         ),
     ] = "cpu",
     recipe: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Every choice in a file.")] = None,
@@ -90,7 +91,8 @@ def optimize(
     from vitfold.images import find_images
     from vitfold.target import find_target
 
-    find_target(target)
+    base = "cpu" if target == "fastest" else target
+    find_target(base)
     found = None if images is None else find_images(images)
     with working("optimize") as (say, advance):
         if repeat is not None:
@@ -104,7 +106,7 @@ def optimize(
             model = load_model(source, say, arch, num_classes, image_size, weights, seed)
             chosen = None if recipe is None else pipeline.read_recipe(recipe, model.spec)
             wanted = quant_recipe(quant, method, calibration_size, calibration_seed)
-            folded = pipeline.optimize(model, merge=merge, quant=wanted, recipe=chosen, target=target)
+            folded = pipeline.optimize(model, merge=merge, quant=wanted, recipe=chosen, target=base)
             calibration, comparing = None, found
             if folded.needs_calibration:
                 if found is None and not dry_run:
@@ -127,6 +129,9 @@ def optimize(
                 if keep_float:
                     folded = pipeline.keep_float(folded, calibration, keep_float, progress=progress)
                 folded = pipeline.calibrate_folded(folded, calibration, progress=progress)
+            if target == "fastest":
+                say("racing ONNX Runtime and OpenVINO")
+                folded = pipeline.fastest(folded)
             bundle = pipeline.save(folded, output, images=comparing, overwrite=overwrite, step=say)
             if calibration is not None and repeat is None:
                 say("racing the float model")

@@ -1,7 +1,7 @@
 """From a model to a verified bundle: plan, calibrate, emit, verify, compare, write."""
 
 from vitfold.pipeline.calibration import calibrate_folded, keep_float, rank_sites, recorded_images, split_images
-from vitfold.pipeline.gate import Race, float_plan, race
+from vitfold.pipeline.gate import Race, fastest, float_plan, race
 from vitfold.pipeline.plan import Folded, count_costs, optimize, read_recipe
 from vitfold.pipeline.writing import FIDELITY_IMAGES, run_reference, save
 
@@ -11,6 +11,7 @@ __all__ = [
     "Race",
     "calibrate_folded",
     "count_costs",
+    "fastest",
     "float_plan",
     "keep_float",
     "optimize",

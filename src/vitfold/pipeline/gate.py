@@ -1,18 +1,19 @@
-"""Whether the quantized bundle is faster than the float one on this machine.
+"""Whether the quantized bundle is faster than the float one on this machine, and which engine is.
 
-Owns the race between both and the reason that is given when quantization loses.
+Owns those races and the reason that is given when quantization loses.
 """
 
 from __future__ import annotations
 
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vitfold.bench.environment import processor
+from vitfold.bench.environment import installed_version, processor
 from vitfold.bench.measurement import Measurement, speed_up
 from vitfold.bench.timing import interleave
 from vitfold.bundle import Bundle
@@ -78,6 +79,31 @@ def race(quantized: Bundle, folded: Folded, *, batch: int = 1, seconds: float = 
             }
     ratio = speed_up(measured["float"], measured["quantized"])
     return Race(**ratio, reason=None if ratio["median"] > 1.0 else _reason(folded))
+
+
+def fastest(folded: Folded, *, batch: int = 1, seconds: float = SECONDS) -> Folded:
+    """Return the plan for the engine that runs it fastest here: ONNX Runtime, or OpenVINO where it is installed.
+
+    Both graphs hold the same codes; a simulated plan is returned as it is.
+    """
+    if folded.simulated or installed_version("openvino") is None:
+        return folded
+    plans = {plan.target.engine: plan for plan in (folded, replace(folded, target=find_target("openvino")))}
+    shape = (batch, folded.model.spec.channels, *folded.model.spec.image_size)
+    pixels = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitfold-")))
+        calls = {}
+        for engine, plan in plans.items():
+            path = folder / engine / "model.onnx"
+            path.parent.mkdir()
+            write_graph(plan, path)
+            session = stack.enter_context(open_graph(path, engine))
+            session.bind(pixels)
+            calls[engine] = session.run
+        samples = interleave(calls, trials=TRIALS, seconds=seconds)
+    best = min(samples, key=lambda engine: float(np.median([np.median(trial) for trial in samples[engine]])))
+    return plans[best]
 
 
 def _reason(folded: Folded) -> str:
