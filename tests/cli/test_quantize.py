@@ -224,6 +224,21 @@ def test_quantization_asks_for_images(folder: Path) -> None:
     assert "--images DIR" in error("optimize", *RANDOM, "-o", folder / "bad.fold", "--quant", "w8a8")
 
 
+def test_bad_images_are_named_before_calibration_starts(folder: Path, few: Path) -> None:
+    mixed = folder / "mixed-images"
+    mixed.mkdir()
+    for i, path in enumerate(sorted((few / "ship").iterdir()) + sorted((few / "cat").iterdir())):
+        shutil.copy(path, mixed / f"{i}.jpg")
+    (mixed / "z.jpg").write_text("junk")
+    arguments = ("optimize", *RANDOM, "-o", folder / "mixed.fold", "--quant", "w8a8", "--images", mixed)
+    options = ("--method", "minmax", "--calibration-size", "6", "--keep-slower")
+    message = error(*arguments, *options)
+    assert "z.jpg" in message
+    assert "collecting" not in message
+    result = run(*arguments, *options, "--skip-bad")
+    assert "z.jpg" in result.stderr
+
+
 def test_one_image_is_too_few(folder: Path, few: Path) -> None:
     one = folder / "one"
     one.mkdir()

@@ -10,7 +10,7 @@ import typer
 
 from vitfold.cli import options
 from vitfold.cli.terminal import command, counted, note, out, print_json, quiet_stdout, skipped, working
-from vitfold.errors import GateError, VitfoldError, missing_extra
+from vitfold.errors import GateError, ImageError, VitfoldError, missing_extra
 
 if TYPE_CHECKING:
     from vitfold.images import ImageSet
@@ -118,9 +118,8 @@ def optimize(
                     calibration, comparing = pipeline.split_images(folded, found)
         if comparing is not None:
             comparing = comparing.first(pipeline.FIDELITY_IMAGES)
-        if skip_bad and not dry_run:
-            calibration = None if calibration is None else calibration.readable(skipped)
-            comparing = None if comparing is None else comparing.readable(skipped)
+        if not dry_run:
+            calibration, comparing = _decodable(calibration, comparing, skip_bad=skip_bad)
         bundle, race = None, None
         if not dry_run:
             assert output is not None
@@ -172,6 +171,28 @@ def quant_recipe(quant: str | None, method: str | None, size: int, seed: int) ->
     return QuantRecipe(
         weights=weights, activations=activations, method=method or "vitfold", calibration_size=size, seed=seed
     )
+
+
+def _decodable(
+    calibration: ImageSet | None, comparing: ImageSet | None, *, skip_bad: bool
+) -> tuple[ImageSet | None, ImageSet | None]:
+    """Check every image before minutes of calibration, or leave the unreadable ones out."""
+    from vitfold.images import read_image
+
+    if not skip_bad:
+        for image_set in (calibration, comparing):
+            for path in () if image_set is None or calibration is None else image_set.paths:
+                read_image(path)
+        return calibration, comparing
+    calibration = None if calibration is None else calibration.readable(skipped)
+    if comparing is not None:
+        try:
+            comparing = comparing.readable(skipped)
+        except ImageError:
+            if calibration is None:
+                raise
+            comparing = calibration
+    return calibration, comparing
 
 
 def load_model(source: str, say: Callable[[str], None], *arguments: Any) -> Model:
