@@ -208,10 +208,17 @@ def test_attention_stays_float_unless_asked_for(tiny_model, images):
 
 def test_schemes_are_kept(tiny_model, images):
     done = calibrate(tiny_model(), MERGE, recipe(8, "mse"), images, scheme=Scheme(symmetric=True, weight_bits=7))
+    behind_norms = ("attn.qkv.x", "mlp.fc1.x")
     for site, quantizer in done.quantizers.items():
         assert isinstance(quantizer, Uniform)
-        assert quantizer.symmetric
         assert quantizer.bits == (7 if site.endswith((".w", ".softmax")) else 8)
+        if site.endswith(behind_norms):
+            assert int(quantizer.zero_point) == 128, "in the middle of the codes, which is 0 in signed ones"
+        elif not site.endswith(".x"):
+            assert quantizer.symmetric
+    assert any(int(done.quantizers[f"blocks.{i}.mlp.fc2.x"].zero_point) not in (0, 128) for i in range(2)), (
+        "other inputs keep a zero point, which the lowering folds into the bias"
+    )
 
 
 def test_globs_that_match_nothing_are_named(tiny_model, images):
