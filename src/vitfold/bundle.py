@@ -117,7 +117,7 @@ def write_bundle(path: str | Path, write: Callable[[Path], Manifest], *, overwri
         BundleError: if the destination cannot be written, or exists and may not be replaced.
     """
     destination = Path(path).absolute()
-    _check_destination(destination, overwrite=overwrite)
+    check_destination(destination, overwrite=overwrite)
     work = destination.parent / f".{destination.name}.{secrets.token_hex(4)}.partial"
     try:
         try:
@@ -137,7 +137,12 @@ def write_bundle(path: str | Path, write: Callable[[Path], Manifest], *, overwri
     return open_bundle(destination)
 
 
-def _check_destination(destination: Path, *, overwrite: bool) -> None:
+def check_destination(destination: Path, *, overwrite: bool) -> None:
+    """Check that a bundle may be written there, before anything slow starts.
+
+    Raises:
+        BundleError: if something else stands there, or a bundle that may not be replaced.
+    """
     if not destination.exists():
         return
     if not destination.is_dir():

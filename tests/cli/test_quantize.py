@@ -230,13 +230,19 @@ def test_bad_images_are_named_before_calibration_starts(folder: Path, few: Path)
     for i, path in enumerate(sorted((few / "ship").iterdir()) + sorted((few / "cat").iterdir())):
         shutil.copy(path, mixed / f"{i}.jpg")
     (mixed / "z.jpg").write_text("junk")
-    arguments = ("optimize", *RANDOM, "-o", folder / "mixed.fold", "--quant", "w8a8", "--images", mixed)
+    arguments = ("optimize", *RANDOM, "-o", folder / "mixed-images.fold", "--quant", "w8a8", "--images", mixed)
     options = ("--method", "minmax", "--calibration-size", "6", "--keep-slower")
     message = error(*arguments, *options)
     assert "z.jpg" in message
     assert "collecting" not in message
     result = run(*arguments, *options, "--skip-bad")
     assert "z.jpg" in result.stderr
+
+
+def test_an_existing_bundle_is_noticed_before_calibration_starts(quantized: Path, few: Path) -> None:
+    message = error("optimize", "demo", "-o", quantized, "--quant", "w8a8", "--images", few)
+    assert "--overwrite" in message
+    assert "collecting" not in message
 
 
 def test_one_image_is_too_few(folder: Path, few: Path) -> None:

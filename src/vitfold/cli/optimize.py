@@ -88,9 +88,12 @@ def optimize(
         raise typer.BadParameter("--method needs --quant, for example --quant w8a8", param_hint="--method")
     require_optimize()
     from vitfold import pipeline
+    from vitfold.bundle import check_destination
     from vitfold.images import find_images
     from vitfold.target import find_target
 
+    if output is not None and not dry_run:
+        check_destination(output.absolute(), overwrite=overwrite)
     base = "cpu" if target == "fastest" else target
     find_target(base)
     found = None if images is None else find_images(images)
