@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from vitfold.errors import GateError, VitfoldError
 
@@ -96,18 +104,7 @@ def write_json(path: Path, value: Any) -> None:
 @contextmanager
 def steps(title: str) -> Iterator[Callable[[str], None]]:
     """Show a spinner with the current step and the time it takes; hand out the function that names it."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
-        task = progress.add_task(title, total=None)
-        last = [""]
-
-        def say(step: str) -> None:
-            progress.update(task, description=f"{title}: {step}")
-            kind = re.sub(r" \d+/\d+$", "", step.partition(": ")[0])
-            if not log.is_terminal and kind != last[0]:
-                last[0] = kind
-                note(f"{title}: {kind}")
-
+    with _naming(title, SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as (say, _):
         yield say
 
 
@@ -117,14 +114,19 @@ def working(title: str) -> Iterator[tuple[Callable[[str], None], Callable[[int, 
 
     The second takes how many items are done and of how many.
     """
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with _naming(title, SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()) as both:
+        yield both
+
+
+@contextmanager
+def _naming(title: str, *columns: ProgressColumn) -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
     with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         last = [""]
 
         def say(step: str) -> None:
             progress.update(task, description=f"{title}: {step}", total=None)
-            kind = step.partition(": ")[0].rstrip("0123456789/ ")
+            kind = re.sub(r" \d+/\d+$", "", step.partition(": ")[0])
             if not log.is_terminal and kind != last[0]:
                 last[0] = kind
                 note(f"{title}: {kind}")

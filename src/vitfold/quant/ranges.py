@@ -6,7 +6,7 @@ from is `collect`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,16 +113,9 @@ def search_affine(low: Float[Tensor, ""], high: Float[Tensor, ""], bits: int, gr
     return make((a, b))
 
 
-def best(candidates: object, error: Error) -> Uniform:
+def best(candidates: Iterable[Uniform], error: Error) -> Uniform:
     """Return the candidate of least error, the first on ties."""
-    chosen: Uniform | None = None
-    least = float("inf")
-    for candidate in candidates:  # type: ignore[attr-defined]
-        found = error(candidate)
-        if chosen is None or found < least:
-            chosen, least = candidate, found
-    assert chosen is not None
-    return chosen
+    return min(candidates, key=error)
 
 
 def percentile_range(x: Float[Tensor, ...], ratio: float) -> tuple[Tensor, Tensor]:
