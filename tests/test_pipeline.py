@@ -105,7 +105,7 @@ def test_a_quantized_model_becomes_a_bundle(
         found = session.fetch()
     expected = pipeline.run_reference(done, pixels)
     errors = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
-    assert errors.min() < 1e-5
+    assert errors.min() < (0.02 if target.startswith("tensorrt") else 1e-5)
     assert np.median(errors) < 0.02
 
 

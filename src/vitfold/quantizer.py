@@ -1,6 +1,6 @@
 """Quantizers as values: what each site's numbers are rounded to.
 
-Owns the quantizers (uniform, twin uniform, logarithmic), their arithmetic in NumPy, which every
+Owns the quantizers (uniform, twin uniform, logarithmic, 8-bit float), their arithmetic in NumPy, which every
 interpreter has to reproduce, and the file that holds a model's quantizers. How ranges are found is
 `quant`'s business, how a quantizer becomes nodes is `ops.emit`'s.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -188,7 +188,76 @@ class Shifted:
         return shifted
 
 
-Quantizer = Uniform | Twin | Log | Shifted
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Float8:
+    """x ~ scale e4m3(x / scale): 8-bit floats of 4 exponent and 3 mantissa bits, saturating at 448.
+
+    `scale` (float32, positive) has shape () per tensor, or (O,) with axis 0: the output channels of a weight.
+
+    Source: Micikevicius et al. (2209.05433), the format E4M3 as ONNX's FLOAT8E4M3FN stores it.
+    """
+
+    scale: Array
+    axis: Literal[0] | None = None
+
+    def __post_init__(self) -> None:
+        scale = np.asarray(self.scale, np.float32)
+        if scale.ndim != (0 if self.axis is None else 1) or not (np.isfinite(scale).all() and (scale > 0).all()):
+            raise ValueError("an 8-bit float has one positive scale, or one per output channel of a weight")
+        object.__setattr__(self, "scale", scale)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 8
+
+    def codes(self, x: Array) -> Array:
+        """x / scale, clamped to what the format holds, as float32 on the format's grid; ties go to even."""
+        scale = self.scale if self.axis is None else self.scale.reshape(-1, *[1] * (x.ndim - 1))
+        return round_to_e4m3(np.clip(x / scale, -LARGEST_E4M3, LARGEST_E4M3).astype(np.float32))
+
+    def __call__(self, x: Array) -> Array:
+        """Quantize and dequantize."""
+        scale = self.scale if self.axis is None else self.scale.reshape(-1, *[1] * (x.ndim - 1))
+        values: Array = self.codes(x) * scale
+        return values
+
+
+LARGEST_E4M3 = 448.0
+_SMALLEST_EXPONENT = -6
+_MANTISSA_BITS = 3
+
+
+def round_to_e4m3(x: Array) -> Array:
+    """Round numbers of at most 448 to the nearest that E4M3 holds, subnormals included, ties to even."""
+    _, exponent = np.frexp(x)
+    step = np.ldexp(np.float32(1), np.maximum(exponent - 1, _SMALLEST_EXPONENT) - _MANTISSA_BITS)
+    rounded: Array = (np.rint(x / step) * step).astype(np.float32)
+    return rounded
+
+
+Quantizer = Uniform | Twin | Log | Shifted | Float8
+
+
+_HALF_EXPONENT = 7
+
+
+def in_half(quantizer: Quantizer) -> Quantizer:
+    """Return the quantizer with every scale rounded to FP16: 11 bits, kept 7 powers of two above the subnormals."""
+    if isinstance(quantizer, Twin):
+        inner, outer = (replace(q, scale=_half(q.scale, 0)) for q in (quantizer.inner, quantizer.outer))
+        return replace(quantizer, inner=inner, outer=outer)
+    if isinstance(quantizer, Shifted):
+        return replace(quantizer, inner=replace(quantizer.inner, scale=_half(quantizer.inner.scale, 0)))
+    if isinstance(quantizer, Log):
+        return quantizer
+    return replace(quantizer, scale=_half(quantizer.scale, _HALF_EXPONENT if quantizer.axis == 0 else 0))
+
+
+def _half(scale: Array, exponent: int) -> Array:
+    """Round 2^exponent scale to FP16."""
+    halves = np.maximum(np.ldexp(scale, exponent).astype(np.float16), np.finfo(np.float16).smallest_subnormal)
+    return np.asarray(np.ldexp(halves.astype(np.float32), -exponent))
 
 
 class QuantParams(Mapping[str, Quantizer]):
@@ -267,6 +336,9 @@ def _flatten(quantizers: Mapping[str, Quantizer]) -> tuple[str, dict[str, Array]
         elif isinstance(q, Shifted):
             arrays[f"{site}.offset"] = np.asarray(q.offset, order="C")
             head[site] = {"kind": "shifted", "name": site, "inner": uniform(f"{site}.inner", q.inner)}
+        elif isinstance(q, Float8):
+            arrays[f"{site}.scale"] = np.asarray(q.scale, order="C")
+            head[site] = {"kind": "float8", "name": site, "axis": q.axis}
         else:
             arrays[f"{site}.scale"] = np.asarray(q.scale, order="C")
             head[site] = {"kind": "log", "name": site, "bits": q.bits, "root": q.root}
@@ -287,6 +359,8 @@ def _restore(entry: Mapping[str, Any], tensor: Any) -> Quantizer:
     scale = tensor(f"{entry['name']}.scale")
     if entry["kind"] == "log":
         return Log(scale=scale, bits=entry["bits"], root=entry["root"])
+    if entry["kind"] == "float8":
+        return Float8(scale=scale, axis=entry["axis"])
     if entry["kind"] != "uniform":
         raise ValueError(f"unknown quantizer {entry['kind']!r}")
     zero_point = tensor(f"{entry['name']}.zero_point")

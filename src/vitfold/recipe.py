@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
 import tomli_w
 
@@ -26,18 +26,30 @@ else:
     import tomli as tomllib
 
 
+Order = Literal["index", "score"]
+Format = Literal["integer", "float8"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeRecipe:
     """Tokens removed in each block, `r[l]` for block l, and whether attention counts merged tokens.
 
-    Source: ToMe (2210.09461), sections 3.1 and 3.2.
+    `order` says in which order the rows of A that stay go on: as they stood ("index"), or by their similarity
+    ("score"), which spares compilers that sort by kernels two of them. It decides who is matched with whom in the
+    next merge. None: as the target prefers it; resolved recipes name one.
+
+    Source: ToMe (2210.09461), sections 3.1 and 3.2; its released code orders by index where a model has a class
+    token, else by score.
     """
 
     r: tuple[int, ...]
     prop_attn: bool = True
+    order: Order | None = None
 
     def __post_init__(self) -> None:
         _check_r(self.r, name="merge.r")
+        if self.order not in (None, *get_args(Order)):
+            raise RecipeError(f"merge.order is index or score, found {self.order!r}")
 
 
 FLOAT = "float"
@@ -51,7 +63,8 @@ class QuantRecipe:
     `attention` says whether the operands of the attention products are rounded too (None: as the target
     gains from it; resolved recipes say true or false); `sites` overrides single
     sites, glob -> "w8a8" or "float", the last match wins; `calibration_size` images are drawn with `seed`.
-    `head_bits` is the least that the classifier gets, as every published table does it.
+    `head_bits` is the least that the classifier gets, as every published table does it. `format` says what
+    the bits are: integers, or 8-bit floats (E4M3).
     """
 
     weights: int = 8
@@ -61,6 +74,7 @@ class QuantRecipe:
     calibration_size: int = 128
     seed: int = 0
     head_bits: int = 8
+    format: Format = "integer"
     sites: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,6 +86,10 @@ class QuantRecipe:
             raise RecipeError(f"quant.calibration_size must be at least 1, found {self.calibration_size!r}")
         if type(self.seed) is not int:
             raise RecipeError(f"quant.seed must be an integer, found {self.seed!r}")
+        if self.format not in get_args(Format):
+            raise RecipeError(f"quant.format is integer or float8, found {self.format!r}")
+        if self.format == "float8" and (self.weights, self.activations) != (8, 8):
+            raise RecipeError("quant.format float8 has 8 bits for weights and activations; leave both out")
         if self.attention not in (None, True, False) or not isinstance(self.method, str):
             raise RecipeError("quant.attention is true or false, quant.method a name")
         if not isinstance(self.sites, Mapping):
@@ -98,8 +116,24 @@ class QuantRecipe:
 
     @property
     def scheme(self) -> str:
-        """The usual short form, as W8A8."""
+        """The usual short form, as W8A8 or FP8."""
+        if self.format == "float8":
+            return "FP8"
         return f"W{self.weights}A{self.activations}"
+
+
+def quant_from_scheme(scheme: str) -> QuantRecipe | None:
+    """Return what `--quant` names: "w8a8" and its like, "fp8", or "none".
+
+    Raises:
+        RecipeError: naming the usual ones.
+    """
+    if scheme == "none":
+        return None
+    if scheme.lower() == "fp8":
+        return QuantRecipe(format="float8")
+    weights, activations = bits_from_scheme(scheme)
+    return QuantRecipe(weights=weights, activations=activations)
 
 
 def bits_from_scheme(scheme: str, *, name: str = "--quant") -> tuple[int, int]:
@@ -110,7 +144,9 @@ def bits_from_scheme(scheme: str, *, name: str = "--quant") -> tuple[int, int]:
     """
     found = re.fullmatch(r"w(\d+)a(\d+)", scheme.lower()) if isinstance(scheme, str) else None
     if found is None or int(found[1]) not in _BITS or int(found[2]) not in _BITS:
-        raise RecipeError(f"{name} cannot be {scheme!r}; give w8a8, w6a6, w4a8, w4a4 or the like, with 2 to 8 bits")
+        raise RecipeError(
+            f"{name} cannot be {scheme!r}; give w8a8, w6a6, w4a8, w4a4 or the like, with 2 to 8 bits, or fp8"
+        )
     return int(found[1]), int(found[2])
 
 
@@ -125,6 +161,8 @@ class Recipe:
         """Return plain JSON and TOML values."""
         values = asdict(self)
         values["merge"]["r"] = list(self.merge.r)
+        if self.merge.order is None:
+            del values["merge"]["order"]
         if self.quant is None:
             del values["quant"]
         else:
@@ -184,10 +222,10 @@ def recipe_from_dict(values: Mapping[str, Any], *, name: str) -> Recipe:
     prop_attn = merge.get("prop_attn", True)
     if not isinstance(prop_attn, bool):
         raise RecipeError(f"{name}: merge.prop_attn must be true or false, found {prop_attn!r}")
-    r = merge.get("r", ())
+    r, order = merge.get("r", ()), merge.get("order")
     _check_r(r, name=f"{name}: merge.r")
     quant = None if "quant" not in values else check_quant(values["quant"], name=name)
-    return Recipe(merge=MergeRecipe(r=tuple(r), prop_attn=prop_attn), quant=quant)
+    return Recipe(merge=MergeRecipe(r=tuple(r), prop_attn=prop_attn, order=order), quant=quant)
 
 
 def check_quant(values: Mapping[str, Any], *, name: str) -> QuantRecipe:

@@ -13,9 +13,13 @@ from typing import Any, Literal, get_args
 from vitfold.errors import TargetError, nearest
 
 Gather = Literal["gather_nd", "gather_elements", "one_hot"]
-Scatter = Literal["one_hot", "scatter_elements"]
+Scatter = Literal["one_hot", "masked_sum", "scatter_elements"]
 Bias = Literal["gemm", "add"]
-ActivationType = Literal["uint8", "int8"]
+FloatType = Literal["float32", "float16"]
+ActivationType = Literal["uint8", "int8", "float8e4m3fn"]
+ArgMax = Literal["argmax", "topk"]
+Similarity = Literal["normalize", "divide"]
+WeightScale = Literal["channel", "normalized"]
 QuantizedProduct = Literal["matmul_integer_to_float", "qdq", "integer"]
 
 
@@ -49,6 +53,12 @@ class Target:
     quantized_product: QuantizedProduct
     quantize_attention: bool
     why: str
+    float_type: FloatType = "float32"
+    weight_scale: WeightScale = "channel"
+    argmax: ArgMax = "argmax"
+    similarity: Similarity = "normalize"
+    keeps_order: bool = True
+    implied_quant: str = "none"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -84,6 +94,22 @@ _PORTABLE = Target(
     quantized_product="qdq",
     quantize_attention=False,
     why="standard ONNX operators only: for any runtime, at some cost on ONNX Runtime",
+)
+_TENSORRT = replace(
+    _PORTABLE,
+    name="tensorrt-fp16",
+    engine="tensorrt",
+    opset=20,
+    gather="gather_nd",
+    scatter_add="masked_sum",
+    activation_type="int8",
+    symmetric=True,
+    float_type="float16",
+    weight_scale="normalized",
+    argmax="topk",
+    similarity="divide",
+    keeps_order=False,
+    why="TensorRT, strongly typed: every precision stands in the graph, in the form of the fewest kernels",
 )
 
 
@@ -124,13 +150,22 @@ TARGETS: dict[str, Target] = {
             engine="openvino",
             why="OpenVINO folds the Q/DQ pairs around products into integer kernels",
         ),
+        _TENSORRT,
         replace(
-            _PORTABLE,
+            _TENSORRT,
             name="tensorrt-int8",
-            engine="tensorrt",
-            activation_type="int8",
-            symmetric=True,
-            why="TensorRT takes no uint8 activations and no zero points; they become shifts of x and of the bias",
+            quantize_attention=True,
+            implied_quant="w8a8",
+            why="TensorRT takes no uint8 activations and no zero points, which become shifts of x and of the bias; its "
+            "fused attention in 8 bit needs q, k, v and the softmax in 8 bit, all of them",
+        ),
+        replace(
+            _TENSORRT,
+            name="tensorrt-fp8",
+            activation_type="float8e4m3fn",
+            quantize_attention=True,
+            implied_quant="fp8",
+            why="TensorRT on compute capability 8.9 and newer: E4M3 needs no zero point and no clipping search",
         ),
         replace(
             _PORTABLE,

@@ -26,9 +26,14 @@ from vitfold.programs.tokens import Tokens
 from vitfold.programs.vit import transformer_block, vit
 from vitfold.quantizer import Log, Quantizer, QuantParams, Shifted, Uniform
 from vitfold.recipe import MergeRecipe
-from vitfold.target import TARGETS, Target
+from vitfold.target import TARGETS as KNOWN
+from vitfold.target import Target
 
-EXECUTED = list(TARGETS)
+# The lowering of half-precision targets is checked in single precision, where it has to be exact.
+TARGETS = {
+    name: replace(target, float_type="float32") for name, target in KNOWN.items() if target.implied_quant != "fp8"
+}
+EXECUTED = [name for name in TARGETS if name != "tensorrt-fp16"]
 STANDARD = [name for name in EXECUTED if TARGETS[name].quantized_product == "qdq"]
 CPU = [name for name in EXECUTED if TARGETS[name].quantized_product == "matmul_integer_to_float"]
 
@@ -78,7 +83,7 @@ def one_block(model: Model, r: int = 0) -> Any:
     def program(ops: Any, image: Any) -> Any:
         x = ops.patch_embed("patch_embed", image)
         tokens = Tokens(x=x, count=spec.patches, prefix=0)
-        return transformer_block(ops, spec, 0, tokens, r=r, prop_attn=True, trace=False).x
+        return transformer_block(ops, spec, 0, tokens, r=r, recipe=MergeRecipe(r=()), trace=False).x
 
     return program
 
@@ -412,6 +417,7 @@ def test_standard_graphs_pair_quantize_and_dequantize(tiny_model, random_images,
     assert work.dequantized_operands == len(dequantizations), "what the cost model counts stands in the graph"
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     restored = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    restored |= {node.output[0] for node in graph.node if node.op_type == "Transpose" and node.input[0] in restored}
     products = [node for node in graph.node if node.op_type == "MatMul" and restored.issuperset(node.input)]
     layers = [site for site in quantizers if site.endswith(".x")]
     assert len(products) == len(layers) + 2 * 2 + (0 if target.symmetric else 2 + 2)

@@ -23,6 +23,7 @@ from vitfold.ops.emit.reordered import dyadic
 from vitfold.programs.tokens import Tokens
 from vitfold.programs.vit import transformer_block
 from vitfold.quantizer import Quantizer
+from vitfold.recipe import MergeRecipe
 from vitfold.target import TARGETS
 
 INTEGER = TARGETS["integer"]
@@ -35,7 +36,7 @@ def block_graph(model: Model, quantizers: dict[str, Quantizer], path: Path, r: i
     def program(ops: Any, image: Any) -> Any:
         tokens = Tokens(x=ops.patch_embed("patch_embed", image), count=spec.patches, prefix=0)
         for block, merged in enumerate((r, 0)):
-            tokens = transformer_block(ops, spec, block, tokens, r=merged, prop_attn=True, trace=False)
+            tokens = transformer_block(ops, spec, block, tokens, r=merged, recipe=MergeRecipe(r=()), trace=False)
         return tokens.x
 
     write_onnx(emit_graph(program, model, INTEGER, quantizers), path)

@@ -10,8 +10,9 @@ from vitfold.errors import EngineError, nearest
 
 ENGINES = ("onnxruntime", "openvino")
 SIMULATION = "simulation"
+TENSORRT = "tensorrt"
 
-__all__ = ["ENGINES", "SIMULATION", "Session", "open_graph", "open_session", "usable_cores"]
+__all__ = ["ENGINES", "SIMULATION", "TENSORRT", "Session", "open_graph", "open_session", "usable_cores"]
 
 
 def open_session(bundle: Bundle, *, engine: str | None = None, threads: int | None = None) -> Session:
@@ -29,7 +30,8 @@ def open_session(bundle: Bundle, *, engine: str | None = None, threads: int | No
         from vitfold.engines.simulation import open_simulation
 
         return open_simulation(bundle, threads=threads)
-    return open_graph(bundle.onnx_path, engine or str(bundle.manifest.target.get("engine")), threads=threads)
+    made_for = str(bundle.manifest.target.get("engine"))
+    return open_graph(bundle.onnx_path, engine or made_for, threads=threads, literal=made_for == TENSORRT)
 
 
 def _scheme(bundle: Bundle) -> str:
@@ -37,8 +39,8 @@ def _scheme(bundle: Bundle) -> str:
     return "it" if quant is None else quant.scheme
 
 
-def open_graph(path: Path, engine: str, *, threads: int | None = None) -> Session:
-    """Load an ONNX graph into an engine.
+def open_graph(path: Path, engine: str, *, threads: int | None = None, literal: bool = False) -> Session:
+    """Load an ONNX graph into an engine; `literal` says that it was made for another one (ONNX Runtime only).
 
     Raises:
         EngineError: if the engine is unknown, not installed or refuses the graph.
@@ -46,7 +48,7 @@ def open_graph(path: Path, engine: str, *, threads: int | None = None) -> Sessio
     if engine == "onnxruntime":
         from vitfold.engines.onnxruntime import OnnxRuntimeSession
 
-        return OnnxRuntimeSession(path, threads=threads)
+        return OnnxRuntimeSession(path, threads=threads, literal=literal)
     if engine == "openvino":
         from vitfold.engines.openvino import OpenVinoSession
 

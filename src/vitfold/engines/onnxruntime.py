@@ -27,15 +27,20 @@ _EXCEPTIONS = (
 
 
 class OnnxRuntimeSession(Session):
-    """One ONNX graph on ONNX Runtime's CPU provider, with one input and one output."""
+    """One ONNX graph on ONNX Runtime's CPU provider, with one input and one output.
 
-    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+    `literal` leaves the graph as it was written, but for the simplest fusions: some of the others move 8-bit floats to
+    operators that do not take them.
+    """
+
+    def __init__(self, path: str | Path, *, threads: int | None = None, literal: bool = False) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or usable_cores()
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        levels = ort.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_BASIC if literal else levels.ORT_ENABLE_ALL
         # Threads spin within a run, where it pays, and sleep between runs, where it robs the neighbours.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:

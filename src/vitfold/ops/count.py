@@ -205,9 +205,11 @@ class Count:
         """Elementwise."""
         return self._elementwise("elementwise", a)
 
-    def l2_normalize(self, a: Shape) -> Shape:
-        """Elementwise."""
-        return self._elementwise("normalization", a)
+    def similarity(self, site: str, metric: Shape, a: range, b: range) -> Shape:
+        """Normalization, two copies and a product."""
+        self._elementwise("normalization", metric)
+        left, right = (self.slice(metric, 1, rows.start, rows.stop, rows.step) for rows in (a, b))
+        return self.matmul(site, left, right, transpose_b=True)
 
     def mean(self, a: Shape, axis: int) -> Shape:
         """Reduction."""
@@ -263,7 +265,7 @@ class Count:
         self._note(self._scope, "reduction", (a,), output)
         return output, output
 
-    def rank_split(self, scores: Shape, count: int) -> tuple[Shape, Shape]:
+    def rank_split(self, scores: Shape, count: int, *, by_score: bool = False) -> tuple[Shape, Shape]:
         """A sort of one short column."""
         batch, rows, _ = _column(scores)
         _require(0 <= count <= rows, f"cannot take the {count} largest of {scores}")
@@ -291,6 +293,12 @@ class Count:
         _require(rows == (*_column(index)[:2], x[2]), f"{site} needs one row of {x} per index of {index}, found {rows}")
         self._note(site, "elementwise", (x, rows), x)
         return x
+
+    def merge_rows(
+        self, site: str, parts: tuple[Shape, ...], survivors: Shape, into: Shape, moved: Shape
+    ) -> tuple[Shape, ...]:
+        """Each part by itself."""
+        return tuple(self.scatter_add(site, self.take(x, survivors), into, self.take(x, moved)) for x in parts)
 
     def ones_like(self, a: Shape) -> Shape:
         """Free."""

@@ -83,8 +83,8 @@ class Ops(Protocol[T]):
         """Hyperbolic tangent."""
         ...
 
-    def l2_normalize(self, a: T) -> T:
-        """a / ||a||_2 along the last axis; zero rows stay zero."""
+    def similarity(self, site: str, metric: T, a: range, b: range) -> T:
+        """Cosine of the rows `a` with the rows `b` of (B, N, K): (B, len(a), len(b)); 0 with a zero row."""
         ...
 
     def mean(self, a: T, axis: int) -> T:
@@ -123,10 +123,11 @@ class Ops(Protocol[T]):
         """Return the largest value of the last axis and its index (the first, on ties): (B, N, M) -> 2 x (B, N, 1)."""
         ...
 
-    def rank_split(self, scores: T, count: int) -> tuple[T, T]:
+    def rank_split(self, scores: T, count: int, *, by_score: bool = False) -> tuple[T, T]:
         """Split rows by score (B, N, 1): indices of the `count` largest (descending), of the others (ascending).
 
-        On ties the smaller index counts as larger. Indices are columns (B, R, 1) everywhere.
+        On ties the smaller index counts as larger. `by_score` leaves both in ascending order of their scores, and
+        on ties the larger index counts as larger. Indices are columns (B, R, 1) everywhere.
         """
         ...
 
@@ -144,6 +145,13 @@ class Ops(Protocol[T]):
 
     def scatter_add(self, site: str, x: T, index: T, rows: T) -> T:
         """Add rows (B, R, D) onto rows `index` (B, R, 1) of x (B, N, D); several may meet in one row."""
+        ...
+
+    def merge_rows(self, site: str, parts: tuple[T, ...], survivors: T, into: T, moved: T) -> tuple[T, ...]:
+        """Sum rows that merge, of every part (B, N, D): rows `survivors`, row `into[i]` of which `moved[i]` joins.
+
+        The same as `take` of the survivors and `scatter_add` of the rows that move, for all parts at once.
+        """
         ...
 
     def ones_like(self, a: T) -> T:

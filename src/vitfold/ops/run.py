@@ -111,9 +111,10 @@ class Run:
         """Hyperbolic tangent."""
         return torch.tanh(a)
 
-    def l2_normalize(self, a: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """a / ||a||, zero rows stay zero."""
-        return F.normalize(a, dim=-1)
+    def similarity(self, site: str, metric: Float[Tensor, "B N K"], a: range, b: range) -> Float[Tensor, "B A M"]:
+        """Cosine of rows."""
+        unit = F.normalize(metric, dim=-1)
+        return unit[:, a.start : a.stop : a.step] @ unit[:, b.start : b.stop : b.step].transpose(-1, -2)
 
     def mean(self, a: Tensor, axis: int) -> Tensor:
         """Mean over one axis."""
@@ -155,9 +156,13 @@ class Run:
         return values, index
 
     def rank_split(
-        self, scores: Float[Tensor, "B N 1"], count: int
+        self, scores: Float[Tensor, "B N 1"], count: int, *, by_score: bool = False
     ) -> tuple[Int[Tensor, "B R 1"], Int[Tensor, "B K 1"]]:
-        """Indices of the `count` largest, descending, and of the others, ascending."""
+        """Indices of the `count` largest, and of the others."""
+        if by_score:
+            rest = scores.shape[1] - count
+            order = torch.sort(scores, dim=1, stable=True).indices
+            return order[:, rest:], order[:, :rest]
         order = torch.sort(scores, dim=1, descending=True, stable=True).indices
         return order[:, :count], order[:, count:].sort(1).values
 
@@ -180,6 +185,17 @@ class Run:
     ) -> Float[Tensor, "B N D"]:
         """Add rows onto rows."""
         return x.scatter_add(1, index.expand_as(rows), rows)
+
+    def merge_rows(
+        self,
+        site: str,
+        parts: tuple[Float[Tensor, "B N _"], ...],
+        survivors: Int[Tensor, "B M 1"],
+        into: Int[Tensor, "B R 1"],
+        moved: Int[Tensor, "B R 1"],
+    ) -> tuple[Float[Tensor, "B M _"], ...]:
+        """Each part by itself."""
+        return tuple(self.scatter_add(site, self.take(x, survivors), into, self.take(x, moved)) for x in parts)
 
     def ones_like(self, a: Tensor) -> Tensor:
         """Ones."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitfold.model import Array
 from vitfold.ops.run import Run
-from vitfold.quantizer import EXPONENTIALS, Quantizer, Shifted, Twin, Uniform
+from vitfold.quantizer import EXPONENTIALS, LARGEST_E4M3, Float8, Quantizer, Shifted, Twin, Uniform
 
 # torch's integer product wants more than 16 rows and multiples of 8; tiny layers run in float.
 _LEAST_INTEGER_WIDTH = 64
@@ -39,11 +39,21 @@ def fake_quantize(x: Float[Tensor, ...], quantizer: Quantizer) -> Float[Tensor, 
     if isinstance(quantizer, Twin):
         inner, outer = fake_quantize(x, quantizer.inner), fake_quantize(x, quantizer.outer)
         return torch.where(x < quantizer.threshold, inner, outer)
+    if isinstance(quantizer, Float8):
+        return _fake_float8(x, quantizer)
     if isinstance(quantizer, Shifted):
         offset = torch.from_numpy(quantizer.offset)
         return fake_quantize(x + offset, quantizer.inner) - offset
     codes = torch.log2(x.clamp_min(1e-30) / float(quantizer.scale)).mul_(-quantizer.root).round_()
     return torch.exp2(codes.clamp_(0, 2**quantizer.bits - 1).div_(-quantizer.root)).mul_(float(quantizer.scale))
+
+
+def _fake_float8(x: Float[Tensor, ...], quantizer: Float8) -> Float[Tensor, ...]:
+    scale = torch.from_numpy(quantizer.scale)
+    if quantizer.axis is not None:
+        scale = scale.reshape(-1, *[1] * (x.ndim - 1))
+    codes = (x / scale).clamp_(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
+    return codes.to(x.dtype).mul_(scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

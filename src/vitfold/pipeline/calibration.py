@@ -33,6 +33,7 @@ def scheme_of(target: Target) -> Scheme:
         symmetric=target.symmetric,
         weight_bits=target.weight_bits,
         uniform_only=target.engine != "simulation",
+        half_scales=target.float_type == "float16",
     )
 
 

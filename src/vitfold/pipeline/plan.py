@@ -20,11 +20,12 @@ from vitfold.programs.vit import vit
 from vitfold.quantizer import Quantizer, QuantParams
 from vitfold.recipe import (
     MergeRecipe,
+    Order,
     QuantRecipe,
     Recipe,
-    bits_from_scheme,
     check_quant,
     parse_recipe,
+    quant_from_scheme,
     tokens_per_block,
 )
 from vitfold.schedule import resolve_r
@@ -102,19 +103,19 @@ def optimize(
     if recipe is None:
         recipe = Recipe(merge=MergeRecipe(r=resolve_r(merge, model.spec)), quant=_quant_recipe(quant))
     tokens_per_block(model.spec, recipe.merge.r)
+    if recipe.quant is None and quant is None:
+        recipe = replace(recipe, quant=quant_from_scheme(find_target(target).implied_quant))
     chosen = resolve_target(target, recipe.quant)
     if recipe.quant is not None:
         recipe = replace(recipe, quant=resolve_quant(recipe.quant, chosen, model.spec))
+    if recipe.merge.order is None:
+        order: Order = "index" if chosen.keeps_order else "score"
+        recipe = replace(recipe, merge=replace(recipe.merge, order=order))
     return Folded(model=model, folded=fold_layer_scale(model), recipe=recipe, target=chosen)
 
 
 def _quant_recipe(quant: str | QuantRecipe | None) -> QuantRecipe | None:
-    if quant is None or isinstance(quant, QuantRecipe):
-        return quant
-    if quant == "none":
-        return None
-    weights, activations = bits_from_scheme(quant)
-    return QuantRecipe(weights=weights, activations=activations)
+    return quant_from_scheme(quant) if isinstance(quant, str) else quant
 
 
 def resolve_target(name: str, quant: QuantRecipe | None) -> Target:
@@ -124,6 +125,7 @@ def resolve_target(name: str, quant: QuantRecipe | None) -> Target:
         TargetError: if a target that executes was asked for what no engine executes.
     """
     target = find_target(name)
+    _check_format(target, quant)
     if quant is None:
         if target.engine == "simulation" or target.quantized_product == "integer":
             raise TargetError(f"target {name} is for quantized models; add --quant w8a8, or choose --target cpu")
@@ -141,6 +143,21 @@ def resolve_target(name: str, quant: QuantRecipe | None) -> Target:
         found = processor()
         return cpu_target(found["instruction_sets"], found["architecture"])
     return target
+
+
+def _check_format(target: Target, quant: QuantRecipe | None) -> None:
+    """Check that a target which stands for one precision is asked for that one."""
+    implied = target.implied_quant
+    if quant is None:
+        if implied != "none":
+            raise TargetError(f"target {target.name} quantizes; leave --quant out, or choose --target tensorrt-fp16")
+        return
+    if target.engine == "tensorrt" and implied == "none":
+        raise TargetError(f"target {target.name} does not quantize; choose --target tensorrt-int8 or tensorrt-fp8")
+    if quant.format == "float8" and target.activation_type != "float8e4m3fn" and target.engine != "simulation":
+        raise TargetError(f"target {target.name} runs no 8-bit floats; choose --target tensorrt-fp8, or simulation")
+    if quant.format == "integer" and target.activation_type == "float8e4m3fn":
+        raise TargetError(f"target {target.name} runs 8-bit floats ({quant.scheme} are integers); give --quant fp8")
 
 
 def resolve_quant(quant: QuantRecipe, target: Target, spec: ViTSpec) -> QuantRecipe:

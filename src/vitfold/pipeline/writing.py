@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from vitfold.bench.evaluation import run_over
 from vitfold.bench.fidelity import Fidelity
 from vitfold.bundle import QUANTIZERS, WEIGHTS, Bundle, Manifest, has_trained_weights, write_bundle
-from vitfold.engines import ENGINES, Session, open_graph
+from vitfold.engines import TENSORRT, Session, open_graph
 from vitfold.errors import EngineError, RecipeError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model
@@ -27,7 +27,9 @@ from vitfold.version import __version__
 
 VERIFY_IMAGES = 4
 VERIFY_RELATIVE_ERROR = 1e-4
+VERIFY_HALF_ERROR = 5e-2
 VERIFY_NOISE_FACTOR = 5.0
+HALF_STEP = np.float32(2.0**-10)
 FIDELITY_IMAGES = 200
 Step = Callable[[str], None]
 
@@ -119,11 +121,12 @@ def write_graph(folded: Folded, path: Path) -> int:
 
 
 def _open(folded: Folded, onnx_path: Path) -> Session:
-    """Open what was written; the graph of a target whose engine is not here runs on ONNX Runtime."""
+    """Open what was written; a graph for TensorRT is checked on ONNX Runtime, wherever it was made."""
     if folded.simulated:
         return simulation(folded)
-    engine = folded.target.engine
-    return open_graph(onnx_path, engine if engine in ENGINES else "onnxruntime")
+    if folded.target.engine == TENSORRT:
+        return open_graph(onnx_path, "onnxruntime", literal=True)
+    return open_graph(onnx_path, folded.target.engine)
 
 
 def simulation(folded: Folded) -> Session:
@@ -168,17 +171,20 @@ def _verify(folded: Folded, pixels: Float[np.ndarray, "B 3 H W"], found: Float[n
     """Compare image by image; one image may differ more, where rounding turned a tie in matching.
 
     A quantized graph is exact locally and chaotic globally: one code that rounds the other way spreads. So it
-    may differ by a few times what the simulation differs from itself when its input moves by one part in a million.
+    may differ by a few times what the simulation differs from itself when its input moves by one part in a million,
+    in half precision when every pixel moves by one unit in the last place.
     """
     if not np.isfinite(found).all():
         raise EngineError("the engine returns NaN or infinite values; the weights overflow float32 on ordinary images")
     expected = run_reference(folded, pixels)
     errors = _relative_errors(expected, found)
     bound, noise = VERIFY_RELATIVE_ERROR, None
-    if folded.quantizers is not None:
-        moved = run_reference(folded, pixels * np.float32(1 + 1e-6))
+    half = folded.target.float_type == "float16"
+    if folded.quantizers is not None or half:
+        step = HALF_STEP * _signs(pixels.shape) if half else np.float32(1e-6)
+        moved = run_reference(folded, pixels * (1 + step))
         noise = float(np.median(_relative_errors(expected, moved)))
-        bound = max(bound, VERIFY_NOISE_FACTOR * noise)
+        bound = max(VERIFY_HALF_ERROR if half else bound, VERIFY_NOISE_FACTOR * noise)
     median = float(np.median(errors))
     if median > bound:
         raise EngineError(
@@ -193,8 +199,15 @@ def _verify(folded: Folded, pixels: Float[np.ndarray, "B 3 H W"], found: Float[n
     return verified if noise is None else {**verified, "simulation_self_noise": noise}
 
 
-def _relative_errors(expected: Float[np.ndarray, "B ..."], found: Float[np.ndarray, "B ..."]) -> Float[np.ndarray, B]:
+def _signs(shape: tuple[int, ...]) -> Float[np.ndarray, "B 3 H W"]:
+    """Plus and minus ones, drawn with a fixed seed."""
+    return np.random.default_rng(0).choice(np.array([-1, 1], np.float32), shape)
+
+
+def _relative_errors(
+    expected: Float[np.ndarray, "B ..."], found: Float[np.ndarray, "B ..."]
+) -> Float[np.ndarray, " B"]:
     rows = (len(expected), -1)
-    errors: Float[np.ndarray, B] = np.abs(found.reshape(rows) - expected.reshape(rows)).max(axis=1)
-    relative: Float[np.ndarray, B] = errors / np.abs(expected.reshape(rows)).max(axis=1)
+    errors: Float[np.ndarray, " B"] = np.abs(found.reshape(rows) - expected.reshape(rows)).max(axis=1)
+    relative: Float[np.ndarray, " B"] = errors / np.abs(expected.reshape(rows)).max(axis=1)
     return relative

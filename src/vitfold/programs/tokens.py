@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Generic
 
 from vitfold.ops.protocol import Ops, T
+from vitfold.recipe import Order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +41,10 @@ class Match(Generic[T]):
     survivors: T
 
 
-def match(ops: Ops[T], site: str, metric: T, *, count: int, prefix: int, r: int) -> Match[T]:
-    """Pair the r tokens of A that are most similar to a token of B with it.
+def match(
+    ops: Ops[T], site: str, metric: T, *, count: int, prefix: int, r: int, order: Order | None = None
+) -> Match[T]:
+    """Pair the r tokens of A that are most similar to a token of B with it; those of A that stay keep this order.
 
     Equation: s_ij = cos(m_i, m_j), i in A, j in B; the r largest max_j s_ij merge i into argmax_j s_ij.
 
@@ -54,15 +57,8 @@ def match(ops: Ops[T], site: str, metric: T, *, count: int, prefix: int, r: int)
     ops.scope(site)
     a = range(prefix + prefix % 2, count, 2)
     b = range(prefix + 1 - prefix % 2, count, 2)
-    unit = ops.l2_normalize(metric)
-    scores = ops.matmul(
-        f"{site}.scores",
-        ops.slice(unit, 1, a.start, count, 2),
-        ops.slice(unit, 1, b.start, count, 2),
-        transpose_b=True,
-    )
-    best, nearest = ops.argmax(scores)
-    moved, kept = ops.rank_split(best, r)
+    best, nearest = ops.argmax(ops.similarity(f"{site}.scores", metric, a, b))
+    moved, kept = ops.rank_split(best, r, by_score=order == "score")
     return Match(
         moved=ops.affine_index(moved, a.step, a.start),
         into=ops.affine_index(ops.take(nearest, moved), 1, prefix + len(a) - r),
@@ -75,7 +71,7 @@ def merge(ops: Ops[T], site: str, tokens: Tokens[T], pairs: Match[T], *, r: int,
 
     Equation: x_j = (s_j x_j + sum_i s_i x_i) / (s_j + sum_i s_i).
 
-    The order afterwards is prefix, kept rows of A, rows of B, each in its former order.
+    The order afterwards is prefix, kept rows of A (as they were, or by score), rows of B as they were.
 
     Source: ToMe (2210.09461), section 3.1.
     """
@@ -83,19 +79,13 @@ def merge(ops: Ops[T], site: str, tokens: Tokens[T], pairs: Match[T], *, r: int,
     first = tokens.size is None
     size = ops.ones_like(ops.slice(tokens.x, 2, 0, 1)) if tokens.size is None else tokens.size
     x = tokens.x if first else ops.multiply(tokens.x, size)
-    total = _combine(ops, f"{site}.size", size, pairs)
     # Rows of `x` are sums so far; dividing all of them also restores those that nothing joined.
-    summed = _combine(ops, f"{site}.x", x, pairs)
+    summed, total = ops.merge_rows(f"{site}.x", (x, size), pairs.survivors, pairs.into, pairs.moved)
     source = tokens.source
     if trace:
         source = source if source is not None else ops.identity_like(size)
-        source = _combine(ops, f"{site}.source", source, pairs)
+        (source,) = ops.merge_rows(f"{site}.source", (source,), pairs.survivors, pairs.into, pairs.moved)
     return replace(tokens, x=ops.divide(summed, total), count=tokens.count - r, size=total, source=source)
-
-
-def _combine(ops: Ops[T], site: str, x: T, pairs: Match[T]) -> T:
-    """Sum the rows of x (B, N, D) that merge, in the new order: (B, N - r, D)."""
-    return ops.scatter_add(site, ops.take(x, pairs.survivors), pairs.into, ops.take(x, pairs.moved))
 
 
 def log_size(ops: Ops[T], tokens: Tokens[T]) -> T | None:

@@ -37,7 +37,7 @@ def vit(
     trace = trace or spec.pool == "none"
     for block in range(spec.depth):
         r = recipe.r[block] if recipe.r else 0
-        tokens = transformer_block(ops, spec, block, tokens, r=r, prop_attn=recipe.prop_attn, trace=trace)
+        tokens = transformer_block(ops, spec, block, tokens, r=r, recipe=recipe, trace=trace)
         if observe is not None:
             observe(block, tokens)
     return head(ops, spec, pool(ops, spec, tokens, prop_attn=recipe.prop_attn))
@@ -69,7 +69,7 @@ def embed(ops: Ops[T], spec: ViTSpec, image: T) -> Tokens[T]:
 
 
 def transformer_block(
-    ops: Ops[T], spec: ViTSpec, block: int, tokens: Tokens[T], *, r: int, prop_attn: bool, trace: bool
+    ops: Ops[T], spec: ViTSpec, block: int, tokens: Tokens[T], *, r: int, recipe: MergeRecipe, trace: bool
 ) -> Tokens[T]:
     """Attention on N tokens, merging, MLP on N - r tokens."""
     site = f"blocks.{block}"
@@ -80,7 +80,7 @@ def transformer_block(
     if spec.qk_norm:
         q = ops.layer_norm(f"{site}.attn.q_norm", q, spec.norm_eps)
         k = ops.layer_norm(f"{site}.attn.k_norm", k, spec.norm_eps)
-    bias = log_size(ops, tokens) if prop_attn else None
+    bias = log_size(ops, tokens) if recipe.prop_attn else None
     y = ops.attention(f"{site}.attn", q, k, v, bias)
     y = ops.reshape(ops.transpose(y, (0, 2, 1, 3)), (count, spec.attention_width))
     y = ops.linear(f"{site}.attn.proj", y)
@@ -88,7 +88,7 @@ def transformer_block(
         y = ops.multiply(y, ops.param(f"{site}.ls1"))
     tokens = replace(tokens, x=ops.add(tokens.x, y))
     if r:
-        pairs = match(ops, f"{site}.merge", ops.mean(k, 1), count=count, prefix=tokens.prefix, r=r)
+        pairs = match(ops, f"{site}.merge", ops.mean(k, 1), count=count, prefix=tokens.prefix, r=r, order=recipe.order)
         tokens = merge(ops, f"{site}.merge", tokens, pairs, r=r, trace=trace)
     ops.scope(f"{site}.mlp")
     y = mlp(ops, spec, f"{site}.mlp", ops.layer_norm(f"{site}.norm2", tokens.x, spec.norm_eps))
@@ -111,6 +111,9 @@ def mlp(ops: Ops[T], spec: ViTSpec, site: str, x: T) -> T:
 def pool(ops: Ops[T], spec: ViTSpec, tokens: Tokens[T], *, prop_attn: bool) -> T:
     """Final norm and pooling: (B, D), (B, 2 D) or, without pooling, (B, N_0, D)."""
     ops.scope("pool")
+    read = {"token": 1, "token_dist": 2}.get(spec.pool)
+    if read is not None:
+        tokens = replace(tokens, x=ops.slice(tokens.x, 1, 0, read))
     if spec.final_norm:
         tokens = replace(tokens, x=ops.layer_norm("norm", tokens.x, spec.norm_eps))
     if spec.pool == "none":
@@ -124,7 +127,7 @@ def pool(ops: Ops[T], spec: ViTSpec, tokens: Tokens[T], *, prop_attn: bool) -> T
         mean = weighted_mean(ops, tokens, originals=spec.patches, with_prefix=False)
         x = ops.concat((_row(ops, spec, tokens.x, 0), mean), 1)
     elif spec.pool == "token_dist":
-        x = ops.slice(tokens.x, 1, 0, 2)
+        x = tokens.x
     else:
         x = _row(ops, spec, tokens.x, 0)
     return ops.layer_norm("pool_norm", x, spec.norm_eps) if spec.pool_norm else x

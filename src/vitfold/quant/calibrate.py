@@ -20,6 +20,7 @@ from vitfold.images import ImageSet
 from vitfold.model import Array, Model, ViTSpec
 from vitfold.quant.attention import search_attention
 from vitfold.quant.collect import Samples, collect
+from vitfold.quant.float8 import search_attention_float8, search_linear_float8
 from vitfold.quant.folding import center_norms, fold_channels
 from vitfold.quant.kept import search_once
 from vitfold.quant.linear import LinearProblem, search_linear
@@ -27,7 +28,7 @@ from vitfold.quant.methods import find_method
 from vitfold.quant.moments import collect_moments, round_weights
 from vitfold.quant.ranges import rounded
 from vitfold.quant.sites import find_sites
-from vitfold.quantizer import Quantizer, QuantParams, Uniform
+from vitfold.quantizer import Quantizer, QuantParams, in_half
 from vitfold.recipe import MergeRecipe, QuantRecipe
 
 LEAST_IMAGES = 2
@@ -39,12 +40,14 @@ class Scheme:
 
     `symmetric` weights and attention operands have the zero point 0, and zero points of other activations fold into
     biases; `weight_bits` caps 8-bit weights; `uniform_only` leaves
-    out quantizers that cost a second product or exist in the simulation only, where the method has a choice.
+    out quantizers that cost a second product or exist in the simulation only, where the method has a choice;
+    `half_scales` rounds every scale to FP16, in which the graph will hold it.
     """
 
     symmetric: bool = False
     weight_bits: int = 8
     uniform_only: bool = True
+    half_scales: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -89,6 +92,8 @@ def calibrate(
     progress.step("collecting activations")
     samples = collect(model, merge, images, gradients=method.needs_gradients, seed=quant.seed, advance=progress.advance)
     check_samples(samples, quant)
+    if quant.format == "float8":
+        return _calibrate_float8(model, samples, quant, scheme, progress)
     progress.step(f"folding channels ({method.name})")
     folded, samples, presets = fold_channels(model, samples, method, quant)
     quantizers: dict[str, Quantizer] = {}
@@ -115,6 +120,8 @@ def calibrate(
                         uniform_only=scheme.uniform_only,
                     ),
                 )
+    if scheme.half_scales:
+        quantizers = {site: in_half(quantizer) for site, quantizer in quantizers.items()}
     if scheme.symmetric:
         folded, quantizers = center_norms(folded, quantizers)
     params: dict[str, Array] = dict(folded.params)
@@ -124,11 +131,33 @@ def calibrate(
         progress.step("rounding weights")
         params |= round_weights(params, quantizers, moments, method)
     else:
-        for site, quantizer in quantizers.items():
-            if site.endswith(".w") and isinstance(quantizer, Uniform):
-                name = f"{site[:-2]}.weight"
-                params[name] = rounded(torch.from_numpy(params[name]), quantizer).numpy()
+        params |= _nearest(params, quantizers)
     return Calibrated(model=folded.with_params(folded.spec, params), folded=folded, quantizers=QuantParams(quantizers))
+
+
+def _nearest(params: Mapping[str, Array], quantizers: Mapping[str, Quantizer]) -> dict[str, Array]:
+    """Every quantized weight, rounded to its grid."""
+    weights = {f"{site[:-2]}.weight": q for site, q in quantizers.items() if site.endswith(".w")}
+    return {name: rounded(torch.from_numpy(params[name]), q).numpy() for name, q in weights.items()}
+
+
+def _calibrate_float8(
+    model: Model, samples: Samples, quant: QuantRecipe, scheme: Scheme, progress: Progress
+) -> Calibrated:
+    """Scales for 8-bit floats; the relative precision of the format leaves nothing for folds and rounding to win."""
+    quantizers: dict[str, Quantizer] = {}
+    for site, problem in _problems(model, samples, quant, scheme).items():
+        progress.step(f"searching scales: {site}")
+        quantizers |= search_linear_float8(problem)
+    if quant.attention:
+        for attention in find_sites(model.spec)[1]:
+            if quant.bits(attention.site, weight=False) is not None:
+                progress.step(f"searching scales: {attention.site}")
+                quantizers |= search_attention_float8(attention.site, samples.attentions[attention.site])
+    if scheme.half_scales:
+        quantizers = {site: in_half(quantizer) for site, quantizer in quantizers.items()}
+    params: dict[str, Array] = {**model.params, **_nearest(model.params, quantizers)}
+    return Calibrated(model=model.with_params(model.spec, params), folded=model, quantizers=QuantParams(quantizers))
 
 
 def _problems(model: Model, samples: Samples, quant: QuantRecipe, scheme: Scheme) -> Mapping[str, LinearProblem]:

@@ -56,8 +56,8 @@ def emit_graph(
     shape = (spec.channels, *spec.image_size)
     pixels = ir.Value(name=INPUT_NAME, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(("batch", *shape)))
     ops = Emit(model.params, target, quantizers)
-    result = program(ops, Value(pixels, (1, *shape)))
-    output = result.onnx
+    result = program(ops, ops.enter(pixels, (1, *shape)))
+    output = ops.leave(result)
     output.name = spec.output
     output.type = ir.TensorType(ir.DataType.FLOAT)
     output.shape = ir.Shape(("batch", *result.shape[1:]))

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from vitfold.ops.emit.quantized import MICROSOFT
 from vitfold.ops.emit.rows import Codes, Rows, Value
+from vitfold.ops.emit.writer import Shape
 
 
 class Emit(Rows):
@@ -25,6 +26,18 @@ class Emit(Rows):
         """Name the nodes that follow."""
         self._scope = site
         self.count.scope(site)
+
+    def enter(self, image: ir.Value, shape: Shape) -> Value:
+        """Take the float32 input over into the graph's float type."""
+        if self._real_type == ir.DataType.FLOAT:
+            return Value(image, shape)
+        return Value(self._node("Cast", image, to=int(self._real_type)), shape)
+
+    def leave(self, result: Value) -> ir.Value:
+        """Hand the output over as float32."""
+        if self._real_type == ir.DataType.FLOAT:
+            return result.onnx
+        return self._node("Cast", result.onnx, to=int(ir.DataType.FLOAT))
 
     def param(self, name: str) -> Value:
         """An initializer."""
@@ -176,10 +189,6 @@ class Emit(Rows):
     def tanh(self, a: Value) -> Value:
         """Tanh."""
         return Value(self._node("Tanh", a.onnx), self.count.tanh(a.shape))
-
-    def l2_normalize(self, a: Value) -> Value:
-        """LpNormalization, which leaves zero rows zero."""
-        return Value(self._node("LpNormalization", a.onnx, axis=-1, p=2), self.count.l2_normalize(a.shape))
 
     def mean(self, a: Value, axis: int) -> Value:
         """ReduceMean."""

@@ -22,6 +22,8 @@ from vitfold.target import Target
 
 MICROSOFT = "com.microsoft"
 OPERANDS = ("q", "k", "v", "softmax")
+NORMALIZED_EXPONENT = -7
+"""Normalized weights are codes times 2^-7: within [-1, 1) as 8-bit integers, within [-3.5, 3.5] as 8-bit floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,7 @@ class Quantized(Writer):
     def __init__(
         self, params: Mapping[str, Array], target: Target, quantizers: Mapping[str, Quantizer] | None = None
     ) -> None:
-        super().__init__(params)
-        self._target = target
+        super().__init__(params, target)
         self._quantizers = quantizers or {}
         self._weight_of: dict[tuple[str, int], ir.Value] = {}
         self._codes_of: dict[tuple[ir.Value, float, str, int], ir.Value] = {}
@@ -119,7 +120,8 @@ class Quantized(Writer):
                 return ir.tensor(np.ascontiguousarray(placed.codes(weight).T), name=label)
 
             shape = ir.Shape((weight.shape[1], weight.shape[0]))
-            tensor = ir.LazyTensor(codes, ir.DataType.INT8, shape, name=label)
+            kind = ir.DataType.from_numpy(placed.zero_point.dtype)
+            tensor = ir.LazyTensor(codes, kind, shape, name=label)
             self._weight_of[key] = self.tape.initializer(tensor)
         return self._weight_of[key]
 
@@ -176,13 +178,28 @@ class Quantized(Writer):
         if self._target.quantized_product == "matmul_integer_to_float":
             codes = self._weight_codes(layer, weight)
             return self._integer_products(layer, site, branches, codes, weight, np.float32(1), bias)
-        y = self._float_products(layer, site, branches, self._dequantized_weight(layer, weight))
+        normalized = self._target.weight_scale == "normalized" and weight.scale.ndim > 0
+        right = self._normalized_weight(layer, weight) if normalized else self._dequantized_weight(layer, weight)
+        y = self._float_products(layer, site, branches, right)
+        if normalized:
+            scale = np.ldexp(weight.scale, -NORMALIZED_EXPONENT).astype(np.float32)
+            y = self._node("Mul", y, self._constant(scale), site=f"{layer}.scale")
         return y if bias is None else self._node("Add", y, bias, site=f"{layer}.bias")
 
     def _dequantized_weight(self, layer: str, weight: PlacedWeight) -> ir.Value:
         """DequantizeLinear on the constant codes (I, O), per column where the weight has an axis."""
         inputs = [self._weight_codes(layer, weight), self._constant(weight.scale), self._constant(weight.zero_point)]
         return self._node("DequantizeLinear", *inputs, site=f"{layer}.w", axis=1)
+
+    def _normalized_weight(self, layer: str, weight: PlacedWeight) -> ir.Value:
+        """The codes (I, O) times one power of two: what is left of a column's scale is multiplied into the product.
+
+        With a scale per column, TensorRT stores int32 accumulators as FP16, which overflow; one scale it applies in
+        FP32. Source: reference on NVIDIA's compiler, section 3.
+        """
+        one = self._number(2.0**NORMALIZED_EXPONENT)
+        zero = self._constant(np.zeros((), weight.zero_point.dtype))
+        return self._node("DequantizeLinear", self._weight_codes(layer, weight), one, zero, site=f"{layer}.w")
 
     def _grid(self, site: str, branch: Branch) -> ir.Value:
         """Quantize and dequantize."""
@@ -249,8 +266,8 @@ class Quantized(Writer):
         if self._target.quantized_product == "matmul_integer_to_float":
             turned = self._node("Transpose", self._quantize(f"{site}.k", right), perm=[0, 1, 3, 2])
             return self._integer_products(f"{site}.qk", f"{site}.q", branches, turned, right.placed, alpha)
-        right = Branch(self._node("Transpose", k, perm=[0, 1, 3, 2]), right.placed)
-        scores = self._float_products(f"{site}.qk", f"{site}.q", branches, self._grid(f"{site}.k", right))
+        turned = self._node("Transpose", self._grid(f"{site}.k", right), perm=[0, 1, 3, 2])
+        scores = self._float_products(f"{site}.qk", f"{site}.q", branches, turned)
         return self._node("Mul", scores, self._number(float(alpha)))
 
     def _quantized_average(self, site: str, weights: ir.Value, v: ir.Value) -> ir.Value:

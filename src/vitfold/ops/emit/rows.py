@@ -19,6 +19,9 @@ from vitfold.ops.emit.writer import Shape
 from vitfold.quantizer import Quantizer
 from vitfold.target import Target
 
+_LEAST_NORM = 1e-4
+"""Shorter metric vectors count as zero: FP16 holds no smaller number of full precision."""
+
 
 @dataclass(frozen=True, slots=True)
 class Value:
@@ -57,13 +60,50 @@ class Rows(Reordered):
     def argmax(self, a: Value) -> tuple[Value, Value]:
         """ReduceMax and ArgMax, which takes the first on ties."""
         shapes = self.count.argmax(a.shape)
+        if self._target.argmax == "topk":
+            values, index = self._nodes("TopK", a.onnx, self._integers(1), outputs=2, axis=len(a.shape) - 1)
+            return Value(values, shapes[0]), Value(index, shapes[1])
         values = self._node("ReduceMax", a.onnx, self._integers(-1), keepdims=1)
         return Value(values, shapes[0]), Value(self._node("ArgMax", a.onnx, axis=-1, keepdims=1), shapes[1])
 
-    def rank_split(self, scores: Value, count: int) -> tuple[Value, Value]:
+    def similarity(self, site: str, metric: Value, a: range, b: range) -> Value:
+        """LpNormalization, which leaves zero rows zero, and a product; or a product divided by both norms."""
+        shape = self.count.similarity(site, metric.shape, a, b)
+        if self._target.similarity == "divide":
+            return Value(self._divided_similarity(site, metric.onnx, a, b), shape)
+        unit = self._node("LpNormalization", metric.onnx, axis=-1, p=2)
+        left, right = self._rows(unit, a), self._rows(unit, b)
+        if self._target.contrib:
+            return Value(self._node("FusedMatMul", left, right, site=site, domain=MICROSOFT, transB=1), shape)
+        return Value(self._node("MatMul", left, self._node("Transpose", right, perm=[0, 2, 1]), site=site), shape)
+
+    def _rows(self, x: ir.Value, rows: range) -> ir.Value:
+        """Every `step`-th row of axis 1."""
+        bounds = (self._integers(n) for n in (rows.start, rows.stop, 1, rows.step))
+        return self._node("Slice", x, *bounds)
+
+    def _divided_similarity(self, site: str, metric: ir.Value, a: range, b: range) -> ir.Value:
+        """The norms divide behind the product, where a compiler has the result in registers.
+
+        The metric is scaled down first: cosines do not change, and products of unusually long vectors fit FP16.
+        """
+        metric = self._node("Mul", metric, self._number(0.125), site=site)
+        left, right = self._rows(metric, a), self._rows(metric, b)
+        scores = self._node("MatMul", left, self._node("Transpose", right, perm=[0, 2, 1]), site=site)
+        for rows, shape in ((left, (0, len(a), 1)), (right, (0, 1, len(b)))):
+            squares = self._node("ReduceSum", self._node("Mul", rows, rows), self._integers(2), keepdims=0)
+            norm = self._node("Max", self._node("Sqrt", squares), self._number(_LEAST_NORM))
+            scores = self._node("Div", scores, self._node("Reshape", norm, self._integers(*shape)), site=site)
+        return scores
+
+    def rank_split(self, scores: Value, count: int, *, by_score: bool = False) -> tuple[Value, Value]:
         """Sort by TopK, cut, and sort the rest by index: ONNX breaks ties by the smaller index."""
         shapes = self.count.rank_split(scores.shape, count)
         total = scores.shape[1]
+        if by_score:
+            _, order = self._nodes("TopK", scores.onnx, self._integers(total), outputs=2, axis=1, largest=0)
+            rest, first = self._nodes("Split", order, self._integers(total - count, count), outputs=2, axis=1)
+            return Value(first, shapes[0]), Value(rest, shapes[1])
         _, order = self._nodes("TopK", scores.onnx, self._integers(total), outputs=2, axis=1)
         first, rest = self._nodes("Split", order, self._integers(count, total - count), outputs=2, axis=1)
         if count < total:
@@ -104,7 +144,7 @@ class Rows(Reordered):
             hits = self._node(
                 "Equal", index.onnx, self._constant(np.arange(depth, dtype=np.int64).reshape(1, 1, depth))
             )
-            self._derived[key] = self._node("Cast", hits, to=int(ir.DataType.FLOAT))
+            self._derived[key] = self._node("Cast", hits, to=int(self._real_type))
         return self._derived[key]
 
     def _widened(self, index: Value, width: int) -> ir.Value:
@@ -117,6 +157,8 @@ class Rows(Reordered):
     def scatter_add(self, site: str, x: Value, index: Value, rows: Value) -> Value:
         """A product with a one-hot matrix, or a scatter with reduction, as the target wants it."""
         shape = self.count.scatter_add(site, x.shape, index.shape, rows.shape)
+        if self._target.scatter_add == "masked_sum":
+            return Value(self._masked_sum(site, x, index, rows), shape)
         if self._target.scatter_add == "one_hot":
             hits = self._one_hot(index, x.shape[1])
             if self._target.contrib:
@@ -128,6 +170,34 @@ class Rows(Reordered):
         return Value(
             self._node("ScatterElements", x.onnx, places, rows.onnx, site=site, axis=1, reduction="add"), shape
         )
+
+    def _masked_sum(self, site: str, x: Value, index: Value, rows: Value) -> ir.Value:
+        """x + sum over i of [index_i = m] rows_i: products and a sum that a compiler fuses into one kernel."""
+        width, count = x.shape[1], rows.shape[1]
+        places = self._node("Reshape", index.onnx, self._integers(0, 1, count, 1), site=site)
+        numbers = self._constant(np.arange(width, dtype=np.int64).reshape(1, width, 1, 1))
+        hits = self._node("Cast", self._node("Equal", places, numbers, site=site), to=int(self._real_type), site=site)
+        wide = self._node("Reshape", rows.onnx, self._integers(0, 1, count, x.shape[2]), site=site)
+        added = self._node(
+            "ReduceSum", self._node("Mul", hits, wide, site=site), self._integers(2), site=site, keepdims=0
+        )
+        return self._node("Add", x.onnx, added, site=site)
+
+    def merge_rows(
+        self, site: str, parts: tuple[Value, ...], survivors: Value, into: Value, moved: Value
+    ) -> tuple[Value, ...]:
+        """Each part by itself; or all as the columns of one, where a kernel less counts more than their copy."""
+        if self._target.scatter_add != "masked_sum" or len(parts) == 1:
+            return tuple(self.scatter_add(site, self.take(x, survivors), into, self.take(x, moved)) for x in parts)
+        shapes = self.count.merge_rows(site, tuple(x.shape for x in parts), survivors.shape, into.shape, moved.shape)
+        counted = list(self.count.costs)
+        joined = self._node("Concat", *(x.onnx for x in parts), axis=2)
+        whole = Value(joined, (*parts[0].shape[:2], sum(x.shape[2] for x in parts)))
+        summed = self.scatter_add(site, self.take(whole, survivors), into, self.take(whole, moved))
+        self.count.costs[:] = counted
+        widths = [shape[2] for shape in shapes]
+        split = self._nodes("Split", summed.onnx, self._integers(*widths), outputs=len(parts), axis=2)
+        return tuple(Value(value, shape) for value, shape in zip(split, shapes, strict=True))
 
     def ones_like(self, a: Value) -> Value:
         """0 a + 1: no shape arithmetic in the graph."""

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from vitfold.model import Array
+from vitfold.target import Target
 
 Shape = tuple[int, ...]
 SITE_KEY = "vitfold.site"
@@ -22,13 +23,19 @@ SITE_KEY = "vitfold.site"
 class Writer:
     """An onnx-ir tape with named nodes, shared constants and parameters as initializers."""
 
-    def __init__(self, params: Mapping[str, Array]) -> None:
+    def __init__(self, params: Mapping[str, Array], target: Target) -> None:
         self.tape = Tape()
         self._params = params
+        self._target = target
+        self._real = np.dtype(target.float_type)
         self._scope = "input"
         self._constants: dict[tuple[str, Shape, bytes], ir.Value] = {}
         self._weights: dict[tuple[str, bool], ir.Value] = {}
         self._names: Counter[str] = Counter()
+
+    @property
+    def _real_type(self) -> ir.DataType:
+        return ir.DataType.from_numpy(self._real)
 
     def _unique(self, base: str) -> str:
         self._names[base] += 1
@@ -63,7 +70,9 @@ class Writer:
         return self._nodes(op_type, *inputs, site=site, domain=domain, **attributes)[0]
 
     def _constant(self, array: Array) -> ir.Value:
-        """Return an initializer; equal small constants are shared."""
+        """Return an initializer, reals in the graph's float type; equal small constants are shared."""
+        if array.dtype == np.float32:
+            array = array.astype(self._real)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             name = self._unique(f"const.{len(self._constants)}")
@@ -86,10 +95,10 @@ class Writer:
                 shape = ir.Shape((array.shape[1], array.shape[0]))
 
                 def turned(array: Array = array, label: str = label) -> ir.Tensor:
-                    return ir.tensor(np.ascontiguousarray(array.T), name=label)
+                    return ir.tensor(np.ascontiguousarray(array.T, self._real), name=label)
 
-                tensor: ir.TensorProtocol = ir.LazyTensor(turned, ir.DataType.FLOAT, shape, name=label)
+                tensor: ir.TensorProtocol = ir.LazyTensor(turned, self._real_type, shape, name=label)
             else:
-                tensor = ir.tensor(array, name=label)
+                tensor = ir.tensor(array.astype(self._real, copy=False), name=label)
             self._weights[key] = self.tape.initializer(tensor)
         return self._weights[key]
