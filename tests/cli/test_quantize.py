@@ -3,63 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from invoking import RANDOM, error, run, run_json
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from typer.testing import CliRunner, Result
 
+from vitfold import pipeline
 from vitfold.bundle import open_bundle
-from vitfold.cli.app import app
+from vitfold.quantizer import load_quant_params
 
-ROOT = Path(__file__).resolve().parents[2]
-DEMO = ROOT / "assets" / "demo"
-RANDOM = ("timm:vit_tiny_patch16_224", "--weights", "random", "--image-size", "32", "--num-classes", "4")
 QUICK = ("--method", "minmax", "--calibration-size", "8")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["VITFOLD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-
-
-def run(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, (result.stdout, result.stderr)
-    return result
-
-
-def run_json(*arguments: object, code: int = 0) -> Any:
-    return json.loads(run(*arguments, "--json", code=code).stdout)
-
-
-def error(*arguments: object, code: int = 1) -> str:
-    result = run(*arguments, code=code)
-    assert result.stdout == ""
-    return " ".join(result.stderr.split())
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("quantize")
-
-
-@pytest.fixture(scope="module")
-def few(folder: Path) -> Path:
-    """Three labelled demo images of every class."""
-    for category in sorted((DEMO / "images").iterdir()):
-        target = folder / "few" / category.name
-        target.mkdir(parents=True)
-        for path in sorted(category.iterdir())[:3]:
-            shutil.copy(path, target)
-    return folder / "few"
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +27,8 @@ def quantized(folder: Path, few: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def simulated(folder: Path, few: Path) -> Path:
-    run("optimize", "demo", "-o", folder / "w4a4.fold", "--quant", "w4a4", "--images", few, *QUICK)
+def simulated(folder: Path, few: Path, small: tuple[str, ...]) -> Path:
+    run("optimize", *small, "-o", folder / "w4a4.fold", "--quant", "w4a4", "--images", few, *QUICK)
     return folder / "w4a4.fold"
 
 
@@ -88,7 +45,7 @@ def test_a_quantized_bundle_says_what_it_is(quantized: Path, few: Path) -> None:
     assert all((few / image["path"]).is_file() and len(image["sha256"]) == 64 for image in record["images"])
     assert bundle.size_bytes < 30e6, "a quarter of the float bundle"
     assert bundle.manifest.fidelity is not None
-    assert bundle.manifest.fidelity["images"] == 22, "calibration images take no part in the comparison"
+    assert bundle.manifest.fidelity["images"] == 12, "calibration images take no part in the comparison"
     assert bundle.manifest.fidelity["cosine"] > 0.98
     inspected = run("inspect", quantized).stdout
     assert "W8A8 by minmax" in inspected
@@ -133,26 +90,27 @@ def test_what_no_engine_executes_is_simulated_and_never_timed(simulated: Path, f
     bundle = open_bundle(simulated)
     assert bundle.manifest.simulated
     assert not (simulated / "model.onnx").exists()
-    assert run_json("evaluate", simulated, "--images", few)["images"] == 30
+    assert run_json("evaluate", simulated, "--images", few)["images"] == 20
     message = error("bench", simulated, "--seconds", "0.1", "--trials", "1")
     assert "simulated" in message
     assert "vitfold evaluate" in message
     assert "(simulated)" in run("inspect", simulated).stdout
 
 
-def test_sensitivity_ranks_every_site(few: Path) -> None:
-    values = run_json("sensitivity", "demo", "--images", few, "--limit", "4", *QUICK)
+def test_sensitivity_ranks_every_site(few: Path, small: tuple[str, ...]) -> None:
+    values = run_json("sensitivity", *small, "--images", few, "--limit", "4", *QUICK)
     sites = values["sites"]
-    assert len(sites) == 12 * 4 + 1
+    assert len(sites) == 6 * 4 + 1
     assert [one["noise_ratio"] for one in sites] == sorted((one["noise_ratio"] for one in sites), reverse=True)
     assert sum(one["noise_ratio"] for one in sites) == pytest.approx(1.0)
     assert all(0 < one["macs_ratio"] < 0.2 for one in sites)
 
 
-def test_the_most_sensitive_sites_stay_float(folder: Path, few: Path) -> None:
+def test_the_most_sensitive_sites_stay_float(folder: Path, few: Path, small: tuple[str, ...]) -> None:
     path = folder / "kept.fold"
     values = run_json(
-        "optimize", "demo", "-o", path, "--quant", "w8a8", "--images", few, "--keep-float", "2", "--keep-slower", *QUICK
+        *("optimize", *small, "-o", path, "--quant", "w8a8", "--images", few),
+        *("--keep-float", "2", "--keep-slower", *QUICK),
     )
     kept = [site for site, scheme in values["recipe"]["quant"]["sites"].items() if scheme == "float"]
     assert len(kept) == 2
@@ -160,20 +118,31 @@ def test_the_most_sensitive_sites_stay_float(folder: Path, few: Path) -> None:
     assert set(calibration) == set(kept)
 
 
-def test_the_race_is_reported(folder: Path, few: Path) -> None:
-    values = run_json("optimize", "demo", "-o", folder / "race.fold", "--quant", "w8a8", "--images", few, *QUICK)
+def test_the_race_is_reported(folder: Path, few: Path, small: tuple[str, ...]) -> None:
+    values = run_json("optimize", *small, "-o", folder / "race.fold", "--quant", "w8a8", "--images", few, *QUICK)
     race = values["race"]
     assert race["kept"] == ("quantized" if race["speed_up"]["median"] > 1.0 else "float")
     assert (race["reason"] is None) == (race["speed_up"]["median"] > 1.0)
     assert (open_bundle(folder / "race.fold").manifest.recipe.quant is not None) == (race["kept"] == "quantized")
 
 
-def test_a_slower_bundle_gives_way_to_the_float_one(folder: Path, few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vitfold import pipeline
+def test_a_faster_bundle_is_kept(
+    folder: Path, few: Path, small: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    won = pipeline.Race(median=1.5, iqr=0.1, reason=None)
+    monkeypatch.setattr(pipeline, "race", lambda bundle, folded: won)
+    result = run("optimize", *small, "-o", folder / "won.fold", "--quant", "w8a8", "--images", few, *QUICK)
+    assert "1.50x" in result.stdout
+    assert "kept" not in result.stderr
+    assert open_bundle(folder / "won.fold").manifest.recipe.quant is not None
 
+
+def test_a_slower_bundle_gives_way_to_the_float_one(
+    folder: Path, few: Path, small: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     lost = pipeline.Race(median=0.8, iqr=0.1, reason="it is a test")
     monkeypatch.setattr(pipeline, "race", lambda bundle, folded: lost)
-    arguments = ("optimize", "demo", "-o", folder / "lost.fold", "--quant", "w8a8", "--images", few, *QUICK)
+    arguments = ("optimize", *small, "-o", folder / "lost.fold", "--quant", "w8a8", "--images", few, *QUICK)
     result = run(*arguments)
     assert "0.80x" in result.stderr
     assert "it is a test" in result.stderr
@@ -184,9 +153,10 @@ def test_a_slower_bundle_gives_way_to_the_float_one(folder: Path, few: Path, mon
     assert open_bundle(folder / "lost.fold").manifest.recipe.quant is not None
 
 
-def test_a_ladder_goes_on_where_it_stopped(folder: Path, few: Path) -> None:
+def test_a_ladder_goes_on_where_it_stopped(folder: Path, few: Path, small: tuple[str, ...]) -> None:
     path = folder / "ladder.json"
-    base = ("ladder", "demo", "--images", few, "--calibration-images", few, "--limit", "6", "--calibration-size", "4")
+    images = ("--images", few, "--calibration-images", few)
+    base = ("ladder", *small, *images, "--limit", "6", "--calibration-size", "4")
     first = run_json(*base, "--methods", "minmax", "--quant", "w8a8,w4a4", "--seeds", "0", "-o", path)
     assert [(row["scheme"], row["engine"]) for row in first["rows"]] == [
         ("W8A8", "onnxruntime"),
@@ -197,7 +167,7 @@ def test_a_ladder_goes_on_where_it_stopped(folder: Path, few: Path) -> None:
     assert again["rows"] == json.loads(before)["rows"]
     more = run_json(*base, "--methods", "minmax,mse", "--quant", "w4a4", "--seeds", "0", "-o", path)
     assert [row["method"] for row in more["rows"]] == ["minmax", "minmax", "mse"]
-    message = error("ladder", "demo", "--images", few, "--calibration-images", few, "--limit", "5", "-o", path)
+    message = error("ladder", *small, *images, "--limit", "5", "-o", path)
     assert "another model, merging or image folder" in message
     (folder / "not.json").write_text("[]")
     assert "not the JSON of a ladder" in error(*base, "-o", folder / "not.json")
@@ -227,7 +197,7 @@ def test_quantization_asks_for_images(folder: Path) -> None:
 def test_bad_images_are_named_before_calibration_starts(folder: Path, few: Path) -> None:
     mixed = folder / "mixed-images"
     mixed.mkdir()
-    for i, path in enumerate(sorted((few / "ship").iterdir()) + sorted((few / "cat").iterdir())):
+    for i, path in enumerate(sorted(path for name in ("cat", "dog", "ship") for path in (few / name).iterdir())):
         shutil.copy(path, mixed / f"{i}.jpg")
     (mixed / "z.jpg").write_text("junk")
     arguments = ("optimize", *RANDOM, "-o", folder / "mixed-images.fold", "--quant", "w8a8", "--images", mixed)
@@ -264,31 +234,29 @@ def test_a_plan_whose_glob_matches_nothing_names_the_nearest_site(folder: Path, 
     assert "2 to 8 bits" in error("optimize", *RANDOM, "-o", folder / "bad.fold", "--images", few, "--recipe", recipe)
 
 
-def test_a_mixed_plan_from_a_recipe_keeps_sites_float(folder: Path, few: Path) -> None:
+def test_a_mixed_plan_from_a_recipe_keeps_sites_float(folder: Path, few: Path, small: tuple[str, ...]) -> None:
     recipe = folder / "mixed.toml"
-    recipe.write_text('[quant]\nmethod = "minmax"\ncalibration_size = 6\n[quant.sites]\n"blocks.1?.*" = "float"\n')
+    recipe.write_text('[quant]\nmethod = "minmax"\ncalibration_size = 6\n[quant.sites]\n"blocks.[45].*" = "float"\n')
     path = folder / "mixed.fold"
-    run("optimize", "demo", "-o", path, "--images", few, "--recipe", recipe, "--keep-slower")
-    from vitfold.quantizer import load_quant_params
-
+    run("optimize", *small, "-o", path, "--images", few, "--recipe", recipe, "--keep-slower")
     quantizers = load_quant_params(path / "quantizers.safetensors")
-    assert "blocks.9.mlp.fc1.w" in quantizers
-    assert not any(site.startswith(("blocks.10.", "blocks.11.")) for site in quantizers)
+    assert "blocks.3.mlp.fc1.w" in quantizers
+    assert not any(site.startswith(("blocks.4.", "blocks.5.")) for site in quantizers)
 
 
-def test_constant_images_name_the_site(folder: Path) -> None:
+def test_constant_images_name_the_site(folder: Path, small: tuple[str, ...]) -> None:
     grey = folder / "grey"
     grey.mkdir()
     for i in range(4):
         Image.fromarray(np.full((32, 32, 3), 128, np.uint8)).save(grey / f"{i}.png")
-    weights = load_file(DEMO / "model.safetensors")
+    weights = load_file(small[0])
     for name in list(weights):
         if name.startswith("blocks.0.norm1"):
             weights[name] = np.zeros_like(weights[name])
     save_file(weights, folder / "flat.safetensors")
     message = error(
-        *("optimize", folder / "flat.safetensors", "--arch", "vit_small_patch14_dinov2", "--num-classes", "10"),
-        *("--image-size", "112", "-o", folder / "bad.fold", "--quant", "w8a8", "--images", grey, *QUICK),
+        *("optimize", folder / "flat.safetensors", *small[1:], "-o", folder / "bad.fold"),
+        *("--quant", "w8a8", "--images", grey, *QUICK),
     )
     assert "blocks.0.attn.qkv" in message
     assert "constant" in message

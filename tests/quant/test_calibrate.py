@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from quantizing import single
 from vitfold.cache import cache_folder
 from vitfold.errors import CalibrationError, RecipeError
 from vitfold.images import ImageSet, batches, find_images
@@ -24,7 +27,7 @@ from vitfold.programs.vit import vit
 from vitfold.quant import METHODS, Calibrated, Scheme, calibrate, find_method
 from vitfold.quant.kept import content_key
 from vitfold.quant.sites import find_sites
-from vitfold.quantizer import Log, Twin, Uniform
+from vitfold.quantizer import Float8, Log, Twin, Uniform
 from vitfold.recipe import MergeRecipe, QuantRecipe
 from vitfold.target import TARGETS
 
@@ -69,16 +72,32 @@ def recipe(bits: int = 8, method: str = "minmax", **choices: Any) -> QuantRecipe
     return QuantRecipe(weights=bits, activations=bits, method=method, **values)
 
 
+@pytest.fixture(scope="module")
+def wide(tiny_model) -> Model:
+    """A model of forty outputs, on which one flipped code weighs little."""
+    return tiny_model(outputs=40)
+
+
+@pytest.fixture(scope="module")
+def calibrated(wide, images) -> Callable[..., Calibrated]:
+    """The factory `calibrated(bits, method, scheme, attention=True)` on the wide model; each is made once."""
+
+    @cache
+    def make(bits: int, method: str, scheme: Scheme, attention: bool = True) -> Calibrated:
+        return calibrate(wide, MERGE, recipe(bits, method, attention=attention), images, scheme=scheme)
+
+    return make
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_is_faithful_by_its_bits(tiny_model, images, others, name):
-    model = tiny_model(outputs=40)
-    found = {bits: calibrate(model, MERGE, recipe(bits, name), images, scheme=FREE) for bits in (8, 6, 4)}
-    decibels = {bits: sqnr_db(model, done, others) for bits, done in found.items()}
+def test_every_method_is_faithful_by_its_bits(wide, calibrated, others, name):
+    found = {bits: calibrated(bits, name, FREE) for bits in (8, 6, 4)}
+    decibels = {bits: sqnr_db(wide, done, others) for bits, done in found.items()}
     assert decibels[8] > 28
     assert decibels[8] > decibels[6] + 3
     assert decibels[6] > decibels[4] + 3
     assert decibels[4] > 5
-    linears, attentions = find_sites(model.spec)
+    linears, attentions = find_sites(wide.spec)
     for bits, done in found.items():
         assert set(done.quantizers) == {name for site in (*linears, *attentions) for name in site.names}
         assert {q.bits for q in done.quantizers.values()} <= {bits, bits - 1}
@@ -87,7 +106,7 @@ def test_every_method_is_faithful_by_its_bits(tiny_model, images, others, name):
                 weight = torch.from_numpy(done.model.params[f"{site[:-2]}.weight"])
                 np.testing.assert_array_equal(fake_quantize(weight, quantizer), weight, site)
         folded = outputs(Run(done.folded.params), done.folded, others[:4])
-        exact = outputs(Run(model.params), model, others[:4])
+        exact = outputs(Run(wide.params), wide, others[:4])
         assert np.linalg.norm(folded - exact) < 1e-5 * np.linalg.norm(exact), "folds are exact"
 
 
@@ -121,17 +140,19 @@ def test_every_architecture_calibrates(tiny_model, images, others, feature, meth
         assert bool(twins) == (feature != "swiglu"), "a product of two signs is no activation's output"
 
 
-EXECUTED = [name for name in TARGETS if name != "simulation"]
+EXECUTED = [name for name in TARGETS if name not in ("simulation", "tensorrt-fp16", "tensorrt-fp8")]
 
 
 def executed(done: Calibrated, name: str, pixels: Array, folder: Path, merge: MergeRecipe = MERGE) -> Array:
     def program(ops: Any, image: Any) -> Any:
         return vit(ops, done.model.spec, merge, image)
 
-    write_onnx(emit_graph(program, done.model, TARGETS[name], done.quantizers), folder / "model.onnx")
+    write_onnx(emit_graph(program, done.model, single(TARGETS[name]), done.quantizers), folder / "model.onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
+    if TARGETS[name].activation_type == "float8e4m3fn":  # other fusions move 8-bit floats to operators without them
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {INPUT_NAME: pixels})
     return np.asarray(found)
@@ -148,25 +169,44 @@ def assert_follows(found: Array, done: Calibrated, model: Model, name: str, pixe
 
 
 @pytest.mark.parametrize("name", EXECUTED)
-def test_what_vitfold_finds_for_a_target_runs_there(tiny_model, images, others, tmp_path, name):
-    model, target = tiny_model(outputs=40), TARGETS[name]
-    done = calibrate(model, MERGE, recipe(8, "vitfold"), images, scheme=scheme_of(target))
+def test_what_vitfold_finds_for_a_target_runs_there(wide, calibrated, others, tmp_path, name):
+    target = TARGETS[name]
+    done = calibrated(8, "vitfold", scheme_of(target))
     assert all(isinstance(q, Uniform) and q.axis in (None, 0) for q in done.quantizers.values())
     assert {q.bits for s, q in done.quantizers.items() if s.endswith(".w")} == {target.weight_bits}
-    assert_follows(executed(done, name, others, tmp_path), done, model, name, others)
+    assert_follows(executed(done, name, others, tmp_path), done, wide, name, others)
+
+
+def test_eight_bit_floats_run_as_they_are_simulated(wide, images, others, tmp_path):
+    quant = QuantRecipe(format="float8", attention=True)
+    done = calibrate(wide, MERGE, quant, images, scheme=scheme_of(TARGETS["tensorrt-fp8"]))
+    linears, attentions = find_sites(wide.spec)
+    assert set(done.quantizers) == {name for site in (*linears, *attentions) for name in site.names}
+    assert all(isinstance(q, Float8) for q in done.quantizers.values())
+    for site, q in done.quantizers.items():
+        exponent = 7 if q.axis == 0 else 0
+        np.testing.assert_array_equal(np.float16(np.ldexp(q.scale, exponent)), np.ldexp(q.scale, exponent), site)
+    assert sqnr_db(wide, done, others) > 20
+    assert_follows(executed(done, "tensorrt-fp8", others, tmp_path), done, wide, "tensorrt-fp8", others)
+
+
+def test_a_target_for_tensorrt_keeps_its_attention_in_one_kernel(calibrated):
+    """Nothing may stand between the attention and the codes that the projection reads."""
+    done = calibrated(8, "vitfold", scheme_of(TARGETS["tensorrt-int8"]))
+    for block in range(2):
+        assert done.quantizers[f"blocks.{block}.attn.proj.x"].symmetric
+        assert all(done.quantizers[f"blocks.{block}.attn.{name}"].symmetric for name in ("q", "k", "v", "softmax"))
 
 
 @pytest.mark.parametrize("name", ["tensorrt-int8", "integer"])
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "vitfold"])
-def test_what_other_methods_find_runs_too(tiny_model, images, others, tmp_path, name, method):
-    model = tiny_model(outputs=40)
-    quant = recipe(8, method, attention=find_method(method).runs_softmax)
-    done = calibrate(model, MERGE, quant, images, scheme=scheme_of(TARGETS[name]))
-    assert_follows(executed(done, name, others, tmp_path), done, model, name, others)
+def test_what_other_methods_find_runs_too(wide, calibrated, others, tmp_path, name, method):
+    done = calibrated(8, method, scheme_of(TARGETS[name]), find_method(method).runs_softmax)
+    assert_follows(executed(done, name, others, tmp_path), done, wide, name, others)
 
 
-def test_the_simulation_may_use_what_no_engine_executes(tiny_model, images):
-    free = calibrate(tiny_model(), MERGE, recipe(4, "vitfold"), images, scheme=FREE).quantizers
+def test_the_simulation_may_use_what_no_engine_executes(calibrated):
+    free = calibrated(4, "vitfold", FREE).quantizers
     assert free["blocks.0.attn.q"].axis == 1  # type: ignore[union-attr]
     assert any(isinstance(q, (Twin, Log)) for s, q in free.items() if s.endswith(".softmax"))
 
@@ -185,19 +225,17 @@ def test_the_same_input_gives_the_same_digest(tiny_model, images, method, monkey
     assert (again.quantizers.digest(), again.model.digest(), again.folded.digest()) == digests[0], "from the cache too"
 
 
-def test_what_the_recipe_keeps_float_stays_float(tiny_model, images, others):
-    model = tiny_model(outputs=40)
+def test_what_the_recipe_keeps_float_stays_float(wide, calibrated, images, others):
     sites = {"blocks.0.*": "float", "head": "float", "blocks.1.mlp.fc2": "w8a8"}
-    done = calibrate(model, MERGE, recipe(4, "vitfold", sites=sites), images, scheme=FREE)
+    done = calibrate(wide, MERGE, recipe(4, "vitfold", sites=sites), images, scheme=FREE)
     quantized = {site.rpartition(".")[0] for site in done.quantizers}
     assert quantized == {f"blocks.1.{n}" for n in ("attn.qkv", "attn.proj", "attn", "mlp.fc1", "mlp.fc2")}
-    for name, array in model.params.items():
+    for name, array in wide.params.items():
         if name.startswith(("blocks.0.", "head", "norm", "patch_embed")):
             np.testing.assert_array_equal(done.model.params[name], array, name)
     assert done.quantizers["blocks.1.mlp.fc2.w"].bits == 8
     assert done.quantizers["blocks.1.mlp.fc1.w"].bits == 4
-    whole = calibrate(model, MERGE, recipe(4, "vitfold"), images, scheme=FREE)
-    assert sqnr_db(model, done, others) > sqnr_db(model, whole, others) + 3
+    assert sqnr_db(wide, done, others) > sqnr_db(wide, calibrated(4, "vitfold", FREE), others) + 3
 
 
 def test_attention_stays_float_unless_asked_for(tiny_model, images):

@@ -18,14 +18,12 @@ def evaluate(
     bundle: options.BundlePath,
     images: options.Images = None,
     batch: options.Batch = 8,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many images, spread evenly.")] = None,
+    limit: options.Limit = None,
     skip_bad: options.SkipBad = False,
     reference: options.ReferenceBundle = None,
     threads: options.Threads = None,
     min_top1: Annotated[float | None, typer.Option(min=0, max=1, help="Exit with 3 if top-1 is lower.")] = None,
-    min_agreement: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Exit with 3 if top-1 agreement is lower.")
-    ] = None,
+    min_agreement: options.MinAgreement = None,
     min_cosine: Annotated[float | None, typer.Option(min=-1, max=1, help="Exit with 3 if cosine is lower.")] = None,
     json: options.Json = False,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +14,33 @@ from vitfold.cli.terminal import command, counted, note, out, print_json, quiet_
 from vitfold.errors import GateError, ImageError, VitfoldError, missing_extra
 
 if TYPE_CHECKING:
+    from vitfold.bundle import Bundle
     from vitfold.images import ImageSet
     from vitfold.model import Model
-    from vitfold.pipeline import Folded
+    from vitfold.pipeline import Folded, Race
     from vitfold.recipe import QuantRecipe
 
 
+Say = Callable[[str], None]
 _MEASURED = (("agreement", "agree with the unfolded model"), ("top1", "top-1"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What is to be made, the images that its ranges come from, and those that it is compared on."""
+
+    folded: Folded
+    calibration: ImageSet | None
+    comparing: ImageSet | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """What was made: no bundle by a dry run, no race where nothing was to be decided by one."""
+
+    folded: Folded
+    bundle: Bundle | None = None
+    race: Race | None = None
 
 
 @command
@@ -35,10 +56,7 @@ def optimize(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="OUT.fold", help="The bundle to write.")
     ] = None,
-    merge: Annotated[
-        str | None,
-        typer.Option(metavar="R", help="Tokens merged per block: 8, a list 8,8,4, R:INFLECTION as 8:-1, or none."),
-    ] = None,
+    merge: options.Merge = None,
     quant: options.Quant = None,
     method: options.Method = None,
     images: options.Images = None,
@@ -70,98 +88,171 @@ def optimize(
     seed: options.Seed = 0,
     skip_bad: options.SkipBad = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
-    min_agreement: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Exit with 3 if top-1 agreement on --images is lower.")
-    ] = None,
+    min_agreement: options.MinAgreement = None,
     json: options.Json = False,
 ) -> None:
     """Merge tokens, quantize, emit ONNX, verify it in the engine and write a bundle."""
-    if output is None and not dry_run:
-        raise typer.BadParameter("give -o OUT.fold, or --dry-run", param_hint="-o")
-    if (source is None) == (repeat is None):
-        raise typer.BadParameter("give either SOURCE or --from BUNDLE", param_hint="SOURCE")
-    if recipe is not None and not (merge is quant is method is None):
-        raise typer.BadParameter("give either --recipe or --merge, --quant and --method", param_hint="--recipe")
-    if min_agreement is not None and images is None:
-        raise typer.BadParameter("--min-agreement needs --images", param_hint="--min-agreement")
-    if method is not None and quant is None:
-        raise typer.BadParameter("--method needs --quant, for example --quant w8a8", param_hint="--method")
+    chosen = merge is not None or quant is not None or method is not None
+    _refuse(
+        (output is None and not dry_run, "give -o OUT.fold, or --dry-run", "-o"),
+        ((source is None) == (repeat is None), "give either SOURCE or --from BUNDLE", "SOURCE"),
+        (recipe is not None and chosen, "give either --recipe or --merge, --quant and --method", "--recipe"),
+        (min_agreement is not None and images is None, "--min-agreement needs --images", "--min-agreement"),
+        (method is not None and quant is None, "--method needs --quant, for example --quant w8a8", "--method"),
+    )
     require_optimize()
     from vitfold import pipeline
     from vitfold.bundle import check_destination
     from vitfold.images import find_images
     from vitfold.target import find_target
 
-    if output is not None and not dry_run:
-        check_destination(output.absolute(), overwrite=overwrite)
+    destination = None if dry_run else output
+    if destination is not None:
+        check_destination(destination.absolute(), overwrite=overwrite)
     base = "cpu" if target == "fastest" else target
     find_target(base)
     found = None if images is None else find_images(images)
     with working("optimize") as (say, advance):
         if repeat is not None:
-            model, folded, calibration = _repeated(repeat, images, say)
-            comparing = found
-            if calibration is not None:
-                everything = found or find_images(calibration.root)
-                comparing = everything.without(calibration) or everything
+            plan = _repeated(repeat, images, found, say)
         else:
             assert source is not None
             model = load_model(source, say, arch, num_classes, image_size, weights, seed)
-            chosen = None if recipe is None else pipeline.read_recipe(recipe, model.spec)
+            read = None if recipe is None else pipeline.read_recipe(recipe, model.spec)
             wanted = quant_recipe(quant, method, calibration_size, calibration_seed)
-            folded = pipeline.optimize(model, merge=merge, quant=wanted, recipe=chosen, target=base)
-            calibration, comparing = None, found
-            if folded.needs_calibration:
-                if found is None and not dry_run:
-                    raise VitfoldError(
-                        "quantization calibrates on images: give --images DIR, some hundred pictures like those that "
-                        "the model will see"
-                    )
-                if found is not None:
-                    calibration, comparing = pipeline.split_images(folded, found)
-        if comparing is not None:
-            comparing = comparing.first(pipeline.FIDELITY_IMAGES)
-        if not dry_run:
-            calibration, comparing = _decodable(calibration, comparing, skip_bad=skip_bad)
-        bundle, race = None, None
-        if not dry_run:
-            assert output is not None
-            if calibration is not None:
-                progress = counted(say, advance, len(calibration.paths))
-                if keep_float:
-                    folded = pipeline.keep_float(folded, calibration, keep_float, progress=progress)
-                folded = pipeline.calibrate_folded(folded, calibration, progress=progress)
+            folded = pipeline.optimize(model, merge=merge, quant=wanted, recipe=read, target=base)
+            plan = _divided(folded, found, dry_run=dry_run)
+        made = _Made(folded=plan.folded)
+        if destination is not None:
+            plan = _calibrated(_decodable(plan, skip_bad=skip_bad), keep_float, say, advance)
             if target == "fastest":
                 say("racing ONNX Runtime and OpenVINO")
-                folded = pipeline.fastest(folded)
-            bundle = pipeline.save(folded, output, images=comparing, overwrite=overwrite, step=say)
-            if calibration is not None and repeat is None:
-                say("racing the float model")
-                race = pipeline.race(bundle, folded)
-                if race is not None and not race.faster and not keep_slower:
-                    folded = pipeline.float_plan(folded)
-                    bundle = pipeline.save(folded, output, images=comparing, overwrite=True, step=say)
-    values = _plan(folded)
-    if bundle is not None:
-        values |= {
-            "bundle": str(bundle.path),
-            "size_bytes": bundle.size_bytes,
-            "digest": bundle.digest,
-            "verified": dict(bundle.manifest.verified),
-            "fidelity": bundle.manifest.fidelity,
-            "race": None if race is None else {**race.to_dict(), "kept": "quantized" if folded.quantizers else "float"},
-        }
-    if json:
-        print_json(values)
-    else:
-        _print(values)
-    if race is not None and not race.faster:
-        kept = "kept all the same (--keep-slower)" if folded.quantizers else "the float model was kept instead"
-        note(f"not faster than float on this machine ({race.median:.2f}x): {race.reason}; {kept}")
+                plan = replace(plan, folded=pipeline.fastest(plan.folded))
+            first = plan.calibration is not None and repeat is None
+            made = _saved(plan, destination, say, overwrite=overwrite, race=first, keep_slower=keep_slower)
+    _report(made, json=json)
     if images is not None and weights == "random":
         note("random weights: no fidelity was measured, since their outputs hardly depend on the image")
-    if bundle is not None and min_agreement is not None:
-        _gate(bundle.manifest.fidelity, min_agreement)
+    if made.bundle is not None and min_agreement is not None:
+        _gate(made.bundle.manifest.fidelity, min_agreement)
+
+
+def _refuse(*mistakes: tuple[bool, str, str]) -> None:
+    """Leave with a usage error at the first mistake: (whether it was made, what to do, the option)."""
+    for made, message, hint in mistakes:
+        if made:
+            raise typer.BadParameter(message, param_hint=hint)
+
+
+def _repeated(path: Path, images: Path | None, found: ImageSet | None, say: Say) -> _Plan:
+    """Plan what a bundle was made with: its model, its recipe, its target, its calibration images."""
+    from vitfold import pipeline
+    from vitfold.bundle import open_bundle
+    from vitfold.images import find_images
+    from vitfold.reference import reference_from_origin
+
+    given = open_bundle(path)
+    manifest = given.manifest
+    say(f"loading {manifest.origin['source']}")
+    with quiet_stdout():
+        model = reference_from_origin(given).model
+    assert model is not None
+    folded = pipeline.optimize(model, recipe=manifest.recipe, target=str(manifest.target["name"]))
+    if manifest.calibration is None:
+        return _Plan(folded=folded, calibration=None, comparing=found)
+    calibration = pipeline.recorded_images(manifest.calibration, images)
+    everything = found or find_images(calibration.root)
+    return _Plan(folded=folded, calibration=calibration, comparing=everything.without(calibration) or everything)
+
+
+def _divided(folded: Folded, found: ImageSet | None, *, dry_run: bool) -> _Plan:
+    """Divide the images between calibration and comparison.
+
+    Raises:
+        VitfoldError: if the recipe quantizes and there are no images.
+    """
+    from vitfold import pipeline
+
+    if not folded.needs_calibration or (found is None and dry_run):
+        return _Plan(folded=folded, calibration=None, comparing=found)
+    if found is None:
+        raise VitfoldError(
+            "quantization calibrates on images: give --images DIR, some hundred pictures like those that "
+            "the model will see"
+        )
+    calibration, comparing = pipeline.split_images(folded, found)
+    return _Plan(folded=folded, calibration=calibration, comparing=comparing)
+
+
+def _decodable(plan: _Plan, *, skip_bad: bool) -> _Plan:
+    """Check every image before minutes of calibration, or leave the unreadable ones out."""
+    from vitfold.images import read_image
+    from vitfold.pipeline import FIDELITY_IMAGES
+
+    calibration = plan.calibration
+    comparing = None if plan.comparing is None else plan.comparing.first(FIDELITY_IMAGES)
+    if not skip_bad:
+        for image_set in (calibration, comparing):
+            for path in () if image_set is None or calibration is None else image_set.paths:
+                read_image(path)
+        return replace(plan, comparing=comparing)
+    calibration = None if calibration is None else calibration.readable(skipped)
+    if comparing is not None:
+        try:
+            comparing = comparing.readable(skipped)
+        except ImageError:
+            if calibration is None:
+                raise
+            comparing = calibration
+    return replace(plan, calibration=calibration, comparing=comparing)
+
+
+def _calibrated(plan: _Plan, keep_float: int, say: Say, advance: Callable[[int, int], None]) -> _Plan:
+    """Quantize, where the plan asks for it, all but the `keep_float` most sensitive sites."""
+    from vitfold import pipeline
+
+    folded, calibration = plan.folded, plan.calibration
+    if calibration is None:
+        return plan
+    progress = counted(say, advance, len(calibration.paths))
+    if keep_float:
+        folded = pipeline.keep_float(folded, calibration, keep_float, progress=progress)
+    return replace(plan, folded=pipeline.calibrate_folded(folded, calibration, progress=progress))
+
+
+def _saved(plan: _Plan, destination: Path, say: Say, *, overwrite: bool, race: bool, keep_slower: bool) -> _Made:
+    """Write the bundle; after a race that it lost, and unless told to keep it, the float one in its place."""
+    from vitfold import pipeline
+
+    folded = plan.folded
+    bundle = pipeline.save(folded, destination, images=plan.comparing, overwrite=overwrite, step=say)
+    if not race:
+        return _Made(folded=folded, bundle=bundle)
+    say("racing the float model")
+    result = pipeline.race(bundle, folded)
+    if result is not None and not result.faster and not keep_slower:
+        folded = pipeline.float_plan(folded)
+        bundle = pipeline.save(folded, destination, images=plan.comparing, overwrite=True, step=say)
+    return _Made(folded=folded, bundle=bundle, race=result)
+
+
+def require_optimize() -> None:
+    """Raise if the extra that makes bundles is not installed."""
+    import importlib.util
+
+    for package in ("torch", "onnx_ir"):
+        if importlib.util.find_spec(package) is None:
+            raise VitfoldError(missing_extra(package, "optimize", "making a bundle"))
+
+
+def load_model(source: str, say: Say, *arguments: Any) -> Model:
+    """Load a model by arch, num_classes, image_size, weights and seed; what it prints goes to stderr."""
+    from vitfold.sources import load_source
+
+    say(f"loading {source}")
+    names = ("arch", "num_classes", "image_size", "weights", "seed")
+    with quiet_stdout():
+        return load_source(source, **dict(zip(names, arguments, strict=True))).model
 
 
 def quant_recipe(quant: str | None, method: str | None, size: int, seed: int) -> QuantRecipe | None:
@@ -176,65 +267,29 @@ def quant_recipe(quant: str | None, method: str | None, size: int, seed: int) ->
     )
 
 
-def _decodable(
-    calibration: ImageSet | None, comparing: ImageSet | None, *, skip_bad: bool
-) -> tuple[ImageSet | None, ImageSet | None]:
-    """Check every image before minutes of calibration, or leave the unreadable ones out."""
-    from vitfold.images import read_image
-
-    if not skip_bad:
-        for image_set in (calibration, comparing):
-            for path in () if image_set is None or calibration is None else image_set.paths:
-                read_image(path)
-        return calibration, comparing
-    calibration = None if calibration is None else calibration.readable(skipped)
-    if comparing is not None:
-        try:
-            comparing = comparing.readable(skipped)
-        except ImageError:
-            if calibration is None:
-                raise
-            comparing = calibration
-    return calibration, comparing
-
-
-def load_model(source: str, say: Callable[[str], None], *arguments: Any) -> Model:
-    """Load a model by arch, num_classes, image_size, weights and seed; what it prints goes to stderr."""
-    from vitfold.sources import load_source
-
-    say(f"loading {source}")
-    names = ("arch", "num_classes", "image_size", "weights", "seed")
-    with quiet_stdout():
-        return load_source(source, **dict(zip(names, arguments, strict=True))).model
+def _report(made: _Made, *, json: bool) -> None:
+    """Print what was made, and why quantization was given up or should have been."""
+    values = _planned(made.folded)
+    kept = "quantized" if made.folded.quantizers else "float"
+    if made.bundle is not None:
+        values |= {
+            "bundle": str(made.bundle.path),
+            "size_bytes": made.bundle.size_bytes,
+            "digest": made.bundle.digest,
+            "verified": dict(made.bundle.manifest.verified),
+            "fidelity": made.bundle.manifest.fidelity,
+            "race": None if made.race is None else {**made.race.to_dict(), "kept": kept},
+        }
+    if json:
+        print_json(values)
+    else:
+        _print(values)
+    if made.race is not None and not made.race.faster:
+        ending = "kept all the same (--keep-slower)" if kept == "quantized" else "the float model was kept instead"
+        note(f"not faster than float on this machine ({made.race.median:.2f}x): {made.race.reason}; {ending}")
 
 
-def _repeated(path: Path, images: Path | None, say: Callable[[str], None]) -> tuple[Model, Folded, ImageSet | None]:
-    """Plan what a bundle was made with: its model, its recipe, its target, its calibration images."""
-    from vitfold import pipeline
-    from vitfold.bundle import open_bundle
-    from vitfold.reference import reference_from_origin
-
-    given = open_bundle(path)
-    manifest = given.manifest
-    say(f"loading {manifest.origin['source']}")
-    with quiet_stdout():
-        model = reference_from_origin(given).model
-    assert model is not None
-    folded = pipeline.optimize(model, recipe=manifest.recipe, target=str(manifest.target["name"]))
-    record = manifest.calibration
-    return model, folded, None if record is None else pipeline.recorded_images(record, images)
-
-
-def require_optimize() -> None:
-    """Raise if the extra that makes bundles is not installed."""
-    import importlib.util
-
-    for package in ("torch", "onnx_ir"):
-        if importlib.util.find_spec(package) is None:
-            raise VitfoldError(missing_extra(package, "optimize", "making a bundle"))
-
-
-def _plan(folded: Folded) -> dict[str, Any]:
+def _planned(folded: Folded) -> dict[str, Any]:
     from vitfold.schedule import describe_r
 
     macs = sum(cost.macs for cost in folded.costs())
@@ -262,9 +317,16 @@ def _integer(folded: Folded) -> dict[str, Any] | None:
 
 
 def _print(values: dict[str, Any]) -> None:
+    _print_plan(values)
+    if "bundle" in values:
+        _print_bundle(values)
+    else:
+        out.print("  dry run: nothing was written", highlight=False)
+
+
+def _print_plan(values: dict[str, Any]) -> None:
     from vitfold.report.tables import percent
 
-    tokens = values["tokens"]
     out.print(f"[bold]{values['source']}[/] for {values['target']}", highlight=False)
     out.print(f"  merge     {values['schedule']}", highlight=False)
     if values["quantization"]:
@@ -278,11 +340,13 @@ def _print(values: dict[str, Any]) -> None:
             f"{values['integer']['dequantized_operands']} operands dequantized before a product",
             highlight=False,
         )
-    out.print(f"  tokens    {' '.join(map(str, tokens))}", highlight=False)
+    out.print(f"  tokens    {' '.join(map(str, values['tokens']))}", highlight=False)
     out.print(f"  work      {values['macs'] / 1e9:.3g} GMACs per image", highlight=False)
-    if "bundle" not in values:
-        out.print("  dry run: nothing was written", highlight=False)
-        return
+
+
+def _print_bundle(values: dict[str, Any]) -> None:
+    from vitfold.report.tables import percent
+
     error = values["verified"]["median_relative_error"]
     out.print(f"  verified  {values['verified']['engine']} within {error:.1e} of the reference", highlight=False)
     fidelity = values["fidelity"]

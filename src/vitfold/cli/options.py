@@ -39,6 +39,10 @@ ReferenceBundle = Annotated[
         help="A bundle made with --merge none, to compare with where the source is gone.",
     ),
 ]
+Merge = Annotated[
+    str | None,
+    typer.Option(metavar="R", help="Tokens merged per block: 8, a list 8,8,4, R:INFLECTION as 8:-1, or none."),
+]
 Quant = Annotated[
     str | None,
     typer.Option(metavar="WxAy", help="Bits of weights and activations: w8a8, w6a6, w4a8, w4a4, ..., or none."),
@@ -49,3 +53,7 @@ Method = Annotated[
 ]
 CalibrationSize = Annotated[int, typer.Option(min=1, help="Images drawn from --images for calibration.")]
 CalibrationSeed = Annotated[int, typer.Option(help="Seed of that draw.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use at most this many images, spread evenly.")]
+MinAgreement = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Exit with 3 if top-1 agreement on --images is lower.")
+]

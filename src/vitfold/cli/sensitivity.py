@@ -17,7 +17,7 @@ def sensitivity(
     images: options.Images = None,
     quant: options.Quant = "w8a8",
     method: options.Method = None,
-    merge: Annotated[str | None, typer.Option(metavar="R", help="Tokens merged per block, as in optimize.")] = None,
+    merge: options.Merge = None,
     target: Annotated[str, typer.Option(help="As in optimize: decides what is quantized and how.")] = "cpu",
     calibration_size: options.CalibrationSize = 128,
     calibration_seed: options.CalibrationSeed = 0,

@@ -6,7 +6,8 @@ Owns those races and the reason that is given when quantization loses.
 from __future__ import annotations
 
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from vitfold.bench.environment import installed_version, processor
 from vitfold.bench.measurement import Measurement, speed_up
 from vitfold.bench.timing import interleave
 from vitfold.bundle import Bundle
-from vitfold.engines import ENGINES, open_graph, open_session
+from vitfold.engines import ENGINES, Session, open_graph, open_session
 from vitfold.pipeline.plan import Folded
 from vitfold.pipeline.writing import write_graph
 from vitfold.recipe import Recipe
@@ -61,22 +62,10 @@ def race(quantized: Bundle, folded: Folded, *, batch: int = 1, seconds: float = 
 
     Simulated bundles, and those whose engine is not on this machine, have no time.
     """
-    engine = folded.target.engine
-    if quantized.manifest.simulated or engine not in ENGINES:
+    if quantized.manifest.simulated or folded.target.engine not in ENGINES:
         return None
-    shape = (batch, folded.model.spec.channels, *folded.model.spec.image_size)
-    pixels = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
-        path = Path(folder) / "model.onnx"
-        write_graph(float_plan(folded), path)
-        with open_graph(path, engine) as plain, open_session(quantized) as session:
-            plain.bind(pixels)
-            session.bind(pixels)
-            samples = interleave({"float": plain.run, "quantized": session.run}, trials=TRIALS, seconds=seconds)
-            measured = {
-                name: Measurement(subject=name, engine=engine, batch=batch, scope="engine", trials_ns=samples[name])
-                for name in samples
-            }
+    with _opened(float_plan(folded)) as plain, open_session(quantized) as session:
+        measured = _timed({"float": plain, "quantized": session}, folded, batch=batch, seconds=seconds)
     ratio = speed_up(measured["float"], measured["quantized"])
     return Race(**ratio, reason=None if ratio["median"] > 1.0 else _reason(folded))
 
@@ -89,21 +78,33 @@ def fastest(folded: Folded, *, batch: int = 1, seconds: float = SECONDS) -> Fold
     if folded.simulated or installed_version("openvino") is None:
         return folded
     plans = {plan.target.engine: plan for plan in (folded, replace(folded, target=find_target("openvino")))}
+    with ExitStack() as stack:
+        sessions = {engine: stack.enter_context(_opened(plan)) for engine, plan in plans.items()}
+        measured = _timed(sessions, folded, batch=batch, seconds=seconds)
+    return plans[min(measured, key=lambda engine: float(np.median(measured[engine].trial_medians_ms)))]
+
+
+@contextmanager
+def _opened(folded: Folded) -> Iterator[Session]:
+    """Write the graph of a plan to a temporary folder and open it in the engine of its target."""
+    with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
+        path = Path(folder) / "model.onnx"
+        write_graph(folded, path)
+        with open_graph(path, folded.target.engine) as session:
+            yield session
+
+
+def _timed(sessions: Mapping[str, Session], folded: Folded, *, batch: int, seconds: float) -> dict[str, Measurement]:
+    """Time sessions on the same random images (B, channels, height, width), interleaved, engine only."""
     shape = (batch, folded.model.spec.channels, *folded.model.spec.image_size)
     pixels = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitfold-")))
-        calls = {}
-        for engine, plan in plans.items():
-            path = folder / engine / "model.onnx"
-            path.parent.mkdir()
-            write_graph(plan, path)
-            session = stack.enter_context(open_graph(path, engine))
-            session.bind(pixels)
-            calls[engine] = session.run
-        samples = interleave(calls, trials=TRIALS, seconds=seconds)
-    best = min(samples, key=lambda engine: float(np.median([np.median(trial) for trial in samples[engine]])))
-    return plans[best]
+    for session in sessions.values():
+        session.bind(pixels)
+    samples = interleave({name: session.run for name, session in sessions.items()}, trials=TRIALS, seconds=seconds)
+    return {
+        name: Measurement(subject=name, engine=session.engine, batch=batch, scope="engine", trials_ns=samples[name])
+        for name, session in sessions.items()
+    }
 
 
 def _reason(folded: Folded) -> str:

@@ -6,6 +6,7 @@ Owns the order: q and k by the error of the logits, then the softmax and v by th
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,42 +35,38 @@ def search_attention(
     """Return the quantizers of `{site}.q`, `.k`, `.v` and `.softmax`."""
     symmetric = symmetric or method.symmetric
     per_head = method.head_scales and not uniform_only
-    q, k, v = samples.q, samples.k, samples.v
-    alpha = q.shape[-1] ** -0.5
-    weigh_logits = _weights(samples.grad_logits, method)
-    weigh_output = _weights(samples.grad_output, method)
-    exact_logits = (q @ k.transpose(-1, -2)) * alpha
+    search = partial(_operand, bits=bits, method=method, symmetric=symmetric, per_head=per_head)
     found: dict[str, Quantizer] = {}
-    q_hat, k_hat = q, k
+    operands = {"q": samples.q, "k": samples.k}
+    operands_hat = dict(operands)
+    exact_logits = _logits(**operands)
+    weigh_logits = _weights(samples.grad_logits, method)
+
+    def logits_error(name: str, x_hat: Tensor) -> Tensor:
+        return (_logits(**{**operands_hat, name: x_hat}) - exact_logits).square() * weigh_logits
+
     for _ in range(method.rounds if method.activations == "hessian" else 1):
-        found[f"{site}.q"] = _operand(
-            q,
-            bits,
-            method,
-            symmetric,
-            per_head,
-            lambda x: ((x @ k_hat.transpose(-1, -2)) * alpha - exact_logits).square() * weigh_logits,  # noqa: B023
-        )
-        q_hat = rounded(q, found[f"{site}.q"])
-        found[f"{site}.k"] = _operand(
-            k,
-            bits,
-            method,
-            symmetric,
-            per_head,
-            lambda x: ((q_hat @ x.transpose(-1, -2)) * alpha - exact_logits).square() * weigh_logits,  # noqa: B023
-        )
-        k_hat = rounded(k, found[f"{site}.k"])
+        for name, x in operands.items():
+            quantizer = search(x, error=partial(logits_error, name))
+            found[f"{site}.{name}"], operands_hat[name] = quantizer, rounded(x, quantizer)
     weights = samples.logits.softmax(-1)
-    exact = weights @ v
+    exact = weights @ samples.v
+    weigh_output = _weights(samples.grad_output, method)
+
+    def output_error(weights_hat: Tensor, v_hat: Tensor) -> Tensor:
+        return (weights_hat @ v_hat - exact).square() * weigh_output
+
     candidates = _softmax_candidates(bits, method, symmetric=symmetric, uniform_only=uniform_only)
-    softmax = min(candidates, key=lambda c: float(((rounded(weights, c) @ v - exact).square() * weigh_output).mean()))
-    weights_hat = rounded(weights, softmax)
+    softmax = min(candidates, key=lambda c: float(output_error(rounded(weights, c), samples.v).mean()))
     found[f"{site}.softmax"] = softmax
-    found[f"{site}.v"] = _operand(
-        v, bits, method, symmetric, per_head, lambda x: (weights_hat @ x - exact).square() * weigh_output
-    )
+    found[f"{site}.v"] = search(samples.v, error=partial(output_error, rounded(weights, softmax)))
     return found
+
+
+def _logits(q: Float[Tensor, "S H N K"], k: Float[Tensor, "S H M K"]) -> Float[Tensor, "S H N M"]:
+    """q k^T / sqrt(K)."""
+    alpha: float = q.shape[-1] ** -0.5
+    return (q @ k.transpose(-1, -2)) * alpha
 
 
 def _weights(grad: Tensor | None, method: Method) -> Tensor:
@@ -79,7 +76,7 @@ def _weights(grad: Tensor | None, method: Method) -> Tensor:
 
 
 def _operand(
-    x: Float[Tensor, "S H N K"], bits: int, method: Method, symmetric: bool, per_head: bool, error: Errors
+    x: Float[Tensor, "S H N K"], *, error: Errors, bits: int, method: Method, symmetric: bool, per_head: bool
 ) -> Uniform:
     """One range per head, or one for all; the error of a candidate is summed per head."""
     axis = 1 if per_head else None

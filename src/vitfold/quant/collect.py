@@ -44,8 +44,8 @@ class LinearSamples:
 
     x: Float[Tensor, "R I"]
     share: Float[Tensor, "R 1"]
-    low: Float[Tensor, I]
-    high: Float[Tensor, I]
+    low: Float[Tensor, " I"]
+    high: Float[Tensor, " I"]
     grad: Float[Tensor, "R O"] | None
 
     @property

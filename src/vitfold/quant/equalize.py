@@ -16,7 +16,12 @@ from vitfold.model import Array
 
 
 def equalize_norm(
-    params: Mapping[str, Array], norm: str, layer: str, *, shift: Float[np.ndarray, D], scale: Float[np.ndarray, D]
+    params: Mapping[str, Array],
+    norm: str,
+    layer: str,
+    *,
+    shift: Float[np.ndarray, " D"],
+    scale: Float[np.ndarray, " D"],
 ) -> dict[str, Array]:
     """Fold (x - shift) / scale into the LayerNorm before a linear layer.
 
@@ -31,7 +36,7 @@ def equalize_norm(
 
 
 def equalize_values(
-    params: Mapping[str, Array], qkv: str, proj: str, *, shift: Float[np.ndarray, A], scale: Float[np.ndarray, A]
+    params: Mapping[str, Array], qkv: str, proj: str, *, shift: Float[np.ndarray, " A"], scale: Float[np.ndarray, " A"]
 ) -> dict[str, Array]:
     """Fold (v - shift) / scale into the V rows of qkv; the attention's output changes alike.
 

@@ -148,7 +148,7 @@ def _repq(one: LinearSamples, bits: int) -> tuple[Tensor, Tensor, Uniform]:
 
 def _search_strength(
     site: LinearSite, one: LinearSamples, params: Mapping[str, Array], bits: int, weight_bits: int
-) -> tuple[Float[Tensor, I], Float[Tensor, I]]:
+) -> tuple[Float[Tensor, " I"], Float[Tensor, " I"]]:
     """Center every channel, scale it by its half range to a power; the power of least output error wins."""
     x = one.x
     weight = torch.from_numpy(params[f"{site.layer}.weight"])

@@ -32,8 +32,8 @@ class Moments:
     """Sums over rows: of the exact input, of the rounded one, of their products, and how many rows."""
 
     count: int
-    exact: Float[Tensor, I]
-    rounded: Float[Tensor, I]
+    exact: Float[Tensor, " I"]
+    rounded: Float[Tensor, " I"]
     square: Float[Tensor, "I I"]
     cross: Float[Tensor, "I I"]
 

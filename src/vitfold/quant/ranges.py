@@ -64,7 +64,7 @@ class Grid:
         """Return the factors, the largest first, so that a tie keeps the wider range."""
         return [float(f) for f in np.linspace(self.stop, self.start, self.count)]
 
-    def search(self, groups: int, error: Callable[[Float[Tensor, G]], Float[Tensor, G]]) -> Float[Tensor, G]:
+    def search(self, groups: int, error: Callable[[Float[Tensor, " G"]], Float[Tensor, " G"]]) -> Float[Tensor, " G"]:
         """Return the factor of least error for each group: every fourth point, then the points around the best."""
         factors = self.factors()
         stride = 4 if self.count > 12 else 1
@@ -135,7 +135,7 @@ def search_weight(
     groups: int | None,
     symmetric: bool,
     grid: Grid,
-    error: Callable[[Float[Tensor, "O I"]], Float[Tensor, O]],
+    error: Callable[[Float[Tensor, "O I"]], Float[Tensor, " O"]],
 ) -> Uniform:
     """Pick scales for a weight, one per output channel or one per equal group of them.
 
