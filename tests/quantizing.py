@@ -13,6 +13,7 @@ from vitfold.ops.run import Run
 from vitfold.programs.vit import vit
 from vitfold.quantizer import Quantizer, Twin, Uniform
 from vitfold.recipe import MergeRecipe
+from vitfold.target import Target
 
 
 class Ranges(Run):
@@ -31,6 +32,11 @@ class Ranges(Run):
             self.seen[f"{site}.{name}"] = operand.numpy()
         self.seen[f"{site}.softmax"] = np.ones(1, np.float32)
         return super().attention(site, q, k, v, bias)
+
+
+def single(target: Target) -> Target:
+    """The same lowering in single precision, where it has to be exact."""
+    return replace(target, float_type="float32")
 
 
 def affine(x: Array, low: int = 0, high: int = 255) -> Uniform:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from quantizing import Ranges, affine, per_channel, quantized, symmetric, twin_sign
+from quantizing import Ranges, affine, per_channel, quantized, single, symmetric, twin_sign
 from vitfold.errors import TargetError
 from vitfold.model import Array, Model
 from vitfold.ops.count import integer_work
@@ -29,10 +29,7 @@ from vitfold.recipe import MergeRecipe
 from vitfold.target import TARGETS as KNOWN
 from vitfold.target import Target
 
-# The lowering of half-precision targets is checked in single precision, where it has to be exact.
-TARGETS = {
-    name: replace(target, float_type="float32") for name, target in KNOWN.items() if target.implied_quant != "fp8"
-}
+TARGETS = {name: single(target) for name, target in KNOWN.items() if target.implied_quant != "fp8"}
 EXECUTED = [name for name in TARGETS if name != "tensorrt-fp16"]
 STANDARD = [name for name in EXECUTED if TARGETS[name].quantized_product == "qdq"]
 CPU = [name for name in EXECUTED if TARGETS[name].quantized_product == "matmul_integer_to_float"]

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 
-from quantizing import affine, per_channel
+from quantizing import affine, per_channel, single
 from vitfold.ops.emit import INPUT_NAME, emit_graph, write_onnx
 from vitfold.ops.simulate import Simulate
 from vitfold.programs.vit import mlp, vit
@@ -165,7 +165,7 @@ def test_the_shift_of_gelu_goes_into_the_bias_of_fc2_where_zero_points_cannot(ti
         model.spec,
         {**model.params, **{f"{s[:-2]}.weight": q(model.params[f"{s[:-2]}.weight"]) for s, q in weights.items()}},
     )
-    graph = emit_graph(program, model, TARGETS["tensorrt-int8"], quantizers)
+    graph = emit_graph(program, model, single(TARGETS["tensorrt-int8"]), quantizers)
     write_onnx(graph, tmp_path / "model.onnx")
     images = random_images(model.spec, 3)
     options = onnxruntime.SessionOptions()

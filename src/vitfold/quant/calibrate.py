@@ -175,6 +175,7 @@ def _problems(model: Model, samples: Samples, quant: QuantRecipe, scheme: Scheme
             bits=bits,
             symmetric=scheme.symmetric,
             uniform_only=scheme.uniform_only,
+            symmetric_inputs=scheme.symmetric and bool(quant.attention) and site.values is not None,
         )
     return problems
 

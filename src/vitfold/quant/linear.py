@@ -40,7 +40,8 @@ _NOISE_STEPS = 16
 class LinearProblem:
     """A layer's samples, its weight (O, I) and the bits that both get.
 
-    `symmetric` weights have the zero point 0. Inputs need not: their zero points fold into biases.
+    `symmetric` weights have the zero point 0. Inputs need not: their zero points fold into biases, unless
+    `symmetric_inputs` says that nothing may stand between them and the product that they come from.
     """
 
     site: LinearSite
@@ -50,6 +51,7 @@ class LinearProblem:
     bits: int
     symmetric: bool
     uniform_only: bool
+    symmetric_inputs: bool = False
 
 
 def search_linear(problem: LinearProblem, method: Method, *, preset: Uniform | None) -> dict[str, Quantizer]:
@@ -129,7 +131,13 @@ def _search_inputs(
         plain = search_affine(low, high, problem.bits, method.grid, error)
         return twin if error(twin) < error(plain) else plain
     return search_range(
-        low, high, problem.samples.ordinary, problem.bits, method, symmetric=method.symmetric, error=error
+        low,
+        high,
+        problem.samples.ordinary,
+        problem.bits,
+        method,
+        symmetric=method.symmetric or problem.symmetric_inputs,
+        error=error,
     )
 
 

@@ -1,0 +1,79 @@
+"""`vitfold audit`: what NVIDIA's compiler makes of a bundle or an ONNX file, on any machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vitfold.cli import options
+from vitfold.cli.terminal import command, note, out, print_json, steps, write_json
+
+if TYPE_CHECKING:
+    from vitfold.audit import Audit
+
+
+@command
+def audit(
+    subject: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_ONNX", help="A bundle, or any ONNX file.")],
+    another: Annotated[Path | None, typer.Argument(metavar="ANOTHER", help="A second one, shown beside it.")] = None,
+    gpu: Annotated[
+        str, typer.Option(help="Compute capability to compile for: sm75, sm80, sm86, sm89, sm120.")
+    ] = "sm86",
+    batch: options.Batch = 8,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Keep the JSON there.")] = None,
+    json: options.Json = False,
+) -> None:
+    """Compile ahead of time without a GPU; count, explain and price every kernel. Times are a model, not measured."""
+    from vitfold.audit.compiler import check_gpu
+
+    check_gpu(gpu)
+    subjects = [subject] if another is None else [subject, another]
+    with steps("audit") as say:
+        audits = []
+        for path in subjects:
+            say(f"compiling {path}")
+            audits.append(_audit(path, gpu, batch))
+    documents: list[dict[str, Any]] = [one.to_dict() for one in audits]
+    document: Any = documents[0] if another is None else {"audits": documents}
+    if output is not None:
+        write_json(output, document)
+    if json:
+        print_json(document)
+        return
+    from vitfold.report.audits import block_table, prediction_table, summary_table
+
+    out.print(summary_table(documents))
+    for shown in documents:
+        out.print(block_table(shown))
+    out.print(prediction_table(documents))
+    for shown in documents:
+        _print_findings(shown)
+
+
+def _audit(path: Path, gpu: str, batch: int) -> Audit:
+    from vitfold.audit import audit_graph
+    from vitfold.bundle import open_bundle
+    from vitfold.errors import BundleError
+
+    if path.is_file():
+        return audit_graph(path, gpu=gpu, batch=batch)
+    bundle = open_bundle(path)
+    if bundle.manifest.simulated:
+        raise BundleError(f"{path} is simulated and has no graph; make one with --target tensorrt-int8")
+    return audit_graph(bundle.onnx_path, gpu=gpu, batch=batch, name=bundle.name)
+
+
+def _print_findings(audit: dict[str, Any]) -> None:
+    for finding in audit["findings"]:
+        sites = finding["where"]
+        where = f": {', '.join(sites[:4])}" if sites else ""
+        more = f" and {len(sites) - 4} more" if len(sites) > 4 else ""
+        out.print(f"[bold yellow]{finding['kind']}[/] in {audit['name']}{where}{more}", highlight=False)
+        out.print(f"  {finding['cause']}", highlight=False, markup=False, soft_wrap=True)
+        out.print(f"  cure: {finding['cure']}", highlight=False, markup=False, soft_wrap=True)
+    if not audit["findings"]:
+        out.print(f"[green]nothing to mend[/] in {audit['name']}", highlight=False)
+    if audit["not_understood"]:
+        note(f"not understood in {audit['name']}: {'; '.join(audit['not_understood'][:5])}")

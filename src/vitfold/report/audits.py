@@ -1,0 +1,100 @@
+"""Tables of audits, from their JSON documents: kernels by block, by kind, and modelled time.
+
+Owns columns, units and rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+Audit = Mapping[str, Any]
+_MB = 1e-6
+_NONE = "-"
+
+
+def summary_table(audits: Sequence[Audit]) -> Table:
+    """One row per property, one column per audit."""
+    rows: list[tuple[str, Callable[[Audit], str]]] = [
+        ("kernels", lambda a: f"{a['kernels']}"),
+        ("in a middle block", lambda a: _middle(a, "kernels_per_block", "d", 1)),
+        ("by kind", lambda a: ", ".join(f"{count} {kind}" for kind, count in a["kinds"].items())),
+        ("linear layers", lambda a: _counts(a["gemms"])),
+        ("attention", _attention),
+        ("copies", lambda a: f"{a['copies']}"),
+        ("activations moved", lambda a: f"{a['bytes_moved'] * _MB:.1f} MB"),
+        ("in a middle block", lambda a: f"{_middle(a, 'bytes_per_block', '.1f', _MB)} MB"),
+        ("weights read", lambda a: f"{a['weight_bytes'] * _MB:.1f} MB"),
+        ("work", lambda a: f"{a['macs'] * 1e-9:.1f} GMACs"),
+        ("engine", lambda a: f"{a['engine_bytes'] * _MB:.1f} MB"),
+    ]
+    first = audits[0]
+    table = Table(title=f"{first['compiler']}, {first['gpu']}, batch {first['batch']}", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for audit in audits:
+        table.add_column(audit["name"], overflow="fold")
+    for name, cell in rows:
+        table.add_row(name, *(cell(audit) for audit in audits))
+    return table
+
+
+def block_table(audit: Audit) -> Table:
+    """One row per run of equal blocks."""
+    table = Table(title=f"{audit['name']}: kernels per block", box=box.SIMPLE_HEAD)
+    for column in ("blocks", "kernels", "activations MB"):
+        table.add_column(column, justify="right")
+    runs: list[tuple[list[str], int, int]] = []
+    for block, kernels in audit["kernels_per_block"].items():
+        moved = audit["bytes_per_block"][block]
+        if runs and runs[-1][1:] == (kernels, moved):
+            runs[-1][0].append(block)
+        else:
+            runs.append(([block], kernels, moved))
+    for blocks, kernels, moved in runs:
+        name = blocks[0] if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}"
+        table.add_row(name, str(kernels), f"{moved * _MB:.1f}")
+    return table
+
+
+def prediction_table(audits: Sequence[Audit]) -> Table:
+    """One row per GPU: modelled milliseconds, what bounds them, and the ratio to the first audit."""
+    table = Table(title="roofline model, not a measurement: ms per batch", box=box.SIMPLE_HEAD)
+    table.add_column("GPU")
+    for index, audit in enumerate(audits):
+        table.add_column(audit["name"], justify="right", overflow="fold")
+        table.add_column("bound by")
+        if index:
+            table.add_column("speed-up", justify="right")
+    for gpu in dict.fromkeys(gpu for audit in audits for gpu in audit["predicted_ms"]):
+        cells, first = [], audits[0]["predicted_ms"].get(gpu)
+        for index, audit in enumerate(audits):
+            ms = audit["predicted_ms"].get(gpu)
+            shares = audit["predicted_bound"].get(gpu, {})
+            bound = max(shares, key=shares.__getitem__) if shares else "type not run"
+            cells += [_NONE if ms is None else f"{ms:.3f}", f"{bound} {100 * shares[bound]:.0f} %" if shares else bound]
+            if index:
+                cells.append(_NONE if ms is None or first is None else f"{first / ms:.2f}x")
+        table.add_row(gpu, *cells)
+    return table
+
+
+def _attention(audit: Audit) -> str:
+    found = dict(audit["attention"])
+    fused, unfused = found.pop("fused"), found.pop("unfused")
+    types = f" ({_counts(found)})" if found else ""
+    return f"{fused} fused{types}, {unfused} not"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none"
+
+
+def _middle(audit: Audit, key: str, form: str, scale: float) -> str:
+    values = list(audit[key].values())
+    if not values:
+        return _NONE
+    value = sorted(values)[len(values) // 2]
+    return format(value * scale if scale != 1 else value, form)

@@ -1,0 +1,74 @@
+"""Small models as NVIDIA's compiler sees them, with quantizers that need no calibration: only structure counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vitfold.model import Model
+from vitfold.ops.emit import emit_graph, write_onnx
+from vitfold.programs.vit import vit
+from vitfold.quant.sites import find_sites
+from vitfold.quantizer import Float8, Quantizer, Uniform
+from vitfold.recipe import MergeRecipe
+from vitfold.target import TARGETS, Target
+
+WIDE: dict[str, Any] = {
+    "image_size": (224, 224),
+    "patch_size": (16, 16),
+    "width": 384,
+    "depth": 3,
+    "heads": 6,
+    "head_width": 64,
+    "mlp_width": 768,
+}
+
+
+def quantizers_for(model: Model, *, float8: bool, attention: bool = True) -> dict[str, Quantizer]:
+    """Symmetric quantizers for every site but the head."""
+
+    def tensor(scale: float, low: int = -128) -> Quantizer:
+        if float8:
+            return Float8(scale=np.array(scale))
+        return Uniform(scale=np.array(scale), zero_point=np.array(0), low=low, high=127)
+
+    found: dict[str, Quantizer] = {}
+    linears, attentions = find_sites(model.spec)
+    for site in linears:
+        if site.is_head:
+            continue
+        reach = np.abs(model.params[f"{site.layer}.weight"]).max(1)
+        found[f"{site.layer}.x"] = tensor(0.03)
+        found[f"{site.layer}.w"] = (
+            Float8(scale=reach / 448, axis=0)
+            if float8
+            else Uniform(scale=reach / 127, zero_point=np.zeros(len(reach)), low=-128, high=127, axis=0)
+        )
+    for one in attentions if attention else ():
+        found |= {f"{one.site}.{name}": tensor(0.03) for name in "qkv"}
+        found[f"{one.site}.softmax"] = tensor(1 / 448) if float8 else tensor(1 / 127, low=0)
+    return found
+
+
+@pytest.fixture
+def written(tmp_path: Path):
+    """Return a function that writes a model for a target and returns the file."""
+    pytest.importorskip("tensorrt_rtx", reason="NVIDIA's compiler is not installed: pip install 'vitfold[audit]'")
+
+    def write(
+        model: Model,
+        target: Target | str,
+        quantizers: dict[str, Quantizer] | None = None,
+        r: tuple[int, ...] = (),
+        name: str = "model",
+    ) -> Path:
+        target = TARGETS[target] if isinstance(target, str) else target
+        recipe = MergeRecipe(r=r, order="index" if target.keeps_order else "score")
+        path = tmp_path / f"{name}.onnx"
+        write_onnx(emit_graph(lambda ops, image: vit(ops, model.spec, recipe, image), model, target, quantizers), path)
+        return path
+
+    return write
