@@ -69,8 +69,8 @@ def optimize(
         str,
         typer.Option(
             help="What the graph is written for: cpu (quantized: this processor's instruction set), portable, "
-            "cpu-avx2, cpu-vnni, cpu-amx, cpu-arm, openvino, tensorrt-int8, integer or simulation; fastest: cpu or "
-            "openvino, whichever runs faster here."
+            "cpu-avx2, cpu-vnni, cpu-amx, cpu-arm, openvino, tensorrt-fp16, tensorrt-int8, tensorrt-fp8, integer or "
+            "simulation; fastest: cpu or openvino, whichever runs faster here."
         ),
     ] = "cpu",
     recipe: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Every choice in a file.")] = None,
@@ -80,6 +80,10 @@ def optimize(
     keep_slower: Annotated[
         bool, typer.Option("--keep-slower", help="Keep a quantized bundle that is not faster than the float one.")
     ] = False,
+    batch: Annotated[
+        str | None,
+        typer.Option(metavar="MIN,OPT,MAX", help="Batches that TensorRT builds its engine for, as 1,8,64."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     arch: options.Arch = None,
     num_classes: options.NumClasses = None,
@@ -98,7 +102,11 @@ def optimize(
         ((source is None) == (repeat is None), "give either SOURCE or --from BUNDLE", "SOURCE"),
         (recipe is not None and chosen, "give either --recipe or --merge, --quant and --method", "--recipe"),
         (min_agreement is not None and images is None, "--min-agreement needs --images", "--min-agreement"),
-        (method is not None and quant is None, "--method needs --quant, for example --quant w8a8", "--method"),
+        (
+            method is not None and quant is None and not target.startswith("tensorrt"),
+            "--method needs --quant, for example --quant w8a8",
+            "--method",
+        ),
     )
     require_optimize()
     from vitfold import pipeline
@@ -119,8 +127,11 @@ def optimize(
             assert source is not None
             model = load_model(source, say, arch, num_classes, image_size, weights, seed)
             read = None if recipe is None else pipeline.read_recipe(recipe, model.spec)
-            wanted = quant_recipe(quant, method, calibration_size, calibration_seed)
-            folded = pipeline.optimize(model, merge=merge, quant=wanted, recipe=read, target=base)
+            implied = None if read is not None else find_target(base).implied_quant
+            wanted = quant_recipe(quant or implied, method, calibration_size, calibration_seed)
+            folded = pipeline.optimize(
+                model, merge=merge, quant=wanted or quant, recipe=read, target=base, batch=_batch(batch)
+            )
             plan = _divided(folded, found, dry_run=dry_run)
         made = _Made(folded=plan.folded)
         if destination is not None:
@@ -131,6 +142,8 @@ def optimize(
             first = plan.calibration is not None and repeat is None
             made = _saved(plan, destination, say, overwrite=overwrite, race=first, keep_slower=keep_slower)
     _report(made, json=json)
+    for remark in made.folded.remarks:
+        note(remark)
     if images is not None and weights == "random":
         note("random weights: no fidelity was measured, since their outputs hardly depend on the image")
     if made.bundle is not None and min_agreement is not None:
@@ -257,14 +270,25 @@ def load_model(source: str, say: Say, *arguments: Any) -> Model:
 
 def quant_recipe(quant: str | None, method: str | None, size: int, seed: int) -> QuantRecipe | None:
     """Return the quantization that options ask for."""
-    from vitfold.recipe import QuantRecipe, bits_from_scheme
+    from vitfold.recipe import quant_from_scheme
 
-    if quant is None or quant.lower() == "none":
+    found = None if quant is None else quant_from_scheme(quant.lower())
+    if found is None:
         return None
-    weights, activations = bits_from_scheme(quant)
-    return QuantRecipe(
-        weights=weights, activations=activations, method=method or "vitfold", calibration_size=size, seed=seed
-    )
+    return replace(found, method=method or "vitfold", calibration_size=size, seed=seed)
+
+
+def _batch(text: str | None) -> tuple[int, int, int] | None:
+    """Read MIN,OPT,MAX, or one batch for all three."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) not in (1, 3) or not all(part.strip().isdigit() for part in parts):
+        raise typer.BadParameter(f"{text!r} is not MIN,OPT,MAX, as 1,8,64", param_hint="--batch")
+    least, usual, most = (int(part) for part in (parts if len(parts) == 3 else parts * 3))
+    if not 1 <= least <= usual <= most:
+        raise typer.BadParameter(f"{text!r} does not rise from MIN to MAX", param_hint="--batch")
+    return least, usual, most
 
 
 def _report(made: _Made, *, json: bool) -> None:

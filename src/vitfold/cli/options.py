@@ -45,7 +45,7 @@ Merge = Annotated[
 ]
 Quant = Annotated[
     str | None,
-    typer.Option(metavar="WxAy", help="Bits of weights and activations: w8a8, w6a6, w4a8, w4a4, ..., or none."),
+    typer.Option(metavar="WxAy", help="Bits of weights and activations: w8a8, w6a6, w4a8, w4a4, ..., fp8, or none."),
 ]
 Method = Annotated[
     str | None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vitfold.audit import check_attention
 from vitfold.bench.environment import processor
 from vitfold.errors import RecipeError, TargetError
 from vitfold.model import Model, ViTSpec, param_shapes
@@ -19,6 +20,7 @@ from vitfold.ops.count import Count, IntegerWork, SiteCost, integer_work
 from vitfold.programs.vit import vit
 from vitfold.quantizer import Quantizer, QuantParams
 from vitfold.recipe import (
+    FLOAT,
     MergeRecipe,
     Order,
     QuantRecipe,
@@ -40,7 +42,9 @@ class Folded:
 
     `model` is the one that was loaded; `folded` went through the exact folds. Where the recipe quantizes,
     `quantizers` and `calibration` (what it was done with, plain JSON values) are None until
-    `calibration.calibrate_folded` has run; then the weights of `folded` lie on their grids.
+    `calibration.calibrate_folded` has run; then the weights of `folded` lie on their grids. `batch` is the least, the
+    usual and the largest batch that an engine is to be built for, where one is built. `remarks` say what the target
+    made of the recipe.
     """
 
     model: Model
@@ -49,6 +53,8 @@ class Folded:
     target: Target
     quantizers: QuantParams | None = None
     calibration: Mapping[str, Any] | None = None
+    batch: tuple[int, int, int] | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -84,6 +90,7 @@ def optimize(
     quant: str | QuantRecipe | None = None,
     recipe: Recipe | None = None,
     target: str = "cpu",
+    batch: tuple[int, int, int] | None = None,
 ) -> Folded:
     """Resolve the recipe for this model and apply the exact folds.
 
@@ -92,7 +99,8 @@ def optimize(
 
     Args:
         merge: r per block as `schedule.resolve_r` takes it; not together with `recipe`.
-        quant: "w8a8" and its like, "none", or the whole section; not together with `recipe`.
+        quant: "w8a8" and its like, "fp8", "none", or the whole section; not together with `recipe`.
+        batch: least, usual and largest batch, for targets whose engines are built for them.
 
     Raises:
         RecipeError: if the schedule does not fit the model, or the method or a glob is unknown.
@@ -106,12 +114,33 @@ def optimize(
     if recipe.quant is None and quant is None:
         recipe = replace(recipe, quant=quant_from_scheme(find_target(target).implied_quant))
     chosen = resolve_target(target, recipe.quant)
+    if batch is not None and chosen.engine != "tensorrt":
+        raise TargetError(f"target {target} runs any batch; leave the batch out, or choose a target of TensorRT")
+    remarks: tuple[str, ...] = ()
     if recipe.quant is not None:
         recipe = replace(recipe, quant=resolve_quant(recipe.quant, chosen, model.spec))
+        recipe, remarks = _fusible(recipe, chosen, model.spec)
     if recipe.merge.order is None:
         order: Order = "index" if chosen.keeps_order else "score"
         recipe = replace(recipe, merge=replace(recipe.merge, order=order))
-    return Folded(model=model, folded=fold_layer_scale(model), recipe=recipe, target=chosen)
+    folded = fold_layer_scale(model)
+    return Folded(model=model, folded=folded, recipe=recipe, target=chosen, batch=batch, remarks=remarks)
+
+
+def _fusible(recipe: Recipe, target: Target, spec: ViTSpec) -> tuple[Recipe, tuple[str, ...]]:
+    """Keep the attention of those blocks float which TensorRT could not run as one kernel in INT8."""
+    quant = recipe.quant
+    if quant is None or target.engine != "tensorrt" or not quant.attention or quant.format != "integer":
+        return recipe, ()
+    found = check_attention(spec.head_width, tokens_per_block(spec, recipe.merge.r)[:-1])
+    if found is None:
+        return recipe, ()
+    if not found.where:
+        return replace(recipe, quant=replace(quant, attention=False)), (f"attention stays FP16: {found.cause}",)
+    sites = {**quant.sites, **dict.fromkeys(found.where, FLOAT)}
+    shown = f"{found.where[0]} to {found.where[-1]}" if len(found.where) > 1 else found.where[0]
+    remark = f"{shown} stay FP16: {found.cause}; {found.cure}"
+    return replace(recipe, quant=replace(quant, sites=sites)), (remark,)
 
 
 def _quant_recipe(quant: str | QuantRecipe | None) -> QuantRecipe | None:

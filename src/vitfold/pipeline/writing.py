@@ -81,7 +81,7 @@ def save(
             preprocess=model.preprocess,
             labels=model.labels,
             recipe=folded.recipe,
-            target=folded.target.to_dict(),
+            target=_target(folded),
             tokens=folded.tokens,
             macs=macs,
             origin=model.origin.to_dict(),
@@ -92,6 +92,11 @@ def save(
         )
 
     return write_bundle(path, write, overwrite=overwrite)
+
+
+def _target(folded: Folded) -> dict[str, Any]:
+    """The target, with the batches of an engine that is built later."""
+    return folded.target.to_dict() | ({} if folded.batch is None else {"batch": list(folded.batch)})
 
 
 def _write_files(folded: Folded, onnx_path: Path, say: Step) -> int:
