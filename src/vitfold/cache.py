@@ -23,14 +23,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("VITFOLD_CACHE") or platformdirs.user_cache_dir("vitfold"))
 
 
-def kept_file(kind: str, key: str) -> Path:
+def kept_file(kind: str, key: str, suffix: str = ".safetensors") -> Path:
     """Return where the entry of this key lies, if there is one."""
-    return cache_folder() / kind / f"{key}.safetensors"
+    return cache_folder() / kind / f"{key}{suffix}"
 
 
-def keep_file(kind: str, key: str, write: Callable[[Path], object]) -> None:
+def keep_file(kind: str, key: str, write: Callable[[Path], object], suffix: str = ".safetensors") -> None:
     """Keep what `write` writes; a reader sees all of it or nothing. A full or read-only disk is no error."""
-    path = kept_file(kind, key)
+    path = kept_file(kind, key, suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
@@ -55,6 +55,19 @@ def read_arrays(kind: str, key: str) -> dict[str, Array] | None:
         path.unlink(missing_ok=True)
         return None
     return arrays
+
+
+def read_bytes(kind: str, key: str, suffix: str) -> bytes | None:
+    """Return the bytes kept under this key, or None."""
+    try:
+        return kept_file(kind, key, suffix).read_bytes()
+    except OSError:
+        return None
+
+
+def keep_bytes(kind: str, key: str, suffix: str, content: bytes) -> None:
+    """Keep bytes under this key."""
+    keep_file(kind, key, lambda path: path.write_bytes(content), suffix)
 
 
 def keep_arrays(kind: str, key: str, arrays: Mapping[str, Array]) -> None:

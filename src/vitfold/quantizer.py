@@ -5,7 +5,8 @@ interpreter has to reproduce, and the file that holds a model's quantizers. How 
 `quant`'s business, how a quantizer becomes nodes is `ops.emit`'s.
 
 A site is named after its operation: `blocks.3.attn.qkv.x` is the input of a linear layer, `.w` its
-weight; an attention has the sites `blocks.3.attn.q`, `.k`, `.v` and `.softmax`.
+weight, `.y` its output before scale and bias (what its normalized weights give); an attention has the sites
+`blocks.3.attn.q`, `.k`, `.v` and `.softmax`.
 """
 
 from __future__ import annotations
@@ -239,11 +240,17 @@ def round_to_e4m3(x: Array) -> Array:
 Quantizer = Uniform | Twin | Log | Shifted | Float8
 
 
-_HALF_EXPONENT = 7
+NORMALIZED_EXPONENT = -7
+"""Normalized weights are codes times 2^-7: within [-1, 1) as 8-bit integers, within [-3.5, 3.5] as 8-bit floats."""
+
+
+def normalized_scale(weight: Uniform | Float8) -> Array:
+    """Return what is left of a weight's scale, per output channel, once its codes are multiplied by 2^-7."""
+    return np.asarray(np.ldexp(weight.scale, -NORMALIZED_EXPONENT), np.float32)
 
 
 def in_half(quantizer: Quantizer) -> Quantizer:
-    """Return the quantizer with every scale rounded to FP16: 11 bits, kept 7 powers of two above the subnormals."""
+    """Return the quantizer with every scale rounded to FP16, that of a weight per channel as a normalized one."""
     if isinstance(quantizer, Twin):
         inner, outer = (replace(q, scale=_half(q.scale, 0)) for q in (quantizer.inner, quantizer.outer))
         return replace(quantizer, inner=inner, outer=outer)
@@ -251,7 +258,7 @@ def in_half(quantizer: Quantizer) -> Quantizer:
         return replace(quantizer, inner=replace(quantizer.inner, scale=_half(quantizer.inner.scale, 0)))
     if isinstance(quantizer, Log):
         return quantizer
-    return replace(quantizer, scale=_half(quantizer.scale, _HALF_EXPONENT if quantizer.axis == 0 else 0))
+    return replace(quantizer, scale=_half(quantizer.scale, -NORMALIZED_EXPONENT if quantizer.axis == 0 else 0))
 
 
 def _half(scale: Array, exponent: int) -> Array:

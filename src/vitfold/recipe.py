@@ -64,7 +64,8 @@ class QuantRecipe:
     gains from it; resolved recipes say true or false); `sites` overrides single
     sites, glob -> "w8a8" or "float", the last match wins; `calibration_size` images are drawn with `seed`.
     `head_bits` is the least that the classifier gets, as every published table does it. `format` says what
-    the bits are: integers, or 8-bit floats (E4M3).
+    the bits are: integers, or 8-bit floats (E4M3). `outputs` says whether the products of qkv and fc1 are rounded
+    too, before their scale and bias (None: as the target gains from it).
     """
 
     weights: int = 8
@@ -75,6 +76,7 @@ class QuantRecipe:
     seed: int = 0
     head_bits: int = 8
     format: Format = "integer"
+    outputs: bool | None = None
     sites: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,6 +92,8 @@ class QuantRecipe:
             raise RecipeError(f"quant.format is integer or float8, found {self.format!r}")
         if self.format == "float8" and (self.weights, self.activations) != (8, 8):
             raise RecipeError("quant.format float8 has 8 bits for weights and activations; leave both out")
+        if self.outputs not in (None, True, False):
+            raise RecipeError("quant.outputs is true or false")
         if self.attention not in (None, True, False) or not isinstance(self.method, str):
             raise RecipeError("quant.attention is true or false, quant.method a name")
         if not isinstance(self.sites, Mapping):
@@ -167,8 +171,9 @@ class Recipe:
             del values["quant"]
         else:
             values["quant"]["sites"] = dict(self.quant.sites)
-            if self.quant.attention is None:
-                del values["quant"]["attention"]
+            for name in ("attention", "outputs"):
+                if values["quant"][name] is None:
+                    del values["quant"][name]
         return values
 
     def to_toml(self) -> str:

@@ -53,6 +53,7 @@ class Target:
     quantized_product: QuantizedProduct
     quantize_attention: bool
     why: str
+    quantize_outputs: bool = False
     float_type: FloatType = "float32"
     weight_scale: WeightScale = "channel"
     argmax: ArgMax = "argmax"

@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from audit.conftest import WIDE, quantizers_for
-from vitfold.audit import Audit, audit_graph, check_attention
+from vitfold.audit.audit import Audit, audit_graph
+from vitfold.audit.limits import check_attention
 from vitfold.target import TARGETS
 
 BLOCK = {

@@ -15,7 +15,9 @@ import pytest
 from vitfold import pipeline
 from vitfold.bench.environment import installed_version
 from vitfold.bundle import Bundle
-from vitfold.engines import ENGINES, Session, open_session
+from vitfold.engines import ENGINES, TENSORRT, Session, open_session
+from vitfold.engines.cuda import Gpu
+from vitfold.engines.tensorrt import load_tensorrt
 from vitfold.errors import EngineError
 from vitfold.model import Array, Model
 
@@ -26,7 +28,7 @@ def model(tiny_model: Callable[..., Model]) -> Model:
 
 
 needs_openvino = pytest.mark.skipif(installed_version("openvino") is None, reason="openvino is not installed")
-TARGETS = {"onnxruntime": "cpu", "openvino": "portable"}
+TARGETS = {"onnxruntime": "cpu", "openvino": "portable", "tensorrt": "portable"}
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +42,22 @@ def portable(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return pipeline.save(folded, tmp_path_factory.mktemp("engines") / "portable.fold")
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=(*ENGINES, TENSORRT))
 def engine(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    if installed_version(name) is None:
+    if name == TENSORRT:
+        skip_without_a_gpu()
+    elif installed_version(name) is None:
         pytest.skip(f"{name} is not installed")
     return name
+
+
+def skip_without_a_gpu() -> None:
+    try:
+        Gpu().close()
+        load_tensorrt()
+    except EngineError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture
@@ -63,7 +75,7 @@ def run(session: Session, pixels: Array) -> Array:
 def test_an_engine_is_a_session_and_says_its_version(session: Session) -> None:
     assert isinstance(session, Session)
     name, version = session.engine.split(maxsplit=1)
-    assert name in ENGINES
+    assert name in (*ENGINES, TENSORRT)
     assert version[0].isdigit()
 
 
@@ -131,7 +143,11 @@ def test_batch_sizes_may_alternate(session: Session, model: Model, random_images
         np.testing.assert_allclose(run(session, pixels[:size]), together[:size], rtol=1e-5, atol=1e-5)
 
 
-def test_input_is_read_where_it_lies(session: Session, model: Model, random_images: Callable[..., Array]) -> None:
+def test_input_is_read_where_it_lies(
+    session: Session, engine: str, model: Model, random_images: Callable[..., Array]
+) -> None:
+    if engine == TENSORRT:
+        pytest.skip("bind copies to the GPU")
     first, second = random_images(model.spec, 2, seed=1), random_images(model.spec, 2, seed=2)
     expected = run(session, second)
     session.bind(first)
@@ -149,7 +165,10 @@ def open_graph(engine: str, path: Path) -> Session:
     """Open a graph that is no bundle's."""
     from vitfold.engines.onnxruntime import OnnxRuntimeSession
     from vitfold.engines.openvino import OpenVinoSession
+    from vitfold.engines.tensorrt import TensorRtSession
 
+    if engine == TENSORRT:
+        return TensorRtSession(path)
     return {"onnxruntime": OnnxRuntimeSession, "openvino": OpenVinoSession}[engine](path, threads=1)
 
 

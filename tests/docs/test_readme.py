@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,26 +26,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def run_python(code: str, folder: Path) -> str:
-    environment = {**os.environ, "VITFOLD_CACHE": str(folder / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def test_python_examples_run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("VITFOLD_CACHE", str(folder / "cache"))
 
+    def printed(code: str) -> str:
+        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+        return capsys.readouterr().out
 
-def test_python_examples_run(folder: Path) -> None:
     serving, making = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    made = run_python(making, folder)
-    assert "ship" in made
-    shutil.copytree(folder / "out" / "readme.fold", folder / "vit.fold")
-    assert run_python(serving, folder).count("[(") == 2
+    assert "ship" in printed(making)
+    shutil.copytree("out/readme.fold", "vit.fold")
+    assert printed(serving).count("[(") == 2
 
 
 def test_commands_and_options_exist() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vitfold.cli import audit, bench, demo, doctor, evaluate, inspect, ladder, optimize, predict, sensitivity
+from vitfold.cli import audit, bench, demo, doctor, evaluate, export, inspect, ladder, optimize, predict, sensitivity
 from vitfold.version import __version__
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("table")(bench.table)
 app.command("inspect")(inspect.inspect)
+app.command("export")(export.export)
 app.command("audit")(audit.audit)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)

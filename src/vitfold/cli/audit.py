@@ -11,7 +11,7 @@ from vitfold.cli import options
 from vitfold.cli.terminal import command, note, out, print_json, steps, write_json
 
 if TYPE_CHECKING:
-    from vitfold.audit import Audit
+    from vitfold.audit.audit import Audit
 
 
 @command
@@ -53,7 +53,7 @@ def audit(
 
 
 def _audit(path: Path, gpu: str, batch: int) -> Audit:
-    from vitfold.audit import audit_graph
+    from vitfold.audit.audit import audit_graph
     from vitfold.bundle import open_bundle
     from vitfold.errors import BundleError
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vitfold.bundle import Bundle
     from vitfold.images import ImageSet
     from vitfold.model import Model
-    from vitfold.pipeline import Folded, Race
+    from vitfold.pipeline import Folded, Race, Solution
     from vitfold.recipe import QuantRecipe
 
 
@@ -84,6 +84,7 @@ def optimize(
         str | None,
         typer.Option(metavar="MIN,OPT,MAX", help="Batches that TensorRT builds its engine for, as 1,8,64."),
     ] = None,
+    gpu: Annotated[str, typer.Option(help="The GPU that --merge auto models: H100, A100, L4, T4, ...")] = "A100",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     arch: options.Arch = None,
     num_classes: options.NumClasses = None,
@@ -120,6 +121,7 @@ def optimize(
     base = "cpu" if target == "fastest" else target
     find_target(base)
     found = None if images is None else find_images(images)
+    solution: Solution | None = None
     with working("optimize") as (say, advance):
         if repeat is not None:
             plan = _repeated(repeat, images, found, say)
@@ -129,8 +131,13 @@ def optimize(
             read = None if recipe is None else pipeline.read_recipe(recipe, model.spec)
             implied = None if read is not None else find_target(base).implied_quant
             wanted = quant_recipe(quant or implied, method, calibration_size, calibration_seed)
+            batches = _batch(batch)
+            schedule: str | tuple[int, ...] | None = merge
+            if merge is not None and merge.partition(":")[0] == "auto":
+                solution = _solved(model, found, merge, base, gpu, batches, say)
+                schedule = solution.r
             folded = pipeline.optimize(
-                model, merge=merge, quant=wanted or quant, recipe=read, target=base, batch=_batch(batch)
+                model, merge=schedule, quant=wanted or quant, recipe=read, target=base, batch=batches
             )
             plan = _divided(folded, found, dry_run=dry_run)
         made = _Made(folded=plan.folded)
@@ -142,12 +149,45 @@ def optimize(
             first = plan.calibration is not None and repeat is None
             made = _saved(plan, destination, say, overwrite=overwrite, race=first, keep_slower=keep_slower)
     _report(made, json=json)
+    if solution is not None:
+        _print_solution(solution)
     for remark in made.folded.remarks:
         note(remark)
     if images is not None and weights == "random":
         note("random weights: no fidelity was measured, since their outputs hardly depend on the image")
     if made.bundle is not None and min_agreement is not None:
         _gate(made.bundle.manifest.fidelity, min_agreement)
+
+
+def _solved(
+    model: Model,
+    found: ImageSet | None,
+    merge: str,
+    target: str,
+    gpu: str,
+    batch: tuple[int, int, int] | None,
+    say: Say,
+) -> Solution:
+    """Find the schedule of `--merge auto`, or auto:R for the distortion of another constant R."""
+    from vitfold import pipeline
+
+    if found is None:
+        raise VitfoldError("--merge auto measures on images what merging does: give --images DIR")
+    like = merge.partition(":")[2] or pipeline.LIKE
+    usual = pipeline.USUAL_BATCH if batch is None else batch[1]
+    return pipeline.solve_merge(model, found, target=target, gpu=gpu, batch=usual, like=like, say=say)
+
+
+def _print_solution(found: Solution) -> None:
+    from vitfold.schedule import describe_r
+
+    where = f"on {found.gpu} at batch {found.batch}, in a roofline model of the blocks, not a measurement"
+    plain, like = f"{found.ms_none:.3f} ms without merging", f"{found.ms_like:.3f} ms with r = {found.like}"
+    if not any(found.r):
+        note(f"merging cannot pay: {plain}, {like} {where}")
+        return
+    kept = f"distortion {found.distortion:.4f} of {found.distortion_like:.4f} allowed, on {found.images} images"
+    note(f"r = {describe_r(found.r)}: {found.ms:.3f} ms, {plain}, {like} {where}; {kept}")
 
 
 def _refuse(*mistakes: tuple[bool, str, str]) -> None:

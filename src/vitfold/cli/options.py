@@ -41,7 +41,11 @@ ReferenceBundle = Annotated[
 ]
 Merge = Annotated[
     str | None,
-    typer.Option(metavar="R", help="Tokens merged per block: 8, a list 8,8,4, R:INFLECTION as 8:-1, or none."),
+    typer.Option(
+        metavar="R",
+        help="Tokens merged per block: 8, a list 8,8,4, R:INFLECTION as 8:-1, or none. For TensorRT also auto[:R], the "
+        "fastest schedule on --gpu that distorts no more than a constant R (8).",
+    ),
 ]
 Quant = Annotated[
     str | None,

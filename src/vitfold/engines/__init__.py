@@ -8,6 +8,7 @@ from vitfold.bundle import Bundle
 from vitfold.engines.session import Session, usable_cores
 from vitfold.errors import EngineError, nearest
 
+# Those that any machine runs; TENSORRT needs a GPU.
 ENGINES = ("onnxruntime", "openvino")
 SIMULATION = "simulation"
 TENSORRT = "tensorrt"
@@ -30,8 +31,14 @@ def open_session(bundle: Bundle, *, engine: str | None = None, threads: int | No
         from vitfold.engines.simulation import open_simulation
 
         return open_simulation(bundle, threads=threads)
-    made_for = str(bundle.manifest.target.get("engine"))
-    return open_graph(bundle.onnx_path, engine or made_for, threads=threads, literal=made_for == TENSORRT)
+    made_for, batch = str(bundle.manifest.target.get("engine")), bundle.manifest.target.get("batch")
+    return open_graph(
+        bundle.onnx_path,
+        engine or made_for,
+        threads=threads,
+        literal=made_for == TENSORRT,
+        batch=None if batch is None else tuple(batch),
+    )
 
 
 def _scheme(bundle: Bundle) -> str:
@@ -39,8 +46,18 @@ def _scheme(bundle: Bundle) -> str:
     return "it" if quant is None else quant.scheme
 
 
-def open_graph(path: Path, engine: str, *, threads: int | None = None, literal: bool = False) -> Session:
-    """Load an ONNX graph into an engine; `literal` says that it was made for another one (ONNX Runtime only).
+def open_graph(
+    path: Path,
+    engine: str,
+    *,
+    threads: int | None = None,
+    literal: bool = False,
+    batch: tuple[int, int, int] | None = None,
+) -> Session:
+    """Load an ONNX graph into an engine.
+
+    `literal` says that it was made for another one (ONNX Runtime only), `batch` are the smallest, the optimal and the
+    largest batch that it has to run (TensorRT only).
 
     Raises:
         EngineError: if the engine is unknown, not installed or refuses the graph.
@@ -53,4 +70,8 @@ def open_graph(path: Path, engine: str, *, threads: int | None = None, literal: 
         from vitfold.engines.openvino import OpenVinoSession
 
         return OpenVinoSession(path, threads=threads)
-    raise EngineError(f"unknown engine {engine!r}; {nearest(engine, ENGINES)}")
+    if engine == TENSORRT:
+        from vitfold.engines.tensorrt import TensorRtSession
+
+        return TensorRtSession(path, batch=batch)
+    raise EngineError(f"unknown engine {engine!r}; {nearest(engine, (*ENGINES, TENSORRT))}")

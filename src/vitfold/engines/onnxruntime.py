@@ -6,6 +6,7 @@ errors into ones that name the cure.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,20 @@ _EXCEPTIONS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class End:
+    """The input or the output of a graph: its name, its NumPy type, its shape with a name for every symbolic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+
+
 class OnnxRuntimeSession(Session):
-    """One ONNX graph on ONNX Runtime's CPU provider, with one input and one output.
+    """One ONNX graph on ONNX Runtime's CPU provider, with one input and one output, which `ends` describes.
 
     `literal` leaves the graph as it was written, but for the simplest fusions: some of the others move 8-bit floats to
     operators that do not take them.
@@ -59,6 +72,7 @@ class OnnxRuntimeSession(Session):
         self._input = inputs[0].name
         self._output = outputs[0].name
         self._shape = tuple(inputs[0].shape)
+        self.ends = tuple(End(e.name, _TYPES.get(e.type, e.type), tuple(e.shape)) for e in (*inputs, *outputs))
         self._binding: ort.IOBinding | None = self._session.io_binding()
         self._pixels: np.ndarray | None = None
 

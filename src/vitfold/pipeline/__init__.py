@@ -3,12 +3,16 @@
 from vitfold.pipeline.calibration import calibrate_folded, keep_float, rank_sites, recorded_images, split_images
 from vitfold.pipeline.gate import Race, fastest, float_plan, race
 from vitfold.pipeline.plan import Folded, count_costs, optimize, read_recipe
+from vitfold.pipeline.solving import LIKE, USUAL_BATCH, Solution, solve_merge
 from vitfold.pipeline.writing import FIDELITY_IMAGES, run_reference, save
 
 __all__ = [
     "FIDELITY_IMAGES",
+    "LIKE",
+    "USUAL_BATCH",
     "Folded",
     "Race",
+    "Solution",
     "calibrate_folded",
     "count_costs",
     "fastest",
@@ -21,5 +25,6 @@ __all__ = [
     "recorded_images",
     "run_reference",
     "save",
+    "solve_merge",
     "split_images",
 ]

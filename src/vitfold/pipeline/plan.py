@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitfold.audit import check_attention
+from vitfold.audit.limits import check_attention
 from vitfold.bench.environment import processor
 from vitfold.errors import RecipeError, TargetError
 from vitfold.model import Model, ViTSpec, param_shapes
@@ -207,7 +207,11 @@ def resolve_quant(quant: QuantRecipe, target: Target, spec: ViTSpec) -> QuantRec
             "false, choose another method, or --target simulation"
         )
     if quant.attention is None:
-        return replace(quant, attention=target.quantize_attention and runs)
+        quant = replace(quant, attention=target.quantize_attention and runs)
+    if quant.outputs and target.weight_scale != "normalized" and target.engine != "simulation":
+        raise TargetError(f"target {target.name} rounds no outputs; leave quant.outputs out")
+    if quant.outputs is None:
+        quant = replace(quant, outputs=target.quantize_outputs)
     return quant
 
 

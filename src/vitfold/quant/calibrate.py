@@ -26,6 +26,7 @@ from vitfold.quant.kept import search_once
 from vitfold.quant.linear import LinearProblem, search_linear
 from vitfold.quant.methods import find_method
 from vitfold.quant.moments import collect_moments, round_weights
+from vitfold.quant.outputs import search_outputs
 from vitfold.quant.ranges import rounded
 from vitfold.quant.sites import find_sites
 from vitfold.quantizer import Quantizer, QuantParams, in_half
@@ -97,7 +98,8 @@ def calibrate(
     progress.step(f"folding channels ({method.name})")
     folded, samples, presets = fold_channels(model, samples, method, quant)
     quantizers: dict[str, Quantizer] = {}
-    for site, problem in _problems(folded, samples, quant, scheme).items():
+    problems = _problems(folded, samples, quant, scheme)
+    for site, problem in problems.items():
         progress.step(f"searching ranges: {site}")
         preset = presets.get(f"{site}.x")
         quantizers |= search_once(
@@ -122,8 +124,13 @@ def calibrate(
                 )
     if scheme.half_scales:
         quantizers = {site: in_half(quantizer) for site, quantizer in quantizers.items()}
+    before = quantizers
     if scheme.symmetric:
         folded, quantizers = center_norms(folded, quantizers)
+    if quant.outputs:
+        quantizers |= search_outputs(problems.values(), before, quantizers)
+    if quant.outputs and scheme.half_scales:
+        quantizers = {site: in_half(quantizer) for site, quantizer in quantizers.items()}
     params: dict[str, Array] = dict(folded.params)
     if method.rounding == "gptq" or method.correct:
         progress.step("collecting second moments")
@@ -146,7 +153,8 @@ def _calibrate_float8(
 ) -> Calibrated:
     """Scales for 8-bit floats; the relative precision of the format leaves nothing for folds and rounding to win."""
     quantizers: dict[str, Quantizer] = {}
-    for site, problem in _problems(model, samples, quant, scheme).items():
+    problems = _problems(model, samples, quant, scheme)
+    for site, problem in problems.items():
         progress.step(f"searching scales: {site}")
         quantizers |= search_linear_float8(problem)
     if quant.attention:
@@ -154,6 +162,8 @@ def _calibrate_float8(
             if quant.bits(attention.site, weight=False) is not None:
                 progress.step(f"searching scales: {attention.site}")
                 quantizers |= search_attention_float8(attention.site, samples.attentions[attention.site])
+    if quant.outputs:
+        quantizers |= search_outputs(problems.values(), quantizers, quantizers)
     if scheme.half_scales:
         quantizers = {site: in_half(quantizer) for site, quantizer in quantizers.items()}
     params: dict[str, Array] = {**model.params, **_nearest(model.params, quantizers)}

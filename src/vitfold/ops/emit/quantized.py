@@ -17,13 +17,11 @@ from vitfold.errors import TargetError
 from vitfold.model import Array
 from vitfold.ops.emit.codes import Placed, PlacedWeight, Sign, place, place_weight
 from vitfold.ops.emit.writer import Writer
-from vitfold.quantizer import Quantizer, Shifted, Twin
+from vitfold.quantizer import NORMALIZED_EXPONENT, Quantizer, Shifted, Twin, normalized_scale
 from vitfold.target import Target
 
 MICROSOFT = "com.microsoft"
 OPERANDS = ("q", "k", "v", "softmax")
-NORMALIZED_EXPONENT = -7
-"""Normalized weights are codes times 2^-7: within [-1, 1) as 8-bit integers, within [-3.5, 3.5] as 8-bit floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +179,13 @@ class Quantized(Writer):
         normalized = self._target.weight_scale == "normalized" and weight.scale.ndim > 0
         right = self._normalized_weight(layer, weight) if normalized else self._dequantized_weight(layer, weight)
         y = self._float_products(layer, site, branches, right)
+        output = self._quantizers.get(f"{layer}.y")
+        if output is not None and not normalized:
+            raise TargetError(f"{layer}.y: {self._target.name} has no normalized weights; set quant.outputs = false")
+        if output is not None:
+            y = self._grid(f"{layer}.y", Branch(y, place(f"{layer}.y", output, self._target)))
         if normalized:
-            scale = np.ldexp(weight.scale, -NORMALIZED_EXPONENT).astype(np.float32)
-            y = self._node("Mul", y, self._constant(scale), site=f"{layer}.scale")
+            y = self._node("Mul", y, self._constant(normalized_scale(weight.quantizer)), site=f"{layer}.scale")
         return y if bias is None else self._node("Add", y, bias, site=f"{layer}.bias")
 
     def _dequantized_weight(self, layer: str, weight: PlacedWeight) -> ir.Value:

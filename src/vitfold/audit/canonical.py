@@ -1,0 +1,112 @@
+"""The kernels of one transformer block as the targets write it, for any number of tokens, without a build.
+
+Owns a model of the plan that the audit of such a graph shows; a test holds both together. It prices schedules that
+have not been emitted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vitfold.audit.kernels import Kernel, Kind, Precision
+
+_HALF = 2
+_LONG = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockShape:
+    """Widths of a block: tokens D, heads H of width K, MLP hidden and what enters fc2 (they differ for SwiGLU)."""
+
+    width: int
+    heads: int
+    head_width: int
+    hidden: int
+    inner: int
+
+
+def block_kernels(
+    shape: BlockShape, precision: Literal["fp16", "int8", "fp8"], *, batch: int, tokens: int, merged: int, sizes: bool
+) -> tuple[Kernel, ...]:
+    """Return the kernels of a block that `tokens` enter and `tokens - merged` leave.
+
+    `sizes` says that tokens were merged before: then attention reads log sizes.
+    """
+    rows, left = batch * tokens, batch * (tokens - merged)
+    code = _HALF if precision == "fp16" else 1
+    attention = shape.heads * shape.head_width
+    quantized = precision != "fp16"
+    stream = _HALF * shape.width
+    normed = (code + (_HALF if quantized else 0)) * shape.width
+
+    def gemm(site: str, rows: int, inputs: int, outputs: int, residual: int = 0) -> Kernel:
+        moved = rows * (code * inputs + _HALF * outputs + residual)
+        return _kernel(site, "gemm", moved, rows * inputs * outputs, code * inputs * outputs, precision)
+
+    def norm(site: str, rows: int) -> Kernel:
+        """LayerNorm; in 8 bits it also adds the residual, which FP16 products do themselves."""
+        return _kernel(site, "fused", rows * ((2 if quantized else 1) * stream + normed))
+
+    residual = 0 if quantized else stream
+    metric = shape.head_width * _HALF if merged else 0
+    kernels = [
+        gemm("attn.qkv", rows, shape.width, 3 * attention),
+        _kernel("attn.split", "fused", rows * (3 * attention * (_HALF + code) + metric)),
+        _kernel(
+            "attn",
+            "attention",
+            rows * (4 * attention * code + (_HALF if sizes else 0)),
+            2 * rows * tokens * attention,
+            precision=precision,
+        ),
+        gemm("attn.proj", rows, attention, shape.width, residual),
+    ]
+    if merged:
+        kernels += _merge(shape, batch, tokens, merged, quantized=quantized, code=code)
+    else:
+        kernels.append(norm("norm2", rows))
+    kernels.append(gemm("mlp.fc1", left, shape.width, shape.hidden))
+    if quantized or shape.hidden != shape.inner:
+        kernels.append(_kernel("mlp.act", "fused", left * (_HALF * shape.hidden + code * shape.inner)))
+    kernels += [gemm("mlp.fc2", left, shape.inner, shape.width, residual), norm("norm1", left)]
+    return tuple(kernels)
+
+
+def _merge(shape: BlockShape, batch: int, tokens: int, merged: int, *, quantized: bool, code: int) -> list[Kernel]:
+    """Norms, scores, best partner, ranking, picking and summing; the last joins the LayerNorm."""
+    a = b = tokens // 2
+    left, joined, stream = tokens - merged, (shape.width + 1) * _HALF, _HALF * shape.width
+    metric = shape.head_width * _HALF
+    summed = 2 * left * joined
+    return [
+        _kernel("merge.norms", "fused", batch * (tokens * metric + (a + b) * (metric + _HALF))),
+        _kernel(
+            "merge.scores",
+            "product",
+            batch * ((a + b) * (metric + _HALF) + a * b * _HALF),
+            batch * a * b * shape.head_width,
+            precision="fp16",
+        ),
+        _kernel("merge.best", "sort", batch * (a * b * _HALF + a * (_HALF + _LONG))),
+        _kernel("merge.rank", "sort", batch * a * (2 * _HALF + _LONG)),
+        _kernel("merge.pick", "fused", batch * (tokens * stream * (2 if quantized else 1) + summed + 2 * a * _LONG)),
+        _kernel("norm2", "fused", batch * (summed + left * (stream + code * shape.width + 2 * _HALF))),
+    ]
+
+
+def _kernel(
+    site: str, kind: Kind, moved: int, macs: int = 0, weight_bytes: int = 0, precision: Precision | None = None
+) -> Kernel:
+    return Kernel(
+        name=site,
+        kind=kind,
+        precision=precision,
+        macs=macs,
+        bytes_moved=moved,
+        weight_bytes=weight_bytes,
+        nodes=(),
+        sites=(site,),
+        block=None,
+        shapes=(),
+    )

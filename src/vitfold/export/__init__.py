@@ -1,0 +1,1 @@
+"""Bundles made ready for servers that other people run: one module each."""

@@ -1,0 +1,168 @@
+"""A bundle as a model in a repository of Triton Inference Server.
+
+Owns which backend serves which target, and that a server never sees half a model. The texts are in `texts`.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitfold.bundle import MODEL, Bundle
+from vitfold.engines import TENSORRT
+from vitfold.engines.onnxruntime import End, OnnxRuntimeSession
+from vitfold.errors import BundleError, TargetError
+from vitfold.export.texts import LABELS, Served, client_text, config_text, readme_text
+from vitfold.export.trtexec import trtexec_command
+
+CONFIG = "config.pbtxt"
+VERSION = "1"
+MAX_BATCH = 64
+OPTIMUM = 8
+_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16"}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TritonModel:
+    """What was written: the model's folder, and the line that builds its engine where one has to be built."""
+
+    path: Path
+    name: str
+    backend: str
+    trtexec: str | None
+
+
+def export_triton(
+    bundle: Bundle,
+    repository: str | Path,
+    *,
+    name: str | None = None,
+    instances: int = 1,
+    max_batch: int | None = None,
+    overwrite: bool = False,
+) -> TritonModel:
+    """Write a bundle as REPOSITORY/NAME; other models of the repository are left alone.
+
+    Bundles for TensorRT are served by its backend, whose engine is built on the machine that serves; all others by ONNX
+    Runtime on the CPU. `max_batch` is the bundle's own largest batch, or 64, unless it is given.
+
+    Raises:
+        TargetError: for a simulated bundle, which no engine runs.
+        BundleError: if the name does not suit Triton, or the model cannot be written or may not be replaced.
+        EngineError: if ONNX Runtime does not read the graph.
+    """
+    if bundle.manifest.simulated:
+        raise TargetError(
+            f"{bundle.path} is simulated: no engine runs it, so no server does; make one with --quant w8a8, or without "
+            "--quant"
+        )
+    chosen = _name(bundle.name, name)
+    destination = Path(repository).absolute() / chosen
+    check_model(destination, overwrite=overwrite)
+    served = _served(bundle, chosen, instances, max_batch)
+    _write_in_place(destination, lambda folder: _write(bundle, served, folder))
+    return TritonModel(path=destination, name=chosen, backend=served.backend, trtexec=served.trtexec)
+
+
+def _name(bundle_name: str, wanted: str | None) -> str:
+    if wanted is None:
+        return re.sub(r"[^A-Za-z0-9._-]+", "_", bundle_name).lstrip("._-") or "vit"
+    if not _NAME.fullmatch(wanted):
+        raise BundleError(
+            f"{wanted!r} does not suit a model of Triton; use letters, digits, and . _ - behind the first of them"
+        )
+    return wanted
+
+
+def _served(bundle: Bundle, name: str, instances: int, max_batch: int | None) -> Served:
+    manifest = bundle.manifest
+    on_gpu = manifest.target.get("engine") == TENSORRT
+    own = manifest.target.get("batch") or (1, OPTIMUM, MAX_BATCH)
+    largest = max_batch or own[2]
+    optimum = min(own[1], largest)
+    with OnnxRuntimeSession(bundle.onnx_path, threads=1, literal=True) as session:
+        given, returned = session.ends
+    height, width = manifest.spec.image_size
+    line = trtexec_command(MODEL, (1, optimum, largest), image_size=(height, width), input_name=given.name)
+    return Served(
+        name=name,
+        backend="tensorrt" if on_gpu else "onnxruntime",
+        platform="tensorrt_plan" if on_gpu else "onnxruntime_onnx",
+        input_name=given.name,
+        input_type=_TYPES[given.dtype],
+        input_shape=_shape(bundle, given),
+        output_name=returned.name,
+        output_type=_TYPES[returned.dtype],
+        output_shape=_shape(bundle, returned),
+        labelled=manifest.labels is not None,
+        optimum=optimum,
+        max_batch=largest,
+        instances=instances,
+        on_gpu=on_gpu,
+        preprocess=manifest.preprocess,
+        classifies=manifest.spec.output == "logits",
+        trtexec=line if on_gpu else None,
+    )
+
+
+def _shape(bundle: Bundle, end: End) -> tuple[int, ...]:
+    """Return the shape of one image's tensor."""
+    sizes = tuple(axis for axis in end.shape[1:] if isinstance(axis, int))
+    if len(sizes) != len(end.shape) - 1:
+        raise BundleError(f"{bundle.path}: {end.name} has the shape {end.shape}; only its first axis may be symbolic")
+    return sizes
+
+
+def check_model(destination: Path, *, overwrite: bool) -> None:
+    """Check that a model may be written there.
+
+    Raises:
+        BundleError: if something else stands there, or a model that may not be replaced.
+    """
+    if not destination.exists():
+        return
+    if not (destination / CONFIG).is_file():
+        raise BundleError(
+            f"{destination} exists and is no model of Triton; choose another --name, it is left untouched"
+        )
+    if not overwrite:
+        raise BundleError(f"{destination} exists already; pass --overwrite to replace it, or choose another --name")
+
+
+def _write(bundle: Bundle, served: Served, folder: Path) -> None:
+    version = folder / VERSION
+    version.mkdir()
+    for source in sorted(bundle.path.glob(f"{MODEL}*")):
+        shutil.copyfile(source, version / source.name)
+    texts = {CONFIG: config_text(served), "README.md": readme_text(served), "client.py": client_text(served)}
+    if bundle.manifest.labels is not None:
+        texts[LABELS] = "".join(" ".join(label.split()) + "\n" for label in bundle.manifest.labels)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _write_in_place(destination: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder beside its destination and rename it; nothing is left behind when that fails."""
+    unique = f".{destination.name}.{secrets.token_hex(4)}"
+    work, old = destination.with_name(f"{unique}.partial"), destination.with_name(f"{unique}.old")
+    try:
+        work.mkdir(parents=True)
+        write(work)
+        if destination.exists():
+            destination.rename(old)
+        try:
+            work.rename(destination)
+        except OSError:
+            if old.exists():
+                old.rename(destination)
+            raise
+    except OSError as error:
+        raise BundleError(f"cannot write {destination}: {error}; free some space or choose another folder") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

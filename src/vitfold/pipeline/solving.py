@@ -1,0 +1,169 @@
+"""A schedule by what it costs on a GPU and what it does to the output on images.
+
+Owns the model of a GPU's time for a schedule, and the measuring of distortion. The search is `schedule.solve`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+
+from vitfold.audit.canonical import BlockShape, block_kernels
+from vitfold.audit.roofline import Gpu, find_gpu, predict
+from vitfold.errors import RecipeError, TargetError
+from vitfold.images import ImageSet, batches
+from vitfold.model import Array, Model, ViTSpec
+from vitfold.programs.vit import vit
+from vitfold.recipe import MergeRecipe
+from vitfold.schedule import resolve_r
+from vitfold.schedule.solve import Seconds, Space, schedule_seconds, solve
+from vitfold.target import Target, find_target
+
+SHARES = (0.04, 0.12, 0.25, 0.5)
+LIKE = "8"
+SOLVING_IMAGES = 32
+USUAL_BATCH = 8
+_BATCH = 8
+Say = Callable[[str], Any]
+Bits = Literal["fp16", "int8", "fp8"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """The schedule, and what the model of the GPU says about it, about `like` and about merging nothing.
+
+    Milliseconds are a roofline model's, of the transformer blocks alone; distortions are measured.
+    """
+
+    r: tuple[int, ...]
+    gpu: str
+    batch: int
+    like: str
+    images: int
+    ms: float
+    ms_like: float
+    ms_none: float
+    distortion: float
+    distortion_like: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self), "r": list(self.r)}
+
+
+def solve_merge(
+    model: Model, images: ImageSet, *, target: str, gpu: str, batch: int, like: str = LIKE, say: Say = lambda _: None
+) -> Solution:
+    """Find the schedule that is fastest on a GPU among those that distort no more than `like` does.
+
+    Args:
+        like: the schedule whose distortion is the bound, in the words of `schedule.resolve_r`.
+
+    Raises:
+        TargetError: if the target is not one of TensorRT's, or the GPU is unknown or does not run its types.
+    """
+    chosen, device = find_target(target), find_gpu(gpu)
+    seconds = block_seconds(model.spec, chosen, device, batch)
+    bound_r = resolve_r(like, model.spec)
+    if not any(bound_r):
+        raise RecipeError(f"--merge auto:{like} distorts nothing, so nothing may be merged; give --merge none")
+    pixels = _pixels(model, images)
+    measure = _measurer(model, pixels)
+    say(f"measuring what r = {like} distorts")
+    bound = measure(bound_r)
+    spec = model.spec
+    single: list[dict[float, float]] = []
+    for block in range(spec.depth):
+        say(f"measuring single merges: block {block + 1}/{spec.depth}")
+        single.append({share: measure(_one(spec, block, share)) for share in SHARES})
+    say("solving")
+    space = Space(depth=spec.depth, tokens=spec.tokens, prefix=spec.prefix, single=single)
+    found = solve(space, seconds, measure, bound)
+    r = found.r if found is not None else (0,) * spec.depth
+    ms = {name: 1e3 * schedule_seconds(s, spec.tokens, seconds) for name, s in (("r", r), ("like", bound_r))}
+    return Solution(
+        r=r,
+        gpu=device.key,
+        batch=batch,
+        like=like,
+        images=len(pixels),
+        ms=ms["r"],
+        ms_like=ms["like"],
+        ms_none=1e3 * schedule_seconds((0,) * spec.depth, spec.tokens, seconds),
+        distortion=found.distortion if found is not None else 0.0,
+        distortion_like=bound,
+    )
+
+
+def block_seconds(spec: ViTSpec, target: Target, gpu: Gpu, batch: int) -> Seconds:
+    """Return the model's seconds of a block on a GPU.
+
+    Raises:
+        TargetError: if the target is not TensorRT's, or the GPU does not multiply its type.
+    """
+    if target.engine != "tensorrt":
+        raise TargetError(
+            f"--merge auto needs a model of the hardware, which target {target.name} has not; choose a target of "
+            "TensorRT, or give the tokens to merge"
+        )
+    precision: Bits = {"w8a8": "int8", "fp8": "fp8"}.get(target.implied_quant, "fp16")  # type: ignore[assignment]
+    if precision not in gpu.peak:
+        raise TargetError(f"{gpu.name} does not multiply {precision}; choose another target or GPU")
+    hidden = spec.mlp_width * (2 if spec.mlp == "swiglu" else 1)
+    shape = BlockShape(
+        width=spec.width, heads=spec.heads, head_width=spec.head_width, hidden=hidden, inner=spec.mlp_width
+    )
+
+    @cache
+    def seconds(tokens: int, merged: int, sizes: bool) -> float:
+        kernels = block_kernels(shape, precision, batch=batch, tokens=tokens, merged=merged, sizes=sizes)
+        return predict(kernels, gpu).ms * 1e-3
+
+    return seconds
+
+
+def _one(spec: ViTSpec, block: int, share: float) -> tuple[int, ...]:
+    """One merge of a share of the tokens in one block."""
+    most = (spec.tokens - spec.prefix) // 2
+    merged = max(1, min(most, round(share * spec.tokens)))
+    return tuple(merged if index == block else 0 for index in range(spec.depth))
+
+
+def _pixels(model: Model, images: ImageSet) -> list[Array]:
+    chosen = images.first(SOLVING_IMAGES)
+    return [pixels for group in batches(chosen, model.preprocess, batch=_BATCH) for pixels in group.pixel_values]
+
+
+def _measurer(model: Model, pixels: list[Array]) -> Callable[[tuple[int, ...]], float]:
+    """Return how far a schedule turns the output: 1 - cosine, averaged over images."""
+    import torch
+
+    from vitfold.ops.run import Run
+
+    ops = Run(model.params)
+    known: dict[tuple[int, ...], float] = {}
+
+    def outputs(r: tuple[int, ...]) -> Array:
+        recipe = MergeRecipe(r=r, order="score")
+        with torch.inference_mode():
+            rows = [
+                vit(ops, model.spec, recipe, torch.from_numpy(np.stack(pixels[start : start + _BATCH]))).flatten(1)
+                for start in range(0, len(pixels), _BATCH)
+            ]
+        return torch.cat(rows).numpy()
+
+    exact = outputs(())
+
+    def measure(r: tuple[int, ...]) -> float:
+        if r not in known:
+            found = outputs(r)
+            products = (found * exact).sum(1)
+            norms = np.linalg.norm(found, axis=1) * np.linalg.norm(exact, axis=1)
+            known[r] = float(1 - np.mean(products / norms))
+        return known[r]
+
+    return measure
