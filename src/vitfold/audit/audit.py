@@ -12,9 +12,10 @@ from typing import Any
 
 from vitfold.audit.compiler import Compiled, compile_graph
 from vitfold.audit.facts import GraphFacts, read_facts
-from vitfold.audit.findings import Finding, find_problems
+from vitfold.audit.findings import find_problems
 from vitfold.audit.kernels import KINDS, PRECISIONS, Kernel, read_kernel
 from vitfold.audit.layers import parse_layers
+from vitfold.audit.limits import Finding
 from vitfold.audit.roofline import Prediction, gpus, predict
 from vitfold.errors import EngineError
 

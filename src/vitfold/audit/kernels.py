@@ -124,9 +124,12 @@ def _macs(layer: Layer, kind: Kind) -> int:
         return layer.outputs[0].elements * weight_matrix.shape[-2] if weight_matrix is not None else 0
     if kind == "product" and layer.outputs:
         out = layer.outputs[0].shape
-        operands = [t.shape for t in layer.inputs if len(t.shape) >= 2 and t.shape[-2:] != out[-2:]]
-        for a in operands:
-            for b in operands:
-                if a is not b and a[-1] == b[-2] and a[-2] == out[-2] and b[-1] == out[-1]:
-                    return math.prod(out) * a[-1]
+        operands = [t.shape for t in layer.inputs if len(t.shape) >= 2]
+        depths = [
+            a[-1]
+            for a in operands
+            for b in operands
+            if a is not b and a[-1] == b[-2] and a[-2] == out[-2] and b[-1] == out[-1]
+        ]
+        return math.prod(out) * max(depths, default=0)
     return 0

@@ -15,11 +15,13 @@ MOST_MERGES = 4
 _ROUNDS = 10
 _STRIDE = 0.6
 _MARGIN = 1.03
-_HALVINGS = 40
+_WORST = 4.0
 Seconds = Callable[[int, int, bool], float]
 """What a block costs: tokens that enter, tokens merged in it, whether any were merged before."""
 Distortion = Callable[[tuple[int, ...]], float]
 """What a schedule does to the output, measured: 1 - cosine, averaged over images."""
+Point = tuple[float, float, tuple[int, ...]]
+"""Seconds, summed distortion, schedule."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +74,12 @@ def solve(space: Space, seconds: Seconds, measure: Distortion, bound: float) -> 
     schedule still keeps the bound as measured.
     """
     plain = schedule_seconds((0,) * space.depth, space.tokens, seconds)
+    known = _frontier(space, seconds, _WORST * bound)
     best: Solved | None = None
     factor, kept, broken, measured = 1.0, float("inf"), 0.0, 0
     for _ in range(_ROUNDS):
-        r = _cheapest(space, seconds, bound / factor)
-        cost = schedule_seconds(r, space.tokens, seconds)
-        if not any(r) or cost >= plain:
+        cost, _, r = min(point for point in known if point[1] * factor <= bound)
+        if cost >= plain:
             break
         found, measured = measure(r), measured + 1
         if found <= bound:
@@ -95,44 +97,31 @@ def solve(space: Space, seconds: Seconds, measure: Distortion, bound: float) -> 
     return best
 
 
-def _sum(space: Space, r: Sequence[int]) -> float:
-    total, tokens = 0.0, space.tokens
-    for block, merged in enumerate(r):
-        if merged:
-            total += space.distortion(block, tokens, merged)
-        tokens -= merged
-    return total
+def _frontier(space: Space, seconds: Seconds, most: float) -> list[Point]:
+    """Return schedules that none beats in both seconds and summed distortion, up to `most` of it.
 
-
-def _cheapest(space: Space, seconds: Seconds, bound: float) -> tuple[int, ...]:
-    """The fastest schedule whose summed distortion keeps the bound, over the weights of a Lagrangian."""
-    low, high = 0.0, 1e6
-    best = (0,) * space.depth
-    for _ in range(_HALVINGS):
-        weight = (low * high) ** 0.5 if low else high / 1e6
-        r = _weighted(space, seconds, weight)
-        if _sum(space, r) <= bound:
-            best, high = r, weight
-        else:
-            low = weight
-        if low and high / low < 1.02:
-            break
-    return best
-
-
-def _weighted(space: Space, seconds: Seconds, weight: float) -> tuple[int, ...]:
-    """Minimize seconds + weight * distortion by dynamic programming over (merges, tokens) behind each block."""
-    states: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, space.tokens): (0.0, ())}
+    Dynamic programming over blocks; a state is how many merges there were and how many tokens are left.
+    """
+    states: dict[tuple[int, int], list[Point]] = {(0, space.tokens): [(0.0, 0.0, ())]}
     for block in range(space.depth):
-        following: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {}
-        for (merges, tokens), (cost, r) in states.items():
-            most = largest_r(tokens, space.prefix) if merges < MOST_MERGES else 0
-            for merged in range(0, most + 1, STEP):
-                total = cost + seconds(tokens, merged, merges > 0)
-                if merged:
-                    total += weight * space.distortion(block, tokens, merged)
-                key = (merges + (merged > 0), tokens - merged)
-                if key not in following or total < following[key][0]:
-                    following[key] = (total, (*r, merged))
-        states = following
-    return min(states.values())[1]
+        following: dict[tuple[int, int], list[Point]] = {}
+        for (merges, tokens), points in states.items():
+            largest = largest_r(tokens, space.prefix) if merges < MOST_MERGES else 0
+            for merged in range(0, largest + 1, STEP):
+                cost = seconds(tokens, merged, merges > 0)
+                worse = space.distortion(block, tokens, merged) if merged else 0.0
+                reached = following.setdefault((merges + (merged > 0), tokens - merged), [])
+                reached += [(t + cost, d + worse, (*r, merged)) for t, d, r in points if d + worse <= most]
+        states = {state: _unbeaten(points) for state, points in following.items() if points}
+    return _unbeaten([point for points in states.values() for point in points], limit=None)
+
+
+def _unbeaten(points: list[Point], limit: int | None = 32) -> list[Point]:
+    """Leave out points that another one beats in both numbers; of many, keep some along the whole frontier."""
+    kept: list[Point] = []
+    for point in sorted(points):
+        if not kept or point[1] < kept[-1][1]:
+            kept.append(point)
+    if limit is None or len(kept) <= limit:
+        return kept
+    return [kept[round(index * (len(kept) - 1) / (limit - 1))] for index in range(limit)]
