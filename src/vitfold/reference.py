@@ -19,7 +19,7 @@ from vitfold.bench.evaluation import Outputs, run_over
 from vitfold.bench.fidelity import Fidelity, measure_fidelity
 from vitfold.bundle import Bundle
 from vitfold.cache import keep_arrays, read_arrays
-from vitfold.engines import Session, open_session
+from vitfold.engines import TENSORRT, Session, open_session
 from vitfold.errors import SourceError, VitfoldError
 from vitfold.images import ImageSet, class_targets
 from vitfold.model import Model
@@ -46,10 +46,16 @@ class Reference:
                 "give a bundle made with --merge none as reference"
             )
 
+    @property
+    def is_float32(self) -> bool:
+        """True if its outputs are those of the model as it was loaded, not rounded to half precision."""
+        return self.bundle is None or _is_float32(self.bundle)
+
     def open(self, folder: Path) -> Session:
-        """Open a session of the unfolded model; `folder` holds its graph meanwhile."""
+        """Open a session of the unfolded model, on any machine; `folder` holds its graph meanwhile."""
         if self.bundle is not None:
-            return open_session(self.bundle)
+            made_for = self.bundle.manifest.target.get("engine")
+            return open_session(self.bundle, engine="onnxruntime" if made_for == TENSORRT else None)
         from vitfold.engines.onnxruntime import OnnxRuntimeSession
         from vitfold.ops.emit import emit_graph, write_onnx
 
@@ -58,6 +64,10 @@ class Reference:
         graph = emit_graph(lambda ops, image: vit(ops, model.spec, MergeRecipe(r=()), image), model, find_target("cpu"))
         write_onnx(graph, folder / "reference.onnx")
         return OnnxRuntimeSession(folder / "reference.onnx")
+
+
+def _is_float32(bundle: Bundle) -> bool:
+    return str(bundle.manifest.target.get("float_type", "float32")) == "float32"
 
 
 def reference_from_origin(bundle: Bundle) -> Reference:
@@ -89,15 +99,17 @@ def reference_outputs(
 ) -> Outputs:
     """Return the unfolded model's outputs on these images, from the cache if they were computed before.
 
-    `find` is called only if they were not.
+    `find` is called only if they were not. Outputs in half precision are not kept.
     """
     key = hashlib.sha256(f"{digest}:{images.digest()}".encode()).hexdigest()
     kept = read_arrays("reference", key)
     if kept is not None and {"values", "index"} <= set(kept):
         return Outputs(values=kept["values"], index=tuple(int(i) for i in kept["index"]), skipped=())
-    with tempfile.TemporaryDirectory(prefix="vitfold-") as folder, find().open(Path(folder)) as session:
+    reference = find()
+    with tempfile.TemporaryDirectory(prefix="vitfold-") as folder, reference.open(Path(folder)) as session:
         outputs = run_over(session, images, preprocess, skip_bad=skip_bad, advance=advance)
-    keep_arrays("reference", key, {"values": outputs.values, "index": np.array(outputs.index, np.int64)})
+    if reference.is_float32:
+        keep_arrays("reference", key, {"values": outputs.values, "index": np.array(outputs.index, np.int64)})
     return outputs
 
 
@@ -133,7 +145,7 @@ def optional_reference(bundle: Bundle, given: Bundle | None) -> Callable[[], Ref
             if given.manifest.model_digest != bundle.manifest.model_digest:
                 raise SourceError(f"{given.path} was not made from the same model as {bundle.path}")
             return Reference(bundle=given)
-        if bundle.manifest.recipe.is_lossless:
+        if bundle.manifest.recipe.is_lossless and _is_float32(bundle):
             return Reference(bundle=bundle)
         try:
             return reference_from_origin(bundle)

@@ -15,7 +15,7 @@ from vitfold.bench.comparison import Subject
 from vitfold.bench.evaluation import Outputs, run_over
 from vitfold.bench.fidelity import Fidelity
 from vitfold.bundle import Bundle
-from vitfold.engines import Session, open_session
+from vitfold.engines import TENSORRT, Session, open_session
 from vitfold.errors import VitfoldError, nearest
 from vitfold.images import ImageSet
 from vitfold.peers import Calibration, load_original, open_peer
@@ -29,7 +29,8 @@ Advance = Callable[[int], Any]
 class Lineup:
     """Subjects in the order in which they were added; closes their sessions at the end of `with`.
 
-    `calibration` are the images from which INT8 peers take the ranges of activations.
+    `engine` runs the bundles, not the peers, instead of the one that each was made for. `calibration` are the images
+    from which INT8 peers take the ranges of activations.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Lineup:
         *,
         folder: Path,
         images: ImageSet | None,
+        engine: str | None = None,
         threads: int | None = None,
         reference: Bundle | None = None,
         calibration: ImageSet | None = None,
@@ -44,6 +46,7 @@ class Lineup:
         self._folder = folder
         self._calibration = calibration
         self._images = images
+        self._engine = engine
         self._threads = threads
         self._reference = reference
         self._original: Any = None
@@ -78,14 +81,10 @@ class Lineup:
         """Open a bundle and measure its fidelity.
 
         Raises:
-            VitfoldError: if it is given twice, or simulated, so that it has no speed.
+            VitfoldError: if it is given twice, or has no speed on that engine.
         """
-        if bundle.manifest.simulated:
-            raise VitfoldError(
-                f"{bundle.path} is simulated: no engine executes it, so it has no speed; measure its accuracy with: "
-                f"vitfold evaluate {bundle.path} --images DIR"
-            )
-        session = open_session(bundle, threads=self._threads)
+        _check_timed(bundle, self._engine)
+        session = open_session(bundle, engine=self._engine, threads=self._threads)
         taken = {subject.name for subject in self._bundles}
         name = bundle.name if bundle.name not in taken else str(bundle.path)
         if name in taken:
@@ -127,6 +126,7 @@ class Lineup:
                 tokens=manifest.spec.tokens,
                 macs=sum(cost.macs for cost in costs),
                 size_bytes=peer.size_bytes,
+                untimed=peer.untimed,
             )
         )
 
@@ -138,7 +138,7 @@ class Lineup:
         """Return peers, then bundles, with the baseline first.
 
         Raises:
-            VitfoldError: if no subject has that name.
+            VitfoldError: if no subject has that name, or that one is not timed.
         """
         subjects = [*self._peers, *self._bundles]
         if baseline is None:
@@ -146,6 +146,8 @@ class Lineup:
         names = [subject.name for subject in subjects]
         if baseline not in names:
             raise VitfoldError(f"no row is called {baseline!r}; {nearest(baseline, names)}")
+        if subjects[names.index(baseline)].untimed is not None:
+            raise VitfoldError(f"{baseline} is never timed; name another row as --baseline")
         return sorted(subjects, key=lambda subject: subject.name != baseline)
 
     def __enter__(self) -> Lineup:
@@ -158,3 +160,22 @@ class Lineup:
         """Close all sessions."""
         for subject in (*self._peers, *self._bundles):
             subject.session.close()
+
+
+def _check_timed(bundle: Bundle, engine: str | None) -> None:
+    """Check that the time of a bundle on an engine says something about the bundle.
+
+    Raises:
+        VitfoldError: if it is simulated, or written for TensorRT and asked for elsewhere.
+    """
+    if bundle.manifest.simulated:
+        raise VitfoldError(
+            f"{bundle.path} is simulated: no engine executes it, so it has no speed; measure its accuracy with: "
+            f"vitfold evaluate {bundle.path} --images DIR"
+        )
+    if bundle.manifest.target.get("engine") == TENSORRT and engine not in (None, TENSORRT):
+        raise VitfoldError(
+            f"{bundle.path} is written for TensorRT and is not timed on {engine}: a time there says nothing about a "
+            f"GPU; bench it without --engine on a machine with an NVIDIA GPU, or see: vitfold audit {bundle.path}; "
+            f"for its accuracy: vitfold evaluate {bundle.path} --images DIR --engine onnxruntime"
+        )

@@ -24,7 +24,10 @@ from vitfold.model import Preprocess
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Subject:
-    """Something to time, with what its row says beside the time."""
+    """Something to time, with what its row says beside the time.
+
+    `untimed` says why it is not timed: then its rows have a fidelity and no speed.
+    """
 
     name: str
     session: Session
@@ -33,30 +36,34 @@ class Subject:
     tokens: int | None = None
     macs: int | None = None
     size_bytes: int | None = None
+    untimed: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Row:
-    """One line of a table: never a speed without its fidelity."""
+    """One line of a table: never a speed without its fidelity; without `measurement`, a fidelity alone."""
 
     subject: Subject
-    measurement: Measurement
-    speed_up: Mapping[str, float]
+    batch: int
+    scope: Scope
+    measurement: Measurement | None
+    speed_up: Mapping[str, float] | None
     baseline: str
 
     def to_dict(self) -> dict[str, Any]:
         """Return the documented JSON form of a row."""
-        fidelity = self.subject.fidelity
+        fidelity, measured = self.subject.fidelity, self.measurement
         return {
             "bundle": self.subject.name,
-            "engine": self.measurement.engine,
-            "batch": self.measurement.batch,
-            "scope": self.measurement.scope,
-            "latency_ms": self.measurement.latency_ms(),
-            "throughput_ips": self.measurement.throughput_ips(),
-            "noisy": self.measurement.noisy,
+            "engine": self.subject.session.engine,
+            "batch": self.batch,
+            "scope": self.scope,
+            "latency_ms": None if measured is None else measured.latency_ms(),
+            "throughput_ips": None if measured is None else measured.throughput_ips(),
+            "noisy": measured is not None and measured.noisy,
+            "untimed": self.subject.untimed,
             "fidelity": None if fidelity is None else fidelity.to_dict(),
-            "speed_up": {**self.speed_up, "baseline": self.baseline},
+            "speed_up": {**(self.speed_up or {"median": None, "iqr": None}), "baseline": self.baseline},
             "tokens": self.subject.tokens,
             "macs": self.subject.macs,
             "size_bytes": self.subject.size_bytes,
@@ -73,18 +80,21 @@ def compare(
     seconds: float = 2.0,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Time all subjects interleaved, scope by scope; the first subject is the baseline.
+    """Time all subjects interleaved, scope by scope; the first of those that are timed is the baseline.
 
     Without images there is nothing to decode: only scope "engine" is timed, on seeded noise.
     """
     names = [subject.name for subject in subjects]
     if len(set(names)) != len(names):
         raise ValueError(f"subjects need different names, found {names}")
+    timed = [subject for subject in subjects if subject.untimed is None]
+    if not timed:
+        raise ValueError("a comparison needs a subject that is timed")
     rows: list[Row] = []
     for scope in scopes:
         if scope == "end_to_end" and images is None:
             continue
-        calls = {subject.name: _call(subject, scope, batch, images) for subject in subjects}
+        calls = {subject.name: _call(subject, scope, batch, images) for subject in timed}
         samples = interleave(calls, trials=trials, seconds=seconds, progress=progress)
         measured = {
             subject.name: Measurement(
@@ -94,18 +104,21 @@ def compare(
                 scope=scope,
                 trials_ns=samples[subject.name],
             )
-            for subject in subjects
+            for subject in timed
         }
-        baseline = measured[names[0]]
-        rows += [
-            Row(
-                subject=subject,
-                measurement=measured[subject.name],
-                speed_up=speed_up(baseline, measured[subject.name]),
-                baseline=names[0],
+        baseline = measured[timed[0].name]
+        for subject in subjects:
+            measurement = measured.get(subject.name)
+            rows.append(
+                Row(
+                    subject=subject,
+                    batch=batch,
+                    scope=scope,
+                    measurement=measurement,
+                    speed_up=None if measurement is None else speed_up(baseline, measurement),
+                    baseline=baseline.subject,
+                )
             )
-            for subject in subjects
-        ]
     return rows
 
 

@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from vitfold.cli import audit, bench, demo, doctor, evaluate, export, inspect, ladder, optimize, predict, sensitivity
+from vitfold.cli import (
+    audit,
+    bench,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    forecast,
+    inspect,
+    ladder,
+    optimize,
+    predict,
+    sensitivity,
+)
 from vitfold.version import __version__
 
 app = typer.Typer(
@@ -44,6 +57,7 @@ app.command("table")(bench.table)
 app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)
 app.command("audit")(audit.audit)
+app.command("forecast")(forecast.forecast)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 

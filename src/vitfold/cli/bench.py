@@ -45,6 +45,7 @@ def bench(
     limit: Annotated[int, typer.Option(min=1, help="Images used, spread evenly over --images.")] = 200,
     skip_bad: options.SkipBad = False,
     reference: options.ReferenceBundle = None,
+    engine: options.Engine = None,
     threads: options.Threads = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the JSON with every raw sample to this file.")
@@ -73,7 +74,9 @@ def bench(
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitfold-")))
         lineup = stack.enter_context(
-            Lineup(folder=folder, images=found, threads=threads, reference=given, calibration=calibration)
+            Lineup(
+                folder=folder, images=found, engine=engine, threads=threads, reference=given, calibration=calibration
+            )
         )
         with steps("bench") as say:
             for name in names:

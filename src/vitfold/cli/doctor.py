@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from vitfold.cli import options
@@ -21,29 +22,37 @@ _PARTS = (
     ("torchvision", "torchvision", "source torchvision:NAME", "vitfold[torchvision]"),
     ("open_clip_torch", "open_clip", "source open_clip:NAME", "vitfold[open_clip]"),
     ("openvino", "openvino", "engine openvino, peers openvino and nncf in bench", "vitfold[openvino]"),
+    ("tensorrt", "tensorrt", "engine tensorrt, on NVIDIA GPUs", "vitfold[tensorrt]"),
+    ("cuda-bindings", "cuda.bindings.runtime", "engine tensorrt, on NVIDIA GPUs", "vitfold[tensorrt]"),
+    ("tensorrt-rtx-cu13", "tensorrt_rtx", "audit", "vitfold[audit]"),
     ("onnxscript", "onnxscript", "peers that start from the plain ONNX export in bench", "vitfold[peers]"),
     ("onnx", "onnx", "peer onnxruntime-int8 in bench", "vitfold[peers]"),
     ("sympy", "sympy", "peer onnxruntime-int8 in bench", "vitfold[peers]"),
     ("nncf", "nncf", "peer nncf in bench", "vitfold[peers]"),
 )
+# The same package under the names of one CUDA version.
+_ALSO = {
+    "tensorrt": ("tensorrt-cu13", "tensorrt-cu12"),
+    "tensorrt-rtx-cu13": ("tensorrt-rtx-cu12",),
+}
 
 
 @command
 def doctor(as_json: options.Json = False) -> None:
     """Say what is installed, which instruction sets the processor has, and how to mend what is missing."""
-    from vitfold.bench.environment import environment, installed_version
+    from vitfold.bench.environment import environment
     from vitfold.cache import cache_folder
     from vitfold.target import TARGETS
     from vitfold.version import __version__
 
     facts = environment()
     parts: list[dict[str, Any]] = []
-    installed = [module for package, module, _, _ in _PARTS if installed_version(package) is not None]
+    installed = [module for package, module, _, _ in _PARTS if _version(package) is not None]
     with steps("doctor") as say:
         say("importing what is installed")
         problems = _import_problems(installed)
     for package, module, purpose, cure in _PARTS:
-        version = installed_version(package)
+        version = _version(package)
         problem = problems.get(module)
         parts.append(
             {
@@ -79,12 +88,19 @@ def doctor(as_json: options.Json = False) -> None:
         state = part["version"] or "-"
         if part["problem"] and part["version"]:
             state += f" ({part['problem']})"
-        table.add_row(part["package"], state, part["purpose"], part["cure"] or "")
+        table.add_row(*(escape(text) for text in (part["package"], state, part["purpose"], part["cure"] or "")))
     out.print(table)
     for name, target in TARGETS.items():
         out.print(f"  target {name:9} {target.why}", highlight=False)
     for line in advice:
         note(line)
+
+
+def _version(package: str) -> str | None:
+    from vitfold.bench.environment import installed_version
+
+    versions = (installed_version(name) for name in (package, *_ALSO.get(package, ())))
+    return next((version for version in versions if version is not None), None)
 
 
 def _import_problems(modules: list[str]) -> dict[str, str]:

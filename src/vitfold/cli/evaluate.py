@@ -21,6 +21,7 @@ def evaluate(
     limit: options.Limit = None,
     skip_bad: options.SkipBad = False,
     reference: options.ReferenceBundle = None,
+    engine: options.Engine = None,
     threads: options.Threads = None,
     min_top1: Annotated[float | None, typer.Option(min=0, max=1, help="Exit with 3 if top-1 is lower.")] = None,
     min_agreement: options.MinAgreement = None,
@@ -51,8 +52,12 @@ def evaluate(
     classifies = manifest.spec.output == "logits"
     if chosen.classes is not None and classifies:
         class_targets(chosen, manifest.labels, manifest.spec.output_width)
-    with open_session(opened, threads=threads) as session, counting("evaluate", len(chosen.paths)) as advance:
+    with (
+        open_session(opened, engine=engine, threads=threads) as session,
+        counting("evaluate", len(chosen.paths)) as advance,
+    ):
         outputs = run_over(session, chosen, manifest.preprocess, batch=batch, skip_bad=skip_bad, advance=advance)
+        ran_on = session.engine
     expected: Outputs | None = None
     try:
         with counting("unfolded model, once", len(chosen.paths)) as advance:
@@ -72,9 +77,10 @@ def evaluate(
     if outputs.skipped:
         log.print(f"skipped {len(outputs.skipped)} unreadable images:", *outputs.skipped[:10], sep="\n  ", markup=False)
     if json:
-        print_json({**fidelity.to_dict(), "skipped": list(outputs.skipped)})
+        print_json({**fidelity.to_dict(), "engine": ran_on, "skipped": list(outputs.skipped)})
     else:
         out.print(f"[bold]{opened.name}[/] on {fidelity.images} images of {found.root}", highlight=False)
+        out.print(f"  {'engine':10} {ran_on}", highlight=False)
         for name, value in (("top-1", fidelity.top1), ("top-5", fidelity.top5), ("agreement", fidelity.agreement)):
             out.print(f"  {name:10} {percent(value)}", highlight=False)
         out.print(f"  {'cosine':10} {'-' if fidelity.cosine is None else f'{fidelity.cosine:.5f}'}", highlight=False)

@@ -71,6 +71,8 @@ def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
         ),
         ("digest", opened.digest),
     ]
+    if "trtexec" in manifest.target:
+        lines.append(("trtexec", str(manifest.target["trtexec"])))
     out.print(f"[bold]{opened.path}[/]", highlight=False, soft_wrap=True)
     for name, value in lines:
         out.print(f"  {name:11}{value}", highlight=False, soft_wrap=True, markup=False)

@@ -175,7 +175,10 @@ def _solved(
         raise VitfoldError("--merge auto measures on images what merging does: give --images DIR")
     like = merge.partition(":")[2] or pipeline.LIKE
     usual = pipeline.USUAL_BATCH if batch is None else batch[1]
-    return pipeline.solve_merge(model, found, target=target, gpu=gpu, batch=usual, like=like, say=say)
+    pipeline.check_forecast(model.spec, target=target, gpu=gpu, batch=usual)
+    merging = pipeline.measure_merging(model, found, say=say)
+    say("solving")
+    return pipeline.solve_merge(merging, target=target, gpu=gpu, batch=usual, like=like)
 
 
 def _print_solution(found: Solution) -> None:

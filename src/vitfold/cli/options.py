@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from vitfold.engines import EngineName
+
 Source = Annotated[
     str,
     typer.Argument(
@@ -30,6 +32,10 @@ Seed = Annotated[int, typer.Option(help="Seed of random weights.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Images per call.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; default: all usable cores.")]
+Engine = Annotated[
+    EngineName | None,
+    typer.Option("--engine", help="Runs the bundle; default: the engine that it was made for."),
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out instead of stopping.")]
 ReferenceBundle = Annotated[
     Path | None,

@@ -17,13 +17,14 @@ def predict(
     bundle: options.BundlePath,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     top: Annotated[int, typer.Option(min=1, help="Labels per image.")] = 5,
+    engine: options.Engine = None,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
     """Print the most probable labels of images, or their embeddings with --json."""
     from vitfold.predictor import open_predictor
 
-    with steps("predict") as say, open_predictor(bundle, threads=threads) as predictor:
+    with steps("predict") as say, open_predictor(bundle, engine=engine, threads=threads) as predictor:
         say(f"{len(images)} images")
         predictions = predictor(images)
         classifies = predictor.classifies

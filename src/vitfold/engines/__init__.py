@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, get_args
 
 from vitfold.bundle import Bundle
 from vitfold.engines.session import Session, usable_cores
 from vitfold.errors import EngineError, nearest
 
-# Those that any machine runs; TENSORRT needs a GPU.
-ENGINES = ("onnxruntime", "openvino")
+EngineName = Literal["onnxruntime", "openvino", "tensorrt"]
+ENGINES: tuple[str, ...] = get_args(EngineName)
 SIMULATION = "simulation"
 TENSORRT = "tensorrt"
 
-__all__ = ["ENGINES", "SIMULATION", "TENSORRT", "Session", "open_graph", "open_session", "usable_cores"]
+__all__ = [
+    "ENGINES",
+    "SIMULATION",
+    "TENSORRT",
+    "EngineName",
+    "Session",
+    "open_graph",
+    "open_session",
+    "tensorrt_obstacle",
+    "usable_cores",
+]
 
 
 def open_session(bundle: Bundle, *, engine: str | None = None, threads: int | None = None) -> Session:
@@ -74,4 +85,17 @@ def open_graph(
         from vitfold.engines.tensorrt import TensorRtSession
 
         return TensorRtSession(path, batch=batch)
-    raise EngineError(f"unknown engine {engine!r}; {nearest(engine, (*ENGINES, TENSORRT))}")
+    raise EngineError(f"unknown engine {engine!r}; {nearest(engine, ENGINES)}")
+
+
+def tensorrt_obstacle() -> str | None:
+    """Return what keeps TensorRT from starting on this machine, a package, a driver or a GPU; None if nothing does."""
+    from vitfold.engines.cuda import Gpu
+    from vitfold.engines.tensorrt import load_tensorrt
+
+    try:
+        Gpu().close()
+        load_tensorrt()
+    except EngineError as error:
+        return str(error)
+    return None

@@ -15,14 +15,12 @@ from pathlib import Path
 from vitfold.bundle import MODEL, Bundle
 from vitfold.engines import TENSORRT
 from vitfold.engines.onnxruntime import End, OnnxRuntimeSession
+from vitfold.engines.trtexec import DEFAULT_BATCH, trtexec_command
 from vitfold.errors import BundleError, TargetError
 from vitfold.export.texts import LABELS, Served, client_text, config_text, readme_text
-from vitfold.export.trtexec import trtexec_command
 
 CONFIG = "config.pbtxt"
 VERSION = "1"
-MAX_BATCH = 64
-OPTIMUM = 8
 _TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -82,7 +80,7 @@ def _name(bundle_name: str, wanted: str | None) -> str:
 def _served(bundle: Bundle, name: str, instances: int, max_batch: int | None) -> Served:
     manifest = bundle.manifest
     on_gpu = manifest.target.get("engine") == TENSORRT
-    own = manifest.target.get("batch") or (1, OPTIMUM, MAX_BATCH)
+    own = manifest.target.get("batch") or DEFAULT_BATCH
     largest = max_batch or own[2]
     optimum = min(own[1], largest)
     with OnnxRuntimeSession(bundle.onnx_path, threads=1, literal=True) as session:

@@ -3,7 +3,7 @@
 from vitfold.pipeline.calibration import calibrate_folded, keep_float, rank_sites, recorded_images, split_images
 from vitfold.pipeline.gate import Race, fastest, float_plan, race
 from vitfold.pipeline.plan import Folded, count_costs, optimize, read_recipe
-from vitfold.pipeline.solving import LIKE, USUAL_BATCH, Solution, solve_merge
+from vitfold.pipeline.solving import LIKE, USUAL_BATCH, Solution, check_forecast, measure_merging, solve_merge
 from vitfold.pipeline.writing import FIDELITY_IMAGES, run_reference, save
 
 __all__ = [
@@ -14,10 +14,12 @@ __all__ = [
     "Race",
     "Solution",
     "calibrate_folded",
+    "check_forecast",
     "count_costs",
     "fastest",
     "float_plan",
     "keep_float",
+    "measure_merging",
     "optimize",
     "race",
     "rank_sites",

@@ -18,7 +18,7 @@ from vitfold.bench.environment import installed_version, processor
 from vitfold.bench.measurement import Measurement, speed_up
 from vitfold.bench.timing import interleave
 from vitfold.bundle import Bundle
-from vitfold.engines import ENGINES, Session, open_graph, open_session
+from vitfold.engines import TENSORRT, Session, open_graph, open_session, tensorrt_obstacle
 from vitfold.pipeline.plan import Folded
 from vitfold.pipeline.writing import write_graph
 from vitfold.recipe import Recipe
@@ -26,6 +26,7 @@ from vitfold.target import find_target
 
 TRIALS = 7
 SECONDS = 2.0
+_FLOAT_TARGETS = {"onnxruntime": "cpu", TENSORRT: "tensorrt-fp16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,7 @@ class Race:
 
 def float_plan(folded: Folded) -> Folded:
     """Return the same plan without quantization, on the best float target of the same engine."""
-    target = find_target("cpu" if folded.target.engine == "onnxruntime" else folded.target.name)
+    target = find_target(_FLOAT_TARGETS.get(folded.target.engine, folded.target.name))
     recipe = Recipe(merge=folded.recipe.merge)
     from vitfold.model.folds import fold_layer_scale
 
@@ -60,9 +61,9 @@ def float_plan(folded: Folded) -> Folded:
 def race(quantized: Bundle, folded: Folded, *, batch: int = 1, seconds: float = SECONDS) -> Race | None:
     """Time the bundle against the float graph of the same merging, interleaved; None where nothing can be timed.
 
-    Simulated bundles, and those whose engine is not on this machine, have no time.
+    Simulated bundles have no time, those for TensorRT none on a machine where it does not start.
     """
-    if quantized.manifest.simulated or folded.target.engine not in ENGINES:
+    if quantized.manifest.simulated or (folded.target.engine == TENSORRT and tensorrt_obstacle() is not None):
         return None
     with _opened(float_plan(folded)) as plain, open_session(quantized) as session:
         measured = _timed({"float": plain, "quantized": session}, folded, batch=batch, seconds=seconds)
@@ -90,7 +91,7 @@ def _opened(folded: Folded) -> Iterator[Session]:
     with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
         path = Path(folder) / "model.onnx"
         write_graph(folded, path)
-        with open_graph(path, folded.target.engine) as session:
+        with open_graph(path, folded.target.engine, batch=folded.batch) as session:
             yield session
 
 
@@ -108,6 +109,8 @@ def _timed(sessions: Mapping[str, Session], folded: Folded, *, batch: int, secon
 
 
 def _reason(folded: Folded) -> str:
+    if folded.target.engine == TENSORRT:
+        return "on this GPU the conversions to 8 bit cost more than the products save"
     sets = set(processor()["instruction_sets"])
     if folded.target.quantized_product == "integer":
         return "target integer shows operand reordering with standard operators, which no runtime fuses"

@@ -20,13 +20,14 @@ from vitfold.model import Array, Model, ViTSpec
 from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe
 from vitfold.schedule import resolve_r
-from vitfold.schedule.solve import Seconds, Space, schedule_seconds, solve
+from vitfold.schedule.solve import Distortion, Seconds, Space, schedule_seconds, solve
 from vitfold.target import Target, find_target
 
 SHARES = (0.04, 0.12, 0.25, 0.5)
 LIKE = "8"
 SOLVING_IMAGES = 32
 USUAL_BATCH = 8
+_HALF = "tensorrt-fp16"
 _BATCH = 8
 Say = Callable[[str], Any]
 Bits = Literal["fp16", "int8", "fp8"]
@@ -36,7 +37,8 @@ Bits = Literal["fp16", "int8", "fp8"]
 class Solution:
     """The schedule, and what the model of the GPU says about it, about `like` and about merging nothing.
 
-    Milliseconds are a roofline model's, of the transformer blocks alone; distortions are measured.
+    Milliseconds are a roofline model's, of the transformer blocks alone; `ms_fp16` merges nothing and does not
+    quantize. Distortions are measured.
     """
 
     r: tuple[int, ...]
@@ -47,6 +49,7 @@ class Solution:
     ms: float
     ms_like: float
     ms_none: float
+    ms_fp16: float
     distortion: float
     distortion_like: float
 
@@ -55,9 +58,29 @@ class Solution:
         return {**asdict(self), "r": list(self.r)}
 
 
-def solve_merge(
-    model: Model, images: ImageSet, *, target: str, gpu: str, batch: int, like: str = LIKE, say: Say = lambda _: None
-) -> Solution:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Measured:
+    """What merging does to a model's output on images: by single merges, and how to measure a schedule."""
+
+    spec: ViTSpec
+    space: Space
+    measure: Distortion
+    images: int
+
+
+def measure_merging(model: Model, images: ImageSet, *, say: Say = lambda _: None) -> Measured:
+    """Measure single merges of several sizes in every block."""
+    pixels, spec = _pixels(model, images), model.spec
+    measure = _measurer(model, pixels)
+    single: list[dict[float, float]] = []
+    for block in range(spec.depth):
+        say(f"measuring single merges: block {block + 1}/{spec.depth}")
+        single.append({share: measure(_one(spec, block, share)) for share in SHARES})
+    space = Space(depth=spec.depth, tokens=spec.tokens, prefix=spec.prefix, single=single)
+    return Measured(spec=spec, space=space, measure=measure, images=len(pixels))
+
+
+def solve_merge(merging: Measured, *, target: str, gpu: str, batch: int, like: str = LIKE) -> Solution:
     """Find the schedule that is fastest on a GPU among those that distort no more than `like` does.
 
     Args:
@@ -65,38 +88,39 @@ def solve_merge(
 
     Raises:
         TargetError: if the target is not one of TensorRT's, or the GPU is unknown or does not run its types.
+        RecipeError: if `like` merges nothing.
     """
-    chosen, device = find_target(target), find_gpu(gpu)
-    seconds = block_seconds(model.spec, chosen, device, batch)
-    bound_r = resolve_r(like, model.spec)
-    if not any(bound_r):
+    spec, device = merging.spec, find_gpu(gpu)
+    seconds, half = (block_seconds(spec, find_target(name), device, batch) for name in (target, _HALF))
+    allowed = resolve_r(like, spec)
+    if not any(allowed):
         raise RecipeError(f"--merge auto:{like} distorts nothing, so nothing may be merged; give --merge none")
-    pixels = _pixels(model, images)
-    measure = _measurer(model, pixels)
-    say(f"measuring what r = {like} distorts")
-    bound = measure(bound_r)
-    spec = model.spec
-    single: list[dict[float, float]] = []
-    for block in range(spec.depth):
-        say(f"measuring single merges: block {block + 1}/{spec.depth}")
-        single.append({share: measure(_one(spec, block, share)) for share in SHARES})
-    say("solving")
-    space = Space(depth=spec.depth, tokens=spec.tokens, prefix=spec.prefix, single=single)
-    found = solve(space, seconds, measure, bound)
-    r = found.r if found is not None else (0,) * spec.depth
-    ms = {name: 1e3 * schedule_seconds(s, spec.tokens, seconds) for name, s in (("r", r), ("like", bound_r))}
+    bound = merging.measure(allowed)
+    found = solve(merging.space, seconds, merging.measure, bound)
+    none = (0,) * spec.depth
+    r = none if found is None else found.r
+
+    def ms(schedule: tuple[int, ...], cost: Seconds) -> float:
+        return 1e3 * schedule_seconds(schedule, spec.tokens, cost)
+
     return Solution(
         r=r,
         gpu=device.key,
         batch=batch,
         like=like,
-        images=len(pixels),
-        ms=ms["r"],
-        ms_like=ms["like"],
-        ms_none=1e3 * schedule_seconds((0,) * spec.depth, spec.tokens, seconds),
-        distortion=found.distortion if found is not None else 0.0,
+        images=merging.images,
+        ms=ms(r, seconds),
+        ms_like=ms(allowed, seconds),
+        ms_none=ms(none, seconds),
+        ms_fp16=ms(none, half),
+        distortion=0.0 if found is None else found.distortion,
         distortion_like=bound,
     )
+
+
+def check_forecast(spec: ViTSpec, *, target: str, gpu: str, batch: int) -> None:
+    """Raise what `solve_merge` would raise, before anything is measured."""
+    block_seconds(spec, find_target(target), find_gpu(gpu), batch)
 
 
 def block_seconds(spec: ViTSpec, target: Target, gpu: Gpu, batch: int) -> Seconds:

@@ -15,8 +15,9 @@ from safetensors.numpy import save_file
 
 from vitfold.bench.evaluation import run_over
 from vitfold.bench.fidelity import Fidelity
-from vitfold.bundle import QUANTIZERS, WEIGHTS, Bundle, Manifest, has_trained_weights, write_bundle
+from vitfold.bundle import MODEL, QUANTIZERS, WEIGHTS, Bundle, Manifest, has_trained_weights, write_bundle
 from vitfold.engines import TENSORRT, Session, open_graph
+from vitfold.engines.trtexec import DEFAULT_BATCH, trtexec_command
 from vitfold.errors import EngineError, RecipeError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model
@@ -95,8 +96,13 @@ def save(
 
 
 def _target(folded: Folded) -> dict[str, Any]:
-    """The target, with the batches of an engine that is built later."""
-    return folded.target.to_dict() | ({} if folded.batch is None else {"batch": list(folded.batch)})
+    """The target; for TensorRT with the line that builds the engine, and the batches where they were chosen."""
+    target = folded.target.to_dict()
+    if folded.target.engine != TENSORRT:
+        return target
+    chosen = {} if folded.batch is None else {"batch": list(folded.batch)}
+    line = trtexec_command(MODEL, folded.batch or DEFAULT_BATCH, image_size=folded.model.spec.image_size)
+    return target | chosen | {"trtexec": line}
 
 
 def _write_files(folded: Folded, onnx_path: Path, say: Step) -> int:

@@ -81,6 +81,24 @@ def prediction_table(audits: Sequence[Audit]) -> Table:
     return table
 
 
+def forecast_table(document: Mapping[str, Any]) -> Table:
+    """One row per GPU and batch: the solved schedule beside FP16, no merging and the constant schedule."""
+    from vitfold.schedule import describe_r
+
+    rows = document["rows"]
+    title = f"{document['source']}, {document['target']}: {document['prediction']}"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    like = f"r = {rows[0]['like']}"
+    for column in ("GPU", "batch", "FP16 ms", "unmerged", like, "solved", "speed-up", "distortion", "schedule"):
+        table.add_column(column, justify="left" if column in ("GPU", "schedule") else "right", overflow="fold")
+    for row in rows:
+        numbers = [f"{row[key]:.3f}" for key in ("ms_fp16", "ms_none", "ms_like", "ms")]
+        ratio = f"{row['ms_fp16'] / row['ms']:.2f}x"
+        kept = f"{row['distortion']:.4f} of {row['distortion_like']:.4f}"
+        table.add_row(row["gpu"], str(row["batch"]), *numbers, ratio, kept, describe_r(row["r"]))
+    return table
+
+
 def _attention(audit: Audit) -> str:
     found = dict(audit["attention"])
     fused, unfused = found.pop("fused"), found.pop("unfused")

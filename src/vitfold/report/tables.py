@@ -30,12 +30,15 @@ def _quality(rows: Sequence[RowDict]) -> str:
 
 
 def cells(rows: Sequence[RowDict]) -> list[list[str]]:
-    """Return the formatted cells: medians, with half the interquartile range; `~` marks a noisy latency."""
+    """Return the formatted cells: medians, with half the interquartile range; `~` marks a noisy latency.
+
+    A row that was not timed has dashes for its speed.
+    """
     embeds = _quality(rows) == "cosine"
     result = []
     for row in rows:
         fidelity = row["fidelity"] or {}
-        latency, speed_up = row["latency_ms"], row["speed_up"]
+        latency, rate, speed_up = row["latency_ms"], row["throughput_ips"], row["speed_up"]
         quality = number(fidelity.get("cosine"), ".4f") if embeds else percent(fidelity.get("top1"), unit="")
         result.append(
             [
@@ -44,9 +47,15 @@ def cells(rows: Sequence[RowDict]) -> list[list[str]]:
                 number(row["macs"], ".2f", scale=1e-9),
                 quality,
                 percent(fidelity.get("agreement"), unit=""),
-                f"{'~' if row['noisy'] else ''}{latency['median']:.1f} ±{latency['iqr'] / 2:.1f}",
-                f"{row['throughput_ips']['median']:.1f}",
-                f"{speed_up['median']:.2f}x ±{speed_up['iqr'] / 2:.2f}",
+                *(
+                    ("-", "-", "-")
+                    if latency is None
+                    else (
+                        f"{'~' if row['noisy'] else ''}{latency['median']:.1f} ±{latency['iqr'] / 2:.1f}",
+                        f"{rate['median']:.1f}",
+                        f"{speed_up['median']:.2f}x ±{speed_up['iqr'] / 2:.2f}",
+                    )
+                ),
                 number(row["size_bytes"], ".0f", scale=1e-6),
             ]
         )

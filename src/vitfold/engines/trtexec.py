@@ -8,12 +8,13 @@ from __future__ import annotations
 from vitfold.errors import TargetError
 
 INPUT = "pixel_values"
+DEFAULT_BATCH = (1, 8, 64)
 _RANGE = ("min", "opt", "max")
 
 
 def trtexec_command(
     onnx_name: str,
-    batch: tuple[int, int, int] = (1, 8, 64),
+    batch: tuple[int, int, int] = DEFAULT_BATCH,
     *,
     image_size: tuple[int, int],
     plan_name: str = "model.plan",

@@ -1,0 +1,86 @@
+"""`vitfold forecast`: on which GPUs and at which batches merging pays, in a model, before anything is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitfold.cli import options
+from vitfold.cli.optimize import load_model, require_optimize
+from vitfold.cli.terminal import command, out, print_json, working, write_json
+from vitfold.errors import TargetError, VitfoldError
+
+GPUS = "H100,A100,L40S,L4,T4"
+BATCHES = "1,8,32,128"
+
+
+@command
+def forecast(
+    source: options.Source,
+    images: options.Images = None,
+    target: Annotated[str, typer.Option(help="tensorrt-fp16, tensorrt-int8 or tensorrt-fp8.")] = "tensorrt-int8",
+    like: Annotated[str, typer.Option(metavar="R", help="The schedule whose distortion is allowed.")] = "8",
+    gpus: Annotated[str, typer.Option(help="GPUs, comma-separated.")] = GPUS,
+    batches: Annotated[str, typer.Option(help="Batches, comma-separated.")] = BATCHES,
+    arch: options.Arch = None,
+    num_classes: options.NumClasses = None,
+    image_size: options.ImageSize = None,
+    weights: options.Weights = "pretrained",
+    seed: options.Seed = 0,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Keep the JSON there.")] = None,
+    json: options.Json = False,
+) -> None:
+    """Solve a schedule for every GPU and batch: modelled times at a measured distortion. No GPU is needed."""
+    if images is None:
+        raise VitfoldError("forecast measures on images what merging does: give --images DIR")
+    names = [name.strip() for name in gpus.split(",") if name.strip()]
+    if not names or not all(part.strip().isdigit() and int(part) > 0 for part in batches.split(",")):
+        raise typer.BadParameter("give GPUs and batches as lists, as H100,L4 and 1,64", param_hint="--gpus, --batches")
+    sizes = [int(part) for part in batches.split(",")]
+    require_optimize()
+    from vitfold import pipeline
+    from vitfold.images import find_images
+
+    found = find_images(images)
+    with working("forecast") as (say, _):
+        model = load_model(source, say, arch, num_classes, image_size, weights, seed)
+        able = [name for name in names if _runs(name, target)]
+        if not able:
+            raise TargetError(f"none of {gpus} runs {target}; choose others")
+        merging = pipeline.measure_merging(model, found, say=say)
+        solutions = []
+        for name in able:
+            for size in sizes:
+                say(f"solving: {name}, batch {size}")
+                solutions.append(pipeline.solve_merge(merging, target=target, gpu=name, batch=size, like=like))
+    document = {
+        "source": source,
+        "target": target,
+        "weights": weights,
+        "prediction": "roofline model of the transformer blocks, not a measurement",
+        "left_out": [name for name in names if name not in able],
+        "rows": [solution.to_dict() for solution in solutions],
+    }
+    if output is not None:
+        write_json(output, document)
+    if json:
+        print_json(document)
+        return
+    from vitfold.report.audits import forecast_table
+
+    out.print(forecast_table(document))
+
+
+def _runs(gpu: str, target: str) -> bool:
+    """Say whether a GPU multiplies the target's type.
+
+    Raises:
+        TargetError: if the GPU is unknown, or the target is not TensorRT's.
+    """
+    from vitfold.audit.roofline import find_gpu
+    from vitfold.target import find_target
+
+    peak = find_gpu(gpu).peak
+    return find_target(target).implied_quant != "fp8" or "fp8" in peak
