@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from vitfold import pipeline
-from vitfold.bundle import QUANTIZERS, open_bundle
-from vitfold.engines import open_session
+from vitfold.bundle import MODEL, QUANTIZERS, Bundle, open_bundle
+from vitfold.engines import Session, open_graph, open_session
+from vitfold.engines.trtexec import trtexec_command
 from vitfold.errors import EngineError, RecipeError, TargetError
 from vitfold.images import ImageSet
 from vitfold.model import Array, Model, ViTSpec
+from vitfold.pipeline import gate
 from vitfold.quantizer import load_quant_params
 from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe
 
@@ -107,6 +109,52 @@ def test_a_quantized_model_becomes_a_bundle(
     errors = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
     assert errors.min() < (0.02 if target.startswith("tensorrt") else 1e-5)
     assert np.median(errors) < 0.02
+
+
+@pytest.mark.parametrize(("batch", "sizes"), [(None, (1, 8, 64)), ((2, 4, 16), (2, 4, 16))], ids=["default", "chosen"])
+def test_a_bundle_for_tensorrt_says_how_its_engine_is_built(
+    tiny_model: Callable[..., Model], tmp_path: Path, batch: tuple[int, int, int] | None, sizes: tuple[int, int, int]
+) -> None:
+    folded = pipeline.optimize(tiny_model(), target="tensorrt-fp16", batch=batch)
+    target = open_bundle(pipeline.save(folded, tmp_path / "a.fold").path).manifest.target
+    assert target["trtexec"] == trtexec_command(MODEL, sizes, image_size=(32, 32))
+    assert target.get("batch") == (None if batch is None else list(batch))
+    assert "trtexec" not in pipeline.save(pipeline.optimize(tiny_model()), tmp_path / "b.fold").manifest.target
+
+
+@pytest.fixture
+def int8(tiny_model: Callable[..., Model], tmp_path: Path, photos: ImageSet) -> tuple[Bundle, pipeline.Folded]:
+    quant = QuantRecipe(method="minmax")
+    folded = pipeline.optimize(tiny_model(), recipe=Recipe(quant=quant), target="tensorrt-int8", batch=(1, 2, 4))
+    done = pipeline.calibrate_folded(folded, photos)
+    return pipeline.save(done, tmp_path / "int8.fold"), done
+
+
+def test_where_tensorrt_does_not_start_there_is_no_race(
+    int8: tuple[Bundle, pipeline.Folded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "tensorrt_obstacle", lambda: "no GPU")
+    assert pipeline.race(*int8) is None
+
+
+def test_where_tensorrt_starts_it_races_half_precision(
+    int8: tuple[Bundle, pipeline.Folded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime stands in for TensorRT; the float graph covers the same batches."""
+    asked: list[tuple[str, object]] = []
+
+    def stand_in(path: Path, engine: str, *, batch: tuple[int, int, int] | None = None) -> Session:
+        asked.append((engine, batch))
+        return open_graph(path, "onnxruntime", literal=True)
+
+    monkeypatch.setattr(gate, "tensorrt_obstacle", lambda: None)
+    monkeypatch.setattr(gate, "open_graph", stand_in)
+    monkeypatch.setattr(gate, "open_session", lambda bundle: open_session(bundle, engine="onnxruntime"))
+    found = pipeline.race(*int8, seconds=0.05)
+    assert found is not None
+    assert asked == [("tensorrt", (1, 2, 4))]
+    assert found.reason is None or "GPU" in found.reason
+    assert pipeline.float_plan(int8[1]).target.name == "tensorrt-fp16"
 
 
 def test_a_recipe_file_is_resolved(tiny_model: Callable[..., Model], tmp_path: Path) -> None:

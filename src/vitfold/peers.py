@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,8 +36,12 @@ PEERS: Mapping[str, str] = {
     "onnxruntime-int8": "that export quantized by onnxruntime.quantization, on ONNX Runtime",
     "openvino": "that export on OpenVINO",
     "nncf": "that export quantized by NNCF, on OpenVINO",
+    "modelopt": "that export quantized to INT8 by NVIDIA ModelOpt for TensorRT: accuracy in ONNX Runtime, no time",
+    "modelopt-fp8": "that export quantized to FP8 by NVIDIA ModelOpt for TensorRT: accuracy in ONNX Runtime, no time",
 }
-CALIBRATED = frozenset({"onnxruntime-int8", "nncf"})
+CALIBRATED = frozenset({"onnxruntime-int8", "nncf", "modelopt", "modelopt-fp8"})
+MODELOPT_PYTHON = "VITFOLD_MODELOPT_PYTHON"
+_MODELOPT: Mapping[str, str] = {"modelopt": "int8", "modelopt-fp8": "fp8"}
 _NEEDS: Mapping[str, tuple[str, ...]] = {
     "torch": (),
     "torch-compile": (),
@@ -40,6 +49,8 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
     "onnxruntime-int8": ("onnxscript", "onnx", "sympy"),
     "openvino": ("onnxscript", "openvino"),
     "nncf": ("onnxscript", "openvino", "nncf"),
+    "modelopt": ("onnxscript",),
+    "modelopt-fp8": ("onnxscript",),
 }
 _BATCH = 8
 
@@ -62,10 +73,14 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """A peer that is ready to run; `size_bytes` are those of its weights, or of its files where it has any."""
+    """A peer that is ready to run; `size_bytes` are those of its weights, or of its files where it has any.
+
+    `untimed` says why its time means nothing here, None that it does.
+    """
 
     session: Session
     size_bytes: int
+    untimed: str | None = None
 
 
 def check_peers(names: list[str], *, calibrated: bool = False) -> None:
@@ -82,6 +97,8 @@ def check_peers(names: list[str], *, calibrated: bool = False) -> None:
         for package in _NEEDS[name]:
             if installed_version(package) is None:
                 raise EngineError(missing_extra(package, "peers", f"the peer {name}"))
+        if name in _MODELOPT:
+            _modelopt_python(name)
         if name in CALIBRATED and not calibrated:
             raise EngineError(_without_images(name))
 
@@ -137,11 +154,17 @@ def open_peer(
             path = _quantized_by_onnxruntime(path, pixels, folder / "onnxruntime-int8.onnx")
         elif name == "nncf":
             path = _quantized_by_nncf(path, pixels, folder / "nncf.xml")
+    untimed = None
+    if name in _MODELOPT:
+        path, version = _quantized_by_modelopt(name, path, pixels, folder)
+        untimed = f"nvidia-modelopt {version} wrote it for TensorRT; a time on ONNX Runtime says nothing about a GPU"
     size = sum(file.stat().st_size for file in folder.glob(f"{path.stem}.*"))
-    if name.startswith("onnxruntime"):
+    if untimed is not None or name.startswith("onnxruntime"):
         from vitfold.engines.onnxruntime import OnnxRuntimeSession
 
-        return Peer(session=OnnxRuntimeSession(path, threads=threads), size_bytes=size)
+        # Graphs that were written for TensorRT are run as they are: the optimizer has no kernels for their fusions.
+        session = OnnxRuntimeSession(path, threads=threads, literal=untimed is not None)
+        return Peer(session=session, size_bytes=size, untimed=untimed)
     from vitfold.engines.openvino import OpenVinoSession
 
     return Peer(session=OpenVinoSession(path, threads=threads), size_bytes=size)
@@ -268,3 +291,66 @@ def _quantized_by_nncf(plain: Path, pixels: Any, path: Path) -> Path:
     )
     ov.save_model(model, str(path), compress_to_fp16=False)
     return path
+
+
+def _modelopt_python(name: str) -> str:
+    """Return the interpreter that has ModelOpt.
+
+    Raises:
+        EngineError: with the commands that install it, if there is none.
+    """
+    named = os.environ.get(MODELOPT_PYTHON)
+    if named:
+        found = shutil.which(Path(named).expanduser())
+        if found is None:
+            raise EngineError(f"{MODELOPT_PYTHON} names {named}, which is no program; {_installs_modelopt()}")
+        return found
+    if installed_version("nvidia-modelopt") is None:
+        raise EngineError(f"the peer {name} needs NVIDIA ModelOpt, which is not installed; {_installs_modelopt()}")
+    return sys.executable
+
+
+def _installs_modelopt() -> str:
+    return (
+        "its versions of ONNX packages conflict with vitfold's, so give it an environment of its own: "
+        "python -m venv modelopt-env && modelopt-env/bin/pip install 'nvidia-modelopt[onnx]' && "
+        f"export {MODELOPT_PYTHON}=$PWD/modelopt-env/bin/python"
+    )
+
+
+def _quantized_by_modelopt(name: str, plain: Path, pixels: Any, folder: Path) -> tuple[Path, str]:
+    """Write the Q/DQ graph of `modelopt.onnx.quantization.quantize`, and say by which version of it.
+
+    DOCSTRING
+
+    Raises:
+        EngineError: if it refuses the model, or is not there.
+    """
+    python = _modelopt_python(name)
+    with tempfile.TemporaryDirectory(prefix="modelopt-", dir=folder) as scratch:
+        # It changes the file that it is given and leaves others beside it.
+        given, quantized, result = (Path(scratch) / file for file in (plain.name, f"{name}.onnx", "result.json"))
+        for file in plain.parent.glob(f"{plain.name}*"):
+            shutil.copyfile(file, given.with_name(file.name))
+        np.save(Path(scratch) / "pixels.npy", pixels)
+        order = {
+            "plain": str(given.absolute()),
+            "pixels": str(Path(scratch).absolute() / "pixels.npy"),
+            "mode": _MODELOPT[name],
+            "batch": _BATCH,
+            "quantized": str(quantized.absolute()),
+            "result": str(result.absolute()),
+        }
+        runner = Path(__file__).with_name("modelopt_runner.py")
+        done = subprocess.run([python, str(runner), json.dumps(order)], capture_output=True, text=True, check=False)
+        if not result.exists() or not quantized.exists():
+            said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            if said.startswith("ModuleNotFoundError"):
+                raise EngineError(f"the peer {name} needs more than {python} has: {said}; {_installs_modelopt()}")
+            raise EngineError(
+                f"the peer {name} could not be made from this model: {said}; leave it out of --peers, or upgrade with: "
+                f"{python} -m pip install -U 'nvidia-modelopt[onnx]'"
+            )
+        for file in Path(scratch).glob(f"{quantized.name}*"):
+            shutil.move(file, folder / file.name)
+        return folder / quantized.name, str(json.loads(result.read_text(encoding="utf-8"))["version"])

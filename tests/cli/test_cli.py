@@ -15,6 +15,7 @@ from invoking import DEMO, RANDOM, ROOT, error, run, run_json
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from vitfold.bench import environment
 from vitfold.cli import doctor
 
 
@@ -176,11 +177,27 @@ def test_inspect_prints_the_documented_fields(merged: Path) -> None:
 def test_doctor_says_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     values = run_json("doctor")
     assert values["environment"]["cores"] >= 1
-    assert {"onnxruntime", "torch", "openvino", "nncf"} <= {part["package"] for part in values["packages"]}
+    packages = {part["package"]: part for part in values["packages"]}
+    assert {"onnxruntime", "torch", "openvino", "nncf", "tensorrt", "tensorrt-rtx-cu13"} <= set(packages)
     monkeypatch.setattr(doctor, "_import_problems", lambda modules: {"torch": "OSError: it is a test"})
     shown = run("doctor").stdout
     assert "onnxruntime" in shown
     assert "OSError" in shown
+
+
+def test_doctor_names_the_extra_of_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    monkeypatch.setattr(doctor, "_import_problems", lambda modules: {})
+    cures = {part["package"]: part["cure"] for part in run_json("doctor")["packages"]}
+    assert cures["tensorrt"] == "pip install -U 'vitfold[tensorrt]'"
+    assert cures["tensorrt-rtx-cu13"] == "pip install -U 'vitfold[audit]'"
+    assert "vitfold[tensorrt]" in "".join(run("doctor").stdout.split())
+
+
+def test_doctor_finds_tensorrt_under_the_name_of_a_cuda_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "installed_version", {"tensorrt-cu12": "10.8"}.get)
+    assert doctor._version("tensorrt") == "10.8"
+    assert doctor._version("onnxruntime") is None
 
 
 def test_a_file_with_an_architecture(folder: Path, few: Path) -> None:

@@ -15,9 +15,7 @@ import pytest
 from vitfold import pipeline
 from vitfold.bench.environment import installed_version
 from vitfold.bundle import Bundle
-from vitfold.engines import ENGINES, TENSORRT, Session, open_session
-from vitfold.engines.cuda import Gpu
-from vitfold.engines.tensorrt import load_tensorrt
+from vitfold.engines import ENGINES, TENSORRT, Session, open_session, tensorrt_obstacle
 from vitfold.errors import EngineError
 from vitfold.model import Array, Model
 
@@ -42,22 +40,16 @@ def portable(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return pipeline.save(folded, tmp_path_factory.mktemp("engines") / "portable.fold")
 
 
-@pytest.fixture(params=(*ENGINES, TENSORRT))
+@pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     if name == TENSORRT:
-        skip_without_a_gpu()
+        obstacle = tensorrt_obstacle()
+        if obstacle is not None:
+            pytest.skip(obstacle)
     elif installed_version(name) is None:
         pytest.skip(f"{name} is not installed")
     return name
-
-
-def skip_without_a_gpu() -> None:
-    try:
-        Gpu().close()
-        load_tensorrt()
-    except EngineError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture
@@ -75,7 +67,7 @@ def run(session: Session, pixels: Array) -> Array:
 def test_an_engine_is_a_session_and_says_its_version(session: Session) -> None:
     assert isinstance(session, Session)
     name, version = session.engine.split(maxsplit=1)
-    assert name in (*ENGINES, TENSORRT)
+    assert name in ENGINES
     assert version[0].isdigit()
 
 

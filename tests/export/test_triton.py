@@ -18,10 +18,10 @@ from PIL import Image
 from vitfold import pipeline
 from vitfold.bundle import Bundle, open_bundle
 from vitfold.engines import open_session
+from vitfold.engines.trtexec import trtexec_command
 from vitfold.errors import BundleError, TargetError
 from vitfold.export.texts import Served, config_text, readme_text
 from vitfold.export.triton import TritonModel, export_triton
-from vitfold.export.trtexec import trtexec_command
 from vitfold.model import Model, Preprocess
 from vitfold.predictor import Predictor
 

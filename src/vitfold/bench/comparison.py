@@ -122,6 +122,11 @@ def compare(
     return rows
 
 
+def raw_samples(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return every raw sample of the rows that were timed, in the documented JSON form."""
+    return [row.measurement.to_dict() for row in rows if row.measurement is not None]
+
+
 def _call(subject: Subject, scope: Scope, batch: int, images: ImageSet | None) -> Callable[[], None]:
     session = subject.session
     if scope == "engine":

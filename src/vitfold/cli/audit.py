@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 @command
 def audit(
-    subject: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_ONNX", help="A bundle, or any ONNX file.")],
-    another: Annotated[Path | None, typer.Argument(metavar="ANOTHER", help="A second one, shown beside it.")] = None,
+    subjects: Annotated[
+        list[Path], typer.Argument(metavar="BUNDLE_OR_ONNX...", help="Bundles or any ONNX files, shown side by side.")
+    ],
     gpu: Annotated[
         str, typer.Option(help="Compute capability to compile for: sm75, sm80, sm86, sm89, sm120.")
     ] = "sm86",
@@ -29,14 +30,13 @@ def audit(
     from vitfold.audit.compiler import check_gpu
 
     check_gpu(gpu)
-    subjects = [subject] if another is None else [subject, another]
     with steps("audit") as say:
         audits = []
         for path in subjects:
             say(f"compiling {path}")
             audits.append(_audit(path, gpu, batch))
     documents: list[dict[str, Any]] = [one.to_dict() for one in audits]
-    document: Any = documents[0] if another is None else {"audits": documents}
+    document: Any = documents[0] if len(documents) == 1 else {"audits": documents}
     if output is not None:
         write_json(output, document)
     if json:

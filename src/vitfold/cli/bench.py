@@ -24,18 +24,22 @@ def bench(
         str | None,
         typer.Option(
             help="Time these beside the bundles (comma-separated): torch, torch-compile, onnxruntime, "
-            "onnxruntime-int8, openvino, nncf."
+            "onnxruntime-int8, openvino, nncf; modelopt and modelopt-fp8 get a fidelity, but no time."
         ),
     ] = None,
     calibration_images: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Images from which the peers onnxruntime-int8 and nncf take ranges of activations."
+            metavar="DIR", help="Images from which quantized peers (-int8, nncf, modelopt) take ranges of activations."
         ),
     ] = None,
     calibration_size: Annotated[
         int, typer.Option(min=1, help="Images used, spread evenly over --calibration-images.")
     ] = 128,
+    keep_peers: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the files of the peers in this new folder, for instance for audit."),
+    ] = None,
     baseline: Annotated[
         str | None,
         typer.Option(help="The row that speed-ups refer to; default: the first peer, else the first bundle."),
@@ -53,7 +57,7 @@ def bench(
     json: options.Json = False,
 ) -> None:
     """Time bundles, engine only and end to end, each with its fidelity."""
-    from vitfold.bench.comparison import compare
+    from vitfold.bench.comparison import compare, raw_samples
     from vitfold.bench.environment import environment
     from vitfold.bundle import open_bundle
     from vitfold.images import find_images
@@ -62,6 +66,8 @@ def bench(
 
     names = [name.strip() for name in (peers or "").split(",") if name.strip()]
     check_peers(names, calibrated=calibration_images is not None)
+    if keep_peers is not None:
+        _make_empty(keep_peers)
     opened = [open_bundle(path) for path in bundles]
     given = None if reference is None else open_bundle(reference)
     found = None if images is None else find_images(images).first(limit)
@@ -72,7 +78,7 @@ def bench(
         calibration = calibration.readable(skipped)
     before = environment(threads=threads)
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitfold-")))
+        folder = keep_peers or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitfold-")))
         lineup = stack.enter_context(
             Lineup(
                 folder=folder, images=found, engine=engine, threads=threads, reference=given, calibration=calibration
@@ -91,7 +97,7 @@ def bench(
             rows = compare(subjects, batch=batch, images=found, trials=trials, seconds=seconds, progress=say)
     result: dict[str, Any] = {"environment": before, "rows": [row.to_dict() for row in rows]}
     if output is not None:
-        write_json(output, {**result, "measurements": [row.measurement.to_dict() for row in rows]})
+        write_json(output, {**result, "measurements": raw_samples(rows)})
         note(f"raw samples: {output}")
     if json:
         print_json(result)
@@ -99,14 +105,29 @@ def bench(
     print_ladders(result, title=f"batch {batch}")
     if calibration is not None and not set(names) & CALIBRATED:
         note("--calibration-images was not used: no peer of this run is quantized")
+    if keep_peers is not None:
+        note(f"files of the peers: {keep_peers}; what NVIDIA's compiler makes of one: vitfold audit FILE.onnx")
     if found is None:
         note("no --images: fidelity and end-to-end time were not measured")
     if not all(one.manifest.has_trained_weights for one in opened):
         note("random weights: no fidelity, since their outputs hardly depend on the image")
-    if any(row.measurement.noisy for row in rows):
+    for untimed in sorted({f"{row.subject.name}: {row.subject.untimed}" for row in rows if row.subject.untimed}):
+        note(f"not timed, {untimed}")
+    if any(row.measurement is not None and row.measurement.noisy for row in rows):
         note("noisy rows: the machine was busy; trust speed-ups (paired trials) more than times")
     if not rows:
         raise VitfoldError("nothing was timed")
+
+
+def _make_empty(folder: Path) -> None:
+    """Make a folder, which may exist if nothing is in it: peers would take another model's export for theirs."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        filled = any(folder.iterdir())
+    except OSError as error:
+        raise VitfoldError(f"cannot keep peers in {folder}: {error}; give --keep-peers another folder") from None
+    if filled:
+        raise VitfoldError(f"{folder} is not empty; give --keep-peers a new folder")
 
 
 def print_ladders(result: Mapping[str, Any], *, title: str) -> None:

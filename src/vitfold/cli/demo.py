@@ -35,7 +35,7 @@ def demo(
     """Merge and quantize the bundled CIFAR-10 model at several r, and show speed beside accuracy."""
     require_optimize()
     from vitfold import pipeline
-    from vitfold.bench.comparison import compare
+    from vitfold.bench.comparison import compare, raw_samples
     from vitfold.bench.environment import environment
     from vitfold.bundle import Bundle
     from vitfold.images import find_images
@@ -79,7 +79,7 @@ def demo(
             )
     result = {"environment": before, "rows": [row.to_dict() for row in rows]}
     if json_output is not None:
-        write_json(json_output, {**result, "measurements": [row.measurement.to_dict() for row in rows]})
+        write_json(json_output, {**result, "measurements": raw_samples(rows)})
     if json:
         print_json(result)
         return
