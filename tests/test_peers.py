@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import stat
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from vitfold.engines import onnxruntime as engine
 from vitfold.errors import EngineError, ImageError
 from vitfold.images import ImageSet
 from vitfold.model import Array, Preprocess
-from vitfold.peers import CALIBRATED, PEERS, Calibration, check_peers, installed_version, open_peer
+from vitfold.peers import CALIBRATED, MODELOPT_PYTHON, PEERS, Calibration, check_peers, installed_version, open_peer
 
 SHAPE = (3, 8, 8)
 
@@ -131,9 +133,9 @@ def test_peers_run_on_as_many_threads_as_the_bundles(
         torch.set_num_threads(before)
     original = engine.OnnxRuntimeSession
 
-    def remembered(path: Path, *, threads: int | None = None) -> engine.OnnxRuntimeSession:
+    def remembered(path: Path, *, threads: int | None = None, literal: bool = False) -> engine.OnnxRuntimeSession:
         asked.append(threads)
-        return original(path, threads=threads)
+        return original(path, threads=threads, literal=literal)
 
     monkeypatch.setattr(engine, "OnnxRuntimeSession", remembered)
     open_peer("onnxruntime", module, SHAPE, tmp_path, threads=1).session.close()
@@ -158,6 +160,7 @@ def test_unknown_peers_offer_the_nearest(module: torch.nn.Module, tmp_path: Path
         ("openvino", "openvino", "peers"),
         ("nncf", "nncf", "peers"),
         ("nncf", "openvino", "peers"),
+        ("modelopt", "onnxscript", "peers"),
     ],
 )
 def test_a_missing_package_names_its_extra(
@@ -195,3 +198,112 @@ def test_an_unreadable_calibration_image_is_named(
     calibration.images.paths[3].write_bytes(b"no image")
     with pytest.raises(ImageError, match=calibration.images.paths[3].name):
         open_peer("nncf", module, SHAPE, tmp_path, calibration=calibration)
+
+
+def rounds(folder: Path, plain: str, text: str) -> None:
+    """Put a stand-in for ModelOpt into a folder of packages: `plain` becomes its input's end, then runs `text`."""
+    package = folder / "modelopt" / "onnx"
+    package.mkdir(parents=True)
+    for each in (package.parent, package):
+        (each / "__init__.py").touch()
+    (package / "quantization.py").write_text(
+        f"import shutil\ndef quantize(path, **said):\n    open(path, 'ab').write({plain!r}.encode())\n    {text}\n"
+    )
+    facts = folder / "nvidia_modelopt-9.8.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-modelopt\nVersion: 9.8\n")
+
+
+@pytest.fixture
+def rounded(tmp_path: Path) -> Path:
+    """A graph of QuantizeLinear, DequantizeLinear and a mean, from (B, 3, 8, 8) to (B, 3, 8)."""
+    onnx = pytest.importorskip("onnx")
+    h, kinds = onnx.helper, onnx.TensorProto
+    nodes = [
+        h.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        h.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+        h.make_node("ReduceMean", ["d", "axes"], ["y"], keepdims=0),
+    ]
+    constants = [
+        h.make_tensor("scale", kinds.FLOAT, [], [0.5]),
+        h.make_tensor("zero", kinds.INT8, [], [0]),
+        h.make_tensor("axes", kinds.INT64, [1], [3]),
+    ]
+    ends = [
+        h.make_tensor_value_info(name, kinds.FLOAT, ["batch", *shape])
+        for name, shape in (("x", SHAPE), ("y", SHAPE[:2]))
+    ]
+    graph = h.make_graph(nodes, "rounded", ends[:1], ends[1:], constants)
+    path = tmp_path / "rounded.onnx"
+    onnx.save(h.make_model(graph, opset_imports=[h.make_opsetid("", 20)], ir_version=10), str(path))
+    return path
+
+
+@pytest.mark.skipif(installed_version("onnxscript") is None, reason="the extra peers is not installed")
+@pytest.mark.parametrize(("name", "mode"), [("modelopt", "int8"), ("modelopt-fp8", "fp8")])
+def test_modelopt_quantizes_in_an_interpreter_of_its_own(
+    name: str,
+    mode: str,
+    module: torch.nn.Module,
+    calibration: Calibration,
+    rounded: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = tmp_path / "asked.txt"
+    rounds(
+        tmp_path / "packages",
+        "garbage",
+        f"open({str(asked)!r}, 'w').write(repr([said['quantize_mode'], said['calibration_eps'], "
+        f"said['calibration_shapes'], [v.shape for v in said['calibration_data'].values()]])); "
+        f"shutil.copy({str(rounded)!r}, said['output_path'])",
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    monkeypatch.setenv(MODELOPT_PYTHON, sys.executable)
+    folder = tmp_path / "peers"
+    folder.mkdir()
+    check_peers([name], calibrated=True)
+    peer = open_peer(name, module, SHAPE, folder, threads=1, calibration=calibration)
+    pixels = calibration.pixels()
+    expected = (np.clip(np.round(pixels / 0.5), -128, 127) * 0.5).mean(3)
+    np.testing.assert_allclose(run(peer, pixels), expected, atol=1e-6)
+    assert peer.untimed is not None
+    assert "nvidia-modelopt 9.8" in peer.untimed
+    assert peer.size_bytes == rounded.stat().st_size
+    said = asked.read_text()
+    count = len(pixels)
+    assert f"['{mode}', ['cpu'], 'x:{min(count, 8)}x3x8x8', [({count}, 3, 8, 8)]]" == said
+    assert {file.name.partition(".")[0] for file in folder.iterdir()} == {"plain", name}
+    run(open_peer("onnxruntime", module, SHAPE, folder, threads=1), pixels)
+
+
+@pytest.mark.skipif(installed_version("onnxscript") is None, reason="the extra peers is not installed")
+def test_what_modelopt_refuses_is_passed_on(
+    module: torch.nn.Module, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds(tmp_path / "packages", "", "raise ValueError('no such pattern')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    monkeypatch.setenv(MODELOPT_PYTHON, sys.executable)
+    with pytest.raises(EngineError, match="modelopt could not be made.*no such pattern.*leave it out of --peers"):
+        open_peer("modelopt", module, SHAPE, tmp_path, calibration=calibration)
+
+
+def test_missing_modelopt_is_told_how_to_install(
+    module: torch.nn.Module, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(MODELOPT_PYTHON, raising=False)
+    monkeypatch.setattr(peers, "installed_version", lambda asked: None if asked == "nvidia-modelopt" else "1.0")
+    install = rf"python -m venv.*pip install 'nvidia-modelopt\[onnx\]'.*export {MODELOPT_PYTHON}="
+    with pytest.raises(EngineError, match=f"peer modelopt needs NVIDIA ModelOpt.*{install}"):
+        check_peers(["modelopt"], calibrated=True)
+    monkeypatch.setenv(MODELOPT_PYTHON, str(tmp_path / "absent"))
+    with pytest.raises(EngineError, match=f"absent, which is no program.*{install}"):
+        check_peers(["modelopt"], calibrated=True)
+    bare = tmp_path / "python"
+    bare.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'modelopt'\" >&2\nexit 1\n")
+    bare.chmod(bare.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv(MODELOPT_PYTHON, str(bare))
+    check_peers(["modelopt"], calibrated=True)
+    (tmp_path / "plain.onnx").touch()
+    with pytest.raises(EngineError, match=f"needs more than .*No module named 'modelopt'.*{install}"):
+        open_peer("modelopt", module, SHAPE, tmp_path, calibration=calibration)

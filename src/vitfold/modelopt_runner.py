@@ -42,4 +42,5 @@ def quantize(order: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # the folder of this file, whose names could hide those of packages
     main()

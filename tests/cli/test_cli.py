@@ -162,6 +162,17 @@ def test_bench_calibrates_quantized_peers(peer: str, tiny: Path, few: Path) -> N
     assert rows[0]["engine"].startswith("onnxruntime" if peer.startswith("onnxruntime") else "openvino")
 
 
+def test_bench_keeps_the_files_of_peers_in_a_new_folder(tiny: Path, tmp_path: Path) -> None:
+    quick = ("--trials", "1", "--seconds", "0.1")
+    (tmp_path / "mine.txt").touch()
+    assert "is not empty" in error("bench", tiny, "--keep-peers", tmp_path, *quick)
+    kept = tmp_path / "new" / "kept"
+    pytest.importorskip("onnxscript")
+    shown = run("bench", tiny, "--peers", "onnxruntime", "--keep-peers", kept, *quick)
+    assert (kept / "plain.onnx").exists()
+    assert "files of the peers" in shown.stderr
+
+
 def test_bench_says_when_calibration_images_serve_no_peer(tiny: Path, few: Path) -> None:
     shown = run("bench", tiny, "--calibration-images", few, "--trials", "1", "--seconds", "0.1")
     assert "--calibration-images was not used" in " ".join(shown.stderr.split())

@@ -41,6 +41,12 @@ def test_noise_and_missing_values_are_visible() -> None:
     assert line == ["r8", "-", "-", "-", "-", "~10.0 ±0.5", "99.6", "1.50x ±0.10", "-"]
 
 
+def test_a_row_that_is_not_timed_has_dashes_for_its_speed() -> None:
+    untimed = {"latency_ms": None, "throughput_ips": None, "untimed": "made for TensorRT"}
+    (line,) = cells([row(**untimed, speed_up={"median": None, "iqr": None, "baseline": "r0"})])
+    assert line == ["r8", "101", "13.11", "75.00", "50.00", "-", "-", "-", "346"]
+
+
 def test_encoders_show_cosine_instead_of_top1() -> None:
     embeds = {"images": 4, "top1": None, "top5": None, "agreement": None, "cosine": 0.98765, "sqnr_db": 1.0}
     assert columns([row(fidelity=embeds)])[3] == "cosine"

@@ -46,6 +46,12 @@ class Audit:
         return {block: tuple(kernel for kernel in self.kernels if kernel.block == block) for block in blocks}
 
     @property
+    def middle_block(self) -> tuple[Kernel, ...]:
+        """The kernels of the block in the middle of the plan, none where no block was recognized."""
+        blocks = tuple(self.per_block.values())
+        return blocks[len(blocks) // 2] if blocks else ()
+
+    @property
     def gemms(self) -> dict[str, int]:
         """Linear layers by the type that they multiply in."""
         counts = Counter(kernel.precision for kernel in self.kernels if kernel.kind == "gemm")
@@ -96,6 +102,16 @@ class Audit:
             "copies": self.copies,
             "bytes_moved": self.bytes_moved,
             "bytes_per_block": {str(b): sum(k.bytes_moved for k in kernels) for b, kernels in self.per_block.items()},
+            "middle_block": [
+                {
+                    "kind": kernel.kind,
+                    "precision": kernel.precision,
+                    "sites": list(kernel.sites),
+                    "bytes_moved": kernel.bytes_moved,
+                    "macs": kernel.macs,
+                }
+                for kernel in self.middle_block
+            ],
             "weight_bytes": sum(kernel.weight_bytes for kernel in self.kernels),
             "macs": sum(kernel.macs for kernel in self.kernels),
             "engine_bytes": self.compiled.engine_bytes,

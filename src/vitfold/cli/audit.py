@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.terminal import command, note, out, print_json, steps, write_json
+from vitfold.cli.terminal import command, note, out, print_json, steps, write_json, write_text
 
 if TYPE_CHECKING:
     from vitfold.audit.audit import Audit
+
+_SIDE_BY_SIDE = 2
 
 
 @command
@@ -24,6 +26,9 @@ def audit(
     ] = "sm86",
     batch: options.Batch = 8,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Keep the JSON there.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw the kernels of the middle block there.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Compile ahead of time without a GPU; count, explain and price every kernel. Times are a model, not measured."""
@@ -39,15 +44,22 @@ def audit(
     document: Any = documents[0] if len(documents) == 1 else {"audits": documents}
     if output is not None:
         write_json(output, document)
+    if picture is not None:
+        from vitfold.report.pictures import block_picture
+
+        write_text(picture, block_picture(documents))
     if json:
         print_json(document)
         return
-    from vitfold.report.audits import block_table, prediction_table, summary_table
+    from vitfold.report.audits import block_table, overview_table, prediction_table, summary_table
 
-    out.print(summary_table(documents))
-    for shown in documents:
-        out.print(block_table(shown))
-    out.print(prediction_table(documents))
+    if len(documents) > _SIDE_BY_SIDE:
+        out.print(overview_table(documents))
+    else:
+        out.print(summary_table(documents))
+        for shown in documents:
+            out.print(block_table(shown))
+        out.print(prediction_table(documents))
     for shown in documents:
         _print_findings(shown)
 

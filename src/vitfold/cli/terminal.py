@@ -94,9 +94,18 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         VitfoldError: if the file cannot be written.
     """
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, and the folder that it lies in.
+
+    Raises:
+        VitfoldError: if the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise VitfoldError(f"cannot write {path}: {error}; choose another file") from None
 

@@ -14,6 +14,7 @@ from rich.table import Table
 Audit = Mapping[str, Any]
 _MB = 1e-6
 _NONE = "-"
+GPUS = ("H100", "A100", "L4", "T4")
 
 
 def summary_table(audits: Sequence[Audit]) -> Table:
@@ -38,6 +39,58 @@ def summary_table(audits: Sequence[Audit]) -> Table:
         table.add_column(audit["name"], overflow="fold")
     for name, cell in rows:
         table.add_row(name, *(cell(audit) for audit in audits))
+    return table
+
+
+def overview_columns(gpus: Sequence[str]) -> list[str]:
+    """Return the header of the table with one row per audit."""
+    return [
+        "graph",
+        "kernels",
+        "a block",
+        "linear",
+        "attention",
+        "copies",
+        "MB",
+        "engine MB",
+        *(f"{g} ms" for g in gpus),
+    ]
+
+
+def overview_cells(audits: Sequence[Audit], gpus: Sequence[str]) -> list[list[str]]:
+    """Return one row per audit: its kernels, what they move, and modelled milliseconds per batch."""
+    rows = []
+    for audit in audits:
+        times = [audit["predicted_ms"].get(gpu) for gpu in gpus]
+        rows.append(
+            [
+                audit["name"],
+                str(audit["kernels"]),
+                _middle(audit, "kernels_per_block", "d", 1),
+                _counts(audit["gemms"]),
+                _attention(audit),
+                str(audit["copies"]),
+                f"{audit['bytes_moved'] * _MB:.0f}",
+                f"{audit['engine_bytes'] * _MB:.0f}",
+                *(_NONE if ms is None else f"{ms:.2f}" for ms in times),
+            ]
+        )
+    return rows
+
+
+def overview_table(audits: Sequence[Audit], gpus: Sequence[str] = GPUS) -> Table:
+    """One row per audit."""
+    first = audits[0]
+    title = (
+        f"{first['compiler']}, {first['gpu']}, batch {first['batch']}; times are a roofline model, not a measurement"
+    )
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for column in overview_columns(gpus):
+        table.add_column(
+            column, justify="left" if column in ("graph", "linear", "attention") else "right", overflow="fold"
+        )
+    for row in overview_cells(audits, gpus):
+        table.add_row(*row)
     return table
 
 
@@ -81,21 +134,33 @@ def prediction_table(audits: Sequence[Audit]) -> Table:
     return table
 
 
-def forecast_table(document: Mapping[str, Any]) -> Table:
-    """One row per GPU and batch: the solved schedule beside FP16, no merging and the constant schedule."""
+def forecast_columns(document: Mapping[str, Any]) -> list[str]:
+    """Return the header of a forecast."""
+    like = f"r = {document['rows'][0]['like']}"
+    return ["GPU", "batch", "FP16 ms", "unmerged", like, "solved", "over FP16", "distortion", "schedule"]
+
+
+def forecast_cells(document: Mapping[str, Any]) -> list[list[str]]:
+    """Return one row per GPU and batch: the solved schedule beside FP16, no merging and the constant schedule."""
     from vitfold.schedule import describe_r
 
-    rows = document["rows"]
+    rows = []
+    for row in document["rows"]:
+        numbers = [f"{row[key]:.3f}" for key in ("ms_fp16", "ms_none", "ms_like", "ms")]
+        kept = f"{row['distortion']:.4f} of {row['distortion_like']:.4f}"
+        ratio = f"{row['ms_fp16'] / row['ms']:.2f}x"
+        rows.append([row["gpu"], str(row["batch"]), *numbers, ratio, kept, describe_r(row["r"])])
+    return rows
+
+
+def forecast_table(document: Mapping[str, Any]) -> Table:
+    """One row per GPU and batch."""
     title = f"{document['source']}, {document['target']}: {document['prediction']}"
     table = Table(title=title, box=box.SIMPLE_HEAD)
-    like = f"r = {rows[0]['like']}"
-    for column in ("GPU", "batch", "FP16 ms", "unmerged", like, "solved", "speed-up", "distortion", "schedule"):
+    for column in forecast_columns(document):
         table.add_column(column, justify="left" if column in ("GPU", "schedule") else "right", overflow="fold")
-    for row in rows:
-        numbers = [f"{row[key]:.3f}" for key in ("ms_fp16", "ms_none", "ms_like", "ms")]
-        ratio = f"{row['ms_fp16'] / row['ms']:.2f}x"
-        kept = f"{row['distortion']:.4f} of {row['distortion_like']:.4f}"
-        table.add_row(row["gpu"], str(row["batch"]), *numbers, ratio, kept, describe_r(row["r"]))
+    for row in forecast_cells(document):
+        table.add_row(*row)
     return table
 
 

@@ -1,7 +1,8 @@
 """Tables inside Markdown documents, generated from the JSON files in results/.
 
 Owns the markers, each ended by its closing twin: `<!-- table: FILE.json SCOPE -->`,
-`<!-- accuracy: PATTERN -->` and `<!-- ladder: FILE.json -->`.
+`<!-- accuracy: PATTERN -->`, `<!-- ladder: FILE.json -->`, `<!-- audit: FILE.json -->` and
+`<!-- forecast: FILE.json -->`.
 `python -m vitfold.report.document README.md` fills them in; a test compares.
 """
 
@@ -12,9 +13,10 @@ import re
 import sys
 from pathlib import Path
 
+from vitfold.report.audits import GPUS, forecast_cells, forecast_columns, overview_cells, overview_columns
 from vitfold.report.tables import accuracy_rows, markdown, number, percent
 
-_BLOCK = re.compile(r"(<!-- (table|accuracy|ladder): ([^>]+?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (table|accuracy|ladder|audit|forecast): ([^>]+?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 def fill(text: str, root: Path) -> str:
@@ -22,7 +24,8 @@ def fill(text: str, root: Path) -> str:
 
     def render(match: re.Match[str]) -> str:
         opening, kind, argument, closing = match.groups()
-        table = {"table": _speed, "accuracy": _accuracy, "ladder": _ladder}[kind](root, argument)
+        makers = {"table": _speed, "accuracy": _accuracy, "ladder": _ladder, "audit": _audit, "forecast": _forecast}
+        table = makers[kind](root, argument)
         return f"{opening}\n{table}\n\n{closing}"
 
     return _BLOCK.sub(render, text)
@@ -52,6 +55,21 @@ def _ladder(root: Path, name: str) -> str:
     header, body = accuracy_rows(json.loads((root / name).read_text(encoding="utf-8")))
     lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * (len(header) - 2)]
     return "\n".join([*lines, *("| " + " | ".join(line) + " |" for line in body)])
+
+
+def _audit(root: Path, name: str) -> str:
+    audits = json.loads((root / name).read_text(encoding="utf-8"))["audits"]
+    return _lines(overview_columns(GPUS), overview_cells(audits, GPUS), left=5)
+
+
+def _forecast(root: Path, name: str) -> str:
+    document = json.loads((root / name).read_text(encoding="utf-8"))
+    return _lines(forecast_columns(document), forecast_cells(document), left=1)
+
+
+def _lines(header: list[str], body: list[list[str]], *, left: int) -> str:
+    rule = "|" + "---|" * left + "---:|" * (len(header) - left)
+    return "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(row) + " |" for row in body)])
 
 
 def main() -> None:

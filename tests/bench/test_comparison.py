@@ -1,0 +1,62 @@
+"""What stands in a comparison beside what is timed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vitfold.bench.comparison import Subject, compare, raw_samples
+from vitfold.engines import Session
+from vitfold.model import Array, Preprocess
+
+
+class Counting(Session):
+    """A session that counts its runs."""
+
+    @property
+    def engine(self) -> str:
+        return "counting 1"
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def bind(self, pixel_values: Array) -> None:
+        pass
+
+    def run(self) -> None:
+        self.runs += 1
+
+    def fetch(self) -> Array:
+        return np.zeros((1, 2), np.float32)
+
+    def close(self) -> None:
+        pass
+
+
+def subject(name: str, untimed: str | None = None) -> Subject:
+    size = (8, 8)
+    zero, one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    preprocess = Preprocess(
+        resize="exact", resize_size=size, crop_size=size, interpolation="bicubic", mean=zero, std=one
+    )
+    return Subject(name=name, session=Counting(), preprocess=preprocess, fidelity=None, untimed=untimed)
+
+
+def test_what_is_not_timed_has_a_row_without_a_speed() -> None:
+    subjects = [subject("guest", "made for elsewhere"), subject("first"), subject("second")]
+    rows = compare(subjects, batch=1, images=None, trials=1, seconds=0.001)
+    assert [row.subject.name for row in rows] == ["guest", "first", "second"]
+    assert subjects[0].session.runs == 0  # type: ignore[attr-defined]
+    guest, first, _ = (row.to_dict() for row in rows)
+    assert guest["untimed"] == "made for elsewhere"
+    assert guest["latency_ms"] is guest["throughput_ips"] is None
+    assert guest["speed_up"] == {"median": None, "iqr": None, "baseline": "first"}
+    assert not guest["noisy"]
+    assert first["untimed"] is None
+    assert first["speed_up"]["median"] == 1.0
+    assert [one["subject"] for one in raw_samples(rows)] == ["first", "second"]
+
+
+def test_a_comparison_needs_a_clock() -> None:
+    with pytest.raises(ValueError, match="timed"):
+        compare([subject("guest", "made for elsewhere")], batch=1, images=None)
