@@ -21,7 +21,7 @@ def summary_table(audits: Sequence[Audit]) -> Table:
     """One row per property, one column per audit."""
     rows: list[tuple[str, Callable[[Audit], str]]] = [
         ("kernels", lambda a: f"{a['kernels']}"),
-        ("in a middle block", lambda a: _middle(a, "kernels_per_block", "d", 1)),
+        ("in a middle block", lambda a: _middle(a, "kernels_per_block", ".0f", 1.0)),
         ("by kind", lambda a: ", ".join(f"{count} {kind}" for kind, count in a["kinds"].items())),
         ("linear layers", lambda a: _counts(a["gemms"])),
         ("attention", _attention),
@@ -66,7 +66,7 @@ def overview_cells(audits: Sequence[Audit], gpus: Sequence[str]) -> list[list[st
             [
                 audit["name"],
                 str(audit["kernels"]),
-                _middle(audit, "kernels_per_block", "d", 1),
+                _middle(audit, "kernels_per_block", ".0f", 1.0),
                 _counts(audit["gemms"]),
                 _attention(audit),
                 str(audit["copies"]),
@@ -180,4 +180,4 @@ def _middle(audit: Audit, key: str, form: str, scale: float) -> str:
     if not values:
         return _NONE
     value = sorted(values)[len(values) // 2]
-    return format(value * scale if scale != 1 else value, form)
+    return format(value * scale, form)

@@ -1,0 +1,188 @@
+"""Targets of TensorRT, the audit and the forecast, as a user meets them without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from invoking import error, run, run_json
+
+from vitfold.bundle import open_bundle
+
+pytest.importorskip("tensorrt_rtx", reason="NVIDIA's compiler is not installed: pip install 'vitfold[audit]'")
+
+
+@pytest.fixture(scope="module")
+def bundles(folder: Path, small: tuple[str, ...], few: Path) -> dict[str, Path]:
+    """The small model for every target, three images of merging in two blocks."""
+    made = {}
+    for name, *more in (
+        ("fp16",),
+        ("int8", "--images", few, "--calibration-size", 8, "--batch", "1,2,8"),
+        ("fp8", "--images", few, "--calibration-size", 8),
+    ):
+        made[name] = folder / f"{name}.fold"
+        run("optimize", *small, "--target", f"tensorrt-{name}", "--merge", "0,2,0,1", *more, "-o", made[name])
+    return made
+
+
+@pytest.fixture(scope="module")
+def cpu(folder: Path, small: tuple[str, ...]) -> Path:
+    run("optimize", *small, "-o", folder / "cpu.fold")
+    return folder / "cpu.fold"
+
+
+def test_targets_imply_their_precision(bundles: dict[str, Path]) -> None:
+    recipes = {name: open_bundle(path).manifest.recipe for name, path in bundles.items()}
+    assert recipes["fp16"].quant is None
+    assert recipes["int8"].quant is not None
+    assert (recipes["int8"].quant.scheme, recipes["int8"].quant.calibration_size) == ("W8A8", 8)
+    assert recipes["fp8"].quant is not None
+    assert recipes["fp8"].quant.scheme == "FP8"
+    assert {recipe.merge.order for recipe in recipes.values()} == {"score"}
+    target = open_bundle(bundles["int8"]).manifest.target
+    assert target["batch"] == [1, 2, 8]
+    assert "--minShapes=pixel_values:1x3x32x32" in target["trtexec"]
+
+
+def test_an_audit_counts_explains_and_prices(bundles: dict[str, Path], tmp_path: Path) -> None:
+    found = run_json("audit", bundles["int8"], "--batch", 2, "--picture", tmp_path / "a.svg", "-o", tmp_path / "a.json")
+    for key in ("gpu", "kernels", "kernels_per_block", "gemms", "attention", "copies", "bytes_moved", "engine_bytes"):
+        assert key in found
+    assert set(found["gemms"]) == {"int8", "fp8", "fp16", "fp32"}
+    assert found["gemms"]["int8"] > 0
+    assert set(found["attention"]) >= {"fused", "unfused"}
+    assert set(found["predicted_ms"]) >= {"H100", "H200", "A100", "L40S", "L4", "T4"}
+    assert all(ms > 0 for ms in found["predicted_ms"].values())
+    assert found["prediction"].endswith("not a measurement")
+    assert sum(found["kinds"].values()) == found["kernels"]
+    picture = ElementTree.fromstring((tmp_path / "a.svg").read_text())
+    bars = picture.findall(".//{http://www.w3.org/2000/svg}rect")
+    assert len(bars) == 1 + len(found["middle_block"])
+    assert (tmp_path / "a.json").exists()
+
+
+def test_audits_stand_side_by_side(bundles: dict[str, Path]) -> None:
+    two = run("audit", bundles["fp16"], bundles["int8"])
+    assert "fp16" in two.stdout
+    assert "not a measurement" in two.stdout
+    three = run_json("audit", bundles["fp16"], bundles["int8"], bundles["fp8"], "--gpu", "sm89")
+    assert [audit["name"] for audit in three["audits"]] == ["fp16", "int8", "fp8"]
+    assert "H200" not in three["audits"][0]["name"]
+    assert run("audit", *bundles.values(), "--gpu", "sm89").stdout.count("fused") >= 3
+
+
+def test_what_cannot_be_audited_says_why(bundles: dict[str, Path], cpu: Path, tmp_path: Path) -> None:
+    assert "did you mean sm8" in error("audit", bundles["int8"], "--gpu", "sm88")
+    assert "no such bundle" in error("audit", tmp_path / "none")
+    (tmp_path / "noise.onnx").write_bytes(b"no graph at all")
+    assert "no ONNX file" in error("audit", tmp_path / "noise.onnx")
+    old = error("audit", bundles["fp8"], "--gpu", "sm86")
+    assert "8-bit floats need sm89 or sm120" in old
+    assert "FusedMatMul" in (rejected := error("audit", cpu))
+    assert "--target tensorrt-fp16 or portable" in rejected
+    assert "blocks.0.attn" in rejected, "the node's name is the site"
+
+
+def test_a_missing_compiler_is_named_with_its_cure(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    original = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "tensorrt_rtx" else original(name, *a)
+    )
+    assert "pip install 'vitfold[audit]'" in error("audit", bundles["int8"])
+
+
+def test_a_crash_of_the_compiler_is_no_crash_of_ours(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from vitfold.audit import compiler
+
+    script = tmp_path / "dies.sh"
+    script.write_text("#!/bin/sh\necho 'Segmentation fault' >&2\nexit 139\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(compiler.sys, "executable", str(script))
+    assert "crashed" in (message := error("audit", bundles["int8"]))
+    assert "Segmentation fault" in message
+
+
+def test_a_forecast_solves_every_gpu_and_batch(small: tuple[str, ...], few: Path, tmp_path: Path) -> None:
+    found = run_json(
+        "forecast",
+        *small,
+        "--images",
+        few,
+        "--like",
+        1,
+        "--gpus",
+        "A100,T4",
+        "--batches",
+        "1,64",
+        "-o",
+        tmp_path / "f.json",
+    )
+    assert [(row["gpu"], row["batch"]) for row in found["rows"]] == [("A100", 1), ("A100", 64), ("T4", 1), ("T4", 64)]
+    for row in found["rows"]:
+        assert row["distortion"] <= row["distortion_like"]
+        assert row["ms"] <= row["ms_none"], "never slower than merging nothing"
+    assert (tmp_path / "f.json").exists()
+    assert "A100" in run("forecast", *small, "--images", few, "--like", 1, "--gpus", "A100", "--batches", 8).stdout
+    left = run_json(
+        "forecast",
+        *small,
+        "--images",
+        few,
+        "--like",
+        1,
+        "--gpus",
+        "A100,L4",
+        "--batches",
+        8,
+        "--target",
+        "tensorrt-fp8",
+    )
+    assert left["left_out"] == ["A100"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--merge", "auto"), "--merge auto needs a model of the hardware"),
+        (("--merge", "auto", "--target", "tensorrt-int8", "--gpu", "A101"), "no peaks are known of the GPU 'A101'"),
+        (("--merge", "auto:0", "--target", "tensorrt-fp16"), "auto:0 distorts nothing"),
+        (("--merge", "auto", "--target", "tensorrt-fp8", "--gpu", "A100"), "does not multiply fp8"),
+        (("--target", "tensorrt-int8", "--quant", "none"), "leave --quant out"),
+        (("--target", "tensorrt-fp16", "--quant", "w8a8"), "does not quantize"),
+        (("--target", "tensorrt-fp8", "--quant", "w8a8"), "give --quant fp8"),
+        (("--target", "cpu", "--quant", "fp8"), "runs no 8-bit floats"),
+        (("--target", "cpu", "--batch", "1,2,4"), "runs any batch"),
+    ],
+)
+def test_what_a_target_cannot_do_is_said_before_the_work(
+    small: tuple[str, ...], few: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    assert message in error("optimize", *small, "--images", few, "--dry-run", *arguments)
+
+
+def test_merging_by_the_model_of_a_gpu_is_reported(small: tuple[str, ...], few: Path) -> None:
+    arguments = ("--merge", "auto:1", "--target", "tensorrt-fp16", "--images", few, "--dry-run")
+    alone = run("optimize", *small, *arguments, "--gpu", "H100", "--batch", 1)
+    assert "merging cannot pay" in " ".join(alone.stderr.split())
+    assert "roofline model" in " ".join(alone.stderr.split())
+    busy = run("optimize", *small, *arguments, "--gpu", "T4", "--batch", 4096)
+    assert "4096" in busy.stderr
+
+
+def test_raw_outputs_are_rounded_where_a_recipe_asks(
+    folder: Path, small: tuple[str, ...], few: Path, bundles: dict[str, Path]
+) -> None:
+    recipe = folder / "outputs.toml"
+    recipe.write_text('[merge]\nr = "0,2,0,1"\n[quant]\noutputs = true\ncalibration_size = 8\n')
+    run("optimize", *small, "--target", "tensorrt-int8", "--recipe", recipe, "--images", few, "-o", folder / "oq.fold")
+    plain, rounded = (run_json("audit", path) for path in (bundles["int8"], folder / "oq.fold"))
+    assert rounded["kernels"] == plain["kernels"]
+    assert rounded["bytes_moved"] < 0.9 * plain["bytes_moved"]
+    assert "rounds no outputs" in error(
+        "optimize", *small, "--target", "portable", "--recipe", recipe, "--images", few, "--dry-run"
+    )
