@@ -174,6 +174,15 @@ def test_merging_by_the_model_of_a_gpu_is_reported(small: tuple[str, ...], few: 
     assert "4096" in busy.stderr
 
 
+def test_a_repeated_bundle_keeps_its_batches(folder: Path, few: Path, bundles: dict[str, Path]) -> None:
+    run("optimize", "--from", bundles["int8"], "-o", folder / "again.fold")
+    again, first = open_bundle(folder / "again.fold").manifest, open_bundle(bundles["int8"]).manifest
+    assert again.target == first.target
+    assert again.calibration is not None
+    assert first.calibration is not None
+    assert again.calibration["quantizers"] == first.calibration["quantizers"]
+
+
 def test_raw_outputs_are_rounded_where_a_recipe_asks(
     folder: Path, small: tuple[str, ...], few: Path, bundles: dict[str, Path]
 ) -> None:

@@ -37,6 +37,7 @@ PACKAGES = (
     "pillow",
     "onnxruntime",
     "openvino",
+    "tensorrt",
     "nncf",
     "onnx-ir",
     "torch",

@@ -213,7 +213,13 @@ def _repeated(path: Path, images: Path | None, found: ImageSet | None, say: Say)
     with quiet_stdout():
         model = reference_from_origin(given).model
     assert model is not None
-    folded = pipeline.optimize(model, recipe=manifest.recipe, target=str(manifest.target["name"]))
+    batch = manifest.target.get("batch")
+    folded = pipeline.optimize(
+        model,
+        recipe=manifest.recipe,
+        target=str(manifest.target["name"]),
+        batch=None if batch is None else tuple(batch),
+    )
     if manifest.calibration is None:
         return _Plan(folded=folded, calibration=None, comparing=found)
     calibration = pipeline.recorded_images(manifest.calibration, images)
@@ -429,7 +435,8 @@ def _print_bundle(values: dict[str, Any]) -> None:
             highlight=False,
         )
     out.print(f"  bundle    {values['bundle']} ({values['size_bytes'] / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
-    note(f"next: vitfold bench {values['bundle']}, or vitfold predict {values['bundle']} IMAGE")
+    following = "audit" if values["target"].startswith("tensorrt") else "bench"
+    note(f"next: vitfold {following} {values['bundle']}, or vitfold predict {values['bundle']} IMAGE")
 
 
 def _gate(fidelity: Any, least: float) -> None:
