@@ -67,7 +67,7 @@ ladder: $(VENV)/.dev
 	$(BIN)/vitfold ladder demo --images $(CIFAR10_VAL) --calibration-images $(CIFAR10_TRAIN) -o results/ladder-cifar10.json
 
 readme:
-	$(BIN)/python -m vitfold.report.document README.md
+	$(BIN)/python -m vitfold.report.document README.md docs/nvidia.md docs/quantization.md
 
 clean:
 	rm -rf $(VENV) out build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

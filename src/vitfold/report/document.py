@@ -76,7 +76,13 @@ def main() -> None:
     """Fill the tables of the documents named on the command line, in place."""
     for name in sys.argv[1:]:
         path = Path(name)
-        path.write_text(fill(path.read_text(encoding="utf-8"), path.parent), encoding="utf-8")
+        path.write_text(fill(path.read_text(encoding="utf-8"), _root(path)), encoding="utf-8")
+
+
+def _root(path: Path) -> Path:
+    """The nearest folder above a document that holds results/."""
+    parents = path.absolute().parents
+    return next((folder for folder in parents if (folder / "results").is_dir()), parents[0])
 
 
 if __name__ == "__main__":
