@@ -323,10 +323,10 @@ def _quantized_by_modelopt(name: str, plain: Path, pixels: Any, folder: Path) ->
 
     Its defaults: ranges by entropy, weights per output channel, products of attention quantized too where TensorRT
     fuses them, the rest in FP16; only batches are of eight images instead of one. Tried on the bundled ViT-S/14 with
-    128 CIFAR-10 images, by SQNR over 150 others: 22.3 dB; batches of one, the default, 21.3; attention's products left
-    float 21.5; an export by TorchScript 21.6, and 24 kernels more. By top-1, agreement and SQNR over 500 (float:
-    0.892), batches of one: 0.890, 0.964, 20.9 dB; the largest value as range ("max") 0.898, 0.962, 22.0; the rest in
-    FP32 0.882, 0.958, 21.0; FP8 0.878, 0.978, 26.3; FP8 with "max" 0.882, 0.982, 26.2.
+    128 CIFAR-10 images, by SQNR over 150 others: 22.3 dB; batches of one, the default, 21.3, and with these attention's
+    products left float 21.5, an export by TorchScript 21.6 and 24 kernels more. By top-1, agreement and SQNR over 500
+    (float: 0.892), batches of one: 0.890, 0.964, 20.9 dB; the largest value as range ("max") 0.898, 0.962, 22.0; the
+    rest in FP32 0.882, 0.958, 21.0; FP8 0.878, 0.978, 26.3; FP8 with "max" 0.882, 0.982, 26.2.
 
     Raises:
         EngineError: if it refuses the model, or is not there.
