@@ -9,7 +9,7 @@ import typer
 
 from vitfold.cli import options
 from vitfold.cli.optimize import load_model, require_optimize
-from vitfold.cli.terminal import command, out, print_json, working, write_json
+from vitfold.cli.terminal import command, out, print_json, steps, write_json
 from vitfold.errors import TargetError, VitfoldError
 
 GPUS = "H100,A100,L40S,L4,T4"
@@ -44,7 +44,7 @@ def forecast(
     from vitfold.images import find_images
 
     found = find_images(images)
-    with working("forecast") as (say, _):
+    with steps("forecast") as say:
         model = load_model(source, say, arch, num_classes, image_size, weights, seed)
         able = [name for name in names if _runs(name, target)]
         if not able:

@@ -60,6 +60,10 @@ def search_attention_float8(site: str, samples: AttentionSamples) -> dict[str, Q
 
 
 def _search(x: Tensor, absmax: Float[Tensor, ""], error: Error) -> Float8:
-    """Return the scale of least error, the widest first."""
+    return search_scale(absmax, lambda candidate: float(error(rounded(x, candidate))))
+
+
+def search_scale(absmax: Float[Tensor, ""], error: Callable[[Float8], float]) -> Float8:
+    """Return the quantizer per tensor of least error, the widest first."""
     found = [Float8(scale=(absmax.clamp_min(_TINY) * factor / LARGEST_E4M3).numpy()) for factor in _FACTORS]
-    return min(found, key=lambda candidate: float(error(rounded(x, candidate))))
+    return min(found, key=error)

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitfold.quant.float8 import search_scale
 from vitfold.quant.linear import LinearProblem
 from vitfold.quant.ranges import Grid, rounded, search_symmetric
-from vitfold.quantizer import LARGEST_E4M3, Float8, Quantizer, Uniform, normalized_scale
+from vitfold.quantizer import Float8, Quantizer, Uniform, normalized_scale
 
 _GRID = Grid(start=0.3, stop=1.0, count=36)
-_FACTORS = tuple(2.0 ** (-step / 4) for step in range(9))
 
 
 def search_outputs(
@@ -58,6 +58,5 @@ def _search(problem: LinearProblem, x_hat: Tensor, weight: Uniform | Float8) -> 
         return float(((rounded(raw, candidate) - raw) * scale).square_().mul_(share).mean())
 
     if isinstance(weight, Float8):
-        found = [Float8(scale=(absmax * factor / LARGEST_E4M3).numpy()) for factor in _FACTORS]
-        return min(found, key=error)
+        return search_scale(absmax, error)
     return search_symmetric(absmax, 8, _GRID, error)

@@ -53,8 +53,7 @@ def _accuracy(root: Path, pattern: str) -> str:
 
 def _ladder(root: Path, name: str) -> str:
     header, body = accuracy_rows(json.loads((root / name).read_text(encoding="utf-8")))
-    lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * (len(header) - 2)]
-    return "\n".join([*lines, *("| " + " | ".join(line) + " |" for line in body)])
+    return _lines(header, body, left=2)
 
 
 def _audit(root: Path, name: str) -> str:
