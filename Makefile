@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check results ladder readme clean
+.PHONY: demo test check results ladder audits readme clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vitfold demo -o out/demo
@@ -65,6 +65,37 @@ results: $(VENV)/.dev
 # Accuracy of every method at every bit width over three calibration seeds; goes on where it stopped.
 ladder: $(VENV)/.dev
 	$(BIN)/vitfold ladder demo --images $(CIFAR10_VAL) --calibration-images $(CIFAR10_TRAIN) -o results/ladder-cifar10.json
+
+# What NVIDIA's compiler makes of ViT-B/16 in every form of docs/nvidia.md, and where merging pays; no GPU needed, an hour or so.
+A := $(WORK)/audits
+B384 := timm:vit_base_patch16_384 --weights random
+MINMAX := --method minmax --calibration-size 16
+AT3 := 0,0,48,0,0,48,0,0,48,0,0,0
+TRT := $(BIN)/vitfold optimize --images $(PHOTOS) --keep-slower --overwrite
+audits: $(VENV)/.dev
+	mkdir -p $(A)/384 $(A)/twin
+	for p in fp16 int8; do for m in 0 $(AT3); do \
+		$(TRT) $(VITB) --target tensorrt-$$p --merge $$m $$([ $$p = fp16 ] || echo $(MINMAX)) -o $(A)/$$p$$([ $$m = 0 ] || echo -3x48).fold; done; done
+	for r in 8 16; do $(TRT) $(VITB) --target tensorrt-int8 --merge $$r $(MINMAX) -o $(A)/int8-r$$r.fold; done
+	$(TRT) $(VITB) --target tensorrt-fp8 -o $(A)/fp8.fold --calibration-size 16
+	$(TRT) $(VITB) --target tensorrt-int8 --recipe recipes/nvidia-int8-rounded.toml -o $(A)/int8-oq.fold
+	$(TRT) $(VITB) --target tensorrt-int8 --recipe recipes/nvidia-int8-rounded-3x48.toml -o $(A)/int8-oq-3x48.fold
+	$(TRT) $(VITB) --target tensorrt-fp8 --recipe recipes/nvidia-fp8-rounded-3x48.toml -o $(A)/fp8-oq-3x48.fold
+	for b in 8 64; do cd $(A); \
+		$(CURDIR)/$(BIN)/vitfold audit fp16.fold int8.fold int8-oq.fold fp16-3x48.fold int8-3x48.fold int8-oq-3x48.fold int8-r8.fold int8-r16.fold \
+			--gpu sm86 --batch $$b -o $(CURDIR)/results/audit-vit-b16-sm86-batch$$b.json; \
+		$(CURDIR)/$(BIN)/vitfold audit fp16.fold int8.fold fp8.fold int8-oq-3x48.fold fp8-oq-3x48.fold \
+			--gpu sm89 --batch $$b -o $(CURDIR)/results/audit-vit-b16-sm89-batch$$b.json; cd $(CURDIR); done
+	$(TRT) $(B384) --target tensorrt-fp16 -o $(A)/384/fp16.fold
+	$(TRT) $(B384) --target tensorrt-int8 $(MINMAX) -o $(A)/384/int8.fold
+	$(TRT) $(B384) --target tensorrt-int8 $(MINMAX) --merge 0,96,0,0,0,0,0,0,0,0,0,0 -o $(A)/384/int8-96.fold
+	cd $(A)/384 && $(CURDIR)/$(BIN)/vitfold audit fp16.fold int8.fold int8-96.fold -o $(CURDIR)/results/audit-vit-b16-384-sm86.json
+	$(TRT) demo --target tensorrt-fp16 -o $(A)/twin/fp16.fold
+	$(TRT) demo --target tensorrt-int8 --calibration-size 8 -o $(A)/twin/shifted.fold
+	$(TRT) demo --target tensorrt-int8 --calibration-size 8 --method ptq4vit -o $(A)/twin/twin.fold
+	cd $(A)/twin && $(CURDIR)/$(BIN)/vitfold audit fp16.fold shifted.fold twin.fold --batch 64 -o $(CURDIR)/results/audit-twin-demo-sm86.json
+	$(BIN)/vitfold forecast demo --images $(CIFAR10_TRAIN) --like 4 -o results/forecast-demo.json
+	$(BIN)/vitfold forecast $(VITB) --images $(PHOTOS) -o results/forecast-vit-b16.json
 
 readme:
 	$(BIN)/python -m vitfold.report.document README.md docs/nvidia.md docs/quantization.md

@@ -26,6 +26,16 @@ def test_kernels_bytes_and_work_of_a_block(tiny_model, written, name, precision,
     assert sum(k.weight_bytes for k in modelled) == pytest.approx(sum(k.weight_bytes for k in found), rel=2e-2)
 
 
+def test_attention_beyond_the_limit_stays_fp16(tiny_model, written):
+    model = tiny_model(**{**WIDE, "image_size": (384, 384)})
+    quantizers = quantizers_for(model, float8=False, attention=False)
+    found = audit_graph(written(model, "tensorrt-int8", quantizers), gpu="sm86", batch=8).per_block[1]
+    modelled = block_kernels(SHAPE, "int8", batch=8, tokens=577, merged=0, sizes=False)
+    assert [k.kind for k in modelled] == [k.kind for k in found]
+    assert [k.precision for k in modelled] == [k.precision for k in found]
+    assert sum(k.bytes_moved for k in modelled) == pytest.approx(sum(k.bytes_moved for k in found), rel=1e-3)
+
+
 def test_a_merge_makes_everything_behind_it_smaller():
     few, none = (block_kernels(SHAPE, "int8", batch=1, tokens=197, merged=m, sizes=True) for m in (96, 0))
     assert len(few) == len(none) + 5

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vitfold.audit.kernels import Kernel, Kind, Precision
+from vitfold.audit.limits import check_attention
 
 _HALF = 2
 _LONG = 8
@@ -31,7 +32,8 @@ def block_kernels(
 ) -> tuple[Kernel, ...]:
     """Return the kernels of a block that `tokens` enter and `tokens - merged` leave.
 
-    `sizes` says that tokens were merged before: then attention reads log sizes.
+    `sizes` says that tokens were merged before: then attention reads log sizes. Attention that cannot fuse in INT8
+    stays FP16; its codes for the projection are then turned by a copy.
     """
     rows, left = batch * tokens, batch * (tokens - merged)
     code = _HALF if precision == "fp16" else 1
@@ -50,18 +52,9 @@ def block_kernels(
 
     residual = 0 if quantized else stream
     metric = shape.head_width * _HALF if merged else 0
-    kernels = [
-        gemm("attn.qkv", rows, shape.width, 3 * attention),
-        _kernel("attn.split", "fused", rows * (3 * attention * (_HALF + code) + metric)),
-        _kernel(
-            "attn",
-            "attention",
-            rows * (4 * attention * code + (_HALF if sizes else 0)),
-            2 * rows * tokens * attention,
-            precision=precision,
-        ),
-        gemm("attn.proj", rows, attention, shape.width, residual),
-    ]
+    kernels = [gemm("attn.qkv", rows, shape.width, 3 * attention)]
+    kernels += _attention(shape, precision, rows=rows, tokens=tokens, sizes=sizes, metric=metric)
+    kernels.append(gemm("attn.proj", rows, attention, shape.width, residual))
     if merged:
         kernels += _merge(shape, batch, tokens, merged, quantized=quantized, code=code)
     else:
@@ -71,6 +64,29 @@ def block_kernels(
         kernels.append(_kernel("mlp.act", "fused", left * (_HALF * shape.hidden + code * shape.inner)))
     kernels += [gemm("mlp.fc2", left, shape.inner, shape.width, residual), norm("norm1", left)]
     return tuple(kernels)
+
+
+def _attention(
+    shape: BlockShape, precision: Literal["fp16", "int8", "fp8"], *, rows: int, tokens: int, sizes: bool, metric: int
+) -> list[Kernel]:
+    """Splitting q, k and v, which makes the metric too; attention; a copy where it is FP16 between INT8 products."""
+    width = shape.heads * shape.head_width
+    codes = _HALF if precision == "fp16" else 1
+    turned = precision == "int8" and check_attention(shape.head_width, (tokens,)) is not None
+    operands = _HALF if turned else codes
+    kernels = [
+        _kernel("attn.split", "fused", rows * (3 * width * (_HALF + operands) + metric)),
+        _kernel(
+            "attn",
+            "attention",
+            rows * (width * (3 * operands + codes) + (_HALF if sizes else 0)),
+            2 * rows * tokens * width,
+            precision="fp16" if turned else precision,
+        ),
+    ]
+    if turned:
+        kernels.append(_kernel("attn.turn", "copy", 2 * rows * width * codes))
+    return kernels
 
 
 def _merge(shape: BlockShape, batch: int, tokens: int, merged: int, *, quantized: bool, code: int) -> list[Kernel]:
