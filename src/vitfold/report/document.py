@@ -47,7 +47,7 @@ def _accuracy(root: Path, pattern: str) -> str:
             percent(values["agreement"], unit=""),
             number(values["cosine"], ".4f"),
         )
-        lines.append(f"| {path.stem.rpartition('-')[2]} | {values['images']} | {' | '.join(shown)} |")
+        lines.append(f"| {path.stem.partition('-')[2]} | {values['images']} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
