@@ -50,6 +50,17 @@ def test_iterations_are_bounded(clock: list[int]) -> None:
     assert len(samples["a"][0]) == 7
 
 
+def test_a_protocol_may_count_iterations_instead(clock: list[int]) -> None:
+    report = timing.PROTOCOLS["report"]
+    calls: list[str] = []
+    samples = timing.interleave(
+        {"a": worker(clock, "a", 10**10, calls)}, trials=2, warmup=report.warmup, iterations=report.iterations
+    )
+    assert [len(trial) for trial in samples["a"]] == [1000, 1000]
+    assert len(calls) == 200 + 2 * (1 + 1000)
+    assert (report.batch, report.trials) == (128, 5)
+
+
 def test_garbage_collection_is_restored_when_a_subject_fails(clock: list[int]) -> None:
     def broken() -> None:
         raise RuntimeError("broken")
@@ -60,7 +71,7 @@ def test_garbage_collection_is_restored_when_a_subject_fails(clock: list[int]) -
     assert gc.isenabled()
 
 
-@pytest.mark.parametrize("arguments", [{"trials": 0}, {"seconds": 0.0}, {"warmup": -1}])
-def test_senseless_arguments_are_refused(arguments: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="trials must be"):
+@pytest.mark.parametrize("arguments", [{"trials": 0}, {"seconds": 0.0}, {"warmup": -1}, {"iterations": 0}])
+def test_senseless_arguments_are_refused(arguments: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
         timing.interleave({"a": lambda: None}, **arguments)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from vitfold.bench.fidelity import Fidelity
 from vitfold.bench.measurement import Measurement, Scope, speed_up
+from vitfold.bench.statistics import ratio_interval
 from vitfold.bench.timing import Progress, interleave
 from vitfold.engines import Session
 from vitfold.errors import ImageError
@@ -63,7 +64,10 @@ class Row:
             "noisy": measured is not None and measured.noisy,
             "untimed": self.subject.untimed,
             "fidelity": None if fidelity is None else fidelity.to_dict(),
-            "speed_up": {**(self.speed_up or {"median": None, "iqr": None}), "baseline": self.baseline},
+            "speed_up": {
+                **(self.speed_up or dict.fromkeys(("median", "iqr", "low", "high"))),
+                "baseline": self.baseline,
+            },
             "tokens": self.subject.tokens,
             "macs": self.subject.macs,
             "size_bytes": self.subject.size_bytes,
@@ -78,6 +82,8 @@ def compare(
     scopes: Sequence[Scope] = ("engine", "end_to_end"),
     trials: int = 10,
     seconds: float = 2.0,
+    warmup: int = 2,
+    iterations: int | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
     """Time all subjects interleaved, scope by scope; the first of those that are timed is the baseline.
@@ -95,7 +101,9 @@ def compare(
         if scope == "end_to_end" and images is None:
             continue
         calls = {subject.name: _call(subject, scope, batch, images) for subject in timed}
-        samples = interleave(calls, trials=trials, seconds=seconds, progress=progress)
+        samples = interleave(
+            calls, trials=trials, seconds=seconds, warmup=warmup, iterations=iterations, progress=progress
+        )
         measured = {
             subject.name: Measurement(
                 subject=subject.name,
@@ -115,11 +123,15 @@ def compare(
                     batch=batch,
                     scope=scope,
                     measurement=measurement,
-                    speed_up=None if measurement is None else speed_up(baseline, measurement),
+                    speed_up=None if measurement is None else _speed_up(baseline, measurement),
                     baseline=baseline.subject,
                 )
             )
     return rows
+
+
+def _speed_up(baseline: Measurement, subject: Measurement) -> dict[str, float]:
+    return {**speed_up(baseline, subject), **ratio_interval(baseline, subject)}
 
 
 def raw_samples(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float
 
 Scope = Literal["engine", "end_to_end"]
 NOISY_IQR_RATIO = 0.15
@@ -87,9 +88,14 @@ def speed_up(baseline: Measurement, subject: Measurement) -> dict[str, float]:
     Equation: the median over trials t of (median latency of the baseline in t / of the subject in t),
     per image; the interquartile range over trials says how sure that is.
     """
+    low, median, high = np.percentile(paired_ratios(baseline, subject), [25, 50, 75])
+    return {"median": float(median), "iqr": float(high - low)}
+
+
+def paired_ratios(baseline: Measurement, subject: Measurement) -> Float[np.ndarray, " T"]:
+    """Return per trial how many times as long the baseline took, per image."""
     if len(baseline.trials_ns) != len(subject.trials_ns):
         raise ValueError("a speed-up needs both measurements from the same interleaved run")
     per_image = np.array(baseline.trial_medians_ms) / baseline.batch
-    ratios = per_image / (np.array(subject.trial_medians_ms) / subject.batch)
-    low, median, high = np.percentile(ratios, [25, 50, 75])
-    return {"median": float(median), "iqr": float(high - low)}
+    ratios: Float[np.ndarray, " T"] = per_image / (np.array(subject.trial_medians_ms) / subject.batch)
+    return ratios

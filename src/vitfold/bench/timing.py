@@ -7,10 +7,30 @@ Owns when the clock starts and stops. What runs is the caller's closure; what th
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """How long is timed: `trials` interleaved rounds of `seconds` / `trials` each, or of exactly `iterations`."""
+
+    batch: int = 1
+    trials: int = 10
+    warmup: int = 2
+    seconds: float = 3.0
+    iterations: int | None = None
+
+
+PROTOCOLS: Mapping[str, Protocol] = {
+    "quick": Protocol(),
+    # Source: the source report, table 4.3; it timed one subject after the other, here they take turns.
+    "report": Protocol(batch=128, trials=5, warmup=200, iterations=1000),
+}
 
 
 def interleave(
@@ -20,24 +40,26 @@ def interleave(
     seconds: float = 1.0,
     warmup: int = 2,
     max_iterations: int = 1000,
+    iterations: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Time each subject `trials` times, in turn, and return nanoseconds per iteration and trial.
 
     Every trial visits all subjects, starting with another one each time, so that a slow spell of the
     machine falls on all of them. A visit runs once unrecorded, then records iterations for
-    `seconds` / `trials` (at least one, at most `max_iterations`). The first trial is preceded by
-    `warmup` unrecorded runs of each.
+    `seconds` / `trials` (at least one, at most `max_iterations`), or exactly `iterations`. The first
+    trial is preceded by `warmup` unrecorded runs of each.
     """
-    if trials < 1 or warmup < 0 or seconds <= 0:
-        raise ValueError("trials must be at least 1, warmup at least 0 and seconds positive")
+    if trials < 1 or warmup < 0 or seconds <= 0 or (iterations is not None and iterations < 1):
+        raise ValueError("trials and iterations must be at least 1, warmup at least 0 and seconds positive")
     names = list(subjects)
     for name in names:
         if progress is not None:
             progress(f"warm-up: {name}")
         for _ in range(warmup):
             subjects[name]()
-    budget_ns = int(seconds / trials * 1e9)
+    budget_ns = int(seconds / trials * 1e9) if iterations is None else sys.maxsize
+    most = max_iterations if iterations is None else iterations
     samples: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.disable()
@@ -47,7 +69,7 @@ def interleave(
             for name in names[start:] + names[:start]:
                 if progress is not None:
                     progress(f"trial {trial + 1}/{trials}: {name}")
-                samples[name].append(_visit(subjects[name], budget_ns, max_iterations))
+                samples[name].append(_visit(subjects[name], budget_ns, most))
     finally:
         if collecting:
             gc.enable()

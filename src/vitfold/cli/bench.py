@@ -18,7 +18,7 @@ from vitfold.errors import VitfoldError
 @command
 def bench(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Bundles; the first is the baseline.")],
-    batch: options.Batch = 1,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per call; default: the protocol's.")] = None,
     images: options.Images = None,
     peers: Annotated[
         str | None,
@@ -44,8 +44,17 @@ def bench(
         str | None,
         typer.Option(help="The row that speed-ups refer to; default: the first peer, else the first bundle."),
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 10,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Recorded seconds per subject and scope.")] = 3.0,
+    protocol: Annotated[
+        Literal["quick", "report"],
+        typer.Option(
+            help="quick: batch 1, 10 rounds, 3 s per subject and scope; report: batch 128, 200 warm-up and 5 x 1000 "
+            "recorded iterations."
+        ),
+    ] = "quick",
+    trials: Annotated[int | None, typer.Option(min=1, help="Interleaved rounds, if not the protocol's.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="Recorded seconds per subject and scope, if not the protocol's.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Images used, spread evenly over --images.")] = 200,
     skip_bad: options.SkipBad = False,
     reference: options.ReferenceBundle = None,
@@ -59,6 +68,7 @@ def bench(
     """Time bundles, engine only and end to end, each with its fidelity."""
     from vitfold.bench.comparison import compare, raw_samples
     from vitfold.bench.environment import environment
+    from vitfold.bench.timing import PROTOCOLS
     from vitfold.bundle import open_bundle
     from vitfold.images import find_images
     from vitfold.peers import CALIBRATED, check_peers
@@ -94,8 +104,19 @@ def bench(
             lineup.measure_peers(opened[0], advance)
         subjects = lineup.ordered(baseline)
         with steps("bench") as say:
-            rows = compare(subjects, batch=batch, images=found, trials=trials, seconds=seconds, progress=say)
-    result: dict[str, Any] = {"environment": before, "rows": [row.to_dict() for row in rows]}
+            chosen = PROTOCOLS[protocol]
+            batch = batch or chosen.batch
+            rows = compare(
+                subjects,
+                batch=batch,
+                images=found,
+                trials=trials or chosen.trials,
+                seconds=seconds or chosen.seconds,
+                warmup=chosen.warmup,
+                iterations=chosen.iterations if seconds is None else None,
+                progress=say,
+            )
+    result: dict[str, Any] = {"environment": before, "protocol": protocol, "rows": [row.to_dict() for row in rows]}
     if output is not None:
         write_json(output, {**result, "measurements": raw_samples(rows)})
         note(f"raw samples: {output}")
