@@ -148,7 +148,7 @@ def test_a_forecast_solves_every_gpu_and_batch(small: tuple[str, ...], few: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--merge", "auto"), "--merge auto needs a model of the hardware"),
+        (("--merge", "auto", "--target", "simulation", "--quant", "w8a8"), "has no time to solve for"),
         (("--merge", "auto", "--target", "tensorrt-int8", "--gpu", "A101"), "no peaks are known of the GPU 'A101'"),
         (("--merge", "auto:0", "--target", "tensorrt-fp16"), "auto:0 distorts nothing"),
         (("--merge", "auto", "--target", "tensorrt-fp8", "--gpu", "A100"), "does not multiply fp8"),

@@ -134,7 +134,7 @@ def optimize(
             batches = _batch(batch)
             schedule: str | tuple[int, ...] | None = merge
             if merge is not None and merge.partition(":")[0] == "auto":
-                solution = _solved(model, found, merge, base, gpu, batches, say)
+                solution = _solved(model, found, merge, base, gpu, batches, say, wanted)
                 schedule = solution.r
             folded = pipeline.optimize(
                 model, merge=schedule, quant=wanted or quant, recipe=read, target=base, batch=batches
@@ -167,24 +167,34 @@ def _solved(
     gpu: str,
     batch: tuple[int, int, int] | None,
     say: Say,
+    quant: QuantRecipe | None,
 ) -> Solution:
     """Find the schedule of `--merge auto`, or auto:R for the distortion of another constant R."""
     from vitfold import pipeline
+    from vitfold.engines import TENSORRT
+    from vitfold.target import find_target
 
     if found is None:
         raise VitfoldError("--merge auto measures on images what merging does: give --images DIR")
     like = merge.partition(":")[2] or pipeline.LIKE
-    usual = pipeline.USUAL_BATCH if batch is None else batch[1]
-    pipeline.check_forecast(model.spec, target=target, gpu=gpu, batch=usual)
-    merging = pipeline.measure_merging(model, found, say=say)
+    if find_target(target).engine == TENSORRT:
+        usual = pipeline.USUAL_BATCH if batch is None else batch[1]
+        pipeline.check_forecast(model.spec, target=target, gpu=gpu, batch=usual)
+        merging = pipeline.measure_merging(model, found, say=say)
+        say("solving")
+        return pipeline.solve_merge(merging, target=target, gpu=gpu, batch=usual, like=like)
+    plan = pipeline.roughly_calibrated(model, quant, target, found)
+    table = pipeline.measure_latency(plan, say=say)
+    merging = pipeline.measure_merging(model, found, **pipeline.on_this_machine(plan), say=say)
     say("solving")
-    return pipeline.solve_merge(merging, target=target, gpu=gpu, batch=usual, like=like)
+    return pipeline.solve_measured(merging, table, like=like)
 
 
 def _print_solution(found: Solution) -> None:
     from vitfold.schedule import describe_r
 
-    where = f"on {found.gpu} at batch {found.batch}, in a roofline model of the blocks, not a measurement"
+    model = f"on {found.gpu} at batch {found.batch}, in a roofline model of the blocks, not a measurement"
+    where = "by a table measured here at batch 1" if found.gpu is None else model
     plain, like = f"{found.ms_none:.3f} ms without merging", f"{found.ms_like:.3f} ms with r = {found.like}"
     if not any(found.r):
         note(f"merging cannot pay: {plain}, {like} {where}")

@@ -49,8 +49,8 @@ Merge = Annotated[
     str | None,
     typer.Option(
         metavar="R",
-        help="Tokens merged per block: 8, a list 8,8,4, R:INFLECTION as 8:-1, or none. For TensorRT also auto[:R], the "
-        "fastest schedule on --gpu that distorts no more than a constant R (8).",
+        help="Tokens merged per block: 8, a list 8,8,4, R:INFLECTION as 8:-1, or none. Or auto[:R], the fastest "
+        "schedule on this machine (TensorRT: on --gpu) that distorts no more than a constant R (8).",
     ),
 ]
 Quant = Annotated[

@@ -2,8 +2,17 @@
 
 from vitfold.pipeline.calibration import calibrate_folded, keep_float, rank_sites, recorded_images, split_images
 from vitfold.pipeline.gate import Race, fastest, float_plan, race
+from vitfold.pipeline.latency import measure_latency, on_this_machine, roughly_calibrated
 from vitfold.pipeline.plan import Folded, count_costs, optimize, read_recipe
-from vitfold.pipeline.solving import LIKE, USUAL_BATCH, Solution, check_forecast, measure_merging, solve_merge
+from vitfold.pipeline.solving import (
+    LIKE,
+    USUAL_BATCH,
+    Solution,
+    check_forecast,
+    measure_merging,
+    solve_measured,
+    solve_merge,
+)
 from vitfold.pipeline.writing import FIDELITY_IMAGES, run_reference, save
 
 __all__ = [
@@ -19,14 +28,18 @@ __all__ = [
     "fastest",
     "float_plan",
     "keep_float",
+    "measure_latency",
     "measure_merging",
+    "on_this_machine",
     "optimize",
     "race",
     "rank_sites",
     "read_recipe",
     "recorded_images",
+    "roughly_calibrated",
     "run_reference",
     "save",
+    "solve_measured",
     "solve_merge",
     "split_images",
 ]

@@ -5,27 +5,21 @@ Owns those races and the reason that is given when quantization loses.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vitfold.bench.environment import installed_version, processor
-from vitfold.bench.measurement import Measurement, speed_up
-from vitfold.bench.timing import interleave
+from vitfold.bench.measurement import speed_up
 from vitfold.bundle import Bundle
-from vitfold.engines import TENSORRT, Session, open_graph, open_session, tensorrt_obstacle
+from vitfold.engines import TENSORRT, open_session, tensorrt_obstacle
 from vitfold.pipeline.plan import Folded
-from vitfold.pipeline.writing import write_graph
+from vitfold.pipeline.trial import SECONDS, opened, timed
 from vitfold.recipe import Recipe
 from vitfold.target import find_target
 
-TRIALS = 7
-SECONDS = 2.0
 _FLOAT_TARGETS = {"onnxruntime": "cpu", TENSORRT: "tensorrt-fp16"}
 
 
@@ -65,8 +59,8 @@ def race(quantized: Bundle, folded: Folded, *, batch: int = 1, seconds: float = 
     """
     if quantized.manifest.simulated or (folded.target.engine == TENSORRT and tensorrt_obstacle() is not None):
         return None
-    with _opened(float_plan(folded)) as plain, open_session(quantized) as session:
-        measured = _timed({"float": plain, "quantized": session}, folded, batch=batch, seconds=seconds)
+    with opened(float_plan(folded)) as plain, open_session(quantized) as session:
+        measured = timed({"float": plain, "quantized": session}, folded.model.spec, batch=batch, seconds=seconds)
     ratio = speed_up(measured["float"], measured["quantized"])
     return Race(**ratio, reason=None if ratio["median"] > 1.0 else _reason(folded))
 
@@ -80,32 +74,9 @@ def fastest(folded: Folded, *, batch: int = 1, seconds: float = SECONDS) -> Fold
         return folded
     plans = {plan.target.engine: plan for plan in (folded, replace(folded, target=find_target("openvino")))}
     with ExitStack() as stack:
-        sessions = {engine: stack.enter_context(_opened(plan)) for engine, plan in plans.items()}
-        measured = _timed(sessions, folded, batch=batch, seconds=seconds)
+        sessions = {engine: stack.enter_context(opened(plan)) for engine, plan in plans.items()}
+        measured = timed(sessions, folded.model.spec, batch=batch, seconds=seconds)
     return plans[min(measured, key=lambda engine: float(np.median(measured[engine].trial_medians_ms)))]
-
-
-@contextmanager
-def _opened(folded: Folded) -> Iterator[Session]:
-    """Write the graph of a plan to a temporary folder and open it in the engine of its target."""
-    with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
-        path = Path(folder) / "model.onnx"
-        write_graph(folded, path)
-        with open_graph(path, folded.target.engine, batch=folded.batch) as session:
-            yield session
-
-
-def _timed(sessions: Mapping[str, Session], folded: Folded, *, batch: int, seconds: float) -> dict[str, Measurement]:
-    """Time sessions on the same random images (B, channels, height, width), interleaved, engine only."""
-    shape = (batch, folded.model.spec.channels, *folded.model.spec.image_size)
-    pixels = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    for session in sessions.values():
-        session.bind(pixels)
-    samples = interleave({name: session.run for name, session in sessions.items()}, trials=TRIALS, seconds=seconds)
-    return {
-        name: Measurement(subject=name, engine=session.engine, batch=batch, scope="engine", trials_ns=samples[name])
-        for name, session in sessions.items()
-    }
 
 
 def _reason(folded: Folded) -> str:

@@ -6,7 +6,7 @@ Owns the model of a GPU's time for a schedule, and the measuring of distortion. 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -18,9 +18,10 @@ from vitfold.errors import RecipeError, TargetError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Array, Model, ViTSpec
 from vitfold.programs.vit import vit
-from vitfold.recipe import MergeRecipe
+from vitfold.recipe import MergeRecipe, Order
 from vitfold.schedule import resolve_r
-from vitfold.schedule.solve import Distortion, Seconds, Space, schedule_seconds, solve
+from vitfold.schedule.solve import MOST_MERGES, STEP, Distortion, Seconds, Space, schedule_seconds, solve
+from vitfold.schedule.table import LatencyTable
 from vitfold.target import Target, find_target
 
 SHARES = (0.04, 0.12, 0.25, 0.5)
@@ -35,21 +36,21 @@ Bits = Literal["fp16", "int8", "fp8"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """The schedule, and what the model of the GPU says about it, about `like` and about merging nothing.
+    """The schedule, and what the model of time says about it, about `like` and about merging nothing.
 
-    Milliseconds are a roofline model's, of the transformer blocks alone; `ms_fp16` merges nothing and does not
-    quantize. Distortions are measured.
+    Milliseconds are a roofline model's of the transformer blocks alone, or, where `gpu` is None, come from a table
+    measured on this machine; `ms_fp16` merges nothing and does not quantize. Distortions are measured.
     """
 
     r: tuple[int, ...]
-    gpu: str
+    gpu: str | None
     batch: int
     like: str
     images: int
     ms: float
     ms_like: float
     ms_none: float
-    ms_fp16: float
+    ms_fp16: float | None
     distortion: float
     distortion_like: float
 
@@ -68,15 +69,25 @@ class Measured:
     images: int
 
 
-def measure_merging(model: Model, images: ImageSet, *, say: Say = lambda _: None) -> Measured:
-    """Measure single merges of several sizes in every block."""
+def measure_merging(
+    model: Model,
+    images: ImageSet,
+    *,
+    order: Order = "score",
+    step: int = STEP,
+    most_merges: int = MOST_MERGES,
+    say: Say = lambda _: None,
+) -> Measured:
+    """Measure single merges of several sizes in every block; schedules will be of `step` and `most_merges`."""
     pixels, spec = _pixels(model, images), model.spec
-    measure = _measurer(model, pixels)
+    measure = _measurer(model, pixels, order)
     single: list[dict[float, float]] = []
     for block in range(spec.depth):
         say(f"measuring single merges: block {block + 1}/{spec.depth}")
         single.append({share: measure(_one(spec, block, share)) for share in SHARES})
-    space = Space(depth=spec.depth, tokens=spec.tokens, prefix=spec.prefix, single=single)
+    space = Space(
+        depth=spec.depth, tokens=spec.tokens, prefix=spec.prefix, single=single, step=step, most_merges=most_merges
+    )
     return Measured(spec=spec, space=space, measure=measure, images=len(pixels))
 
 
@@ -90,8 +101,25 @@ def solve_merge(merging: Measured, *, target: str, gpu: str, batch: int, like: s
         TargetError: if the target is not one of TensorRT's, or the GPU is unknown or does not run its types.
         RecipeError: if `like` merges nothing.
     """
-    spec, device = merging.spec, find_gpu(gpu)
-    seconds, half = (block_seconds(spec, find_target(name), device, batch) for name in (target, _HALF))
+    device = find_gpu(gpu)
+    seconds, half = (block_seconds(merging.spec, find_target(name), device, batch) for name in (target, _HALF))
+    found = _solve(merging, seconds, like)
+    none = schedule_seconds((0,) * merging.spec.depth, merging.spec.tokens, half)
+    return replace(found, gpu=device.key, batch=batch, ms_fp16=1e3 * none)
+
+
+def solve_measured(merging: Measured, table: LatencyTable, *, batch: int = 1, like: str = LIKE) -> Solution:
+    """Find the schedule that is fastest on this machine among those that distort no more than `like` does.
+
+    Raises:
+        RecipeError: if `like` merges nothing.
+    """
+    found = _solve(merging, lambda tokens, merged, _: table.block(tokens, merged), like)
+    return replace(found, batch=batch)
+
+
+def _solve(merging: Measured, seconds: Seconds, like: str) -> Solution:
+    spec = merging.spec
     allowed = resolve_r(like, spec)
     if not any(allowed):
         raise RecipeError(f"--merge auto:{like} distorts nothing, so nothing may be merged; give --merge none")
@@ -100,19 +128,19 @@ def solve_merge(merging: Measured, *, target: str, gpu: str, batch: int, like: s
     none = (0,) * spec.depth
     r = none if found is None else found.r
 
-    def ms(schedule: tuple[int, ...], cost: Seconds) -> float:
-        return 1e3 * schedule_seconds(schedule, spec.tokens, cost)
+    def ms(schedule: tuple[int, ...]) -> float:
+        return 1e3 * schedule_seconds(schedule, spec.tokens, seconds)
 
     return Solution(
         r=r,
-        gpu=device.key,
-        batch=batch,
+        gpu=None,
+        batch=1,
         like=like,
         images=merging.images,
-        ms=ms(r, seconds),
-        ms_like=ms(allowed, seconds),
-        ms_none=ms(none, seconds),
-        ms_fp16=ms(none, half),
+        ms=ms(r),
+        ms_like=ms(allowed),
+        ms_none=ms(none),
+        ms_fp16=None,
         distortion=0.0 if found is None else found.distortion,
         distortion_like=bound,
     )
@@ -162,7 +190,7 @@ def _pixels(model: Model, images: ImageSet) -> list[Array]:
     return [pixels for group in batches(chosen, model.preprocess, batch=_BATCH) for pixels in group.pixel_values]
 
 
-def _measurer(model: Model, pixels: list[Array]) -> Callable[[tuple[int, ...]], float]:
+def _measurer(model: Model, pixels: list[Array], order: Order) -> Callable[[tuple[int, ...]], float]:
     """Return how far a schedule turns the output: 1 - cosine, averaged over images."""
     import torch
 
@@ -172,7 +200,7 @@ def _measurer(model: Model, pixels: list[Array]) -> Callable[[tuple[int, ...]], 
     known: dict[tuple[int, ...], float] = {}
 
     def outputs(r: tuple[int, ...]) -> Array:
-        recipe = MergeRecipe(r=r, order="score")
+        recipe = MergeRecipe(r=r, order=order)
         with torch.inference_mode():
             rows = [
                 vit(ops, model.spec, recipe, torch.from_numpy(np.stack(pixels[start : start + _BATCH]))).flatten(1)

@@ -147,7 +147,7 @@ def forecast_cells(document: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for row in document["rows"]:
         numbers = [f"{row[key]:.3f}" for key in ("ms_fp16", "ms_none", "ms_like", "ms")]
-        kept = f"{row['distortion']:.4f} of {row['distortion_like']:.4f}"
+        kept = f"{row['distortion']:.2g} of {row['distortion_like']:.2g}"
         ratio = f"{row['ms_fp16'] / row['ms']:.2f}x"
         rows.append([row["gpu"], str(row["batch"]), *numbers, ratio, kept, describe_r(row["r"])])
     return rows

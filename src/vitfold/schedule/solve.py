@@ -39,13 +39,16 @@ class Solved:
 class Space:
     """Where the search looks: blocks, tokens of which `prefix` never merge, and how strongly each merge distorts.
 
-    `single[block][share]` is the distortion of merging that share of the tokens in that block alone.
+    Merges are multiples of `step`, and at most `most_merges` of them. `single[block][share]` is the distortion of
+    merging that share of the tokens in that block alone.
     """
 
     depth: int
     tokens: int
     prefix: int
     single: Sequence[Mapping[float, float]]
+    step: int = STEP
+    most_merges: int = MOST_MERGES
 
     def distortion(self, block: int, tokens: int, merged: int) -> float:
         """Interpolate linearly in the share of the tokens that are there."""
@@ -74,7 +77,7 @@ def solve(space: Space, seconds: Seconds, measure: Distortion, bound: float) -> 
     schedule still keeps the bound as measured.
     """
     plain = schedule_seconds((0,) * space.depth, space.tokens, seconds)
-    known = _frontier(space, seconds, _WORST * bound)
+    known = frontier(space, seconds, _WORST * bound)
     best: Solved | None = None
     factor, kept, broken, measured = 1.0, float("inf"), 0.0, 0
     for _ in range(_ROUNDS):
@@ -97,7 +100,7 @@ def solve(space: Space, seconds: Seconds, measure: Distortion, bound: float) -> 
     return best
 
 
-def _frontier(space: Space, seconds: Seconds, most: float) -> list[Point]:
+def frontier(space: Space, seconds: Seconds, most: float) -> list[Point]:
     """Return schedules that none beats in both seconds and summed distortion, up to `most` of it.
 
     Dynamic programming over blocks; a state is how many merges there were and how many tokens are left.
@@ -106,8 +109,8 @@ def _frontier(space: Space, seconds: Seconds, most: float) -> list[Point]:
     for block in range(space.depth):
         following: dict[tuple[int, int], list[Point]] = {}
         for (merges, tokens), points in states.items():
-            largest = largest_r(tokens, space.prefix) if merges < MOST_MERGES else 0
-            for merged in range(0, largest + 1, STEP):
+            largest = largest_r(tokens, space.prefix) if merges < space.most_merges else 0
+            for merged in range(0, largest + 1, space.step):
                 cost = seconds(tokens, merged, merges > 0)
                 worse = space.distortion(block, tokens, merged) if merged else 0.0
                 reached = following.setdefault((merges + (merged > 0), tokens - merged), [])

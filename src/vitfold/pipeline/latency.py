@@ -1,0 +1,87 @@
+"""The latency table of a plan on this machine.
+
+Owns timing the schedules that `schedule.table` asks for, and what schedules for a machine may look like. Nothing here
+depends on values: quantizers of any calibration do, and no fidelity is claimed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from vitfold.bench.measurement import speed_up
+from vitfold.errors import RecipeError, TargetError
+from vitfold.images import ImageSet
+from vitfold.model import Model
+from vitfold.pipeline.calibration import calibrate_folded
+from vitfold.pipeline.plan import Folded, count_costs, optimize
+from vitfold.pipeline.trial import opened, timed
+from vitfold.recipe import MergeRecipe, QuantRecipe
+from vitfold.schedule.table import LatencyTable, Schedule, fit_table, probe_schedules
+
+PROBE_SECONDS = 1.0
+ROUGH_IMAGES = 8
+MOST_MERGES = 6
+FINENESS = 32
+_ATTENTION = ".attn"
+
+
+def measure_latency(
+    plan: Folded, *, batch: int = 1, seconds: float = PROBE_SECONDS, say: Callable[[str], object] = lambda _: None
+) -> LatencyTable:
+    """Time schedules of a plan, each interleaved with the unmerged one, and fit the table per call of `batch` images.
+
+    The plan is calibrated where it quantizes; its own schedule is not looked at.
+
+    Raises:
+        RecipeError: if the model has too few blocks to tell them apart.
+    """
+    spec = plan.model.spec
+    try:
+        probes = probe_schedules(spec.depth, spec.tokens, spec.prefix)
+    except ValueError as error:
+        raise RecipeError(f"no latency table for this model: {error}; give the tokens to merge") from None
+    times: dict[Schedule, float] = {}
+    with opened(_merging(plan, probes[0])) as plain:
+        for index, probe in enumerate(probes[1:], start=1):
+            say(f"timing schedules: {index}/{len(probes) - 1}")
+            with opened(_merging(plan, probe)) as session:
+                found = timed({"plain": plain, "probe": session}, spec, batch=batch, seconds=seconds)
+            taken = found["plain"].latency_ms()["median"] * 1e-3
+            times.setdefault(probes[0], taken)
+            times[probe] = times[probes[0]] / speed_up(found["plain"], found["probe"])["median"]
+    return fit_table(times, tokens=spec.tokens, attention_ratio=_attention_ratio(plan))
+
+
+def roughly_calibrated(model: Model, quant: QuantRecipe | None, target: str, images: ImageSet) -> Folded:
+    """Return a plan that can be timed, not one to keep: few images, the quickest method.
+
+    Raises:
+        TargetError: if no engine executes it.
+    """
+    rough = None if quant is None else replace(quant, method="minmax", calibration_size=ROUGH_IMAGES)
+    plan = optimize(model, quant=rough or "none", target=target)
+    if plan.simulated:
+        raise TargetError("what no engine executes has no time to solve for; give the tokens to merge")
+    return calibrate_folded(plan, images.sample(ROUGH_IMAGES, seed=0))
+
+
+def on_this_machine(plan: Folded) -> dict[str, Any]:
+    """Return how schedules for a plan look: their order, in which steps and how many merges there may be."""
+    return {
+        "order": plan.recipe.merge.order,
+        "step": max(1, plan.model.spec.tokens // FINENESS),
+        "most_merges": MOST_MERGES,
+    }
+
+
+def _merging(plan: Folded, r: Schedule) -> Folded:
+    return replace(plan, recipe=replace(plan.recipe, merge=replace(plan.recipe.merge, r=r)))
+
+
+def _attention_ratio(plan: Folded) -> float:
+    """Return the share of a block's work that is done on the tokens that enter it."""
+    costs = [cost for cost in count_costs(plan.model.spec, MergeRecipe(r=())) if cost.site.startswith("blocks.")]
+    attention = sum(cost.macs for cost in costs if _ATTENTION in cost.site)
+    return attention / sum(cost.macs for cost in costs)

@@ -1,0 +1,48 @@
+"""Plans run for a moment, to be timed side by side before any bundle is written.
+
+Owns graphs in temporary folders and the random images that they are timed on. What is done with the times is the
+caller's business.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from vitfold.bench.measurement import Measurement
+from vitfold.bench.timing import interleave
+from vitfold.engines import Session, open_graph
+from vitfold.model import ViTSpec
+from vitfold.pipeline.plan import Folded
+from vitfold.pipeline.writing import write_graph
+
+TRIALS = 7
+SECONDS = 2.0
+
+
+@contextmanager
+def opened(folded: Folded) -> Iterator[Session]:
+    """Write the graph of a plan to a temporary folder and open it in the engine of its target."""
+    with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
+        path = Path(folder) / "model.onnx"
+        write_graph(folded, path)
+        with open_graph(path, folded.target.engine, batch=folded.batch) as session:
+            yield session
+
+
+def timed(
+    sessions: Mapping[str, Session], spec: ViTSpec, *, batch: int = 1, trials: int = TRIALS, seconds: float = SECONDS
+) -> dict[str, Measurement]:
+    """Time sessions on the same random images (B, channels, height, width), interleaved, engine only."""
+    pixels = np.random.default_rng(0).standard_normal((batch, spec.channels, *spec.image_size), dtype=np.float32)
+    for session in sessions.values():
+        session.bind(pixels)
+    samples = interleave({name: session.run for name, session in sessions.items()}, trials=trials, seconds=seconds)
+    return {
+        name: Measurement(subject=name, engine=session.engine, batch=batch, scope="engine", trials_ns=samples[name])
+        for name, session in sessions.items()
+    }

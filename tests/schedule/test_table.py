@@ -1,0 +1,62 @@
+"""The latency table: recovered from schedules whose times are known, and rising whatever the noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vitfold.recipe import largest_r
+from vitfold.schedule.solve import schedule_seconds
+from vitfold.schedule.table import LatencyTable, fit_table, probe_schedules
+
+DEPTH, TOKENS, PREFIX = 12, 197, 1
+
+
+def truth(tokens: int, merged: int, sizes: bool) -> float:
+    """A machine: what a block really takes; linear in tokens, and every merge costs."""
+    return 0.4 * 1e-5 * (tokens + 50) + 0.6 * 1e-5 * (tokens - merged + 50) + (2e-4 if merged else 0.0)
+
+
+def times(noise: float = 0.0, seed: int = 0) -> dict[tuple[int, ...], float]:
+    rng = np.random.default_rng(seed)
+    return {
+        r: schedule_seconds(r, TOKENS, truth) * (1 + noise * rng.standard_normal())
+        for r in probe_schedules(DEPTH, TOKENS, PREFIX)
+    }
+
+
+def test_every_probe_can_be_carried_out_and_they_differ():
+    for tokens, prefix, depth in ((197, 1, 12), (65, 1, 12), (17, 1, 3), (50, 5, 6)):
+        probes = probe_schedules(depth, tokens, prefix)
+        assert len(set(probes)) == len(probes) >= 4
+        for r in probes:
+            left = tokens
+            for merged in r:
+                assert 0 <= merged <= largest_r(left, prefix)
+                left -= merged
+
+
+def test_two_blocks_tell_nothing():
+    with pytest.raises(ValueError, match="three blocks"):
+        probe_schedules(2, 65, 1)
+
+
+def test_the_table_predicts_schedules_that_were_never_timed():
+    table = fit_table(times(), tokens=TOKENS, attention_ratio=0.4)
+    assert table.merge_seconds == pytest.approx(2e-4)
+    for r in ((8,) * 12, (0, 0, 48, 0, 0, 48, 0, 0, 24, 0, 0, 0), (0,) * 11 + (90,)):
+        assert table.total(r, TOKENS) == pytest.approx(schedule_seconds(r, TOKENS, truth), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_leaves_a_table_that_rises(seed):
+    table = fit_table(times(0.1, seed), tokens=TOKENS, attention_ratio=0.4)
+    assert list(table.seconds) == sorted(table.seconds)
+    assert table.merge_seconds >= 0
+    assert table.total((0,) * 12, TOKENS) == pytest.approx(schedule_seconds((0,) * 12, TOKENS, truth), rel=0.4)
+
+
+def test_between_lengths_it_is_linear():
+    table = LatencyTable(lengths=(10, 20), seconds=(1.0, 3.0), merge_seconds=0.5, attention_ratio=0.5)
+    assert table.block(15, 0) == pytest.approx(2.0)
+    assert table.block(20, 10) == pytest.approx(2.0 + 0.5)
