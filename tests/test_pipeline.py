@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vitfold import pipeline
+from vitfold.bench.timing import Protocol
 from vitfold.bundle import MODEL, QUANTIZERS, Bundle, open_bundle
 from vitfold.engines import Session, open_graph, open_session
 from vitfold.engines.trtexec import trtexec_command
@@ -150,7 +151,7 @@ def test_where_tensorrt_starts_it_races_half_precision(
     monkeypatch.setattr(gate, "tensorrt_obstacle", lambda: None)
     monkeypatch.setattr(gate, "open_graph", stand_in)
     monkeypatch.setattr(gate, "open_session", lambda bundle: open_session(bundle, engine="onnxruntime"))
-    found = pipeline.race(*int8, seconds=0.05)
+    found = pipeline.race(*int8, protocol=Protocol(trials=3, seconds=0.05))
     assert found is not None
     assert asked == [("tensorrt", (1, 2, 4))]
     assert found.reason is None or "GPU" in found.reason

@@ -11,7 +11,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,24 @@ def check_destination(destination: Path, *, overwrite: bool) -> None:
         raise BundleError(f"{destination} exists and is not a bundle; choose another output, it is left untouched")
     if any(destination.iterdir()) and not overwrite:
         raise BundleError(f"{destination} exists already; pass --overwrite to replace it, or choose another output")
+
+
+def copy_bundle(
+    bundle: Bundle, path: str | Path, *, fidelity: Mapping[str, Any] | None, overwrite: bool = False
+) -> Bundle:
+    """Write a bundle anew elsewhere, with another fidelity in its manifest.
+
+    Raises:
+        BundleError: if the destination cannot be written.
+    """
+
+    def write(onnx_path: Path) -> Manifest:
+        for file in bundle.path.iterdir():
+            if file.name != MANIFEST:
+                shutil.copyfile(file, onnx_path.with_name(file.name))
+        return replace(bundle.manifest, fidelity=fidelity)
+
+    return write_bundle(path, write, overwrite=overwrite)
 
 
 def _put_in_place(work: Path, destination: Path) -> None:

@@ -46,6 +46,10 @@ class EngineError(VitfoldError):
     """A runtime is missing or refused the graph."""
 
 
+class JournalError(VitfoldError):
+    """Rows of an earlier run cannot be read or gone on with."""
+
+
 class GateError(VitfoldError):
     """A measured result misses the bound that the user set; the command line exits with 3."""
 

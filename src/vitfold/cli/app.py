@@ -19,6 +19,7 @@ from vitfold.cli import (
     optimize,
     predict,
     sensitivity,
+    sweep,
 )
 from vitfold.version import __version__
 
@@ -50,6 +51,7 @@ def _root(
 app.command("optimize")(optimize.optimize)
 app.command("sensitivity")(sensitivity.sensitivity)
 app.command("ladder")(ladder.ladder)
+app.command("sweep")(sweep.sweep)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.terminal import command, counted, note, out, print_json, quiet_stdout, skipped, working
+from vitfold.cli.searching import Wanted, run_search
+from vitfold.cli.terminal import command, counted, note, out, print_json, quiet_stdout, skipped, steps, working
 from vitfold.errors import GateError, ImageError, VitfoldError, missing_extra
 
 if TYPE_CHECKING:
@@ -66,13 +67,14 @@ def optimize(
         int, typer.Option(min=0, metavar="N", help="Leave the N most sensitive sites float; see vitfold sensitivity.")
     ] = 0,
     target: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="What the graph is written for: cpu (quantized: this processor's instruction set), portable, "
             "cpu-avx2, cpu-vnni, cpu-amx, cpu-arm, openvino, tensorrt-fp16, tensorrt-int8, tensorrt-fp8, integer or "
-            "simulation; fastest: cpu or openvino, whichever runs faster here."
+            "simulation; fastest: cpu or openvino, whichever runs faster here. "
+            "Default: cpu; a search tries cpu and openvino."
         ),
-    ] = "cpu",
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Every choice in a file.")] = None,
     repeat: Annotated[
         Path | None, typer.Option("--from", metavar="BUNDLE", help="Make this bundle again, from the same images.")
@@ -85,6 +87,21 @@ def optimize(
         typer.Option(metavar="MIN,OPT,MAX", help="Batches that TensorRT builds its engine for, as 1,8,64."),
     ] = None,
     gpu: Annotated[str, typer.Option(help="The GPU that --merge auto models: H100, A100, L4, T4, ...")] = "A100",
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="POINTS",
+            help="Search the fastest recipe that loses at most so many points of top-1, or, "
+            "without class folders, of agreement.",
+        ),
+    ] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(min=0, metavar="MS", help="Search the most accurate recipe that takes at most this.")
+    ] = None,
+    search_minutes: Annotated[
+        float, typer.Option(min=0.1, help="When a search stops trying; the same command goes on.")
+    ] = 20.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     arch: options.Arch = None,
     num_classes: options.NumClasses = None,
@@ -104,10 +121,21 @@ def optimize(
         (recipe is not None and chosen, "give either --recipe or --merge, --quant and --method", "--recipe"),
         (min_agreement is not None and images is None, "--min-agreement needs --images", "--min-agreement"),
         (
-            method is not None and quant is None and not target.startswith("tensorrt"),
+            method is not None and quant is None and not (target or "").startswith("tensorrt"),
             "--method needs --quant, for example --quant w8a8",
             "--method",
         ),
+    )
+    searches = max_drop is not None or max_latency_ms is not None
+    _refuse(
+        (max_drop is not None and max_latency_ms is not None, "give one of both", "--max-drop, --max-latency-ms"),
+        (searches and images is None, "a search measures on images: give --images DIR", "--images"),
+        (
+            searches and (merge is not None or method is not None or keep_float > 0 or recipe is not None or dry_run),
+            "a search chooses --merge, --method, --keep-float and the recipe itself; leave them out",
+            "--max-drop, --max-latency-ms",
+        ),
+        (searches and source is None, "a search needs SOURCE", "SOURCE"),
     )
     require_optimize()
     from vitfold import pipeline
@@ -118,9 +146,26 @@ def optimize(
     destination = None if dry_run else output
     if destination is not None:
         check_destination(destination.absolute(), overwrite=overwrite)
-    base = "cpu" if target == "fastest" else target
+    base = "cpu" if target in (None, "fastest") else str(target)
     find_target(base)
     found = None if images is None else find_images(images)
+    if searches:
+        assert source is not None
+        assert found is not None
+        assert output is not None
+        with steps("search") as say:
+            model = load_model(source, say, arch, num_classes, image_size, weights, seed)
+        wanted = Wanted(
+            points=max_drop,
+            latency_ms=max_latency_ms,
+            quant=quant,
+            target=target,
+            calibration_size=calibration_size,
+            seed=calibration_seed,
+            minutes=search_minutes,
+        )
+        run_search(model, found, output, wanted, overwrite=overwrite, json=json)
+        return
     solution: Solution | None = None
     with working("optimize") as (say, advance):
         if repeat is not None:
@@ -130,14 +175,14 @@ def optimize(
             model = load_model(source, say, arch, num_classes, image_size, weights, seed)
             read = None if recipe is None else pipeline.read_recipe(recipe, model.spec)
             implied = None if read is not None else find_target(base).implied_quant
-            wanted = quant_recipe(quant or implied, method, calibration_size, calibration_seed)
+            asked = quant_recipe(quant or implied, method, calibration_size, calibration_seed)
             batches = _batch(batch)
             schedule: str | tuple[int, ...] | None = merge
             if merge is not None and merge.partition(":")[0] == "auto":
-                solution = _solved(model, found, merge, base, gpu, batches, say, wanted)
+                solution = _solved(model, found, merge, base, gpu, batches, say, asked)
                 schedule = solution.r
             folded = pipeline.optimize(
-                model, merge=schedule, quant=wanted or quant, recipe=read, target=base, batch=batches
+                model, merge=schedule, quant=asked or quant, recipe=read, target=base, batch=batches
             )
             plan = _divided(folded, found, dry_run=dry_run)
         made = _Made(folded=plan.folded)

@@ -13,10 +13,11 @@ import numpy as np
 
 from vitfold.bench.environment import installed_version, processor
 from vitfold.bench.measurement import speed_up
+from vitfold.bench.timing import Protocol
 from vitfold.bundle import Bundle
 from vitfold.engines import TENSORRT, open_session, tensorrt_obstacle
 from vitfold.pipeline.plan import Folded
-from vitfold.pipeline.trial import SECONDS, opened, timed
+from vitfold.pipeline.trial import SHORT, opened, timed
 from vitfold.recipe import Recipe
 from vitfold.target import find_target
 
@@ -52,7 +53,7 @@ def float_plan(folded: Folded) -> Folded:
     )
 
 
-def race(quantized: Bundle, folded: Folded, *, batch: int = 1, seconds: float = SECONDS) -> Race | None:
+def race(quantized: Bundle, folded: Folded, *, protocol: Protocol = SHORT) -> Race | None:
     """Time the bundle against the float graph of the same merging, interleaved; None where nothing can be timed.
 
     Simulated bundles have no time, those for TensorRT none on a machine where it does not start.
@@ -60,12 +61,12 @@ def race(quantized: Bundle, folded: Folded, *, batch: int = 1, seconds: float = 
     if quantized.manifest.simulated or (folded.target.engine == TENSORRT and tensorrt_obstacle() is not None):
         return None
     with opened(float_plan(folded)) as plain, open_session(quantized) as session:
-        measured = timed({"float": plain, "quantized": session}, folded.model.spec, batch=batch, seconds=seconds)
+        measured = timed({"float": plain, "quantized": session}, folded.model.spec, protocol=protocol)
     ratio = speed_up(measured["float"], measured["quantized"])
     return Race(**ratio, reason=None if ratio["median"] > 1.0 else _reason(folded))
 
 
-def fastest(folded: Folded, *, batch: int = 1, seconds: float = SECONDS) -> Folded:
+def fastest(folded: Folded, *, protocol: Protocol = SHORT) -> Folded:
     """Return the plan for the engine that runs it fastest here: ONNX Runtime, or OpenVINO where it is installed.
 
     Both graphs hold the same codes; a simulated plan is returned as it is.
@@ -75,7 +76,7 @@ def fastest(folded: Folded, *, batch: int = 1, seconds: float = SECONDS) -> Fold
     plans = {plan.target.engine: plan for plan in (folded, replace(folded, target=find_target("openvino")))}
     with ExitStack() as stack:
         sessions = {engine: stack.enter_context(opened(plan)) for engine, plan in plans.items()}
-        measured = timed(sessions, folded.model.spec, batch=batch, seconds=seconds)
+        measured = timed(sessions, folded.model.spec, protocol=protocol)
     return plans[min(measured, key=lambda engine: float(np.median(measured[engine].trial_medians_ms)))]
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from vitfold.bench.measurement import speed_up
+from vitfold.bench.timing import Protocol
 from vitfold.errors import RecipeError, TargetError
 from vitfold.images import ImageSet
 from vitfold.model import Model
@@ -20,17 +21,21 @@ from vitfold.pipeline.trial import opened, timed
 from vitfold.recipe import MergeRecipe, QuantRecipe
 from vitfold.schedule.table import LatencyTable, Schedule, fit_table, probe_schedules
 
-PROBE_SECONDS = 1.0
+PROBE = Protocol(trials=7, seconds=1.0)
 ROUGH_IMAGES = 8
 MOST_MERGES = 6
 FINENESS = 32
+Say = Callable[[str], object]
 _ATTENTION = ".attn"
 
 
 def measure_latency(
-    plan: Folded, *, batch: int = 1, seconds: float = PROBE_SECONDS, say: Callable[[str], object] = lambda _: None
+    plan: Folded,
+    *,
+    protocol: Protocol = PROBE,
+    say: Say = lambda _: None,
 ) -> LatencyTable:
-    """Time schedules of a plan, each interleaved with the unmerged one, and fit the table per call of `batch` images.
+    """Time schedules of a plan, each interleaved with the unmerged one, and fit the table.
 
     The plan is calibrated where it quantizes; its own schedule is not looked at.
 
@@ -47,7 +52,7 @@ def measure_latency(
         for index, probe in enumerate(probes[1:], start=1):
             say(f"timing schedules: {index}/{len(probes) - 1}")
             with opened(_merging(plan, probe)) as session:
-                found = timed({"plain": plain, "probe": session}, spec, batch=batch, seconds=seconds)
+                found = timed({"plain": plain, "probe": session}, spec, protocol=protocol)
             taken = found["plain"].latency_ms()["median"] * 1e-3
             times.setdefault(probes[0], taken)
             times[probe] = times[probes[0]] / speed_up(found["plain"], found["probe"])["median"]

@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from vitfold.bench.measurement import Measurement
-from vitfold.bench.timing import interleave
+from vitfold.bench.timing import Protocol, interleave
 from vitfold.engines import Session, open_graph
 from vitfold.model import ViTSpec
 from vitfold.pipeline.plan import Folded
 from vitfold.pipeline.writing import write_graph
 
-TRIALS = 7
-SECONDS = 2.0
+SHORT = Protocol(trials=7, seconds=2.0)
 
 
 @contextmanager
@@ -34,15 +33,23 @@ def opened(folded: Folded) -> Iterator[Session]:
             yield session
 
 
-def timed(
-    sessions: Mapping[str, Session], spec: ViTSpec, *, batch: int = 1, trials: int = TRIALS, seconds: float = SECONDS
-) -> dict[str, Measurement]:
+def timed(sessions: Mapping[str, Session], spec: ViTSpec, *, protocol: Protocol = SHORT) -> dict[str, Measurement]:
     """Time sessions on the same random images (B, channels, height, width), interleaved, engine only."""
-    pixels = np.random.default_rng(0).standard_normal((batch, spec.channels, *spec.image_size), dtype=np.float32)
+    pixels = np.random.default_rng(0).standard_normal(
+        (protocol.batch, spec.channels, *spec.image_size), dtype=np.float32
+    )
     for session in sessions.values():
         session.bind(pixels)
-    samples = interleave({name: session.run for name, session in sessions.items()}, trials=trials, seconds=seconds)
+    samples = interleave(
+        {name: session.run for name, session in sessions.items()},
+        trials=protocol.trials,
+        seconds=protocol.seconds,
+        warmup=protocol.warmup,
+        iterations=protocol.iterations,
+    )
     return {
-        name: Measurement(subject=name, engine=session.engine, batch=batch, scope="engine", trials_ns=samples[name])
+        name: Measurement(
+            subject=name, engine=session.engine, batch=protocol.batch, scope="engine", trials_ns=samples[name]
+        )
         for name, session in sessions.items()
     }

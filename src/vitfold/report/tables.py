@@ -98,6 +98,30 @@ def sensitivity_table(rows: Sequence[RowDict], *, title: str) -> Table:
     return table
 
 
+def sweep_table(rows: Sequence[RowDict]) -> Table:
+    """Return the terminal table of a sweep or a search: accuracy, its drop, speed-up over float with its interval."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("recipe", "top-1 %", "agree %", "drop, points", "latency ms", "over float", "MB"):
+        table.add_column(name, justify="left" if name == "recipe" else "right", overflow="fold")
+    for row in rows:
+        drop, ratio, latency = row["drop"], row["speedup"], row["latency_ns"]
+        table.add_row(
+            row["recipe"],
+            percent(row["top1"], unit=""),
+            percent(row["top1_agreement"], unit=""),
+            "failed" if row["error"] else "-" if drop is None else drop_text(drop),
+            "-" if latency is None else f"{'~' if row['noisy'] else ''}{latency['median'] / 1e6:.1f}",
+            "-" if ratio is None else f"{ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]",
+            "-" if row["size_bytes"] is None else f"{row['size_bytes'] / 1e6:.0f}",
+        )
+    return table
+
+
+def drop_text(drop: Mapping[str, Any]) -> str:
+    """Return a drop in points with its 95 % interval."""
+    return f"{100 * drop['drop']:+.2f} [{100 * drop['low']:+.2f}, {100 * drop['high']:+.2f}]"
+
+
 def accuracy_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return header and cells of a ladder: one line per method, mean and spread of top-1 over seeds per bit width.
 

@@ -1,0 +1,173 @@
+"""`vitfold optimize --max-drop` and `--max-latency-ms`: recipes found by measurement."""
+
+from __future__ import annotations
+
+import hashlib
+import json as json_module
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitfold.cli.terminal import note, out, print_json, working
+from vitfold.errors import VitfoldError
+
+if TYPE_CHECKING:
+    from vitfold.images import ImageSet
+    from vitfold.model import Model
+    from vitfold.pipeline.goals import Goal
+    from vitfold.pipeline.search import Found, Laboratory
+
+ENGINES = ("cpu", "openvino")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What the search is for and what it may try; `points` are percentage points of top-1 or agreement."""
+
+    points: float | None
+    latency_ms: float | None
+    quant: str | None
+    target: str | None
+    calibration_size: int
+    seed: int
+    minutes: float
+
+    def quants(self) -> list[str]:
+        """Bits to try: the one that was named, or float and W8A8."""
+        return [self.quant.lower()] if self.quant is not None else ["none", "w8a8"]
+
+    def targets(self) -> list[str]:
+        """Targets to try: the one that was named, or every engine for CPUs that is installed."""
+        from vitfold.bench.environment import installed_version
+
+        if self.target not in (None, "fastest"):
+            return [str(self.target)]
+        return [name for name in ENGINES if name != "openvino" or installed_version("openvino") is not None]
+
+
+def run_search(model: Model, images: ImageSet, output: Path, wanted: Wanted, *, overwrite: bool, json: bool) -> None:
+    """Search, write the winner's bundle, and say what was tried.
+
+    Raises:
+        VitfoldError: if the images are too few, or a latency bound is met by nothing.
+    """
+    from vitfold.bundle import copy_bundle
+    from vitfold.pipeline.search import check_enough, divided_for_search, find_arms, search
+
+    calibration = images.sample(wanted.calibration_size, seed=wanted.seed)
+    others = images.without(calibration)
+    if others is None:
+        raise VitfoldError(
+            f"all {len(images.paths)} images of {images.root} went into calibration; give more of them, or a smaller "
+            "--calibration-size: a search chooses and verifies on others"
+        )
+    chosen, held_out = divided_for_search(others, seed=wanted.seed)
+    if wanted.points is not None:
+        check_enough(len(held_out.paths), wanted.points / 100)
+    with working("search") as (say, _):
+        laboratory = _laboratory(model, calibration, chosen, held_out, wanted, say)
+        arms = find_arms(laboratory, wanted.quants(), wanted.targets())
+        goal = _goal(laboratory, wanted)
+        found = search(laboratory, arms, goal, minutes=wanted.minutes)
+        if found.winner is not None:
+            verdict = found.winner
+            bundle = copy_bundle(verdict.bundle, output, fidelity=verdict.fidelity.to_dict(), overwrite=overwrite)
+        elif wanted.points is not None:
+            bundle = copy_bundle(
+                laboratory.plain, output, fidelity=laboratory.plain.manifest.fidelity, overwrite=overwrite
+            )
+        else:
+            raise VitfoldError(_nothing(found, wanted))
+    document = {
+        "bundle": str(bundle.path),
+        "images": {"calibration": len(calibration.paths), "search": len(chosen.paths), "held_out": len(held_out.paths)},
+        "winner": None if found.winner is None else found.winner.row["recipe"],
+        "held_out": None if found.winner is None else found.winner.held_out.to_dict(),
+        "verified": found.verified,
+        "reason": found.reason,
+        "rows": [dict(row) for row in found.rows],
+    }
+    if json:
+        print_json(document)
+        return
+    _report(document, found, wanted)
+
+
+def _laboratory(
+    model: Model, calibration: ImageSet, chosen: ImageSet, held_out: ImageSet, wanted: Wanted, say: Any
+) -> Laboratory:
+    from vitfold.bench.environment import processor
+    from vitfold.cache import cache_folder
+    from vitfold.pipeline.attempt import Trying
+    from vitfold.pipeline.search import Laboratory
+    from vitfold.reference import Reference, reference_outputs
+
+    digest = model.digest()
+    settings = [digest, chosen.digest(), held_out.digest(), calibration.digest(), processor(), wanted.targets()]
+    key = hashlib.sha256(json_module.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+
+    def trying(images: ImageSet) -> Trying:
+        say("running the float model over the images, once")
+        return Trying(
+            model=model,
+            calibration=calibration,
+            calibration_size=wanted.calibration_size,
+            calibration_seed=wanted.seed,
+            images=images,
+            expected=reference_outputs(digest, images, model.preprocess, lambda: Reference(model=model)),
+        )
+
+    folder = cache_folder() / "search" / key
+    return Laboratory(trying=trying(chosen), held_out=trying(held_out), folder=folder, say=say)
+
+
+def _goal(laboratory: Laboratory, wanted: Wanted) -> Goal:
+    from vitfold.pipeline.goals import LeastDrop, LeastLatency
+
+    if wanted.points is not None:
+        return LeastLatency(max_drop=wanted.points / 100, screen=laboratory.screen)
+    assert wanted.latency_ms is not None
+    return LeastDrop(max_latency_ms=wanted.latency_ms, plain_ms=laboratory.plain_ms())
+
+
+def _report(document: dict[str, Any], found: Found, wanted: Wanted) -> None:
+    from vitfold.report.tables import drop_text, sweep_table
+
+    out.print(sweep_table(found.rows))
+    images = document["images"]
+    out.print(
+        f"calibrated on {images['calibration']} images, chosen on {images['search']}, verified on {images['held_out']}",
+        highlight=False,
+    )
+    if found.winner is None:
+        note(_nothing(found, wanted))
+    else:
+        row, held_out = found.winner.row, found.winner.held_out
+        ratio = row["speedup"]
+        out.print(f"[bold]{row['recipe']}[/]", highlight=False)
+        out.print(
+            f"  {ratio['median']:.2f}x over float, 95 % interval {ratio['low']:.2f} to {ratio['high']:.2f}",
+            highlight=False,
+        )
+        noise = ", which chance alone explains" if held_out.is_noise else ""
+        out.print(
+            f"  drop on held-out images {drop_text(held_out.to_dict())} points{noise}", highlight=False, markup=False
+        )
+    out.print(f"  bundle    {document['bundle']}", highlight=False)
+    note(f"search ended: {found.reason}; {found.verified} recipes were verified on held-out images")
+
+
+def _nothing(found: Found, wanted: Wanted) -> str:
+    """Say that nothing met the bound, and what came nearest."""
+    bound = f"at most {wanted.points:g} points" if wanted.points is not None else f"{wanted.latency_ms:g} ms"
+    missed = "nothing was measured" if found.nearest is None else f"the nearest miss is {_summary(found.nearest)}"
+    if wanted.points is not None:
+        return f"nothing faster than the float model keeps {bound}: {missed}; the bundle is the float model"
+    return f"nothing takes {bound} or less: {missed}; allow more, or give a smaller model"
+
+
+def _summary(row: Any) -> str:
+    drop, latency = row["drop"], row["latency_ns"]
+    lost = "no drop measured" if drop is None else f"{100 * drop['drop']:.2f} points"
+    taken = "no time measured" if latency is None else f"{latency['median'] / 1e6:.2f} ms"
+    return f"{row['recipe']} with {lost} and {taken}"

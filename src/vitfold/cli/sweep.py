@@ -1,0 +1,190 @@
+"""`vitfold sweep`: many recipes, one row each, resumable."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from vitfold.cli import options
+from vitfold.cli.optimize import load_model, require_optimize
+from vitfold.cli.terminal import command, note, out, print_json, working
+from vitfold.errors import RecipeError, VitfoldError, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from vitfold.images import ImageSet
+    from vitfold.model import Model
+    from vitfold.pipeline.attempt import Attempt, Trying
+
+_PLAN = ("merge", "quant", "methods", "target", "protocol")
+
+
+@command
+def sweep(
+    source: options.Source,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Rows and bundles; gone on with.")],
+    images: options.Images = None,
+    merge: Annotated[
+        str | None, typer.Option(metavar="R,R,...", help="Schedules, comma-separated: 0,2,4,8:-1; lists in --plan.")
+    ] = None,
+    quant: Annotated[str | None, typer.Option(help="Bits, comma-separated: none,w8a8.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods of quantization, comma-separated.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE.toml", help="A sweep in a file; see recipes/sweeps/.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="As for optimize; default: cpu.")] = None,
+    calibration_images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Images to calibrate on; default: drawn from --images.")
+    ] = None,
+    calibration_size: options.CalibrationSize = 128,
+    calibration_seed: options.CalibrationSeed = 0,
+    limit: options.Limit = None,
+    protocol: Annotated[
+        Literal["quick", "report"] | None, typer.Option(help="How every recipe is timed beside the float model.")
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Try recipes again that failed.")] = False,
+    arch: options.Arch = None,
+    num_classes: options.NumClasses = None,
+    image_size: options.ImageSize = None,
+    weights: options.Weights = "pretrained",
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> None:
+    """Make, evaluate and time every combination; an interrupted sweep goes on where it was, by the same command."""
+    if images is None:
+        raise VitfoldError("a sweep measures accuracy or agreement on images: give --images DIR")
+    chosen = _planned(
+        plan, {"merge": merge, "quant": quant, "methods": methods, "target": target, "protocol": protocol}
+    )
+    require_optimize()
+    from vitfold.bench.environment import environment
+    from vitfold.images import find_images
+    from vitfold.pipeline.sweep import Sweep, begin_sweep, run_sweep
+    from vitfold.report.tables import sweep_table
+
+    found = find_images(images)
+    drawn = None if calibration_images is None else find_images(calibration_images)
+    with working("sweep") as (say, _):
+        model = load_model(source, say, arch, num_classes, image_size, weights, seed)
+        wanted = Sweep(
+            merges=tuple(chosen["merge"]),
+            quants=tuple(chosen["quant"]),
+            methods=tuple(chosen["methods"]),
+            target=chosen["target"],
+        )
+        attempts = wanted.attempts(model.spec)
+        calibration, reported = divided(found, drawn, calibration_size, calibration_seed)
+        reported = reported if limit is None else reported.first(limit)
+        head = {
+            "source": source,
+            "weights": weights,
+            "model_digest": model.digest(),
+            "images_digest": reported.digest(),
+            "calibration_digest": calibration.digest(),
+            "calibration_size": calibration_size,
+            "calibration_seed": calibration_seed,
+            "target": wanted.target,
+            "protocol": chosen["protocol"],
+        }
+        rows = begin_sweep(output, head, {"environment": environment()})
+
+        def again(attempt: Attempt) -> str:
+            return _command(source, images, attempt, calibration_size, calibration_seed)
+
+        def trying() -> Trying:
+            return _trying(model, calibration, reported, head, say)
+
+        for row in run_sweep(output, attempts, rows, trying, retry=retry, command=again, say=say):
+            rows.append(row)
+    latest = {row["recipe"]: row for row in rows}
+    result = [latest[attempt.name] for attempt in attempts if attempt.name in latest]
+    if json:
+        print_json({**head, "environment": environment(), "rows": result})
+        return
+    out.print(sweep_table(result))
+    for row in result:
+        if row["error"] is not None:
+            note(f"{row['recipe']}: {row['error']}")
+    note(f"rows and bundles: {output}; a page of them: vitfold report {output} -o report.html")
+
+
+def divided(images: ImageSet, calibration: ImageSet | None, size: int, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Return the images to calibrate on and those to report on, which none calibrates on.
+
+    Raises:
+        VitfoldError: if too few are left to report on.
+    """
+    if calibration is not None:
+        return calibration, images
+    chosen = images.sample(size, seed=seed)
+    others = images.without(chosen)
+    if others is None or len(others.paths) < len(chosen.paths):
+        raise VitfoldError(
+            f"{images.root} has {len(images.paths)} images: with {len(chosen.paths)} for calibration too few are left "
+            "to report on; give more images, a smaller --calibration-size, or --calibration-images DIR"
+        )
+    return chosen, others
+
+
+def _trying(model: Model, calibration: ImageSet, images: ImageSet, head: Mapping[str, Any], say: Any) -> Trying:
+    from vitfold.bench.timing import PROTOCOLS
+    from vitfold.pipeline.attempt import Trying
+    from vitfold.pipeline.trial import SHORT
+    from vitfold.reference import Reference, reference_outputs
+
+    say("running the float model over the images, once")
+    expected = reference_outputs(head["model_digest"], images, model.preprocess, lambda: Reference(model=model))
+    return Trying(
+        model=model,
+        calibration=calibration,
+        calibration_size=head["calibration_size"],
+        calibration_seed=head["calibration_seed"],
+        images=images,
+        expected=expected,
+        protocol=SHORT if head["protocol"] == "quick" else PROTOCOLS[head["protocol"]],
+    )
+
+
+def _planned(path: Path | None, given: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return what is swept over: options, else the plan's, else one recipe of each.
+
+    Raises:
+        RecipeError: if the plan is not TOML or has unknown keys.
+    """
+    values: dict[str, Any] = {"merge": ["0"], "quant": ["none"], "methods": ["vitfold"], "target": "cpu"}
+    values["protocol"] = "quick"
+    if path is not None:
+        try:
+            read = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise RecipeError(f"cannot read the sweep {path}: {error}; see recipes/sweeps/ for examples") from None
+        for key, value in read.items():
+            if key not in _PLAN:
+                raise RecipeError(f"{path}: unknown key {key}; {nearest(key, _PLAN)}")
+            if isinstance(value, list) != isinstance(values[key], list):
+                raise RecipeError(f"{path}: {key} must be {'a list' if isinstance(values[key], list) else 'text'}")
+            values[key] = [str(part) for part in value] if isinstance(value, list) else value
+        if values["protocol"] not in ("quick", "report"):
+            raise RecipeError(f"{path}: protocol is quick or report, found {values['protocol']!r}")
+    for key, text in given.items():
+        if text is not None:
+            values[key] = [part.strip() for part in text.split(",")] if isinstance(values[key], list) else text
+    return values
+
+
+def _command(source: str, images: Path, attempt: Attempt, size: int, seed: int) -> str:
+    """Return the command that makes one bundle of the sweep again."""
+    words = ["vitfold", "optimize", source, "--merge", ",".join(map(str, attempt.r)), "--target", attempt.target]
+    if attempt.method is not None:
+        words += ["--quant", attempt.quant, "--method", attempt.method, "--images", str(images)]
+        words += ["--calibration-size", str(size), "--calibration-seed", str(seed), "--keep-slower"]
+    return shlex.join([*words, "-o", f"{attempt.name}.fold"])

@@ -1,0 +1,204 @@
+"""One recipe made into a bundle, run over images and timed beside the float model: a row of a sweep or a search.
+
+Owns what such a row holds. Which recipes are tried, and in which order, is `sweep`'s and `search`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from vitfold.bench.evaluation import Outputs, run_over
+from vitfold.bench.fidelity import Fidelity
+from vitfold.bench.measurement import Measurement
+from vitfold.bench.statistics import Drop, paired_drop, ratio_interval
+from vitfold.bench.timing import Protocol
+from vitfold.bundle import Bundle
+from vitfold.engines import open_session
+from vitfold.errors import VitfoldError
+from vitfold.images import ImageSet, class_targets
+from vitfold.model import Model
+from vitfold.pipeline.calibration import calibrate_folded, keep_float
+from vitfold.pipeline.plan import Folded, optimize
+from vitfold.pipeline.trial import SHORT, timed
+from vitfold.pipeline.writing import save
+from vitfold.recipe import quant_from_scheme
+from vitfold.reference import compare_outputs
+
+CHECKED_IMAGES = 16
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One recipe by name: r per block, bits or "none", method, target, and how many sensitive sites stay float."""
+
+    name: str
+    r: tuple[int, ...]
+    quant: str = "none"
+    method: str | None = None
+    target: str = "cpu"
+    float_sites: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, as rows begin."""
+        return {
+            "recipe": self.name,
+            "merge": list(self.r),
+            "quant": self.quant,
+            "method": self.method,
+            "target": self.target,
+            "float_sites": self.float_sites,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trying:
+    """What all attempts share: the model, images to calibrate and to report on, and what the float model says there."""
+
+    model: Model
+    calibration: ImageSet
+    calibration_size: int
+    calibration_seed: int
+    images: ImageSet
+    expected: Outputs
+    protocol: Protocol = SHORT
+
+    def right(self, outputs: Outputs) -> Bool[np.ndarray, " B"]:
+        """Say of every image whether its top-1 class is its folder's, or, without folders, the float model's.
+
+        Raises:
+            VitfoldError: if the model has no classes.
+        """
+        if self.model.spec.output != "logits":
+            raise VitfoldError(
+                "accuracy is counted in classes, and this model gives features; compare cosines with vitfold bench"
+            )
+        if self.images.classes is None:
+            wanted = self.expected.values.argmax(1)
+        else:
+            wanted = np.array(class_targets(self.images, self.model.labels, outputs.values.shape[1]))
+        same: Bool[np.ndarray, " B"] = outputs.values.argmax(1) == wanted
+        return same
+
+    def fidelity(self, outputs: Outputs) -> Fidelity:
+        """Compare with labels, where there are any, and with the float model."""
+        return compare_outputs(
+            outputs,
+            self.images,
+            labels=self.model.labels,
+            classifies=self.model.spec.output == "logits",
+            reference=self.expected,
+        )
+
+    def drop(self, outputs: Outputs) -> Drop:
+        """Compare with the float model, image by image."""
+        return paired_drop(self.right(self.expected), self.right(outputs))
+
+
+def plan_attempt(attempt: Attempt, trying: Trying, *, say: Say = lambda _: None) -> Folded:
+    """Resolve an attempt and calibrate it, where it quantizes."""
+    quant = quant_from_scheme(attempt.quant)
+    if quant is not None:
+        quant = replace(
+            quant,
+            method=attempt.method or quant.method,
+            calibration_size=trying.calibration_size,
+            seed=trying.calibration_seed,
+        )
+    folded = optimize(trying.model, merge=list(attempt.r), quant=quant or "none", target=attempt.target)
+    if quant is None:
+        return folded
+    say("calibrating")
+    images = trying.calibration.sample(trying.calibration_size, seed=trying.calibration_seed)
+    if attempt.float_sites:
+        folded = keep_float(folded, images, attempt.float_sites)
+    return calibrate_folded(folded, images)
+
+
+def measure_attempt(
+    attempt: Attempt, trying: Trying, folder: Path, plain: Bundle, *, say: Say = lambda _: None
+) -> dict[str, Any]:
+    """Write an attempt's bundle, run it over the images, time it beside the plain float one; return its row.
+
+    A run in which the two are noisy is repeated once, and the calmer one counts.
+
+    Raises:
+        VitfoldError: if it cannot be made or run.
+    """
+    folded = plan_attempt(attempt, trying, say=say)
+    bundle = save(
+        folded, folder / f"{attempt.name}.fold", images=trying.images.first(CHECKED_IMAGES), overwrite=True, step=say
+    )
+    say("running over the images")
+    manifest = bundle.manifest
+    with open_session(bundle) as session:
+        outputs = run_over(session, trying.images, trying.model.preprocess)
+        fidelity = trying.fidelity(outputs)
+        times: Mapping[str, Measurement] | None = None
+        if not manifest.simulated:
+            say("timing beside the float model")
+            with open_session(plain) as beside:
+                sessions = {"float": beside, "attempt": session}
+                times = _calm(lambda: timed(sessions, trying.model.spec, protocol=trying.protocol))
+    return {
+        **attempt.to_dict(),
+        "bundle": str(bundle.path.name),
+        "tokens": list(manifest.tokens),
+        "macs": manifest.macs,
+        "size_bytes": bundle.size_bytes,
+        "images": fidelity.images,
+        "top1": fidelity.top1,
+        "top1_agreement": fidelity.agreement,
+        "cosine": fidelity.cosine,
+        "sqnr_db": fidelity.sqnr_db,
+        "drop": trying.drop(outputs).to_dict() if trying.model.spec.output == "logits" else None,
+        **_timing(times),
+        "error": None,
+    }
+
+
+def failed_row(attempt: Attempt, error: VitfoldError) -> dict[str, Any]:
+    """Return the row of an attempt that could not be made or run."""
+    unknown = ("bundle", "macs", "size_bytes", "top1", "top1_agreement", "cosine", "sqnr_db", "drop")
+    return {
+        **attempt.to_dict(),
+        **dict.fromkeys(unknown),
+        "tokens": [],
+        "images": 0,
+        **_timing(None),
+        "error": str(error),
+    }
+
+
+def _calm(measure: Callable[[], Mapping[str, Measurement]]) -> Mapping[str, Measurement]:
+    """Measure, and once more if it was noisy; return the run that spreads less."""
+    first = measure()
+    if not any(one.noisy for one in first.values()):
+        return first
+    return min((first, measure()), key=_spread)
+
+
+def _spread(times: Mapping[str, Measurement]) -> float:
+    found = [one.latency_ms() for one in times.values()]
+    return max(latency["iqr"] / latency["median"] for latency in found)
+
+
+def _timing(times: Mapping[str, Measurement] | None) -> dict[str, Any]:
+    if times is None:
+        return {"latency_ns": None, "throughput_ips": None, "speedup": None, "noisy": False}
+    measured = times["attempt"]
+    return {
+        "latency_ns": {
+            "median": measured.latency_ms()["median"] * 1e6,
+            "trials": [median * 1e6 for median in measured.trial_medians_ms],
+        },
+        "throughput_ips": measured.throughput_ips()["median"],
+        "speedup": ratio_interval(times["float"], measured),
+        "noisy": measured.noisy,
+    }

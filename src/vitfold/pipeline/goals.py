@@ -1,0 +1,156 @@
+"""What a search is for: the least latency within a drop, or the least drop within a latency.
+
+Owns where on a frontier of schedules each begins and goes on. Measuring is `search`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from vitfold.bench.statistics import Drop
+from vitfold.pipeline.attempt import Attempt
+from vitfold.schedule.solve import Point
+
+CLOSE = 1.03
+_GENTLER = 0.75
+_MARGIN = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Arm:
+    """Bits and a target, with the schedules that none beats in both predicted time and distortion.
+
+    `points` run from the fastest, which distorts most, to no merging; seconds are relative to the float model's.
+    """
+
+    quant: str
+    target: str
+    points: tuple[Point, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        points = [[seconds, distortion, list(r)] for seconds, distortion, r in self.points]
+        return {"quant": self.quant, "target": self.target, "points": points}
+
+    def attempt(self, index: int, float_sites: int = 0) -> Attempt:
+        """Return the recipe of a point."""
+        r = self.points[index][2]
+        kept = f"-float{float_sites}" if float_sites else ""
+        name = f"{self.quant}-{self.target}{kept}-r{'_'.join(map(str, r))}"
+        method = None if self.quant == "none" else "vitfold"
+        return Attempt(name=name, r=r, quant=self.quant, method=method, target=self.target, float_sites=float_sites)
+
+
+def arm_from_dict(values: Mapping[str, Any]) -> Arm:
+    """Rebuild an arm from `Arm.to_dict`."""
+    points = tuple((seconds, distortion, tuple(r)) for seconds, distortion, r in values["points"])
+    return Arm(quant=values["quant"], target=values["target"], points=points)
+
+
+class Goal(Protocol):
+    """What is sought: where on an arm to begin, what is good enough, where to go on.
+
+    `max_drop` is what may be lost on held-out images, 1 where nothing is asked of them.
+    """
+
+    @property
+    def max_drop(self) -> float:
+        """The largest drop, as a share of the images."""
+
+    def start(self, arm: Arm) -> int:
+        """Return the point to try first."""
+
+    def meets(self, row: Mapping[str, Any]) -> bool:
+        """Say whether a row meets the bound."""
+
+    def further(self, arm: Arm, index: int) -> int | None:
+        """Return the next point of an arm behind one that missed the bound, None if there is none."""
+
+    def cost(self, arm: Arm, index: int) -> float:
+        """Return what is to be small, as predicted."""
+
+    def reached(self, row: Mapping[str, Any]) -> float:
+        """Return the same as measured."""
+
+    def missed_by(self, row: Mapping[str, Any]) -> float:
+        """Return how far a row is from the bound."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeastLatency(Goal):
+    """The fastest recipe that drops at most `max_drop`; `screen` returns the drop of merging alone."""
+
+    max_drop: float
+    screen: Callable[[tuple[int, ...]], Drop]
+
+    def start(self, arm: Arm) -> int:
+        """Bisect for the fastest schedule whose merging alone keeps the bound."""
+        low, high = 0, len(arm.points) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self.screen(arm.points[middle][2]).drop <= self.max_drop:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def meets(self, row: Mapping[str, Any]) -> bool:
+        """Leave half a standard error to the bound: the luckiest of several looks better than it is."""
+        if row["drop"] is None:
+            return False
+        drop = Drop(**row["drop"])
+        return drop.drop <= self.max_drop - _MARGIN * min(drop.standard_error, self.max_drop)
+
+    def further(self, arm: Arm, index: int) -> int | None:
+        """The next schedule that distorts clearly less."""
+        wanted = _GENTLER * arm.points[index][1]
+        return next((i for i in range(index + 1, len(arm.points)) if arm.points[i][1] <= wanted), None)
+
+    def cost(self, arm: Arm, index: int) -> float:
+        """Seconds, relative to the float model's."""
+        return arm.points[index][0]
+
+    def reached(self, row: Mapping[str, Any]) -> float:
+        """The same, measured."""
+        return 1 / float(row["speedup"]["median"]) if row["speedup"] is not None else float("inf")
+
+    def missed_by(self, row: Mapping[str, Any]) -> float:
+        """How much more it drops than it may."""
+        return float(row["drop"]["drop"]) - self.max_drop if row["drop"] is not None else float("inf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeastDrop(Goal):
+    """The most accurate recipe within `max_latency_ms` per call; `plain_ms` is what the float model takes."""
+
+    max_latency_ms: float
+    plain_ms: float
+    max_drop: float = 1.0
+
+    def start(self, arm: Arm) -> int:
+        """The least distortion that is predicted to be fast enough."""
+        fast = [i for i in range(len(arm.points)) if arm.points[i][0] * self.plain_ms <= self.max_latency_ms]
+        return max(fast, default=0)
+
+    def meets(self, row: Mapping[str, Any]) -> bool:
+        """The measured median is within the bound."""
+        return self.missed_by(row) <= 0
+
+    def further(self, arm: Arm, index: int) -> int | None:
+        """The next schedule that is predicted to take clearly less."""
+        wanted = arm.points[index][0] / CLOSE
+        return next((i for i in range(index - 1, -1, -1) if arm.points[i][0] <= wanted), None)
+
+    def cost(self, arm: Arm, index: int) -> float:
+        """Distortion."""
+        return arm.points[index][1]
+
+    def reached(self, row: Mapping[str, Any]) -> float:
+        """The measured drop."""
+        return float(row["drop"]["drop"]) if row["drop"] is not None else float("inf")
+
+    def missed_by(self, row: Mapping[str, Any]) -> float:
+        """How many milliseconds too many."""
+        return float(row["latency_ns"]["median"]) / 1e6 - self.max_latency_ms if row["latency_ns"] else float("inf")

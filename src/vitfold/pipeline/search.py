@@ -1,0 +1,253 @@
+"""The fastest recipe that loses at most so much, or the most accurate that takes at most so long, by measurement.
+
+Owns the order in which recipes are tried. Frontiers of schedules come from measured latency tables and measured
+distortions; what is believed of a recipe is its row: a bundle that ran over images and was timed beside the float one.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vitfold.bench.evaluation import Outputs, run_over
+from vitfold.bench.fidelity import Fidelity
+from vitfold.bench.measurement import speed_up
+from vitfold.bench.statistics import Drop
+from vitfold.bundle import Bundle, open_bundle
+from vitfold.engines import open_session
+from vitfold.errors import BundleError, VitfoldError
+from vitfold.images import ImageSet
+from vitfold.journal import append_row, read_rows
+from vitfold.pipeline.attempt import Attempt, Say, Trying, failed_row, measure_attempt
+from vitfold.pipeline.goals import CLOSE, Arm, Goal, LeastLatency, arm_from_dict
+from vitfold.pipeline.latency import PROBE, measure_latency, on_this_machine, roughly_calibrated
+from vitfold.pipeline.plan import optimize
+from vitfold.pipeline.solving import measure_merging
+from vitfold.pipeline.sweep import PLAIN, ROWS, plain_bundle
+from vitfold.pipeline.trial import opened, timed
+from vitfold.recipe import quant_from_scheme
+from vitfold.schedule.solve import frontier
+from vitfold.schedule.table import LatencyTable
+
+ARMS = "arms.jsonl"
+SCREENED_IMAGES = 500
+FLOAT_SITES = 4
+_WORST = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """A recipe with its row, and its drop on images that nothing was chosen by."""
+
+    row: Mapping[str, Any]
+    bundle: Bundle
+    held_out: Drop
+    fidelity: Fidelity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """How a search ended: the winner, if any, every row, and the nearest miss where nothing met the bound."""
+
+    winner: Verdict | None
+    rows: tuple[Mapping[str, Any], ...]
+    verified: int
+    nearest: Mapping[str, Any] | None
+    reason: str
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Laboratory:
+    """What a search measures with: images to choose by and images to verify on, a folder, a journal of rows."""
+
+    trying: Trying
+    held_out: Trying
+    folder: Path
+    say: Say
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    _screened: dict[tuple[int, ...], Drop] = field(default_factory=dict)
+    _plain: Bundle | None = None
+
+    def __post_init__(self) -> None:
+        self.rows = read_rows(self.folder / ROWS)
+
+    @property
+    def plain(self) -> Bundle:
+        """The float bundle that merges nothing."""
+        if self._plain is None:
+            self._plain = plain_bundle(self.folder / PLAIN, self.trying, say=self.say)
+        return self._plain
+
+    def plain_ms(self) -> float:
+        """Return what the float model takes per call."""
+        with open_session(self.plain) as session:
+            times = timed({"float": session}, self.trying.model.spec, protocol=self.trying.protocol)
+        return times["float"].latency_ms()["median"]
+
+    def screen(self, r: tuple[int, ...]) -> Drop:
+        """Return the drop of merging alone, on the first images."""
+        if r not in self._screened:
+            self.say("screening schedules")
+            some = self.trying.images.first(SCREENED_IMAGES)
+            with opened(optimize(self.trying.model, merge=list(r))) as session:
+                outputs = run_over(session, some, self.trying.model.preprocess)
+            trying = replace(self.trying, images=some, expected=_only(self.trying, some))
+            self._screened[r] = trying.drop(outputs)
+        return self._screened[r]
+
+    def measure(self, attempt: Attempt) -> dict[str, Any]:
+        """Return the row of an attempt: a kept one whose bundle is still there, or a new one."""
+        for row in self.rows:
+            if row["recipe"] == attempt.name and (row["error"] is not None or self._kept(attempt) is not None):
+                return row
+        try:
+            row = measure_attempt(
+                attempt, self.trying, self.folder, self.plain, say=lambda step: self.say(f"{attempt.name}: {step}")
+            )
+        except VitfoldError as error:
+            row = failed_row(attempt, error)
+        append_row(self.folder / ROWS, row)
+        self.rows = [*(other for other in self.rows if other["recipe"] != attempt.name), row]
+        return row
+
+    def verify(self, row: Mapping[str, Any]) -> Verdict:
+        """Run an attempt's bundle over the images that nothing was chosen by."""
+        self.say(f"{row['recipe']}: verifying on held-out images")
+        bundle = open_bundle(self.folder / row["bundle"])
+        with open_session(bundle) as session:
+            outputs = run_over(session, self.held_out.images, self.held_out.model.preprocess)
+        held_out = self.held_out
+        return Verdict(row=row, bundle=bundle, held_out=held_out.drop(outputs), fidelity=held_out.fidelity(outputs))
+
+    def _kept(self, attempt: Attempt) -> Bundle | None:
+        try:
+            return open_bundle(self.folder / f"{attempt.name}.fold")
+        except BundleError:
+            return None
+
+
+def find_arms(laboratory: Laboratory, quants: Sequence[str], targets: Sequence[str]) -> list[Arm]:
+    """Return the arms of an earlier run in the same folder, or build and keep them."""
+    path = laboratory.folder / ARMS
+    kept = read_rows(path)
+    if [(row["quant"], row["target"]) for row in kept] == [(quant, target) for quant in quants for target in targets]:
+        return [arm_from_dict(row) for row in kept]
+    path.unlink(missing_ok=True)
+    arms = build_arms(laboratory, quants, targets)
+    for arm in arms:
+        append_row(path, arm.to_dict())
+    return arms
+
+
+def build_arms(laboratory: Laboratory, quants: Sequence[str], targets: Sequence[str]) -> list[Arm]:
+    """Measure a latency table for every combination and the distortions once, and return the frontiers."""
+    trying, say = laboratory.trying, laboratory.say
+    plans = {
+        (quant, target): roughly_calibrated(trying.model, quant_from_scheme(quant), target, trying.calibration)
+        for quant in quants
+        for target in targets
+    }
+    merging = measure_merging(trying.model, trying.calibration, **on_this_machine(next(iter(plans.values()))), say=say)
+    arms = []
+    with open_session(laboratory.plain) as plain:
+        for (quant, target), plan in plans.items():
+            say(f"timing schedules of {quant} on {target}")
+            protocol = replace(PROBE, batch=trying.protocol.batch)
+            table = measure_latency(plan, protocol=protocol)
+            with opened(plan) as session:
+                beside = timed({"float": plain, "arm": session}, trying.model.spec, protocol=protocol)
+            none = (0,) * trying.model.spec.depth
+            scale = 1 / speed_up(beside["float"], beside["arm"])["median"] / table.total(none, trying.model.spec.tokens)
+
+            def seconds(tokens: int, merged: int, _: bool, table: LatencyTable = table, scale: float = scale) -> float:
+                return scale * table.block(tokens, merged)
+
+            points = tuple(frontier(merging.space, seconds, _WORST))
+            arms.append(Arm(quant=quant, target=target, points=points))
+    return arms
+
+
+def search(laboratory: Laboratory, arms: Sequence[Arm], goal: Goal, *, minutes: float) -> Found:
+    """Try recipes in the order of what they promise until none left promises more than the best that met the bound.
+
+    On every arm the trial starts where `goal` says and goes on only from recipes that missed; one whose drop comes from
+    quantization more than from merging is tried again with its most sensitive sites float. What meets the bound has to
+    keep it on held-out images too.
+    """
+    ends, verified = time.monotonic() + 60 * minutes, 0
+    waiting: list[tuple[float, int, int, int]] = []
+    for number, arm in enumerate(arms):
+        index = goal.start(arm)
+        waiting.append((goal.cost(arm, index), number, index, 0))
+    heapq.heapify(waiting)
+    best: Verdict | None = None
+    reason = "every recipe that promised more was tried"
+    while waiting:
+        cost, number, index, float_sites = heapq.heappop(waiting)
+        if best is not None and cost > CLOSE * goal.reached(best.row):
+            break
+        if time.monotonic() > ends:
+            reason = f"its {minutes:g} minutes were over; the same command goes on"
+            break
+        arm = arms[number]
+        row = laboratory.measure(arm.attempt(index, float_sites))
+        if goal.meets(row) and _pays(row):
+            verdict = laboratory.verify(row)
+            verified += 1
+            if verdict.held_out.drop <= goal.max_drop:
+                if best is None or goal.reached(row) < goal.reached(best.row):
+                    best = verdict
+                continue
+        if float_sites == 0 and isinstance(goal, LeastLatency) and _quantization_costs(arm, index, row, laboratory):
+            heapq.heappush(waiting, (cost, number, index, FLOAT_SITES))
+        following = goal.further(arm, index) if float_sites == 0 else None
+        if following is not None:
+            heapq.heappush(waiting, (goal.cost(arm, following), number, following, 0))
+    measured = [row for row in laboratory.rows if row["error"] is None]
+    nearest = min(measured, key=goal.missed_by, default=None)
+    return Found(winner=best, rows=tuple(laboratory.rows), verified=verified, nearest=nearest, reason=reason)
+
+
+def divided_for_search(images: ImageSet, *, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Return two halves, drawn by a seed: one to choose recipes by, one to verify on."""
+    chosen = images.sample(len(images.paths) // 2, seed=seed)
+    others = images.without(chosen)
+    if others is None:
+        raise VitfoldError("a search needs images to choose by and others to verify on; give more images")
+    return chosen, others
+
+
+def check_enough(images: int, max_drop: float) -> None:
+    """Check that images can tell a drop of `max_drop`.
+
+    Raises:
+        VitfoldError: if a single image is already more than that.
+    """
+    if images * max_drop < 1:
+        raise VitfoldError(
+            f"{images} images cannot tell a drop of {100 * max_drop:g} points: one is {100 / images:.2f} already; give "
+            f"at least {2 * int(1 / max_drop + 1)} images beside those for calibration, or allow more"
+        )
+
+
+def _pays(row: Mapping[str, Any]) -> bool:
+    """Say whether a recipe is surely faster than the float model."""
+    return row["speedup"] is not None and row["speedup"]["low"] > 1.0
+
+
+def _quantization_costs(arm: Arm, index: int, row: Mapping[str, Any], laboratory: Laboratory) -> bool:
+    if arm.quant == "none" or row["drop"] is None:
+        return False
+    merging = laboratory.screen(arm.points[index][2]).drop
+    return bool(row["drop"]["drop"] - merging > max(merging, 0.0))
+
+
+def _only(trying: Trying, images: ImageSet) -> Outputs:
+    """Return the float model's outputs on a subset of the images."""
+    position = {path: row for row, path in enumerate(trying.images.paths)}
+    rows = [position[path] for path in images.paths]
+    return Outputs(values=trying.expected.values[rows], index=tuple(range(len(rows))), skipped=())
