@@ -11,6 +11,7 @@ import pytest
 from invoking import DEMO
 
 from vitfold import pipeline
+from vitfold.bench.timing import Protocol
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +25,7 @@ def surroundings(shared_cache: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VITFOLD_CACHE", str(shared_cache))
         for name in ("race", "fastest"):
-            patch.setattr(pipeline, name, partial(getattr(pipeline, name), seconds=0.1))
+            patch.setattr(pipeline, name, partial(getattr(pipeline, name), protocol=Protocol(trials=3, seconds=0.1)))
         yield
 
 

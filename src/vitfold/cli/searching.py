@@ -100,6 +100,7 @@ def _laboratory(
     from vitfold.cache import cache_folder
     from vitfold.pipeline.attempt import Trying
     from vitfold.pipeline.search import Laboratory
+    from vitfold.pipeline.trial import SHORT
     from vitfold.reference import Reference, reference_outputs
 
     digest = model.digest()
@@ -115,6 +116,7 @@ def _laboratory(
             calibration_seed=wanted.seed,
             images=images,
             expected=reference_outputs(digest, images, model.preprocess, lambda: Reference(model=model)),
+            protocol=SHORT,
         )
 
     folder = cache_folder() / "search" / key

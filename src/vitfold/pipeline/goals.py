@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from vitfold.bench.statistics import Drop
 from vitfold.pipeline.attempt import Attempt
@@ -49,38 +49,12 @@ def arm_from_dict(values: Mapping[str, Any]) -> Arm:
     return Arm(quant=values["quant"], target=values["target"], points=points)
 
 
-class Goal(Protocol):
-    """What is sought: where on an arm to begin, what is good enough, where to go on.
-
-    `max_drop` is what may be lost on held-out images, 1 where nothing is asked of them.
-    """
-
-    @property
-    def max_drop(self) -> float:
-        """The largest drop, as a share of the images."""
-
-    def start(self, arm: Arm) -> int:
-        """Return the point to try first."""
-
-    def meets(self, row: Mapping[str, Any]) -> bool:
-        """Say whether a row meets the bound."""
-
-    def further(self, arm: Arm, index: int) -> int | None:
-        """Return the next point of an arm behind one that missed the bound, None if there is none."""
-
-    def cost(self, arm: Arm, index: int) -> float:
-        """Return what is to be small, as predicted."""
-
-    def reached(self, row: Mapping[str, Any]) -> float:
-        """Return the same as measured."""
-
-    def missed_by(self, row: Mapping[str, Any]) -> float:
-        """Return how far a row is from the bound."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeastLatency(Goal):
-    """The fastest recipe that drops at most `max_drop`; `screen` returns the drop of merging alone."""
+class LeastLatency:
+    """The fastest recipe that drops at most `max_drop`, a share of the images, on held-out images too.
+
+    `screen` returns the drop of merging alone.
+    """
 
     max_drop: float
     screen: Callable[[tuple[int, ...]], Drop]
@@ -122,8 +96,11 @@ class LeastLatency(Goal):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeastDrop(Goal):
-    """The most accurate recipe within `max_latency_ms` per call; `plain_ms` is what the float model takes."""
+class LeastDrop:
+    """The most accurate recipe within `max_latency_ms` per call; `plain_ms` is what the float model takes.
+
+    Nothing is asked of held-out images: their drop is what it is.
+    """
 
     max_latency_ms: float
     plain_ms: float
@@ -154,3 +131,6 @@ class LeastDrop(Goal):
     def missed_by(self, row: Mapping[str, Any]) -> float:
         """How many milliseconds too many."""
         return float(row["latency_ns"]["median"]) / 1e6 - self.max_latency_ms if row["latency_ns"] else float("inf")
+
+
+Goal = LeastLatency | LeastDrop

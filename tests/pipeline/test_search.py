@@ -1,0 +1,156 @@
+"""The search, with a laboratory whose answers are known: what is tried, in which order, and what wins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from vitfold.bench.fidelity import Fidelity
+from vitfold.bench.statistics import Drop
+from vitfold.errors import VitfoldError
+from vitfold.pipeline import search as search_module
+from vitfold.pipeline.goals import Arm, LeastDrop, LeastLatency, arm_from_dict
+from vitfold.pipeline.search import Verdict, check_enough, search
+
+POINTS = tuple((0.1 + 0.1 * i, 0.1 * (9 - i), (90 - 10 * i, 0, 0)) for i in range(10))
+
+
+def drop(value: float, images: int = 1000) -> Drop:
+    return Drop(images=images, drop=value, low=value - 0.002, high=value + 0.002, lost=0, gained=0, p_value=0.5)
+
+
+@dataclass
+class Laboratory:
+    """Merging drops as much as it distorts / 10; quantizing adds `quantizing`, on OpenVINO everything takes half."""
+
+    quantizing: float = 0.0
+    held_out: float = 0.0
+    slower: frozenset[str] = frozenset()
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    screened: list[tuple[int, ...]] = field(default_factory=list)
+    tried: list[str] = field(default_factory=list)
+
+    def merging(self, r: tuple[int, ...]) -> float:
+        return r[0] / 1000
+
+    def screen(self, r: tuple[int, ...]) -> Drop:
+        self.screened.append(r)
+        return drop(self.merging(r))
+
+    def measure(self, attempt: Any) -> dict[str, Any]:
+        self.tried.append(attempt.name)
+        seconds = (1.0 - attempt.r[0] / 100) * (0.5 if attempt.quant == "w8a8" else 1.0)
+        seconds *= 0.5 if attempt.target == "openvino" else 1.0
+        seconds = 2.0 if attempt.target in self.slower else seconds
+        cost = self.quantizing / (10 if attempt.float_sites else 1) if attempt.quant == "w8a8" else 0.0
+        row = {
+            **attempt.to_dict(),
+            "drop": drop(self.merging(attempt.r) + cost).to_dict(),
+            "latency_ns": {"median": seconds * 1e7},
+            "speedup": {"median": 1 / seconds, "low": 0.99 / seconds, "high": 1.01 / seconds},
+            "error": None,
+        }
+        self.rows.append(row)
+        return row
+
+    def verify(self, row: dict[str, Any]) -> Verdict:
+        fidelity = Fidelity(images=1, top1=1.0, top5=None, agreement=1.0, cosine=1.0, sqnr_db=None, reference=None)
+        held_out = drop(row["drop"]["drop"] + self.held_out)
+        return Verdict(row=row, bundle=None, held_out=held_out, fidelity=fidelity)  # type: ignore[arg-type]
+
+
+def arm(quant: str = "none", target: str = "cpu", factor: float = 1.0) -> Arm:
+    return Arm(quant=quant, target=target, points=tuple((factor * s, d, r) for s, d, r in POINTS))
+
+
+def arms() -> list[Arm]:
+    return [arm(), arm("w8a8", factor=0.5), arm("none", "openvino", 0.5), arm("w8a8", "openvino", 0.25)]
+
+
+def least_latency(laboratory: Laboratory, max_drop: float = 0.0315) -> LeastLatency:
+    return LeastLatency(max_drop=max_drop, screen=laboratory.screen)
+
+
+def run(laboratory: Any, arms: list[Arm], goal: Any, minutes: float = 1.0) -> search_module.Found:
+    return search(laboratory, arms, goal, minutes=minutes)
+
+
+@pytest.fixture(autouse=True)
+def _untyped(without_type_checks: None) -> None:
+    """The laboratory here is a stand-in of another class."""
+
+
+def test_the_fastest_arm_is_tried_first_and_nothing_that_promises_less_after_it() -> None:
+    laboratory = Laboratory()
+    found = run(laboratory, arms(), least_latency(laboratory))
+    assert found.winner is not None
+    assert found.winner.row["recipe"] == "w8a8-openvino-r30_0_0"
+    assert laboratory.tried == ["w8a8-openvino-r30_0_0"]
+
+
+def test_merging_alone_is_screened_by_bisection() -> None:
+    laboratory = Laboratory()
+    assert least_latency(laboratory).start(arm()) == 6
+    assert len(laboratory.screened) <= 4
+
+
+def test_where_quantization_costs_sensitive_sites_go_back_to_float_before_less_is_merged() -> None:
+    laboratory = Laboratory(quantizing=0.031)
+    found = run(laboratory, [arm("w8a8", "openvino", 0.25)], least_latency(laboratory))
+    assert laboratory.tried[:2] == ["w8a8-openvino-r30_0_0", "w8a8-openvino-float4-r30_0_0"]
+    assert found.winner is not None
+    assert found.winner.row["merge"][0] < 30
+
+
+def test_what_fails_on_held_out_images_does_not_win() -> None:
+    laboratory = Laboratory(held_out=0.005)
+    found = run(laboratory, [arm()], least_latency(laboratory))
+    assert found.verified == 2
+    assert found.winner is not None
+    assert found.winner.row["merge"] == [20, 0, 0]
+
+
+def test_nothing_slower_than_the_float_model_wins() -> None:
+    laboratory = Laboratory(slower=frozenset({"cpu"}))
+    found = run(laboratory, [arm()], least_latency(laboratory))
+    assert found.winner is None
+    assert found.nearest is not None
+
+
+def test_when_time_is_over_the_best_so_far_wins() -> None:
+    laboratory = Laboratory()
+    found = run(laboratory, arms(), least_latency(laboratory), minutes=-1)
+    assert found.winner is None
+    assert "minutes were over" in found.reason
+
+
+def test_least_drop_merges_no_more_than_it_takes() -> None:
+    laboratory = Laboratory()
+    goal = LeastDrop(max_latency_ms=4.0, plain_ms=10.0)
+    found = run(laboratory, arms(), goal)
+    assert found.winner is not None
+    assert found.winner.row["latency_ns"]["median"] / 1e6 <= 4.0
+    assert found.winner.row["drop"]["drop"] == 0.0
+    assert found.winner.row["recipe"] == "w8a8-openvino-r0_0_0"
+
+
+def test_a_latency_that_nothing_reaches_has_a_nearest_miss() -> None:
+    laboratory = Laboratory()
+    found = run(laboratory, [arm()], LeastDrop(max_latency_ms=0.5, plain_ms=10.0))
+    assert found.winner is None
+    assert found.nearest is not None
+    assert found.nearest["merge"][0] == 90
+
+
+def test_arms_survive_their_journal() -> None:
+    assert arm_from_dict(arm("w8a8", "openvino").to_dict()).points == POINTS
+
+
+def test_too_few_images_cannot_tell_the_drop() -> None:
+    check_enough(100, 0.01)
+    with pytest.raises(
+        VitfoldError, match="50 images cannot tell a drop of 1 points: one is 2.00 already; give at least"
+    ):
+        check_enough(50, 0.01)
