@@ -16,7 +16,7 @@ from fake_gpu import FakeRuntime, FakeTensorRt, install
 
 from vitfold import pipeline
 from vitfold.engines import open_graph, open_session
-from vitfold.engines.tensorrt import KEPT_SIZES, PROFILE_RUNS, TensorRtSession
+from vitfold.engines.tensorrt import KEPT_SIZES, TensorRtSession
 from vitfold.errors import EngineError, TargetError
 from vitfold.model import Array, Model
 
@@ -120,7 +120,7 @@ def test_close_frees_everything(trt: FakeTensorRt, runtime: FakeRuntime, graph: 
     session.close()
     assert not runtime.alive
     session.close()
-    for step in (lambda: session.bind(images(1)), session.run, session.fetch, session.layer_times):
+    for step in (lambda: session.bind(images(1)), session.run, session.fetch, session.profile):
         with pytest.raises(EngineError, match="closed"):
             step()
 
@@ -223,13 +223,14 @@ def test_a_cache_that_cannot_be_written_is_no_error(trt: FakeTensorRt, graph: Pa
         check(session, 2)
 
 
-def test_layer_times_are_means_in_order(trt: FakeTensorRt, runtime: FakeRuntime, graph: Path) -> None:
+def test_layers_are_profiled_in_order(trt: FakeTensorRt, runtime: FakeRuntime, graph: Path) -> None:
     with TensorRtSession(graph) as session:
         session.bind(images(2))
         launched = runtime.calls["cudaGraphLaunch"]
-        assert session.layer_times() == [("blocks.0", 0.5), ("head", 0.25)]
-        assert runtime.calls["cudaGraphLaunch"] == launched
-    assert PROFILE_RUNS > 1
+        profile = session.profile(runs=3)
+        assert [(node.name, node.latency_ns) for node in profile.nodes] == [("blocks.0", 5e5), ("head", 2.5e5)]
+        assert runtime.calls["cudaGraphLaunch"] == launched + 3, "a graph reports no layers: those runs have none"
+        assert len(profile.plain_ns) == len(profile.profiled_ns) == 3
 
 
 def test_wrong_shapes_are_refused(trt: FakeTensorRt, graph: Path) -> None:

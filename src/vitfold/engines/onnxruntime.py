@@ -6,14 +6,17 @@ errors into ones that name the cure.
 
 from __future__ import annotations
 
+import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from jaxtyping import Float
 
-from vitfold.engines.session import Session, usable_cores
+from vitfold.engines.session import EngineProfile, NodeTime, Session, alternate, median_ns, usable_cores
 from vitfold.errors import EngineError
 
 _EXCEPTIONS = (
@@ -37,6 +40,8 @@ class End:
 
 
 _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+_KERNEL = "_kernel_time"
+_CODES = {"uint8", "int8"}
 
 
 class OnnxRuntimeSession(Session):
@@ -47,22 +52,8 @@ class OnnxRuntimeSession(Session):
     """
 
     def __init__(self, path: str | Path, *, threads: int | None = None, literal: bool = False) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads or usable_cores()
-        options.inter_op_num_threads = 1
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        levels = ort.GraphOptimizationLevel
-        options.graph_optimization_level = levels.ORT_ENABLE_BASIC if literal else levels.ORT_ENABLE_ALL
-        # Threads spin within a run, where it pays, and sleep between runs, where it robs the neighbours.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except _EXCEPTIONS as error:
-            raise EngineError(
-                f"ONNX Runtime {ort.__version__} cannot load {path}: {error}; "
-                "check the file, or upgrade with: pip install -U onnxruntime"
-            ) from None
+        self._path, self._threads, self._literal = path, threads, literal
+        self._session = self._load(self._options())
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1 or len(outputs) != 1:
             raise EngineError(
@@ -75,6 +66,27 @@ class OnnxRuntimeSession(Session):
         self.ends = tuple(End(e.name, _TYPES.get(e.type, e.type), tuple(e.shape)) for e in (*inputs, *outputs))
         self._binding: ort.IOBinding | None = self._session.io_binding()
         self._pixels: np.ndarray | None = None
+
+    def _options(self) -> ort.SessionOptions:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self._threads or usable_cores()
+        options.inter_op_num_threads = 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        levels = ort.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_BASIC if self._literal else levels.ORT_ENABLE_ALL
+        # Threads spin within a run, where it pays, and sleep between runs, where it robs the neighbours.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        return options
+
+    def _load(self, options: ort.SessionOptions) -> ort.InferenceSession:
+        try:
+            return ort.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
+        except _EXCEPTIONS as error:
+            raise EngineError(
+                f"ONNX Runtime {ort.__version__} cannot load {self._path}: {error}; "
+                "check the file, or upgrade with: pip install -U onnxruntime"
+            ) from None
 
     @property
     def engine(self) -> str:
@@ -111,6 +123,46 @@ class OnnxRuntimeSession(Session):
         """Copy the output out of the runtime's arena."""
         return np.array(self._bound().copy_outputs_to_cpu()[0])
 
+    def profile(self, runs: int = 20) -> EngineProfile:
+        """Load the graph once more with the runtime's profiler on; it reports whole microseconds, rounded down."""
+        self._bound()
+        if self._pixels is None:
+            raise EngineError("nothing is bound; call bind before profile")
+        with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
+            options = self._options()
+            options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
+            watched, feed = self._load(options), {self._input: self._pixels}
+
+            def profiled() -> None:
+                watched.run(None, feed)
+
+            self.run()
+            profiled()
+            plain_ns, profiled_ns = alternate(self.run, profiled, runs)
+            events = json.loads(Path(watched.end_profiling()).read_text(encoding="utf-8"))
+        return EngineProfile(nodes=_node_times(events), profiled_ns=tuple(profiled_ns), plain_ns=tuple(plain_ns))
+
     def close(self) -> None:
         """Drop the runtime's session and its memory."""
         self._binding = self._session = self._pixels = None
+
+
+def _node_times(events: list[dict[str, Any]]) -> tuple[NodeTime, ...]:
+    """Return the median of each node over all runs but the first, which warms up."""
+    seen: dict[str, list[dict[str, Any]]] = {}
+    for event in events:
+        if event["cat"] == "Node" and event["name"].endswith(_KERNEL):
+            seen.setdefault(event["args"]["node_index"], []).append(event)
+    nodes = []
+    for found in seen.values():
+        last = found[-1]["args"]
+        types = [kind for operand in last.get("input_type_shape", ()) for kind in operand]
+        nodes.append(
+            NodeTime(
+                name=found[-1]["name"].removesuffix(_KERNEL),
+                op=last["op_name"],
+                latency_ns=median_ns(1e3 * event["dur"] for event in found[1:]),
+                integer=sum(kind in _CODES for kind in types) >= 2 and "Quantize" not in last["op_name"],
+            )
+        )
+    return tuple(nodes)

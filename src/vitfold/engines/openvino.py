@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vitfold.engines.session import Session, usable_cores
+from vitfold.engines.session import EngineProfile, NodeTime, Session, alternate, median_ns, usable_cores
 from vitfold.errors import EngineError, missing_extra
 
 # Batch sizes compiled at once: the common one and the remainder at the end of a folder. Each holds the weights again.
@@ -113,13 +113,15 @@ class OpenVinoSession(Session):
             return self._requests[batch]
         while len(self._requests) >= KEPT_SIZES:
             self._requests.popitem(last=False)
+        self._requests[batch] = self._compile(batch, self._settings)
+        return self._requests[batch]
+
+    def _compile(self, batch: int, settings: dict[str, Any]) -> Any:
         try:
             self._model.reshape([batch, *self._shape[1:]])
-            request = self._core.compile_model(self._model, "CPU", self._settings).create_infer_request()
+            return self._core.compile_model(self._model, "CPU", settings).create_infer_request()
         except RuntimeError as error:
             raise EngineError(self._refusal(f"compile for batch {batch}", error)) from None
-        self._requests[batch] = request
-        return request
 
     def bind(self, pixel_values: Float[np.ndarray, "B 3 H W"]) -> None:
         """Bind without a copy where the array is contiguous float32; compile if this batch size is new.
@@ -156,7 +158,46 @@ class OpenVinoSession(Session):
             raise EngineError("nothing has run; call run before fetch")
         return np.array(self._request.get_output_tensor().data)
 
+    def profile(self, runs: int = 20) -> EngineProfile:
+        """Compile the graph once more with the plugin's counters on; nodes that it fused away report no time."""
+        self._open()
+        if self._pixels is None:
+            raise EngineError("nothing is bound; call bind before profile")
+        request = self._compile(len(self._pixels), {**self._settings, "PERF_COUNT": True})
+        request.set_input_tensor(self._ov.Tensor(self._pixels, shared_memory=True))
+        seen: list[list[Any]] = []
+
+        def profiled() -> None:
+            request.infer(share_outputs=True)
+
+        self.run()
+        profiled()
+        plain_ns, profiled_ns = [], []
+        for _ in range(runs):
+            plain, watched = alternate(self.run, profiled, 1)
+            plain_ns += plain
+            profiled_ns += watched
+            seen.append(request.get_profiling_info())
+        return EngineProfile(nodes=_node_times(seen), profiled_ns=tuple(profiled_ns), plain_ns=tuple(plain_ns))
+
     def close(self) -> None:
         """Drop all compiled models and their memory."""
         self._requests.clear()
         self._request = self._model = self._core = self._pixels = None
+
+
+def _node_times(runs: list[list[Any]]) -> tuple[NodeTime, ...]:
+    """Return the median over runs of each node that was executed."""
+    nodes = []
+    for over_runs in zip(*runs, strict=True):
+        node = over_runs[-1]
+        if node.status == node.Status.EXECUTED:
+            nodes.append(
+                NodeTime(
+                    name=node.node_name,
+                    op=node.node_type,
+                    latency_ns=median_ns(1e9 * one.real_time.total_seconds() for one in over_runs),
+                    integer=node.exec_type.endswith("_I8"),
+                )
+            )
+    return tuple(nodes)

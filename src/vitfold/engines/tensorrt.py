@@ -22,7 +22,7 @@ from jaxtyping import Float
 from vitfold.cache import keep_bytes, read_bytes
 from vitfold.digest import file_sha256
 from vitfold.engines.cuda import FOR_ACCURACY, Buffer, Gpu
-from vitfold.engines.session import Session
+from vitfold.engines.session import EngineProfile, NodeTime, Session, alternate, median_ns
 from vitfold.errors import EngineError, TargetError
 
 KEPT = "tensorrt"
@@ -31,7 +31,6 @@ TIMINGS = ".timings"
 FLOAT8_CAPABILITY = (8, 9)
 # Batch sizes held ready at once: the common one and the remainder at the end of a folder. Each holds activations.
 KEPT_SIZES = 2
-PROFILE_RUNS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +101,15 @@ def _error_log(trt: Any) -> Any:
 
 
 def _stopwatch(trt: Any) -> Any:
-    """Return a profiler that adds up the milliseconds of each layer, in the order of their first run."""
+    """Return a profiler that keeps the milliseconds of each layer, in the order of their first run."""
 
     class Stopwatch(trt.IProfiler):  # type: ignore[misc]  # a class of TensorRT, which has no types
         def __init__(self) -> None:
             trt.IProfiler.__init__(self)
-            self.total_ms: dict[str, float] = {}
+            self.seen_ms: dict[str, list[float]] = {}
 
         def report_layer_time(self, layer_name: str, ms: float) -> None:
-            self.total_ms[layer_name] = self.total_ms.get(layer_name, 0.0) + ms
+            self.seen_ms.setdefault(layer_name, []).append(ms)
 
     return Stopwatch()
 
@@ -287,18 +286,24 @@ class _Ready:
             self._gpu.launch(self._graph)
         self._gpu.synchronize()
 
-    def layer_times(self, trt: Any) -> list[tuple[str, float]]:
-        """Return the mean milliseconds of each layer, timed in a context of their own: a graph reports none."""
+    def profile(self, trt: Any, runs: int) -> EngineProfile:
+        """Time each layer in a context of its own: a graph reports none."""
         context, stopwatch = self._engine.create_execution_context(), _stopwatch(trt)
         self._set_shape(context)
         self._set_addresses(context)
-        self._started(context.execute_async_v3(self._gpu.stream))
-        self._gpu.synchronize()
-        context.profiler = stopwatch
-        for _ in range(PROFILE_RUNS):
+
+        def profiled() -> None:
             self._started(context.execute_async_v3(self._gpu.stream))
             self._gpu.synchronize()
-        return [(name, total / PROFILE_RUNS) for name, total in stopwatch.total_ms.items()]
+
+        profiled()
+        context.profiler = stopwatch
+        plain_ns, profiled_ns = alternate(self.run, profiled, runs)
+        nodes = [
+            NodeTime(name=name, op="", latency_ns=median_ns(1e6 * ms for ms in seen))
+            for name, seen in stopwatch.seen_ms.items()
+        ]
+        return EngineProfile(nodes=tuple(nodes), profiled_ns=tuple(profiled_ns), plain_ns=tuple(plain_ns))
 
     def free(self) -> None:
         """Release the graph, the context and the buffers."""
@@ -406,9 +411,9 @@ class TensorRtSession(Session):
         self._gpu.synchronize()
         return np.array(ready.output.host)
 
-    def layer_times(self) -> list[tuple[str, float]]:
-        """Return the mean milliseconds of each layer on what is bound, in the order in which they run."""
-        return self._found().layer_times(self._trt)
+    def profile(self, runs: int = 20) -> EngineProfile:
+        """Time each layer, kernels one by one: what a CUDA graph saves shows as the profiler's cost."""
+        return self._found().profile(self._trt, runs)
 
     def _release(self) -> None:
         while self._ready:
