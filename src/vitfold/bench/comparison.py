@@ -142,7 +142,7 @@ def raw_samples(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def _call(subject: Subject, scope: Scope, batch: int, images: ImageSet | None) -> Callable[[], None]:
     session = subject.session
     if scope == "engine":
-        session.bind(_pixels(subject.preprocess, batch, images))
+        session.bind(pixels_for(subject.preprocess, batch, images))
         return session.run
     assert images is not None
     paths = itertools.cycle(images.paths)
@@ -156,7 +156,12 @@ def _call(subject: Subject, scope: Scope, batch: int, images: ImageSet | None) -
     return end_to_end
 
 
-def _pixels(preprocess: Preprocess, batch: int, images: ImageSet | None) -> Float[np.ndarray, "B 3 H W"]:
+def pixels_for(preprocess: Preprocess, batch: int, images: ImageSet | None) -> Float[np.ndarray, "B 3 H W"]:
+    """Return what an engine is timed on: the first readable images, repeated if they are few; noise without images.
+
+    Raises:
+        ImageError: if none is readable.
+    """
     if images is None:
         return np.random.default_rng(0).standard_normal((batch, 3, *preprocess.crop_size), dtype=np.float32)
     readable: list[Float[np.ndarray, "3 H W"]] = []

@@ -18,6 +18,7 @@ from vitfold.cli import (
     ladder,
     optimize,
     predict,
+    profile,
     sensitivity,
     sweep,
 )
@@ -56,6 +57,7 @@ app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("table")(bench.table)
+app.command("profile")(profile.profile)
 app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)
 app.command("audit")(audit.audit)

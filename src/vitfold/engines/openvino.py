@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vitfold.engines.session import EngineProfile, NodeTime, Session, alternate, median_ns, usable_cores
+from vitfold.engines.session import EngineProfile, NodeTime, Session, alternate, usable_cores
 from vitfold.errors import EngineError, missing_extra
 
 # Batch sizes compiled at once: the common one and the remainder at the end of a folder. Each holds the weights again.
@@ -165,20 +165,16 @@ class OpenVinoSession(Session):
             raise EngineError("nothing is bound; call bind before profile")
         request = self._compile(len(self._pixels), {**self._settings, "PERF_COUNT": True})
         request.set_input_tensor(self._ov.Tensor(self._pixels, shared_memory=True))
-        seen: list[list[Any]] = []
 
         def profiled() -> None:
             request.infer(share_outputs=True)
 
         self.run()
         profiled()
-        plain_ns, profiled_ns = [], []
-        for _ in range(runs):
-            plain, watched = alternate(self.run, profiled, 1)
-            plain_ns += plain
-            profiled_ns += watched
-            seen.append(request.get_profiling_info())
-        return EngineProfile(nodes=_node_times(seen), profiled_ns=tuple(profiled_ns), plain_ns=tuple(plain_ns))
+        first = request.get_profiling_info()
+        plain_ns, profiled_ns = alternate(self.run, profiled, runs)
+        nodes = _node_times(first, request.get_profiling_info(), runs)
+        return EngineProfile(nodes=nodes, profiled_ns=tuple(profiled_ns), plain_ns=tuple(plain_ns))
 
     def close(self) -> None:
         """Drop all compiled models and their memory."""
@@ -186,17 +182,20 @@ class OpenVinoSession(Session):
         self._request = self._model = self._core = self._pixels = None
 
 
-def _node_times(runs: list[list[Any]]) -> tuple[NodeTime, ...]:
-    """Return the median over runs of each node that was executed."""
+def _node_times(first: list[Any], last: list[Any], runs: int) -> tuple[NodeTime, ...]:
+    """Return the mean of each node that was executed.
+
+    The counters are averages over all runs so far: the first, slow one is taken out again.
+    """
     nodes = []
-    for over_runs in zip(*runs, strict=True):
-        node = over_runs[-1]
+    for once, node in zip(first, last, strict=True):
         if node.status == node.Status.EXECUTED:
+            total = (runs + 1) * node.real_time.total_seconds() - once.real_time.total_seconds()
             nodes.append(
                 NodeTime(
                     name=node.node_name,
                     op=node.node_type,
-                    latency_ns=median_ns(1e9 * one.real_time.total_seconds() for one in over_runs),
+                    latency_ns=max(0.0, 1e9 * total / runs),
                     integer=node.exec_type.endswith("_I8"),
                 )
             )

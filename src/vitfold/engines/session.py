@@ -41,7 +41,7 @@ class NodeTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineProfile:
-    """What an engine's own profiler says, in the order in which nodes run: medians over the profiled runs.
+    """What an engine's own profiler says, in the order in which nodes run: medians over runs (OpenVINO: means).
 
     `profiled_ns` are those runs from outside, `plain_ns` runs without the profiler, which took turns with them.
     """
@@ -101,7 +101,9 @@ class Session(Protocol):
         Raises:
             EngineError: if nothing is bound, or the engine has no profiler.
         """
-        raise EngineError(f"{self.engine} has no profiler of nodes; profile a bundle on onnxruntime, openvino or tensorrt")
+        raise EngineError(
+            f"{self.engine} has no profiler (asked for {runs} runs); profile on onnxruntime, openvino or tensorrt"
+        )
 
     def close(self) -> None:
         """Release everything."""

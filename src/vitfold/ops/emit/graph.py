@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from vitfold.model import Model
+from vitfold.model import Array, Model
 from vitfold.ops.count import SiteCost
 from vitfold.ops.emit.lowering import Emit
 from vitfold.ops.emit.quantized import MICROSOFT
@@ -54,11 +54,24 @@ def emit_graph(
     """
     spec = model.spec
     shape = (spec.channels, *spec.image_size)
+    return emit_program(program, model.params, target, quantizers, shape=shape, output_name=spec.output)
+
+
+def emit_program(
+    program: Callable[[Emit, Value], Value],
+    params: Mapping[str, Array],
+    target: Target,
+    quantizers: Mapping[str, Quantizer] | None = None,
+    *,
+    shape: tuple[int, int, int],
+    output_name: str,
+) -> Graph:
+    """Like `emit_graph`, for any program over inputs (B, *shape) and the parameters that it reads."""
     pixels = ir.Value(name=INPUT_NAME, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(("batch", *shape)))
-    ops = Emit(model.params, target, quantizers)
+    ops = Emit(params, target, quantizers)
     result = program(ops, ops.enter(pixels, (1, *shape)))
     output = ops.leave(result)
-    output.name = spec.output
+    output.name = output_name
     output.type = ir.TensorType(ir.DataType.FLOAT)
     output.shape = ir.Shape(("batch", *result.shape[1:]))
     graph = ir.Graph(

@@ -1,0 +1,87 @@
+"""`vitfold profile`: where the time of a bundle goes, and what limits it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitfold.cli import options
+from vitfold.cli.terminal import command, note, out, print_json, steps, write_json
+from vitfold.errors import VitfoldError
+
+
+@command
+def profile(
+    bundle: options.BundlePath,
+    batch: options.Batch = 1,
+    images: options.Images = None,
+    runs: Annotated[int, typer.Option(min=1, help="Profiled runs; as many run without the profiler, in turn.")] = 20,
+    ceiling: Annotated[
+        bool, typer.Option("--ceiling/--no-ceiling", help="Measure what this machine reaches at best, to compare.")
+    ] = True,
+    engine: options.Engine = None,
+    threads: options.Threads = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE.json", help="Write the JSON document to this file.")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Time every block and every kind of operation by the engine's own profiler."""
+    from vitfold.bench.comparison import pixels_for
+    from vitfold.bench.environment import environment
+    from vitfold.bundle import open_bundle
+    from vitfold.engines import open_session
+    from vitfold.images import find_images
+    from vitfold.pipeline import count_costs
+    from vitfold.profile import advise, join, measure_ceiling
+    from vitfold.recipe import MergeRecipe
+
+    opened = open_bundle(bundle)
+    manifest = opened.manifest
+    if manifest.simulated:
+        raise VitfoldError(
+            f"{bundle} is simulated: no engine executes it, so it has no time to profile; make one with --quant w8a8"
+        )
+    found = None if images is None else find_images(images)
+    before = environment(threads=threads)
+    with steps("profile") as say, open_session(opened, engine=engine, threads=threads) as session:
+        session.bind(pixels_for(manifest.preprocess, batch, found))
+        name = session.engine.split()[0]
+        say(f"{runs} runs with and without the profiler of {session.engine}")
+        measured = session.profile(runs)
+        reached = None
+        if ceiling:
+            say("what this machine reaches")
+            reached = measure_ceiling(name, target=str(manifest.target["name"]), threads=threads)
+        merge = manifest.recipe.merge
+        joined = join(
+            measured,
+            count_costs(manifest.spec, merge),
+            batch=batch,
+            unmerged=count_costs(manifest.spec, MergeRecipe(r=())) if any(merge.r) else None,
+            ceiling=reached,
+        )
+        result: dict[str, Any] = {
+            "bundle": opened.name,
+            "engine": session.engine,
+            "recipe": manifest.recipe.to_dict(),
+            "tokens": list(manifest.tokens),
+            **joined.to_dict(),
+            "advice": list(advise(joined)),
+            "environment": before,
+        }
+    if output is not None:
+        write_json(output, result)
+        note(f"profile: {output}")
+    if json:
+        print_json(result)
+        return
+    from vitfold.report.profiles import block_table, kind_table, profile_heading
+
+    out.print(profile_heading(result), highlight=False)
+    out.print(kind_table(result))
+    out.print(block_table(result))
+    for sentence in result["advice"]:
+        out.print(sentence, highlight=False)
