@@ -50,6 +50,10 @@ class JournalError(VitfoldError):
     """Rows of an earlier run cannot be read or gone on with."""
 
 
+class ReportError(VitfoldError):
+    """Measurements cannot be read or shown."""
+
+
 class GateError(VitfoldError):
     """A measured result misses the bound that the user set; the command line exits with 3."""
 

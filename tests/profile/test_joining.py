@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitfold.engines.session import EngineProfile, NodeTime
+from vitfold.engines.session import EngineProfile, NodeTime, take_turns
 from vitfold.pipeline import count_costs
-from vitfold.profile import KINDS, Ceiling, advise, join, measure_ceiling
+from vitfold.profile import KINDS, Ceiling, advise, ceiling_of, join, probes
 from vitfold.recipe import MergeRecipe
 
 CEILING = Ceiling(float_gmacs=10.0, integer_gmacs=40.0, copy_gbytes=8.0)
@@ -56,8 +56,8 @@ def test_rates_and_ceiling_are_those_of_the_work(tiny_model) -> None:
     assert found.gmacs_per_s == pytest.approx(macs / time)
     assert (found.work.float_macs, found.work.integer_macs) == (embed, macs - embed)
     weights = sum(cost.weight_bytes // (1 if cost.site == "patch_embed" else 4) for cost in linear)
-    moved = 2 * sum(cost.activation_bytes for cost in linear) + weights
-    least = max(embed / 10 + (macs - embed) / 40, moved / 8)
+    assert found.work.moved_bytes == 2 * sum(cost.activation_bytes for cost in linear) + weights
+    least = max(embed / 10 + (macs - embed) / 40, weights / 8)
     assert found.ceiling_ratio == pytest.approx(least / time)
 
 
@@ -104,8 +104,11 @@ def test_sentences_name_the_bottleneck_and_what_is_left_in_float(tiny_model) -> 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_the_ceiling_is_measured_in_the_engine(engine: str) -> None:
     pytest.importorskip(engine)
-    found = measure_ceiling(engine, target="cpu", threads=1, trials=1, seconds=0.1)
+    with probes(engine, target="cpu", threads=1) as calls:
+        turns = take_turns(lambda: None, lambda: None, calls, runs=2)
+    assert {name: len(samples) for name, samples in turns.beside_ns.items()} == {"float": 2, "integer": 2, "copy": 2}
+    found = ceiling_of(turns.beside_ns)
     assert found.integer_gmacs > 0
     assert found.copy_gbytes > 0
-    assert found.least_ns(float_macs=found.float_gmacs, integer_macs=0, moved_bytes=0) == pytest.approx(1)
-    assert found.least_ns(float_macs=1, integer_macs=1, moved_bytes=1e9) == pytest.approx(1e9 / found.copy_gbytes)
+    assert found.least_ns(float_macs=found.float_gmacs, integer_macs=0, read_bytes=0) == pytest.approx(1)
+    assert found.least_ns(float_macs=1, integer_macs=1, read_bytes=1e9) == pytest.approx(1e9 / found.copy_gbytes)

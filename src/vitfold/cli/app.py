@@ -19,6 +19,7 @@ from vitfold.cli import (
     optimize,
     predict,
     profile,
+    report,
     sensitivity,
     sweep,
 )
@@ -58,6 +59,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("table")(bench.table)
 app.command("profile")(profile.profile)
+app.command("report")(report.report)
 app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)
 app.command("audit")(audit.audit)

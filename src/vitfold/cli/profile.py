@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +36,7 @@ def profile(
     from vitfold.engines import open_session
     from vitfold.images import find_images
     from vitfold.pipeline import count_costs
-    from vitfold.profile import advise, join, measure_ceiling
+    from vitfold.profile import advise, ceiling_of, join, probes
     from vitfold.recipe import MergeRecipe
 
     opened = open_bundle(bundle)
@@ -50,18 +51,17 @@ def profile(
         session.bind(pixels_for(manifest.preprocess, batch, found))
         name = session.engine.split()[0]
         say(f"{runs} runs with and without the profiler of {session.engine}")
-        measured = session.profile(runs)
-        reached = None
-        if ceiling:
-            say("what this machine reaches")
-            reached = measure_ceiling(name, target=str(manifest.target["name"]), threads=threads)
+        with contextlib.ExitStack() as stack:
+            target = str(manifest.target["name"])
+            calls = stack.enter_context(probes(name, target=target, threads=threads)) if ceiling else {}
+            measured = session.profile(runs, calls)
         merge = manifest.recipe.merge
         joined = join(
             measured,
             count_costs(manifest.spec, merge),
             batch=batch,
             unmerged=count_costs(manifest.spec, MergeRecipe(r=())) if any(merge.r) else None,
-            ceiling=reached,
+            ceiling=ceiling_of(measured.beside_ns) if ceiling else None,
         )
         result: dict[str, Any] = {
             "bundle": opened.name,

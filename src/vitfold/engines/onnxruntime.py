@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,16 @@ import numpy as np
 import onnxruntime as ort
 from jaxtyping import Float
 
-from vitfold.engines.session import EngineProfile, NodeTime, Session, alternate, median_ns, usable_cores
+from vitfold.engines.session import (
+    Call,
+    EngineProfile,
+    NodeTime,
+    Session,
+    median_ns,
+    profile_of,
+    take_turns,
+    usable_cores,
+)
 from vitfold.errors import EngineError
 
 _EXCEPTIONS = (
@@ -123,7 +133,7 @@ class OnnxRuntimeSession(Session):
         """Copy the output out of the runtime's arena."""
         return np.array(self._bound().copy_outputs_to_cpu()[0])
 
-    def profile(self, runs: int = 20) -> EngineProfile:
+    def profile(self, runs: int = 20, beside: Mapping[str, Call] | None = None) -> EngineProfile:
         """Load the graph once more with the runtime's profiler on; it reports whole microseconds, rounded down."""
         self._bound()
         if self._pixels is None:
@@ -138,9 +148,9 @@ class OnnxRuntimeSession(Session):
 
             self.run()
             profiled()
-            plain_ns, profiled_ns = alternate(self.run, profiled, runs)
+            turns = take_turns(self.run, profiled, beside or {}, runs)
             events = json.loads(Path(watched.end_profiling()).read_text(encoding="utf-8"))
-        return EngineProfile(nodes=_node_times(events), profiled_ns=tuple(profiled_ns), plain_ns=tuple(plain_ns))
+        return profile_of(_node_times(events), turns)
 
     def close(self) -> None:
         """Drop the runtime's session and its memory."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from vitfold.engines.session import EngineProfile, NodeTime, Session, alternate, usable_cores
+from vitfold.engines.session import Call, EngineProfile, NodeTime, Session, profile_of, take_turns, usable_cores
 from vitfold.errors import EngineError, missing_extra
 
 # Batch sizes compiled at once: the common one and the remainder at the end of a folder. Each holds the weights again.
@@ -158,7 +158,7 @@ class OpenVinoSession(Session):
             raise EngineError("nothing has run; call run before fetch")
         return np.array(self._request.get_output_tensor().data)
 
-    def profile(self, runs: int = 20) -> EngineProfile:
+    def profile(self, runs: int = 20, beside: Mapping[str, Call] | None = None) -> EngineProfile:
         """Compile the graph once more with the plugin's counters on; nodes that it fused away report no time."""
         self._open()
         if self._pixels is None:
@@ -172,9 +172,9 @@ class OpenVinoSession(Session):
         self.run()
         profiled()
         first = request.get_profiling_info()
-        plain_ns, profiled_ns = alternate(self.run, profiled, runs)
+        turns = take_turns(self.run, profiled, beside or {}, runs)
         nodes = _node_times(first, request.get_profiling_info(), runs)
-        return EngineProfile(nodes=nodes, profiled_ns=tuple(profiled_ns), plain_ns=tuple(plain_ns))
+        return profile_of(nodes, turns)
 
     def close(self) -> None:
         """Drop all compiled models and their memory."""

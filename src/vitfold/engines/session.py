@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -19,6 +19,7 @@ from jaxtyping import Float
 from vitfold.errors import EngineError
 
 S = TypeVar("S", bound="Session")
+Call = Callable[[], None]
 
 
 def usable_cores() -> int:
@@ -43,27 +44,62 @@ class NodeTime:
 class EngineProfile:
     """What an engine's own profiler says, in the order in which nodes run: medians over runs (OpenVINO: means).
 
-    `profiled_ns` are those runs from outside, `plain_ns` runs without the profiler, which took turns with them.
+    `profiled_ns` are those runs from outside, `plain_ns` runs without the profiler, which took turns with them, and
+    `beside_ns` whatever else did.
     """
 
     nodes: tuple[NodeTime, ...]
     profiled_ns: tuple[int, ...]
     plain_ns: tuple[int, ...]
+    beside_ns: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.profiled_ns or len(self.profiled_ns) != len(self.plain_ns):
             raise ValueError("a profile needs as many plain runs as profiled ones, and at least one")
 
 
-def alternate(plain: Callable[[], None], profiled: Callable[[], None], runs: int) -> tuple[list[int], list[int]]:
-    """Run both in turn, `runs` times each, and return the nanoseconds of either."""
-    times: tuple[list[int], list[int]] = [], []
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turns:
+    """The nanoseconds of calls that took turns."""
+
+    plain_ns: tuple[int, ...]
+    profiled_ns: tuple[int, ...]
+    beside_ns: Mapping[str, tuple[int, ...]]
+
+
+def take_turns(plain: Call, profiled: Call, beside: Mapping[str, Call], runs: int) -> Turns:
+    """Run all calls in turn, `runs` times each, so that a slow spell of the machine falls on all of them.
+
+    After those `beside`, which may clear the caches, `plain` runs once unrecorded.
+    """
+    plain_ns: list[int] = []
+    profiled_ns: list[int] = []
+    beside_ns: dict[str, list[int]] = {name: [] for name in beside}
     for _ in range(runs):
-        for call, kept in zip((plain, profiled), times, strict=True):
-            before = time.perf_counter_ns()
-            call()
-            kept.append(time.perf_counter_ns() - before)
-    return times
+        for name, call in beside.items():
+            beside_ns[name].append(_timed(call))
+        if beside:
+            plain()
+        plain_ns.append(_timed(plain))
+        profiled_ns.append(_timed(profiled))
+    return Turns(
+        plain_ns=tuple(plain_ns),
+        profiled_ns=tuple(profiled_ns),
+        beside_ns={name: tuple(times) for name, times in beside_ns.items()},
+    )
+
+
+def profile_of(nodes: Iterable[NodeTime], turns: Turns) -> EngineProfile:
+    """Put what the profiler and what the clock say together."""
+    return EngineProfile(
+        nodes=tuple(nodes), profiled_ns=turns.profiled_ns, plain_ns=turns.plain_ns, beside_ns=turns.beside_ns
+    )
+
+
+def _timed(call: Call) -> int:
+    before = time.perf_counter_ns()
+    call()
+    return time.perf_counter_ns() - before
 
 
 def median_ns(samples: Iterable[float]) -> float:
@@ -95,14 +131,15 @@ class Session(Protocol):
         """Return the last result as an array of its own."""
         ...
 
-    def profile(self, runs: int = 20) -> EngineProfile:
-        """Time each node on what is bound, by the engine's own profiler.
+    def profile(self, runs: int = 20, beside: Mapping[str, Call] | None = None) -> EngineProfile:
+        """Time each node on what is bound, by the engine's own profiler; calls `beside` take turns with it.
 
         Raises:
             EngineError: if nothing is bound, or the engine has no profiler.
         """
         raise EngineError(
-            f"{self.engine} has no profiler (asked for {runs} runs); profile on onnxruntime, openvino or tensorrt"
+            f"{self.engine} has no profiler (asked for {runs} runs beside {len(beside or ())} others); "
+            "profile on onnxruntime, openvino or tensorrt"
         )
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from jaxtyping import Float
 from vitfold.cache import keep_bytes, read_bytes
 from vitfold.digest import file_sha256
 from vitfold.engines.cuda import FOR_ACCURACY, Buffer, Gpu
-from vitfold.engines.session import EngineProfile, NodeTime, Session, alternate, median_ns
+from vitfold.engines.session import Call, EngineProfile, NodeTime, Session, median_ns, profile_of, take_turns
 from vitfold.errors import EngineError, TargetError
 
 KEPT = "tensorrt"
@@ -286,7 +287,7 @@ class _Ready:
             self._gpu.launch(self._graph)
         self._gpu.synchronize()
 
-    def profile(self, trt: Any, runs: int) -> EngineProfile:
+    def profile(self, trt: Any, runs: int, beside: Mapping[str, Call]) -> EngineProfile:
         """Time each layer in a context of its own: a graph reports none."""
         context, stopwatch = self._engine.create_execution_context(), _stopwatch(trt)
         self._set_shape(context)
@@ -298,12 +299,12 @@ class _Ready:
 
         profiled()
         context.profiler = stopwatch
-        plain_ns, profiled_ns = alternate(self.run, profiled, runs)
+        turns = take_turns(self.run, profiled, beside, runs)
         nodes = [
             NodeTime(name=name, op="", latency_ns=median_ns(1e6 * ms for ms in seen))
             for name, seen in stopwatch.seen_ms.items()
         ]
-        return EngineProfile(nodes=tuple(nodes), profiled_ns=tuple(profiled_ns), plain_ns=tuple(plain_ns))
+        return profile_of(tuple(nodes), turns)
 
     def free(self) -> None:
         """Release the graph, the context and the buffers."""
@@ -411,9 +412,9 @@ class TensorRtSession(Session):
         self._gpu.synchronize()
         return np.array(ready.output.host)
 
-    def profile(self, runs: int = 20) -> EngineProfile:
+    def profile(self, runs: int = 20, beside: Mapping[str, Call] | None = None) -> EngineProfile:
         """Time each layer, kernels one by one: what a CUDA graph saves shows as the profiler's cost."""
-        return self._found().profile(self._trt, runs)
+        return self._found().profile(self._trt, runs, beside or {})
 
     def _release(self) -> None:
         while self._ready:

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 
 from vitfold.bench.environment import processor
-from vitfold.bench.timing import interleave
 from vitfold.engines import TENSORRT, Session, open_graph, usable_cores
+from vitfold.engines.session import Call
 from vitfold.errors import EngineError, missing_extra
 from vitfold.model import Array
 from vitfold.quantizer import Quantizer, Uniform
 from vitfold.target import Target, cpu_target, find_target
 
-CHANNELS, INNER, COLUMNS = 3, 1024, 2048
-ROWS = 384
-COPY_BYTES = 64 << 20
+# About a millisecond each, like the model's own nodes: longer ones would meet other programs on a shared machine.
+CHANNELS, ROWS, INNER, COLUMNS = 3, 192, 768, 1536
+COPY_BYTES = 32 << 20
 _LAYER = "probe"
 
 
@@ -42,15 +42,15 @@ class Ceiling:
         if min(self.float_gmacs, self.integer_gmacs, self.copy_gbytes) <= 0:
             raise ValueError("a ceiling is positive")
 
-    def least_ns(self, *, float_macs: int | float, integer_macs: int | float, moved_bytes: int | float) -> float:
-        """Return the least time of some work: its products and its bytes overlap perfectly.
+    def least_ns(self, *, float_macs: int | float, integer_macs: int | float, read_bytes: int | float) -> float:
+        """Return the least time of some work, if products and reading weights from memory overlap perfectly.
 
-        Equation: max(macs_float / float_rate + macs_integer / integer_rate, bytes / copy_rate).
+        Equation: max(macs_float / float_rate + macs_integer / integer_rate, weight_bytes / copy_rate).
 
         Source: the roofline model (Williams et al., 2009).
         """
         products = float_macs / self.float_gmacs + integer_macs / self.integer_gmacs
-        return max(products, moved_bytes / self.copy_gbytes)
+        return max(products, read_bytes / self.copy_gbytes)
 
     def to_dict(self) -> dict[str, float]:
         """Return plain JSON values."""
@@ -61,10 +61,9 @@ class Ceiling:
         }
 
 
-def measure_ceiling(
-    engine: str, *, target: str, threads: int | None = None, trials: int = 5, seconds: float = 0.6
-) -> Ceiling:
-    """Time a product of 384 x 1024 x 2048 in float32 and in integers, and a copy of 64 MiB, and keep the best trial.
+@contextlib.contextmanager
+def probes(engine: str, *, target: str, threads: int | None = None) -> Iterator[dict[str, Call]]:
+    """Hand out a product of 192 x 768 x 1536 in float and one in integers, and a copy of 32 MiB, to run in turn.
 
     The integer product takes the input as float, as every layer of a bundle does; products are written as `target`
     writes them, so that both sides of the comparison run the same kernels.
@@ -75,24 +74,26 @@ def measure_ceiling(
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitfold-")))
         x = np.random.default_rng(0).uniform(-1, 1, (1, CHANNELS, ROWS // CHANNELS, INNER)).astype(np.float32)
-        calls: dict[str, Callable[[], None]] = {}
+        calls: dict[str, Call] = {}
         for name, integer in (("float", False), ("integer", True)):
             path = _write(folder / f"{name}.onnx", _probe_target(engine, target, integer=integer), integer=integer)
             session: Session = stack.enter_context(open_graph(path, engine, threads=threads))
             session.bind(x)
+            session.run()
             calls[name] = session.run
         calls["copy"] = stack.enter_context(_copier(threads or usable_cores()))
-        samples = interleave(calls, trials=trials, seconds=seconds)
+        yield calls
+
+
+def ceiling_of(samples_ns: Mapping[str, tuple[int, ...]]) -> Ceiling:
+    """Return what the probes reached in their best runs."""
+    best = {name: min(samples) for name, samples in samples_ns.items()}
     macs = ROWS * INNER * COLUMNS
     return Ceiling(
-        float_gmacs=macs / _best(samples["float"]),
-        integer_gmacs=macs / _best(samples["integer"]),
-        copy_gbytes=2 * COPY_BYTES / _best(samples["copy"]),
+        float_gmacs=macs / best["float"],
+        integer_gmacs=macs / best["integer"],
+        copy_gbytes=2 * COPY_BYTES / best["copy"],
     )
-
-
-def _best(trials_ns: tuple[tuple[int, ...], ...]) -> float:
-    return min(float(np.median(trial)) for trial in trials_ns)
 
 
 def _probe_target(engine: str, name: str, *, integer: bool) -> Target:

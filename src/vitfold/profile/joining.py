@@ -24,11 +24,12 @@ PRODUCTS = ("linear", "attention")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What the program does, for one batch: MACs of float and of integer products, bytes of operands and results."""
+    """What the program does, for one batch: MACs of float and of integer products, bytes moved, weights among them."""
 
     float_macs: int = 0
     integer_macs: int = 0
     moved_bytes: int = 0
+    weight_bytes: int = 0
 
     @property
     def macs(self) -> int:
@@ -41,6 +42,7 @@ class Work:
             float_macs=self.float_macs + other.float_macs,
             integer_macs=self.integer_macs + other.integer_macs,
             moved_bytes=self.moved_bytes + other.moved_bytes,
+            weight_bytes=self.weight_bytes + other.weight_bytes,
         )
 
 
@@ -225,10 +227,10 @@ def _total(work: _PerPart, *, part: str | None = None, kind: str | None = None) 
 def _kind(kind: str, latency_ns: float, nodes: int, work: Work, ceiling: Ceiling | None) -> KindTime:
     ratio = None
     if not nodes:
-        work = replace(work, moved_bytes=0)
+        work = replace(work, moved_bytes=0, weight_bytes=0)
     if ceiling is not None and latency_ns and kind in PRODUCTS:
         least_ns = ceiling.least_ns(
-            float_macs=work.float_macs, integer_macs=work.integer_macs, moved_bytes=work.moved_bytes
+            float_macs=work.float_macs, integer_macs=work.integer_macs, read_bytes=work.weight_bytes
         )
         ratio = least_ns / latency_ns
     return KindTime(kind=kind, latency_ns=latency_ns, nodes=nodes, work=work, ceiling_ratio=ratio)
@@ -244,6 +246,7 @@ def _work(costs: Sequence[SiteCost], batch: int, integer: frozenset[str]) -> _Pe
             float_macs=0 if codes else cost.macs * batch,
             integer_macs=cost.macs * batch if codes else 0,
             moved_bytes=cost.activation_bytes * batch + weights,
+            weight_bytes=weights,
         )
         place = (part_of(cost.site), _kind_of_cost(cost))
         total[place] = total.get(place, Work()).plus(one)

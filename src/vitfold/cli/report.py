@@ -1,0 +1,105 @@
+"""`vitfold report`: one page of all measurements in a folder, to read offline and to show around."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vitfold.bench.environment import installed_version
+from vitfold.cli import options
+from vitfold.cli.terminal import command, note, out, skipped, steps, write_text
+from vitfold.errors import ImageError, ReportError, missing_extra
+
+if TYPE_CHECKING:
+    from vitfold.report.mosaic import Traced
+
+
+@command
+def report(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="JSON files of bench, evaluate, ladder, sensitivity, profile and sweep."),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.html", help="The page.")],
+    title: Annotated[str | None, typer.Option(help="Its heading; default: the folder's name.")] = None,
+    pictures: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="BUNDLE", help="Draw what this bundle merges, on photos of --images; may be repeated."),
+    ] = None,
+    images: options.Images = None,
+    photos: Annotated[int, typer.Option(min=1, help="Photos drawn, spread evenly over --images.")] = 3,
+    skip_bad: options.SkipBad = False,
+) -> None:
+    """Write one self-contained HTML page: accuracy against speed, where time goes, what merges, every figure."""
+    for package in ("plotly", "jinja2"):
+        if installed_version(package) is None:
+            raise ReportError(missing_extra(package, "report", "the page"))
+    if pictures and images is None:
+        raise typer.BadParameter("pictures are drawn on photos: give --images DIR", param_hint="--pictures")
+    if images is not None and not pictures:
+        raise typer.BadParameter("--images are for --pictures BUNDLE; give both or none", param_hint="--images")
+    if output.is_dir():
+        raise ReportError(f"{output} is a folder; give -o the name of a file, such as {output / 'report.html'}")
+    from vitfold.report.loading import load_folder
+    from vitfold.report.page import render_page
+
+    found = load_folder(folder)
+    with steps("report") as say:
+        traced = []
+        for bundle in pictures or []:
+            assert images is not None
+            say(f"merging in {bundle}")
+            traced.append(_trace(bundle, images, photos, skip_bad=skip_bad))
+        say("the page")
+        line = shlex.join(["vitfold", *sys.argv[1:]])
+        page = render_page(found, title=title or folder.absolute().name, command=line, traced=traced)
+    write_text(output, page)
+    for name in found.left_out:
+        note(f"not shown: {name}")
+    out.print(f"{output} ({len(page.encode('utf-8')) / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
+
+
+def _trace(path: Path, folder: Path, count: int, *, skip_bad: bool) -> Traced:
+    """Run the model that a bundle was made from on some photos, and keep what merges."""
+    from vitfold.cli.optimize import require_optimize
+
+    require_optimize()
+    import numpy as np
+
+    from vitfold.bundle import open_bundle
+    from vitfold.images import batches, find_images
+    from vitfold.pipeline import count_costs
+    from vitfold.pipeline.tracing import trace_groups
+    from vitfold.report.mosaic import Traced, rgb_from_pixels
+    from vitfold.sources.origin import load_origin
+
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    merge = manifest.recipe.merge
+    if not any(merge.r):
+        raise ReportError(f"{path} merges nothing, so there is nothing to draw; give a bundle made with --merge")
+    chosen = find_images(folder).first(count)
+    if skip_bad:
+        chosen = chosen.readable(skipped)
+    found = list(batches(chosen, manifest.preprocess, batch=1))
+    if not found:
+        raise ImageError(f"no image in {folder} can be read; give another folder")
+    pixels = np.concatenate([one.pixel_values for one in found])
+    model = load_origin(manifest.origin).model
+    flops = [0] * manifest.spec.depth
+    for cost in count_costs(manifest.spec, merge):
+        if cost.site.startswith("blocks."):
+            flops[int(cost.site.split(".")[1])] += 2 * cost.macs
+    return Traced(
+        title=bundle.name,
+        names=tuple(chosen.paths[one.index[0]].name for one in found),
+        photos=rgb_from_pixels(pixels, manifest.preprocess.mean, manifest.preprocess.std),
+        groups=trace_groups(model, merge, pixels),
+        grid=manifest.spec.grid,
+        tokens=manifest.tokens,
+        flops=tuple(flops),
+    )

@@ -1,0 +1,39 @@
+"""Which original tokens each row holds, block by block: what pictures of merged tokens are drawn from.
+
+Owns the run of the reference interpreter with the source matrix kept. Drawing is `report`'s business.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from vitfold.model import Array, Model
+from vitfold.ops.run import Run
+from vitfold.programs.tokens import Tokens
+from vitfold.programs.vit import vit
+from vitfold.recipe import MergeRecipe
+
+
+def trace_groups(
+    model: Model, merge: MergeRecipe, pixels: Float[np.ndarray, "B 3 H W"]
+) -> Int[np.ndarray, "L B patches"]:
+    """Return behind every block the row that holds each patch, in raster order; patches of one row are merged.
+
+    The float model decides, also for a quantized recipe, whose rounding may pair single tokens otherwise.
+    """
+    import torch
+
+    rows: list[Array] = []
+    prefix, tokens = model.spec.prefix, model.spec.tokens
+
+    def observe(_block: int, found: Tokens[torch.Tensor]) -> None:
+        if found.source is None:
+            held = np.broadcast_to(np.arange(tokens), (len(pixels), tokens))
+        else:
+            held = found.source.argmax(dim=1).numpy()
+        rows.append(held[:, prefix:])
+
+    with torch.inference_mode():
+        vit(Run(model.params), model.spec, merge, torch.from_numpy(pixels), trace=True, observe=observe)
+    return np.stack(rows)

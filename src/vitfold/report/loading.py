@@ -1,0 +1,118 @@
+"""The JSON documents of a folder, each recognized by what it holds.
+
+Owns which commands' documents a report shows, and the errors of a folder that it cannot show.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitfold.errors import ReportError
+from vitfold.report.sweeps import ROWS, read_rows
+
+SHOWN = ("sweep", "bench", "evaluate", "ladder", "sensitivity", "profile")
+_SIGNS: dict[str, frozenset[str]] = {
+    "profile": frozenset({"kinds", "blocks", "advice"}),
+    "sensitivity": frozenset({"source", "sites"}),
+    "ladder": frozenset({"rows", "model_digest", "calibration_size"}),
+    "bench": frozenset({"rows", "environment"}),
+    "evaluate": frozenset({"images", "agreement", "cosine"}),
+}
+# Written by the tool, but nothing that this page shows.
+_OTHERS: dict[str, frozenset[str]] = {
+    "audit": frozenset({"audits"}),
+    "audit of one graph": frozenset({"kernels", "findings"}),
+    "forecast": frozenset({"prediction", "rows"}),
+    "inspect": frozenset({"recipe", "digest", "preprocess"}),
+    "optimize": frozenset({"recipe", "schedule", "weight_bytes"}),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One file that the page shows: its name without the suffix, its kind, its content."""
+
+    name: str
+    kind: str
+    content: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folder:
+    """What was found: documents in the order of `SHOWN`, and files that are the tool's but are not shown."""
+
+    documents: tuple[Document, ...]
+    left_out: tuple[str, ...]
+
+    def of(self, kind: str) -> list[Document]:
+        """The documents of one kind."""
+        return [document for document in self.documents if document.kind == kind]
+
+
+def load_folder(path: Path) -> Folder:
+    """Read every JSON file of a folder, and the rows of a sweep in it.
+
+    Raises:
+        ReportError: if the folder is missing or empty, or a file is unreadable or of no known kind.
+    """
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise ReportError(
+            f"{path} {what}; give the folder that holds the JSON files of bench, sweep, profile and others"
+        )
+    documents: list[Document] = []
+    left_out: list[str] = []
+    for file in sorted([*path.glob("*.json"), *path.glob("*/*.json")]):
+        if file.parent != path and file.parent.name.endswith(".fold"):
+            continue
+        name = file.relative_to(path).with_suffix("").as_posix()
+        content = _read(file)
+        kind = _kind(content)
+        if kind in _SIGNS:
+            documents.append(Document(name=name, kind=kind, content=content))
+        elif kind is None:
+            raise ReportError(
+                f"{file} is none of the documents that a report shows ({', '.join(SHOWN)}): it holds "
+                f"{_keys(content)}; move it to another folder"
+            )
+        else:
+            left_out.append(f"{name} ({kind})")
+    for file in sorted([*path.glob(ROWS), *path.glob(f"*/{ROWS}")]):
+        name = "sweep" if file.parent == path else file.parent.name
+        documents.append(Document(name=name, kind="sweep", content={"rows": read_rows(file)}))
+    if not documents:
+        raise ReportError(
+            f"{path} holds nothing to report; fill it with: vitfold bench BUNDLE... -o {path}/bench.json, or "
+            f"vitfold profile BUNDLE -o {path}/profile.json"
+        )
+    documents.sort(key=lambda document: (SHOWN.index(document.kind), document.name))
+    return Folder(documents=tuple(documents), left_out=tuple(left_out))
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ReportError(f"{file} cannot be read ({error}); write it again, or move it to another folder") from None
+    if not isinstance(content, dict):
+        raise ReportError(
+            f"{file} holds {type(content).__name__}, not a document of vitfold; move it to another folder"
+        )
+    return content
+
+
+def _kind(content: Mapping[str, Any]) -> str | None:
+    for table in (_OTHERS, _SIGNS):
+        for kind, signs in table.items():
+            if signs <= set(content):
+                return kind
+    return None
+
+
+def _keys(content: Mapping[str, Any]) -> str:
+    names = list(content)
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "nothing"

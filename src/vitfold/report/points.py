@@ -1,0 +1,136 @@
+"""Recipes as points: accuracy, speed and size of one row of a sweep or of a bench, in one form.
+
+Owns the two translations, and which points nothing else beats.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vitfold.errors import ReportError
+
+_RUNG = re.compile(r"^r(\d+(?:\.\d+)?)(?:-(.+))?$")
+PEERS = "peers"
+FLOAT = "float"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One recipe as it was measured; None where it was not. `r` is the mean over blocks, `family` what it quantizes."""
+
+    name: str
+    family: str
+    r: float | None
+    images: int | None
+    top1: float | None
+    agreement: float | None
+    cosine: float | None
+    latency_ms: float | None
+    spread_ms: float | None
+    throughput_ips: float | None
+    speed_up: float | None
+    size_bytes: int | None
+    noisy: bool = False
+    error: str | None = None
+
+
+def points_of_sweep(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """Translate the rows of a sweep."""
+    return [_of_sweep(row) for row in rows]
+
+
+def _of_sweep(row: Mapping[str, Any]) -> Point:
+    latency, speed_up = row.get("latency_ns"), row.get("speedup")
+    merge = row["merge"]
+    quantized = row["quant"] not in (None, "none")
+    method = row.get("method")
+    family = FLOAT if not quantized else str(row["quant"]) + (f", {method}" if method not in (None, "vitfold") else "")
+    return Point(
+        name=str(row["recipe"]),
+        family=family,
+        r=sum(merge) / len(merge) if merge else 0.0,
+        images=row.get("images"),
+        top1=row.get("top1"),
+        agreement=row.get("top1_agreement"),
+        cosine=row.get("cosine"),
+        latency_ms=None if latency is None else latency["median"] / 1e6,
+        spread_ms=None if latency is None else _spread_ms(latency),
+        throughput_ips=row.get("throughput_ips"),
+        speed_up=None if speed_up is None else speed_up["median"],
+        size_bytes=row.get("size_bytes"),
+        noisy=bool(row.get("noisy", False)),
+        error=row.get("error"),
+    )
+
+
+def _spread_ms(latency: Mapping[str, Any]) -> float | None:
+    """Half the range of the trials, each a number or its list of samples."""
+    middles = []
+    for trial in latency.get("trials") or ():
+        samples = sorted(trial) if isinstance(trial, list) else [trial]
+        if samples:
+            middles.append(samples[len(samples) // 2])
+    return (max(middles) - min(middles)) / 2e6 if middles else None
+
+
+def points_of_bench(document: Mapping[str, Any], name: str) -> list[Point]:
+    """Translate the rows of `bench` or `demo`, engine only where that was timed.
+
+    Raises:
+        ReportError: if a row lacks what every row has.
+    """
+    rows = document["rows"]
+    scopes = [scope for scope in ("engine", "end_to_end") if any(row.get("scope") == scope for row in rows)]
+    try:
+        return [_of_bench(row) for row in rows if row["scope"] == scopes[0]]
+    except (KeyError, TypeError, IndexError) as error:
+        raise ReportError(f"{name} is not what vitfold bench writes ({error!r}); measure again") from None
+
+
+def _of_bench(row: Mapping[str, Any]) -> Point:
+    fidelity = row["fidelity"] or {}
+    latency, rate, speed_up = row["latency_ms"], row["throughput_ips"], row["speed_up"]
+    found = _RUNG.match(row["bundle"])
+    return Point(
+        name=row["bundle"],
+        family=PEERS if found is None else found[2] or FLOAT,
+        r=None if found is None else float(found[1]),
+        images=fidelity.get("images"),
+        top1=fidelity.get("top1"),
+        agreement=fidelity.get("agreement"),
+        cosine=fidelity.get("cosine"),
+        latency_ms=None if latency is None else latency["median"],
+        spread_ms=None if latency is None else latency["iqr"] / 2,
+        throughput_ips=None if rate is None else rate["median"],
+        speed_up=None if speed_up is None else speed_up["median"],
+        size_bytes=row["size_bytes"],
+        noisy=bool(row["noisy"]),
+        error=row.get("untimed"),
+    )
+
+
+def quality_key(points: Sequence[Point]) -> str | None:
+    """Return what measures these points: top-1, else agreement, else cosine; None if nothing was measured."""
+    for key in ("top1", "agreement", "cosine"):
+        if any(getattr(point, key) is not None for point in points):
+            return key
+    return None
+
+
+def front(points: Sequence[Point], key: str) -> list[Point]:
+    """Return the points that no other beats in both latency and quality, the fastest first."""
+    timed = [point for point in points if point.latency_ms is not None and getattr(point, key) is not None]
+    best, kept = float("-inf"), []
+    for point in sorted(timed, key=lambda point: (point.latency_ms, -getattr(point, key))):
+        if getattr(point, key) > best:
+            best = getattr(point, key)
+            kept.append(point)
+    return kept
+
+
+def baseline(points: Sequence[Point]) -> Point | None:
+    """Return the float model without merging, if it is among the points."""
+    return next((point for point in points if point.family == FLOAT and point.r == 0), None)
