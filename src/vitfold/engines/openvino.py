@@ -21,6 +21,7 @@ from vitfold.errors import EngineError, missing_extra
 
 # Batch sizes compiled at once: the common one and the remainder at the end of a folder. Each holds the weights again.
 KEPT_SIZES = 2
+_PRODUCTS = {"FullyConnected", "MatMul", "Convolution"}
 
 
 @contextlib.contextmanager
@@ -196,7 +197,7 @@ def _node_times(first: list[Any], last: list[Any], runs: int) -> tuple[NodeTime,
                     name=node.node_name,
                     op=node.node_type,
                     latency_ns=max(0.0, 1e9 * total / runs),
-                    integer=node.exec_type.endswith("_I8"),
+                    integer=node.node_type in _PRODUCTS and node.exec_type.endswith("_I8"),
                 )
             )
     return tuple(nodes)

@@ -14,17 +14,20 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-BORDER = (255, 255, 255)
+LIGHT, DARK = (255, 255, 255), (30, 34, 42)
+_LUMA = np.array([0.299, 0.587, 0.114])
+_BRIGHT = 160
+"""Where the picture is brighter than this, of 255, borders are dark."""
 LEAST_SIDE = 224
 """Pixels; smaller inputs are drawn larger, so that borders stay thin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """One picture with its caption, as a data URL."""
+    """One picture as a data URL, with the lines of its caption."""
 
     title: str
-    text: str
+    lines: tuple[str, ...]
     url: str
 
 
@@ -70,15 +73,15 @@ def strips(traced: Traced) -> list[Strip]:
     found = []
     for image, name in enumerate(traced.names):
         photo = traced.photos[image]
-        before = f"{traced.tokens[0]} tokens enter"
-        tiles = [Tile(title="as the model sees it", text=before, url=_url(_enlarged(photo)))]
+        before = (f"{traced.tokens[0]} tokens",)
+        tiles = [Tile(title="the model's input", lines=before, url=_url(_enlarged(photo)))]
         previous = traced.tokens[0]
         for block in range(len(traced.groups)):
             left = traced.tokens[block + 1]
             if left != previous:
                 drawn = draw_groups(photo, traced.groups[block, image].reshape(traced.grid))
-                text = f"{left} tokens, {traced.flops[block] / 1e9:.2f} GFLOPs"
-                tiles.append(Tile(title=f"block {block}", text=text, url=_url(drawn)))
+                lines = (f"{left} tokens", f"{traced.flops[block] / 1e9:.2f} GFLOPs")
+                tiles.append(Tile(title=f"block {block}", lines=lines, url=_url(drawn)))
             previous = left
         found.append(Strip(name=name, tiles=tuple(tiles)))
     return found
@@ -100,7 +103,7 @@ def draw_groups(photo: UInt8[np.ndarray, "H W 3"], groups: Int[np.ndarray, "Y X"
         other = np.roll(index, -1, axis)
         edge = (index != other) & (merged | np.roll(merged, -1, axis))
         edge[(-1, slice(None)) if axis == 0 else (slice(None), -1)] = False
-        drawn[edge] = BORDER
+        drawn[edge] = np.where((drawn[edge] @ _LUMA > _BRIGHT)[:, None], [DARK], [LIGHT])
     return drawn
 
 
@@ -111,5 +114,5 @@ def _enlarged(photo: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "A B 3"]:
 
 def _url(picture: UInt8[np.ndarray, "H W 3"]) -> str:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=82, subsampling=0, optimize=True)
+    Image.fromarray(picture).save(file, "JPEG", quality=82, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")

@@ -188,8 +188,8 @@ def _pictures(traced: Traced) -> Section:
     return Section(
         title=f"Merged tokens: {traced.title}",
         text=[
-            "Patches that share a token have the mean colour of all of them and a white border; the others are shown "
-            "as they are. Under each picture: tokens that leave the block, prefix tokens included, and the block's work "
+            "Patches that share a token have the mean colour of all of them and a border; the others are as "
+            "they were. Under each picture: tokens that leave the block, prefix tokens included, and the block's work "
             "(two operations per multiply-accumulate). The float model decides what merges."
         ],
         strips=strips(traced),

@@ -1,0 +1,122 @@
+"""Documents as the commands write them, small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT: dict[str, Any] = {
+    "processor": {"name": "A processor", "architecture": "x86_64", "instruction_sets": ["avx2"]},
+    "cores": 2,
+    "threads": 2,
+    "system": "Linux 6",
+    "python": "3.11.7",
+    "packages": {"vitfold": "0.1.0", "onnxruntime": "1.31.1"},
+    "load_average": 0.1,
+}
+
+
+def bench_row(name: str, ms: float | None, top1: float | None, scope: str = "engine", **changes: Any) -> dict[str, Any]:
+    fidelity = {"images": 436, "top1": top1, "top5": 1.0, "agreement": 0.97, "cosine": 0.99, "sqnr_db": 20.0}
+    row: dict[str, Any] = {
+        "bundle": name, "engine": "onnxruntime 1.31.1", "batch": 1, "scope": scope,
+        "latency_ms": None if ms is None else {"median": ms, "iqr": 0.2},
+        "throughput_ips": None if ms is None else {"median": 1e3 / ms},
+        "noisy": False,
+        "fidelity": None if top1 is None else fidelity,
+        "speed_up": None if ms is None else {"median": 16.0 / ms, "iqr": 0.1, "baseline": "r0"},
+        "tokens": 65, "macs": 10**9, "size_bytes": 86_000_000,
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def bench() -> dict[str, Any]:
+    rows = [bench_row("torch", 22.0, 0.88), bench_row("r0", 16.0, 0.88), bench_row("r4", 13.0, 0.885)]
+    rows += [bench_row("r0-w8a8", 8.0, 0.885), bench_row("r4-w8a8", 6.2, 0.874), bench_row("r8-w8a8", 5.0, 0.80)]
+    return {"environment": ENVIRONMENT, "rows": [*rows, bench_row("r0", 40.0, 0.88, "end_to_end")], "measurements": []}
+
+
+def sweep_row(r: int, quant: str, ms: float | None, top1: float | None, **changes: Any) -> dict[str, Any]:
+    name = f"r{r}" if quant == "none" else f"r{r}-{quant}"
+    row: dict[str, Any] = {
+        "recipe": name, "merge": [r] * 12, "quant": quant, "method": "vitfold", "bundle": None, "top1": top1,
+        "top1_agreement": None if top1 is None else 0.99, "cosine": None if top1 is None else 0.995,
+        "latency_ns": None if ms is None else {"median": ms * 1e6, "trials": [ms * 1e6 - 1e5, ms * 1e6 + 1e5]},
+        "speedup": None if ms is None else {"median": 16 / ms, "low": 15 / ms, "high": 17 / ms},
+        "throughput_ips": None if ms is None else 1e3 / ms, "size_bytes": 23_000_000, "images": 5000, "error": None,
+        "commands": [f"vitfold optimize demo --merge {r} --quant {quant} -o {name}.fold"],
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def sweep() -> list[dict[str, Any]]:
+    rows = [sweep_row(r, "none", 16.0 - r, 0.89 - 0.001 * r * r) for r in (0, 2, 4)]
+    rows += [sweep_row(r, "w8a8", 8.0 - r / 2, 0.89 - 0.0012 * r * r) for r in (0, 2, 4)]
+    return [*rows, sweep_row(9, "w8a8", None, None, error="RecipeError: <b>block 8</b> has one pair left")]
+
+
+def evaluation() -> dict[str, Any]:
+    return {"images": 5000, "top1": 0.8918, "top5": 0.99, "agreement": 1.0, "cosine": 1.0, "sqnr_db": None,
+            "reference": "unfolded float32", "engine": "onnxruntime 1.31.1", "skipped": []}  # fmt: skip
+
+
+def ladder() -> dict[str, Any]:
+    rows = [
+        {"method": method, "scheme": scheme, "seed": seed, "engine": "simulation", "attention": True, "error": None,
+         "fidelity": {"images": 300, "top1": top1 + 0.001 * seed, "cosine": 0.9, "sqnr_db": 12.0}}
+        for method, scheme, top1 in (("vitfold", "W8A8", 0.89), ("vitfold", "W4A4", 0.87), ("minmax", "W8A8", 0.88))
+        for seed in (0, 1)
+    ]  # fmt: skip
+    return {"source": "demo", "model_digest": "0", "merge": [0], "images": 300, "images_digest": "1",
+            "calibration_size": 8, "environment": ENVIRONMENT, "rows": rows}  # fmt: skip
+
+
+def sensitivity() -> dict[str, Any]:
+    names = [f"blocks.{i}.{part}" for i in range(12) for part in ("attn.qkv", "attn", "mlp.fc1")]
+    sites = [
+        {"site": name, "sqnr_db": 30.0 + i, "noise_ratio": 0.1 / (i + 1), "agreement": 0.99, "macs_ratio": 0.02}
+        for i, name in enumerate(names)
+    ]
+    return {"source": "demo", "images": 32, "recipe": {}, "sites": sites}
+
+
+def profile() -> dict[str, Any]:
+    kinds = [
+        ("linear", 6.0, 10**9, 0.6),
+        ("softmax", 1.0, 0, None),
+        ("merging", 2.0, 0, None),
+        ("quantize", 0.0, 0, None),
+    ]
+    blocks = [
+        {"block": name, "ms": {"linear": 3.0, "softmax": 0.5, "merging": 1.0}, "macs": 5}
+        for name in ("embed", "blocks.0")
+    ]
+    return {
+        "bundle": "r4-w8a8", "engine": "onnxruntime 1.31.1", "recipe": {}, "tokens": [65, 61], "batch": 1,
+        "latency_ms": {"plain": 9.5, "profiled": 10.0}, "overhead_ratio": 0.05, "nodes_ms": 9.0, "outside_ms": 1.0,
+        "unnamed_ms": 0.0,
+        "kinds": [
+            {"kind": kind, "ms": ms, "ratio": ms / 9, "nodes": int(ms > 0), "macs": macs, "integer_macs": macs, "bytes": 1,
+             "gmacs_per_s": 150.0 if macs else None, "gbytes_per_s": 1.0, "ceiling_ratio": ratio}
+            for kind, ms, macs, ratio in kinds
+        ],
+        "blocks": blocks, "merging": {"costs_ms": 2.0, "saves_ms": 5.0},
+        "ceiling": {"float_gmacs_per_s": 60.0, "integer_gmacs_per_s": 200.0, "copy_gbytes_per_s": 7.0},
+        "advice": ["The bottleneck is linear layers: 6.00 ms."], "environment": ENVIRONMENT,
+    }  # fmt: skip
+
+
+def fill(folder: Path) -> Path:
+    """Write one document of every kind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (
+        ("demo", bench()),
+        ("accuracy", evaluation()),
+        ("methods", ladder()),
+        ("sites", sensitivity()),
+        ("r4-profile", profile()),
+    ):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sweep()))
+    return folder

@@ -1,0 +1,153 @@
+"""The page: everything within it, every figure on it, and every plot drawn in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import documents
+import numpy as np
+import pytest
+
+from vitfold.errors import ReportError
+from vitfold.report.loading import load_folder
+from vitfold.report.mosaic import Traced
+
+pytest.importorskip("plotly")
+pytest.importorskip("jinja2")
+from vitfold.report import figures, page
+from vitfold.report.points import points_of_sweep
+
+PLOTS = 4 + 4 + 1 + 1 + 1
+"""Of a sweep, a bench, a profile, a sensitivity and a ladder."""
+
+
+def traced() -> Traced:
+    rng = np.random.default_rng(0)
+    return Traced(
+        title="r4", names=("cat.jpg",), photos=rng.integers(0, 255, (1, 224, 224, 3), dtype=np.uint8),
+        groups=np.minimum(np.arange(16), 12)[None, None], grid=(4, 4), tokens=(17, 14), flops=(10**9,),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    found = load_folder(documents.fill(folder / "results"))
+    text = page.render_page(found, title="ViT <on> two cores", command="vitfold report results", traced=[traced()])
+    (folder / "report.html").write_text(text, encoding="utf-8")
+    return folder / "report.html"
+
+
+def test_nothing_is_loaded_from_elsewhere(written: Path) -> None:
+    text = written.read_text(encoding="utf-8")
+    outside = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|\#)""", outside)
+    assert "http" not in outside
+    assert "@import" not in outside
+    assert len(text.encode()) < 5_000_000
+
+
+def test_everything_is_shown_and_escaped(written: Path) -> None:
+    text = written.read_text(encoding="utf-8")
+    for shown in (
+        "ViT &lt;on&gt; two cores", "RecipeError: &lt;b&gt;block 8&lt;/b&gt;", "r4-w8a8", "87.40", "6.20 ±0.10",
+        "The bottleneck is linear layers", "A processor", "vitfold report results", "onnxruntime",
+        "vitfold optimize demo --merge 2 --quant w8a8 -o r2-w8a8.fold", "block 0", "14 tokens", "2.00 GFLOPs"[-6:],
+        "blocks.11.mlp.fc1", "89.18",
+    ):  # fmt: skip
+        assert shown in text, shown
+    assert "<b>block 8" not in text
+    specs = json.loads(re.search(r'id="figures">(.*?)</script>', text, re.DOTALL)[1])
+    assert len(specs) == PLOTS
+    hovers = [text for spec in specs for trace in spec["data"] for text in trace.get("text") or ()]
+    assert any("<b>r4-w8a8</b>" in hover and "speed-up 2.58x" in hover for hover in hovers)
+
+
+def test_the_headline_is_the_fastest_within_one_point(tmp_path: Path) -> None:
+    sweep, bench = page.headlines(load_folder(documents.fill(tmp_path)))
+    assert bench["figure"] == "2.58x"
+    assert "demo: r4-w8a8 against r0, 6.20 instead of 16.00 ms, top-1 -0.60 points on 436 images" in bench["text"]
+    assert sweep["figure"] == "2.29x"
+    assert "r2-w8a8" in sweep["text"]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(documents.sweep_row(0, "none", 16.0, 0.89)))
+    assert "nothing within one point is faster" in page.headlines(load_folder(tmp_path))[0]["text"]
+
+
+def test_a_page_that_is_too_large_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "MOST_BYTES", 1000)
+    with pytest.raises(ReportError, match="fewer --photos"):
+        page.render_page(load_folder(documents.fill(tmp_path)), title="x", command="y")
+
+
+def test_what_was_not_measured_is_not_drawn() -> None:
+    untimed = points_of_sweep([documents.sweep_row(r, "none", None, 0.8) for r in (0, 2)])
+    assert figures.pareto(untimed) == []
+    assert [plot.title for plot in figures.against_r(untimed)] == ["Accuracy against merging"]
+    unmeasured = points_of_sweep([documents.sweep_row(r, "none", 5.0 - r, None) for r in (0, 2)])
+    assert figures.pareto(unmeasured) == []
+    assert [plot.title for plot in figures.against_r(unmeasured)] == ["Latency against merging"]
+    failed = documents.ladder()
+    assert figures.ladder({**failed, "rows": [{**row, "fidelity": None} for row in failed["rows"]]}) is None
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with playwright.sync_playwright() as started:
+        try:
+            opened = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_in_a_browser(written: Path, browser: Any, width: int, scheme: str) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    opened = context.new_page()
+    said: list[str] = []
+    opened.on("console", lambda message: said.append(message.text))
+    opened.on("pageerror", lambda error: said.append(str(error)))
+    opened.on(
+        "request", lambda request: None if request.url.startswith(("file:", "data:")) else said.append(request.url)
+    )
+    opened.goto(written.as_uri())
+    opened.wait_for_selector("body[data-ready]", state="attached", timeout=60_000)
+    assert said == []
+    drawn = opened.eval_on_selector_all(
+        ".plot",
+        "plots => plots.map(p => [p.querySelectorAll('.point, .js-line').length, p.getBoundingClientRect().width, "
+        "p.querySelector('.main-svg').getBoundingClientRect().width])",
+    )
+    assert len(drawn) == PLOTS
+    for marks, room, taken in drawn:
+        assert marks > 0
+        assert taken <= room + 1
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    assert opened.eval_on_selector_all("img", "all => all.every(one => one.complete && one.naturalWidth > 0)")
+    back, text = (opened.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color"))
+    shades = [sum(int(n) for n in re.findall(r"\d+", colour)[:3]) for colour in (back, text)]
+    assert (shades[0] < shades[1]) == (scheme == "dark")
+    labels = opened.eval_on_selector(".xtick text", "label => getComputedStyle(label).fill")
+    assert labels == text, "labels of plots take the page's colour"
+    context.close()
+
+
+def test_plots_follow_a_change_of_scheme(written: Path, browser: Any) -> None:
+    opened = browser.new_page(color_scheme="light")
+    opened.goto(written.as_uri())
+    opened.wait_for_selector("body[data-ready]", state="attached", timeout=60_000)
+    before = opened.eval_on_selector(".xtick text", "label => getComputedStyle(label).fill")
+    opened.emulate_media(color_scheme="dark")
+    opened.wait_for_function(
+        "before => getComputedStyle(document.querySelector('.xtick text')).fill !== before", arg=before
+    )
+    opened.close()

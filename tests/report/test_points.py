@@ -1,0 +1,62 @@
+"""Rows as points, and which of them nothing beats."""
+
+from __future__ import annotations
+
+import documents
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitfold.errors import ReportError
+from vitfold.report.points import Point, baseline, front, points_of_bench, points_of_sweep, quality_key
+
+
+def point(ms: float, top1: float) -> Point:
+    return Point(
+        name=f"{ms}-{top1}", family="float", r=None, images=1, top1=top1, agreement=None, cosine=None, latency_ms=ms,
+        spread_ms=None, throughput_ips=None, speed_up=None, size_bytes=None,
+    )  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), min_size=1, max_size=30))
+def test_the_front_is_what_nothing_beats(pairs: list[tuple[int, int]]) -> None:
+    points = [point(float(ms), top1 / 20) for ms, top1 in pairs]
+    kept = front(points, "top1")
+    times = [p.latency_ms for p in kept]
+    assert times == sorted(times)
+    for p in points:
+        beaten = any(
+            q.latency_ms <= p.latency_ms and q.top1 >= p.top1 and (q.latency_ms, q.top1) != (p.latency_ms, p.top1)
+            for q in points
+        )
+        assert beaten != any((q.latency_ms, q.top1) == (p.latency_ms, p.top1) for q in kept)
+
+
+def test_a_sweep_row() -> None:
+    found = points_of_sweep(documents.sweep())
+    assert [p.family for p in found] == ["float"] * 3 + ["w8a8"] * 4
+    assert [p.r for p in found] == [0, 2, 4, 0, 2, 4, 9]
+    first, failed = found[0], found[-1]
+    assert (first.latency_ms, first.spread_ms, first.throughput_ips) == (16.0, pytest.approx(0.1), 62.5)
+    assert (failed.latency_ms, failed.error) == (None, "RecipeError: <b>block 8</b> has one pair left")
+    assert baseline(found) is first
+    other = points_of_sweep([documents.sweep_row(1, "w8a8", 5.0, 0.8, method="minmax", merge=[2, 0])])
+    assert (other[0].family, other[0].r) == ("w8a8, minmax", 1.0)
+
+
+def test_a_bench_row() -> None:
+    found = points_of_bench(documents.bench(), "demo")
+    assert [p.name for p in found] == ["torch", "r0", "r4", "r0-w8a8", "r4-w8a8", "r8-w8a8"], "the engine's scope alone"
+    assert [p.family for p in found] == ["peers", "float", "float", "w8a8", "w8a8", "w8a8"]
+    assert (found[4].r, found[4].latency_ms, found[4].spread_ms) == (4.0, 6.2, 0.1)
+    assert found[0].r is None
+    assert quality_key(found) == "top1"
+    untimed = documents.bench_row("modelopt", None, 0.88, untimed="no time: it runs nowhere here")
+    assert points_of_bench({"rows": [untimed]}, "x")[0].error == "no time: it runs nowhere here"
+    with pytest.raises(ReportError, match="x is not what vitfold bench writes"):
+        points_of_bench({"rows": [{"scope": "engine"}]}, "x")
+
+
+def test_without_fidelity_nothing_is_compared() -> None:
+    found = points_of_bench({"rows": [documents.bench_row("r0", 5.0, None)]}, "x")
+    assert quality_key(found) is None
