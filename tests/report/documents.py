@@ -88,16 +88,15 @@ def profile() -> dict[str, Any]:
         ("merging", 2.0, 0, None),
         ("quantize", 0.0, 0, None),
     ]
-    blocks = [
-        {"block": name, "ms": {"linear": 3.0, "softmax": 0.5, "merging": 1.0}, "macs": 5}
-        for name in ("embed", "blocks.0")
-    ]
+    times = {"linear": 3.0, "softmax": 0.5, "merging": 1.0}
+    blocks = [{"block": name, "ms": times, "macs": 5} for name in ("embed", "blocks.0")]
     return {
         "bundle": "r4-w8a8", "engine": "onnxruntime 1.31.1", "recipe": {}, "tokens": [65, 61], "batch": 1,
         "latency_ms": {"plain": 9.5, "profiled": 10.0}, "overhead_ratio": 0.05, "nodes_ms": 9.0, "outside_ms": 1.0,
         "unnamed_ms": 0.0,
         "kinds": [
-            {"kind": kind, "ms": ms, "ratio": ms / 9, "nodes": int(ms > 0), "macs": macs, "integer_macs": macs, "bytes": 1,
+            {"kind": kind, "ms": ms, "ratio": ms / 9, "nodes": int(ms > 0), "macs": macs, "bytes": 1,
+             "integer_macs": macs,
              "gmacs_per_s": 150.0 if macs else None, "gbytes_per_s": 1.0, "ceiling_ratio": ratio}
             for kind, ms, macs, ratio in kinds
         ],

@@ -9,6 +9,7 @@ import typer
 from vitfold.cli import (
     audit,
     bench,
+    compare,
     demo,
     doctor,
     evaluate,
@@ -57,6 +58,7 @@ app.command("sweep")(sweep.sweep)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
+app.command("compare")(compare.compare)
 app.command("table")(bench.table)
 app.command("profile")(profile.profile)
 app.command("report")(report.report)

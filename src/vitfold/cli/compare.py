@@ -1,0 +1,81 @@
+"""`vitfold compare`: a bundle beside everything that a user could run instead, in one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitfold.cli import options
+from vitfold.cli.bench import bench
+from vitfold.cli.terminal import command, note, out
+from vitfold.errors import EngineError
+
+TIMED = "torch,torch-compile,onnxruntime,onnxruntime-int8,openvino,nncf"
+
+
+@command
+def compare(
+    bundle: options.BundlePath,
+    peers: Annotated[
+        str, typer.Option(help="Compare with these (comma-separated), each at its best settings.")
+    ] = TIMED,
+    images: options.Images = None,
+    calibration_images: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Images from which INT8 peers take ranges; not those that are measured on."),
+    ] = None,
+    batch: options.Batch = 1,
+    trials: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 10,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Recorded seconds per subject and scope.")] = 3.0,
+    limit: Annotated[int, typer.Option(min=1, help="Images used, spread evenly over --images.")] = 200,
+    skip_bad: options.SkipBad = False,
+    reference: options.ReferenceBundle = None,
+    threads: options.Threads = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the JSON with every raw sample to this file.")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Time a bundle beside its peers, with fidelities on the same images; say what is missing and how to get it."""
+    names = [name.strip() for name in peers.split(",") if name.strip()]
+    missing = missing_peers(names, calibrated=calibration_images is not None)
+    present = [name for name in names if name not in missing]
+    bench(
+        bundles=[bundle],
+        batch=batch,
+        images=images,
+        peers=",".join(present),
+        calibration_images=calibration_images,
+        trials=trials,
+        seconds=seconds,
+        limit=limit,
+        skip_bad=skip_bad,
+        reference=reference,
+        threads=threads,
+        output=output,
+        json=json,
+    )
+    say = note if json else lambda line: out.print(line, highlight=False, markup=False, soft_wrap=True)
+    for name, reason in missing.items():
+        say(f"not compared: {name}; {reason}")
+
+
+def missing_peers(names: list[str], *, calibrated: bool) -> dict[str, str]:
+    """Return the peers that cannot run here, with the reason, which names the cure.
+
+    Raises:
+        EngineError: for a name that is not a peer.
+    """
+    from vitfold.peers import PEERS, check_peers
+
+    missing = {}
+    for name in names:
+        try:
+            check_peers([name], calibrated=calibrated)
+        except EngineError as error:
+            if name not in PEERS:
+                raise
+            missing[name] = str(error)
+    return missing
