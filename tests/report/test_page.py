@@ -71,7 +71,10 @@ def test_everything_is_shown_and_escaped(written: Path) -> None:
 def test_the_headline_is_the_fastest_within_one_point(tmp_path: Path) -> None:
     sweep, bench = page.headlines(load_folder(documents.fill(tmp_path)))
     assert bench["figure"] == "2.58x"
-    assert "demo: r4-w8a8 against r0, 6.20 instead of 16.00 ms, top-1 -0.60 points on 436 images" in bench["text"]
+    assert (
+        "demo: r4-w8a8 against r0, 6.20 instead of 16.00 ms, top-1 \N{MINUS SIGN}0.60 points on 436 images"
+        in bench["text"]
+    )
     assert sweep["figure"] == "2.29x"
     assert "r2-w8a8" in sweep["text"]
     (tmp_path / "rows.jsonl").write_text(json.dumps(documents.sweep_row(0, "none", 16.0, 0.89)))
@@ -90,6 +93,9 @@ def test_what_was_not_measured_is_not_drawn() -> None:
     assert [plot.title for plot in figures.against_r(untimed)] == ["Accuracy against merging"]
     unmeasured = points_of_sweep([documents.sweep_row(r, "none", 5.0 - r, None) for r in (0, 2)])
     assert figures.pareto(unmeasured) == []
+    (bars,) = figures.latencies(unmeasured)
+    assert list(bars.figure.data[0].x) == [3.0, 5.0]
+    assert figures.latencies(untimed) == []
     assert [plot.title for plot in figures.against_r(unmeasured)] == ["Latency against merging"]
     failed = documents.ladder()
     assert figures.ladder({**failed, "rows": [{**row, "fidelity": None} for row in failed["rows"]]}) is None

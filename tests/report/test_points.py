@@ -47,7 +47,7 @@ def test_a_sweep_row() -> None:
 def test_a_bench_row() -> None:
     found = points_of_bench(documents.bench(), "demo")
     assert [p.name for p in found] == ["torch", "r0", "r4", "r0-w8a8", "r4-w8a8", "r8-w8a8"], "the engine's scope alone"
-    assert [p.family for p in found] == ["peers", "float", "float", "w8a8", "w8a8", "w8a8"]
+    assert [p.family for p in found] == ["others", "float", "float", "w8a8", "w8a8", "w8a8"]
     assert (found[4].r, found[4].latency_ms, found[4].spread_ms) == (4.0, 6.2, 0.1)
     assert found[0].r is None
     assert quality_key(found) == "top1"

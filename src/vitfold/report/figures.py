@@ -11,7 +11,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from vitfold.report.points import PEERS, Point, front, quality_key
+from vitfold.report.points import OTHERS, Point, front, quality_key
 from vitfold.report.tables import number
 
 PALETTE = ("#4c7bd9", "#e07b39", "#2f9e78", "#b45bc4", "#c79a1e", "#d1495b", "#2a9db0", "#8c6d46")
@@ -87,6 +87,28 @@ def pareto(points: Sequence[Point]) -> list[Plot]:
             )
         plots.append(Plot(title=heading, figure=_laid_out(figure, axis, title)))
     return plots
+
+
+def latencies(points: Sequence[Point]) -> list[Plot]:
+    """Latencies as bars, for comparisons that have no accuracy."""
+    shown = [p for p in points if p.latency_ms is not None][::-1]
+    if not shown:
+        return []
+    families = _families(points)
+    figure = go.Figure()
+    figure.add_bar(
+        x=[p.latency_ms for p in shown],
+        y=[p.name for p in shown],
+        orientation="h",
+        marker={"color": [_colour(families.index(p.family), p.family) for p in shown]},
+        error_x={"array": [p.spread_ms or 0.0 for p in shown], "thickness": 1, "width": 3, "color": GREY},
+        hovertext=[_hover(p) for p in shown],
+        hovertemplate="%{hovertext}<extra></extra>",
+    )
+    figure = _laid_out(figure, "latency, ms", None)
+    figure.update_layout(bargap=0.35)
+    figure.update_yaxes(type="category", showgrid=False)
+    return [Plot(title="Latency", figure=figure, height=max(380, 90 + 26 * len(shown)))]
 
 
 def against_r(points: Sequence[Point]) -> list[Plot]:
@@ -211,13 +233,13 @@ def _of_attention(site: str) -> bool:
 
 
 def _families(points: Sequence[Point]) -> list[str]:
-    """In order of appearance, peers last."""
+    """In order of appearance, others last."""
     found = dict.fromkeys(point.family for point in points)
-    return sorted(found, key=lambda family: family == PEERS)
+    return sorted(found, key=lambda family: family == OTHERS)
 
 
 def _colour(place: int, family: str) -> str:
-    return GREY if family == PEERS else PALETTE[place % len(PALETTE)]
+    return GREY if family == OTHERS else PALETTE[place % len(PALETTE)]
 
 
 def _hover(point: Point) -> str:

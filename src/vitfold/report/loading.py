@@ -26,6 +26,7 @@ _SIGNS: dict[str, frozenset[str]] = {
 _OTHERS: dict[str, frozenset[str]] = {
     "audit": frozenset({"audits"}),
     "audit of one graph": frozenset({"kernels", "findings"}),
+    "accumulators": frozenset({"layers_beyond", "rows"}),
     "forecast": frozenset({"prediction", "rows"}),
     "inspect": frozenset({"recipe", "digest", "preprocess"}),
     "optimize": frozenset({"recipe", "schedule", "weight_bytes"}),
@@ -108,9 +109,15 @@ def _read(file: Path) -> Mapping[str, Any]:
 def _kind(content: Mapping[str, Any]) -> str | None:
     for table in (_OTHERS, _SIGNS):
         for kind, signs in table.items():
-            if signs <= set(content):
+            if signs <= set(content) and _fits(kind, content):
                 return kind
     return None
+
+
+def _fits(kind: str, content: Mapping[str, Any]) -> bool:
+    """Tell bench's rows from others'."""
+    rows = content.get("rows")
+    return kind != "bench" or (isinstance(rows, list) and all({"bundle", "scope"} <= set(row) for row in rows))
 
 
 def _keys(content: Mapping[str, Any]) -> str:

@@ -112,14 +112,22 @@ def headlines(folder: Folder) -> list[dict[str, str]]:
                 {"figure": "1.00x", "text": f"{document.name}: nothing within one point is faster than {start.name}"}
             )
             continue
+        ratio = start.latency_ms / best.latency_ms
+        if best.speed_up is not None and start.speed_up:
+            ratio = best.speed_up / start.speed_up
         found.append(
             {
-                "figure": f"{start.latency_ms / best.latency_ms:.2f}x",
+                "figure": f"{ratio:.2f}x",
                 "text": f"{document.name}: {best.name} against {start.name}, {best.latency_ms:.2f} instead of "
-                f"{start.latency_ms:.2f} ms, {name} {change:+.2f} points on {best.images} images",
+                f"{start.latency_ms:.2f} ms, {name} {_signed(change)} points on {best.images} images",
             }
         )
     return found
+
+
+def _signed(points: float) -> str:
+    """A change with its sign, as typeset."""
+    return f"{points:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _points(document: Document) -> list[Point]:
@@ -146,7 +154,9 @@ def _comparison(document: Document) -> Section:
         "Latencies are medians of interleaved trials with half their spread; ~ marks a noisy row. The dotted line "
         "joins what nothing else beats."
     ]
+    compared = figures.pareto(points)
     if quality_key(points) is None:
+        compared = figures.latencies(points)
         text = ["No fidelity was measured here (random weights or no images): times only."]
     failed = sum(point.error is not None for point in points)
     if failed:
@@ -155,7 +165,7 @@ def _comparison(document: Document) -> Section:
     return Section(
         title=kind if document.name == document.kind else f"{kind}: {document.name}",
         text=text,
-        plots=[*figures.pareto(points), *figures.against_r(points)],
+        plots=[*compared, *figures.against_r(points)],
         table=_points_table(points),
     )
 

@@ -13,7 +13,8 @@ from typing import Any
 from vitfold.errors import ReportError
 
 _RUNG = re.compile(r"^r(\d+(?:\.\d+)?)(?:-(.+))?$")
-PEERS = "peers"
+OTHERS = "others"
+"""The family of rows with names of their own: peers, mostly."""
 FLOAT = "float"
 
 
@@ -96,7 +97,7 @@ def _of_bench(row: Mapping[str, Any]) -> Point:
     found = _RUNG.match(row["bundle"])
     return Point(
         name=row["bundle"],
-        family=PEERS if found is None else found[2] or FLOAT,
+        family=_family(row["bundle"]),
         r=None if found is None else float(found[1]),
         images=fidelity.get("images"),
         top1=fidelity.get("top1"),
@@ -110,6 +111,12 @@ def _of_bench(row: Mapping[str, Any]) -> Point:
         noisy=bool(row["noisy"]),
         error=row.get("untimed"),
     )
+
+
+def _family(name: str) -> str:
+    """What a row of a bench stands for, by its name: bundles are called r4-w8a8 and the like."""
+    found = _RUNG.match(name)
+    return OTHERS if found is None else found[2] or FLOAT
 
 
 def quality_key(points: Sequence[Point]) -> str | None:
