@@ -38,10 +38,14 @@ def _bottleneck(profile: Profile) -> str:
     if rate is not None:
         text += f", at {rate:.0f} GMAC/s"
     if largest.ceiling_ratio is not None:
-        text += f", {100 * largest.ceiling_ratio:.0f} % of what this machine reaches"
+        text += f", {_reached(largest.ceiling_ratio)}"
         if largest.kind in ("linear", "attention"):
             text += "; " + _outlook(profile, largest)
     return text + "."
+
+
+def _reached(ratio: float) -> str:
+    return f"{100 * ratio:.0f} % of what this machine reaches" if ratio < 0.95 else "the most that this machine reaches"
 
 
 def _outlook(profile: Profile, largest: KindTime) -> str:
@@ -97,11 +101,11 @@ def _merging(profile: Profile) -> str | None:
 
 def _outside(profile: Profile) -> str | None:
     """What the engine spends between nodes."""
-    if profile.outside_ns < 0.1 * profile.profiled_ns:
+    if profile.outside_ns < 0.1 * profile.fastest_ns:
         return None
     return (
-        f"{_ms(profile.outside_ns)} of the profiled {_ms(profile.profiled_ns)} lie between nodes: the engine's "
-        "dispatch, its profiler and whatever else this machine did; fewer, larger operations cost less there."
+        f"{_ms(profile.outside_ns)} of the fastest profiled {_ms(profile.fastest_ns)} lie between nodes: the engine's "
+        "dispatch and its profiler; fewer, larger operations cost less there."
     )
 
 
