@@ -105,7 +105,7 @@ def _outside(profile: Profile) -> str | None:
         return None
     return (
         f"{_ms(profile.outside_ns)} of the fastest profiled {_ms(profile.fastest_ns)} lie between nodes: the engine's "
-        "dispatch and its profiler; fewer, larger operations cost less there."
+        "dispatch, its profiler and, on a busy machine, other programs; fewer, larger operations cost less there."
     )
 
 

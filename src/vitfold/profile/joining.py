@@ -88,9 +88,9 @@ class Profile:
     """Where the time of one batch goes.
 
     `profiled_ns` and `plain_ns` are the median runs with and without the profiler. `outside_ns` is what the fastest
-    profiled run took beyond its nodes; `unnamed_ns` belongs to nodes without a site, whose blocks are those of the nodes
-    behind. `merging_saves_ns` is what the merged tokens would have cost at the rates of this profile, block by block and
-    kind by kind; None where nothing merges.
+    profiled run took beyond its nodes; `unnamed_ns` belongs to nodes without a site, whose blocks are those of the
+    nodes behind. `merging_saves_ns` is what the merged tokens would have cost at the rates of this profile, by block
+    and kind; None where nothing merges.
     """
 
     batch: int
