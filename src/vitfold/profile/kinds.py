@@ -30,11 +30,11 @@ _LAYERS = r"(?:qkv|proj|fc1|fc2|patch_embed|head|head_dist|pool\.q|pool\.kv)"
 _RULES: tuple[tuple[str, str, str], ...] = (
     # A merge's own nodes; the metric (mean of keys) and the logarithm of sizes that its attention adds.
     (r"\.merge\b|pool\.unmerge|\.attn\.(reducemean|log|bias)$", r"", "merging"),
-    (r"", r"QuantizeLinear$|FakeQuantize", "quantize"),
+    (r"", r"[Qq]uantizeLinear$|FakeQuantize", "quantize"),
     # OpenVINO fuses both products and the softmax into one `Subgraph` named after the transpose behind; q's scale too.
     (r"\.attn\.(transpose|mul)$", r"^Subgraph$", "attention"),
-    (r"\.(x|w|y|q|k|v)$", r"^(Subgraph|Min|Add|Sub|Where|Less|Relu|Multiply)?$", "quantize"),
     (r"", r"^(Transpose|Reshape|Split|VariadicSplit|Slice|Concat|Pad|Gather\w*|Cast|Convert|Reorder\w*)$", "layout"),
+    (r"\.(x|w|y|q|k|v|scale)$", r"", "quantize"),
     (r"\.softmax$", r"", "softmax"),
     (r"", r"^Softmax$", "softmax"),
     (r"(^|\.)(norm\d?|[qk]_norm|pre_norm|pool_norm)$", r"", "normalization"),
