@@ -28,6 +28,8 @@ from vitfold.profile.kinds import KINDS, kind_of, part_of, parts_of, site_of
         ("blocks.0.mlp.act", "Gelu", "activation"),
         ("blocks.0.attn.qkv.x", "QuantizeLinear", "quantize"),
         ("blocks.0.mlp.fc1.x", "Subgraph", "quantize"),
+        ("pool.q", "Gemm", "linear"),
+        ("pool.attn.q", "QuantizeLinear", "quantize"),
         ("head.w", "DequantizeLinear", "quantize"),
         ("blocks.0.attn.proj.x", "Div", "quantize"),
         ("blocks.0.mlp.fc1.scale", "Mul", "quantize"),

@@ -34,8 +34,8 @@ _RULES: tuple[tuple[str, str, str], ...] = (
     # OpenVINO fuses both products and the softmax into one `Subgraph` named after the transpose behind; q's scale too.
     (r"\.attn\.(transpose|mul)$", r"^Subgraph$", "attention"),
     (r"", r"^(Transpose|Reshape|Split|VariadicSplit|Slice|Concat|Pad|Gather\w*|Cast|Convert|Reorder\w*)$", "layout"),
-    (r"\.(x|w|y|q|k|v|scale)$", r"", "quantize"),
-    (r"\.softmax$", r"", "softmax"),
+    (r"\.attn\.[qkv]$|\.(x|w|y|scale)$", r"", "quantize"),
+    (r"\.softmax(\.sum)?$", r"", "softmax"),
     (r"", r"^Softmax$", "softmax"),
     (r"(^|\.)(norm\d?|[qk]_norm|pre_norm|pool_norm)$", r"", "normalization"),
     (r"", r"LayerNormalization$|^MVN$", "normalization"),
