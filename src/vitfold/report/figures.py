@@ -165,7 +165,7 @@ def blocks(profile: Mapping[str, Any]) -> Plot:
     title = f"Time per block: {profile['bundle']}, {profile['engine']}, batch {profile['batch']}"
     plot = Plot(
         title=title,
-        figure=_laid_out(figure, "block (in: patches and positions, out: pooling and head)", "ms"),
+        figure=_laid_out(figure, "block (in: embedding, out: head)", "ms"),
         height=400,
     )
     figure.update_xaxes(type="category", tickangle=0, tickfont={"size": 11}, showgrid=False)

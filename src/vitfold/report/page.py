@@ -171,27 +171,31 @@ def _comparison(document: Document) -> Section:
 
 
 def _points_table(points: Sequence[Point]) -> Table:
-    header = ["recipe", "top-1 %", "agree %", "cosine", "latency ms", "img/s", "speed-up", "MB", "images"]
-    with_errors = any(point.error for point in points)
-    rows = []
-    for p in points:
-        latency = "-"
-        if p.latency_ms is not None:
-            spread = "" if p.spread_ms is None else f" ±{p.spread_ms:.2f}"
-            latency = f"{'~' if p.noisy else ''}{p.latency_ms:.2f}{spread}"
-        row = [
-            p.name,
-            percent(p.top1, unit=""),
-            percent(p.agreement, unit=""),
-            number(p.cosine, ".4f"),
-            latency,
-            number(p.throughput_ips, ".1f"),
-            "-" if p.speed_up is None else f"{p.speed_up:.2f}x",
-            number(p.size_bytes, ".0f", scale=1e-6),
-            number(p.images, "d"),
-        ]
-        rows.append([*row, p.error or ""] if with_errors else row)
-    return Table(header=[*header, "remark"] if with_errors else header, rows=rows, words=("recipe", "remark"))
+    """One row per recipe; columns that nothing fills are left out."""
+    header = ["recipe", "top-1 %", "agree %", "cosine", "latency ms", "img/s", "speed-up", "MB", "images", "remark"]
+    rows = [_cells(point) for point in points]
+    kept = [place for place in range(len(header)) if any(row[place] not in ("-", "") for row in rows)]
+    shown = [[row[place] for place in kept] for row in rows]
+    return Table(header=[header[place] for place in kept], rows=shown, words=("recipe", "remark"))
+
+
+def _cells(point: Point) -> list[str]:
+    latency = "-"
+    if point.latency_ms is not None:
+        spread = "" if point.spread_ms is None else f" ±{point.spread_ms:.2f}"
+        latency = f"{'~' if point.noisy else ''}{point.latency_ms:.2f}{spread}"
+    return [
+        point.name,
+        percent(point.top1, unit=""),
+        percent(point.agreement, unit=""),
+        number(point.cosine, ".4f"),
+        latency,
+        number(point.throughput_ips, ".1f"),
+        "-" if point.speed_up is None else f"{point.speed_up:.2f}x",
+        number(point.size_bytes, ".0f", scale=1e-6),
+        number(point.images, "d"),
+        point.error or "",
+    ]
 
 
 def _pictures(traced: Traced) -> Section:
