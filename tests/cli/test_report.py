@@ -71,7 +71,7 @@ def test_mistakes(results: Path, folder: Path, merged: Path, few: Path, tmp_path
     plain = error("report", results, "-o", page, "--pictures", folder / "r0.fold", "--images", few)
     assert "merges nothing, so there is nothing to draw" in plain
     assert "is a folder" in error("report", results, "-o", tmp_path)
-    (tmp_path / "rows.jsonl").write_text('{"recipe": "r0"')
+    (tmp_path / "rows.jsonl").write_text('{"recipe": "r0"\n')
     assert "rows.jsonl, line 1 is not JSON" in error("report", tmp_path, "-o", page)
     assert not page.exists()
 

@@ -45,7 +45,8 @@ def sweep_row(r: int, quant: str, ms: float | None, top1: float | None, **change
         "latency_ns": None if ms is None else {"median": ms * 1e6, "trials": [ms * 1e6 - 1e5, ms * 1e6 + 1e5]},
         "speedup": None if ms is None else {"median": 16 / ms, "low": 15 / ms, "high": 17 / ms},
         "throughput_ips": None if ms is None else 1e3 / ms, "size_bytes": 23_000_000, "images": 5000, "error": None,
-        "commands": [f"vitfold optimize demo --merge {r} --quant {quant} -o {name}.fold"],
+        "commands": [f"vitfold optimize demo --merge {r} --quant {quant} -o {name}.fold"], "target": "cpu",
+        "drop": None if top1 is None else {"drop": 0.89 - top1, "low": 0.889 - top1, "high": 0.891 - top1},
     }  # fmt: skip
     return {**row, **changes}
 
@@ -117,5 +118,6 @@ def fill(folder: Path) -> Path:
         ("r4-profile", profile()),
     ):
         (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "sweep.json").write_text(json.dumps({"source": "demo", "protocol": "quick", "environment": ENVIRONMENT}))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sweep()))
     return folder

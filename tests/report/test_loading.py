@@ -8,9 +8,9 @@ from pathlib import Path
 import documents
 import pytest
 
-from vitfold.errors import ReportError
+from vitfold.errors import JournalError, ReportError
 from vitfold.report.loading import SHOWN, load_folder
-from vitfold.report.sweeps import read_rows
+from vitfold.report.sweeps import read_sweep_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,6 +20,7 @@ def test_every_kind_is_recognized_in_its_order(tmp_path: Path) -> None:
     assert [document.kind for document in found.documents] == list(SHOWN)
     assert found.left_out == ()
     assert found.of("sweep")[0].content["rows"] == documents.sweep()
+    assert found.of("sweep")[0].content["environment"] == documents.ENVIRONMENT, "of sweep.json"
     assert found.of("bench")[0].name == "demo"
 
 
@@ -71,28 +72,28 @@ GOOD = json.dumps(documents.sweep_row(0, "none", 16.0, 0.89))
     [
         ('{"recipe": "r0", "mer', "line 2 is not JSON"),
         ('"r0"', "line 2 is no row but str"),
-        ('{"recipe": "r0", "merge": [0]}', "line 2 lacks quant"),
+        ('{"recipe": "r0", "merge": [0]}', "row 2 lacks quant"),
         (
             json.dumps(documents.sweep_row(0, "none", 1.0, None, latency_ns=5)),
-            "line 2: latency_ns must be null or have",
+            "row 2 has latency_ns 5, which must be null",
         ),
-        (json.dumps(documents.sweep_row(0, "none", 1.0, None, merge="8")), "line 2: merge must be a list"),
+        (json.dumps(documents.sweep_row(0, "none", 1.0, None, merge="8")), "row 2 has merge '8', which must be a list"),
     ],
 )
 def test_an_unreadable_row_is_named_by_its_line(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{GOOD}\n{line}\n")
-    with pytest.raises(ReportError, match=message) as caught:
-        read_rows(path)
+    with pytest.raises((JournalError, ReportError), match=message) as caught:
+        load_folder(tmp_path)
     assert "rows.jsonl" in str(caught.value)
-    assert "remove the line" in str(caught.value)
+    assert "remove" in str(caught.value)
 
 
-def test_the_last_row_of_a_recipe_counts(tmp_path: Path) -> None:
+def test_the_last_row_of_a_recipe_counts_and_one_cut_short_does_not(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     again = documents.sweep_row(0, "none", 12.0, 0.89)
-    path.write_text(f"{GOOD}\n\n{json.dumps(again)}\n")
-    assert read_rows(path) == [again]
+    path.write_text(f'{GOOD}\n\n{json.dumps(again)}\n{{"recipe": "r1"')
+    assert read_sweep_rows(path) == [again]
     path.write_text("\n")
     with pytest.raises(ReportError, match="has no row yet"):
-        read_rows(path)
+        read_sweep_rows(path)

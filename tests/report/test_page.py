@@ -76,8 +76,9 @@ def test_the_headline_is_the_fastest_within_one_point(tmp_path: Path) -> None:
         in bench["text"]
     )
     assert sweep["figure"] == "2.29x"
-    assert "r2-w8a8" in sweep["text"]
-    (tmp_path / "rows.jsonl").write_text(json.dumps(documents.sweep_row(0, "none", 16.0, 0.89)))
+    assert "r2-w8a8 against r0" in sweep["text"]
+    assert "+0.48 [+0.38, +0.58] points lost on 5000 images" in sweep["text"]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(documents.sweep_row(0, "none", 16.0, 0.89)) + "\n")
     assert "nothing within one point is faster" in page.headlines(load_folder(tmp_path))[0]["text"]
 
 

@@ -40,8 +40,12 @@ def test_a_sweep_row() -> None:
     assert (first.latency_ms, first.spread_ms, first.throughput_ips) == (16.0, pytest.approx(0.1), 62.5)
     assert (failed.latency_ms, failed.error) == (None, "RecipeError: <b>block 8</b> has one pair left")
     assert baseline(found) is first
-    other = points_of_sweep([documents.sweep_row(1, "w8a8", 5.0, 0.8, method="minmax", merge=[2, 0])])
-    assert (other[0].family, other[0].r) == ("w8a8, minmax", 1.0)
+    assert first.speed_range == (15 / 16, 17 / 16)
+    assert first.drop is not None
+    other = points_of_sweep(
+        [documents.sweep_row(1, "w8a8", 5.0, 0.8, method="minmax", merge=[2, 0], target="openvino")]
+    )
+    assert (other[0].family, other[0].r) == ("w8a8, minmax, openvino", 1.0)
 
 
 def test_a_bench_row() -> None:

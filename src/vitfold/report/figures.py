@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from vitfold.report.points import OTHERS, Point, front, quality_key
-from vitfold.report.tables import number
+from vitfold.report.tables import drop_text, number
 
 PALETTE = ("#4c7bd9", "#e07b39", "#2f9e78", "#b45bc4", "#c79a1e", "#d1495b", "#2a9db0", "#8c6d46")
 GREY = "#8a93a0"
@@ -256,7 +256,10 @@ def _hover(point: Point) -> str:
     if point.throughput_ips is not None:
         lines.append(f"{point.throughput_ips:.1f} images per second")
     if point.speed_up is not None:
-        lines.append(f"speed-up {point.speed_up:.2f}x")
+        within = "" if point.speed_range is None else " [{:.2f}, {:.2f}]".format(*point.speed_range)
+        lines.append(f"speed-up {point.speed_up:.2f}x{within}")
+    if point.drop is not None:
+        lines.append(f"{drop_text(point.drop)} points lost")
     if point.size_bytes is not None:
         lines.append(f"{point.size_bytes / 1e6:.0f} MB")
     if point.images is not None:

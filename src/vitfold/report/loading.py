@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vitfold.errors import ReportError
-from vitfold.report.sweeps import ROWS, read_rows
+from vitfold.report.sweeps import HEAD, ROWS, read_sweep_rows
 
 SHOWN = ("sweep", "bench", "evaluate", "ladder", "sensitivity", "profile")
 _SIGNS: dict[str, frozenset[str]] = {
@@ -28,6 +28,7 @@ _OTHERS: dict[str, frozenset[str]] = {
     "audit of one graph": frozenset({"kernels", "findings"}),
     "accumulators": frozenset({"layers_beyond", "rows"}),
     "forecast": frozenset({"prediction", "rows"}),
+    "a sweep without rows": frozenset({"images_digest", "protocol", "calibration_seed"}),
     "inspect": frozenset({"recipe", "digest", "preprocess"}),
     "optimize": frozenset({"recipe", "schedule", "weight_bytes"}),
 }
@@ -59,6 +60,7 @@ def load_folder(path: Path) -> Folder:
 
     Raises:
         ReportError: if the folder is missing or empty, or a file is unreadable or of no known kind.
+        JournalError: if a line of a sweep's rows is no row.
     """
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
@@ -68,7 +70,7 @@ def load_folder(path: Path) -> Folder:
     documents: list[Document] = []
     left_out: list[str] = []
     for file in sorted([*path.glob("*.json"), *path.glob("*/*.json")]):
-        if file.parent != path and file.parent.name.endswith(".fold"):
+        if file.parent.name.endswith(".fold") or (file.name == HEAD and file.with_name(ROWS).exists()):
             continue
         name = file.relative_to(path).with_suffix("").as_posix()
         content = _read(file)
@@ -84,7 +86,9 @@ def load_folder(path: Path) -> Folder:
             left_out.append(f"{name} ({kind})")
     for file in sorted([*path.glob(ROWS), *path.glob(f"*/{ROWS}")]):
         name = "sweep" if file.parent == path else file.parent.name
-        documents.append(Document(name=name, kind="sweep", content={"rows": read_rows(file)}))
+        head = file.with_name(HEAD)
+        content = {**(_read(head) if head.exists() else {}), "rows": read_sweep_rows(file)}
+        documents.append(Document(name=name, kind="sweep", content=content))
     if not documents:
         raise ReportError(
             f"{path} holds nothing to report; fill it with: vitfold bench BUNDLE... -o {path}/bench.json, or "

@@ -20,7 +20,7 @@ from vitfold.report import figures
 from vitfold.report.loading import Document, Folder
 from vitfold.report.mosaic import Traced, strips
 from vitfold.report.points import Point, baseline, points_of_bench, points_of_sweep, quality_key
-from vitfold.report.tables import accuracy_rows, environment_line, number, percent
+from vitfold.report.tables import accuracy_rows, drop_text, environment_line, number, percent
 from vitfold.version import __version__
 
 MOST_BYTES = 5_000_000
@@ -105,8 +105,7 @@ def headlines(folder: Folder) -> list[dict[str, str]]:
         floor = getattr(start, key) - DROP
         fit = [p for p in points if p.latency_ms is not None and p.r is not None and (getattr(p, key) or 0.0) >= floor]
         best = min(fit, key=lambda p: p.latency_ms or 0.0)
-        name = {"top1": "top-1", "agreement": "agreement", "cosine": "cosine"}[key]
-        change = 100 * (getattr(best, key) - getattr(start, key))
+        change = _change(key, best, start)
         if best is start or best.latency_ms is None:
             found.append(
                 {"figure": "1.00x", "text": f"{document.name}: nothing within one point is faster than {start.name}"}
@@ -119,15 +118,21 @@ def headlines(folder: Folder) -> list[dict[str, str]]:
             {
                 "figure": f"{ratio:.2f}x",
                 "text": f"{document.name}: {best.name} against {start.name}, {best.latency_ms:.2f} instead of "
-                f"{start.latency_ms:.2f} ms, {name} {_signed(change)} points on {best.images} images",
+                f"{start.latency_ms:.2f} ms, {change} on {best.images} images",
             }
         )
     return found
 
 
-def _signed(points: float) -> str:
-    """A change with its sign, as typeset."""
-    return f"{points:+.2f}".replace("-", "\N{MINUS SIGN}")
+def _change(key: str, best: Point, start: Point) -> str:
+    """What was lost, with its interval where image by image was compared."""
+    if best.drop is not None:
+        return f"{drop_text(best.drop)} points lost"
+    change = getattr(best, key) - getattr(start, key)
+    if key == "cosine":
+        return f"cosine {change:+.4f}"
+    name = {"top1": "top-1", "agreement": "agreement"}[key]
+    return f"{name} {100 * change:+.2f} points".replace("-0", "\N{MINUS SIGN}0").replace(" -", " \N{MINUS SIGN}")
 
 
 def _points(document: Document) -> list[Point]:
@@ -152,7 +157,7 @@ def _comparison(document: Document) -> Section:
     points = _points(document)
     text = [
         "Latencies are medians of interleaved trials with half their spread; ~ marks a noisy row. The dotted line "
-        "joins what nothing else beats."
+        "joins what nothing else beats. Brackets are 95 % intervals of paired data."
     ]
     compared = figures.pareto(points)
     if quality_key(points) is None:
@@ -172,7 +177,19 @@ def _comparison(document: Document) -> Section:
 
 def _points_table(points: Sequence[Point]) -> Table:
     """One row per recipe; columns that nothing fills are left out."""
-    header = ["recipe", "top-1 %", "agree %", "cosine", "latency ms", "img/s", "speed-up", "MB", "images", "remark"]
+    header = [
+        "recipe",
+        "top-1 %",
+        "drop, points",
+        "agree %",
+        "cosine",
+        "latency ms",
+        "img/s",
+        "speed-up",
+        "MB",
+        "images",
+    ]
+    header.append("remark")
     rows = [_cells(point) for point in points]
     kept = [place for place in range(len(header)) if any(row[place] not in ("-", "") for row in rows)]
     shown = [[row[place] for place in kept] for row in rows]
@@ -184,14 +201,19 @@ def _cells(point: Point) -> list[str]:
     if point.latency_ms is not None:
         spread = "" if point.spread_ms is None else f" ±{point.spread_ms:.2f}"
         latency = f"{'~' if point.noisy else ''}{point.latency_ms:.2f}{spread}"
+    speed_up = "-"
+    if point.speed_up is not None:
+        within = "" if point.speed_range is None else " [{:.2f}, {:.2f}]".format(*point.speed_range)
+        speed_up = f"{point.speed_up:.2f}x{within}"
     return [
         point.name,
         percent(point.top1, unit=""),
+        "-" if point.drop is None else drop_text(point.drop),
         percent(point.agreement, unit=""),
         number(point.cosine, ".4f"),
         latency,
         number(point.throughput_ips, ".1f"),
-        "-" if point.speed_up is None else f"{point.speed_up:.2f}x",
+        speed_up,
         number(point.size_bytes, ".0f", scale=1e-6),
         number(point.images, "d"),
         point.error or "",

@@ -20,7 +20,11 @@ FLOAT = "float"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One recipe as it was measured; None where it was not. `r` is the mean over blocks, `family` what it quantizes."""
+    """One recipe as it was measured; None where it was not.
+
+    `r` is the mean over blocks, `family` what it quantizes. `speed_range` and `drop` (of accuracy against the float
+    model, image by image) are 95 % intervals of paired data.
+    """
 
     name: str
     family: str
@@ -34,6 +38,8 @@ class Point:
     throughput_ips: float | None
     speed_up: float | None
     size_bytes: int | None
+    speed_range: tuple[float, float] | None = None
+    drop: Mapping[str, Any] | None = None
     noisy: bool = False
     error: str | None = None
 
@@ -46,12 +52,9 @@ def points_of_sweep(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
 def _of_sweep(row: Mapping[str, Any]) -> Point:
     latency, speed_up = row.get("latency_ns"), row.get("speedup")
     merge = row["merge"]
-    quantized = row["quant"] not in (None, "none")
-    method = row.get("method")
-    family = FLOAT if not quantized else str(row["quant"]) + (f", {method}" if method not in (None, "vitfold") else "")
     return Point(
         name=str(row["recipe"]),
-        family=family,
+        family=_family_of_sweep(row),
         r=sum(merge) / len(merge) if merge else 0.0,
         images=row.get("images"),
         top1=row.get("top1"),
@@ -62,9 +65,27 @@ def _of_sweep(row: Mapping[str, Any]) -> Point:
         throughput_ips=row.get("throughput_ips"),
         speed_up=None if speed_up is None else speed_up["median"],
         size_bytes=row.get("size_bytes"),
+        speed_range=None if speed_up is None else _range(speed_up),
+        drop=row.get("drop"),
         noisy=bool(row.get("noisy", False)),
         error=row.get("error"),
     )
+
+
+def _family_of_sweep(row: Mapping[str, Any]) -> str:
+    """Bits, the method unless it is the default, and the target unless it is this processor's."""
+    quantized = row["quant"] not in (None, "none")
+    words = [str(row["quant"]) if quantized else FLOAT]
+    if quantized and row.get("method") not in (None, "vitfold"):
+        words.append(str(row["method"]))
+    if not str(row.get("target") or "cpu").startswith("cpu"):
+        words.append(str(row["target"]))
+    return ", ".join(words)
+
+
+def _range(speed_up: Mapping[str, Any]) -> tuple[float, float] | None:
+    low, high = speed_up.get("low"), speed_up.get("high")
+    return None if low is None or high is None else (low, high)
 
 
 def _spread_ms(latency: Mapping[str, Any]) -> float | None:
@@ -108,6 +129,7 @@ def _of_bench(row: Mapping[str, Any]) -> Point:
         throughput_ips=None if rate is None else rate["median"],
         speed_up=None if speed_up is None else speed_up["median"],
         size_bytes=row["size_bytes"],
+        speed_range=None if speed_up is None else _range(speed_up),
         noisy=bool(row["noisy"]),
         error=row.get("untimed"),
     )
