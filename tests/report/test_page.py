@@ -71,10 +71,7 @@ def test_everything_is_shown_and_escaped(written: Path) -> None:
 def test_the_headline_is_the_fastest_within_one_point(tmp_path: Path) -> None:
     sweep, bench = page.headlines(load_folder(documents.fill(tmp_path)))
     assert bench["figure"] == "2.58x"
-    assert (
-        "demo: r4-w8a8 against r0, 6.20 instead of 16.00 ms, top-1 \N{MINUS SIGN}0.60 points on 436 images"
-        in bench["text"]
-    )
+    assert "demo: r4-w8a8 against r0, top-1 \N{MINUS SIGN}0.60 points on 436 images" in bench["text"]
     assert sweep["figure"] == "2.29x"
     assert "r2-w8a8 against r0" in sweep["text"]
     assert "+0.48 [+0.38, +0.58] points lost on 5000 images" in sweep["text"]
