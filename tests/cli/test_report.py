@@ -25,11 +25,12 @@ def merged(folder: Path, small: tuple[str, ...]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path, merged: Path, few: Path) -> Path:
+def results(folder: Path, merged: Path, few: Path, small: tuple[str, ...]) -> Path:
     made = folder / "results"
     quick = ("--trials", "2", "--seconds", "0.1", "--threads", "1", "--images", few)
     run("bench", folder / "r0.fold", merged, *quick, "-o", made / "bench.json")
     run("profile", merged, "--runs", "1", "--no-ceiling", "-o", made / "profile.json")
+    run("sweep", *small, "-o", made / "few", "--merge", "0,2", "--images", few, "--calibration-images", few)
     (made / "accuracy.json").write_text(run("evaluate", merged, "--images", few, "--json").stdout)
     return made
 
@@ -42,6 +43,8 @@ def test_what_the_commands_write_becomes_a_page(results: Path, merged: Path, fol
     for shown in (
         "A page",
         "Comparison</h2>",
+        "Sweep: few",
+        "vitfold optimize",
         "Where the time goes: r2",
         "Merged tokens: r2",
         "GFLOPs",
