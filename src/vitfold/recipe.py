@@ -27,6 +27,7 @@ else:
 
 
 Order = Literal["index", "score"]
+Rule = Literal["tome", "tofu", "pitome", "evit"]
 Format = Literal["integer", "float8"]
 
 
@@ -36,7 +37,8 @@ class MergeRecipe:
 
     `order` says in which order the rows of A that stay go on: as they stood ("index"), or by their similarity
     ("score"), which spares compilers that sort by kernels two of them. It decides who is matched with whom in the
-    next merge. None: as the target prefers it; resolved recipes name one.
+    next merge. None: as the target prefers it; resolved recipes name one. `rule` says which tokens go, and what
+    becomes of them.
 
     Source: ToMe (2210.09461), sections 3.1 and 3.2; its released code orders by index where a model has a class
     token, else by score.
@@ -45,9 +47,12 @@ class MergeRecipe:
     r: tuple[int, ...]
     prop_attn: bool = True
     order: Order | None = None
+    rule: Rule = "tome"
 
     def __post_init__(self) -> None:
         _check_r(self.r, name="merge.r")
+        if self.rule not in get_args(Rule):
+            raise RecipeError(f"merge.rule is {', '.join(get_args(Rule))}, found {self.rule!r}")
         if self.order not in (None, *get_args(Order)):
             raise RecipeError(f"merge.order is index or score, found {self.order!r}")
 
@@ -167,6 +172,8 @@ class Recipe:
         values["merge"]["r"] = list(self.merge.r)
         if self.merge.order is None:
             del values["merge"]["order"]
+        if self.merge.rule == "tome":
+            del values["merge"]["rule"]
         if self.quant is None:
             del values["quant"]
         else:
@@ -230,7 +237,8 @@ def recipe_from_dict(values: Mapping[str, Any], *, name: str) -> Recipe:
     r, order = merge.get("r", ()), merge.get("order")
     _check_r(r, name=f"{name}: merge.r")
     quant = None if "quant" not in values else check_quant(values["quant"], name=name)
-    return Recipe(merge=MergeRecipe(r=tuple(r), prop_attn=prop_attn, order=order), quant=quant)
+    rule = merge.get("rule", "tome")
+    return Recipe(merge=MergeRecipe(r=tuple(r), prop_attn=prop_attn, order=order, rule=rule), quant=quant)
 
 
 def check_quant(values: Mapping[str, Any], *, name: str) -> QuantRecipe:

@@ -98,11 +98,20 @@ def test_a_folder_of_something_else_is_left_alone(swept: dict, sweep, folder: Pa
         (("--merge", "0,0"), "the sweep has r0 twice"),
         (("--merge", "nine"), "r = 'nine' is not understood"),
         (("--quant", "w8a8", "--methods", "ptq4it"), "ptq4vit"),
+        (("--rules", "tomme"), "no merging rule is called 'tomme'; did you mean tome"),
         (("--calibration-size", "19"), "too few are left to report on"),
     ],
 )
 def test_mistakes_are_said(few: Path, small, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     assert message in error("sweep", *small, "--images", few, "-o", tmp_path / "s", *arguments)
+
+
+def test_rules_are_swept_over_where_something_merges(few: Path, small, tmp_path: Path) -> None:
+    line = ("sweep", *small, "--merge", "0,1", "--rules", "tome,evit", "--images", few, "--calibration-size", 8)
+    rows = run_json(*line, "-o", tmp_path / "s")["rows"]
+    assert [(row["recipe"], row["rule"]) for row in rows] == [("r0", "tome"), ("r1", "tome"), ("r1-evit", "evit")]
+    assert open_bundle(tmp_path / "s" / "r1-evit.fold").manifest.recipe.merge.rule == "evit"
+    assert "--merge-rule evit" in rows[2]["commands"][0]
 
 
 def test_a_plan_with_an_unknown_key_is_named(few: Path, tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
 from vitfold.model import Array, Model, param_shapes
 from vitfold.ops.count import Count
 from vitfold.ops.emit import INPUT_NAME, MICROSOFT, SITE_KEY, emit_graph, write_onnx
 from vitfold.ops.emit import graph as emission
+from vitfold.ops.run import Run
 from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe, largest_r, tokens_per_block
 from vitfold.target import TARGETS, Target
@@ -130,6 +132,23 @@ def test_every_feature_equals_run(tiny_model, random_images, run_torch, tmp_path
     model = tiny_model(**FEATURES[feature])
     images = random_images(model.spec, 3)
     assert_graph_equals_run(model, TARGETS[target], r, tmp_path, images, run_torch)
+
+
+@pytest.mark.parametrize("rule", ["tofu", "pitome", "evit"])
+@pytest.mark.parametrize("order", ["index", "score"])
+@pytest.mark.parametrize("feature", ["plain", "registers", "none with registers and head", "token_avg"])
+@pytest.mark.parametrize("target", FLOAT_TARGETS)
+def test_every_rule_equals_run(tiny_model, random_images, tmp_path, target, feature, order, rule):
+    model = tiny_model(**FEATURES[feature])
+    recipe = MergeRecipe(r=(4, 3), rule=rule, order=order)
+    write_onnx(
+        emit_graph(lambda ops, image: vit(ops, model.spec, recipe, image), model, TARGETS[target]), tmp_path / "m.onnx"
+    )
+    images = random_images(model.spec, 3)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    with torch.inference_mode():
+        expected = vit(Run(model.params), model.spec, recipe, torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(session.run(None, {INPUT_NAME: images})[0], expected, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("feature", ["plain", "none with registers and head"])

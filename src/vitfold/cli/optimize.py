@@ -58,6 +58,7 @@ def optimize(
         Path | None, typer.Option("-o", "--output", metavar="OUT.fold", help="The bundle to write.")
     ] = None,
     merge: options.Merge = None,
+    merge_rule: options.MergeRule = "tome",
     quant: options.Quant = None,
     method: options.Method = None,
     images: options.Images = None,
@@ -119,6 +120,11 @@ def optimize(
         (output is None and not dry_run, "give -o OUT.fold, or --dry-run", "-o"),
         ((source is None) == (repeat is None), "give either SOURCE or --from BUNDLE", "SOURCE"),
         (recipe is not None and chosen, "give either --recipe or --merge, --quant and --method", "--recipe"),
+        (
+            merge_rule != "tome" and (recipe is not None or repeat is not None or (merge or "").startswith("auto")),
+            "--merge-rule goes with tokens that --merge names",
+            "--merge-rule",
+        ),
         (min_agreement is not None and images is None, "--min-agreement needs --images", "--min-agreement"),
         (
             method is not None and quant is None and not (target or "").startswith("tensorrt"),
@@ -182,7 +188,7 @@ def optimize(
                 solution = _solved(model, found, merge, base, gpu, batches, say, asked)
                 schedule = solution.r
             folded = pipeline.optimize(
-                model, merge=schedule, quant=asked or quant, recipe=read, target=base, batch=batches
+                model, merge=schedule, rule=merge_rule, quant=asked or quant, recipe=read, target=base, batch=batches
             )
             plan = _divided(folded, found, dry_run=dry_run)
         made = _Made(folded=plan.folded)

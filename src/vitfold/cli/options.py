@@ -53,6 +53,10 @@ Merge = Annotated[
         "schedule on this machine (TensorRT: on --gpu) that distorts no more than a constant R (8).",
     ),
 ]
+MergeRule = Annotated[
+    Literal["tome", "tofu", "pitome", "evit"],
+    typer.Option(help="Which tokens go: tome merges the most similar pairs; see docs/search.md for the others."),
+]
 Quant = Annotated[
     str | None,
     typer.Option(metavar="WxAy", help="Bits of weights and activations: w8a8, w6a6, w4a8, w4a4, ..., fp8, or none."),

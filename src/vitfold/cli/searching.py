@@ -119,7 +119,7 @@ def _laboratory(
             protocol=SHORT,
         )
 
-    folder = cache_folder() / "search" / key
+    folder = cache_folder() / "searches" / key
     return Laboratory(trying=trying(chosen), held_out=trying(held_out), folder=folder, say=say)
 
 

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
@@ -14,6 +14,7 @@ from vitfold.cli import options
 from vitfold.cli.optimize import load_model, require_optimize
 from vitfold.cli.terminal import command, note, out, print_json, working
 from vitfold.errors import RecipeError, VitfoldError, nearest
+from vitfold.recipe import Rule
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from vitfold.model import Model
     from vitfold.pipeline.attempt import Attempt, Trying
 
-_PLAN = ("merge", "quant", "methods", "target", "protocol")
+_PLAN = ("merge", "rules", "quant", "methods", "target", "protocol")
 
 
 @command
@@ -36,6 +37,7 @@ def sweep(
     merge: Annotated[
         str | None, typer.Option(metavar="R,R,...", help="Schedules, comma-separated: 0,2,4,8:-1; lists in --plan.")
     ] = None,
+    rules: Annotated[str | None, typer.Option(help="Merging rules, comma-separated: tome,tofu,pitome,evit.")] = None,
     quant: Annotated[str | None, typer.Option(help="Bits, comma-separated: none,w8a8.")] = None,
     methods: Annotated[str | None, typer.Option(help="Methods of quantization, comma-separated.")] = None,
     plan: Annotated[
@@ -63,7 +65,8 @@ def sweep(
     if images is None:
         raise VitfoldError("a sweep measures accuracy or agreement on images: give --images DIR")
     chosen = _planned(
-        plan, {"merge": merge, "quant": quant, "methods": methods, "target": target, "protocol": protocol}
+        plan,
+        {"merge": merge, "rules": rules, "quant": quant, "methods": methods, "target": target, "protocol": protocol},
     )
     require_optimize()
     from vitfold.bench.environment import environment
@@ -77,6 +80,7 @@ def sweep(
         model = load_model(source, say, arch, num_classes, image_size, weights, seed)
         wanted = Sweep(
             merges=tuple(chosen["merge"]),
+            rules=tuple(chosen["rules"]),
             quants=tuple(chosen["quant"]),
             methods=tuple(chosen["methods"]),
             target=chosen["target"],
@@ -160,7 +164,13 @@ def _planned(path: Path | None, given: Mapping[str, str | None]) -> dict[str, An
     Raises:
         RecipeError: if the plan is not TOML or has unknown keys.
     """
-    values: dict[str, Any] = {"merge": ["0"], "quant": ["none"], "methods": ["vitfold"], "target": "cpu"}
+    values: dict[str, Any] = {
+        "merge": ["0"],
+        "rules": ["tome"],
+        "quant": ["none"],
+        "methods": ["vitfold"],
+        "target": "cpu",
+    }
     values["protocol"] = "quick"
     if path is not None:
         try:
@@ -178,12 +188,16 @@ def _planned(path: Path | None, given: Mapping[str, str | None]) -> dict[str, An
     for key, text in given.items():
         if text is not None:
             values[key] = [part.strip() for part in text.split(",")] if isinstance(values[key], list) else text
+    unknown = [rule for rule in values["rules"] if rule not in get_args(Rule)]
+    if unknown:
+        raise RecipeError(f"no merging rule is called {unknown[0]!r}; {nearest(unknown[0], get_args(Rule))}")
     return values
 
 
 def _command(source: str, images: Path, attempt: Attempt, size: int, seed: int) -> str:
     """Return the command that makes one bundle of the sweep again."""
     words = ["vitfold", "optimize", source, "--merge", ",".join(map(str, attempt.r)), "--target", attempt.target]
+    words += ["--merge-rule", attempt.rule] if attempt.rule != "tome" else []
     if attempt.method is not None:
         words += ["--quant", attempt.quant, "--method", attempt.method, "--images", str(images)]
         words += ["--calibration-size", str(size), "--calibration-seed", str(seed), "--keep-slower"]

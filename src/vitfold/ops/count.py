@@ -205,6 +205,15 @@ class Count:
         """Elementwise."""
         return self._elementwise("elementwise", a)
 
+    def norm(self, x: Shape) -> Shape:
+        """Reduction."""
+        return (*self._elementwise("elementwise", x)[:-1], 1)
+
+    def softmax(self, site: str, a: Shape) -> Shape:
+        """One pass in, one out."""
+        self._note(site, "softmax", (a,), a)
+        return a
+
     def similarity(self, site: str, metric: Shape, a: range, b: range) -> Shape:
         """Normalization, two copies and a product."""
         self._elementwise("normalization", metric)

@@ -41,7 +41,7 @@ class Ops(Protocol[T]):
         ...
 
     def activation(self, kind: str, x: T, site: str) -> T:
-        """Apply the activation function `kind` of `model.spec.Activation`."""
+        """Apply the activation function `kind`: those of `model.spec.Activation`, and elu."""
         ...
 
     def attention(self, site: str, q: T, k: T, v: T, bias: T | None) -> T:
@@ -81,6 +81,14 @@ class Ops(Protocol[T]):
 
     def tanh(self, a: T) -> T:
         """Hyperbolic tangent."""
+        ...
+
+    def norm(self, x: T) -> T:
+        """Euclidean norm of each row: (B, N, D) -> (B, N, 1)."""
+        ...
+
+    def softmax(self, site: str, a: T) -> T:
+        """Softmax over the last axis."""
         ...
 
     def similarity(self, site: str, metric: T, a: range, b: range) -> T:

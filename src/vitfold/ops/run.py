@@ -61,6 +61,8 @@ class Run:
             return F.silu(x)
         if kind == "relu":
             return F.relu(x)
+        if kind == "elu":
+            return F.elu(x)
         raise ValueError(f"unknown activation {kind!r}")
 
     def attention(
@@ -110,6 +112,14 @@ class Run:
     def tanh(self, a: Tensor) -> Tensor:
         """Hyperbolic tangent."""
         return torch.tanh(a)
+
+    def norm(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N 1"]:
+        """Euclidean norm of rows."""
+        return x.square().sum(-1, keepdim=True).sqrt()
+
+    def softmax(self, site: str, a: Tensor) -> Tensor:
+        """Softmax over the last axis."""
+        return a.softmax(-1)
 
     def similarity(self, site: str, metric: Float[Tensor, "B N K"], a: range, b: range) -> Float[Tensor, "B A M"]:
         """Cosine of rows."""

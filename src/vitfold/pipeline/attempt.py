@@ -27,7 +27,7 @@ from vitfold.pipeline.calibration import calibrate_folded, keep_float
 from vitfold.pipeline.plan import Folded, optimize
 from vitfold.pipeline.trial import SHORT, timed
 from vitfold.pipeline.writing import save
-from vitfold.recipe import quant_from_scheme
+from vitfold.recipe import Rule, quant_from_scheme
 from vitfold.reference import compare_outputs
 
 CHECKED_IMAGES = 16
@@ -36,10 +36,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One recipe by name: r per block, bits or "none", method, target, and how many sensitive sites stay float."""
+    """One recipe by name: r per block by a rule, bits or "none", method, target, how many sensitive sites stay float."""
 
     name: str
     r: tuple[int, ...]
+    rule: Rule = "tome"
     quant: str = "none"
     method: str | None = None
     target: str = "cpu"
@@ -50,6 +51,7 @@ class Attempt:
         return {
             "recipe": self.name,
             "merge": list(self.r),
+            "rule": self.rule,
             "quant": self.quant,
             "method": self.method,
             "target": self.target,
@@ -111,7 +113,9 @@ def plan_attempt(attempt: Attempt, trying: Trying, *, say: Say = lambda _: None)
             calibration_size=trying.calibration_size,
             seed=trying.calibration_seed,
         )
-    folded = optimize(trying.model, merge=list(attempt.r), quant=quant or "none", target=attempt.target)
+    folded = optimize(
+        trying.model, merge=list(attempt.r), rule=attempt.rule, quant=quant or "none", target=attempt.target
+    )
     if quant is None:
         return folded
     say("calibrating")

@@ -25,6 +25,7 @@ from vitfold.recipe import (
     Order,
     QuantRecipe,
     Recipe,
+    Rule,
     check_quant,
     parse_recipe,
     quant_from_scheme,
@@ -88,6 +89,7 @@ def optimize(
     *,
     merge: Merge = None,
     quant: str | QuantRecipe | None = None,
+    rule: Rule = "tome",
     recipe: Recipe | None = None,
     target: str = "cpu",
     batch: tuple[int, int, int] | None = None,
@@ -99,6 +101,7 @@ def optimize(
 
     Args:
         merge: r per block as `schedule.resolve_r` takes it; not together with `recipe`.
+        rule: which tokens go and what becomes of them; not together with `recipe`.
         quant: "w8a8" and its like, "fp8", "none", or the whole section; not together with `recipe`.
         batch: least, usual and largest batch, for targets whose engines are built for them.
 
@@ -109,8 +112,10 @@ def optimize(
     if recipe is not None and (merge is not None or quant is not None):
         raise RecipeError("give either a recipe or a merge schedule and a quantization, not both")
     if recipe is None:
-        recipe = Recipe(merge=MergeRecipe(r=resolve_r(merge, model.spec)), quant=_quant_recipe(quant))
+        recipe = Recipe(merge=MergeRecipe(r=resolve_r(merge, model.spec), rule=rule), quant=_quant_recipe(quant))
     tokens_per_block(model.spec, recipe.merge.r)
+    if recipe.merge.rule == "evit" and not model.spec.class_token:
+        raise RecipeError("merge.rule evit asks the class token, which this model does not have; use tome or pitome")
     if recipe.quant is None and quant is None:
         recipe = replace(recipe, quant=quant_from_scheme(find_target(target).implied_quant))
     chosen = resolve_target(target, recipe.quant)
@@ -230,7 +235,7 @@ def read_recipe(path: str | Path, spec: ViTSpec) -> Recipe:
     prop_attn = merge.get("prop_attn", True)
     if not isinstance(prop_attn, bool):
         raise RecipeError(f"{path}: merge.prop_attn must be true or false, found {prop_attn!r}")
-    merged = MergeRecipe(r=resolve_r(merge.get("r"), spec), prop_attn=prop_attn)
+    merged = MergeRecipe(r=resolve_r(merge.get("r"), spec), prop_attn=prop_attn, rule=merge.get("rule", "tome"))
     return Recipe(merge=merged, quant=None if quant is None else check_quant(quant, name=str(path)))
 
 

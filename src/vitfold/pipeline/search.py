@@ -34,6 +34,7 @@ from vitfold.schedule.solve import frontier
 from vitfold.schedule.table import LatencyTable
 
 ARMS = "arms.jsonl"
+SCREENED = "screened.jsonl"
 SCREENED_IMAGES = 500
 FLOAT_SITES = 4
 _WORST = 0.25
@@ -74,6 +75,7 @@ class Laboratory:
 
     def __post_init__(self) -> None:
         self.rows = read_rows(self.folder / ROWS)
+        self._screened = {tuple(row["merge"]): Drop(**row["drop"]) for row in read_rows(self.folder / SCREENED)}
 
     @property
     def plain(self) -> Bundle:
@@ -97,6 +99,7 @@ class Laboratory:
                 outputs = run_over(session, some, self.trying.model.preprocess)
             trying = replace(self.trying, images=some, expected=_only(self.trying, some))
             self._screened[r] = trying.drop(outputs)
+            append_row(self.folder / SCREENED, {"merge": list(r), "drop": self._screened[r].to_dict()})
         return self._screened[r]
 
     def measure(self, attempt: Attempt) -> dict[str, Any]:
@@ -179,10 +182,10 @@ def search(laboratory: Laboratory, arms: Sequence[Arm], goal: Goal, *, minutes: 
     keep it on held-out images too.
     """
     ends, verified = time.monotonic() + 60 * minutes, 0
-    waiting: list[tuple[float, int, int, int]] = []
-    for number, arm in enumerate(arms):
-        index = goal.start(arm)
-        waiting.append((goal.cost(arm, index), number, index, 0))
+    # An arm waits with the best that it could promise at all; only when its turn comes is it found out what it does.
+    waiting: list[tuple[float, int, int | None, int]] = [
+        (min(goal.cost(arm, i) for i in range(len(arm.points))), n, None, 0) for n, arm in enumerate(arms)
+    ]
     heapq.heapify(waiting)
     best: Verdict | None = None
     reason = "every recipe that promised more was tried"
@@ -194,6 +197,10 @@ def search(laboratory: Laboratory, arms: Sequence[Arm], goal: Goal, *, minutes: 
             reason = f"its {minutes:g} minutes were over; the same command goes on"
             break
         arm = arms[number]
+        if index is None:
+            index = goal.start(arm)
+            heapq.heappush(waiting, (goal.cost(arm, index), number, index, 0))
+            continue
         row = laboratory.measure(arm.attempt(index, float_sites))
         if goal.meets(row) and _pays(row):
             verdict = laboratory.verify(row)

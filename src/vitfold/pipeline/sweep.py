@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vitfold.model import ViTSpec
 from vitfold.pipeline.attempt import CHECKED_IMAGES, Attempt, Say, Trying, failed_row, measure_attempt
 from vitfold.pipeline.plan import optimize
 from vitfold.pipeline.writing import save
-from vitfold.recipe import quant_from_scheme
+from vitfold.recipe import Rule, quant_from_scheme
 from vitfold.schedule import resolve_r
 
 HEAD = "sweep.json"
@@ -29,9 +30,10 @@ PLAIN = "float.fold"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """What is tried: every schedule with every quantization and, where it quantizes, every method."""
+    """What is tried: every schedule by every rule with every quantization and, where it quantizes, every method."""
 
     merges: tuple[str, ...]
+    rules: tuple[Rule, ...] = ("tome",)
     quants: tuple[str, ...] = ("none",)
     methods: tuple[str, ...] = ("vitfold",)
     target: str = "cpu"
@@ -49,13 +51,14 @@ class Sweep:
         found = []
         for merge in self.merges:
             r = resolve_r(merge, spec)
-            for quant in self.quants:
+            for rule, quant in product(self.rules if any(r) else ("tome",), self.quants):
                 quantizes = quant_from_scheme(quant.lower()) is not None
                 methods: tuple[str | None, ...] = self.methods if quantizes else (None,)
                 found += [
                     Attempt(
-                        name=attempt_name(merge, quant.lower(), method),
+                        name=attempt_name(merge, quant.lower(), method, rule),
                         r=r,
+                        rule=rule,
                         quant=quant.lower(),
                         method=method,
                         target=self.target,
@@ -146,10 +149,11 @@ def plain_bundle(path: Path, trying: Trying, *, say: Say = lambda _: None) -> Bu
     return save(optimize(trying.model), path, images=trying.images.first(CHECKED_IMAGES), overwrite=True)
 
 
-def attempt_name(merge: str, quant: str, method: str | None) -> str:
-    """Return a short name of a recipe that is also one for a file: r4-w8a8, r8~-1-w8a8-ptq4vit."""
+def attempt_name(merge: str, quant: str, method: str | None, rule: Rule = "tome") -> str:
+    """Return a short name of a recipe that is also one for a file: r4-w8a8, r8~-1-pitome-w8a8-ptq4vit."""
     text = merge.strip().lower().replace(",", "_").replace(":", "~").replace(" ", "")
     parts = ["r0" if text == "none" else f"r{text}"]
+    parts += [rule] if rule != "tome" else []
     if method is not None:
         parts += [quant] if method == "vitfold" else [quant, method]
     return "-".join(parts)

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from vitfold.model import ViTSpec
 from vitfold.ops.protocol import Ops, T
-from vitfold.programs.tokens import Tokens, log_size, match, merge, unmerge, weighted_mean, without_prefix
+from vitfold.programs.rules import Reduction, reduce_tokens
+from vitfold.programs.tokens import Tokens, log_size, unmerge, weighted_mean, without_prefix
 from vitfold.recipe import MergeRecipe, tokens_per_block
 
 Observe = Callable[[int, Tokens[T]], None]
@@ -88,8 +89,19 @@ def transformer_block(
         y = ops.multiply(y, ops.param(f"{site}.ls1"))
     tokens = replace(tokens, x=ops.add(tokens.x, y))
     if r:
-        pairs = match(ops, f"{site}.merge", ops.mean(k, 1), count=count, prefix=tokens.prefix, r=r, order=recipe.order)
-        tokens = merge(ops, f"{site}.merge", tokens, pairs, r=r, trace=trace)
+        here = Reduction(
+            tokens=tokens,
+            q=q,
+            k=k,
+            r=r,
+            width=spec.width,
+            head_width=spec.head_width,
+            originals=spec.tokens,
+            depth_ratio=block / spec.depth,
+            order=recipe.order,
+            trace=trace,
+        )
+        tokens = reduce_tokens(ops, recipe.rule, f"{site}.merge", here)
     ops.scope(f"{site}.mlp")
     y = mlp(ops, spec, f"{site}.mlp", ops.layer_norm(f"{site}.norm2", tokens.x, spec.norm_eps))
     if spec.layer_scale:

@@ -114,13 +114,17 @@ class Emit(Rows):
         if kind in ("gelu_erf", "gelu_tanh"):
             approximate = "none" if kind == "gelu_erf" else "tanh"
             return Value(self._node("Gelu", x.onnx, site=site, approximate=approximate), shape)
-        if kind == "relu":
-            return Value(self._node("Relu", x.onnx, site=site), shape)
+        if kind in ("relu", "elu"):
+            return Value(self._node(kind.capitalize(), x.onnx, site=site), shape)
         alpha = 1.702 if kind == "quick_gelu" else 1.0
         if self._target.contrib:
             return Value(self._node("QuickGelu", x.onnx, site=site, domain=MICROSOFT, alpha=alpha), shape)
         gate = x.onnx if alpha == 1.0 else self._node("Mul", x.onnx, self._number(alpha))
         return Value(self._node("Mul", x.onnx, self._node("Sigmoid", gate), site=site), shape)
+
+    def softmax(self, site: str, a: Value) -> Value:
+        """Softmax."""
+        return Value(self._node("Softmax", a.onnx, site=site, axis=-1), self.count.softmax(site, a.shape))
 
     def attention(self, site: str, q: Value, k: Value, v: Value, bias: Value | None) -> Value:
         """Decomposed: scores, bias, softmax, weighted sum. Every engine fuses or runs this form well.

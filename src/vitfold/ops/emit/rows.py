@@ -66,6 +66,10 @@ class Rows(Reordered):
         values = self._node("ReduceMax", a.onnx, self._integers(-1), keepdims=1)
         return Value(values, shapes[0]), Value(self._node("ArgMax", a.onnx, axis=-1, keepdims=1), shapes[1])
 
+    def norm(self, x: Value) -> Value:
+        """ReduceL2."""
+        return Value(self._node("ReduceL2", x.onnx, self._integers(-1), keepdims=1), self.count.norm(x.shape))
+
     def similarity(self, site: str, metric: Value, a: range, b: range) -> Value:
         """LpNormalization, which leaves zero rows zero, and a product; or a product divided by both norms."""
         shape = self.count.similarity(site, metric.shape, a, b)
