@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One recipe by name: r per block by a rule, bits or "none", method, target, how many sensitive sites stay float."""
+    """One recipe by name: r per block by a rule, bits or "none", method, target, and how many sites stay float."""
 
     name: str
     r: tuple[int, ...]
