@@ -3,9 +3,9 @@
     python examples/adaptive_merging.py IMAGES OUT.json [COUNT]
 
 At batch 1 the number of tokens that merge could depend on the image: in every block all pairs above a threshold, so
-that easy images cost less. Thresholds are calibrated so that r tokens merge on average; accuracy is compared with that of
-static schedules at the same mean work, linear between constant r. No time is measured: a graph with lengths of its own
-per image can only be slower than a static one of the same mean, so accuracy at equal work decides.
+that easy images cost less. Thresholds are calibrated so that r tokens merge on average; accuracy is compared with that
+of static schedules at the same mean work, linear between constant r. No time is measured: a graph with lengths of its
+own per image can only be slower than a static one of the same mean, so accuracy at equal work decides.
 """
 
 from __future__ import annotations
