@@ -48,6 +48,16 @@ def test_the_table_predicts_schedules_that_were_never_timed():
         assert table.total(r, TOKENS) == pytest.approx(schedule_seconds(r, TOKENS, truth), rel=1e-6)
 
 
+def test_what_grows_with_the_square_is_told_from_what_does_not():
+    def squared(tokens: int, merged: int, sizes: bool) -> float:
+        return 1e-8 * (0.4 * tokens**2 + 0.6 * (tokens - merged) ** 2) + truth(tokens, merged, sizes)
+
+    known = {r: schedule_seconds(r, TOKENS, squared) for r in probe_schedules(DEPTH, TOKENS, PREFIX)}
+    table = fit_table(known, tokens=TOKENS, attention_ratio=0.4)
+    for r in ((8,) * 12, (0, 0, 48, 0, 0, 48, 0, 0, 24, 0, 0, 0)):
+        assert table.total(r, TOKENS) == pytest.approx(schedule_seconds(r, TOKENS, squared), rel=5e-3)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_leaves_a_table_that_rises(seed):
     table = fit_table(times(0.1, seed), tokens=TOKENS, attention_ratio=0.4)

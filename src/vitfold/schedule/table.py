@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
+from jaxtyping import Float
 
 from vitfold.recipe import largest_r
 
@@ -64,20 +66,35 @@ def probe_schedules(depth: int, tokens: int, prefix: int) -> tuple[Schedule, ...
 def fit_table(times: Mapping[Schedule, float], *, tokens: int, attention_ratio: float) -> LatencyTable:
     """Fit a table to the seconds that whole schedules took, by least squares of relative errors.
 
-    Equation: T(r) = sum_l [a f(N_l) + (1 - a) f(N_l - r_l) + g (r_l > 0)], f linear between the lengths at which the
-    schedules end; f is made to rise with N and g is at least 0.
+    Equation: T(r) = sum_l [a f(N_l) + (1 - a) f(N_l - r_l) + g (r_l > 0)], f(N) = c_0 + c_1 N + c_2 N^2, all
+    coefficients at least 0: fewer of them than times, so that noise does not become a staircase.
     """
     lengths = sorted({tokens - sum(r) for r in times if sum(1 for merged in r if merged) <= 2})
-    rows = [_row(r, tokens, lengths, attention_ratio) for r in times]
     seconds = np.array(list(times.values()))
-    solution = np.linalg.lstsq(np.array(rows) / seconds[:, None], np.ones(len(seconds)), rcond=None)[0]
-    rising = np.maximum.accumulate(np.maximum(solution[:-1], 0.0))
+    rows = np.array([_row(r, tokens, attention_ratio) for r in times]) / seconds[:, None]
+    coefficients = _nonnegative(rows, np.ones(len(seconds)))
+    at = np.array(lengths) / tokens
     return LatencyTable(
         lengths=tuple(lengths),
-        seconds=tuple(float(value) for value in rising),
-        merge_seconds=max(0.0, float(solution[-1])),
+        seconds=tuple(float(value) for value in np.stack((at**0, at, at**2), 1) @ coefficients[:3]),
+        merge_seconds=float(coefficients[3]),
         attention_ratio=attention_ratio,
     )
+
+
+def _nonnegative(a: Float[np.ndarray, "T C"], b: Float[np.ndarray, " T"]) -> Float[np.ndarray, " C"]:
+    """Least squares with no coefficient below 0: the best of all choices of which are 0, of few coefficients."""
+    best, least = np.zeros(a.shape[1]), float(b @ b)
+    for chosen in product((False, True), repeat=a.shape[1]):
+        columns = np.flatnonzero(chosen)
+        if not len(columns):
+            continue
+        found = np.linalg.lstsq(a[:, columns], b, rcond=None)[0]
+        error = float(np.sum((a[:, columns] @ found - b) ** 2))
+        if (found >= 0).all() and error < least:
+            best, least = np.zeros(a.shape[1]), error
+            best[columns] = found
+    return best
 
 
 def _front(depth: int, tokens: int, prefix: int, shares: Sequence[float]) -> Schedule:
@@ -89,13 +106,12 @@ def _front(depth: int, tokens: int, prefix: int, shares: Sequence[float]) -> Sch
     return (*r, *(0,) * (depth - len(r)))
 
 
-def _row(r: Schedule, tokens: int, lengths: Sequence[int], attention_ratio: float) -> list[float]:
-    """The coefficients of f at every length, and of g, in the time of a schedule."""
-    row = np.zeros(len(lengths) + 1)
-    knots = np.eye(len(lengths))
+def _row(r: Schedule, tokens: int, attention_ratio: float) -> list[float]:
+    """The coefficients of c_0, c_1, c_2 and g in the time of a schedule, with lengths in shares of the first one."""
+    row, count = np.zeros(4), tokens
     for merged in r:
-        for share, count in ((attention_ratio, tokens), (1 - attention_ratio, tokens - merged)):
-            row[:-1] += share * np.array([np.interp(count, lengths, knot) for knot in knots])
-        row[-1] += merged > 0
-        tokens -= merged
+        for share, length in ((attention_ratio, count), (1 - attention_ratio, count - merged)):
+            row[:3] += share * np.array([1.0, length / tokens, (length / tokens) ** 2])
+        row[3] += merged > 0
+        count -= merged
     return row.tolist()
