@@ -98,23 +98,42 @@ def sensitivity_table(rows: Sequence[RowDict], *, title: str) -> Table:
     return table
 
 
-def sweep_table(rows: Sequence[RowDict]) -> Table:
-    """Return the terminal table of a sweep or a search: accuracy, its drop, speed-up over float with its interval."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("recipe", "top-1 %", "agree %", "drop, points", "latency ms", "over float", "MB"):
-        table.add_column(name, justify="left" if name == "recipe" else "right", overflow="fold")
-    for row in rows:
-        drop, ratio, latency = row["drop"], row["speedup"], row["latency_ns"]
-        table.add_row(
+SWEEP_COLUMNS = ["recipe", "top-1 %", "agree %", "drop, points", "latency ms", "over float", "MB"]
+
+
+def sweep_cells(rows: Sequence[RowDict]) -> list[list[str]]:
+    """Return the cells of a sweep or a search: accuracy, its drop, speed-up over float with its interval."""
+    return [
+        [
             row["recipe"],
             percent(row["top1"], unit=""),
             percent(row["top1_agreement"], unit=""),
-            "failed" if row["error"] else "-" if drop is None else drop_text(drop),
-            "-" if latency is None else f"{'~' if row['noisy'] else ''}{latency['median'] / 1e6:.1f}",
-            "-" if ratio is None else f"{ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]",
+            "failed" if row["error"] else "-" if row["drop"] is None else drop_text(row["drop"]),
+            "-" if row["latency_ns"] is None else _latency_text(row),
+            "-" if row["speedup"] is None else ratio_text(row["speedup"]),
             "-" if row["size_bytes"] is None else f"{row['size_bytes'] / 1e6:.0f}",
-        )
+        ]
+        for row in rows
+    ]
+
+
+def sweep_table(rows: Sequence[RowDict]) -> Table:
+    """Return the terminal table of a sweep or a search."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in SWEEP_COLUMNS:
+        table.add_column(name, justify="left" if name == "recipe" else "right", overflow="fold")
+    for row in sweep_cells(rows):
+        table.add_row(*row)
     return table
+
+
+def _latency_text(row: RowDict) -> str:
+    return f"{'~' if row['noisy'] else ''}{row['latency_ns']['median'] / 1e6:.1f}"
+
+
+def ratio_text(ratio: Mapping[str, float]) -> str:
+    """Return a speed-up with its 95 % interval."""
+    return f"{ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
 def drop_text(drop: Mapping[str, Any]) -> str:
