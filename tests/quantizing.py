@@ -10,6 +10,7 @@ import torch
 
 from vitfold.model import Array, Model
 from vitfold.ops.run import Run
+from vitfold.programs.sinks import PREFIX_ROWS, SINK_ROWS
 from vitfold.programs.vit import vit
 from vitfold.quantizer import Quantizer, Twin, Uniform
 from vitfold.recipe import MergeRecipe
@@ -23,8 +24,9 @@ class Ranges(Run):
         super().__init__(model.params)
         self.seen: dict[str, Array] = {}
 
-    def linear(self, layer, x):
-        self.seen[f"{layer}.x"] = x.numpy()
+    def linear(self, layer, x, rows=""):
+        if rows != SINK_ROWS:
+            self.seen[f"{layer}.{rows}.x" if rows else f"{layer}.x"] = x.numpy()
         return super().linear(layer, x)
 
     def attention(self, site, q, k, v, bias):
@@ -91,7 +93,9 @@ def quantized(
     params = dict(model.params)
     for site, x in ranges.seen.items():
         name, _, operand = site.rpartition(".")
-        if operand == "x":
+        if operand == "x" and name.endswith(f".{PREFIX_ROWS}"):
+            quantizers[site] = affine(x)
+        elif operand == "x":
             weights = per_channel(params[f"{name}.weight"], weight_bits)
             quantizers[f"{name}.w"] = weights
             params[f"{name}.weight"] = weights(params[f"{name}.weight"])

@@ -12,7 +12,9 @@ from vitfold.errors import RecipeError
 from vitfold.model import ViTSpec
 from vitfold.recipe import (
     MergeRecipe,
+    QuantRecipe,
     Recipe,
+    RegistersRecipe,
     check_keys,
     largest_r,
     parse_recipe,
@@ -173,3 +175,51 @@ def test_the_largest_allowed_r_is_allowed():
 def test_a_list_of_another_length_is_refused(length):
     with pytest.raises(RecipeError, match=f"has {length} entries, the model has 12 blocks; give one per block"):
         tokens_per_block(vit_base(), (1,) * length)
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('remedy = "regcach"', r"x\.toml: registers\.remedy cannot be 'regcach'; did you mean regcache\?"),
+        ('remedy = "prefix"\ntau = 0', r"registers\.tau must be a positive number, found 0"),
+        ('remedy = "prefix"\ntau = "4"', r"registers\.tau must be a positive number, found '4'"),
+        ('remedy = "prefix"\ndeletions = -1', r"registers\.deletions must be an integer of at least 0, found -1"),
+        ('remedy = "prefix"\naverage = 0', r"registers\.average must be an integer of at least 1, found 0"),
+        ('remedy = "float-sinks"\nlayers = "head"', r"registers\.layers is a list of layers"),
+        ('site = "blocks.0.mlp.fc2"', r"registers\.site is a layer, and needs a registers\.remedy other than auto"),
+        ("block = true", r"registers\.block must be an integer of at least 0, found True"),
+    ],
+)
+def test_registers_that_mean_nothing_are_refused(text, message):
+    values = parse_recipe(f"[quant]\nweights = 8\n[registers]\n{text}\n", name="x.toml")
+    with pytest.raises(RecipeError, match=message):
+        recipe_from_dict(values, name="x.toml")
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(tau=st.floats(1e-3, 1e3), block=st.integers(0, 40), deletions=st.integers(0, 9), sinks=st.integers(0, 9))
+def test_registers_round_trip(tau, block, deletions, sinks):
+    registers = RegistersRecipe(
+        remedy="regcache",
+        site="blocks.3.mlp.fc2",
+        tau=tau,
+        block=block,
+        deletions=deletions,
+        sinks=sinks,
+        layers=("a",),
+    )
+    recipe = Recipe(quant=QuantRecipe(), registers=registers)
+    read = recipe_from_dict(parse_recipe(recipe.to_toml(), name="x.toml"), name="x.toml")
+    assert read == recipe
+    assert read.digest() == recipe.digest()
+    assert not recipe.is_lossless
+
+
+def test_a_recipe_without_registers_has_the_digest_that_it_always_had():
+    assert "registers" not in Recipe(quant=QuantRecipe()).to_dict()
+
+
+def test_registers_need_a_quantization():
+    with pytest.raises(RecipeError, match="add --quant w8a8"):
+        Recipe(registers=RegistersRecipe())

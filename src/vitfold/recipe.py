@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -159,16 +160,86 @@ def bits_from_scheme(scheme: str, *, name: str = "--quant") -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+Remedy = Literal["auto", "prefix", "delete", "regcache", "leave-out", "float-sinks", "split-scales", "neurons"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistersRecipe:
+    """What is done about sink tokens before quantization.
+
+    `remedy` names a row of `registers.REMEDIES`, "auto" whichever measures best. `site` is the layer that outliers cost
+    most; its largest tokens are the candidates, None: found by measurement, with everything else that the remedy
+    needs. The cached row is the mean of `average` candidates from the rank `token` on, stands in the blocks from
+    `start` on and counts `tau` times; `deletions` tokens are dropped in front of `block`. `sinks` tokens per image are
+    left out of statistics, or stay float in `layers`; `neurons` hidden units move to a register.
+
+    Source: RegCache (2510.04547), section 4.
+    """
+
+    remedy: Remedy = "auto"
+    site: str | None = None
+    start: int = 0
+    token: int = 0
+    average: int = 1
+    tau: float = 1.0
+    block: int = 0
+    deletions: int = 0
+    sinks: int = 0
+    layers: tuple[str, ...] = ()
+    neurons: int = 0
+
+    def __post_init__(self) -> None:
+        if self.remedy not in get_args(Remedy):
+            raise RecipeError(
+                f"registers.remedy cannot be {self.remedy!r}; {nearest(str(self.remedy), get_args(Remedy))}"
+            )
+        for name, least in (("start", 0), ("token", 0), ("average", 1), ("block", 0), ("deletions", 0), ("sinks", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise RecipeError(f"registers.{name} must be an integer of at least {least}, found {value!r}")
+        if type(self.neurons) is not int or self.neurons < 0:
+            raise RecipeError(f"registers.neurons must be an integer of at least 0, found {self.neurons!r}")
+        if isinstance(self.tau, bool) or not isinstance(self.tau, int | float) or not 0 < self.tau < math.inf:
+            raise RecipeError(f"registers.tau must be a positive number, found {self.tau!r}")
+        if not isinstance(self.layers, tuple) or not all(isinstance(layer, str) for layer in self.layers):
+            raise RecipeError('registers.layers is a list of layers, as ["blocks.6.mlp.fc2"]')
+        if self.site is not None and (self.remedy == "auto" or not isinstance(self.site, str)):
+            raise RecipeError("registers.site is a layer, and needs a registers.remedy other than auto")
+        object.__setattr__(self, "tau", float(self.tau))
+
+    @property
+    def resolved(self) -> bool:
+        """True if nothing is left to be found by measurement."""
+        return self.site is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON and TOML values, without those at their defaults."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        kept = {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default or f.name == "remedy"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Every lossy choice, resolved for one architecture; `quant` is None where everything stays float."""
+    """Every lossy choice, resolved for one architecture; `quant` is None where everything stays float.
+
+    `registers` is None where nothing is done about sink tokens.
+    """
 
     merge: MergeRecipe = field(default_factory=lambda: MergeRecipe(r=()))
     quant: QuantRecipe | None = None
+    registers: RegistersRecipe | None = None
+
+    def __post_init__(self) -> None:
+        if self.registers is not None and self.quant is None:
+            raise RecipeError("registers help quantization and cost something without it; add --quant w8a8")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON and TOML values."""
-        values = asdict(self)
+        values = asdict(replace(self, registers=None))
+        del values["registers"]
+        if self.registers is not None:
+            values["registers"] = self.registers.to_dict()
         values["merge"]["r"] = list(self.merge.r)
         if self.merge.order is None:
             del values["merge"]["order"]
@@ -197,7 +268,7 @@ class Recipe:
         return self.quant is None and not any(self.merge.r)
 
 
-_SECTIONS: dict[str, Any] = {"merge": MergeRecipe, "quant": QuantRecipe}
+_SECTIONS: dict[str, Any] = {"merge": MergeRecipe, "quant": QuantRecipe, "registers": RegistersRecipe}
 
 
 def parse_recipe(text: str, *, name: str) -> dict[str, Any]:
@@ -237,8 +308,10 @@ def recipe_from_dict(values: Mapping[str, Any], *, name: str) -> Recipe:
     r, order = merge.get("r", ()), merge.get("order")
     _check_r(r, name=f"{name}: merge.r")
     quant = None if "quant" not in values else check_quant(values["quant"], name=name)
+    registers = check_registers(values.get("registers"), name=name)
     rule = merge.get("rule", "tome")
-    return Recipe(merge=MergeRecipe(r=tuple(r), prop_attn=prop_attn, order=order, rule=rule), quant=quant)
+    merged = MergeRecipe(r=tuple(r), prop_attn=prop_attn, order=order, rule=rule)
+    return Recipe(merge=merged, quant=quant, registers=registers)
 
 
 def check_quant(values: Mapping[str, Any], *, name: str) -> QuantRecipe:
@@ -249,6 +322,21 @@ def check_quant(values: Mapping[str, Any], *, name: str) -> QuantRecipe:
     """
     try:
         return QuantRecipe(**values)
+    except RecipeError as error:
+        raise RecipeError(f"{name}: {error}") from None
+
+
+def check_registers(values: Mapping[str, Any] | None, *, name: str) -> RegistersRecipe | None:
+    """Return the section [registers] as a value, None where there is none.
+
+    Raises:
+        RecipeError: naming the file and the key.
+    """
+    try:
+        if values is None:
+            return None
+        read: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return RegistersRecipe(**read)
     except RecipeError as error:
         raise RecipeError(f"{name}: {error}") from None
 
@@ -268,14 +356,15 @@ def largest_r(tokens: int, prefix: int) -> int:
 def tokens_per_block(spec: ViTSpec, r: tuple[int, ...]) -> tuple[int, ...]:
     """Return the tokens that enter each block and, last, those that leave the last: L + 1 numbers.
 
-    Equation: N_{l+1} = N_l - r_l.
+    Equation: N_{l+1} = N_l - r_l - d_{l+1}, with the d_l sink tokens that are deleted in front of block l.
 
     Raises:
         RecipeError: if a block cannot remove as many tokens, naming it and the largest allowed r.
     """
     if len(r) not in (0, spec.depth):
         raise RecipeError(f"merge.r has {len(r)} entries, the model has {spec.depth} blocks; give one per block")
-    counts = [spec.tokens]
+    deleted = [0 if spec.sinks is None else spec.sinks.deleted(block) for block in range(spec.depth)] + [0]
+    counts = [spec.tokens - deleted[0]]
     for block, removed in enumerate(r or (0,) * spec.depth):
         allowed = largest_r(counts[-1], spec.prefix)
         if removed > allowed:
@@ -283,5 +372,9 @@ def tokens_per_block(spec: ViTSpec, r: tuple[int, ...]) -> tuple[int, ...]:
                 f"r = {removed} is too large for block {block}: {counts[-1]} tokens enter it, {spec.prefix} of them "
                 f"protected, so at most {allowed} can be merged; lower r there"
             )
-        counts.append(counts[-1] - removed)
+        counts.append(counts[-1] - removed - deleted[block + 1])
+        if counts[-1] < spec.prefix + 1:
+            raise RecipeError(
+                f"{deleted[block + 1]} deletions in front of block {block + 1} leave no patch; merge or delete fewer"
+            )
     return tuple(counts)

@@ -60,7 +60,7 @@ def test_make_targets_exist() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["nvidia.md", "quantization.md"])
+@pytest.mark.parametrize("name", ["nvidia.md", "quantization.md", "registers.md"])
 def test_tables_of_the_documents_are_those_of_results(name: str) -> None:
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert "<!-- /" in text

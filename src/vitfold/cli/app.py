@@ -18,6 +18,7 @@ from vitfold.cli import (
     inspect,
     ladder,
     optimize,
+    outliers,
     predict,
     profile,
     report,
@@ -53,6 +54,7 @@ def _root(
 
 app.command("optimize")(optimize.optimize)
 app.command("sensitivity")(sensitivity.sensitivity)
+app.command("outliers")(outliers.outliers)
 app.command("ladder")(ladder.ladder)
 app.command("sweep")(sweep.sweep)
 app.command("predict")(predict.predict)

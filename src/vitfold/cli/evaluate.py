@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vitfold.cli import options
 from vitfold.cli.terminal import command, counting, log, note, out, print_json
 from vitfold.errors import GateError, VitfoldError
+
+if TYPE_CHECKING:
+    from vitfold.bench.evaluation import Outputs
+    from vitfold.bench.fidelity import Fidelity
+    from vitfold.images import ImageSet
 
 DENSE_IMAGES = 256
 
@@ -23,6 +30,22 @@ def evaluate(
     reference: options.ReferenceBundle = None,
     engine: options.Engine = None,
     threads: options.Threads = None,
+    texts: Annotated[
+        str | None,
+        typer.Option(
+            "--zero-shot",
+            metavar="TEXTS",
+            help="Classify embeddings by the nearest text: open_clip:ARCH/TAG or hf:REPO_OR_FOLDER, whose text tower "
+            "embeds the class names once, or a .npy or .safetensors file (classes, width).",
+        ),
+    ] = None,
+    class_names: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="One name a line, in the order of class folders; default: their names."),
+    ] = None,
+    template: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="A prompt with {} for the name; several are averaged.")
+    ] = None,
     min_top1: Annotated[float | None, typer.Option(min=0, max=1, help="Exit with 3 if top-1 is lower.")] = None,
     min_agreement: options.MinAgreement = None,
     min_cosine: Annotated[float | None, typer.Option(min=-1, max=1, help="Exit with 3 if cosine is lower.")] = None,
@@ -31,13 +54,15 @@ def evaluate(
     """Run a bundle over a folder and say how accurate and how faithful it is."""
     if images is None:
         raise typer.BadParameter("give --images DIR", param_hint="--images")
-    from vitfold.bench.evaluation import Outputs, run_over
+    from vitfold.bench.evaluation import run_over
     from vitfold.bundle import open_bundle
     from vitfold.engines import open_session
     from vitfold.images import class_targets, find_images
     from vitfold.reference import compare_outputs, optional_reference, reference_outputs
     from vitfold.report.tables import percent
 
+    if texts is None and (class_names is not None or template):
+        raise typer.BadParameter("--class-names and --template need --zero-shot TEXTS", param_hint="--zero-shot")
     opened = open_bundle(bundle)
     given = None if reference is None else open_bundle(reference)
     manifest = opened.manifest
@@ -52,6 +77,7 @@ def evaluate(
     classifies = manifest.spec.output == "logits"
     if chosen.classes is not None and classifies:
         class_targets(chosen, manifest.labels, manifest.spec.output_width)
+    embeds = None if texts is None else _text_embeds(texts, chosen, manifest.spec, class_names, template)
     with (
         open_session(opened, engine=engine, threads=threads) as session,
         counting("evaluate", len(chosen.paths)) as advance,
@@ -74,15 +100,21 @@ def evaluate(
             raise
         note(f"agreement and cosine are not measured: {error}")
     fidelity = compare_outputs(outputs, chosen, labels=manifest.labels, classifies=classifies, reference=expected)
+    unfolded: float | None = None
+    if embeds is not None:
+        fidelity, unfolded = _classified(fidelity, outputs, expected, chosen, embeds)
     if outputs.skipped:
         log.print(f"skipped {len(outputs.skipped)} unreadable images:", *outputs.skipped[:10], sep="\n  ", markup=False)
     if json:
-        print_json({**fidelity.to_dict(), "engine": ran_on, "skipped": list(outputs.skipped)})
+        zero_shot = {} if texts is None else {"zero_shot": {"texts": texts, "unfolded_top1": unfolded}}
+        print_json({**fidelity.to_dict(), **zero_shot, "engine": ran_on, "skipped": list(outputs.skipped)})
     else:
         out.print(f"[bold]{opened.name}[/] on {fidelity.images} images of {found.root}", highlight=False)
         out.print(f"  {'engine':10} {ran_on}", highlight=False)
         for name, value in (("top-1", fidelity.top1), ("top-5", fidelity.top5), ("agreement", fidelity.agreement)):
             out.print(f"  {name:10} {percent(value)}", highlight=False)
+        if unfolded is not None:
+            out.print(f"  {'unfolded':10} {percent(unfolded)} top-1", highlight=False)
         out.print(f"  {'cosine':10} {'-' if fidelity.cosine is None else f'{fidelity.cosine:.5f}'}", highlight=False)
     for name, value, least in (
         ("top-1", fidelity.top1, min_top1),
@@ -92,3 +124,56 @@ def evaluate(
         if least is not None and (value is None or value < least):
             shown = "not measured" if value is None else f"{value:.4f}"
             raise GateError(f"{name} is {shown}, the bound is {least}")
+
+
+def _text_embeds(texts: str, images: ImageSet, spec: Any, class_names: Path | None, templates: list[str] | None) -> Any:
+    """Return one text embedding per class folder.
+
+    Raises:
+        VitfoldError: if images, names, texts and model do not fit each other.
+    """
+    from vitfold.bench.zero_shot import SUFFIXES, check_embeds, read_embeds
+
+    if images.classes is None:
+        raise VitfoldError("--zero-shot needs one sub-folder of --images per class")
+    if spec.output != "image_embeds":
+        raise VitfoldError(f"--zero-shot classifies image embeddings, and this model's output is {spec.output}")
+    if Path(texts).suffix in SUFFIXES:
+        if class_names is not None or templates:
+            raise VitfoldError(f"{texts} holds embeddings already; leave --class-names and --template out")
+        embeds = read_embeds(Path(texts))
+    else:
+        from vitfold.sources.texts import TEMPLATE, text_embeds
+
+        names = _class_names(class_names, images.classes)
+        note(f"embedding {len(names)} class names by {texts}, once")
+        embeds = text_embeds(texts, names, templates or (TEMPLATE,))
+    check_embeds(embeds, classes=len(images.classes), width=spec.output_width, name=texts)
+    return embeds
+
+
+def _class_names(path: Path | None, folders: tuple[str, ...]) -> list[str]:
+    if path is None:
+        return [folder.replace("_", " ") for folder in folders]
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise VitfoldError(f"cannot read {path}: {error}; give a text file with one class name a line") from None
+    if len(names) != len(folders):
+        raise VitfoldError(f"{path} has {len(names)} names for {len(folders)} class folders; give one a line, sorted")
+    return names
+
+
+def _classified(
+    fidelity: Fidelity, outputs: Outputs, expected: Outputs | None, images: ImageSet, embeds: Any
+) -> tuple[Fidelity, float | None]:
+    """Return the fidelity with the accuracy of the nearest text, and the top-1 of the unfolded model."""
+    from vitfold.bench.zero_shot import zero_shot
+    from vitfold.reference import compare_outputs
+
+    reference = None if expected is None else zero_shot(expected, embeds)
+    found = compare_outputs(zero_shot(outputs, embeds), images, labels=None, classifies=True, reference=reference)
+    unfolded = None
+    if reference is not None:
+        unfolded = compare_outputs(reference, images, labels=None, classifies=True, reference=None).top1
+    return replace(fidelity, top1=found.top1, top5=found.top5, agreement=found.agreement), unfolded

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
     """Print a bundle's recipe, target, tokens per block, work, size and origin."""
     from vitfold.bundle import open_bundle
-    from vitfold.report.tables import percent
+    from vitfold.report.tables import describe_registers, percent
     from vitfold.schedule import describe_r
 
     opened = open_bundle(bundle)
@@ -41,7 +41,7 @@ def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
             }
         )
         return
-    spec, pre = manifest.spec, manifest.preprocess
+    spec, pre, registers = manifest.spec, manifest.preprocess, manifest.recipe.registers
     fidelity = manifest.fidelity
     lines = [
         ("origin", f"{manifest.origin['source']} ({manifest.origin['loader']})"),
@@ -55,6 +55,7 @@ def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
         ("target", f"{manifest.target['name']} ({manifest.target['engine']})"),
         ("merge", describe_r(manifest.recipe.merge.r)),
         ("quant", _quant(manifest.recipe.quant, simulated=manifest.simulated)),
+        *([("registers", describe_registers(registers.to_dict()))] if registers is not None else []),
         ("tokens", " ".join(map(str, manifest.tokens))),
         ("work", f"{manifest.macs / 1e9:.3g} GMACs per image"),
         ("size", f"{opened.size_bytes / 1e6:.1f} MB"),

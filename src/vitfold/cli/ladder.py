@@ -27,6 +27,9 @@ def ladder(
     quant: Annotated[str, typer.Option(help="Bit widths, comma-separated.")] = "w8a8,w6a6,w4a4",
     seeds: Annotated[str, typer.Option(help="Seeds that draw calibration images, comma-separated.")] = "0,1,2",
     merge: options.Merge = None,
+    registers: Annotated[
+        str, typer.Option(help="What to do about sink tokens, comma-separated, as none,regcache; see optimize.")
+    ] = "none",
     calibration_size: options.CalibrationSize = 128,
     both: Annotated[str, typer.Option(help="Methods to simulate too where an engine executes them.")] = "vitfold",
     limit: options.Limit = None,
@@ -44,7 +47,8 @@ def ladder(
     require_optimize()
     from vitfold.bench.environment import environment
     from vitfold.images import find_images
-    from vitfold.pipeline.ladder import plan_cells, run_cells
+    from vitfold.pipeline.ladder import cell_from_dict, plan_cells, run_cells
+    from vitfold.pipeline.plan import registers_from_name
     from vitfold.quant import find_method
     from vitfold.recipe import MergeRecipe
     from vitfold.report.tables import accuracy_table
@@ -53,6 +57,9 @@ def ladder(
     names = [name.strip() for name in methods.split(",") if name.strip()]
     for name in names:
         find_method(name)
+    remedies = [name.strip() for name in registers.split(",") if name.strip()]
+    for name in remedies:
+        registers_from_name(name)
     schemes = [scheme.strip() for scheme in quant.split(",") if scheme.strip()]
     try:
         drawn = [int(seed) for seed in seeds.split(",")]
@@ -72,12 +79,12 @@ def ladder(
             "calibration_size": calibration_size,
         }
         rows = _kept(output, head)
-        done = {(row["method"], row["scheme"], row["seed"], row["engine"]) for row in rows if row["error"] is None}
+        done = {cell_from_dict(row) for row in rows if row["error"] is None}
         rows = [row for row in rows if row["error"] is None]
         cells = [
             cell
-            for cell in plan_cells(names, schemes, drawn, both=both.split(","))
-            if (cell.method, cell.scheme, cell.seed, cell.engine) not in done
+            for cell in plan_cells(names, schemes, drawn, both=both.split(","), registers=remedies)
+            if cell not in done
         ]
         seen = [0]
 

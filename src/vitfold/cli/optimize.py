@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vitfold.model import Model
     from vitfold.pipeline import Folded, Race, Solution
     from vitfold.recipe import QuantRecipe
+    from vitfold.registers import Found
 
 
 Say = Callable[[str], None]
@@ -61,6 +62,7 @@ def optimize(
     merge_rule: options.MergeRule = "tome",
     quant: options.Quant = None,
     method: options.Method = None,
+    registers: options.Registers = None,
     images: options.Images = None,
     calibration_size: options.CalibrationSize = 128,
     calibration_seed: options.CalibrationSeed = 0,
@@ -115,11 +117,15 @@ def optimize(
     json: options.Json = False,
 ) -> None:
     """Merge tokens, quantize, emit ONNX, verify it in the engine and write a bundle."""
-    chosen = merge is not None or quant is not None or method is not None
+    chosen = any(option is not None for option in (merge, quant, method, registers))
     _refuse(
         (output is None and not dry_run, "give -o OUT.fold, or --dry-run", "-o"),
         ((source is None) == (repeat is None), "give either SOURCE or --from BUNDLE", "SOURCE"),
-        (recipe is not None and chosen, "give either --recipe or --merge, --quant and --method", "--recipe"),
+        (
+            recipe is not None and chosen,
+            "give either --recipe or --merge, --quant, --method and --registers",
+            "--recipe",
+        ),
         (
             merge_rule != "tome" and (recipe is not None or repeat is not None or (merge or "").startswith("auto")),
             "--merge-rule goes with tokens that --merge names",
@@ -137,8 +143,8 @@ def optimize(
         (max_drop is not None and max_latency_ms is not None, "give one of both", "--max-drop, --max-latency-ms"),
         (searches and images is None, "a search measures on images: give --images DIR", "--images"),
         (
-            searches and (merge is not None or method is not None or keep_float > 0 or recipe is not None or dry_run),
-            "a search chooses --merge, --method, --keep-float and the recipe itself; leave them out",
+            searches and (any((merge, method, registers, recipe)) or keep_float > 0 or dry_run),
+            "a search chooses --merge, --method, --registers, --keep-float and the recipe itself; leave them out",
             "--max-drop, --max-latency-ms",
         ),
         (searches and source is None, "a search needs SOURCE", "SOURCE"),
@@ -173,6 +179,7 @@ def optimize(
         run_search(model, found, output, wanted, overwrite=overwrite, json=json)
         return
     solution: Solution | None = None
+    measured: Found | None = None
     with working("optimize") as (say, advance):
         if repeat is not None:
             plan = _repeated(repeat, images, found, say)
@@ -188,18 +195,26 @@ def optimize(
                 solution = _solved(model, found, merge, base, gpu, batches, say, asked)
                 schedule = solution.r
             folded = pipeline.optimize(
-                model, merge=schedule, rule=merge_rule, quant=asked or quant, recipe=read, target=base, batch=batches
+                model,
+                merge=schedule,
+                rule=merge_rule,
+                quant=asked or quant,
+                registers=registers,
+                recipe=read,
+                target=base,
+                batch=batches,
             )
             plan = _divided(folded, found, dry_run=dry_run)
         made = _Made(folded=plan.folded)
         if destination is not None:
-            plan = _calibrated(_decodable(plan, skip_bad=skip_bad), keep_float, say, advance)
+            plan = _decodable(plan, skip_bad=skip_bad)
+            plan, measured = _calibrated(plan, keep_float, say, advance)
             if target == "fastest":
                 say("racing ONNX Runtime and OpenVINO")
                 plan = replace(plan, folded=pipeline.fastest(plan.folded))
             first = plan.calibration is not None and repeat is None
             made = _saved(plan, destination, say, overwrite=overwrite, race=first, keep_slower=keep_slower)
-    _report(made, json=json)
+    _report(made, measured, json=json)
     if solution is not None:
         _print_solution(solution)
     for remark in made.folded.remarks:
@@ -330,17 +345,20 @@ def _decodable(plan: _Plan, *, skip_bad: bool) -> _Plan:
     return replace(plan, calibration=calibration, comparing=comparing)
 
 
-def _calibrated(plan: _Plan, keep_float: int, say: Say, advance: Callable[[int, int], None]) -> _Plan:
-    """Quantize, where the plan asks for it, all but the `keep_float` most sensitive sites."""
+def _calibrated(
+    plan: _Plan, keep_float: int, say: Say, advance: Callable[[int, int], None]
+) -> tuple[_Plan, Found | None]:
+    """Find registers and quantize, where the plan asks for it, all but the `keep_float` most sensitive sites."""
     from vitfold import pipeline
 
     folded, calibration = plan.folded, plan.calibration
     if calibration is None:
-        return plan
+        return plan, None
     progress = counted(say, advance, len(calibration.paths))
+    folded, measured = pipeline.find_registers(folded, calibration, progress=progress)
     if keep_float:
         folded = pipeline.keep_float(folded, calibration, keep_float, progress=progress)
-    return replace(plan, folded=pipeline.calibrate_folded(folded, calibration, progress=progress))
+    return replace(plan, folded=pipeline.calibrate_folded(folded, calibration, progress=progress)), measured
 
 
 def _saved(plan: _Plan, destination: Path, say: Say, *, overwrite: bool, race: bool, keep_slower: bool) -> _Made:
@@ -401,9 +419,15 @@ def _batch(text: str | None) -> tuple[int, int, int] | None:
     return least, usual, most
 
 
-def _report(made: _Made, *, json: bool) -> None:
+def _report(made: _Made, measured: Found | None, *, json: bool) -> None:
     """Print what was made, and why quantization was given up or should have been."""
     values = _planned(made.folded)
+    if measured is not None:
+        values["remedies"] = {
+            "sensitive_site": measured.site,
+            "chosen": measured.chosen.name,
+            "remedies": [one.to_dict() for one in measured.remedies],
+        }
     kept = "quantized" if made.folded.quantizers else "float"
     if made.bundle is not None:
         values |= {
@@ -468,6 +492,8 @@ def _print_plan(values: dict[str, Any]) -> None:
         if not values["simulated"] and values["recipe"]["quant"].get("attention"):
             shown += " and attention"
         out.print(f"  quant     {values['quantization']} ({shown})", highlight=False)
+    if "registers" in values["recipe"] or "remedies" in values:
+        out.print(f"  registers {_registers(values)}", highlight=False)
     if values["integer"] is not None:
         out.print(
             f"  integer   {percent(values['integer']['macs_ratio'])} of the multiply-accumulates, "
@@ -476,6 +502,22 @@ def _print_plan(values: dict[str, Any]) -> None:
         )
     out.print(f"  tokens    {' '.join(map(str, values['tokens']))}", highlight=False)
     out.print(f"  work      {values['macs'] / 1e9:.3g} GMACs per image", highlight=False)
+
+
+def _registers(values: dict[str, Any]) -> str:
+    """What is done about sinks, and what it measured against doing nothing."""
+    from vitfold.report.tables import describe_registers
+
+    shown = describe_registers(values["recipe"].get("registers"))
+    found = values.get("remedies")
+    if found is None:
+        return shown
+    rows = {row["name"]: row for row in found["remedies"]}
+    chosen, nothing = rows[found["chosen"]], rows["none"]
+    sure = chosen["confirmed_db"] is not None and nothing["confirmed_db"] is not None
+    key = "confirmed_db" if sure else "sqnr_db"
+    gain = "" if chosen is nothing else f": {chosen[key]:.1f} dB instead of {nothing[key]:.1f} without"
+    return f"{shown}{gain}, the best of {len(rows)} measured at {found['sensitive_site']}"
 
 
 def _print_bundle(values: dict[str, Any]) -> None:

@@ -65,6 +65,14 @@ Method = Annotated[
     str | None,
     typer.Option(help="vitfold (default), ptq4vit, repq, noisy, smooth, mse, percentile or minmax."),
 ]
+Registers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REMEDY",
+        help="What to do about sink tokens: auto (whichever measures best on --images, or nothing), prefix, delete, "
+        "regcache, leave-out, float-sinks, split-scales, neurons, or none (default). See vitfold outliers.",
+    ),
+]
 CalibrationSize = Annotated[int, typer.Option(min=1, help="Images drawn from --images for calibration.")]
 CalibrationSeed = Annotated[int, typer.Option(help="Seed of that draw.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use at most this many images, spread evenly.")]

@@ -2,6 +2,7 @@
 
 from vitfold.model.params import Array, Model, Origin, check_params
 from vitfold.model.preprocess import Preprocess, preprocess_from_dict
+from vitfold.model.sinks import Sinks
 from vitfold.model.spec import ViTSpec, param_shapes, spec_to_dict, vit_spec_from_dict
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Model",
     "Origin",
     "Preprocess",
+    "Sinks",
     "ViTSpec",
     "check_params",
     "param_shapes",

@@ -6,10 +6,11 @@ that it reads. Knows no model zoo: sources translate into this.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from vitfold.errors import SourceError
+from vitfold.model.sinks import Sinks, sinks_from_dict
 
 Activation = Literal["gelu_erf", "gelu_tanh", "quick_gelu", "silu", "relu"]
 Mlp = Literal["plain", "swiglu"]
@@ -25,7 +26,8 @@ Shape = tuple[int, ...]
 class ViTSpec:
     """A pre-norm Vision Transformer encoder with a pooling and a head.
 
-    Prefix tokens stand first: class token, distillation token, registers, in this order.
+    Prefix tokens stand first: class token, distillation token, registers, in this order. `sinks` says what is
+    done about sink tokens, None as a model comes from its zoo.
     """
 
     image_size: tuple[int, int]
@@ -56,6 +58,7 @@ class ViTSpec:
     outputs: int = 0
     head_activation: HeadActivation = "none"
     output: Output = "logits"
+    sinks: Sinks | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -87,6 +90,20 @@ class ViTSpec:
             raise SourceError("a classifier needs outputs; a model without a head has the output 'image_embeds'")
         if self.pool == "map" and (self.map_heads <= 0 or self.width % self.map_heads):
             raise SourceError(f"attention pooling needs map_heads that divide the width {self.width}")
+        if self.sinks is not None:
+            self._check_sinks(self.sinks)
+
+    def _check_sinks(self, sinks: Sinks) -> None:
+        for name in ("start", "block"):
+            if getattr(sinks, name) >= self.depth:
+                raise SourceError(f"there is no block {getattr(sinks, name)}: the model has {self.depth}, from 0 on")
+        if sinks.deletions >= self.patches:
+            raise SourceError(f"{sinks.deletions} of {self.patches} patch tokens cannot be deleted; delete fewer")
+        if sinks.split_prefix and not self.prefix:
+            raise SourceError("the model has no prefix tokens, so they cannot have a range of their own")
+        for block, unit in sinks.neurons:
+            if block >= self.depth or unit >= self.mlp_width or not self.registers:
+                raise SourceError(f"block {block} cannot move the hidden unit {unit} to a register of the model")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -133,12 +150,16 @@ def vit_spec_from_dict(values: dict[str, Any]) -> ViTSpec:
     values = dict(values)
     for name in ("image_size", "patch_size"):
         values[name] = tuple(values[name])
+    if values.get("sinks") is not None:
+        values["sinks"] = sinks_from_dict(values["sinks"])
     return ViTSpec(**values)
 
 
 def spec_to_dict(spec: ViTSpec) -> dict[str, Any]:
-    """Return the spec as plain JSON values."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(spec).items()}
+    """Return the spec as plain JSON values; `sinks` only where there are some."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(replace(spec, sinks=None)).items()}
+    del values["sinks"]
+    return values if spec.sinks is None else {**values, "sinks": spec.sinks.to_dict()}
 
 
 def param_shapes(spec: ViTSpec) -> tuple[dict[str, Shape], dict[str, Shape]]:
@@ -184,6 +205,9 @@ def param_shapes(spec: ViTSpec) -> tuple[dict[str, Shape], dict[str, Shape]]:
         if spec.layer_scale:
             required[f"{block}.ls1"] = (width,)
             required[f"{block}.ls2"] = (width,)
+        if spec.sinks is not None and spec.sinks.cached(i):
+            for name in ("cached_k", "cached_v"):
+                required[f"{block}.attn.{name}"] = (1, spec.heads, spec.sinks.rows, spec.head_width)
     if spec.final_norm:
         norm("norm", width)
     if spec.pool == "map":

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from vitfold.model import Array
 from vitfold.quantizer import Quantizer, Twin
 
 Shape = tuple[int, ...]
@@ -132,12 +133,16 @@ class Count:
         self._note(layer, "linear", (image,), output, macs=output[1] * weights, weights=weights)
         return output
 
-    def linear(self, layer: str, x: Shape) -> Shape:
+    def constant(self, values: Array) -> Shape:
+        """Its shape."""
+        return tuple(values.shape)
+
+    def linear(self, layer: str, x: Shape, rows: str = "") -> Shape:
         """Rows times weights."""
         outputs, inputs = self._shapes[f"{layer}.weight"]
         _require(x[-1] == inputs, f"{layer} takes width {inputs}, found {x}")
         output = (*x[:-1], outputs)
-        weights, operands = inputs * outputs, (f"{layer}.x", f"{layer}.w")
+        weights, operands = inputs * outputs, (f"{layer}.{rows}.x" if rows else f"{layer}.x", f"{layer}.w")
         self._note(layer, "linear", (x,), output, _size(x[:-1]) * weights, weights, operands)
         return output
 
@@ -266,7 +271,17 @@ class Count:
 
     def prepend_rows(self, rows: Shape, x: Shape) -> Shape:
         """One copy."""
-        return self.concat((rows, x), 1)
+        return self.concat((rows, x), len(x) - 2)
+
+    def magnitude(self, x: Shape) -> Shape:
+        """Reduction."""
+        output = (*x[:-1], 1)
+        self._note(self._scope, "reduction", (x,), output)
+        return output
+
+    def largest(self, a: Shape, axis: int) -> Shape:
+        """Reduction."""
+        return self.mean(a, axis)
 
     def argmax(self, a: Shape) -> tuple[Shape, Shape]:
         """Reduction."""

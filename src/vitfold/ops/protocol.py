@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar, runtime_checkable
 
+from vitfold.model import Array
+
 T = TypeVar("T")
 
 
@@ -28,8 +30,15 @@ class Ops(Protocol[T]):
         """Project patches: (B, 3, H, W) -> (B, N, D) in raster order."""
         ...
 
-    def linear(self, layer: str, x: T) -> T:
-        """Apply x W^T + b on the last axis; b only where the model has one."""
+    def constant(self, values: Array) -> T:
+        """Return numbers that the program computed, with a leading batch axis of length 1."""
+        ...
+
+    def linear(self, layer: str, x: T, rows: str = "") -> T:
+        """Apply x W^T + b on the last axis; b only where the model has one.
+
+        `rows` names a subset of tokens whose input is a site of its own, `{layer}.{rows}.x`.
+        """
         ...
 
     def heads(self, layer: str, x: T, parts: int, heads: int) -> tuple[T, ...]:
@@ -47,7 +56,7 @@ class Ops(Protocol[T]):
     def attention(self, site: str, q: T, k: T, v: T, bias: T | None) -> T:
         """softmax(q k^T / sqrt(K) + bias) v on (B, H, N, K).
 
-        The bias (B, 1, 1, N) broadcasts over heads and queries; q may have batch 1 and broadcast too.
+        The bias (B, 1, 1, N) broadcasts over heads and queries; it and q may have batch 1 and broadcast too.
         """
         ...
 
@@ -124,7 +133,15 @@ class Ops(Protocol[T]):
         ...
 
     def prepend_rows(self, rows: T, x: T) -> T:
-        """Put parameter rows (1, P, D) in front of every image's tokens: (B, N, D) -> (B, P+N, D)."""
+        """Put rows (1, P, D) in front of every image's: (B, N, D) -> (B, P+N, D), also with axes between B and N."""
+        ...
+
+    def magnitude(self, x: T) -> T:
+        """Return the largest absolute value of each row: (B, N, D) -> (B, N, 1)."""
+        ...
+
+    def largest(self, a: T, axis: int) -> T:
+        """Maximum over one axis, which disappears."""
         ...
 
     def argmax(self, a: T) -> tuple[T, T]:

@@ -26,11 +26,12 @@ class Record(Run):
         super().__init__(params, device=device)
         self._see = see
 
-    def linear(self, layer: str, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
-        """X W^T + b; seen: x and y."""
-        self._see(f"{layer}.x", x)
+    def linear(self, layer: str, x: Float[Tensor, "*B I"], rows: str = "") -> Float[Tensor, "*B O"]:
+        """X W^T + b; seen: x and y, under the name of their rows where they have one."""
+        owner = f"{layer}.{rows}" if rows else layer
+        self._see(f"{owner}.x", x)
         y = super().linear(layer, x)
-        self._see(f"{layer}.y", y)
+        self._see(f"{owner}.y", y)
         return y
 
     def attention(
@@ -39,7 +40,7 @@ class Record(Run):
         q: Float[Tensor, "#B H N K"],
         k: Float[Tensor, "B H M K"],
         v: Float[Tensor, "B H M K"],
-        bias: Float[Tensor, "B 1 1 M"] | None,
+        bias: Float[Tensor, "#B 1 1 M"] | None,
     ) -> Float[Tensor, "B H N K"]:
         """softmax(q k^T / sqrt(K) + bias) v; seen: q, k, v, softmax, and both products."""
         q = q.expand(k.shape[0], -1, -1, -1)

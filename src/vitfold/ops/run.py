@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
@@ -35,7 +36,11 @@ class Run:
         patches = F.conv2d(image, weight, self._params.get(f"{layer}.bias"), stride=weight.shape[2:])
         return patches.flatten(2).transpose(1, 2)
 
-    def linear(self, layer: str, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
+    def constant(self, values: Array) -> Tensor:
+        """The numbers in single precision."""
+        return torch.from_numpy(np.asarray(values, np.float32))
+
+    def linear(self, layer: str, x: Float[Tensor, "*B I"], rows: str = "") -> Float[Tensor, "*B O"]:
         """X W^T + b."""
         return F.linear(x, self._params[f"{layer}.weight"], self._params.get(f"{layer}.bias"))
 
@@ -71,7 +76,7 @@ class Run:
         q: Float[Tensor, "#B H N K"],
         k: Float[Tensor, "B H M K"],
         v: Float[Tensor, "B H M K"],
-        bias: Float[Tensor, "B 1 1 M"] | None,
+        bias: Float[Tensor, "#B 1 1 M"] | None,
     ) -> Float[Tensor, "B H N K"]:
         """Scaled dot-product attention."""
         if q.shape[0] != k.shape[0]:
@@ -156,9 +161,19 @@ class Run:
         """Concatenate."""
         return torch.cat(parts, axis)
 
-    def prepend_rows(self, rows: Float[Tensor, "1 P D"], x: Float[Tensor, "B N D"]) -> Float[Tensor, "B P+N D"]:
-        """Rows in front of every image's tokens."""
-        return torch.cat((rows.expand(x.shape[0], -1, -1), x), 1)
+    def prepend_rows(
+        self, rows: Float[Tensor, "1 *H P D"], x: Float[Tensor, "B *H N D"]
+    ) -> Float[Tensor, "B *H P+N D"]:
+        """Rows in front of every image's."""
+        return torch.cat((rows.expand(x.shape[0], *rows.shape[1:]), x), -2)
+
+    def magnitude(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N 1"]:
+        """Largest absolute value of each row."""
+        return x.abs().amax(-1, keepdim=True)
+
+    def largest(self, a: Tensor, axis: int) -> Tensor:
+        """Maximum over one axis."""
+        return a.amax(axis)
 
     def argmax(self, a: Float[Tensor, "B N M"]) -> tuple[Float[Tensor, "B N 1"], Int[Tensor, "B N 1"]]:
         """Largest value of the last axis and its index."""

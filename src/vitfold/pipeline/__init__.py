@@ -1,6 +1,14 @@
 """From a model to a verified bundle: plan, calibrate, emit, verify, compare, write."""
 
-from vitfold.pipeline.calibration import calibrate_folded, keep_float, rank_sites, recorded_images, split_images
+from vitfold.pipeline.calibration import (
+    calibrate_folded,
+    find_registers,
+    keep_float,
+    rank_sites,
+    recorded_images,
+    scheme_of,
+    split_images,
+)
 from vitfold.pipeline.gate import Race, fastest, float_plan, race
 from vitfold.pipeline.latency import measure_latency, on_this_machine, roughly_calibrated
 from vitfold.pipeline.plan import Folded, count_costs, optimize, read_recipe
@@ -26,6 +34,7 @@ __all__ = [
     "check_forecast",
     "count_costs",
     "fastest",
+    "find_registers",
     "float_plan",
     "keep_float",
     "measure_latency",
@@ -39,6 +48,7 @@ __all__ = [
     "roughly_calibrated",
     "run_reference",
     "save",
+    "scheme_of",
     "solve_measured",
     "solve_merge",
     "split_images",

@@ -1,6 +1,7 @@
 """Calibration as a step of the pipeline: which images, by which method, and what the bundle says about it.
 
-Owns the choice of images and the record that `repeat` reads. Ranges and weights are `quant`'s business.
+Owns the choice of images and the record that `repeat` reads. Ranges and weights are `quant`'s business, remedies
+against sinks, which come first, that of `registers`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from vitfold.bench.environment import environment
 from vitfold.digest import file_sha256
 from vitfold.errors import CalibrationError, RecipeError
 from vitfold.images import ImageSet
-from vitfold.pipeline.plan import Folded
-from vitfold.recipe import FLOAT
+from vitfold.pipeline.plan import Folded, keep_fusible
+from vitfold.recipe import FLOAT, tokens_per_block
 from vitfold.target import Target
 
 if TYPE_CHECKING:
     from vitfold.quant import Progress, Scheme
     from vitfold.quant.sensitivity import SiteSensitivity
+    from vitfold.registers import Found
 
 RANKING_IMAGES = 24
 
@@ -45,14 +47,54 @@ def split_images(folded: Folded, images: ImageSet) -> tuple[ImageSet, ImageSet]:
     return chosen, images.without(chosen) or images
 
 
+def find_registers(
+    folded: Folded, images: ImageSet, *, progress: Progress | None = None
+) -> tuple[Folded, Found | None]:
+    """Fold what the recipe says about sink tokens, found by measurement on the images where it leaves that open.
+
+    Also returns what was measured, None where nothing had to be. A recipe without registers, or a plan that has them
+    already, is returned as it is; "auto" may find that nothing is worth doing.
+
+    Raises:
+        RecipeError: if the recipe does not fit the model.
+    """
+    wanted = folded.recipe.registers
+    if wanted is None or folded.folded.spec.sinks is not None:
+        return folded, None
+    from vitfold.registers import fold_registers, measure_remedies
+
+    quant = folded.recipe.quant
+    assert quant is not None
+    found: Found | None = None
+    if not wanted.resolved:
+        names = None if wanted.remedy == "auto" else (wanted.remedy,)
+        scheme = scheme_of(folded.target)
+        found = measure_remedies(
+            folded.folded, folded.recipe.merge, quant, images, names=names, confirm=scheme, progress=progress
+        )
+        if found.chosen.recipe is None:
+            return replace(folded, recipe=replace(folded.recipe, registers=None)), found
+        wanted = found.chosen.recipe
+    if progress is not None:
+        progress.step(f"registers: {wanted.remedy}")
+    advance = None if progress is None else progress.advance
+    model = fold_registers(folded.folded, wanted, images, advance=advance)
+    recipe, remarks = keep_fusible(replace(folded.recipe, registers=wanted), folded.target, model.spec)
+    remarks = tuple(dict.fromkeys((*folded.remarks, *remarks)))
+    done = replace(folded, folded=model, recipe=recipe, remarks=remarks)
+    tokens_per_block(model.spec, recipe.merge.r)
+    return done, found
+
+
 def calibrate_folded(folded: Folded, images: ImageSet, *, progress: Progress | None = None) -> Folded:
-    """Quantize a planned model on exactly these images.
+    """Quantize a planned model on exactly these images, after doing something about its sinks where it says so.
 
     Raises:
         CalibrationError: on images or activations that give no ranges.
     """
     from vitfold.quant import calibrate, find_method
 
+    folded, _ = find_registers(folded, images, progress=progress)
     quant = folded.recipe.quant
     if quant is None:
         return folded

@@ -7,8 +7,8 @@ them and an interrupted ladder goes on where it stopped.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from vitfold.errors import VitfoldError
 from vitfold.images import ImageSet
 from vitfold.model import Model
 from vitfold.pipeline.calibration import calibrate_folded
-from vitfold.pipeline.plan import Folded, optimize
+from vitfold.pipeline.plan import Folded, optimize, registers_from_name
 from vitfold.pipeline.writing import simulation, write_graph
 from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe, bits_from_scheme
 from vitfold.reference import Reference, compare_outputs, reference_outputs
@@ -27,20 +27,32 @@ from vitfold.target import find_target
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One accuracy: a method at a bit width with one calibration seed, executed or simulated."""
+    """One accuracy: a method at a bit width with one calibration seed and one remedy, executed or simulated."""
 
     method: str
     scheme: str
     seed: int
     engine: str
+    registers: str = "none"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
+        """Return plain JSON values, `registers` only where there are some."""
+        values = asdict(self)
+        return values if self.registers != "none" else {k: v for k, v in values.items() if k != "registers"}
+
+
+def cell_from_dict(row: Mapping[str, Any]) -> Cell:
+    """Return the cell that a row belongs to."""
+    return Cell(**{field.name: row.get(field.name, field.default) for field in fields(Cell)})
 
 
 def plan_cells(
-    methods: Sequence[str], schemes: Sequence[str], seeds: Sequence[int], *, both: Collection[str] = ()
+    methods: Sequence[str],
+    schemes: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    both: Collection[str] = (),
+    registers: Sequence[str] = ("none",),
 ) -> list[Cell]:
     """Return the cells, seed by seed; what an engine executes runs there, for the methods in `both` simulated too."""
     cells = []
@@ -50,7 +62,11 @@ def plan_cells(
             for method in methods:
                 engines = [ENGINES[0] if executable else SIMULATION]
                 engines += [SIMULATION] if executable and method in both else []
-                cells += [Cell(method=method, scheme=scheme.upper(), seed=seed, engine=engine) for engine in engines]
+                cells += [
+                    Cell(method=method, scheme=scheme.upper(), seed=seed, engine=engine, registers=remedy)
+                    for remedy in registers
+                    for engine in engines
+                ]
     return cells
 
 
@@ -71,7 +87,8 @@ def run_cells(
     step("float model")
     expected = reference_outputs(digest, images, model.preprocess, lambda: Reference(model=model), advance=advance)
     for cell in cells:
-        step(f"{cell.method} {cell.scheme}, seed {cell.seed}")
+        remedy = "" if cell.registers == "none" else f" with {cell.registers}"
+        step(f"{cell.method} {cell.scheme}{remedy}, seed {cell.seed}")
         try:
             folded = _calibrated(model, merge, cell, calibration, size)
             with tempfile.TemporaryDirectory(prefix="vitfold-") as folder, _open(folded, cell, Path(folder)) as session:
@@ -86,8 +103,14 @@ def run_cells(
             **cell.to_dict(),
             "fidelity": fidelity.to_dict(),
             "attention": bool(folded.recipe.quant and folded.recipe.quant.attention),
+            **({} if cell.registers == "none" else {"registers_recipe": _registers(folded)}),
             "error": None,
         }
+
+
+def _registers(folded: Folded) -> dict[str, Any] | None:
+    """What a remedy was resolved to; None where "auto" found that nothing is worth doing."""
+    return None if folded.recipe.registers is None else folded.recipe.registers.to_dict()
 
 
 def _calibrated(model: Model, merge: MergeRecipe, cell: Cell, calibration: ImageSet, size: int) -> Folded:
@@ -95,7 +118,8 @@ def _calibrated(model: Model, merge: MergeRecipe, cell: Cell, calibration: Image
     quant = QuantRecipe(
         weights=weights, activations=activations, method=cell.method, calibration_size=size, seed=cell.seed
     )
-    folded = optimize(model, recipe=Recipe(merge=merge, quant=quant))
+    registers = registers_from_name(cell.registers)
+    folded = optimize(model, recipe=Recipe(merge=merge, quant=quant, registers=registers))
     return calibrate_folded(folded, calibration.sample(size, seed=cell.seed))
 
 

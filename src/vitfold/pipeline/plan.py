@@ -25,8 +25,10 @@ from vitfold.recipe import (
     Order,
     QuantRecipe,
     Recipe,
+    RegistersRecipe,
     Rule,
     check_quant,
+    check_registers,
     parse_recipe,
     quant_from_scheme,
     tokens_per_block,
@@ -60,7 +62,7 @@ class Folded:
     @property
     def tokens(self) -> tuple[int, ...]:
         """Tokens that enter each block, and those that leave the last."""
-        return tokens_per_block(self.model.spec, self.recipe.merge.r)
+        return tokens_per_block(self.folded.spec, self.recipe.merge.r)
 
     @property
     def needs_calibration(self) -> bool:
@@ -90,6 +92,7 @@ def optimize(
     merge: Merge = None,
     quant: str | QuantRecipe | None = None,
     rule: Rule = "tome",
+    registers: str | RegistersRecipe | None = None,
     recipe: Recipe | None = None,
     target: str = "cpu",
     batch: tuple[int, int, int] | None = None,
@@ -103,16 +106,19 @@ def optimize(
         merge: r per block as `schedule.resolve_r` takes it; not together with `recipe`.
         rule: which tokens go and what becomes of them; not together with `recipe`.
         quant: "w8a8" and its like, "fp8", "none", or the whole section; not together with `recipe`.
+        registers: "none", "auto", the name of a remedy, or the whole section; not together with `recipe`.
         batch: least, usual and largest batch, for targets whose engines are built for them.
 
     Raises:
         RecipeError: if the schedule does not fit the model, or the method or a glob is unknown.
         TargetError: if the target is unknown or cannot execute the recipe.
     """
-    if recipe is not None and (merge is not None or quant is not None):
-        raise RecipeError("give either a recipe or a merge schedule and a quantization, not both")
+    if recipe is not None and not (merge is None and quant is None and registers is None):
+        raise RecipeError("give either a recipe or a merge schedule, a quantization and registers, not both")
     if recipe is None:
-        recipe = Recipe(merge=MergeRecipe(r=resolve_r(merge, model.spec), rule=rule), quant=_quant_recipe(quant))
+        found = quant_from_scheme(find_target(target).implied_quant) if quant is None else _quant_recipe(quant)
+        merged = MergeRecipe(r=resolve_r(merge, model.spec), rule=rule)
+        recipe = Recipe(merge=merged, quant=found, registers=registers_from_name(registers))
     tokens_per_block(model.spec, recipe.merge.r)
     if recipe.merge.rule == "evit" and not model.spec.class_token:
         raise RecipeError("merge.rule evit asks the class token, which this model does not have; use tome or pitome")
@@ -124,7 +130,7 @@ def optimize(
     remarks: tuple[str, ...] = ()
     if recipe.quant is not None:
         recipe = replace(recipe, quant=resolve_quant(recipe.quant, chosen, model.spec))
-        recipe, remarks = _fusible(recipe, chosen, model.spec)
+        recipe, remarks = keep_fusible(recipe, chosen, model.spec)
     if recipe.merge.order is None:
         order: Order = "index" if chosen.keeps_order else "score"
         recipe = replace(recipe, merge=replace(recipe.merge, order=order))
@@ -132,12 +138,14 @@ def optimize(
     return Folded(model=model, folded=folded, recipe=recipe, target=chosen, batch=batch, remarks=remarks)
 
 
-def _fusible(recipe: Recipe, target: Target, spec: ViTSpec) -> tuple[Recipe, tuple[str, ...]]:
-    """Keep the attention of those blocks float which TensorRT could not run as one kernel in INT8."""
+def keep_fusible(recipe: Recipe, target: Target, spec: ViTSpec) -> tuple[Recipe, tuple[str, ...]]:
+    """Keep the attention of those blocks float which TensorRT could not run as one kernel in INT8; also say so."""
     quant = recipe.quant
     if quant is None or target.engine != "tensorrt" or not quant.attention or quant.format != "integer":
         return recipe, ()
-    found = check_attention(spec.head_width, tokens_per_block(spec, recipe.merge.r)[:-1])
+    tokens = tokens_per_block(spec, recipe.merge.r)[:-1]
+    cached = [0 if spec.sinks is None else spec.sinks.cached(block) for block in range(spec.depth)]
+    found = check_attention(spec.head_width, [count + rows for count, rows in zip(tokens, cached, strict=True)])
     if found is None:
         return recipe, ()
     if not found.where:
@@ -146,6 +154,17 @@ def _fusible(recipe: Recipe, target: Target, spec: ViTSpec) -> tuple[Recipe, tup
     shown = f"{found.where[0]} to {found.where[-1]}" if len(found.where) > 1 else found.where[0]
     remark = f"{shown} stay FP16: {found.cause}; {found.cure}"
     return replace(recipe, quant=replace(quant, sites=sites)), (remark,)
+
+
+def registers_from_name(registers: str | RegistersRecipe | None) -> RegistersRecipe | None:
+    """Return what `--registers` names: a remedy, "auto", or "none".
+
+    Raises:
+        RecipeError: offering the nearest names.
+    """
+    if isinstance(registers, RegistersRecipe) or registers is None or registers == "none":
+        return registers if isinstance(registers, RegistersRecipe) else None
+    return RegistersRecipe(remedy=registers)  # type: ignore[arg-type]
 
 
 def _quant_recipe(quant: str | QuantRecipe | None) -> QuantRecipe | None:
@@ -236,7 +255,11 @@ def read_recipe(path: str | Path, spec: ViTSpec) -> Recipe:
     if not isinstance(prop_attn, bool):
         raise RecipeError(f"{path}: merge.prop_attn must be true or false, found {prop_attn!r}")
     merged = MergeRecipe(r=resolve_r(merge.get("r"), spec), prop_attn=prop_attn, rule=merge.get("rule", "tome"))
-    return Recipe(merge=merged, quant=None if quant is None else check_quant(quant, name=str(path)))
+    return Recipe(
+        merge=merged,
+        quant=None if quant is None else check_quant(quant, name=str(path)),
+        registers=check_registers(values.get("registers"), name=str(path)),
+    )
 
 
 def count_costs(

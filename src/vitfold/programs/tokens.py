@@ -98,18 +98,22 @@ def log_size(ops: Ops[T], tokens: Tokens[T]) -> T | None:
     return ops.log(ops.reshape(tokens.size, (1, 1, tokens.count)))
 
 
-def weighted_mean(ops: Ops[T], tokens: Tokens[T], *, originals: int, with_prefix: bool) -> T:
+def weighted_mean(ops: Ops[T], tokens: Tokens[T], *, originals: int | None, with_prefix: bool) -> T:
     """Return the mean over the original tokens, (B, D): every row counts as often as its size.
 
-    Equation: sum_n s_n x_n / N_0 over the patch rows, or over all rows.
+    Equation: sum_n s_n x_n / N_0 over the patch rows, or over all rows; N_0 = sum_n s_n, where it depends on the
+    image (`originals` is None).
     """
-    x = tokens.x
-    if tokens.size is not None:
-        x = ops.multiply(x, tokens.size)
+    x, size = tokens.x, tokens.size
+    if size is not None:
+        x = ops.multiply(x, size)
     if not with_prefix and tokens.prefix:
         x = ops.slice(x, 1, tokens.prefix, tokens.count)
-    if tokens.size is None:
+        size = None if size is None else ops.slice(size, 1, tokens.prefix, tokens.count)
+    if size is None:
         return ops.mean(x, 1)
+    if originals is None:
+        return ops.divide(ops.sum(x, 1), ops.sum(size, 1))
     return ops.scale(ops.sum(x, 1), 1.0 / originals)
 
 

@@ -12,6 +12,14 @@ from dataclasses import replace
 from vitfold.model import ViTSpec
 from vitfold.ops.protocol import Ops, T
 from vitfold.programs.rules import Reduction, reduce_tokens
+from vitfold.programs.sinks import (
+    attend_registers,
+    delete_sinks,
+    linear_apart,
+    move_neurons,
+    refill,
+    without_register,
+)
 from vitfold.programs.tokens import Tokens, log_size, unmerge, weighted_mean, without_prefix
 from vitfold.recipe import MergeRecipe, tokens_per_block
 
@@ -33,11 +41,28 @@ def vit(
 
     Source: ViT (2010.11929), equations 1-4; merging between attention and MLP as ToMe (2210.09461).
     """
+    return resume(ops, spec, recipe, embed(ops, spec, image), 0, trace=trace, observe=observe)
+
+
+def resume(
+    ops: Ops[T],
+    spec: ViTSpec,
+    recipe: MergeRecipe,
+    tokens: Tokens[T],
+    first: int,
+    *,
+    trace: bool = False,
+    observe: Observe[T] | None = None,
+) -> T:
+    """Return the output of the blocks from `first` on, of pooling and of the head, for the tokens that enter there.
+
+    `observe(first - 1, tokens)` saw these tokens; what stands in front of a block, as deletions do, is still to come.
+    """
     tokens_per_block(spec, recipe.r)
-    tokens = embed(ops, spec, image)
     trace = trace or spec.pool == "none"
-    for block in range(spec.depth):
+    for block in range(first, spec.depth):
         r = recipe.r[block] if recipe.r else 0
+        tokens = delete_sinks(ops, spec, block, tokens, order=recipe.order, trace=trace)
         tokens = transformer_block(ops, spec, block, tokens, r=r, recipe=recipe, trace=trace)
         if observe is not None:
             observe(block, tokens)
@@ -77,12 +102,13 @@ def transformer_block(
     ops.scope(f"{site}.attn")
     count = tokens.count
     x = ops.layer_norm(f"{site}.norm1", tokens.x, spec.norm_eps)
-    q, k, v = ops.heads(f"{site}.attn.qkv", x, 3, spec.heads)
+    q, k, v = _qkv(ops, spec, f"{site}.attn.qkv", x, tokens)
     if spec.qk_norm:
         q = ops.layer_norm(f"{site}.attn.q_norm", q, spec.norm_eps)
         k = ops.layer_norm(f"{site}.attn.k_norm", k, spec.norm_eps)
     bias = log_size(ops, tokens) if recipe.prop_attn else None
-    y = ops.attention(f"{site}.attn", q, k, v, bias)
+    keys, values, bias = attend_registers(ops, spec, block, k, v, bias, count=count)
+    y = ops.attention(f"{site}.attn", q, keys, values, bias)
     y = ops.reshape(ops.transpose(y, (0, 2, 1, 3)), (count, spec.attention_width))
     y = ops.linear(f"{site}.attn.proj", y)
     if spec.layer_scale:
@@ -103,40 +129,52 @@ def transformer_block(
         )
         tokens = reduce_tokens(ops, recipe.rule, f"{site}.merge", here)
     ops.scope(f"{site}.mlp")
-    y = mlp(ops, spec, f"{site}.mlp", ops.layer_norm(f"{site}.norm2", tokens.x, spec.norm_eps))
+    y = mlp(ops, spec, block, tokens, ops.layer_norm(f"{site}.norm2", tokens.x, spec.norm_eps))
     if spec.layer_scale:
         y = ops.multiply(y, ops.param(f"{site}.ls2"))
     return replace(tokens, x=ops.add(tokens.x, y))
 
 
-def mlp(ops: Ops[T], spec: ViTSpec, site: str, x: T) -> T:
+def _qkv(ops: Ops[T], spec: ViTSpec, layer: str, x: T, tokens: Tokens[T]) -> tuple[T, ...]:
+    """Queries, keys and values (B, H, N, K), also where some tokens go apart."""
+    if spec.sinks is None or layer not in spec.sinks.layers:
+        return ops.heads(layer, x, 3, spec.heads)
+    y = linear_apart(ops, spec, layer, x, count=tokens.count, prefix=tokens.prefix)
+    rows = ops.reshape(y, (tokens.count, 3 * spec.heads, spec.head_width))
+    return ops.split(ops.transpose(rows, (0, 2, 1, 3)), 3, 1)
+
+
+def mlp(ops: Ops[T], spec: ViTSpec, block: int, tokens: Tokens[T], x: T) -> T:
     """fc2(act(fc1 x)), or fc2(act(g) * u) with (g, u) = fc1 x for SwiGLU (2002.05202)."""
-    hidden = ops.linear(f"{site}.fc1", x)
+    site, rows = f"blocks.{block}.mlp", {"count": tokens.count, "prefix": tokens.prefix}
+    hidden = linear_apart(ops, spec, f"{site}.fc1", x, **rows)
     if spec.mlp == "swiglu":
         gate, up = ops.split(hidden, 2, 2)
         hidden = ops.multiply(ops.activation(spec.activation, gate, f"{site}.act"), up)
     else:
         hidden = ops.activation(spec.activation, hidden, f"{site}.act")
-    return ops.linear(f"{site}.fc2", hidden)
+    hidden = move_neurons(ops, spec, block, hidden, **rows)
+    return linear_apart(ops, spec, f"{site}.fc2", hidden, **rows)
 
 
 def pool(ops: Ops[T], spec: ViTSpec, tokens: Tokens[T], *, prop_attn: bool) -> T:
     """Final norm and pooling: (B, D), (B, 2 D) or, without pooling, (B, N_0, D)."""
     ops.scope("pool")
     read = {"token": 1, "token_dist": 2}.get(spec.pool)
+    deletes = spec.sinks is not None and spec.sinks.deletions > 0
     if read is not None:
         tokens = replace(tokens, x=ops.slice(tokens.x, 1, 0, read))
     if spec.final_norm:
         tokens = replace(tokens, x=ops.layer_norm("norm", tokens.x, spec.norm_eps))
     if spec.pool == "none":
-        x = unmerge(ops, "pool.unmerge", tokens)
+        x = without_register(ops, spec, refill(ops, spec, tokens, unmerge(ops, "pool.unmerge", tokens)))
     elif spec.pool == "map":
         x = attention_pool(ops, spec, tokens, prop_attn=prop_attn)
     elif spec.pool == "avg":
         originals = spec.tokens if spec.pool_prefix else spec.patches
-        x = weighted_mean(ops, tokens, originals=originals, with_prefix=spec.pool_prefix)
+        x = weighted_mean(ops, tokens, originals=None if deletes else originals, with_prefix=spec.pool_prefix)
     elif spec.pool == "token_avg":
-        mean = weighted_mean(ops, tokens, originals=spec.patches, with_prefix=False)
+        mean = weighted_mean(ops, tokens, originals=None if deletes else spec.patches, with_prefix=False)
         x = ops.concat((_row(ops, spec, tokens.x, 0), mean), 1)
     elif spec.pool == "token_dist":
         x = tokens.x

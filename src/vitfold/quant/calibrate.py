@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,12 +18,13 @@ import torch
 from vitfold.errors import CalibrationError, RecipeError, nearest
 from vitfold.images import ImageSet
 from vitfold.model import Array, Model, ViTSpec
+from vitfold.programs.sinks import PREFIX_ROWS
 from vitfold.quant.attention import search_attention
 from vitfold.quant.collect import Samples, collect
 from vitfold.quant.float8 import search_attention_float8, search_linear_float8
 from vitfold.quant.folding import center_norms, fold_channels
 from vitfold.quant.kept import search_once
-from vitfold.quant.linear import LinearProblem, search_linear
+from vitfold.quant.linear import LinearProblem, search_apart, search_linear
 from vitfold.quant.methods import find_method
 from vitfold.quant.moments import collect_moments, round_weights
 from vitfold.quant.outputs import search_outputs
@@ -127,9 +128,10 @@ def calibrate(
     before = quantizers
     if scheme.symmetric:
         folded, quantizers = center_norms(folded, quantizers)
+    quantizers |= search_apart(problems.values(), samples, method, before, quantizers)
     if quant.outputs:
         quantizers |= search_outputs(problems.values(), before, quantizers)
-    if quant.outputs and scheme.half_scales:
+    if scheme.half_scales:
         quantizers = {site: in_half(quantizer) for site, quantizer in quantizers.items()}
     params: dict[str, Array] = dict(folded.params)
     if method.rounding == "gptq" or method.correct:
@@ -157,6 +159,9 @@ def _calibrate_float8(
     for site, problem in problems.items():
         progress.step(f"searching scales: {site}")
         quantizers |= search_linear_float8(problem)
+        if problem.site.apart is not None:
+            found = search_linear_float8(replace(problem, samples=samples.linears[problem.site.apart]))
+            quantizers[f"{problem.site.apart}.x"] = found[f"{problem.site.layer}.x"]
     if quant.attention:
         for attention in find_sites(model.spec)[1]:
             if quant.bits(attention.site, weight=False) is not None:
@@ -210,7 +215,7 @@ def check_samples(samples: Samples, quant: QuantRecipe) -> None:
         CalibrationError: naming the site.
     """
     for layer, one in samples.linears.items():
-        if quant.bits(layer, weight=False) is None:
+        if quant.bits(layer, weight=False) is None or layer.endswith(f".{PREFIX_ROWS}"):
             continue
         if float((one.high - one.low).max()) == 0.0:
             raise CalibrationError(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitfold.cache import keep_arrays, read_arrays
@@ -79,8 +79,9 @@ class Samples:
 class _Reservoir:
     """Keeps what `Samples` holds while batches pass."""
 
-    def __init__(self, layers: set[str], attentions: set[str], quota: int, seed: int) -> None:
+    def __init__(self, layers: set[str], attentions: set[str], quota: int, seed: int, leave_out: int) -> None:
         self._layers, self._attentions, self._quota, self._seed = layers, attentions, quota, seed
+        self._leave_out = leave_out
         self.arrays: dict[str, list[Tensor]] = {}
         self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
         self._rows: dict[str, Tensor] = {}
@@ -92,15 +93,18 @@ class _Reservoir:
     def see(self, site: str, value: Tensor) -> None:
         owner, _, part = site.rpartition(".")
         if part == "x" and owner in self._layers:
-            rows = value.detach().reshape(-1, value.shape[-1])
+            every = value.detach().reshape(-1, value.shape[-1])
+            kept = ordinary_rows(value.detach(), self._leave_out)
+            rows = every[kept]
             if self.first_bad is None and not torch.isfinite(rows.sum()):
                 self.first_bad = site
             low, high = rows.amin(0), rows.amax(0)
             if owner in self.ranges:
                 low, high = torch.minimum(low, self.ranges[owner][0]), torch.maximum(high, self.ranges[owner][1])
             self.ranges[owner] = (low, high)
-            self._rows[owner], share = self._choose(owner, rows, self._quota * len(value))
-            self._keep(site, rows[self._rows[owner]])
+            chosen, share = self._choose(owner, rows, self._quota * len(value))
+            self._rows[owner] = kept[chosen]
+            self._keep(site, rows[chosen])
             self._keep(f"{owner}.share", share)
         elif part == "y" and owner in self._layers:
             self.watched[f"{owner}.y"] = value
@@ -135,6 +139,16 @@ class _Reservoir:
                 self._keep(f"{owner}.g", gradient.reshape(-1, gradient.shape[-1])[self._rows[owner]])
             else:
                 self._keep(f"{owner}.g", gradient)
+
+
+def ordinary_rows(x: Float[Tensor, "B *N D"], leave_out: int) -> Int[Tensor, " R"]:
+    """Return the numbers of the rows of x without the `leave_out` largest of every image; all of a pooled x."""
+    rows = x.shape[:-1].numel()
+    if x.ndim < 3 or not leave_out or leave_out >= x.shape[1]:
+        return torch.arange(rows)
+    order = x.abs().amax(-1).argsort(dim=1, descending=True, stable=True)
+    kept = order[:, leave_out:].sort(1).values
+    return (kept + x.shape[1] * torch.arange(len(x))[:, None]).flatten()
 
 
 def collect(
@@ -181,7 +195,9 @@ def _pass(
 ) -> dict[str, np.ndarray]:
     linears, attentions = find_sites(model.spec)
     quota = max(1, rows // len(images.paths))
-    reservoir = _Reservoir({s.layer for s in linears}, {s.site for s in attentions}, quota, seed)
+    leave_out = 0 if model.spec.sinks is None else model.spec.sinks.leave_out
+    layers = {s.layer for s in linears} | {s.apart for s in linears if s.apart is not None}
+    reservoir = _Reservoir(layers, {s.site for s in attentions}, quota, seed, leave_out)
     ops = Record(model.params, reservoir.see)
     seen = 0
     generator = torch.Generator().manual_seed(seed)
@@ -239,16 +255,17 @@ def _gauss_newton_loss(output: Tensor, generator: torch.Generator) -> Tensor:
 
 def _samples(model: Model, arrays: Mapping[str, Tensor]) -> Samples:
     linears, attentions = find_sites(model.spec)
+    names = [name for s in linears for name in (s.layer, s.apart) if name is not None]
     return Samples(
         linears={
-            s.layer: LinearSamples(
-                x=arrays[f"{s.layer}.x"],
-                share=arrays[f"{s.layer}.share"],
-                low=arrays[f"{s.layer}.low"],
-                high=arrays[f"{s.layer}.high"],
-                grad=arrays.get(f"{s.layer}.g"),
+            name: LinearSamples(
+                x=arrays[f"{name}.x"],
+                share=arrays[f"{name}.share"],
+                low=arrays[f"{name}.low"],
+                high=arrays[f"{name}.high"],
+                grad=arrays.get(f"{name}.g"),
             )
-            for s in linears
+            for name in names
         },
         attentions={
             s.site: AttentionSamples(

@@ -38,7 +38,7 @@ def equalize_norm(
 def equalize_values(
     params: Mapping[str, Array], qkv: str, proj: str, *, shift: Float[np.ndarray, " A"], scale: Float[np.ndarray, " A"]
 ) -> dict[str, Array]:
-    """Fold (v - shift) / scale into the V rows of qkv; the attention's output changes alike.
+    """Fold (v - shift) / scale into the V rows of qkv and into cached values; the attention's output changes alike.
 
     Exact since the rows of softmax sum to one: A (V - 1 m^T) diag(1/s) = (A V - 1 m^T) diag(1/s).
     """
@@ -49,6 +49,10 @@ def equalize_values(
     bias = np.zeros(len(weight), np.float32) if bias is None else bias.copy()
     bias[-width:] = (bias[-width:] - shift) / scale
     changed[f"{qkv}.weight"], changed[f"{qkv}.bias"] = _f32(weight), _f32(bias)
+    cached = f"{qkv.removesuffix('.qkv')}.cached_v"
+    if cached in params:
+        heads = (1, params[cached].shape[1], 1, -1)
+        changed[cached] = _f32((params[cached] - shift.reshape(heads)) / scale.reshape(heads))
     return changed | _consumer(params, proj, shift=shift, scale=scale)
 
 

@@ -50,6 +50,8 @@ def fold_channels(
             shift, scale, preset = _choose(site, one, params, method, bits, weight_bits)
             params |= equalize_norm(params, site.norm, site.layer, shift=shift.numpy(), scale=scale.numpy())
             linears[site.layer] = _moved(one, shift, scale)
+            if site.apart is not None:
+                linears[site.apart] = _moved(linears[site.apart], shift, scale)
             if preset is not None:
                 presets[f"{site.layer}.x"] = preset
         elif site.values is not None and method.values:

@@ -5,6 +5,7 @@ Owns the alternation between both. Grids and quantizers come from `ranges`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitfold.quant.activations import activation_minimum
-from vitfold.quant.collect import LinearSamples
+from vitfold.quant.collect import LinearSamples, Samples
 from vitfold.quant.methods import Method
 from vitfold.quant.ranges import (
     PERCENTILES,
@@ -139,6 +140,43 @@ def _search_inputs(
         symmetric=method.symmetric or problem.symmetric_inputs,
         error=error,
     )
+
+
+def search_apart(
+    problems: Iterable[LinearProblem],
+    samples: Samples,
+    method: Method,
+    before: Mapping[str, Quantizer],
+    after: Mapping[str, Quantizer],
+) -> dict[str, Quantizer]:
+    """Return the quantizers of inputs of tokens apart, by the error of their outputs, plain and per tensor.
+
+    Args:
+        before: quantizers of the inputs as the samples are.
+        after: the same after zero points were folded away: the inputs moved by as much.
+    """
+    found: dict[str, Quantizer] = {}
+    for problem in problems:
+        layer, apart = problem.site.layer, problem.site.apart
+        if apart is None:
+            continue
+        one = samples.linears[apart]
+        x, low, high = one.x, one.low.min(), one.high.max()
+        inputs, given = after[f"{layer}.x"], before[f"{layer}.x"]
+        if isinstance(inputs, Uniform) and isinstance(given, Uniform):
+            moved = float(inputs.scale * np.float32(inputs.zero_point - given.zero_point))
+            x, low, high = x - moved, low - moved, high - moved
+        weight = rounded(problem.weight, after[f"{layer}.w"])
+        found[f"{apart}.x"] = search_range(
+            low,
+            high,
+            x,
+            problem.bits,
+            method,
+            symmetric=problem.symmetric,
+            error=lambda q, x=x, w=weight: float((rounded(x, q) @ w.T - x @ w.T).square().mean()),  # type: ignore[misc]
+        )
+    return found
 
 
 def search_range(

@@ -19,6 +19,7 @@ from vitfold.model import Array, Model
 from vitfold.ops.record import Record
 from vitfold.ops.simulate import fake_quantize
 from vitfold.programs.vit import vit
+from vitfold.quant.collect import ordinary_rows
 from vitfold.quant.methods import Method
 from vitfold.quant.rounding import gptq, ridge_weight
 from vitfold.quantizer import Quantizer, Uniform
@@ -49,11 +50,12 @@ def collect_moments(
 ) -> dict[str, Moments]:
     """Run the float model once more; each layer's input is rounded by its own quantizer, on the float stream."""
     found: dict[str, Moments] = {}
+    leave_out = 0 if model.spec.sinks is None else model.spec.sinks.leave_out
 
     def see(site: str, value: Tensor) -> None:
         if not site.endswith(".x") or site not in quantizers:
             return
-        x = value.reshape(-1, value.shape[-1])
+        x = value.reshape(-1, value.shape[-1])[ordinary_rows(value, leave_out)]
         x_hat = fake_quantize(x, quantizers[site])
         width = x.shape[1]
         if site not in found:

@@ -6,10 +6,11 @@ feeds a layer, and what can therefore be folded. Sites are named in `quantizer`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vitfold.model import ViTSpec, param_shapes
 from vitfold.ops.count import Count
+from vitfold.programs.sinks import PREFIX_ROWS
 from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe
 
@@ -19,7 +20,8 @@ class LinearSite:
     """A linear layer whose input and weight can be rounded.
 
     `norm` is the LayerNorm whose only consumer it is, `activation` the function whose output it takes,
-    `values` the layer whose last third of rows its input is a convex combination of (the V rows of qkv).
+    `values` the layer whose last third of rows its input is a convex combination of (the V rows of qkv). `apart`
+    names the input of those tokens which have a range of their own there.
     """
 
     layer: str
@@ -28,11 +30,13 @@ class LinearSite:
     values: str | None = None
     groups: int = 1
     is_head: bool = False
+    apart: str | None = None
 
     @property
-    def names(self) -> tuple[str, str]:
-        """Its two sites: input and weight."""
-        return f"{self.layer}.x", f"{self.layer}.w"
+    def names(self) -> tuple[str, ...]:
+        """Its sites: input and weight, and the input of tokens apart."""
+        names = (f"{self.layer}.x", f"{self.layer}.w")
+        return names if self.apart is None else (*names, f"{self.apart}.x")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +59,10 @@ class _Sites(Count):
         self.layers: list[str] = []
         self.attentions: list[str] = []
 
-    def linear(self, layer: str, x: tuple[int, ...]) -> tuple[int, ...]:
-        self.layers.append(layer)
-        return super().linear(layer, x)
+    def linear(self, layer: str, x: tuple[int, ...], rows: str = "") -> tuple[int, ...]:
+        if not rows:
+            self.layers.append(layer)
+        return super().linear(layer, x, rows)
 
     def attention(
         self, site: str, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], bias: tuple[int, ...] | None
@@ -75,7 +80,9 @@ def find_sites(spec: ViTSpec) -> tuple[tuple[LinearSite, ...], tuple[AttentionSi
     required, optional = param_shapes(spec)
     walk = _Sites(dict(required | optional))
     vit(walk, spec, MergeRecipe(r=()), (1, spec.channels, *spec.image_size))
-    linears = tuple(_linear(spec, layer) for layer in walk.layers if layer != "pool.q")
+    found = tuple(_linear(spec, layer) for layer in walk.layers if layer != "pool.q")
+    split = spec.sinks.layers if spec.sinks is not None and spec.sinks.split_prefix else ()
+    linears = tuple(replace(s, apart=f"{s.layer}.{PREFIX_ROWS}") if s.layer in split else s for s in found)
     return linears, tuple(AttentionSite(site=site) for site in walk.attentions)
 
 

@@ -1,8 +1,8 @@
 """Tables inside Markdown documents, generated from the JSON files in results/.
 
 Owns the markers, each ended by its closing twin: `<!-- table: FILE.json SCOPE -->`,
-`<!-- accuracy: PATTERN -->`, `<!-- ladder: FILE.json -->`, `<!-- audit: FILE.json -->` and
-`<!-- forecast: FILE.json -->`.
+`<!-- accuracy: PATTERN -->`, `<!-- ladder: FILE.json -->`, `<!-- audit: FILE.json -->`,
+`<!-- forecast: FILE.json -->` and `<!-- outliers: FILE.json -->`.
 `python -m vitfold.report.document README.md` fills them in; a test compares.
 """
 
@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 
 from vitfold.report.audits import GPUS, forecast_cells, forecast_columns, overview_cells, overview_columns
+from vitfold.report.sinks import remedy_cells, remedy_columns
 from vitfold.report.tables import accuracy_rows, markdown, number, percent
 
-_BLOCK = re.compile(r"(<!-- (table|accuracy|ladder|audit|forecast): ([^>]+?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+_KINDS = "table|accuracy|ladder|audit|forecast|outliers"
+_BLOCK = re.compile(rf"(<!-- ({_KINDS}): ([^>]+?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 def fill(text: str, root: Path) -> str:
@@ -24,8 +26,7 @@ def fill(text: str, root: Path) -> str:
 
     def render(match: re.Match[str]) -> str:
         opening, kind, argument, closing = match.groups()
-        makers = {"table": _speed, "accuracy": _accuracy, "ladder": _ladder, "audit": _audit, "forecast": _forecast}
-        table = makers[kind](root, argument)
+        table = _MAKERS[kind](root, argument)
         return f"{opening}\n{table}\n\n{closing}"
 
     return _BLOCK.sub(render, text)
@@ -64,6 +65,24 @@ def _audit(root: Path, name: str) -> str:
 def _forecast(root: Path, name: str) -> str:
     document = json.loads((root / name).read_text(encoding="utf-8"))
     return _lines(forecast_columns(document), forecast_cells(document), left=1)
+
+
+def _outliers(root: Path, name: str) -> str:
+    document = json.loads((root / name).read_text(encoding="utf-8"))
+    header, body = remedy_columns(), remedy_cells(document)
+    shown = [column for column in range(len(header)) if any(line[column] != "-" for line in body)]
+    lines = [[line[column] for column in shown] for line in body]
+    return _lines([header[column] for column in shown], lines, left=1)
+
+
+_MAKERS = {
+    "table": _speed,
+    "accuracy": _accuracy,
+    "ladder": _ladder,
+    "audit": _audit,
+    "forecast": _forecast,
+    "outliers": _outliers,
+}
 
 
 def _lines(header: list[str], body: list[list[str]], *, left: int) -> str:

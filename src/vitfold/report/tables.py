@@ -148,8 +148,9 @@ def accuracy_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     """
     rows = [row for row in result["rows"] if row["fidelity"] is not None]
     schemes = list(dict.fromkeys(row["scheme"] for row in rows))
-    lines = list(dict.fromkeys((row["method"], row["engine"]) for row in rows if row["scheme"] == "W8A8"))
-    lines += [(m, "simulation") for m in dict.fromkeys(row["method"] for row in rows)]
+    named = [(_rung(row), row["engine"], row["scheme"]) for row in rows]
+    lines = list(dict.fromkeys((name, engine) for name, engine, scheme in named if scheme == "W8A8"))
+    lines += [(name, "simulation") for name in dict.fromkeys(name for name, _, _ in named)]
     published = published_figures(result["source"])
     body = []
     for method, engine in dict.fromkeys(lines):
@@ -158,13 +159,18 @@ def accuracy_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
             chosen = [
                 row["fidelity"]
                 for row in rows
-                if (row["method"], row["scheme"], row["engine"]) == (method, scheme, engine)
+                if (_rung(row), row["scheme"], row["engine"]) == (method, scheme, engine)
             ]
             figure = published.get(scheme, {}).get(method)
             shown.append(_spread(chosen) + (f" [{figure:.2f}]" if figure is not None and chosen else ""))
         if any(cell != "-" for cell in shown):
             body.append([method, "simulated" if engine == "simulation" else engine, *shown])
     return ["method", "run by", *schemes], body
+
+
+def _rung(row: RowDict) -> str:
+    """The method, and the remedy against sinks where there is one."""
+    return f"{row['method']} + {row['registers']}" if "registers" in row else str(row["method"])
 
 
 def _spread(fidelities: Sequence[Mapping[str, Any]]) -> str:
@@ -202,6 +208,19 @@ def accuracy_table(result: Mapping[str, Any]) -> Table:
     for line in body:
         table.add_row(*line)
     return table
+
+
+def describe_registers(registers: Mapping[str, Any] | None) -> str:
+    """Return the section [registers] of a recipe in a line."""
+    if registers is None:
+        return "none"
+    settings = {name: value for name, value in registers.items() if name != "remedy"}
+    shown = ", ".join(f"{name} {_setting(value)}" for name, value in settings.items())
+    return f"{registers['remedy']} ({shown})" if shown else str(registers["remedy"])
+
+
+def _setting(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
 
 
 def percent(ratio: int | float | None, *, unit: str = " %") -> str:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import onnx_ir as ir
 
+from vitfold.model import Array
 from vitfold.ops.emit.quantized import MICROSOFT
 from vitfold.ops.emit.rows import Codes, Rows, Value
 from vitfold.ops.emit.writer import Shape
@@ -54,33 +56,39 @@ class Emit(Rows):
         y = self._node("Reshape", y, self._integers(0, shape[2], shape[1]))
         return Value(self._node("Transpose", y, perm=[0, 2, 1]), shape)
 
-    def linear(self, layer: str, x: Value) -> Value:
+    def constant(self, values: Array) -> Value:
+        """An initializer; equal ones are shared."""
+        return Value(self._constant(np.asarray(values, np.float32)), tuple(values.shape))
+
+    def linear(self, layer: str, x: Value, rows: str = "") -> Value:
         """MatMul and Add, or one Gemm on flattened rows, as the target wants it.
+
+        Rows that are a site of their own share the weight; without a quantizer they are multiplied in float.
 
         Raises:
             TargetError: naming a quantizer that the target cannot execute.
         """
-        shape = self.count.linear(layer, x.shape)
+        shape = self.count.linear(layer, x.shape, rows)
+        if rows and f"{layer}.{rows}.x" not in self._quantizers:
+            return Value(self._float_linear(layer, x.onnx, x.shape, shape), shape)
         if isinstance(x, Codes):
             reader, placed = x.reader
             if reader != layer:
                 raise ValueError(f"{layer} reads the codes of {reader}")
             return Value(self._linear_of_codes(layer, x.onnx, placed), shape)
         if self._is_quantized(layer):
-            return Value(self._quantized_linear(layer, x.onnx), shape)
+            return Value(self._quantized_linear(layer, x.onnx, f"{layer}.{rows}.x" if rows else f"{layer}.x"), shape)
+        return Value(self._float_linear(layer, x.onnx, x.shape, shape), shape)
+
+    def _float_linear(self, layer: str, x: ir.Value, inputs: Shape, outputs: Shape) -> ir.Value:
         bias = self._weight(f"{layer}.bias") if f"{layer}.bias" in self._params else None
         if self._target.linear_bias == "gemm" and bias is not None:
-            rows = x.onnx
-            if len(shape) > 2:
-                rows = self._node("Reshape", rows, self._integers(-1, x.shape[-1]))
-            y = self._node("Gemm", rows, self._weight(f"{layer}.weight"), bias, site=layer, transB=1)
-            if len(shape) > 2:
-                y = self._node("Reshape", y, self._integers(-1, *shape[1:]))
-            return Value(y, shape)
-        y = self._node("MatMul", x.onnx, self._weight(f"{layer}.weight", transposed=True), site=layer)
-        if bias is not None:
-            y = self._node("Add", y, bias, site=f"{layer}.bias")
-        return Value(y, shape)
+            if len(outputs) > 2:
+                x = self._node("Reshape", x, self._integers(-1, inputs[-1]))
+            y = self._node("Gemm", x, self._weight(f"{layer}.weight"), bias, site=layer, transB=1)
+            return y if len(outputs) == 2 else self._node("Reshape", y, self._integers(-1, *outputs[1:]))
+        y = self._node("MatMul", x, self._weight(f"{layer}.weight", transposed=True), site=layer)
+        return y if bias is None else self._node("Add", y, bias, site=f"{layer}.bias")
 
     def heads(self, layer: str, x: Value, parts: int, heads: int) -> tuple[Value, ...]:
         """Linear, Reshape, Transpose and Split; or one integer product per part, which spares the Split.

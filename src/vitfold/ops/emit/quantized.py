@@ -126,7 +126,7 @@ class Quantized(Writer):
     def _integer_linear_parts(self, layer: str, x: ir.Value, parts: int) -> list[ir.Value]:
         """The layer's outputs in equal parts, one integer product each, from the same codes."""
         whole, branches = self._placed_weight(layer), self._branches(f"{layer}.x", x)
-        bias = self._moved_bias(layer, whole, branches)
+        bias = self._moved_bias(layer, f"{layer}.x", whole, branches)
         if bias is None:
             bias = self._params.get(f"{layer}.bias")
         size = len(self._params[f"{layer}.weight"]) // parts
@@ -138,19 +138,19 @@ class Quantized(Writer):
             results.append(self._integer_products(layer, f"{layer}.x", branches, codes, weight, np.float32(1), part))
         return results
 
-    def _bias(self, layer: str, weight: PlacedWeight, branches: tuple[Branch, ...]) -> ir.Value | None:
-        """The bias, moved or as it is; None where there is nothing to add."""
-        moved, name = self._moved_bias(layer, weight, branches), f"{layer}.bias"
+    def _bias(self, layer: str, site: str, weight: PlacedWeight, branches: tuple[Branch, ...]) -> ir.Value | None:
+        """The bias, moved for the input `site` or as it is; None where there is nothing to add."""
+        moved, name = self._moved_bias(layer, site, weight, branches), f"{layer}.bias"
         if moved is not None:
             return self._constant(moved)
         return self._weight(name) if name in self._params else None
 
-    def _moved_bias(self, layer: str, weight: PlacedWeight, branches: tuple[Branch, ...]) -> Array | None:
+    def _moved_bias(self, layer: str, site: str, weight: PlacedWeight, branches: tuple[Branch, ...]) -> Array | None:
         """b + W c - W n where a symmetric target shifted the input by c and its quantizer by n; None if neither did.
 
         Source: reference 2.5, option 2, for c; NoisyQuant (2211.16056), equation 4, for n.
         """
-        quantizer = self._quantizers[f"{layer}.x"]
+        quantizer = self._quantizers[site]
         shift = np.float64(sum(float(branch.placed.shift) for branch in branches))
         if isinstance(quantizer, Shifted):
             moved = shift - quantizer.offset.astype(np.float64)
@@ -162,17 +162,16 @@ class Quantized(Writer):
         bias: Array = (self._params.get(f"{layer}.bias", np.float64(0)) + rounded @ moved).astype(np.float32)
         return bias
 
-    def _quantized_linear(self, layer: str, x: ir.Value) -> ir.Value:
-        """Q(x) Q(W)^T + b, one product per branch with the same integer weight.
+    def _quantized_linear(self, layer: str, x: ir.Value, site: str) -> ir.Value:
+        """Q(x) Q(W)^T + b, one product per branch with the same integer weight; `site` is that of x.
 
         Raises:
             TargetError: naming the site that this target cannot execute.
         """
-        site = f"{layer}.x"
         weight, branches = self._placed_weight(layer), self._branches(site, x)
         if len(branches) > 1 and any(branch.placed.shift for branch in branches):
             raise TargetError(f"{site}: {self._target.name} has no zero points for this twin quantizer")
-        bias = self._bias(layer, weight, branches)
+        bias = self._bias(layer, site, weight, branches)
         if self._target.quantized_product == "matmul_integer_to_float":
             codes = self._weight_codes(layer, weight)
             return self._integer_products(layer, site, branches, codes, weight, np.float32(1), bias)

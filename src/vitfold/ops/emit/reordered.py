@@ -67,18 +67,18 @@ class Reordered(Quantized):
         y = self._sum(layer, parts)
         return y if bias is None else self._node("Add", y, bias, site=f"{layer}.bias")
 
-    def _quantized_linear(self, layer: str, x: ir.Value) -> ir.Value:
+    def _quantized_linear(self, layer: str, x: ir.Value, site: str) -> ir.Value:
         """Quantize, multiply integers, dequantize."""
         if not self._reorders:
-            return super()._quantized_linear(layer, x)
-        weight, branches = self._placed_weight(layer), self._branches(f"{layer}.x", x)
-        coded = tuple((self._quantize(f"{layer}.x", branch), branch.placed) for branch in branches)
-        return self._integer_linear(layer, weight, coded, self._bias(layer, weight, branches))
+            return super()._quantized_linear(layer, x, site)
+        weight, branches = self._placed_weight(layer), self._branches(site, x)
+        coded = tuple((self._quantize(site, branch), branch.placed) for branch in branches)
+        return self._integer_linear(layer, weight, coded, self._bias(layer, site, weight, branches))
 
     def _linear_of_codes(self, layer: str, codes: ir.Value, placed: Placed) -> ir.Value:
         """A linear layer whose input is codes already."""
         weight = self._placed_weight(layer)
-        return self._integer_linear(layer, weight, ((codes, placed),), self._bias(layer, weight, ()))
+        return self._integer_linear(layer, weight, ((codes, placed),), self._bias(layer, f"{layer}.x", weight, ()))
 
     def _quantized_scores(self, site: str, q: ir.Value, k: ir.Value, width: int) -> ir.Value:
         """Dq Dk / sqrt(K) (Qq - zq) (Kq - zk)^T: the scales and 1 / sqrt(K) are one multiplication."""

@@ -52,10 +52,22 @@ class Rows(Reordered):
     def prepend_rows(self, rows: Value, x: Value) -> Value:
         """Pad with zero rows and add, so that the graph never asks for its batch size."""
         shape = self.count.prepend_rows(rows.shape, x.shape)
-        front, back = rows.shape[1], x.shape[1]
-        padded = self._node("Pad", x.onnx, self._integers(0, front, 0, 0, 0, 0))
-        below = self._node("Pad", rows.onnx, self._integers(0, 0, 0, 0, back, 0))
+        rank = len(shape)
+        axis = rank - 2
+        before, after = rows.shape[axis], x.shape[axis]
+        padded = self._node("Pad", x.onnx, self._integers(*(before * (i == axis) for i in range(2 * rank))))
+        below = self._node("Pad", rows.onnx, self._integers(*(after * (i == rank + axis) for i in range(2 * rank))))
         return Value(self._node("Add", padded, below), shape)
+
+    def magnitude(self, x: Value) -> Value:
+        """Abs and ReduceMax."""
+        shape = self.count.magnitude(x.shape)
+        return Value(self._node("ReduceMax", self._node("Abs", x.onnx), self._integers(-1), keepdims=1), shape)
+
+    def largest(self, a: Value, axis: int) -> Value:
+        """ReduceMax."""
+        shape = self.count.largest(a.shape, axis)
+        return Value(self._node("ReduceMax", a.onnx, self._integers(axis), keepdims=0), shape)
 
     def argmax(self, a: Value) -> tuple[Value, Value]:
         """ReduceMax and ArgMax, which takes the first on ties."""

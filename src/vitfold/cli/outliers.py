@@ -1,0 +1,157 @@
+"""`vitfold outliers`: where a model's sinks are, what they cost, and which remedy helps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vitfold.cli import options
+from vitfold.cli.optimize import load_model, quant_recipe, require_optimize
+from vitfold.cli.terminal import command, counted, note, out, print_json, skipped, working, write_json
+
+if TYPE_CHECKING:
+    from vitfold.images import ImageSet
+    from vitfold.registers import Norms
+
+SHOWN = 6
+
+
+@command
+def outliers(
+    source: options.Source,
+    images: options.Images = None,
+    quant: options.Quant = "w8a8",
+    method: Annotated[
+        str | None, typer.Option(help="Confirm the best remedies under this method too; default: plain ranges only.")
+    ] = None,
+    merge: options.Merge = None,
+    target: Annotated[str, typer.Option(help="As in optimize: decides how --method quantizes.")] = "cpu",
+    calibration_size: options.CalibrationSize = 128,
+    calibration_seed: options.CalibrationSeed = 0,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw where the sinks lie on some of the photos.")
+    ] = None,
+    arch: options.Arch = None,
+    num_classes: options.NumClasses = None,
+    image_size: options.ImageSize = None,
+    weights: options.Weights = "pretrained",
+    seed: options.Seed = 0,
+    skip_bad: options.SkipBad = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE.json", help="Write the same document as --json.")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Measure token norms, what each layer's quantization costs, and every remedy against sink tokens."""
+    if images is None:
+        raise typer.BadParameter("give --images DIR", param_hint="--images")
+    wanted = quant_recipe(quant, method, calibration_size, calibration_seed)
+    if wanted is None:
+        raise typer.BadParameter("give the bits to try, for example w8a8", param_hint="--quant")
+    require_optimize()
+    from vitfold import pipeline
+    from vitfold.bench.environment import environment
+    from vitfold.images import find_images
+    from vitfold.registers import measure_norms, measure_remedies
+    from vitfold.report.sinks import advise
+
+    found = find_images(images)
+    with working("outliers") as (say, bar):
+        model = load_model(source, say, arch, num_classes, image_size, weights, seed)
+        folded = pipeline.optimize(model, merge=merge, quant=wanted, target=target)
+        pool, _ = pipeline.split_images(folded, found)
+        pool = pool.readable(skipped) if skip_bad else pool
+        progress = counted(say, bar, len(pool.paths))
+        measured = measure_remedies(
+            folded.folded,
+            folded.recipe.merge,
+            wanted,
+            pool,
+            confirm=None if method is None else pipeline.scheme_of(folded.target),
+            progress=progress,
+        )
+        progress.step("token norms")
+        norms = measure_norms(folded.folded, pool, advance=progress.advance)
+        if picture is not None:
+            progress.step("picture")
+            _draw(picture, pool, norms, folded.model.spec.grid, folded.model.preprocess)
+    values: dict[str, Any] = {
+        "source": source,
+        "images": len(pool.paths),
+        "quantization": f"{wanted.scheme}, plain ranges",
+        "method": method,
+        "merge": list(folded.recipe.merge.r),
+        "blocks": _blocks(norms, measured.case.noise),
+        "sensitive_site": measured.case.noisiest_site,
+        "sink_site": measured.site,
+        "sites": [{"site": site, "noise_to_signal": noise} for site, noise in measured.case.noise],
+        "remedies": [one.to_dict() for one in measured.remedies],
+        "chosen": measured.chosen.name,
+        "environment": environment(),
+    }
+    values["advice"] = advise(values, prefix=model.spec.prefix)
+    if output is not None:
+        write_json(output, values)
+    if json:
+        print_json(values)
+        return
+    _print(values)
+    if weights == "random":
+        note("random weights: sinks are made by training, so these say nothing about the trained model")
+    if picture is not None:
+        note(f"sinks are drawn in {picture}")
+
+
+def _blocks(norms: Norms, noise: tuple[tuple[str, float], ...]) -> list[dict[str, Any]]:
+    """Norms behind every block, and the noise that its layers make, each quantized alone."""
+    return [
+        {
+            "block": block,
+            "max_norm": float(norms.max_norm[block]),
+            "mean_norm": float(norms.mean_norm[block]),
+            "max_prefix_norm": float(norms.prefix_norm[block]),
+            "max_patch_norm": float(norms.patch_norm[block]),
+            "noise_to_signal": sum(one for site, one in noise if site.startswith(f"blocks.{block}.")),
+        }
+        for block in range(len(norms.max_norm))
+    ]
+
+
+def _draw(picture: Path, pool: ImageSet, norms: Norms, grid: tuple[int, int], preprocess: Any) -> None:
+    """Draw the photos with the largest sinks, behind the block where those stand out most.
+
+    Raises:
+        VitfoldError: if the picture cannot be written.
+    """
+    import numpy as np
+
+    from vitfold.errors import VitfoldError
+    from vitfold.images import read_image
+    from vitfold.report.sinks import draw_sinks
+
+    def seen(path: Path) -> Any:
+        """What the model sees of a photo, as pixels (H, W, 3)."""
+        pixels = preprocess(read_image(path)).transpose(1, 2, 0)
+        return (255 * (pixels * preprocess.std + preprocess.mean)).clip(0, 255).round().astype(np.uint8)
+
+    block = norms.rarest
+    patches = norms.patches[:, block]
+    order = np.argsort(-patches.max(1), kind="stable")[:SHOWN]
+    photos = [seen(pool.paths[i]) for i in order]
+    maps = [patches[i].reshape(grid) for i in order]
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        draw_sinks(photos, maps, title=f"largest |x| of each patch behind block {block}").save(picture)
+    except (OSError, ValueError) as error:
+        raise VitfoldError(f"cannot write {picture}: {error}; name a .png file in a writable folder") from None
+
+
+def _print(values: dict[str, Any]) -> None:
+    from vitfold.report.sinks import norms_table, remedies_table
+
+    out.print(norms_table(values))
+    out.print(f"most sensitive {values['sensitive_site']}, outlier tokens at {values['sink_site']}\n", highlight=False)
+    out.print(remedies_table(values))
+    out.print(values["advice"], highlight=False)

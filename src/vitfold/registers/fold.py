@@ -1,0 +1,102 @@
+"""A resolved recipe and images in, a model that does something about its sinks out.
+
+Owns the rewriting of spec and parameters: data only, so that every interpreter, calibration and target that takes a
+model takes this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from vitfold.errors import RecipeError, nearest
+from vitfold.images import ImageSet
+from vitfold.model import Array, Model, Sinks, ViTSpec
+from vitfold.programs.sinks import PARTS
+from vitfold.recipe import RegistersRecipe
+from vitfold.registers.curate import curate
+from vitfold.registers.neurons import find_neurons
+
+
+def fold_registers(
+    model: Model, recipe: RegistersRecipe, images: ImageSet, *, advance: Callable[[int], Any] | None = None
+) -> Model:
+    """Return the model with what the recipe says, its arrays computed on the images.
+
+    Raises:
+        RecipeError: if the recipe does not fit the model, naming the key.
+    """
+    if recipe.site is None:
+        raise ValueError("a recipe is resolved before it is folded")
+    spec = model.spec
+    for name in ("start", "block"):
+        if getattr(recipe, name) >= spec.depth:
+            raise RecipeError(f"registers.{name} = {getattr(recipe, name)}; the model has {spec.depth} blocks")
+    if recipe.deletions >= spec.patches:
+        raise RecipeError(f"registers.deletions = {recipe.deletions}, the model has {spec.patches} patch tokens")
+    if recipe.remedy in ("prefix", "regcache"):
+        return _cached(model, recipe, images, recipe.site, advance)
+    if recipe.remedy == "neurons":
+        return _with_register(model, find_neurons(model, images, recipe.site, recipe.neurons, advance=advance))
+    return replace(model, spec=replace(spec, sinks=_sinks(spec, recipe)))
+
+
+def _sinks(spec: ViTSpec, recipe: RegistersRecipe) -> Sinks:
+    """What needs no arrays."""
+    if recipe.remedy == "delete":
+        return Sinks(block=recipe.block, deletions=recipe.deletions)
+    if recipe.remedy == "leave-out":
+        return Sinks(leave_out=recipe.sinks)
+    layers = match_layers(spec, recipe.layers)
+    if recipe.remedy == "float-sinks":
+        return Sinks(layers=layers, apart=recipe.sinks)
+    if not spec.prefix:
+        raise RecipeError("split-scales parts prefix tokens from patches, this model has none; try --registers auto")
+    return Sinks(layers=layers, split_prefix=True)
+
+
+def match_layers(spec: ViTSpec, globs: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the layers that some glob matches, in execution order.
+
+    Raises:
+        RecipeError: if a glob matches none, naming the nearest.
+    """
+    names = [f"blocks.{block}.{part}" for block in range(spec.depth) for part in PARTS]
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise RecipeError(f"registers.layers: no layer matches {glob!r}; {nearest(glob, names)}")
+    return tuple(name for name in names if any(fnmatchcase(name, glob) for glob in globs))
+
+
+def _cached(
+    model: Model, recipe: RegistersRecipe, images: ImageSet, site: str, advance: Callable[[int], Any] | None
+) -> Model:
+    k, v = curate(model, images, site, advance=advance).register(recipe.token, recipe.average)
+    sinks = Sinks(start=recipe.start, rows=1, tau=recipe.tau, block=recipe.block, deletions=recipe.deletions)
+    params: dict[str, Array] = dict(model.params)
+    for block in range(recipe.start, model.spec.depth):
+        for name, rows in (("cached_k", k), ("cached_v", v)):
+            params[f"blocks.{block}.attn.{name}"] = np.ascontiguousarray(rows[block][None, :, None])
+    return model.with_params(replace(model.spec, sinks=sinks), params)
+
+
+def _with_register(model: Model, neurons: tuple[tuple[int, int], ...]) -> Model:
+    """Append a register of zeros behind the prefix tokens, to which the neurons move.
+
+    Raises:
+        RecipeError: if the model pools its prefix tokens too, so that another one would change the mean.
+    """
+    spec, params = model.spec, dict(model.params)
+    if spec.pool == "avg" and spec.pool_prefix:
+        raise RecipeError("neurons add a token, and this model averages all tokens; choose another remedy")
+    register = np.zeros((1, 1, spec.width), np.float32)
+    params["reg_token"] = np.concatenate((params["reg_token"], register), 1) if spec.registers else register
+    if spec.pos_embed == "all":
+        front, back = params["pos_embed"][:, : spec.prefix], params["pos_embed"][:, spec.prefix :]
+        params["pos_embed"] = np.concatenate((front, register, back), 1)
+    changed = replace(spec, registers=spec.registers + 1, sinks=Sinks(neurons=neurons))
+    return model.with_params(changed, params)

@@ -1,0 +1,61 @@
+"""Register neurons: hidden units of early and middle MLPs whose activations make the sinks.
+
+Owns how they are found on images; moving their activations is `programs.sinks`' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitfold.images import ImageSet, batches
+from vitfold.model import Model
+from vitfold.ops.record import Record
+from vitfold.programs.vit import vit
+from vitfold.recipe import MergeRecipe
+
+SINKS = 4
+
+
+def find_neurons(
+    model: Model,
+    images: ImageSet,
+    site: str,
+    count: int,
+    *,
+    batch: int = 8,
+    advance: Callable[[int], Any] | None = None,
+) -> tuple[tuple[int, int], ...]:
+    """Return the `count` hidden units (block, unit) that are most active on the sinks of every image.
+
+    A unit's score is its mean |activation| on the few patch tokens that are largest at `site`, over the images; units
+    of blocks up to that of the site count, since later ones cannot have made the sinks.
+
+    Source: test-time registers (2506.08010), algorithm 1; there the sinks are outliers of the last block.
+    """
+    spec = model.spec
+    last = int(site.split(".")[1])
+    hidden = [f"blocks.{block}.mlp.fc2.x" for block in range(last + 1)]
+    totals: dict[str, Tensor] = {name: torch.zeros(spec.mlp_width) for name in hidden}
+    for group in batches(images, model.preprocess, batch=batch):
+        seen: dict[str, Tensor] = {}
+
+        def see(name: str, value: Tensor, seen: dict[str, Tensor] = seen) -> None:
+            if name in totals or name == f"{site}.x":
+                seen[name] = value
+
+        with torch.inference_mode():
+            vit(Record(model.params, see), spec, MergeRecipe(r=()), torch.from_numpy(group.pixel_values))
+        norms = seen[f"{site}.x"].abs().amax(-1)[:, spec.prefix :]
+        tokens = norms.topk(min(SINKS, norms.shape[1]), 1).indices + spec.prefix
+        for name in hidden:
+            rows = seen[name].abs().gather(1, tokens[..., None].expand(-1, -1, spec.mlp_width))
+            totals[name] += rows.sum((0, 1))
+        if advance is not None:
+            advance(len(group.index))
+    scores = torch.stack([totals[name] for name in hidden]).flatten()
+    order = scores.argsort(descending=True, stable=True)[:count]
+    return tuple(sorted((int(index) // spec.mlp_width, int(index) % spec.mlp_width) for index in order))

@@ -1,0 +1,248 @@
+"""How a model with a remedy fares under plain quantization, measured quickly on a few images.
+
+Owns the float model's and the quantized model's tokens in front of every block, so that a remedy in block l costs only
+the blocks from l on. Ranges are those observed, per tensor: the plainest quantizer, which outliers hurt most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitfold.images import ImageSet, batches, class_targets
+from vitfold.model import Array, Model
+from vitfold.ops.record import Record
+from vitfold.ops.run import Run
+from vitfold.ops.simulate import Simulate
+from vitfold.programs.tokens import Tokens
+from vitfold.programs.vit import embed, resume
+from vitfold.quant.collect import ordinary_rows
+from vitfold.quant.ranges import affine_uniform, rounded, symmetric_uniform
+from vitfold.quant.sites import LinearSite, find_sites
+from vitfold.quantizer import Quantizer
+from vitfold.recipe import MergeRecipe, QuantRecipe
+
+Ranges = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """What quantization does to a model: its outputs against the float model's, and the tokens that cause it.
+
+    `max_norm` is the largest |x| of a token that shares the range of the sensitive layer, `block_norm` that of a token
+    behind the sensitive block; `top1` is None without labels.
+    """
+
+    max_norm: float
+    block_norm: float
+    cosine: float
+    sqnr_db: float
+    top1: float | None
+
+
+@dataclass(slots=True, eq=False)
+class _Pass:
+    """Tokens in front of every block, batch by batch, and the outputs."""
+
+    tokens: list[list[Tokens[Tensor]]]
+    outputs: list[Tensor] = field(default_factory=list)
+
+
+class Probe:
+    """A float model on a few images, and all that measuring its plain quantization from some block on takes."""
+
+    def __init__(
+        self,
+        model: Model,
+        merge: MergeRecipe,
+        quant: QuantRecipe,
+        images: ImageSet,
+        *,
+        batch: int = 8,
+        advance: Callable[[int], Any] | None = None,
+    ) -> None:
+        self._model, self._merge, self._quant = model, merge, quant
+        self._targets: Sequence[int] | None = None
+        if images.classes is not None and model.spec.output == "logits":
+            self._targets = class_targets(images, model.labels, model.spec.output_width)
+        self._pixels = [
+            torch.from_numpy(group.pixel_values) for group in batches(images, model.preprocess, batch=batch)
+        ]
+        self._params, self._weights = self._rounded_weights()
+        self._ranges: Ranges = {}
+        self._norms: dict[str, float] = {}
+        self._rarity: dict[str, float] = {}
+        self._float = self._run(model, self._watching(model, self._ranges, self._norms, advance, self._rarity), 0, None)
+        self._quantized: _Pass | None = None
+
+    @property
+    def expected(self) -> Tensor:
+        """The float model's outputs."""
+        return torch.cat(self._float.outputs)
+
+    def alone(self, site: LinearSite) -> float:
+        """Return the squared error of the outputs with this one layer quantized, as a share of their square."""
+        block = int(site.layer.split(".")[1]) if site.layer.startswith("blocks.") else self._model.spec.depth
+        weight = f"{site.layer}.weight"
+        params = {**self._model.params, weight: self._params[weight]}
+        quantizers = {name: q for name, q in self._quantizers(self._ranges).items() if name in site.names}
+        found = self._run(self._model, Simulate(params, quantizers), block, self._float, keep=False)
+        return self._noise(torch.cat(found.outputs))
+
+    def rarity(self, layer: str) -> float:
+        """Return how many times the norm of an image's median token its largest is, at most, in a layer's input."""
+        return self._rarity[f"{layer}.x"]
+
+    def sites(self) -> list[LinearSite]:
+        """Return the layers of the blocks that the plan quantizes."""
+        linears = find_sites(self._model.spec)[0]
+        return [s for s in linears if s.layer.startswith("blocks.") and f"{s.layer}.w" in self._weights]
+
+    def effect(self, model: Model, site: str) -> Effect:
+        """Quantize a model with a remedy and compare it with the float model without; `site` is the sensitive layer."""
+        if self._quantized is None:
+            ops = Simulate(self._params, self._quantizers(self._ranges))
+            self._quantized = self._run(self._model, ops, 0, None)
+        first = _first_block(model)
+        ranges, norms = dict(self._ranges), dict(self._norms)
+        if model is not self._model:
+            self._run(model, self._watching(model, ranges, norms), first, self._float, keep=False)
+        changed = {name: array for name, array in model.params.items() if f"{name}" not in self._params}
+        params = {**self._params, **changed, **_moved_tokens(model, self._model)}
+        ops = Simulate(params, self._quantizers(ranges))
+        found = torch.cat(self._run(model, ops, first, self._quantized, keep=False).outputs)
+        expected = self.expected
+        cosine = torch.nn.functional.cosine_similarity(found.flatten(1), expected.flatten(1), dim=1)
+        top1 = None
+        if self._targets is not None:
+            top1 = float((found.argmax(-1) == torch.tensor(self._targets)).float().mean())
+        block = site.split(".")[1]
+        return Effect(
+            max_norm=norms[f"{site}.x"],
+            block_norm=norms[f"blocks.{block}"],
+            cosine=float(cosine.mean()),
+            sqnr_db=-10.0 * float(np.log10(max(self._noise(found), 1e-12))),
+            top1=top1,
+        )
+
+    def _noise(self, found: Tensor) -> float:
+        expected = self.expected.double()
+        return float((found.double() - expected).square().sum() / expected.square().sum())
+
+    def _run(self, model: Model, ops: Run, first: int, before: _Pass | None, *, keep: bool = True) -> _Pass:
+        """Run from block `first` on, from the tokens of an earlier pass; from the images, where that is None or 0."""
+        made = _Pass([[] for _ in range(model.spec.depth + 1)])
+        with torch.inference_mode():
+            for number, pixels in enumerate(self._pixels):
+                if before is None or first == 0:
+                    tokens = embed(ops, model.spec, pixels)
+                else:
+                    tokens = before.tokens[first][number]
+                if keep:
+                    made.tokens[first].append(tokens)
+
+                def observe(block: int, seen: Tokens[Tensor]) -> None:
+                    if keep:
+                        made.tokens[block + 1].append(seen)
+                    if isinstance(ops, _Watch):
+                        ops.see_block(block, seen.x)
+
+                made.outputs.append(resume(ops, model.spec, self._merge, tokens, first, observe=observe))
+        return made
+
+    def _watching(
+        self,
+        model: Model,
+        ranges: Ranges,
+        norms: dict[str, float],
+        advance: Callable[[int], Any] | None = None,
+        rarity: dict[str, float] | None = None,
+    ) -> _Watch:
+        leave_out = 0 if model.spec.sinks is None else model.spec.sinks.leave_out
+        return _Watch(model.params, ranges, norms, leave_out, advance, rarity)
+
+    def _rounded_weights(self) -> tuple[dict[str, Array], dict[str, Quantizer]]:
+        params: dict[str, Array] = dict(self._model.params)
+        quantizers: dict[str, Quantizer] = {}
+        for site in find_sites(self._model.spec)[0]:
+            bits = self._quant.bits(site.layer, weight=True)
+            if bits is not None and self._quant.bits(site.layer, weight=False) is not None:
+                weight = torch.from_numpy(params[f"{site.layer}.weight"])
+                quantizer = symmetric_uniform(weight.abs().amax(1), bits, axis=0)
+                quantizers[f"{site.layer}.w"] = quantizer
+                params[f"{site.layer}.weight"] = rounded(weight, quantizer).numpy()
+        return params, quantizers
+
+    def _quantizers(self, ranges: Ranges) -> Mapping[str, Quantizer]:
+        found = dict(self._weights)
+        for site, (low, high) in ranges.items():
+            layer = site.removesuffix(".x").removesuffix(".prefix")
+            bits = self._quant.bits(layer, weight=False)
+            if f"{layer}.w" in self._weights and bits is not None:
+                found[site] = affine_uniform(low, high, bits)
+        return found
+
+
+class _Watch(Record):
+    """Keeps the range of every layer's input and the largest token norm there; a layer met again starts anew."""
+
+    def __init__(
+        self,
+        params: Mapping[str, Array],
+        ranges: Ranges,
+        norms: dict[str, float],
+        leave_out: int,
+        advance: Callable[[int], Any] | None,
+        rarity: dict[str, float] | None,
+    ) -> None:
+        super().__init__(params, self._look)
+        self._rarity = rarity
+        self._ranges, self._largest, self._leave_out, self._advance = ranges, norms, leave_out, advance
+        self._fresh: set[str] = set()
+
+    def _look(self, site: str, value: Tensor) -> None:
+        if not site.endswith(".x") or site.endswith(".sinks.x"):
+            return
+        rows = value.reshape(-1, value.shape[-1])[ordinary_rows(value, self._leave_out)]
+        low, high = rows.amin(), rows.amax()
+        if site in self._fresh:
+            low, high = torch.minimum(low, self._ranges[site][0]), torch.maximum(high, self._ranges[site][1])
+        self._ranges[site] = (low, high)
+        if self._rarity is not None and value.ndim == 3:
+            norms = value.abs().amax(-1)
+            ratio = float((norms.amax(1) / norms.median(1).values.clamp_min(1e-12)).max())
+            self._rarity[site] = max(ratio, self._rarity.get(site, 0.0))
+        self._note(site, value)
+
+    def _note(self, name: str, value: Tensor) -> None:
+        largest = float(value.abs().max())
+        self._largest[name] = max(largest, self._largest[name]) if name in self._fresh else largest
+        self._fresh.add(name)
+
+    def see_block(self, block: int, x: Tensor) -> None:
+        """Note the tokens behind a block."""
+        self._note(f"blocks.{block}", x)
+        if self._advance is not None and block == 0:
+            self._advance(len(x))
+
+
+def _first_block(model: Model) -> int:
+    """The first block that a remedy changes; 0, where it changes statistics or tokens everywhere."""
+    sinks = model.spec.sinks
+    if sinks is None or sinks.leave_out or sinks.neurons:
+        return 0
+    touched = [int(layer.split(".")[1]) for layer in sinks.layers]
+    touched += [sinks.start] if sinks.rows else []
+    touched += [sinks.block] if sinks.deletions else []
+    return min(touched, default=0)
+
+
+def _moved_tokens(model: Model, original: Model) -> dict[str, Array]:
+    """The parameters in front of the blocks, where a remedy appended a token."""
+    names = ("reg_token", "pos_embed")
+    return {name: model.params[name] for name in names if name in model.params and model.spec != original.spec}

@@ -1,0 +1,160 @@
+"""Remedies against sinks as a table, and which of their settings are worth measuring: rows, not code.
+
+The rows stand in the order of what they cost at run time, the cheapest first; of two that help alike, the first wins.
+
+Owns the names, their sources and their grids. What a remedy makes of a model is `fold`'s business, which one helps a
+model is measured by `search`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from vitfold.model import ViTSpec
+from vitfold.programs.sinks import PARTS
+from vitfold.recipe import RegistersRecipe, Remedy
+
+Measure = Callable[[RegistersRecipe], float]
+Grid = Callable[["Case"], Sequence[RegistersRecipe]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What a grid may look at: the model, the layer around which remedies are tried, all layers with their noise.
+
+    `site` is the noisiest layer that outlier tokens reach, the noisiest of all where none do; `noise` is squared error
+    over squared output with one layer quantized alone, the noisiest first.
+    """
+
+    spec: ViTSpec
+    site: str
+    noise: tuple[tuple[str, float], ...]
+
+    @property
+    def noisiest_site(self) -> str:
+        """The layer that costs most."""
+        return self.noise[0][0]
+
+    @property
+    def block(self) -> int:
+        """The block of the site."""
+        return int(self.site.split(".")[1])
+
+    def noisiest(self, share: float) -> tuple[str, ...]:
+        """Return the fewest layers that make this share of the noise, among those whose tokens can go apart."""
+        able = [(layer, noise) for layer, noise in self.noise if layer.endswith(PARTS)]
+        chosen: list[str] = []
+        covered, whole = 0.0, sum(noise for _, noise in able)
+        for layer, noise in able:
+            if chosen and covered >= share * whole:
+                break
+            chosen.append(layer)
+            covered += noise
+        return tuple(chosen)
+
+    def recipe(self, remedy: Remedy, **settings: object) -> RegistersRecipe:
+        """Return a resolved recipe at this site."""
+        return RegistersRecipe(remedy=remedy, site=self.site, **settings)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemedyKind:
+    """One remedy: what it does in a line, where it comes from, and its grids.
+
+    Every grid is measured around the best setting so far of the remedy (or of `builds_on`), the first one from scratch.
+    """
+
+    name: Remedy
+    does: str
+    source: str
+    grid: Grid
+    refine: tuple[Callable[[RegistersRecipe, Case], Sequence[RegistersRecipe]], ...] = ()
+    builds_on: Remedy | None = None
+
+
+_TAUS = (1.0, 2.0, 8.0, 15.0)
+_DELETIONS = (1, 3, 6, 10)
+
+
+def _starts(case: Case) -> list[RegistersRecipe]:
+    starts = sorted({max(case.block - back, 0) for back in (0, 1, 3)})
+    return [case.recipe("prefix", start=start, average=average, tau=4.0) for start in starts for average in (1, 16)]
+
+
+def _taus(best: RegistersRecipe, _: Case) -> list[RegistersRecipe]:
+    return [replace(best, tau=tau) for tau in _TAUS if tau != best.tau]
+
+
+def _deletions(case: Case, base: RegistersRecipe) -> list[RegistersRecipe]:
+    blocks = [block for block in (case.block, case.block + 1) if block < case.spec.depth]
+    fitting = [count for count in _DELETIONS if count <= case.spec.patches // 4]
+    return [replace(base, block=block, deletions=count) for block in blocks for count in fitting]
+
+
+def _with_deletions(best: RegistersRecipe, case: Case) -> list[RegistersRecipe]:
+    return _deletions(case, replace(best, remedy="regcache"))
+
+
+def _split(case: Case) -> list[RegistersRecipe]:
+    if not case.spec.prefix:
+        return []
+    sets = dict.fromkeys(case.noisiest(share) for share in (0.0, 0.5, 0.9))
+    return [case.recipe("split-scales", layers=layers) for layers in sets]
+
+
+def _float(case: Case) -> list[RegistersRecipe]:
+    sets = dict.fromkeys(case.noisiest(share) for share in (0.0, 0.5))
+    return [case.recipe("float-sinks", sinks=sinks, layers=layers) for layers in sets for sinks in (2, 8)]
+
+
+REMEDIES: dict[Remedy, RemedyKind] = {
+    kind.name: kind
+    for kind in (
+        RemedyKind(
+            name="leave-out",
+            does="the largest tokens of every image are left out of the statistics of ranges, and clipped",
+            source="RegCache (2510.04547), its comparison with calibration without outliers",
+            grid=lambda case: [case.recipe("leave-out", sinks=sinks) for sinks in (1, 4, 10)],
+        ),
+        RemedyKind(
+            name="prefix",
+            does="cached keys and values of a sink stand in front of every image's own, from a middle block on",
+            source="RegCache (2510.04547), section 4.2",
+            grid=_starts,
+            refine=(_taus,),
+        ),
+        RemedyKind(
+            name="delete",
+            does="the patch tokens of largest norm are dropped in front of the sensitive block",
+            source="RegCache (2510.04547), section 4.3, without the prefix",
+            grid=lambda case: _deletions(case, case.recipe("delete")),
+        ),
+        RemedyKind(
+            name="regcache",
+            does="both: a cached prefix, and deletion of the sinks that emerge all the same",
+            source="RegCache (2510.04547)",
+            grid=lambda _: [],
+            refine=(_with_deletions, _taus),
+            builds_on="prefix",
+        ),
+        RemedyKind(
+            name="split-scales",
+            does="prefix tokens and patches have ranges of their own in the sensitive layers",
+            source="for models whose class token or trained registers are the outliers",
+            grid=_split,
+        ),
+        RemedyKind(
+            name="float-sinks",
+            does="the largest tokens of every image stay float in the sensitive layers, the others run in INT8",
+            source="as LLM.int8 (2208.07339) parts channels, here rows",
+            grid=_float,
+        ),
+        RemedyKind(
+            name="neurons",
+            does="hidden units that make the sinks move to one added token",
+            source="test-time registers (2506.08010)",
+            grid=lambda case: [case.recipe("neurons", neurons=neurons) for neurons in (3, 10)],
+        ),
+    )
+}

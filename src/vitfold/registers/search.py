@@ -1,0 +1,254 @@
+"""Which remedy helps a model: every one measured under the same plain quantization, the best confirmed by the method.
+
+Owns the order of measurements and what is kept of them, so that an interrupted search goes on where it stopped.
+Labels are not needed; where class folders give some, accuracy decides first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from vitfold.cache import keep_bytes, read_bytes
+from vitfold.errors import RecipeError
+from vitfold.images import ImageSet, batches
+from vitfold.model import Model
+from vitfold.ops.run import Run
+from vitfold.ops.simulate import Simulate
+from vitfold.programs.vit import vit
+from vitfold.quant import Progress, Scheme, calibrate
+from vitfold.quant.kept import content_key
+from vitfold.recipe import MergeRecipe, QuantRecipe, RegistersRecipe, tokens_per_block
+from vitfold.registers.fold import fold_registers
+from vitfold.registers.probe import Effect, Probe
+from vitfold.registers.remedies import REMEDIES, Case, RemedyKind
+
+PROBE_IMAGES = 16
+LABELLED_IMAGES = 64
+CONFIRM_IMAGES = 32
+WORTHWHILE_DB = 0.3
+RARE = 4.0
+"""From this ratio of an image's largest token norm to its median on, a layer has outlier tokens."""
+_FORMAT = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A remedy at its best setting under plain quantization; `confirmed_db` is the SQNR under the recipe's own method.
+
+    `recipe` is None for doing nothing. `sqnr_db` and `cosine` compare with the float model without the remedy.
+    """
+
+    name: str
+    recipe: RegistersRecipe | None
+    effect: Effect
+    confirmed_db: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        recipe = None if self.recipe is None else self.recipe.to_dict()
+        return {"name": self.name, **asdict(self.effect), "confirmed_db": self.confirmed_db, "recipe": recipe}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The case, with the noise that each layer makes alone, and the remedies; the first one is doing nothing."""
+
+    case: Case
+    remedies: tuple[Measured, ...]
+    chosen: Measured
+
+    @property
+    def site(self) -> str:
+        """The layer around which remedies were tried."""
+        return self.case.site
+
+
+class _Search:
+    """One model on its images: measures recipes, each once."""
+
+    def __init__(
+        self, model: Model, merge: MergeRecipe, quant: QuantRecipe, images: ImageSet, progress: Progress
+    ) -> None:
+        self._model, self._merge, self._quant, self._images = model, merge, quant, images
+        self._progress = progress
+        labelled = images.classes is not None and model.spec.output == "logits"
+        self._few = images.first(LABELLED_IMAGES if labelled else PROBE_IMAGES)
+        self._probe: Probe | None = None
+        plan = (_FORMAT, model.digest(), merge, quant.weights, quant.activations, quant.head_bits, dict(quant.sites))
+        self._key = content_key(plan, images.digest())
+
+    def _probed(self) -> Probe:
+        if self._probe is None:
+            self._progress.step("float model on a few images")
+            self._probe = Probe(self._model, self._merge, self._quant, self._few, advance=self._progress.advance)
+        return self._probe
+
+    def _once(self, question: object, answer: Callable[[], Any]) -> Any:
+        """Return the JSON value of an answer, from the cache where it was given before."""
+        key = hashlib.sha256(f"{self._key}{json.dumps(question, sort_keys=True)}".encode()).hexdigest()
+        kept = read_bytes("remedies", key, ".json")
+        if kept is not None:
+            return json.loads(kept)
+        found = answer()
+        keep_bytes("remedies", key, ".json", json.dumps(found).encode())
+        return found
+
+    def noise(self) -> list[tuple[str, float, float]]:
+        """Return the noise of every layer quantized alone, the noisiest first, and how rare its largest tokens are."""
+
+        def measure() -> list[tuple[str, float, float]]:
+            probe = self._probed()
+            found = []
+            for site in probe.sites():
+                self._progress.step(f"quantizing one layer at a time: {site.layer}")
+                found.append((site.layer, probe.alone(site), probe.rarity(site.layer)))
+            return sorted(found, key=lambda row: -row[1])
+
+        rows = self._once("noise", measure)
+        return [(str(layer), float(noise), float(rarity)) for layer, noise, rarity in rows]
+
+    def effect(self, recipe: RegistersRecipe | None, site: str) -> Effect:
+        """Measure a recipe, or the model as it is."""
+
+        def measure() -> dict[str, Any]:
+            model = self._model
+            probe = self._probed()
+            if recipe is not None:
+                model = fold_registers(model, recipe, self._images, advance=self._progress.advance)
+            return asdict(probe.effect(model, site))
+
+        question = [None if recipe is None else recipe.to_dict(), site]
+        return Effect(**self._once(question, measure))
+
+    def confirm(self, recipe: RegistersRecipe | None, scheme: Scheme) -> float:
+        """Return the SQNR of the recipe under the plan's own method, calibrated on a few images."""
+
+        def measure() -> float:
+            model = self._model
+            if recipe is not None:
+                model = fold_registers(model, recipe, self._images)
+            calibration = self._images.first(CONFIRM_IMAGES)
+            done = calibrate(model, self._merge, self._quant, calibration, scheme=scheme, progress=self._progress)
+            ops = Simulate(done.model.params, done.quantizers)
+            signal = noise = 0.0
+            with torch.inference_mode():
+                for group in batches(self._few, self._model.preprocess, batch=8):
+                    pixels = torch.from_numpy(group.pixel_values)
+                    expected = vit(Run(self._model.params), self._model.spec, self._merge, pixels).double()
+                    found = vit(ops, done.model.spec, self._merge, pixels).double()
+                    signal += float(expected.square().sum())
+                    noise += float((found - expected).square().sum())
+            return -10.0 * float(torch.log10(torch.tensor(max(noise / signal, 1e-12))))
+
+        question = [None if recipe is None else recipe.to_dict(), asdict(scheme), self._quant.method, "confirm"]
+        return float(self._once([*question, self._quant.attention], measure))
+
+    def fits(self, recipe: RegistersRecipe) -> bool:
+        """Say whether merging leaves room for a recipe's deletions."""
+        if not recipe.deletions or recipe.remedy not in ("delete", "regcache"):
+            return True
+        try:
+            spec = fold_registers(self._model, replace(recipe, remedy="delete"), self._images).spec
+            tokens_per_block(spec, self._merge.r)
+        except RecipeError:
+            return False
+        return True
+
+
+def measure_remedies(
+    model: Model,
+    merge: MergeRecipe,
+    quant: QuantRecipe,
+    images: ImageSet,
+    *,
+    names: Sequence[str] | None = None,
+    site: str | None = None,
+    confirm: Scheme | None = None,
+    progress: Progress | None = None,
+) -> Found:
+    """Measure remedies (all, or those named) on the images and choose one, or none where none is worth it.
+
+    A remedy is worth it from 0.3 dB on. With `confirm` the two best and doing nothing are calibrated by the plan's own
+    method under that scheme, and what wins there is chosen; a single named remedy has nothing to win against.
+
+    Raises:
+        RecipeError: if the plan quantizes no layer of a block, or no named remedy fits the model.
+    """
+    search = _Search(model, merge, quant, images, progress or Progress())
+    measured = search.noise()
+    if not measured:
+        raise RecipeError("the recipe leaves every layer of the blocks float, so registers cannot help; leave them out")
+    reached = [layer for layer, _, rarity in measured if rarity >= RARE]
+    noise = tuple((layer, amount) for layer, amount, _ in measured)
+    case = Case(spec=model.spec, site=site or (reached or [noise[0][0]])[0], noise=noise)
+    nothing = Measured(name="none", recipe=None, effect=search.effect(None, case.site))
+    best: dict[str, Measured] = {}
+    for kind in REMEDIES.values():
+        wanted = names is None or kind.name in names
+        if wanted or any(REMEDIES[name].builds_on == kind.name for name in names or ()):  # type: ignore[index]
+            found = _best(kind, case, search, best, progress or Progress())
+            if found is not None:
+                best[kind.name] = found
+    rows = [one for name, one in best.items() if names is None or name in names]
+    if not rows:
+        raise RecipeError(f"{', '.join(names or ())}: no setting fits this model; try --registers auto")
+    forced = names is not None
+    ranked = _ranked(rows)
+    if confirm is not None and (len(rows) > 1 or not forced):
+        shortlist = [nothing, *ranked[:2]]
+        sure = {one.name: replace(one, confirmed_db=search.confirm(one.recipe, confirm)) for one in shortlist}
+        rows, nothing = [sure.get(one.name, one) for one in rows], sure["none"]
+        ranked = [sure[one.name] for one in ranked[:2]]
+        if len(ranked) > 1 and (ranked[1].confirmed_db or 0.0) > (ranked[0].confirmed_db or 0.0) + WORTHWHILE_DB:
+            ranked.reverse()
+    chosen = ranked[0] if forced or _worth(ranked[0], nothing) else nothing
+    return Found(case=case, remedies=(nothing, *rows), chosen=chosen)
+
+
+def _best(
+    kind: RemedyKind, case: Case, search: _Search, known: dict[str, Measured], progress: Progress
+) -> Measured | None:
+    """Measure a remedy's grids, each around the best setting so far."""
+    best = None if kind.builds_on is None else known.get(kind.builds_on)
+    if kind.builds_on is not None and best is None:
+        return None
+    found: Measured | None = None
+    for refine in (None, *kind.refine):
+        base = found or best
+        recipe = None if base is None else base.recipe
+        settings = kind.grid(case) if refine is None or recipe is None else refine(recipe, case)
+        for number, recipe in enumerate(settings, start=1):
+            progress.step(f"measuring {kind.name}: {number}/{len(settings)}")
+            if not search.fits(recipe):
+                continue
+            effect = search.effect(recipe, case.site)
+            if found is None or _score(effect) > _score(found.effect):
+                found = Measured(name=kind.name, recipe=recipe, effect=effect)
+    return found
+
+
+def _score(effect: Effect) -> tuple[float, float]:
+    return (effect.top1 or 0.0, effect.sqnr_db)
+
+
+def _ranked(rows: Sequence[Measured]) -> list[Measured]:
+    """Sort by effect; among those as good as the best the order of the table decides, which is that of cost."""
+    best = max(_score(one.effect) for one in rows)
+    alike = [one for one in rows if _score(one.effect) >= (best[0], best[1] - WORTHWHILE_DB)]
+    others = [one for one in rows if one not in alike]
+    return alike + sorted(others, key=lambda one: _score(one.effect), reverse=True)
+
+
+def _worth(best: Measured, nothing: Measured) -> bool:
+    if best.confirmed_db is not None and nothing.confirmed_db is not None:
+        return best.confirmed_db > nothing.confirmed_db + WORTHWHILE_DB
+    top1, before = best.effect.top1, nothing.effect.top1
+    if top1 is not None and before is not None and top1 != before:
+        return top1 > before
+    return best.effect.sqnr_db > nothing.effect.sqnr_db + WORTHWHILE_DB
