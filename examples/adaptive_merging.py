@@ -44,7 +44,7 @@ def run_image(ops: Run, spec: ViTSpec, image: torch.Tensor, choose: Choose) -> t
         r = min(choose(block, best), largest_r(tokens.count, tokens.prefix), len(best))
         tokens = transformer_block(ops, spec, block, tokens, r=r, recipe=recipe, trace=False)
         counts.append(r)
-    return head(ops, spec, pool(ops, spec, tokens, prop_attn=True)), tuple(counts)
+    return head(ops, spec, pool(ops, spec, tokens, recipe)), tuple(counts)
 
 
 def best_similarities(ops: Run, spec: ViTSpec, block: int, tokens: Tokens[torch.Tensor]) -> np.ndarray:

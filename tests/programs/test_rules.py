@@ -12,6 +12,7 @@ from oracles import rules as oracle
 from vitfold.ops.run import Run
 from vitfold.programs.rules import RULES, Reduction, reduce_tokens
 from vitfold.programs.tokens import Tokens
+from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe, Rule
 
 HEADS, HEAD_WIDTH, WIDTH, COUNT = 3, 8, 6, 14
@@ -95,6 +96,17 @@ def test_tofu_merges_late_in_the_direction_of_the_mean_and_keeps_the_norm():
     weights = kept.source * here.tokens.size.transpose(1, 2)
     norms = (weights @ here.tokens.x.norm(dim=-1, keepdim=True)) / weights.sum(-1, keepdim=True)
     assert torch.allclose(kept.x.norm(dim=-1, keepdim=True), norms, rtol=1e-4)
+
+
+def test_pruning_leaves_the_mean_over_patches_a_mean(tiny_model):
+    """With equal tokens everywhere the mean is that token, however many were pruned and merged."""
+    model = tiny_model(pool="avg", class_token=False, pos_embed="none", depth=4)
+    image = torch.full((1, 3, 32, 32), 0.3)
+    with torch.inference_mode():
+        plain, pruned = (
+            vit(Run(model.params), model.spec, MergeRecipe(r=r, rule="tofu"), image) for r in ((), (3, 2, 2, 1))
+        )
+    torch.testing.assert_close(pruned, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_an_unknown_rule_is_refused(without_type_checks):

@@ -66,7 +66,7 @@ def resume(
         tokens = transformer_block(ops, spec, block, tokens, r=r, recipe=recipe, trace=trace)
         if observe is not None:
             observe(block, tokens)
-    return head(ops, spec, pool(ops, spec, tokens, prop_attn=recipe.prop_attn))
+    return head(ops, spec, pool(ops, spec, tokens, recipe))
 
 
 def embed(ops: Ops[T], spec: ViTSpec, image: T) -> Tokens[T]:
@@ -157,11 +157,11 @@ def mlp(ops: Ops[T], spec: ViTSpec, block: int, tokens: Tokens[T], x: T) -> T:
     return linear_apart(ops, spec, f"{site}.fc2", hidden, **rows)
 
 
-def pool(ops: Ops[T], spec: ViTSpec, tokens: Tokens[T], *, prop_attn: bool) -> T:
+def pool(ops: Ops[T], spec: ViTSpec, tokens: Tokens[T], recipe: MergeRecipe) -> T:
     """Final norm and pooling: (B, D), (B, 2 D) or, without pooling, (B, N_0, D)."""
     ops.scope("pool")
     read = {"token": 1, "token_dist": 2}.get(spec.pool)
-    deletes = spec.sinks is not None and spec.sinks.deletions > 0
+    deletes = (spec.sinks is not None and spec.sinks.deletions > 0) or (recipe.rule == "tofu" and any(recipe.r))
     if read is not None:
         tokens = replace(tokens, x=ops.slice(tokens.x, 1, 0, read))
     if spec.final_norm:
@@ -169,7 +169,7 @@ def pool(ops: Ops[T], spec: ViTSpec, tokens: Tokens[T], *, prop_attn: bool) -> T
     if spec.pool == "none":
         x = without_register(ops, spec, refill(ops, spec, tokens, unmerge(ops, "pool.unmerge", tokens)))
     elif spec.pool == "map":
-        x = attention_pool(ops, spec, tokens, prop_attn=prop_attn)
+        x = attention_pool(ops, spec, tokens, prop_attn=recipe.prop_attn)
     elif spec.pool == "avg":
         originals = spec.tokens if spec.pool_prefix else spec.patches
         x = weighted_mean(ops, tokens, originals=None if deletes else originals, with_prefix=spec.pool_prefix)

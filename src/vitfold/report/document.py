@@ -2,7 +2,7 @@
 
 Owns the markers, each ended by its closing twin: `<!-- table: FILE.json SCOPE -->`,
 `<!-- accuracy: PATTERN -->`, `<!-- ladder: FILE.json -->`, `<!-- audit: FILE.json -->`,
-`<!-- forecast: FILE.json -->` and `<!-- outliers: FILE.json -->`.
+`<!-- forecast: FILE.json -->`, `<!-- outliers: FILE.json -->` and `<!-- sweep: FILE.json -->`.
 `python -m vitfold.report.document README.md` fills them in; a test compares.
 """
 
@@ -15,9 +15,9 @@ from pathlib import Path
 
 from vitfold.report.audits import GPUS, forecast_cells, forecast_columns, overview_cells, overview_columns
 from vitfold.report.sinks import remedy_cells, remedy_columns
-from vitfold.report.tables import accuracy_rows, markdown, number, percent
+from vitfold.report.tables import SWEEP_COLUMNS, accuracy_rows, markdown, number, percent, sweep_cells
 
-_KINDS = "table|accuracy|ladder|audit|forecast|outliers"
+_KINDS = "table|accuracy|ladder|audit|forecast|outliers|sweep"
 _BLOCK = re.compile(rf"(<!-- ({_KINDS}): ([^>]+?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
@@ -75,6 +75,11 @@ def _outliers(root: Path, name: str) -> str:
     return _lines([header[column] for column in shown], lines, left=1)
 
 
+def _sweep(root: Path, name: str) -> str:
+    rows = json.loads((root / name).read_text(encoding="utf-8"))["rows"]
+    return _lines(SWEEP_COLUMNS, sweep_cells(rows), left=1)
+
+
 _MAKERS = {
     "table": _speed,
     "accuracy": _accuracy,
@@ -82,6 +87,7 @@ _MAKERS = {
     "audit": _audit,
     "forecast": _forecast,
     "outliers": _outliers,
+    "sweep": _sweep,
 }
 
 
