@@ -52,7 +52,8 @@ class Rows(Reordered):
     def prepend_rows(self, rows: Value, x: Value) -> Value:
         """Pad with zero rows and add, so that the graph never asks for its batch size.
 
-        ONNX Runtime runs both as passes over everything, so there the rows of every block get their batch from a slice, times zero.
+        ONNX Runtime runs both as passes over everything, so there the rows of every block get their batch from a
+        slice, times zero.
         """
         shape = self.count.prepend_rows(rows.shape, x.shape)
         rank = len(shape)
