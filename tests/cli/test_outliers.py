@@ -39,7 +39,7 @@ def test_outliers_says_where_they_are_and_what_helps(small, few, folder):
     assert [row["block"] for row in found["blocks"]] == list(range(6))
     assert all(row["max_norm"] >= row["mean_norm"] > 0 for row in found["blocks"])
     assert re.fullmatch(r"blocks\.\d\.(attn\.(qkv|proj)|mlp\.fc[12])", found["sensitive_site"])
-    assert found["sites"][0]["site"] == found["sensitive_site"]
+    assert found["layers"][0]["layer"] == found["sensitive_site"]
     assert found["remedies"][0]["name"] == "none"
     assert {"name", "max_norm", "cosine", "sqnr_db", "top1", "recipe"} <= set(found["remedies"][0])
     assert {row["name"] for row in found["remedies"]} >= {"prefix", "delete", "regcache", "leave-out", "float-sinks"}

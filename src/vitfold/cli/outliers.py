@@ -86,7 +86,7 @@ def outliers(
         "blocks": _blocks(norms, measured.case.noise),
         "sensitive_site": measured.case.noisiest_site,
         "sink_site": measured.site,
-        "sites": [{"site": site, "noise_to_signal": noise} for site, noise in measured.case.noise],
+        "layers": [{"layer": layer, "noise_to_signal": noise} for layer, noise in measured.case.noise],
         "remedies": [one.to_dict() for one in measured.remedies],
         "chosen": measured.chosen.name,
         "environment": environment(),

@@ -28,6 +28,7 @@ _OTHERS: dict[str, frozenset[str]] = {
     "audit of one graph": frozenset({"kernels", "findings"}),
     "accumulators": frozenset({"layers_beyond", "rows"}),
     "forecast": frozenset({"prediction", "rows"}),
+    "outliers": frozenset({"remedies", "sink_site"}),
     "a sweep without rows": frozenset({"images_digest", "protocol", "calibration_seed"}),
     "inspect": frozenset({"recipe", "digest", "preprocess"}),
     "optimize": frozenset({"recipe", "schedule", "weight_bytes"}),

@@ -50,9 +50,18 @@ class Rows(Reordered):
         self._derived: dict[tuple[ir.Value, int], ir.Value] = {}
 
     def prepend_rows(self, rows: Value, x: Value) -> Value:
-        """Pad with zero rows and add, so that the graph never asks for its batch size."""
+        """Pad with zero rows and add, so that the graph never asks for its batch size.
+
+        ONNX Runtime runs both as passes over everything, so there the rows of every block get their batch from a
+        slice, times zero.
+        """
         shape = self.count.prepend_rows(rows.shape, x.shape)
         rank = len(shape)
+        if self._target.contrib and rank == 4:
+            bounds = (self._integers(n) for n in (0, 1, rank - 2))
+            none = self._node("Mul", self._node("Slice", x.onnx, *bounds), self._number(0.0))
+            front = self._node("Add", none, rows.onnx)
+            return Value(self._node("Concat", front, x.onnx, axis=rank - 2), shape)
         axis = rank - 2
         before, after = rows.shape[axis], x.shape[axis]
         padded = self._node("Pad", x.onnx, self._integers(*(before * (i == axis) for i in range(2 * rank))))
