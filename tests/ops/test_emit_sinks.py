@@ -63,9 +63,10 @@ def test_a_row_costs_one_key_per_query_and_a_deletion_saves_a_token(tiny_model):
         return {cost.site: cost.macs for cost in count.costs if cost.macs}
 
     plain = macs(tiny_model())
-    cached = macs(with_sinks(tiny_model(), start=1, rows=1, tau=2.0))
-    assert {site for site in plain if plain[site] != cached[site]} == {"blocks.1.attn.qk", "blocks.1.attn.av"}
-    assert cached["blocks.1.attn.qk"] == plain["blocks.1.attn.qk"] * 18 // 17
+    for tau, keys in ((1.0, 1), (1.5, 1), (2.0, 2), (9.0, 1)):
+        cached = macs(with_sinks(tiny_model(), start=1, rows=1, tau=tau))
+        assert {site for site in plain if plain[site] != cached[site]} == {"blocks.1.attn.qk", "blocks.1.attn.av"}
+        assert cached["blocks.1.attn.qk"] == plain["blocks.1.attn.qk"] * (17 + keys) // 17
     deleted = macs(with_sinks(tiny_model(), block=1, deletions=3))
     assert deleted["blocks.1.mlp.fc1"] == plain["blocks.1.mlp.fc1"] * 14 // 17
     assert deleted["blocks.0.mlp.fc1"] == plain["blocks.0.mlp.fc1"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from conftest import build_tiny_model
@@ -56,6 +56,8 @@ def test_copies_of_a_row_are_one_with_the_logarithm_of_their_number(tiny_model, 
 
 @settings(derandomize=True, deadline=None, max_examples=20)
 @given(tau=st.floats(1e-3, 1e3))
+@example(tau=3.0)
+@example(tau=1.0)
 def test_attention_with_a_register_equals_the_slow_form(tau):
     model = with_sinks(build_tiny_model(), start=0, rows=1, tau=tau)
     draw = np.random.default_rng(0)

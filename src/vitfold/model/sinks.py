@@ -13,6 +13,8 @@ from typing import Any
 
 from vitfold.errors import SourceError
 
+WHOLE_COPIES = (2.0, 3.0, 4.0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sinks:
@@ -51,6 +53,11 @@ class Sinks:
     def cached(self, block: int) -> int:
         """Return how many cached rows stand in a block's attention."""
         return self.rows if block >= self.start else 0
+
+    @property
+    def copies(self) -> int:
+        """Return how often a cached row may stand there instead of having log tau on its logit: few whole times."""
+        return int(self.tau) if self.tau in WHOLE_COPIES else 1
 
     def deleted(self, block: int) -> int:
         """Return how many tokens are dropped in front of a block."""

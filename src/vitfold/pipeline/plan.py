@@ -144,7 +144,7 @@ def keep_fusible(recipe: Recipe, target: Target, spec: ViTSpec) -> tuple[Recipe,
     if quant is None or target.engine != "tensorrt" or not quant.attention or quant.format != "integer":
         return recipe, ()
     tokens = tokens_per_block(spec, recipe.merge.r)[:-1]
-    cached = [0 if spec.sinks is None else spec.sinks.cached(block) for block in range(spec.depth)]
+    cached = [0 if spec.sinks is None else spec.sinks.copies * spec.sinks.cached(block) for block in range(spec.depth)]
     found = check_attention(spec.head_width, [count + rows for count, rows in zip(tokens, cached, strict=True)])
     if found is None:
         return recipe, ()

@@ -27,7 +27,8 @@ def attend_registers(
 ) -> tuple[T, T, T | None]:
     """Put the cached keys and values (1, H, R, K) in front of a block's own, each counted tau times.
 
-    tau copies of a key and its value are one with log tau on its logit: tau e^s = e^(s + log tau).
+    tau copies of a key and its value are one with log tau on its logit: tau e^s = e^(s + log tau). Where scores have no
+    bias yet, a few whole copies stand there instead: a bias is one more pass over all scores, a copy one more key.
 
     Source: RegCache (2510.04547), section 4.2; the single row is algebra and lets tau be any positive number.
     """
@@ -36,8 +37,13 @@ def attend_registers(
     if sinks is None or not rows:
         return k, v, bias
     site = f"blocks.{block}.attn"
-    k = ops.prepend_rows(ops.param(f"{site}.cached_k"), k)
-    v = ops.prepend_rows(ops.param(f"{site}.cached_v"), v)
+    copies = sinks.copies if bias is None else 1
+    k, v = (
+        ops.prepend_rows(cached if copies == 1 else ops.concat((cached,) * copies, 2), own)
+        for cached, own in ((ops.param(f"{site}.cached_k"), k), (ops.param(f"{site}.cached_v"), v))
+    )
+    if copies > 1:
+        return k, v, None
     weight = np.full((1, rows, 1), math.log(sinks.tau), np.float32)
     if bias is not None:
         column = ops.prepend_rows(ops.constant(weight), ops.reshape(bias, (count, 1)))
