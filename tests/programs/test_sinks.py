@@ -10,7 +10,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from conftest import build_tiny_model
 from sinking import with_sinks
 from vitfold.errors import RecipeError, SourceError
 from vitfold.model import Sinks, ViTSpec, spec_to_dict, vit_spec_from_dict
@@ -58,8 +57,8 @@ def test_copies_of_a_row_are_one_with_the_logarithm_of_their_number(tiny_model, 
 @given(tau=st.floats(1e-3, 1e3))
 @example(tau=3.0)
 @example(tau=1.0)
-def test_attention_with_a_register_equals_the_slow_form(tau):
-    model = with_sinks(build_tiny_model(), start=0, rows=1, tau=tau)
+def test_attention_with_a_register_equals_the_slow_form(tiny_model, tau):
+    model = with_sinks(tiny_model(), start=0, rows=1, tau=tau)
     draw = np.random.default_rng(0)
     q, k, v = (draw.standard_normal((1, 4, 5, 8)).astype(np.float32) for _ in range(3))
     cached = [model.params[f"blocks.0.attn.cached_{name}"][0, :, 0] for name in ("k", "v")]
@@ -83,7 +82,7 @@ def test_attention_with_a_register_equals_the_slow_form(tau):
 @pytest.mark.parametrize("prefix", [0, 1, 3])
 def test_the_largest_patches_go_and_no_prefix_token(order, prefix):
     spec = replace(
-        build_tiny_model().spec,
+        tiny_model().spec,
         class_token=prefix > 0,
         registers=max(prefix - 1, 0),
         pool="avg",
@@ -136,7 +135,7 @@ def test_deleted_places_of_a_dense_output_get_the_mean_of_their_neighbours(tiny_
 
 
 def test_the_neighbours_of_a_corner_are_three_and_of_a_prefix_token_no_patch():
-    weights = neighbour_weights(build_tiny_model().spec)[0]
+    weights = neighbour_weights(tiny_model().spec)[0]
     assert [token - 1 for token in np.flatnonzero(weights[1] == 1.0)] == [1, 4, 5]
     assert not weights[0, 1:].any()
     assert not weights[1:, 0].any()
