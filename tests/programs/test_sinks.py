@@ -80,7 +80,7 @@ def test_attention_with_a_register_equals_the_slow_form(tiny_model, tau):
 
 @pytest.mark.parametrize("order", ["index", "score"])
 @pytest.mark.parametrize("prefix", [0, 1, 3])
-def test_the_largest_patches_go_and_no_prefix_token(order, prefix):
+def test_the_largest_patches_go_and_no_prefix_token(tiny_model, order, prefix):
     spec = replace(
         tiny_model().spec,
         class_token=prefix > 0,
@@ -134,7 +134,7 @@ def test_deleted_places_of_a_dense_output_get_the_mean_of_their_neighbours(tiny_
             assert torch.allclose(found[image, token], expected, atol=1e-5)
 
 
-def test_the_neighbours_of_a_corner_are_three_and_of_a_prefix_token_no_patch():
+def test_the_neighbours_of_a_corner_are_three_and_of_a_prefix_token_no_patch(tiny_model):
     weights = neighbour_weights(tiny_model().spec)[0]
     assert [token - 1 for token in np.flatnonzero(weights[1] == 1.0)] == [1, 4, 5]
     assert not weights[0, 1:].any()
@@ -170,8 +170,8 @@ def test_tokens_apart_change_nothing_in_float(tiny_model, random_images, run_tor
     assert np.abs(apart - plain).max() < 1e-5 * np.abs(plain).max()
 
 
-def test_moved_neurons_leave_their_maximum_in_the_last_register():
-    model = with_sinks(build_tiny_model(registers=2), neurons=((0, 3), (0, 7), (1, 1)))
+def test_moved_neurons_leave_their_maximum_in_the_last_register(tiny_model):
+    model = with_sinks(tiny_model(registers=2), neurons=((0, 3), (0, 7), (1, 1)))
     hidden = torch.randn(2, 19, 48)
     found = move_neurons(Run({}), model.spec, 0, hidden, count=19, prefix=3)
     expected = hidden.clone()
