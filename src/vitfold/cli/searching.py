@@ -71,15 +71,13 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Wanted, *, 
         found = search(laboratory, arms, goal, minutes=wanted.minutes)
         if found.winner is not None:
             verdict = found.winner
-            bundle = copy_bundle(verdict.bundle, output, fidelity=verdict.fidelity.to_dict(), overwrite=overwrite)
+            copy_bundle(verdict.bundle, output, fidelity=verdict.fidelity.to_dict(), overwrite=overwrite)
         elif wanted.points is not None:
-            bundle = copy_bundle(
-                laboratory.plain, output, fidelity=laboratory.plain.manifest.fidelity, overwrite=overwrite
-            )
+            copy_bundle(laboratory.plain, output, fidelity=laboratory.plain.manifest.fidelity, overwrite=overwrite)
         else:
             raise VitfoldError(_nothing(found, wanted))
     document = {
-        "bundle": str(bundle.path),
+        "bundle": str(output),
         "images": {"calibration": len(calibration.paths), "search": len(chosen.paths), "held_out": len(held_out.paths)},
         "winner": None if found.winner is None else found.winner.row["recipe"],
         "held_out": None if found.winner is None else found.winner.held_out.to_dict(),
