@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -23,10 +23,14 @@ def drop(value: float, images: int = 1000) -> Drop:
 
 @dataclass
 class Laboratory:
-    """Merging drops as much as it distorts / 10; quantizing adds `quantizing`, on OpenVINO everything takes half."""
+    """Merging drops as much as it distorts / 10; quantizing adds `quantizing`, on OpenVINO everything takes half.
+
+    Screening sees `hidden` more, with an interval as wide as that.
+    """
 
     quantizing: float = 0.0
     held_out: float = 0.0
+    hidden: float = 0.0
     slower: frozenset[str] = frozenset()
     rows: list[dict[str, Any]] = field(default_factory=list)
     screened: list[tuple[int, ...]] = field(default_factory=list)
@@ -37,7 +41,8 @@ class Laboratory:
 
     def screen(self, r: tuple[int, ...]) -> Drop:
         self.screened.append(r)
-        return drop(self.merging(r))
+        found = drop(self.merging(r) + self.hidden)
+        return replace(found, low=found.low - self.hidden)
 
     def measure(self, attempt: Any) -> dict[str, Any]:
         self.tried.append(attempt.name)
@@ -102,6 +107,14 @@ def test_where_quantization_costs_sensitive_sites_go_back_to_float_before_less_i
     assert laboratory.tried[:2] == ["w8a8-openvino-r30_0_0", "w8a8-openvino-float4-r30_0_0"]
     assert found.winner is not None
     assert found.winner.row["merge"][0] < 30
+
+
+def test_what_meets_the_bound_is_followed_by_bolder_recipes_until_none_can() -> None:
+    laboratory = Laboratory(hidden=0.015)
+    found = run(laboratory, [arm()], least_latency(laboratory))
+    assert [name.rpartition("-r")[2] for name in laboratory.tried] == ["10_0_0", "20_0_0", "30_0_0"]
+    assert found.winner is not None
+    assert found.winner.row["merge"] == [30, 0, 0]
 
 
 def test_what_fails_on_held_out_images_does_not_win() -> None:

@@ -82,6 +82,12 @@ class LeastLatency:
         wanted = _GENTLER * arm.points[index][1]
         return next((i for i in range(index + 1, len(arm.points)) if arm.points[i][1] <= wanted), None)
 
+    def bolder(self, arm: Arm, index: int) -> int | None:
+        """The next schedule that distorts clearly more, unless merging alone surely breaks the bound."""
+        wanted = arm.points[index][1] / _GENTLER
+        found = next((i for i in range(index - 1, -1, -1) if arm.points[i][1] >= wanted), None)
+        return None if found is None or self.screen(arm.points[found][2]).low > self.max_drop else found
+
     def cost(self, arm: Arm, index: int) -> float:
         """Seconds, relative to the float model's."""
         return arm.points[index][0]
@@ -119,6 +125,11 @@ class LeastDrop:
         """The next schedule that is predicted to take clearly less."""
         wanted = arm.points[index][0] / CLOSE
         return next((i for i in range(index - 1, -1, -1) if arm.points[i][0] <= wanted), None)
+
+    def bolder(self, arm: Arm, index: int) -> int | None:
+        """The next schedule that is predicted to take clearly longer, and distorts less."""
+        wanted = arm.points[index][0] * CLOSE
+        return next((i for i in range(index + 1, len(arm.points)) if arm.points[i][0] >= wanted), None)
 
     def cost(self, arm: Arm, index: int) -> float:
         """Distortion."""

@@ -177,9 +177,9 @@ def build_arms(laboratory: Laboratory, quants: Sequence[str], targets: Sequence[
 def search(laboratory: Laboratory, arms: Sequence[Arm], goal: Goal, *, minutes: float) -> Found:
     """Try recipes in the order of what they promise until none left promises more than the best that met the bound.
 
-    On every arm the trial starts where `goal` says and goes on only from recipes that missed; one whose drop comes from
-    quantization more than from merging is tried again with its most sensitive sites float. What meets the bound has to
-    keep it on held-out images too.
+    On every arm the trial starts where `goal` says; from what met the bound it goes on to bolder recipes, from what
+    missed it to gentler ones. One whose drop comes from quantization more than from merging is tried again with its most
+    sensitive sites float. What meets the bound has to keep it on held-out images too.
     """
     ends, verified = time.monotonic() + 60 * minutes, 0
     # An arm waits with the best that it could promise at all; only when its turn comes is it found out what it does.
@@ -188,6 +188,7 @@ def search(laboratory: Laboratory, arms: Sequence[Arm], goal: Goal, *, minutes: 
     ]
     heapq.heapify(waiting)
     best: Verdict | None = None
+    tried: set[tuple[int, int]] = set()
     reason = "every recipe that promised more was tried"
     while waiting:
         cost, number, index, float_sites = heapq.heappop(waiting)
@@ -201,6 +202,7 @@ def search(laboratory: Laboratory, arms: Sequence[Arm], goal: Goal, *, minutes: 
             index = goal.start(arm)
             heapq.heappush(waiting, (goal.cost(arm, index), number, index, 0))
             continue
+        tried.add((number, index))
         row = laboratory.measure(arm.attempt(index, float_sites))
         if goal.meets(row) and _pays(row):
             verdict = laboratory.verify(row)
@@ -208,11 +210,14 @@ def search(laboratory: Laboratory, arms: Sequence[Arm], goal: Goal, *, minutes: 
             if verdict.held_out.drop <= goal.max_drop:
                 if best is None or goal.reached(row) < goal.reached(best.row):
                     best = verdict
+                bolder = goal.bolder(arm, index)
+                if bolder is not None and (number, bolder) not in tried:
+                    heapq.heappush(waiting, (goal.cost(arm, bolder), number, bolder, 0))
                 continue
         if float_sites == 0 and isinstance(goal, LeastLatency) and _quantization_costs(arm, index, row, laboratory):
             heapq.heappush(waiting, (cost, number, index, FLOAT_SITES))
         following = goal.further(arm, index) if float_sites == 0 else None
-        if following is not None:
+        if following is not None and (number, following) not in tried:
             heapq.heappush(waiting, (goal.cost(arm, following), number, following, 0))
     measured = [row for row in laboratory.rows if row["error"] is None]
     nearest = min(measured, key=goal.missed_by, default=None)
