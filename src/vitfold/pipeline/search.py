@@ -178,8 +178,8 @@ def search(laboratory: Laboratory, arms: Sequence[Arm], goal: Goal, *, minutes: 
     """Try recipes in the order of what they promise until none left promises more than the best that met the bound.
 
     On every arm the trial starts where `goal` says; from what met the bound it goes on to bolder recipes, from what
-    missed it to gentler ones. One whose drop comes from quantization more than from merging is tried again with its most
-    sensitive sites float. What meets the bound has to keep it on held-out images too.
+    missed it to gentler ones. One whose drop comes from quantization more than from merging is tried again with its
+    most sensitive sites float. What meets the bound has to keep it on held-out images too.
     """
     ends, verified = time.monotonic() + 60 * minutes, 0
     # An arm waits with the best that it could promise at all; only when its turn comes is it found out what it does.
