@@ -1,5 +1,6 @@
 """Models as plain data: spec, parameters, preprocessing, labels, origin. No torch here."""
 
+from vitfold.model.dit import DiTModel, DiTSpec
 from vitfold.model.params import Array, Model, Origin, check_params
 from vitfold.model.preprocess import Preprocess, preprocess_from_dict
 from vitfold.model.sinks import Sinks
@@ -7,6 +8,8 @@ from vitfold.model.spec import ViTSpec, param_shapes, spec_to_dict, vit_spec_fro
 
 __all__ = [
     "Array",
+    "DiTModel",
+    "DiTSpec",
     "Model",
     "Origin",
     "Preprocess",

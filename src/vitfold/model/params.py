@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vitfold.errors import SourceError
 from vitfold.model.preprocess import Preprocess
-from vitfold.model.spec import ViTSpec, param_shapes, spec_to_dict
+from vitfold.model.spec import Shape, ViTSpec, param_shapes, spec_to_dict
 
 Array = NDArray[Any]
 
@@ -81,6 +81,15 @@ def check_params(spec: ViTSpec, params: Mapping[str, Array]) -> None:
         SourceError: naming the first keys that are missing, left over, misshapen or not finite.
     """
     required, optional = param_shapes(spec)
+    check_arrays(required, optional, params)
+
+
+def check_arrays(required: Mapping[str, Shape], optional: Mapping[str, Shape], params: Mapping[str, Array]) -> None:
+    """Check names, shapes, types and finiteness of `params` against those that an architecture has.
+
+    Raises:
+        SourceError: naming the first keys that are missing, left over, misshapen or not finite.
+    """
     missing = sorted(set(required) - set(params))
     extra = sorted(set(params) - set(required) - set(optional))
     if missing or extra:

@@ -68,7 +68,7 @@ def load_source(
         ParityError: if the program differs from the original.
     """
     _check_arguments(source, arch, num_classes, image_size, weights)
-    torch = _import("torch", "optimize", "loading a model")
+    torch = import_package("torch", "optimize", "loading a model")
     arguments: dict[str, Any] = {
         "arch": arch, "num_classes": num_classes, "image_size": image_size, "weights": weights, "seed": seed,
     }  # fmt: skip
@@ -77,7 +77,7 @@ def load_source(
         torch.manual_seed(seed)
         if prefix in ZOOS and name:
             package, extra, here = ZOOS[prefix]
-            zoo = _import(package, extra, f"loading {source}")
+            zoo = import_package(package, extra, f"loading {source}")
             translator = importlib.import_module(f"vitfold.sources.{here}")
             if prefix == "hf" and Path(name).expanduser().is_dir():
                 folder = Path(name).expanduser().resolve()
@@ -88,7 +88,7 @@ def load_source(
             )
         else:
             path = _file(source)
-            zoo = _import("timm", "optimize", f"loading {source}")
+            zoo = import_package("timm", "optimize", f"loading {source}")
             translator = importlib.import_module("vitfold.sources.timm")
             files = importlib.import_module("vitfold.sources.files")
             module, facts = files.build(path, arch=arch, num_classes=num_classes, image_size=image_size)
@@ -125,7 +125,7 @@ def adapt(
         SourceError: if the class or one of its parts is not supported.
         ParityError: if the program differs from the original.
     """
-    torch = _import("torch", "optimize", "reading a model")
+    torch = import_package("torch", "optimize", "reading a model")
     if not isinstance(module, torch.nn.Module):
         raise SourceError(f"adapt needs a torch.nn.Module, found {type(module).__name__}; for a name use load_source")
     translator, zoo = _translator(module)
@@ -241,7 +241,12 @@ def _digests(path: Path) -> dict[str, str]:
     return {"sha256": file_sha256(path)}
 
 
-def _import(package: str, extra: str, purpose: str) -> Any:
+def import_package(package: str, extra: str, purpose: str) -> Any:
+    """Import an optional dependency.
+
+    Raises:
+        SourceError: saying which extra brings it, if it is not installed.
+    """
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
