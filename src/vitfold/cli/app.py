@@ -11,6 +11,7 @@ from vitfold.cli import (
     bench,
     compare,
     demo,
+    diffuse,
     doctor,
     evaluate,
     export,
@@ -69,6 +70,7 @@ app.command("export")(export.export)
 app.command("audit")(audit.audit)
 app.command("forecast")(forecast.forecast)
 app.command("doctor")(doctor.doctor)
+app.command("diffuse")(diffuse.diffuse)
 app.command("demo")(demo.demo)
 
 

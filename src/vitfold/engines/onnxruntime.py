@@ -29,7 +29,7 @@ from vitfold.engines.session import (
 )
 from vitfold.errors import EngineError
 
-_EXCEPTIONS = (
+EXCEPTIONS = (
     ort.capi.onnxruntime_pybind11_state.Fail,
     ort.capi.onnxruntime_pybind11_state.InvalidArgument,
     ort.capi.onnxruntime_pybind11_state.InvalidGraph,
@@ -52,6 +52,20 @@ class End:
 _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 _KERNEL = "_kernel_time"
 _CODES = {"uint8", "int8"}
+
+
+def session_options(threads: int | None, *, literal: bool = False) -> ort.SessionOptions:
+    """Return how graphs run; `literal` leaves them as they were written, but for the simplest fusions."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or usable_cores()
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_BASIC if literal else levels.ORT_ENABLE_ALL
+    # Threads spin within a run, where it pays, and sleep between runs, where it robs the neighbours.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
 
 
 class OnnxRuntimeSession(Session):
@@ -78,21 +92,12 @@ class OnnxRuntimeSession(Session):
         self._pixels: np.ndarray | None = None
 
     def _options(self) -> ort.SessionOptions:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = self._threads or usable_cores()
-        options.inter_op_num_threads = 1
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        levels = ort.GraphOptimizationLevel
-        options.graph_optimization_level = levels.ORT_ENABLE_BASIC if self._literal else levels.ORT_ENABLE_ALL
-        # Threads spin within a run, where it pays, and sleep between runs, where it robs the neighbours.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        return options
+        return session_options(self._threads, literal=self._literal)
 
     def _load(self, options: ort.SessionOptions) -> ort.InferenceSession:
         try:
             return ort.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
-        except _EXCEPTIONS as error:
+        except EXCEPTIONS as error:
             raise EngineError(
                 f"ONNX Runtime {ort.__version__} cannot load {self._path}: {error}; "
                 "check the file, or upgrade with: pip install -U onnxruntime"
@@ -126,7 +131,7 @@ class OnnxRuntimeSession(Session):
         binding = self._bound()
         try:
             self._session.run_with_iobinding(binding)
-        except _EXCEPTIONS as error:
+        except EXCEPTIONS as error:
             raise EngineError(f"ONNX Runtime failed while running: {error}") from None
 
     def fetch(self) -> Float[np.ndarray, "B ..."]:

@@ -7,11 +7,21 @@ value `T` is: a torch tensor, an ONNX value, a shape.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
 from vitfold.model import Array
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Port:
+    """An end of a program: (batch, *shape); a batch that is a name may vary."""
+
+    name: str
+    shape: tuple[int, ...]
+    batch: str | int = "batch"
 
 
 @runtime_checkable

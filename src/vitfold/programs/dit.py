@@ -20,7 +20,7 @@ def dit(ops: Ops[T], spec: DiTSpec, image: T, waves: T, label: T) -> T:
     Source: DiT (2212.09748), section 3.2.
     """
     given = modulations(ops, spec, condition(ops, spec, waves, label))
-    return head(ops, spec, blocks(ops, spec, embed(ops, spec, image), given, range(spec.depth)), given)
+    return head(ops, spec, blocks(ops, spec, embed(ops, image), given, range(spec.depth)), given)
 
 
 def condition(ops: Ops[T], spec: DiTSpec, waves: T, label: T) -> T:
@@ -57,7 +57,7 @@ def modulations(ops: Ops[T], spec: DiTSpec, conditioned: T) -> tuple[T, ...]:
     return ops.split(conditioned, spec.modulations, 1)
 
 
-def embed(ops: Ops[T], spec: DiTSpec, image: T) -> T:
+def embed(ops: Ops[T], image: T) -> T:
     """Patches and positions: (B, C, Y, X) -> (B, N, D)."""
     ops.scope("embed")
     return ops.add(ops.patch_embed("patch_embed", image), ops.param("pos_embed"))

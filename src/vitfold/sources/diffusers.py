@@ -10,6 +10,7 @@ itself.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,30 @@ def translate(
     )
     check_dit_parity(module, model)
     return model
+
+
+def load_decoder(folder: Path) -> Callable[[Array], Array]:
+    """Return what turns latents into images in [0, 1]: the decoder of diffusers' `AutoencoderKL`.
+
+    Raises:
+        SourceError: if diffusers cannot read the folder.
+    """
+    from diffusers import AutoencoderKL
+
+    try:
+        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise SourceError(f"diffusers cannot read {folder}: {str(error).strip().splitlines()[0]}") from None
+
+    def decode(latents: Array) -> Array:
+        images = []
+        with torch.inference_mode():
+            for latent in torch.from_numpy(latents)[:, None]:
+                images.append(vae.decode(latent / vae.config.scaling_factor, return_dict=False)[0])
+        result: Array = ((torch.cat(images).clamp(-1, 1) + 1) / 2).numpy()
+        return result
+
+    return decode
 
 
 def check_dit_parity(module: Any, model: DiTModel, *, seed: int = 0) -> float:

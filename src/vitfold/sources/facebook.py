@@ -28,7 +28,9 @@ SCHEDULE: dict[str, Any] = {
     "prediction_type": "epsilon",
     "clip_sample": False,
 }
-_NAMES = "x_embedder.proj.weight, pos_embed, t_embedder.mlp.0.weight, blocks.0.attn.qkv.weight, final_layer.linear.weight"
+_NAMES = (
+    "x_embedder.proj.weight, pos_embed, t_embedder.mlp.0.weight, blocks.0.attn.qkv.weight, final_layer.linear.weight"
+)
 
 
 def read_state_dict(path: Path, heads: int | None, origin: Origin) -> DiTModel:

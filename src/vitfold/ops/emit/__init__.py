@@ -1,9 +1,20 @@
 """The interpreter that writes an ONNX graph for one target. Never imports torch."""
 
-from vitfold.ops.emit.graph import INPUT_NAME, Graph, emit_graph, emit_program, write_onnx
+from vitfold.ops.emit.graph import INPUT_NAME, Graph, emit_graph, emit_ports, emit_program, write_onnx
 from vitfold.ops.emit.lowering import Emit
 from vitfold.ops.emit.quantized import MICROSOFT
 from vitfold.ops.emit.rows import Value
 from vitfold.ops.emit.writer import SITE_KEY
 
-__all__ = ["INPUT_NAME", "MICROSOFT", "SITE_KEY", "Emit", "Graph", "Value", "emit_graph", "emit_program", "write_onnx"]
+__all__ = [
+    "INPUT_NAME",
+    "MICROSOFT",
+    "SITE_KEY",
+    "Emit",
+    "Graph",
+    "Value",
+    "emit_graph",
+    "emit_ports",
+    "emit_program",
+    "write_onnx",
+]

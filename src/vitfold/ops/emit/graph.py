@@ -5,7 +5,7 @@ Owns inputs, outputs, opsets and where weights are stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from vitfold.ops.count import SiteCost
 from vitfold.ops.emit.lowering import Emit
 from vitfold.ops.emit.quantized import MICROSOFT
 from vitfold.ops.emit.rows import Value
+from vitfold.ops.protocol import Port
 from vitfold.quantizer import Quantizer
 from vitfold.target import Target
 
@@ -67,16 +68,42 @@ def emit_program(
     output_name: str,
 ) -> Graph:
     """Like `emit_graph`, for any program over inputs (B, *shape) and the parameters that it reads."""
-    pixels = ir.Value(name=INPUT_NAME, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(("batch", *shape)))
+    return emit_ports(
+        lambda ops, pixels: (program(ops, pixels),),
+        params,
+        target,
+        quantizers,
+        inputs=(Port(name=INPUT_NAME, shape=shape),),
+        outputs=(output_name,),
+    )
+
+
+def emit_ports(
+    program: Callable[..., tuple[Value, ...]],
+    params: Mapping[str, Array],
+    target: Target,
+    quantizers: Mapping[str, Quantizer] | None = None,
+    *,
+    inputs: Sequence[Port],
+    outputs: Sequence[str],
+) -> Graph:
+    """Like `emit_program`, for a program of several inputs, `program(ops, *values)`, and as many outputs as names."""
     ops = Emit(params, target, quantizers)
-    result = program(ops, ops.enter(pixels, (1, *shape)))
-    output = ops.leave(result)
-    output.name = output_name
-    output.type = ir.TensorType(ir.DataType.FLOAT)
-    output.shape = ir.Shape(("batch", *result.shape[1:]))
+    entries = [
+        ir.Value(name=port.name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape((port.batch, *port.shape)))
+        for port in inputs
+    ]
+    results = program(ops, *(ops.enter(entry, (1, *port.shape)) for entry, port in zip(entries, inputs, strict=True)))
+    exits = []
+    for name, result in zip(outputs, results, strict=True):
+        output = ops.leave(result)
+        output.name = name
+        output.type = ir.TensorType(ir.DataType.FLOAT)
+        output.shape = ir.Shape(("batch", *result.shape[1:]))
+        exits.append(output)
     graph = ir.Graph(
-        [pixels],
-        [output],
+        entries,
+        exits,
         nodes=ops.tape.nodes,
         initializers=ops.tape.initializers,
         opset_imports={"": target.opset, MICROSOFT: 1} if target.contrib else {"": target.opset},

@@ -1,0 +1,159 @@
+"""`vitfold diffuse`: images of a Diffusion Transformer, and what reusing steps gains and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vitfold.cli import options
+from vitfold.cli.optimize import require_optimize
+from vitfold.cli.terminal import command, note, out, print_json, quiet_stdout, steps, write_json
+from vitfold.errors import SourceError, VitfoldError
+
+if TYPE_CHECKING:
+    from vitfold.model import Array, DiTModel
+
+AUTO = "auto"
+
+
+@command
+def diffuse(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="demo-dit, hf:REPO_OR_FOLDER of diffusers, or a state dict of DiT's own."
+        ),
+    ],
+    reuse: Annotated[
+        str,
+        typer.Option(
+            metavar="METHOD",
+            help="none, fora, stack, taylor, chebyshev, first-block, guidance, with numbers as taylor:3:2, several "
+            "separated by commas; or auto.",
+        ),
+    ] = "none",
+    classes: Annotated[str, typer.Option(metavar="C,C,...", help="One image per class, by number.")] = "0",
+    step_count: Annotated[int, typer.Option("--steps", help="Denoising steps.")] = 50,
+    sampler: Annotated[str, typer.Option(help="ddim, dpm++ or ddpm.")] = "ddim",
+    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 for none.")] = 2.5,
+    seed: Annotated[int, typer.Option(help="Image i is drawn from seed + i.")] = 0,
+    batch: Annotated[int, typer.Option("--batch", help="Images drawn at once.")] = 8,
+    engine: Annotated[str, typer.Option(help="onnxruntime, or torch for the reference.")] = "onnxruntime",
+    threads: options.Threads = None,
+    trials: Annotated[int, typer.Option(min=1, help="Times that every way of sampling is timed, in turn.")] = 3,
+    min_psnr: Annotated[
+        float, typer.Option(help="What auto allows: decibels to the unaccelerated images at equal seeds.")
+    ] = 30.0,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads of a state dict.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Images, a contact sheet and the JSON.")
+    ] = None,
+    latents: Annotated[
+        bool,
+        typer.Option("--latents", help="Write latents (latents.npz) instead of images, for models without their VAE."),
+    ] = False,
+    json: options.Json = False,
+) -> None:
+    """Draw images, unaccelerated, by --reuse, and by plainly fewer steps, timed in turn at equal seeds."""
+    try:
+        labels = tuple(int(word) for word in classes.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"classes are numbers, found {classes!r}", param_hint="--classes") from None
+    require_optimize()
+    from vitfold.pipeline import diffusion
+    from vitfold.reuse import find_method
+    from vitfold.sources.dit import load_dit
+
+    words = [word for word in reuse.split(",") if word.strip()]
+    methods = [find_method(word) for word in words if word.strip() != AUTO]
+    with steps("diffuse") as say, quiet_stdout():
+        say(f"loading {source}")
+        model = load_dit(source, heads=heads)
+        decode = None if latents else _decoder(model)
+        asked = diffusion.Asked(
+            labels=labels, seed=seed, steps=step_count, sampler=sampler, guidance=guidance, batch=batch
+        )
+        how: dict[str, Any] = {"engine": engine, "threads": threads, "decode": decode, "say": say}
+        chosen = None
+        if AUTO in words:
+            few = replace(asked, labels=labels[:batch])
+            chosen = diffusion.choose_method(model, few, least_db=min_psnr, **how)
+            methods.append(chosen)
+        rows = diffusion.diffuse(model, methods, asked, trials=trials, **how)
+        document = _document(model, asked, rows, None if chosen is None else chosen.text)
+    if output is not None:
+        _write(output, model, labels, rows, decode, document)
+    if json:
+        print_json(document)
+        return
+    from vitfold.report.tables import diffusion_table
+
+    out.print(diffusion_table(document))
+    if chosen is not None:
+        note(f"auto chose {chosen.text} (at least {min_psnr:g} dB to the unaccelerated images)")
+    if output is not None:
+        note(f"images and sheet.png in {output}")
+
+
+def _decoder(model: DiTModel) -> Callable[[Array], Array]:
+    """Return what makes images in [0, 1] of samples.
+
+    Raises:
+        SourceError: if the model makes latents, and its VAE is not there.
+    """
+    if not model.latent:
+        return lambda samples: (samples.clip(-1, 1) + 1) / 2
+    if model.decoder is None:
+        raise SourceError(
+            f"{model.origin.source} makes latents, and the VAE that turns them into images is not there; put it into "
+            "the folder vae beside the transformer, or write the latents: --latents"
+        )
+    from vitfold.sources.diffusers import load_decoder
+
+    return load_decoder(Path(model.decoder))
+
+
+def _document(model: DiTModel, asked: Any, rows: list[Any], chosen: str | None) -> dict[str, Any]:
+    from vitfold.bench.environment import environment
+
+    return {
+        "source": model.origin.source,
+        "classes": list(asked.labels),
+        "seed": asked.seed,
+        "steps": asked.steps,
+        "sampler": asked.sampler,
+        "guidance": asked.guidance,
+        "batch": asked.batch,
+        "engine": rows[0].measurement.engine,
+        "chosen": chosen,
+        "environment": environment(),
+        "rows": [row.to_dict() for row in rows],
+        "measurements": [row.measurement.to_dict() for row in rows],
+    }
+
+
+def _write(
+    folder: Path,
+    model: DiTModel,
+    labels: tuple[int, ...],
+    rows: list[Any],
+    decode: Callable[[Array], Array] | None,
+    document: dict[str, Any],
+) -> None:
+    import numpy as np
+
+    from vitfold.report.sheet import write_images
+
+    write_json(folder / "diffuse.json", document)
+    if decode is None:
+        try:
+            np.savez(folder / "latents.npz", **{row.name: row.sampled.samples for row in rows})
+        except OSError as error:
+            raise VitfoldError(f"cannot write {folder}: {error}; choose another folder") from None
+        return
+    names = [model.labels[label] if model.labels else f"class-{label}" for label in labels]
+    write_images(folder, {row.name: decode(row.sampled.samples) for row in rows}, names)

@@ -1,0 +1,99 @@
+"""Parts of a model as graphs on ONNX Runtime's CPU provider, which read and write kept tensors in place.
+
+Owns the memory of those tensors and binds it (IO binding): between steps nothing is copied but what comes from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from vitfold.engines.onnxruntime import EXCEPTIONS, session_options
+from vitfold.errors import EngineError
+from vitfold.model import Array
+from vitfold.ops.protocol import Port
+
+Ends = tuple[Sequence[Port], Sequence[Port]]
+
+
+class PartsSession:
+    """One graph per part, `paths[part]`, with the inputs and outputs that `ends[part]` names."""
+
+    def __init__(self, paths: Mapping[str, Path], ends: Mapping[str, Ends], *, threads: int | None = None) -> None:
+        self._ends = ends
+        self._sessions = {part: _load(path, threads) for part, path in paths.items()}
+        self._kept: dict[str, Array] = {}
+        self._bindings: dict[tuple[str, int, tuple[tuple[str, str], ...]], ort.IOBinding] = {}
+        self._rows = 0
+
+    @property
+    def engine(self) -> str:
+        """Name and version."""
+        return f"onnxruntime {ort.__version__}"
+
+    def call(self, part: str, *inputs: Array) -> Array:
+        """Run a part once on arrays and return its first output."""
+        names = [port.name for port in self._ends[part][0]]
+        result: Array = self._sessions[part].run(None, dict(zip(names, inputs, strict=True)))[0]
+        return result
+
+    def prepare(self, rows: int) -> None:
+        """Fill what is kept with zeros; bound memory stays where it is while the batch does."""
+        if rows != self._rows:
+            self._kept, self._bindings, self._rows = {}, {}, rows
+        for array in self._kept.values():
+            array.fill(0)
+
+    def write(self, name: str, values: Array) -> None:
+        """Copy values in."""
+        if name not in self._kept:
+            self._kept[name] = np.zeros(values.shape, np.float32)
+        self._kept[name][: len(values)] = values
+
+    def run(self, part: str, rows: int, renamed: Mapping[str, str] | None = None) -> None:
+        """Run a part on what is kept; the first time binds its ends to their memory."""
+        key = (part, rows, tuple(sorted((renamed or {}).items())))
+        if key not in self._bindings:
+            self._bindings[key] = self._bind(part, rows, renamed or {})
+        try:
+            self._sessions[part].run_with_iobinding(self._bindings[key])
+        except EXCEPTIONS as error:
+            raise EngineError(f"ONNX Runtime failed while running {part}: {error}") from None
+
+    def _bind(self, part: str, rows: int, renamed: Mapping[str, str]) -> ort.IOBinding:
+        binding = self._sessions[part].io_binding()
+        inputs, outputs = self._ends[part]
+        for ports, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
+            for port in ports:
+                array = self._memory(port, renamed.get(port.name, port.name), rows)
+                bind(port.name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        return binding
+
+    def _memory(self, port: Port, name: str, rows: int) -> Array:
+        if name not in self._kept:
+            room = port.batch if isinstance(port.batch, int) else self._rows
+            self._kept[name] = np.zeros((room, *port.shape), np.float32)
+        return self._kept[name] if isinstance(port.batch, int) else self._kept[name][:rows]
+
+    def read(self, name: str, rows: int) -> Array:
+        """Return the first rows of a tensor: a view, until the next part runs."""
+        return self._kept[name][:rows]
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of all tensors that it keeps."""
+        return sum(array.nbytes for array in self._kept.values())
+
+    def close(self) -> None:
+        """Drop graphs and tensors."""
+        self._bindings, self._sessions, self._kept = {}, {}, {}
+
+
+def _load(path: Path, threads: int | None) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"])
+    except EXCEPTIONS as error:
+        raise EngineError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from None

@@ -1,0 +1,271 @@
+"""Samples of a Diffusion Transformer by several methods at equal seeds: what they take and how like they are.
+
+Owns the comparison: the unaccelerated sampler, the method asked for, and plainly fewer steps, timed in turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from vitfold.bench.measurement import Measurement, speed_up
+from vitfold.bench.pictures import psnr_db, ssim
+from vitfold.bench.timing import interleave
+from vitfold.errors import EngineError, RecipeError
+from vitfold.model import Array, DiTModel
+from vitfold.programs.dit_parts import Part, parts
+from vitfold.reuse import Method, Sampled, find_method, sample
+from vitfold.reuse.eager import Eager
+from vitfold.reuse.sampling import Executor
+from vitfold.reuse.schedulers import build_scheduler
+from vitfold.target import find_target
+
+EXECUTORS = ("onnxruntime", "torch")
+NO_FRECHET = "no feature extractor was given; PSNR and SSIM compare with the unaccelerated images at equal seeds"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What to draw: one image per label, and how."""
+
+    labels: tuple[int, ...]
+    seed: int
+    steps: int
+    sampler: str
+    guidance: float
+    batch: int
+
+    def __post_init__(self) -> None:
+        if not self.labels:
+            raise RecipeError("no class is asked for; give --classes 1,2,3")
+        if self.batch < 1:
+            raise RecipeError(f"--batch must be at least 1, found {self.batch}")
+        if not self.guidance >= 1:
+            raise RecipeError(f"--guidance must be at least 1 (no guidance), found {self.guidance}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Row:
+    """One way to sample, beside the unaccelerated one: `samples` are as the model makes them, pixels or latents."""
+
+    name: str
+    method: Method
+    steps: int
+    sampled: Sampled
+    measurement: Measurement
+    speedup: dict[str, float]
+    psnr_db: float | None
+    ssim: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        seconds = self.measurement.latency_ms()["median"] / 1e3 / len(self.sampled.samples)
+        return {
+            "name": self.name,
+            "reuse": self.method.text,
+            "steps": self.steps,
+            "full_steps": self.sampled.full_steps,
+            "reused_steps": self.sampled.reused_steps,
+            "seconds_per_image": seconds,
+            "speedup": self.speedup["median"],
+            "speedup_iqr": self.speedup["iqr"],
+            "noisy": self.measurement.noisy,
+            "psnr_db": self.psnr_db,
+            "ssim": self.ssim,
+            "frechet": None,
+            "frechet_reason": NO_FRECHET,
+            "kept_bytes": self.sampled.kept_bytes,
+        }
+
+
+def diffuse(
+    model: DiTModel,
+    methods: Sequence[Method],
+    asked: Asked,
+    *,
+    engine: str = "onnxruntime",
+    threads: int | None = None,
+    trials: int = 3,
+    decode: Callable[[Array], Array] | None = None,
+    say: Say = lambda _: None,
+) -> list[Row]:
+    """Draw by the unaccelerated sampler, every method, and for each of them by as few plain steps as it computes.
+
+    `decode` turns samples into images for the comparison; without it samples are compared as they are.
+
+    Raises:
+        RecipeError: if a class, the steps, the sampler or the batch is out of range.
+        EngineError: if the engine is unknown or refuses a graph.
+    """
+    check_asked(model, asked)
+    none = find_method("none")
+    with contextlib.ExitStack() as stack:
+
+        def opened(method: Method) -> Executor:
+            say(f"writing the graphs of {method.text}")
+            return stack.enter_context(open_parts(model, method, engine=engine, threads=threads))
+
+        plain = opened(none)
+        plans = [("none", none, plain, asked)]
+        for method in methods:
+            if not method.reuses:
+                continue
+            executor = opened(method)
+            plans.append((method.text, method, executor, asked))
+            say(f"counting steps of {method.text}")
+            found = draw(model, executor, method, replace(asked, labels=asked.labels[: asked.batch]))
+            steps = found.full_steps if not method.guidance else asked.steps - found.reused_steps // 2
+            if all(plan[0] != fewer_name(steps) for plan in plans):
+                plans.append((fewer_name(steps), none, plain, replace(asked, steps=max(1, steps))))
+        results: dict[str, Sampled] = {}
+
+        def subject(name: str, method: Method, executor: Executor, how: Asked) -> Callable[[], None]:
+            def run() -> None:
+                results[name] = draw(model, executor, method, how)
+
+            return run
+
+        subjects = {plan[0]: subject(*plan) for plan in plans}
+        times = interleave(subjects, trials=trials, warmup=0, iterations=1, progress=say)
+    measured = {
+        name: Measurement(subject=name, engine=engine, batch=len(asked.labels), scope="end_to_end", trials_ns=found)
+        for name, found in times.items()
+    }
+    reference = _shown(results["none"].samples, decode)
+    return [
+        _row(name, method, how.steps, results[name], measured[name], measured["none"], reference, decode)
+        for name, method, _, how in plans
+    ]
+
+
+CANDIDATES = (
+    "stack:2", "taylor:2:1", "taylor:3:1", "taylor:4:1", "chebyshev:3:1", "first-block:0.05", "first-block:0.1",
+    "first-block:0.2", "guidance:2", "guidance:4",
+)  # fmt: skip
+
+
+def choose_method(model: DiTModel, asked: Asked, *, least_db: float, **how: Any) -> Method:
+    """Return the fastest of `CANDIDATES` whose images are at least so near to the unaccelerated ones; else none.
+
+    Takes what `diffuse` takes.
+    """
+    rows = diffuse(model, [find_method(text) for text in CANDIDATES], asked, trials=1, **how)
+    able = [row for row in rows if row.method.reuses and (row.psnr_db is None or row.psnr_db >= least_db)]
+    best = max(able, key=lambda row: row.speedup["median"], default=None)
+    return best.method if best is not None and best.speedup["median"] > 1 else find_method("none")
+
+
+def fewer_name(steps: int) -> str:
+    """Return the name of the plain alternative to a method."""
+    return f"none, {steps} steps"
+
+
+def check_asked(model: DiTModel, asked: Asked) -> None:
+    """Check what was asked for against the model.
+
+    Raises:
+        RecipeError: naming what is out of range.
+    """
+    wrong = [label for label in asked.labels if not 0 <= label < model.spec.classes]
+    if wrong:
+        raise RecipeError(
+            f"class {wrong[0]} is out of range; this model has {model.spec.classes} classes: 0 to "
+            f"{model.spec.classes - 1}"
+        )
+    build_scheduler(asked.sampler, model.schedule, asked.steps, learned_sigma=model.spec.learned_sigma)
+
+
+def draw(model: DiTModel, executor: Executor, method: Method, asked: Asked) -> Sampled:
+    """Draw all images, batch by batch."""
+    found = []
+    for start in range(0, len(asked.labels), asked.batch):
+        scheduler = build_scheduler(asked.sampler, model.schedule, asked.steps, learned_sigma=model.spec.learned_sigma)
+        labels = asked.labels[start : start + asked.batch]
+        found.append(
+            sample(executor, model.spec, scheduler, method, labels, seed=asked.seed + start, guidance=asked.guidance)
+        )
+    full = max(batch.full_steps for batch in found)
+    return Sampled(
+        samples=np.concatenate([batch.samples for batch in found]),
+        full_steps=full,
+        reused_steps=asked.steps - full,
+        kept_bytes=max(batch.kept_bytes for batch in found),
+    )
+
+
+@contextlib.contextmanager
+def open_parts(
+    model: DiTModel, method: Method, *, engine: str = "onnxruntime", threads: int | None = None
+) -> Iterator[Executor]:
+    """Make the parts that a method needs ready to run: as graphs in a temporary folder, or eagerly in torch.
+
+    Raises:
+        EngineError: if the engine is unknown or refuses a graph.
+    """
+    found = parts(model.spec, method.cut, history=method.history)
+    if method.cut != "whole":
+        del found["step"]
+    if engine == "torch":
+        yield Eager(found, model.params)
+        return
+    if engine != "onnxruntime":
+        raise EngineError(f"diffusion runs on {' or '.join(EXECUTORS)}, found {engine!r}")
+    from vitfold.engines.parts import PartsSession
+
+    with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
+        paths = {name: write_part(model, part, Path(folder) / f"{name}.onnx") for name, part in found.items()}
+        ends = {name: (part.inputs, part.outputs) for name, part in found.items()}
+        with contextlib.closing(PartsSession(paths, ends, threads=threads)) as session:
+            yield session
+
+
+def write_part(model: DiTModel, part: Part, path: Path) -> Path:
+    """Write a part as an ONNX graph for ONNX Runtime on CPUs."""
+    from vitfold.ops.emit import emit_ports, write_onnx
+
+    graph = emit_ports(
+        part.run,
+        model.params,
+        find_target("cpu"),
+        inputs=part.inputs,
+        outputs=[port.name for port in part.outputs],
+    )
+    write_onnx(graph, path)
+    return path
+
+
+def _row(
+    name: str,
+    method: Method,
+    steps: int,
+    sampled: Sampled,
+    measured: Measurement,
+    baseline: Measurement,
+    reference: Float[np.ndarray, "B C Y X"],
+    decode: Callable[[Array], Array] | None,
+) -> Row:
+    shown = _shown(sampled.samples, decode)
+    is_image = bool(reference.min() >= 0 and reference.max() <= 1)
+    peak = 1.0 if is_image else float(np.ptp(reference))
+    return Row(
+        name=name,
+        method=method,
+        steps=steps,
+        sampled=sampled,
+        measurement=measured,
+        speedup=speed_up(baseline, measured),
+        psnr_db=psnr_db(reference, shown, peak=peak),
+        ssim=ssim(reference, shown) if is_image and min(reference.shape[2:]) >= 11 else None,
+    )
+
+
+def _shown(samples: Array, decode: Callable[[Array], Array] | None) -> Array:
+    return samples if decode is None else decode(samples)

@@ -1,0 +1,198 @@
+"""The sampling loop: which part of a model runs at which step, with classifier-free guidance in one batch.
+
+Owns seeds, guidance and the order of parts. Caches live with the executor under names; the loop says which name a part
+reads and writes, so they are never copied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from vitfold.model import Array, DiTSpec
+from vitfold.model.dit import class_rows, timestep_waves
+from vitfold.programs.dit_parts import RESIDUAL, WEIGHTS
+from vitfold.reuse.methods import Method, full_steps
+
+
+class Executor(Protocol):
+    """Where the parts of a model run, on tensors that it keeps under names."""
+
+    def call(self, part: str, *inputs: Array) -> Array:
+        """Run a part once on arrays, past everything kept, and return its first output."""
+        ...
+
+    def prepare(self, rows: int) -> None:
+        """Make room for batches of `rows` and fill it with zeros."""
+        ...
+
+    def write(self, name: str, values: Array) -> None:
+        """Set a tensor, or its first rows."""
+        ...
+
+    def run(self, part: str, rows: int, renamed: Mapping[str, str] | None = None) -> None:
+        """Run a part on the first `rows` of what is kept; `renamed` are ends that are kept under another name."""
+        ...
+
+    def read(self, name: str, rows: int) -> Array:
+        """Return the first rows of a tensor."""
+        ...
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of all tensors that it keeps."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sampled:
+    """Samples in [-1, 1] (or latents), and how many steps were computed in full."""
+
+    samples: Float[np.ndarray, "B C Y X"]
+    full_steps: int
+    reused_steps: int
+    kept_bytes: int
+
+
+def sample(
+    executor: Executor,
+    spec: DiTSpec,
+    scheduler: Any,
+    method: Method,
+    labels: Sequence[int],
+    *,
+    seed: int,
+    guidance: float,
+) -> Sampled:
+    """Draw one sample per label; sample i depends on seed + i alone, and not on what is drawn beside it.
+
+    Equation: e = e_null + g (e_class - e_null), both from one batch of 2 B rows; with g = 1 only e_class is computed.
+
+    Source: classifier-free guidance (2207.12598).
+    """
+    count = len(labels)
+    rows = 2 * count if guidance != 1.0 else count
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+    shape = (spec.channels, spec.image_size, spec.image_size)
+    x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]) * scheduler.init_noise_sigma
+    timesteps = [int(t) for t in scheduler.timesteps]
+    conditions, row_of = _conditions(executor, spec, timesteps, labels, guided=rows > count)
+    executor.prepare(rows)
+    state = _State(executor=executor, method=method, must=full_steps(method, len(timesteps)), count=count, rows=rows)
+    extra: dict[str, Any] = {"generator": generators} if _is_stochastic(scheduler) else {}
+    for step, t in enumerate(scheduler.timesteps):
+        entering = scheduler.scale_model_input(x, t).float()
+        executor.write("given", conditions[step][row_of])
+        executor.write("image", np.tile(entering.numpy(), (rows // count, 1, 1, 1)))
+        predicted = torch.from_numpy(state.advance(step, guidance))
+        if spec.learned_sigma and not _learned(scheduler):
+            predicted = predicted[:, : spec.channels]
+        x = scheduler.step(predicted, t, x, **extra).prev_sample
+    return Sampled(
+        samples=x.float().numpy(),
+        full_steps=state.full,
+        reused_steps=len(timesteps) - state.full,
+        kept_bytes=executor.kept_bytes,
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class _State:
+    """What the loop remembers between steps: where full steps were, and under which names their tensors are kept."""
+
+    executor: Executor
+    method: Method
+    must: tuple[bool, ...]
+    count: int
+    rows: int
+    full: int = 0
+    places: tuple[int, ...] = ()
+    own: tuple[str, str] = ("own.0", "own.1")
+    difference: Array | None = None
+
+    def advance(self, step: int, guidance: float) -> Array:
+        """Return the guided prediction of this step."""
+        if self.method.guidance and self.rows > self.count:
+            return self._past_guidance(step, guidance)
+        self._predict(step)
+        found = self.executor.read("prediction", self.rows)
+        if self.rows == self.count:
+            return found.copy()
+        with_class, without = found[: self.count], found[self.count :]
+        return _guided(with_class, without, guidance)
+
+    def _past_guidance(self, step: int, guidance: float) -> Array:
+        if self.must[step] or self.difference is None:
+            self.executor.run("step", self.rows)
+            found = self.executor.read("prediction", self.rows)
+            self.difference = found[self.count :] - found[: self.count]
+            self.full += 1
+        else:
+            self.executor.run("step", self.count)
+        with_class = self.executor.read("prediction", self.count)
+        return _guided(with_class, with_class + self.difference, guidance)
+
+    def _predict(self, step: int) -> None:
+        cut, run = self.method.cut, self.executor.run
+        if cut == "whole":
+            run("step", self.rows)
+            self.full += 1
+            return
+        whole = self.must[step]
+        if cut == "first":
+            before, own = self.own
+            run("front", self.rows, {"before": before, "own": own})
+            whole = whole or self._moved()
+        if whole:
+            kept = f"{RESIDUAL}.{self.full % self.method.history}"
+            run("rest" if cut == "first" else "full", self.rows, {RESIDUAL: kept})
+            self.full += 1
+            self.places = (*self.places, step)[-self.method.history :]
+            self.own = self.own[::-1]
+            return
+        if cut != "modules":
+            self.executor.write(WEIGHTS, self._weights(step))
+        run("resume", self.rows)
+
+    def _moved(self) -> bool:
+        assert self.method.threshold is not None
+        change = math.sqrt(float(np.mean(self.executor.read("change", self.rows))))
+        return change > self.method.threshold
+
+    def _weights(self, step: int) -> Float[np.ndarray, "1 K 1"]:
+        """The forecast's weights in the order of the names under which full steps were kept."""
+        weights = np.zeros((1, self.method.history, 1), np.float32)
+        first = self.full - len(self.places)
+        for k, weight in enumerate(self.method.forecast(self.places, step)):
+            weights[0, (first + k) % self.method.history, 0] = weight
+        return weights
+
+
+def _conditions(
+    executor: Executor, spec: DiTSpec, timesteps: Sequence[int], labels: Sequence[int], *, guided: bool
+) -> tuple[Float[np.ndarray, "T U M D"], Array]:
+    """Return what every step and every class asked for do to the model, and the row of each sample."""
+    asked = [*labels, *([spec.null_class] * len(labels) if guided else [])]
+    classes, row_of = np.unique(np.array(asked), return_inverse=True)
+    waves = timestep_waves(spec, np.repeat(np.array(timesteps), len(classes)))
+    found = executor.call("condition", waves, class_rows(spec, np.tile(classes, len(timesteps))))
+    return found.reshape(len(timesteps), len(classes), spec.modulations, spec.width), row_of
+
+
+def _guided(with_class: Array, without: Array, guidance: float) -> Array:
+    guided: Array = without + np.float32(guidance) * (with_class - without)
+    return guided
+
+
+def _is_stochastic(scheduler: Any) -> bool:
+    return type(scheduler).__name__ == "DDPMScheduler"
+
+
+def _learned(scheduler: Any) -> bool:
+    return str(scheduler.config.get("variance_type", "")).startswith("learned")

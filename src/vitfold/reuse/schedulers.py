@@ -1,0 +1,51 @@
+"""Diffusers' schedulers: how a prediction takes a sample from one noise level to the next.
+
+Owns which of them a user can ask for and how the model's own noise schedule configures them.
+"""
+
+# mypy: disable-error-code="no-untyped-call,attr-defined"
+# (diffusers is typed in part)
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vitfold.errors import RecipeError, SourceError, missing_extra, nearest
+
+SAMPLERS = {
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "ddpm": "DDPMScheduler",
+}
+
+
+def build_scheduler(sampler: str, schedule: Mapping[str, Any], steps: int, *, learned_sigma: bool = False) -> Any:
+    """Return a scheduler of diffusers with its timesteps set; DDPM uses a learned variance where the model has one.
+
+    Raises:
+        RecipeError: if the sampler is unknown, or takes no such number of steps.
+        SourceError: if diffusers is not installed or does not understand the model's schedule.
+    """
+    if sampler not in SAMPLERS:
+        raise RecipeError(f"unknown sampler {sampler!r}; {nearest(sampler, SAMPLERS)}")
+    try:
+        import diffusers
+    except ModuleNotFoundError:
+        raise SourceError(missing_extra("diffusers", "diffusion", "sampling")) from None
+    most = int(schedule.get("num_train_timesteps", 1000))
+    if not 1 <= steps <= most:
+        raise RecipeError(f"--steps {steps} is out of range; this model was trained with {most} steps: 1 to {most}")
+    own = {key: value for key, value in schedule.items() if not key.startswith("_")}
+    if sampler == "ddpm":
+        own["variance_type"] = "learned_range" if learned_sigma else "fixed_small"
+    else:
+        own.pop("variance_type", None)
+    try:
+        scheduler = getattr(diffusers, SAMPLERS[sampler]).from_config(own)
+        scheduler.set_timesteps(steps)
+    except (NotImplementedError, ValueError, TypeError, KeyError) as error:
+        raise SourceError(
+            f"diffusers' {SAMPLERS[sampler]} does not take this model's schedule ({error}); choose another --sampler"
+        ) from None
+    return scheduler
