@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from vitfold.model import Array, DiTModel
 from vitfold.programs.dit_parts import Part, parts
 from vitfold.reuse import Method, Sampled, find_method, sample
 from vitfold.reuse.eager import Eager
+from vitfold.reuse.predictor import Predictor, train_predictor
 from vitfold.reuse.sampling import Executor
 from vitfold.reuse.schedulers import build_scheduler
 from vitfold.target import find_target
@@ -67,13 +68,15 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
+        full, reused = self.sampled.full_steps, self.sampled.reused_steps
         seconds = self.measurement.latency_ms()["median"] / 1e3 / len(self.sampled.samples)
         return {
             "name": self.name,
             "reuse": self.method.text,
             "steps": self.steps,
-            "full_steps": self.sampled.full_steps,
-            "reused_steps": self.sampled.reused_steps,
+            "full_steps": full,
+            "reused_steps": reused,
+            "reused_step_ratio": None if not reused else (self.steps / self.speedup["median"] - full) / reused,
             "seconds_per_image": seconds,
             "speedup": self.speedup["median"],
             "speedup_iqr": self.speedup["iqr"],
@@ -111,7 +114,8 @@ def diffuse(
 
         def opened(method: Method) -> Executor:
             say(f"writing the graphs of {method.text}")
-            return stack.enter_context(open_parts(model, method, engine=engine, threads=threads))
+            predictor = None if method.ratio is None else prepare_predictor(model, method, asked, say)
+            return stack.enter_context(open_parts(model, method, predictor=predictor, engine=engine, threads=threads))
 
         plain = opened(none)
         plans = [("none", none, plain, asked)]
@@ -157,7 +161,11 @@ def choose_method(model: DiTModel, asked: Asked, *, least_db: float, **how: Any)
 
     Takes what `diffuse` takes.
     """
-    rows = diffuse(model, [find_method(text) for text in CANDIDATES], asked, trials=1, **how)
+    return fastest_method(diffuse(model, [find_method(text) for text in CANDIDATES], asked, trials=1, **how), least_db)
+
+
+def fastest_method(rows: Sequence[Row], least_db: float) -> Method:
+    """Return the fastest method of a comparison that is at least so near to the unaccelerated images, or none."""
     able = [row for row in rows if row.method.reuses and (row.psnr_db is None or row.psnr_db >= least_db)]
     best = max(able, key=lambda row: row.speedup["median"], default=None)
     return best.method if best is not None and best.speedup["median"] > 1 else find_method("none")
@@ -201,39 +209,55 @@ def draw(model: DiTModel, executor: Executor, method: Method, asked: Asked) -> S
     )
 
 
+def prepare_predictor(model: DiTModel, method: Method, asked: Asked, say: Say = lambda _: None) -> Predictor:
+    """Train what a method with a token budget needs, along the steps that are asked for."""
+    assert method.ratio is not None
+    scheduler = build_scheduler("ddim", model.schedule, asked.steps)
+    return train_predictor(model, scheduler, ratio=method.ratio, seed=asked.seed, say=say)
+
+
 @contextlib.contextmanager
 def open_parts(
-    model: DiTModel, method: Method, *, engine: str = "onnxruntime", threads: int | None = None
+    model: DiTModel,
+    method: Method,
+    *,
+    predictor: Predictor | None = None,
+    engine: str = "onnxruntime",
+    threads: int | None = None,
 ) -> Iterator[Executor]:
     """Make the parts that a method needs ready to run: as graphs in a temporary folder, or eagerly in torch.
 
     Raises:
         EngineError: if the engine is unknown or refuses a graph.
     """
-    found = parts(model.spec, method.cut, history=method.history)
+    if (method.ratio is not None) != (predictor is not None):
+        raise ValueError(f"{method.text} goes with a trained predictor, and no other method does")
+    counts = predictor.counts if predictor is not None else ()
+    params = {**model.params, **(predictor.params if predictor is not None else {})}
+    found = parts(model.spec, method.cut, history=method.history, counts=counts)
     if method.cut != "whole":
         del found["step"]
     if engine == "torch":
-        yield Eager(found, model.params)
+        yield Eager(found, params)
         return
     if engine != "onnxruntime":
         raise EngineError(f"diffusion runs on {' or '.join(EXECUTORS)}, found {engine!r}")
     from vitfold.engines.parts import PartsSession
 
     with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
-        paths = {name: write_part(model, part, Path(folder) / f"{name}.onnx") for name, part in found.items()}
+        paths = {name: write_part(params, part, Path(folder) / f"{name}.onnx") for name, part in found.items()}
         ends = {name: (part.inputs, part.outputs) for name, part in found.items()}
         with contextlib.closing(PartsSession(paths, ends, threads=threads)) as session:
             yield session
 
 
-def write_part(model: DiTModel, part: Part, path: Path) -> Path:
+def write_part(params: Mapping[str, Array], part: Part, path: Path) -> Path:
     """Write a part as an ONNX graph for ONNX Runtime on CPUs."""
     from vitfold.ops.emit import emit_ports, write_onnx
 
     graph = emit_ports(
         part.run,
-        model.params,
+        params,
         find_target("cpu"),
         inputs=part.inputs,
         outputs=[port.name for port in part.outputs],

@@ -101,6 +101,11 @@ def add_gated(ops: Ops[T], x: T, y: T, gate: T) -> T:
     return ops.add(x, ops.multiply(gate, y))
 
 
+def minus(ops: Ops[T], a: T, b: T) -> T:
+    """A - b."""
+    return ops.add(a, ops.scale(b, -1.0))
+
+
 def head(ops: Ops[T], spec: DiTSpec, x: T, given: Sequence[T]) -> T:
     """Final norm, projection, and patches back in their places: (B, N, D) -> (B, O, Y, X)."""
     ops.scope("head")

@@ -19,12 +19,15 @@ from vitfold.programs.dit import (
     condition,
     embed,
     head,
+    minus,
     mlp,
     modulations,
 )
+from vitfold.programs.dit_tokens import renewed
 
-Cut = Literal["whole", "stack", "modules", "first"]
-"""What of a step is kept: nothing, the residual of all blocks, every module's output, of all blocks but the first."""
+Cut = Literal["whole", "stack", "modules", "first", "tokens"]
+"""What of a step is kept: nothing, the residual of all blocks, every module's output, of all blocks but the first; or
+of every block, to be renewed token by token."""
 
 WEIGHTS = "weights"
 RESIDUAL = "residual"
@@ -39,12 +42,13 @@ class Part:
     run: Callable[..., tuple[Any, ...]]
 
 
-def parts(spec: DiTSpec, cut: Cut, *, history: int = 1) -> dict[str, Part]:
+def parts(spec: DiTSpec, cut: Cut, *, history: int = 1, counts: tuple[int, ...] = ()) -> dict[str, Part]:
     """Return the parts of a step: always `condition` and `step`, the whole of it, and others by what is kept.
 
     stack: `full` (also hands out the residual of all blocks) and `resume` (takes a weighted sum of `history` of them);
     modules: the same with the output of every attention and MLP before its gate, of the last full step only;
-    first: `front` (the first block and how far its residual is from the last full step's), `rest` and `resume`.
+    first: `front` (the first block and how far its residual is from the last full step's), `rest` and `resume`;
+    tokens: `full` (also hands out what each block adds) and `refresh`, which renews it for `counts` tokens per block.
     """
     image = Port(name="image", shape=(spec.channels, spec.image_size, spec.image_size))
     given = Port(name="given", shape=(spec.modulations, spec.width))
@@ -95,6 +99,17 @@ def parts(spec: DiTSpec, cut: Cut, *, history: int = 1) -> dict[str, Part]:
             outputs=(prediction,),
             run=lambda ops, x, m, w, *r: _resumed(ops, spec, x, m, w, r),
         )
+    elif cut == "tokens":
+        added = tuple(Port(name=f"{RESIDUAL}.{block}", shape=tokens) for block in range(spec.depth))
+        kept = tuple(Port(name=f"kept.{block}", shape=tokens) for block in range(spec.depth))
+        found["full"] = Part(
+            inputs=(image, given), outputs=(prediction, *added), run=lambda ops, x, m: _added(ops, spec, x, m)
+        )
+        found["refresh"] = Part(
+            inputs=(image, given, *kept),
+            outputs=(prediction, *added),
+            run=lambda ops, x, m, *f: _refreshed(ops, spec, counts, x, m, f),
+        )
     return found
 
 
@@ -119,7 +134,7 @@ def _rest(ops: Ops[T], spec: DiTSpec, x: T, m: T, first: int) -> tuple[T, T]:
     vectors = modulations(ops, spec, m)
     y = blocks(ops, spec, x, vectors, range(first, spec.depth))
     ops.scope("residual")
-    return head(ops, spec, y, vectors), _minus(ops, y, x)
+    return head(ops, spec, y, vectors), minus(ops, y, x)
 
 
 def _resumed(ops: Ops[T], spec: DiTSpec, x: T, m: T, weights: T, kept: tuple[T, ...]) -> tuple[T]:
@@ -153,21 +168,38 @@ def _from_modules(ops: Ops[T], spec: DiTSpec, image: T, m: T, kept: tuple[T, ...
     return (head(ops, spec, x, vectors),)
 
 
+def _added(ops: Ops[T], spec: DiTSpec, image: T, m: T) -> tuple[T, ...]:
+    vectors, found = modulations(ops, spec, m), []
+    x = embed(ops, image)
+    for block in range(spec.depth):
+        y = blocks(ops, spec, x, vectors, range(block, block + 1))
+        found.append(minus(ops, y, x))
+        x = y
+    return (head(ops, spec, x, vectors), *found)
+
+
+def _refreshed(
+    ops: Ops[T], spec: DiTSpec, counts: tuple[int, ...], image: T, m: T, kept: tuple[T, ...]
+) -> tuple[T, ...]:
+    vectors, found = modulations(ops, spec, m), []
+    x = embed(ops, image)
+    for block, (count, before) in enumerate(zip(counts, kept, strict=True)):
+        found.append(renewed(ops, spec, block, x, vectors, before, count))
+        x = ops.add(x, found[-1])
+    return (head(ops, spec, x, vectors), *found)
+
+
 def _front(ops: Ops[T], spec: DiTSpec, image: T, m: T, before: T) -> tuple[T, T, T]:
     """The first block, its residual R, and |R - R'|^2 / |R'|^2 per row, (B, 1, 1), with R' of the last full step."""
     vectors = modulations(ops, spec, m)
     entering = embed(ops, image)
     x = blocks(ops, spec, entering, vectors, range(1))
     ops.scope("change")
-    own = _minus(ops, x, entering)
-    moved = _minus(ops, own, before)
+    own = minus(ops, x, entering)
+    moved = minus(ops, own, before)
     ratio = ops.divide(_energy(ops, spec, moved), ops.add_scalar(_energy(ops, spec, before), 1e-12))
     return x, own, ratio
 
 
 def _energy(ops: Ops[T], spec: DiTSpec, x: T) -> T:
     return ops.reshape(ops.sum(ops.reshape(ops.multiply(x, x), (spec.tokens * spec.width,)), 1), (1, 1))
-
-
-def _minus(ops: Ops[T], a: T, b: T) -> T:
-    return ops.add(a, ops.scale(b, -1.0))

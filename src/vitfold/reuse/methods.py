@@ -23,17 +23,19 @@ class Method:
 
     Every `interval`-th step is computed; where `threshold` is set, the first block of every step is, and the rest only
     if that block's residual moved further than the threshold since the last full step. `guidance` keeps the difference
-    between the prediction without and with a class instead of anything within the model.
+    between the prediction without and with a class instead of anything within the model. In the second half of the
+    steps `late_interval` replaces the interval; where `ratio` is set, the other steps leave out that share of tokens.
     """
 
     text: str
     cut: Cut
     interval: int
-    order: int = 0
     history: int = 1
     forecast: Callable[[Sequence[int], int], Weights] = forecast.hold
     threshold: float | None = None
     guidance: bool = False
+    late_interval: int | None = None
+    ratio: float | None = None
 
     @property
     def reuses(self) -> bool:
@@ -46,126 +48,156 @@ def full_steps(method: Method, steps: int) -> tuple[bool, ...]:
 
     Methods that decide as they go compute at least the first two and the last.
     """
+    found: list[bool] = []
+    last = 0
+    for step in range(steps):
+        interval = method.interval if method.late_interval is None or 2 * step < steps else method.late_interval
+        due = method.threshold is None and step - last >= interval
+        found.append(step < WARM_UP or due or step == steps - 1)
+        last = step if found[-1] else last
+    return tuple(found)
 
-    def computed(step: int) -> bool:
-        due = method.threshold is None and (step - WARM_UP + 1) % method.interval == 0
-        return step < WARM_UP or due or step == steps - 1
 
-    return tuple(computed(step) for step in range(steps))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Number:
+    """A number of a method: its value where it is left out, and its range; whole where the default is an integer."""
+
+    default: int | float
+    least: int | float
+    most: int | float
+
+    def read(self, word: str) -> int | float:
+        """Return the number that a word stands for.
+
+        Raises:
+            RecipeError: if it is none, or out of range.
+        """
+        kind = type(self.default)
+        try:
+            value = kind(word)
+        except ValueError:
+            raise RecipeError(
+                f"{word!r} is no {'whole ' if kind is int else ''}number, such as {self.default}"
+            ) from None
+        if not self.least <= value <= self.most:
+            raise RecipeError(f"{word} is out of range; from {self.least:g} to {self.most:g}")
+        return value
 
 
-def _none(text: str, _: Sequence[float]) -> Method:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """How a method is written: NAME[:NUMBER[:NUMBER]]; `build` takes that text and the numbers."""
+
+    build: Callable[..., Method]
+    numbers: tuple[Number, ...] = ()
+
+
+def _none(text: str) -> Method:
+    """Compute every step."""
     return Method(text=text, cut="whole", interval=1)
 
 
-def _fora(text: str, numbers: Sequence[float]) -> Method:
-    return Method(text=text, cut="modules", interval=int(numbers[0]))
+def _fora(text: str, interval: int) -> Method:
+    """Keep the outputs of every attention and MLP.
+
+    Source: FORA (2407.01425).
+    """
+    return Method(text=text, cut="modules", interval=interval)
 
 
-def _stack(text: str, numbers: Sequence[float]) -> Method:
-    return Method(text=text, cut="stack", interval=int(numbers[0]))
+def _stack(text: str, interval: int) -> Method:
+    """Keep what all blocks add: one tensor."""
+    return Method(text=text, cut="stack", interval=interval)
 
 
-def _taylor(text: str, numbers: Sequence[float]) -> Method:
-    order = int(numbers[1])
+def _taylor(text: str, interval: int, order: int) -> Method:
+    """Forecast what all blocks add by a Taylor series.
+
+    Source: TaylorSeer (2503.06923), which forecasts every attention and MLP instead.
+    """
     return Method(
         text=text,
         cut="stack",
-        interval=int(numbers[0]),
-        order=order,
+        interval=interval,
         history=order + 1,
         forecast=lambda places, at: forecast.taylor(places, at, order=order),
     )
 
 
-def _chebyshev(text: str, numbers: Sequence[float]) -> Method:
-    degree = int(numbers[1])
+def _chebyshev(text: str, interval: int, degree: int) -> Method:
+    """Forecast what all blocks add by a polynomial through one full step more than it needs."""
     return Method(
         text=text,
         cut="stack",
-        interval=int(numbers[0]),
-        order=degree,
+        interval=interval,
         history=degree + 2,
         forecast=lambda places, at: forecast.chebyshev(places, at, degree=degree),
     )
 
 
-def _first_block(text: str, numbers: Sequence[float]) -> Method:
-    return Method(text=text, cut="first", interval=1, threshold=numbers[0])
+def _first_block(text: str, threshold: float) -> Method:
+    """Let the first block decide whether the others run.
+
+    Source: FBCache and DBCache of cache-dit, which compare mean absolute changes where this takes root mean squares.
+    """
+    return Method(text=text, cut="first", interval=1, threshold=threshold)
 
 
-def _guidance(text: str, numbers: Sequence[float]) -> Method:
-    return Method(text=text, cut="whole", interval=int(numbers[0]), guidance=True)
+def _tokencache(text: str, ratio: float, interval: int, late_interval: int) -> Method:
+    """Keep what every block adds to every token, and compute anew the tokens that a trained predictor scores highest.
+
+    The intervals of both phases are not published; these are numbers of ours.
+
+    Source: TokenCache (2409.18523).
+    """
+    return Method(text=text, cut="tokens", interval=interval, late_interval=late_interval, ratio=ratio)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Form:
-    """How a method is written: NAME[:NUMBER[:NUMBER]], the numbers left out, the least that each may be, its source."""
+def _guidance(text: str, interval: int) -> Method:
+    """Keep the difference that the class makes to the prediction, so that most steps run the pass with a class alone.
 
-    build: Callable[[str, Sequence[float]], Method]
-    defaults: tuple[float, ...] = ()
-    least: tuple[float, ...] = ()
-    most: tuple[float, ...] = ()
-    why: str
+    Source: FasterCache (2410.19355), section 3.3, without its weights per frequency.
+    """
+    return Method(text=text, cut="whole", interval=interval, guidance=True)
 
 
 METHODS: Mapping[str, Form] = {
-    "none": Form(build=_none, why="every step is computed"),
-    "fora": Form(
-        build=_fora, defaults=(3,), least=(2,), most=(1000,),
-        why="outputs of every attention and MLP kept for INTERVAL steps (FORA, 2407.01425)",
-    ),
-    "stack": Form(
-        build=_stack, defaults=(2,), least=(2,), most=(1000,),
-        why="what all blocks add, one tensor, kept for INTERVAL steps",
-    ),
-    "taylor": Form(
-        build=_taylor, defaults=(3, 1), least=(2, 1), most=(1000, 4),
-        why="the same, forecast from full steps every INTERVAL to an ORDER (TaylorSeer, 2503.06923)",
-    ),
+    "none": Form(build=_none),
+    "fora": Form(build=_fora, numbers=(Number(default=3, least=2, most=1000),)),
+    "stack": Form(build=_stack, numbers=(Number(default=2, least=2, most=1000),)),
+    "taylor": Form(build=_taylor, numbers=(Number(default=3, least=2, most=1000), Number(default=1, least=1, most=4))),
     "chebyshev": Form(
-        build=_chebyshev, defaults=(3, 1), least=(2, 1), most=(1000, 4),
-        why="the same, by a least-squares polynomial of a DEGREE through DEGREE + 2 full steps",
+        build=_chebyshev, numbers=(Number(default=3, least=2, most=1000), Number(default=1, least=1, most=4))
     ),
-    "first-block": Form(
-        build=_first_block, defaults=(0.1,), least=(0.0,), most=(10.0,),
-        why="blocks behind the first run if its residual moved by more than THRESHOLD (FBCache)",
+    "first-block": Form(build=_first_block, numbers=(Number(default=0.1, least=0.0, most=10.0),)),
+    "tokencache": Form(
+        build=_tokencache,
+        numbers=(
+            Number(default=0.5, least=0.0, most=1.0),
+            Number(default=2, least=2, most=1000),
+            Number(default=4, least=2, most=1000),
+        ),
     ),
-    "guidance": Form(
-        build=_guidance, defaults=(2,), least=(2,), most=(1000,),
-        why="the pass without a class runs every INTERVAL steps, its difference is kept between them",
-    ),
-}  # fmt: skip
+    "guidance": Form(build=_guidance, numbers=(Number(default=2, least=2, most=1000),)),
+}
 
 
 def find_method(text: str) -> Method:
     """Return the method that a user names, as `taylor`, `taylor:3` or `taylor:3:2`.
 
     Raises:
-        RecipeError: if it is unknown, or a number is missing, left over or out of range.
+        RecipeError: if it is unknown, or a number is left over or out of range.
     """
     name, *given = text.strip().split(":")
     form = METHODS.get(name)
     if form is None:
         raise RecipeError(f"unknown reuse method {name!r}; {nearest(name, METHODS)}")
-    if len(given) > len(form.defaults):
-        raise RecipeError(f"{name} takes {len(form.defaults)} numbers, found {len(given)} in {text!r}; leave some out")
-    numbers = list(form.defaults)
+    if len(given) > len(form.numbers):
+        raise RecipeError(f"{name} takes {len(form.numbers)} numbers, found {len(given)} in {text!r}; leave some out")
+    values = [number.default for number in form.numbers]
     for place, word in enumerate(given):
         try:
-            numbers[place] = float(word)
-        except ValueError:
-            raise RecipeError(
-                f"{word!r} in {text!r} is no number; write for example {_written(name, numbers)}"
-            ) from None
-        whole = form.defaults[place] != int(form.defaults[place]) or numbers[place] == int(numbers[place])
-        if not (form.least[place] <= numbers[place] <= form.most[place] and whole):
-            raise RecipeError(
-                f"{word} in {text!r} is out of range; from {form.least[place]:g} to {form.most[place]:g}"
-                f"{', a whole number' if form.defaults[place] == int(form.defaults[place]) else ''}"
-            )
-    return form.build(_written(name, numbers), numbers)
-
-
-def _written(name: str, numbers: Sequence[float]) -> str:
-    return ":".join((name, *(f"{number:g}" for number in numbers)))
+            values[place] = form.numbers[place].read(word)
+        except RecipeError as error:
+            raise RecipeError(f"in reuse method {text!r}, {error}") from None
+    return form.build(":".join((name, *(f"{value:g}" for value in values))), *values)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from vitfold.programs.dit_parts import RESIDUAL, WEIGHTS
 from vitfold.reuse.methods import Method, full_steps
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Where the parts of a model run, on tensors that it keeps under names."""
 
@@ -84,7 +85,8 @@ def sample(
     timesteps = [int(t) for t in scheduler.timesteps]
     conditions, row_of = _conditions(executor, spec, timesteps, labels, guided=rows > count)
     executor.prepare(rows)
-    state = _State(executor=executor, method=method, must=full_steps(method, len(timesteps)), count=count, rows=rows)
+    must = full_steps(method, len(timesteps))
+    state = _State(executor=executor, method=method, must=must, depth=spec.depth, count=count, rows=rows)
     extra: dict[str, Any] = {"generator": generators} if _is_stochastic(scheduler) else {}
     for step, t in enumerate(scheduler.timesteps):
         entering = scheduler.scale_model_input(x, t).float()
@@ -109,6 +111,7 @@ class _State:
     executor: Executor
     method: Method
     must: tuple[bool, ...]
+    depth: int
     count: int
     rows: int
     full: int = 0
@@ -145,6 +148,9 @@ class _State:
             self.full += 1
             return
         whole = self.must[step]
+        if cut == "tokens":
+            self._renew(whole=whole)
+            return
         if cut == "first":
             before, own = self.own
             run("front", self.rows, {"before": before, "own": own})
@@ -159,6 +165,15 @@ class _State:
         if cut != "modules":
             self.executor.write(WEIGHTS, self._weights(step))
         run("resume", self.rows)
+
+    def _renew(self, *, whole: bool) -> None:
+        """A refreshed step reads what one side keeps and writes the other."""
+        depth, (before, now) = self.depth, self.own
+        names = {f"{RESIDUAL}.{block}": f"{now}.{block}" for block in range(depth)}
+        kept = {f"kept.{block}": f"{before}.{block}" for block in range(depth)}
+        self.executor.run("full" if whole else "refresh", self.rows, names if whole else {**names, **kept})
+        self.full += whole
+        self.own = self.own[::-1]
 
     def _moved(self) -> bool:
         assert self.method.threshold is not None

@@ -36,7 +36,9 @@ class Emit(Rows):
         return Value(self._node("Cast", image, to=int(self._real_type)), shape)
 
     def leave(self, result: Value) -> ir.Value:
-        """Hand the output over as float32."""
+        """Hand the output over as float32; an input that is handed on gets a value of its own."""
+        if result.onnx.producer() is None:
+            return self._node("Identity", result.onnx)
         if self._real_type == ir.DataType.FLOAT:
             return result.onnx
         return self._node("Cast", result.onnx, to=int(ir.DataType.FLOAT))

@@ -1,0 +1,101 @@
+"""`vitfold diffuse` as a user types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from invoking import error, run, run_json
+from PIL import Image
+
+from diffusing import write_folder
+from vitfold.model import Array
+
+QUICK = ("--steps", "5", "--trials", "1", "--classes", "2,0,1", "--batch", "2")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"hf:{write_folder(tmp_path_factory.mktemp('dit'))}"
+
+
+def pixels_of(path: Path) -> Array:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+def test_images_a_sheet_and_a_table(source: str, tmp_path: Path) -> None:
+    found = run_json("diffuse", source, *QUICK, "--reuse", "taylor:2:1", "-o", tmp_path / "images")
+    assert [row["name"] for row in found["rows"]] == ["none", "taylor:2:1", "none, 4 steps"]
+    row: dict[str, Any] = found["rows"][1]
+    assert row["seconds_per_image"] > 0
+    assert row["speedup"] > 0
+    assert 0 < row["ssim"] < 1
+    assert row["psnr_db"] > 0
+    assert (row["frechet"], row["full_steps"], row["reused_steps"]) == (None, 4, 1)
+    assert len(found["measurements"][1]["trials_ns"][0]) == 1
+    names = sorted(path.name for path in (tmp_path / "images" / "taylor-2-1").iterdir())
+    assert names == ["0000-class-2.png", "0001-class-0.png", "0002-class-1.png"]
+    pixels = pixels_of(tmp_path / "images" / "none" / names[0])
+    assert pixels.shape == (16, 16)
+    assert np.ptp(pixels) > 0
+    assert pixels_of(tmp_path / "images" / "sheet.png").shape[1] > 3 * 64
+    assert json.loads((tmp_path / "images" / "diffuse.json").read_text(encoding="utf-8")) == found
+    again = run("diffuse", source, *QUICK, "--reuse", "stack", "--engine", "torch", "-o", tmp_path / "again")
+    assert "stack:2" in again.stdout
+    first, second = (tmp_path / folder / "none" / names[1] for folder in ("images", "again"))
+    np.testing.assert_allclose(pixels_of(first), pixels_of(second), atol=2)
+
+
+def test_auto_names_what_it_chose(source: str) -> None:
+    found = run_json("diffuse", source, *QUICK, "--classes", "1", "--engine", "torch", "--reuse", "auto")
+    assert found["chosen"] in {row["reuse"] for row in found["rows"]}
+
+
+def test_latents_without_their_vae(source: str, tmp_path: Path) -> None:
+    folder = Path(source.partition(":")[2])
+    for name in ("transformer", "scheduler"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "model_index.json").write_text('{"vae": ["diffusers", "AutoencoderKL"]}', encoding="utf-8")
+    assert "makes latents, and the VAE" in error("diffuse", f"hf:{tmp_path}", *QUICK)
+    found = run_json("diffuse", f"hf:{tmp_path}", *QUICK, "--latents", "-o", tmp_path / "out", "--engine", "torch")
+    assert found["rows"][0]["ssim"] is None
+    with np.load(tmp_path / "out" / "latents.npz") as held:
+        assert held["none"].shape == (3, 1, 16, 16)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_latents_become_images_by_the_vae(source: str, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    folder = Path(source.partition(":")[2])
+    for name in ("transformer", "scheduler"):
+        (tmp_path / name).symlink_to(folder / name)
+    tiny = {"block_out_channels": [8, 8], "norm_num_groups": 4, "latent_channels": 1, "layers_per_block": 1}
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    diffusers.AutoencoderKL(**tiny, **blocks).save_pretrained(tmp_path / "vae")
+    run("diffuse", f"hf:{tmp_path}", *QUICK, "-o", tmp_path / "out", "--engine", "torch")
+    assert pixels_of(tmp_path / "out" / "none" / "0000-class-2.png").shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "code"),
+    [
+        (("--reuse", "tailor"), "did you mean taylor", 1),
+        (("--steps", "0"), "--steps 0 is out of range", 1),
+        (("--classes", "3"), "class 3 is out of range; this model has 3 classes", 1),
+        (("--classes", "shirt"), "classes are numbers", 2),
+        (("--sampler", "euler"), "unknown sampler", 1),
+        (("--engine", "openvino"), "diffusion runs on onnxruntime or torch", 1),
+        (("--heads", "2"), "--heads 2 belongs to a file", 1),
+    ],
+    ids=str,
+)
+def test_what_is_refused(source: str, arguments: tuple[str, ...], said: str, code: int) -> None:
+    assert said in error("diffuse", source, *arguments, code=code)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert "there is no folder" in error("diffuse", f"hf:{tmp_path}/nowhere")

@@ -1,0 +1,175 @@
+"""The sampling loop: against diffusers' own, against itself, and graphs against torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffusing import ORIGIN, SCHEDULE, build_module, build_tiny_dit
+from vitfold.errors import RecipeError
+from vitfold.model import Array, DiTModel
+from vitfold.pipeline.diffusion import Asked, Row, diffuse, draw, fastest_method, open_parts, prepare_predictor
+from vitfold.reuse import METHODS, find_method
+from vitfold.sources.diffusers import translate
+
+ASKED: dict[str, Any] = {"labels": (0, 2, 1), "seed": 3, "steps": 7, "sampler": "ddim", "guidance": 2.5, "batch": 2}
+
+
+@pytest.fixture(scope="module")
+def model() -> DiTModel:
+    return build_tiny_dit()
+
+
+def drawn(model: DiTModel, method: str = "none", *, engine: str = "torch", **changed: Any) -> Any:
+    found, asked = find_method(method), Asked(**{**ASKED, **changed})
+    predictor = None if found.ratio is None else prepare_predictor(model, found, asked)
+    with open_parts(model, found, predictor=predictor, engine=engine) as executor:
+        return draw(model, executor, found, asked)
+
+
+def by_diffusers(module: Any, scheduler: Any, label: int, seed: int, guidance: float) -> Array:
+    """One image by diffusers' module and scheduler, in a loop of its own."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 1, 16, 16, generator=generator)
+    labels = torch.tensor([label, 3])
+    with torch.inference_mode():
+        for t in scheduler.timesteps:
+            with_class, without = module(x.repeat(2, 1, 1, 1), t.expand(2), labels, return_dict=False)[0].chunk(2)
+            step = scheduler.step(without + guidance * (with_class - without), t, x)
+            x = step.prev_sample
+    return x.numpy()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # within diffusers
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+def test_samples_as_diffusers_does(sampler: str) -> None:
+    import diffusers
+
+    from vitfold.reuse.schedulers import SAMPLERS
+
+    module = build_module()
+    model = translate(module, SCHEDULE, origin=ORIGIN)
+    found = drawn(model, sampler=sampler).samples
+    for i, label in enumerate(ASKED["labels"]):
+        scheduler = getattr(diffusers, SAMPLERS[sampler]).from_config(SCHEDULE)
+        scheduler.set_timesteps(7)
+        expected = by_diffusers(module, scheduler, label, 3 + i, 2.5)
+        np.testing.assert_allclose(found[i : i + 1], expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_an_image_depends_on_its_own_seed_alone(model: DiTModel) -> None:
+    for sampler in ("ddim", "ddpm"):
+        together = drawn(model, sampler=sampler).samples
+        alone = drawn(model, sampler=sampler, labels=(2,), seed=4).samples
+        np.testing.assert_allclose(together[1:2], alone, rtol=1e-3, atol=1e-4)
+
+
+def test_a_learned_variance_is_used_by_ddpm_and_left_out_elsewhere() -> None:
+    learned = build_tiny_dit(out_channels=2)
+    assert drawn(learned).samples.shape == (3, 1, 16, 16)
+    assert drawn(learned, sampler="ddpm").samples.shape == (3, 1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "method", ["stack:5", "taylor:4:2", "chebyshev:4:1", "fora:4", "guidance:3", "first-block:0", "tokencache:1"]
+)
+def test_computing_every_step_changes_nothing(model: DiTModel, method: str) -> None:
+    steps = 7 if method == "first-block:0" else 3
+    expected = drawn(model, steps=steps)
+    found = drawn(model, method, steps=steps)
+    assert (found.full_steps, found.reused_steps) == (steps, 0)
+    np.testing.assert_allclose(found.samples, expected.samples, rtol=1e-4, atol=1e-4)
+
+
+def test_without_guidance_one_row_per_image_runs(model: DiTModel) -> None:
+    found = drawn(model, "guidance:3", guidance=1.0)
+    np.testing.assert_array_equal(found.samples, drawn(model, guidance=1.0).samples)
+
+
+def test_a_threshold_that_nothing_reaches_computes_first_two_steps_and_last(model: DiTModel) -> None:
+    found = drawn(model, "first-block:10")
+    assert (found.full_steps, found.reused_steps) == (3, 4)
+
+
+def test_the_stack_method_adds_the_kept_residual(model: DiTModel) -> None:
+    """Oracle: the same by hand, from the whole step's own parts."""
+    import torch
+
+    from vitfold.model.dit import class_rows, timestep_waves
+    from vitfold.ops.run import Run
+    from vitfold.programs.dit import blocks, condition, embed, head, modulations
+
+    ops, spec = Run(model.params), model.spec
+    draw_image = np.random.default_rng(0)
+    images = [torch.from_numpy(draw_image.standard_normal((2, 1, 16, 16)).astype(np.float32)) for _ in range(2)]
+    waves = torch.from_numpy(timestep_waves(spec, np.array([900, 900])))
+    given = condition(ops, spec, waves, torch.from_numpy(class_rows(spec, np.array([0, 3]))))
+    vectors = modulations(ops, spec, given)
+    residual = blocks(ops, spec, embed(ops, images[0]), vectors, range(2)) - embed(ops, images[0])
+    expected = head(ops, spec, embed(ops, images[1]) + 0.5 * residual, vectors)
+    with open_parts(model, find_method("taylor:3:1")) as executor:
+        executor.prepare(2)
+        executor.write("given", given.numpy())
+        executor.write("image", images[0].numpy())
+        executor.run("full", 2, {"residual": "residual.1"})
+        executor.write("image", images[1].numpy())
+        executor.write("weights", np.array([[[7.0], [0.5]]], np.float32))
+        executor.run("resume", 2)
+        np.testing.assert_allclose(executor.read("prediction", 2), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_graphs_draw_what_torch_draws(model: DiTModel, name: str) -> None:
+    graph, eager = (drawn(model, name, engine=engine) for engine in ("onnxruntime", "torch"))
+    np.testing.assert_allclose(graph.samples, eager.samples, rtol=1e-3, atol=1e-3)
+    assert (graph.full_steps, graph.kept_bytes) == (eager.full_steps, eager.kept_bytes)
+
+
+def test_fewer_steps_stand_beside_every_method(model: DiTModel) -> None:
+    methods = [find_method("stack:3"), find_method("guidance:2"), find_method("none")]
+    rows = diffuse(model, methods, Asked(**ASKED), engine="torch", trials=1)
+    assert [row.name for row in rows] == ["none", "stack:3", "none, 4 steps", "guidance:2", "none, 6 steps"]
+    first, second = rows[0].to_dict(), rows[1].to_dict()
+    assert (first["psnr_db"], first["speedup"]) == (None, 1.0)
+    assert np.isfinite(second["psnr_db"])
+    assert (second["full_steps"], second["reused_steps"]) == (4, 3)
+    assert second["frechet"] is None
+    assert second["frechet_reason"]
+
+
+def test_the_fastest_method_that_is_near_enough(model: DiTModel) -> None:
+    rows = diffuse(model, [find_method("stack:3"), find_method("stack:2")], Asked(**ASKED), engine="torch", trials=1)
+    none, three, _, two, *_ = rows
+
+    def row(of: Row, speedup: float, decibels: float | None) -> Row:
+        return replace(of, speedup={"median": speedup, "iqr": 0.0}, psnr_db=decibels)
+
+    choices = [row(none, 1.0, None), row(three, 3.0, 25.0), row(two, 2.0, 31.0)]
+    assert fastest_method(choices, 20.0).text == "stack:3"
+    assert fastest_method(choices, 30.0).text == "stack:2"
+    assert fastest_method(choices, 40.0).text == "none"
+    assert fastest_method([choices[0], row(two, 0.9, 31.0)], 20.0).text == "none"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"labels": ()}, "no class"),
+        ({"labels": (3,)}, "class 3 is out of range; this model has 3 classes: 0 to 2"),
+        ({"labels": (-1,)}, "class -1 is out of range"),
+        ({"steps": 0}, "--steps 0 is out of range"),
+        ({"steps": 1001}, "1 to 1000"),
+        ({"sampler": "ddem"}, "did you mean ddpm or ddim"),
+        ({"batch": 0}, "--batch"),
+        ({"guidance": 0.5}, "--guidance"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_drawn(model: DiTModel, changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        diffuse(model, [], Asked(**{**ASKED, **changed}), engine="torch", trials=1)
