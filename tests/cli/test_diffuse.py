@@ -50,6 +50,14 @@ def test_images_a_sheet_and_a_table(source: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(pixels_of(first), pixels_of(second), atol=2)
 
 
+def test_compressed_steps_stand_beside_plain_ones(source: str) -> None:
+    arguments = ("--classes", "1", "--reuse", "stack:2", "--merge", "4", "--quant", "w8a8")
+    found = run_json("diffuse", source, *QUICK, *arguments)
+    names = ["none", "none, r=4, w8a8", "stack:2, r=4, w8a8", "none, 4 steps"]
+    assert [row["name"] for row in found["rows"]] == names
+    assert (found["merge"], found["quant"]) == (4, "w8a8")
+
+
 def test_auto_names_what_it_chose(source: str) -> None:
     found = run_json("diffuse", source, *QUICK, "--classes", "1", "--engine", "torch", "--reuse", "auto")
     assert found["chosen"] in {row["reuse"] for row in found["rows"]}
@@ -88,6 +96,8 @@ def test_latents_become_images_by_the_vae(source: str, tmp_path: Path) -> None:
         (("--classes", "3"), "class 3 is out of range; this model has 3 classes", 1),
         (("--classes", "shirt"), "classes are numbers", 2),
         (("--sampler", "euler"), "unknown sampler", 1),
+        (("--merge", "99"), "16 tokens can merge 0 to 8", 1),
+        (("--quant", "w4a4"), "unknown quantization 'w4a4'", 1),
         (("--engine", "openvino"), "diffusion runs on onnxruntime or torch", 1),
         (("--heads", "2"), "--heads 2 belongs to a file", 1),
     ],

@@ -82,6 +82,21 @@ def test_a_half_made_spec_is_refused(wrong: dict[str, Any], said: str, without_t
         DiTSpec(**{**sound, **wrong})
 
 
+def test_merging_equal_tokens_changes_nothing() -> None:
+    """Every token stands beside its twin: merging each pair, with sizes in the attention, loses nothing."""
+    import torch
+
+    from vitfold.ops.run import Run
+    from vitfold.programs.dit import attention
+
+    model = build_tiny_dit()
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, model.spec.tokens // 2, model.spec.width, generator=generator).repeat_interleave(2, 1)
+    given = tuple(0.3 * torch.randn(2, 1, model.spec.width, generator=generator) for _ in range(14))
+    whole, merged = (attention(Run(model.params), model.spec, 1, x, given, r=r) for r in (0, model.spec.tokens // 2))
+    np.testing.assert_allclose(merged, whole, atol=1e-5)
+
+
 def test_a_resumed_step_multiplies_embedding_and_head_alone() -> None:
     spec = build_tiny_dit().spec
     required, optional = dit_param_shapes(spec)

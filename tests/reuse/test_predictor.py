@@ -76,7 +76,7 @@ def test_a_budget_is_spent_on_the_best_cells(depth: int, tokens: int, ratio: flo
 
 
 def test_no_predictor_is_a_bug_where_one_is_needed(model: DiTModel) -> None:
-    from vitfold.pipeline.diffusion import open_parts
+    from vitfold.pipeline.opening import open_parts
 
     with pytest.raises(ValueError, match="goes with a trained predictor"), open_parts(model, find_method("tokencache")):
         pass
@@ -86,7 +86,7 @@ def test_a_graph_hands_an_input_on(model: DiTModel, predictor: Predictor) -> Non
     """A block that renews nothing returns what it was given."""
     from dataclasses import replace
 
-    from vitfold.pipeline.diffusion import open_parts
+    from vitfold.pipeline.opening import open_parts
 
     drawn: dict[str, Any] = {}
     for engine in ("torch", "onnxruntime"):

@@ -11,7 +11,8 @@ import pytest
 from diffusing import ORIGIN, SCHEDULE, build_module, build_tiny_dit
 from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTModel
-from vitfold.pipeline.diffusion import Asked, Row, diffuse, draw, fastest_method, open_parts, prepare_predictor
+from vitfold.pipeline.diffusion import Asked, Row, diffuse, draw, fastest_method
+from vitfold.pipeline.opening import Compression, compress, open_parts, prepare_predictor
 from vitfold.reuse import METHODS, find_method
 from vitfold.sources.diffusers import translate
 
@@ -23,10 +24,17 @@ def model() -> DiTModel:
     return build_tiny_dit()
 
 
-def drawn(model: DiTModel, method: str = "none", *, engine: str = "torch", **changed: Any) -> Any:
+def drawn(
+    model: DiTModel,
+    method: str = "none",
+    *,
+    engine: str = "torch",
+    compression: Compression | None = None,
+    **changed: Any,
+) -> Any:
     found, asked = find_method(method), Asked(**{**ASKED, **changed})
-    predictor = None if found.ratio is None else prepare_predictor(model, found, asked)
-    with open_parts(model, found, predictor=predictor, engine=engine) as executor:
+    predictor = None if found.ratio is None else prepare_predictor(model, found, asked.steps, asked.seed)
+    with open_parts(model, found, predictor=predictor, compression=compression, engine=engine) as executor:
         return draw(model, executor, found, asked)
 
 
@@ -140,6 +148,45 @@ def test_fewer_steps_stand_beside_every_method(model: DiTModel) -> None:
     assert (second["full_steps"], second["reused_steps"]) == (4, 3)
     assert second["frechet"] is None
     assert second["frechet_reason"]
+
+
+@pytest.mark.parametrize("method", ["none", "stack:2", "first-block", "fora"])
+def test_merged_graphs_draw_what_torch_draws(model: DiTModel, method: str) -> None:
+    merged = compress(model, r=5)
+    graph, eager = (drawn(model, method, engine=engine, compression=merged) for engine in ("onnxruntime", "torch"))
+    np.testing.assert_allclose(graph.samples, eager.samples, rtol=1e-3, atol=1e-3)
+    assert not np.allclose(eager.samples, drawn(model, method).samples, atol=1e-3)
+
+
+def test_integer_graphs_draw_what_the_simulation_draws(model: DiTModel) -> None:
+    """One step apart by rounding at most: over many steps a flipped code spreads."""
+    quantized = compress(model, quant="w8a8", steps=7)
+    graph, simulated = (
+        drawn(model, "none", engine=engine, compression=quantized, steps=1) for engine in ("onnxruntime", "torch")
+    )
+    exact = drawn(model, steps=1).samples
+    scale = float(np.abs(exact).max())
+    assert np.abs(graph.samples - simulated.samples).max() < 0.02 * scale
+    assert 0 < np.abs(simulated.samples - exact).mean() < 0.1 * scale
+
+
+def test_what_cannot_be_compressed(model: DiTModel) -> None:
+    for changed, said in (
+        ({"r": 9}, "--merge 9 is out of range; 16 tokens can merge 0 to 8"),
+        ({"r": -1}, "--merge -1"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            compress(model, **changed)
+    with pytest.raises(RecipeError, match="unknown quantization 'w4a4'"):
+        compress(model, quant="w4a4")
+
+
+def test_a_compressed_sampler_stands_beside_the_plain_one(model: DiTModel) -> None:
+    rows = diffuse(
+        model, [find_method("stack:3")], Asked(**ASKED), compression=compress(model, r=4), engine="torch", trials=1
+    )
+    assert [row.name for row in rows] == ["none", "none, r=4", "stack:3, r=4", "none, 4 steps"]
+    assert rows[1].psnr_db is not None
 
 
 def test_the_fastest_method_that_is_near_enough(model: DiTModel) -> None:

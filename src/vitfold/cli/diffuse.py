@@ -48,6 +48,8 @@ def diffuse(
     min_psnr: Annotated[
         float, typer.Option(help="What auto allows: decibels to the unaccelerated images at equal seeds.")
     ] = 30.0,
+    merge: Annotated[int, typer.Option(help="Tokens merged before every attention and given back behind it.")] = 0,
+    quant: Annotated[str, typer.Option(metavar="w8a8", help="8-bit linear layers in the blocks, or none.")] = "none",
     heads: Annotated[int | None, typer.Option(min=1, help="Attention heads of a state dict.")] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Images, a contact sheet and the JSON.")
@@ -65,6 +67,7 @@ def diffuse(
         raise typer.BadParameter(f"classes are numbers, found {classes!r}", param_hint="--classes") from None
     require_optimize()
     from vitfold.pipeline import diffusion
+    from vitfold.pipeline.opening import compress
     from vitfold.reuse import find_method
     from vitfold.sources.dit import load_dit
 
@@ -77,14 +80,24 @@ def diffuse(
         asked = diffusion.Asked(
             labels=labels, seed=seed, steps=step_count, sampler=sampler, guidance=guidance, batch=batch
         )
-        how: dict[str, Any] = {"engine": engine, "threads": threads, "decode": decode, "say": say}
+        diffusion.check_asked(model, asked)
+        if merge or quant != "none":
+            say("compressing")
+        compression = compress(model, r=merge, quant=quant, steps=step_count, guidance=guidance)
+        how: dict[str, Any] = {
+            "compression": compression,
+            "engine": engine,
+            "threads": threads,
+            "decode": decode,
+            "say": say,
+        }
         chosen = None
         if AUTO in words:
             few = replace(asked, labels=labels[:batch])
             chosen = diffusion.choose_method(model, few, least_db=min_psnr, **how)
             methods.append(chosen)
         rows = diffusion.diffuse(model, methods, asked, trials=trials, **how)
-        document = _document(model, asked, rows, None if chosen is None else chosen.text)
+        document = _document(model, asked, rows, merge, quant, None if chosen is None else chosen.text)
     if output is not None:
         _write(output, model, labels, rows, decode, document)
     if json:
@@ -117,7 +130,9 @@ def _decoder(model: DiTModel) -> Callable[[Array], Array]:
     return load_decoder(Path(model.decoder))
 
 
-def _document(model: DiTModel, asked: Any, rows: list[Any], chosen: str | None) -> dict[str, Any]:
+def _document(
+    model: DiTModel, asked: Any, rows: list[Any], merge: int, quant: str, chosen: str | None
+) -> dict[str, Any]:
     from vitfold.bench.environment import environment
 
     return {
@@ -128,6 +143,8 @@ def _document(model: DiTModel, asked: Any, rows: list[Any], chosen: str | None) 
         "sampler": asked.sampler,
         "guidance": asked.guidance,
         "batch": asked.batch,
+        "merge": merge,
+        "quant": quant,
         "engine": rows[0].measurement.engine,
         "chosen": chosen,
         "environment": environment(),

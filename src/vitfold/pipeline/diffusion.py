@@ -6,10 +6,8 @@ Owns the comparison: the unaccelerated sampler, the method asked for, and plainl
 from __future__ import annotations
 
 import contextlib
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,17 +16,13 @@ from jaxtyping import Float
 from vitfold.bench.measurement import Measurement, speed_up
 from vitfold.bench.pictures import psnr_db, ssim
 from vitfold.bench.timing import interleave
-from vitfold.errors import EngineError, RecipeError
+from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTModel
-from vitfold.programs.dit_parts import Part, parts
+from vitfold.pipeline.opening import Compression, open_parts, prepare_predictor
 from vitfold.reuse import Method, Sampled, find_method, sample
-from vitfold.reuse.eager import Eager
-from vitfold.reuse.predictor import Predictor, train_predictor
 from vitfold.reuse.sampling import Executor
 from vitfold.reuse.schedulers import build_scheduler
-from vitfold.target import find_target
 
-EXECUTORS = ("onnxruntime", "torch")
 NO_FRECHET = "no feature extractor was given; PSNR and SSIM compare with the unaccelerated images at equal seeds"
 Say = Callable[[str], None]
 
@@ -94,6 +88,7 @@ def diffuse(
     methods: Sequence[Method],
     asked: Asked,
     *,
+    compression: Compression | None = None,
     engine: str = "onnxruntime",
     threads: int | None = None,
     trials: int = 3,
@@ -102,33 +97,35 @@ def diffuse(
 ) -> list[Row]:
     """Draw by the unaccelerated sampler, every method, and for each of them by as few plain steps as it computes.
 
-    `decode` turns samples into images for the comparison; without it samples are compared as they are.
+    `compression` is what methods run with besides; then it also stands alone, with every step computed. `decode` turns
+    samples into images for the comparison; without it samples are compared as they are.
 
     Raises:
         RecipeError: if a class, the steps, the sampler or the batch is out of range.
         EngineError: if the engine is unknown or refuses a graph.
     """
     check_asked(model, asked)
+    compression = compression or Compression()
     none = find_method("none")
     with contextlib.ExitStack() as stack:
 
-        def opened(method: Method) -> Executor:
-            say(f"writing the graphs of {method.text}")
-            predictor = None if method.ratio is None else prepare_predictor(model, method, asked, say)
-            return stack.enter_context(open_parts(model, method, predictor=predictor, engine=engine, threads=threads))
+        def opened(method: Method, how: Compression) -> Executor:
+            say(f"writing the graphs of {method.text}{how.suffix}")
+            predictor = None if method.ratio is None else prepare_predictor(model, method, asked.steps, asked.seed, say)
+            return stack.enter_context(
+                open_parts(model, method, compression=how, predictor=predictor, engine=engine, threads=threads)
+            )
 
-        plain = opened(none)
+        plain = opened(none, Compression())
         plans = [("none", none, plain, asked)]
-        for method in methods:
-            if not method.reuses:
+        for method in [*([none] if compression.suffix else []), *methods]:
+            if not method.reuses and not compression.suffix:
                 continue
-            executor = opened(method)
-            plans.append((method.text, method, executor, asked))
-            say(f"counting steps of {method.text}")
-            found = draw(model, executor, method, replace(asked, labels=asked.labels[: asked.batch]))
-            steps = found.full_steps if not method.guidance else asked.steps - found.reused_steps // 2
-            if all(plan[0] != fewer_name(steps) for plan in plans):
-                plans.append((fewer_name(steps), none, plain, replace(asked, steps=max(1, steps))))
+            executor = opened(method, compression)
+            plans.append((f"{method.text}{compression.suffix}", method, executor, asked))
+            steps = _plain_steps(model, executor, method, asked) if method.reuses else asked.steps
+            if steps < asked.steps and all(plan[0] != fewer_name(steps) for plan in plans):
+                plans.append((fewer_name(steps), none, plain, replace(asked, steps=steps)))
         results: dict[str, Sampled] = {}
 
         def subject(name: str, method: Method, executor: Executor, how: Asked) -> Callable[[], None]:
@@ -150,7 +147,7 @@ def diffuse(
     ]
 
 
-CANDIDATES = (
+CANDIDATES: tuple[str, ...] = (
     "stack:2", "taylor:2:1", "taylor:3:1", "taylor:4:1", "chebyshev:3:1", "first-block:0.05", "first-block:0.1",
     "first-block:0.2", "guidance:2", "guidance:4",
 )  # fmt: skip
@@ -169,6 +166,12 @@ def fastest_method(rows: Sequence[Row], least_db: float) -> Method:
     able = [row for row in rows if row.method.reuses and (row.psnr_db is None or row.psnr_db >= least_db)]
     best = max(able, key=lambda row: row.speedup["median"], default=None)
     return best.method if best is not None and best.speedup["median"] > 1 else find_method("none")
+
+
+def _plain_steps(model: DiTModel, executor: Executor, method: Method, asked: Asked) -> int:
+    """How many plain steps compute as much as a method does on the first batch, what it reuses left out."""
+    found = draw(model, executor, method, replace(asked, labels=asked.labels[: asked.batch]))
+    return asked.steps - found.reused_steps // 2 if method.guidance else found.full_steps
 
 
 def fewer_name(steps: int) -> str:
@@ -207,63 +210,6 @@ def draw(model: DiTModel, executor: Executor, method: Method, asked: Asked) -> S
         reused_steps=asked.steps - full,
         kept_bytes=max(batch.kept_bytes for batch in found),
     )
-
-
-def prepare_predictor(model: DiTModel, method: Method, asked: Asked, say: Say = lambda _: None) -> Predictor:
-    """Train what a method with a token budget needs, along the steps that are asked for."""
-    assert method.ratio is not None
-    scheduler = build_scheduler("ddim", model.schedule, asked.steps)
-    return train_predictor(model, scheduler, ratio=method.ratio, seed=asked.seed, say=say)
-
-
-@contextlib.contextmanager
-def open_parts(
-    model: DiTModel,
-    method: Method,
-    *,
-    predictor: Predictor | None = None,
-    engine: str = "onnxruntime",
-    threads: int | None = None,
-) -> Iterator[Executor]:
-    """Make the parts that a method needs ready to run: as graphs in a temporary folder, or eagerly in torch.
-
-    Raises:
-        EngineError: if the engine is unknown or refuses a graph.
-    """
-    if (method.ratio is not None) != (predictor is not None):
-        raise ValueError(f"{method.text} goes with a trained predictor, and no other method does")
-    counts = predictor.counts if predictor is not None else ()
-    params = {**model.params, **(predictor.params if predictor is not None else {})}
-    found = parts(model.spec, method.cut, history=method.history, counts=counts)
-    if method.cut != "whole":
-        del found["step"]
-    if engine == "torch":
-        yield Eager(found, params)
-        return
-    if engine != "onnxruntime":
-        raise EngineError(f"diffusion runs on {' or '.join(EXECUTORS)}, found {engine!r}")
-    from vitfold.engines.parts import PartsSession
-
-    with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
-        paths = {name: write_part(params, part, Path(folder) / f"{name}.onnx") for name, part in found.items()}
-        ends = {name: (part.inputs, part.outputs) for name, part in found.items()}
-        with contextlib.closing(PartsSession(paths, ends, threads=threads)) as session:
-            yield session
-
-
-def write_part(params: Mapping[str, Array], part: Part, path: Path) -> Path:
-    """Write a part as an ONNX graph for ONNX Runtime on CPUs."""
-    from vitfold.ops.emit import emit_ports, write_onnx
-
-    graph = emit_ports(
-        part.run,
-        params,
-        find_target("cpu"),
-        inputs=part.inputs,
-        outputs=[port.name for port in part.outputs],
-    )
-    write_onnx(graph, path)
-    return path
 
 
 def _row(

@@ -7,9 +7,11 @@ plan's choice; what an operation does is the interpreter's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from vitfold.model.dit import MODULATIONS, DiTSpec
 from vitfold.ops.protocol import Ops, T
+from vitfold.programs.tokens import Tokens, log_size, match, merge, unmerge
 
 
 def dit(ops: Ops[T], spec: DiTSpec, image: T, waves: T, label: T) -> T:
@@ -63,22 +65,33 @@ def embed(ops: Ops[T], image: T) -> T:
     return ops.add(ops.patch_embed("patch_embed", image), ops.param("pos_embed"))
 
 
-def blocks(ops: Ops[T], spec: DiTSpec, x: T, given: Sequence[T], which: range) -> T:
-    """Run some of the blocks."""
+def blocks(ops: Ops[T], spec: DiTSpec, x: T, given: Sequence[T], which: range, *, r: int = 0) -> T:
+    """Run some of the blocks; their attention sees r tokens less."""
     for block in which:
-        x = add_gated(ops, x, attention(ops, spec, block, x, given), given[MODULATIONS * block + 2])
+        x = add_gated(ops, x, attention(ops, spec, block, x, given, r=r), given[MODULATIONS * block + 2])
         x = add_gated(ops, x, mlp(ops, spec, block, x, given), given[MODULATIONS * block + 5])
     return x
 
 
-def attention(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T]) -> T:
-    """Self-attention of one block before its gate: (B, N, D)."""
+def attention(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T], *, r: int = 0) -> T:
+    """Self-attention of one block before its gate: (B, N, D).
+
+    The r most similar pairs of what it reads are merged before it, and given back their rows behind it.
+
+    Source: ToMe (2210.09461) for the merge, ToMe for Stable Diffusion (2303.17604), section 4.1, for undoing it.
+    """
     site = f"blocks.{block}.attn"
     ops.scope(site)
     shift, scale = given[MODULATIONS * block : MODULATIONS * block + 2]
-    q, k, v = ops.heads(f"{site}.qkv", modulated(ops, x, shift, scale, spec.norm_eps), 3, spec.heads)
-    y = ops.transpose(ops.attention(site, q, k, v, None), (0, 2, 1, 3))
-    return ops.linear(f"{site}.proj", ops.reshape(y, (spec.tokens, spec.width)))
+    tokens = Tokens(x=modulated(ops, x, shift, scale, spec.norm_eps), count=spec.tokens, prefix=0)
+    if r:
+        pairs = match(ops, f"{site}.merge", tokens.x, count=tokens.count, prefix=0, r=r)
+        tokens = merge(ops, f"{site}.merge", tokens, pairs, r=r, trace=True)
+        ops.scope(site)
+    q, k, v = ops.heads(f"{site}.qkv", tokens.x, 3, spec.heads)
+    y = ops.transpose(ops.attention(site, q, k, v, log_size(ops, tokens)), (0, 2, 1, 3))
+    y = ops.linear(f"{site}.proj", ops.reshape(y, (tokens.count, spec.width)))
+    return unmerge(ops, f"{site}.unmerge", replace(tokens, x=y))
 
 
 def mlp(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T]) -> T:

@@ -42,13 +42,15 @@ class Part:
     run: Callable[..., tuple[Any, ...]]
 
 
-def parts(spec: DiTSpec, cut: Cut, *, history: int = 1, counts: tuple[int, ...] = ()) -> dict[str, Part]:
+def parts(spec: DiTSpec, cut: Cut, *, history: int = 1, counts: tuple[int, ...] = (), r: int = 0) -> dict[str, Part]:
     """Return the parts of a step: always `condition` and `step`, the whole of it, and others by what is kept.
 
     stack: `full` (also hands out the residual of all blocks) and `resume` (takes a weighted sum of `history` of them);
     modules: the same with the output of every attention and MLP before its gate, of the last full step only;
     first: `front` (the first block and how far its residual is from the last full step's), `rest` and `resume`;
     tokens: `full` (also hands out what each block adds) and `refresh`, which renews it for `counts` tokens per block.
+
+    Where whole blocks run, `r` tokens less enter their attention.
     """
     image = Port(name="image", shape=(spec.channels, spec.image_size, spec.image_size))
     given = Port(name="given", shape=(spec.modulations, spec.width))
@@ -57,12 +59,12 @@ def parts(spec: DiTSpec, cut: Cut, *, history: int = 1, counts: tuple[int, ...] 
     weights = Port(name=WEIGHTS, shape=(history, 1), batch=1)
     kept = tuple(Port(name=f"{RESIDUAL}.{k}", shape=tokens) for k in range(history))
     residual = Port(name=RESIDUAL, shape=tokens)
-    found = {"condition": _condition(spec, given), "step": _step(spec, image, given, prediction)}
+    found = {"condition": _condition(spec, given), "step": _step(spec, image, given, prediction, r)}
     if cut == "stack":
         found["full"] = Part(
             inputs=(image, given),
             outputs=(prediction, residual),
-            run=lambda ops, x, m: _rest(ops, spec, embed(ops, x), m, 0),
+            run=lambda ops, x, m: _rest(ops, spec, embed(ops, x), m, 0, r),
         )
         found["resume"] = Part(
             inputs=(image, given, weights, *kept),
@@ -76,7 +78,7 @@ def parts(spec: DiTSpec, cut: Cut, *, history: int = 1, counts: tuple[int, ...] 
             for kind in ("attn", "mlp")
         )
         found["full"] = Part(
-            inputs=(image, given), outputs=(prediction, *modules), run=lambda ops, x, m: _modules(ops, spec, x, m)
+            inputs=(image, given), outputs=(prediction, *modules), run=lambda ops, x, m: _modules(ops, spec, x, m, r)
         )
         found["resume"] = Part(
             inputs=(image, given, *modules),
@@ -89,10 +91,10 @@ def parts(spec: DiTSpec, cut: Cut, *, history: int = 1, counts: tuple[int, ...] 
         found["front"] = Part(
             inputs=(image, given, before),
             outputs=(x, Port(name="own", shape=tokens), change),
-            run=lambda ops, x, m, r: _front(ops, spec, x, m, r),
+            run=lambda ops, x, m, before: _front(ops, spec, x, m, before, r),
         )
         found["rest"] = Part(
-            inputs=(x, given), outputs=(prediction, residual), run=lambda ops, x, m: _rest(ops, spec, x, m, 1)
+            inputs=(x, given), outputs=(prediction, residual), run=lambda ops, x, m: _rest(ops, spec, x, m, 1, r)
         )
         found["resume"] = Part(
             inputs=(x, given, weights, *kept),
@@ -103,7 +105,7 @@ def parts(spec: DiTSpec, cut: Cut, *, history: int = 1, counts: tuple[int, ...] 
         added = tuple(Port(name=f"{RESIDUAL}.{block}", shape=tokens) for block in range(spec.depth))
         kept = tuple(Port(name=f"kept.{block}", shape=tokens) for block in range(spec.depth))
         found["full"] = Part(
-            inputs=(image, given), outputs=(prediction, *added), run=lambda ops, x, m: _added(ops, spec, x, m)
+            inputs=(image, given), outputs=(prediction, *added), run=lambda ops, x, m: _added(ops, spec, x, m, r)
         )
         found["refresh"] = Part(
             inputs=(image, given, *kept),
@@ -121,18 +123,18 @@ def _condition(spec: DiTSpec, given: Port) -> Part:
     )
 
 
-def _step(spec: DiTSpec, image: Port, given: Port, prediction: Port) -> Part:
+def _step(spec: DiTSpec, image: Port, given: Port, prediction: Port, r: int) -> Part:
     def run(ops: Ops[T], x: T, m: T) -> tuple[T, ...]:
         vectors = modulations(ops, spec, m)
-        return (head(ops, spec, blocks(ops, spec, embed(ops, x), vectors, range(spec.depth)), vectors),)
+        return (head(ops, spec, blocks(ops, spec, embed(ops, x), vectors, range(spec.depth), r=r), vectors),)
 
     return Part(inputs=(image, given), outputs=(prediction,), run=run)
 
 
-def _rest(ops: Ops[T], spec: DiTSpec, x: T, m: T, first: int) -> tuple[T, T]:
+def _rest(ops: Ops[T], spec: DiTSpec, x: T, m: T, first: int, r: int) -> tuple[T, T]:
     """The blocks from `first` on and the head; the residual is what those blocks add to x."""
     vectors = modulations(ops, spec, m)
-    y = blocks(ops, spec, x, vectors, range(first, spec.depth))
+    y = blocks(ops, spec, x, vectors, range(first, spec.depth), r=r)
     ops.scope("residual")
     return head(ops, spec, y, vectors), minus(ops, y, x)
 
@@ -147,11 +149,11 @@ def _resumed(ops: Ops[T], spec: DiTSpec, x: T, m: T, weights: T, kept: tuple[T, 
     return (head(ops, spec, x, vectors),)
 
 
-def _modules(ops: Ops[T], spec: DiTSpec, image: T, m: T) -> tuple[T, ...]:
+def _modules(ops: Ops[T], spec: DiTSpec, image: T, m: T, r: int) -> tuple[T, ...]:
     vectors, found = modulations(ops, spec, m), []
     x = embed(ops, image)
     for block in range(spec.depth):
-        found.append(attention(ops, spec, block, x, vectors))
+        found.append(attention(ops, spec, block, x, vectors, r=r))
         x = add_gated(ops, x, found[-1], vectors[MODULATIONS * block + 2])
         found.append(mlp(ops, spec, block, x, vectors))
         x = add_gated(ops, x, found[-1], vectors[MODULATIONS * block + 5])
@@ -168,11 +170,11 @@ def _from_modules(ops: Ops[T], spec: DiTSpec, image: T, m: T, kept: tuple[T, ...
     return (head(ops, spec, x, vectors),)
 
 
-def _added(ops: Ops[T], spec: DiTSpec, image: T, m: T) -> tuple[T, ...]:
+def _added(ops: Ops[T], spec: DiTSpec, image: T, m: T, r: int) -> tuple[T, ...]:
     vectors, found = modulations(ops, spec, m), []
     x = embed(ops, image)
     for block in range(spec.depth):
-        y = blocks(ops, spec, x, vectors, range(block, block + 1))
+        y = blocks(ops, spec, x, vectors, range(block, block + 1), r=r)
         found.append(minus(ops, y, x))
         x = y
     return (head(ops, spec, x, vectors), *found)
@@ -189,11 +191,11 @@ def _refreshed(
     return (head(ops, spec, x, vectors), *found)
 
 
-def _front(ops: Ops[T], spec: DiTSpec, image: T, m: T, before: T) -> tuple[T, T, T]:
+def _front(ops: Ops[T], spec: DiTSpec, image: T, m: T, before: T, r: int) -> tuple[T, T, T]:
     """The first block, its residual R, and |R - R'|^2 / |R'|^2 per row, (B, 1, 1), with R' of the last full step."""
     vectors = modulations(ops, spec, m)
     entering = embed(ops, image)
-    x = blocks(ops, spec, entering, vectors, range(1))
+    x = blocks(ops, spec, entering, vectors, range(1), r=r)
     ops.scope("change")
     own = minus(ops, x, entering)
     moved = minus(ops, own, before)

@@ -18,11 +18,11 @@ from vitfold.programs.dit_parts import Part
 
 
 class Eager:
-    """Parts of a model over `Run`."""
+    """Parts of a model over `Run` or what is built on it."""
 
-    def __init__(self, parts: Mapping[str, Part], params: Mapping[str, Array]) -> None:
+    def __init__(self, parts: Mapping[str, Part], ops: Run) -> None:
         self._parts = parts
-        self._ops = Run(params)
+        self._ops = ops
         self._kept: dict[str, Tensor] = {}
         self._rows = 0
 

@@ -1,0 +1,175 @@
+"""The parts of a Diffusion Transformer made ready to run: compressed, written as graphs, opened.
+
+Owns what a method needs besides its plan: a trained predictor, merged attention, integer linear layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vitfold.bench.environment import processor
+from vitfold.errors import EngineError, RecipeError
+from vitfold.model import Array, DiTModel
+from vitfold.ops.record import Record
+from vitfold.ops.run import Run
+from vitfold.ops.simulate import Simulate
+from vitfold.programs.dit_parts import Part, parts
+from vitfold.quant.ranges import affine_uniform, symmetric_uniform
+from vitfold.quantizer import Quantizer
+from vitfold.reuse import Method, find_method, sample
+from vitfold.reuse.eager import Eager
+from vitfold.reuse.predictor import Predictor, train_predictor
+from vitfold.reuse.sampling import Executor
+from vitfold.reuse.schedulers import build_scheduler
+from vitfold.target import Target, cpu_target, find_target
+
+EXECUTORS = ("onnxruntime", "torch")
+SCHEMES = ("none", "w8a8")
+_LAYERS = (".attn.qkv", ".attn.proj", ".mlp.fc1", ".mlp.fc2")
+_LEAST_LABELS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Compression:
+    """What a step costs less by itself: `r` tokens merged before every attention, integer linear layers in blocks.
+
+    `params` are then the weights on the grids of `quantizers`.
+    """
+
+    r: int = 0
+    quantizers: Mapping[str, Quantizer] | None = None
+    params: Mapping[str, Array] | None = None
+
+    @property
+    def suffix(self) -> str:
+        """How tables call it, behind the name of a method."""
+        return (f", r={self.r}" if self.r else "") + (", w8a8" if self.quantizers else "")
+
+
+def compress(
+    model: DiTModel, *, r: int = 0, quant: str = "none", steps: int = 50, guidance: float = 2.5, seed: int = 0
+) -> Compression:
+    """Choose ranges on one trajectory of a few classes, over all its steps, with merging on.
+
+    Inputs of linear layers take one range per tensor, from the least to the largest value; weights one per output.
+
+    Raises:
+        RecipeError: if a block cannot merge that many tokens, or the scheme is unknown.
+    """
+    most = model.spec.tokens // 2
+    if not 0 <= r <= most:
+        raise RecipeError(f"--merge {r} is out of range; {model.spec.tokens} tokens can merge 0 to {most} per block")
+    if quant not in SCHEMES:
+        raise RecipeError(f"unknown quantization {quant!r} of a Diffusion Transformer; known: {', '.join(SCHEMES)}")
+    if quant == "none":
+        return Compression(r=r)
+    layers = [f"blocks.{block}{layer}" for block in range(model.spec.depth) for layer in _LAYERS]
+    ranges = _ranges(model, layers, r=r, steps=steps, guidance=guidance, seed=seed)
+    bits = _quantized_target().weight_bits
+    quantizers: dict[str, Quantizer] = {}
+    params = dict(model.params)
+    for layer in layers:
+        low, high = ranges[layer]
+        weight = torch.from_numpy(model.params[f"{layer}.weight"])
+        quantizers[f"{layer}.x"] = affine_uniform(low, high, 8)
+        quantizers[f"{layer}.w"] = symmetric_uniform(weight.abs().amax(1), bits, axis=0)
+        params[f"{layer}.weight"] = quantizers[f"{layer}.w"](params[f"{layer}.weight"])
+    return Compression(r=r, quantizers=quantizers, params=params)
+
+
+def _ranges(
+    model: DiTModel, layers: Sequence[str], *, r: int, steps: int, guidance: float, seed: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    wanted = {f"{layer}.x": layer for layer in layers}
+
+    def see(site: str, x: torch.Tensor) -> None:
+        layer = wanted.get(site)
+        if layer is not None:
+            low, high = x.amin(), x.amax()
+            before = found.get(layer, (low, high))
+            found[layer] = torch.minimum(before[0], low), torch.maximum(before[1], high)
+
+    executor = Eager(parts(model.spec, "whole", r=r), Record(model.params, see))
+    labels = np.linspace(0, model.spec.classes - 1, _LEAST_LABELS).round().astype(int).tolist()
+    scheduler = build_scheduler("ddim", model.schedule, steps)
+    sample(executor, model.spec, scheduler, find_method("none"), labels, seed=seed, guidance=guidance)
+    return found
+
+
+def prepare_predictor(
+    model: DiTModel, method: Method, steps: int, seed: int, say: Callable[[str], None] = lambda _: None
+) -> Predictor:
+    """Train what a method with a token budget needs, along as many steps as will be drawn."""
+    assert method.ratio is not None
+    return train_predictor(
+        model, build_scheduler("ddim", model.schedule, steps), ratio=method.ratio, seed=seed, say=say
+    )
+
+
+@contextlib.contextmanager
+def open_parts(
+    model: DiTModel,
+    method: Method,
+    *,
+    compression: Compression | None = None,
+    predictor: Predictor | None = None,
+    engine: str = "onnxruntime",
+    threads: int | None = None,
+) -> Iterator[Executor]:
+    """Make the parts that a method needs ready to run: as graphs in a temporary folder, or eagerly in torch.
+
+    Raises:
+        EngineError: if the engine is unknown or refuses a graph.
+    """
+    if (method.ratio is not None) != (predictor is not None):
+        raise ValueError(f"{method.text} goes with a trained predictor, and no other method does")
+    compression = compression or Compression()
+    counts = predictor.counts if predictor is not None else ()
+    params = {**(compression.params or model.params), **(predictor.params if predictor is not None else {})}
+    found = parts(model.spec, method.cut, history=method.history, counts=counts, r=compression.r)
+    if method.cut != "whole":
+        del found["step"]
+    if engine == "torch":
+        yield Eager(found, Simulate(params, compression.quantizers) if compression.quantizers else Run(params))
+        return
+    if engine != "onnxruntime":
+        raise EngineError(f"diffusion runs on {' or '.join(EXECUTORS)}, found {engine!r}")
+    from vitfold.engines.parts import PartsSession
+
+    with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
+        paths = {name: Path(folder) / f"{name}.onnx" for name in found}
+        for name, part in found.items():
+            write_part(part, params, paths[name], compression.quantizers)
+        ends = {name: (part.inputs, part.outputs) for name, part in found.items()}
+        with contextlib.closing(PartsSession(paths, ends, threads=threads)) as session:
+            yield session
+
+
+def write_part(
+    part: Part, params: Mapping[str, Array], path: Path, quantizers: Mapping[str, Quantizer] | None = None
+) -> None:
+    """Write a part as an ONNX graph for ONNX Runtime on this processor."""
+    from vitfold.ops.emit import emit_ports, write_onnx
+
+    graph = emit_ports(
+        part.run,
+        params,
+        _quantized_target() if quantizers else find_target("cpu"),
+        quantizers,
+        inputs=part.inputs,
+        outputs=[port.name for port in part.outputs],
+    )
+    write_onnx(graph, path)
+
+
+def _quantized_target() -> Target:
+    found = processor()
+    return cpu_target(found["instruction_sets"], found["architecture"])
