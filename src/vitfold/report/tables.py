@@ -227,8 +227,9 @@ def diffusion_table(result: Mapping[str, Any]) -> Table:
     """Return the terminal table of `vitfold diffuse`: time per image beside likeness to the unaccelerated images."""
     shown = f"{len(result['classes'])} images, {result['steps']} steps of {result['sampler']}, {result['engine']}"
     table = Table(title=shown, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("sampler", "full", "reused", "s/image", "speed-up", "PSNR dB", "SSIM", "kept MB"):
-        table.add_column(name, justify="left" if name == "sampler" else "right", no_wrap=True)
+    for name in ("sampler", "full", "reused", "s/image", "speed-up", "PSNR dB", "SSIM", "MB"):
+        left = name == "sampler"
+        table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold")
     for row in result["rows"]:
         table.add_row(
             row["name"],
