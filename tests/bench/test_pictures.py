@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vitfold.bench.pictures import psnr_db, ssim
+from vitfold.bench.pictures import frechet_distance, psnr_db, ssim
 
 
 def test_psnr_of_a_known_error() -> None:
@@ -34,3 +34,14 @@ def test_ssim_is_the_mean_over_windows() -> None:
                 found.append(upper / ((mu**2 + mv**2 + 1e-4) * (su + sv + 9e-4)))
     assert ssim(a, b) == pytest.approx(np.mean(found), abs=1e-6)
     assert ssim(a, a) == pytest.approx(1)
+
+
+def test_frechet_distance_of_gaussians() -> None:
+    draw = np.random.default_rng(1)
+    a = draw.standard_normal((400, 5)).astype(np.float32)
+    moved, wide = a + np.float32(2), a * np.float32(3)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(a, moved) == pytest.approx(20, rel=1e-5)
+    spread = np.trace(np.cov(a.astype(float), rowvar=False))
+    mean = np.sum((2 * a.astype(float).mean(0)) ** 2)
+    assert frechet_distance(a, wide) == pytest.approx(4 * spread + mean, rel=1e-4)

@@ -58,6 +58,16 @@ def test_compressed_steps_stand_beside_plain_ones(source: str) -> None:
     assert (found["merge"], found["quant"]) == (4, "w8a8")
 
 
+def test_a_distance_to_real_images_by_a_model_of_choice(source: str, few: Path) -> None:
+    found = run_json("diffuse", source, *QUICK, "--engine", "torch", "--real", few, "--features", "demo")
+    row = found["rows"][0]
+    assert row["frechet"] > 0
+    assert row["frechet_reason"] is None
+    assert row["class_accuracy"] is None
+    assert found["features"] == "demo"
+    assert "give both --real DIR and --features" in error("diffuse", source, "--real", few, code=2)
+
+
 def test_auto_names_what_it_chose(source: str) -> None:
     found = run_json("diffuse", source, *QUICK, "--classes", "1", "--engine", "torch", "--reuse", "auto")
     assert found["chosen"] in {row["reuse"] for row in found["rows"]}

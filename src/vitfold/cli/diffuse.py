@@ -16,6 +16,7 @@ from vitfold.errors import SourceError, VitfoldError
 
 if TYPE_CHECKING:
     from vitfold.model import Array, DiTModel
+    from vitfold.pipeline.judging import Judge
 
 AUTO = "auto"
 
@@ -50,6 +51,12 @@ def diffuse(
     ] = 30.0,
     merge: Annotated[int, typer.Option(help="Tokens merged before every attention and given back behind it.")] = 0,
     quant: Annotated[str, typer.Option(metavar="w8a8", help="8-bit linear layers in the blocks, or none.")] = "none",
+    real: Annotated[
+        Path | None, typer.Option("--real", metavar="DIR", help="Real images, for a Frechet distance to them.")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="The vision transformer whose features that distance takes.")
+    ] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Attention heads of a state dict.")] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Images, a contact sheet and the JSON.")
@@ -65,6 +72,8 @@ def diffuse(
         labels = tuple(int(word) for word in classes.split(","))
     except ValueError:
         raise typer.BadParameter(f"classes are numbers, found {classes!r}", param_hint="--classes") from None
+    if (real is None) != (features is None) or (real is not None and latents):
+        raise typer.BadParameter("give both --real DIR and --features SOURCE, and images", param_hint="--real")
     require_optimize()
     from vitfold.pipeline import diffusion
     from vitfold.pipeline.opening import compress
@@ -96,8 +105,9 @@ def diffuse(
             few = replace(asked, labels=labels[:batch])
             chosen = diffusion.choose_method(model, few, least_db=min_psnr, **how)
             methods.append(chosen)
-        rows = diffusion.diffuse(model, methods, asked, trials=trials, **how)
-        document = _document(model, asked, rows, merge, quant, None if chosen is None else chosen.text)
+        judge = None if real is None or features is None else _judge(features, real, say)
+        rows = diffusion.diffuse(model, methods, asked, trials=trials, judge=judge, **how)
+        document = _document(model, asked, rows, merge, quant, features, None if chosen is None else chosen.text)
     if output is not None:
         _write(output, model, labels, rows, decode, document)
     if json:
@@ -110,6 +120,15 @@ def diffuse(
         note(f"auto chose {chosen.text} (at least {min_psnr:g} dB to the unaccelerated images)")
     if output is not None:
         note(f"images and sheet.png in {output}")
+
+
+def _judge(source: str, real: Path, say: Callable[[str], None]) -> Judge:
+    from vitfold.images import find_images
+    from vitfold.pipeline.judging import open_judge
+    from vitfold.sources import load_source
+
+    say(f"features of real images by {source}")
+    return open_judge(load_source(source).model, find_images(real))
 
 
 def _decoder(model: DiTModel) -> Callable[[Array], Array]:
@@ -131,7 +150,7 @@ def _decoder(model: DiTModel) -> Callable[[Array], Array]:
 
 
 def _document(
-    model: DiTModel, asked: Any, rows: list[Any], merge: int, quant: str, chosen: str | None
+    model: DiTModel, asked: Any, rows: list[Any], merge: int, quant: str, features: str | None, chosen: str | None
 ) -> dict[str, Any]:
     from vitfold.bench.environment import environment
 
@@ -145,6 +164,7 @@ def _document(
         "batch": asked.batch,
         "merge": merge,
         "quant": quant,
+        "features": features,
         "engine": rows[0].measurement.engine,
         "chosen": chosen,
         "environment": environment(),

@@ -18,12 +18,13 @@ from vitfold.bench.pictures import psnr_db, ssim
 from vitfold.bench.timing import interleave
 from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTModel
+from vitfold.pipeline.judging import Judge, Verdict
 from vitfold.pipeline.opening import Compression, open_parts, prepare_predictor
 from vitfold.reuse import Method, Sampled, find_method, sample
 from vitfold.reuse.sampling import Executor
 from vitfold.reuse.schedulers import build_scheduler
 
-NO_FRECHET = "no feature extractor was given; PSNR and SSIM compare with the unaccelerated images at equal seeds"
+NO_FRECHET = "no model for features and no real images were given"
 Say = Callable[[str], None]
 
 
@@ -59,6 +60,7 @@ class Row:
     speedup: dict[str, float]
     psnr_db: float | None
     ssim: float | None
+    verdict: Verdict | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -77,8 +79,9 @@ class Row:
             "noisy": self.measurement.noisy,
             "psnr_db": self.psnr_db,
             "ssim": self.ssim,
-            "frechet": None,
-            "frechet_reason": NO_FRECHET,
+            "frechet": None if self.verdict is None else self.verdict.frechet,
+            "frechet_reason": NO_FRECHET if self.verdict is None else None,
+            "class_accuracy": None if self.verdict is None else self.verdict.class_accuracy,
             "kept_bytes": self.sampled.kept_bytes,
         }
 
@@ -93,12 +96,13 @@ def diffuse(
     threads: int | None = None,
     trials: int = 3,
     decode: Callable[[Array], Array] | None = None,
+    judge: Judge | None = None,
     say: Say = lambda _: None,
 ) -> list[Row]:
     """Draw by the unaccelerated sampler, every method, and for each of them by as few plain steps as it computes.
 
     `compression` is what methods run with besides; then it also stands alone, with every step computed. `decode` turns
-    samples into images for the comparison; without it samples are compared as they are.
+    samples into images for the comparison; without it samples are compared as they are. `judge` sees images only.
 
     Raises:
         RecipeError: if a class, the steps, the sampler or the batch is out of range.
@@ -140,9 +144,13 @@ def diffuse(
         name: Measurement(subject=name, engine=engine, batch=len(asked.labels), scope="end_to_end", trials_ns=found)
         for name, found in times.items()
     }
+
+    def judged(images: Array) -> Verdict | None:
+        return None if judge is None else judge(images, asked.labels, model.spec.classes)
+
     reference = _shown(results["none"].samples, decode)
     return [
-        _row(name, method, how.steps, results[name], measured[name], measured["none"], reference, decode)
+        _row(name, method, how.steps, results[name], measured[name], measured["none"], reference, decode, judged)
         for name, method, _, how in plans
     ]
 
@@ -221,6 +229,7 @@ def _row(
     baseline: Measurement,
     reference: Float[np.ndarray, "B C Y X"],
     decode: Callable[[Array], Array] | None,
+    judged: Callable[[Array], Verdict | None],
 ) -> Row:
     shown = _shown(sampled.samples, decode)
     is_image = bool(reference.min() >= 0 and reference.max() <= 1)
@@ -234,6 +243,7 @@ def _row(
         speedup=speed_up(baseline, measured),
         psnr_db=psnr_db(reference, shown, peak=peak),
         ssim=ssim(reference, shown) if is_image and min(reference.shape[2:]) >= 11 else None,
+        verdict=judged(shown),
     )
 
 

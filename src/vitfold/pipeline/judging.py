@@ -1,0 +1,83 @@
+"""What a vision transformer of the user's choice says about generated images: features and classes.
+
+Owns the way from pixels in [0, 1] to its pooled features. What a distance of features is worth depends on that model:
+none of these is an Inception FID.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+
+from vitfold.bench.pictures import frechet_distance
+from vitfold.errors import ImageError
+from vitfold.images import ImageSet, read_image
+from vitfold.model import Array, Model
+from vitfold.ops.run import Run
+from vitfold.programs.vit import head, vit
+from vitfold.recipe import MergeRecipe
+
+_BATCH = 32
+_LEAST = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Distance to the real images, and the share of images that the model gives the class asked for, or None."""
+
+    frechet: float
+    class_accuracy: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Judge:
+    """A model, and its features of real images."""
+
+    model: Model
+    real: Float[np.ndarray, "M F"]
+
+    def __call__(self, images: Float[np.ndarray, "B C Y X"], labels: tuple[int, ...], classes: int) -> Verdict:
+        """Judge generated images; classes are compared where the model has as many as the generator."""
+        if len(images) < _LEAST:
+            raise ImageError(f"a Frechet distance needs at least {_LEAST} images, found {len(images)}; ask for more")
+        pixels = [Image.fromarray(_bytes(image)) for image in images]
+        found = features(self.model, pixels)
+        spec, accuracy = self.model.spec, None
+        if spec.outputs == classes and spec.output == "logits":
+            with torch.inference_mode():
+                logits = head(Run(self.model.params), spec, torch.from_numpy(found)).numpy()
+            accuracy = float(np.mean(logits.argmax(1) == np.array(labels)))
+        return Verdict(frechet=frechet_distance(self.real, found), class_accuracy=accuracy)
+
+
+def open_judge(model: Model, real: ImageSet) -> Judge:
+    """Take the features of real images.
+
+    Raises:
+        ImageError: if they are too few, or one cannot be read.
+    """
+    if len(real.paths) < _LEAST:
+        raise ImageError(f"{real.root} holds {len(real.paths)} images; a Frechet distance needs at least {_LEAST}")
+    return Judge(model=model, real=features(model, [read_image(path) for path in real.paths]))
+
+
+def features(model: Model, images: list[Image.Image]) -> Float[np.ndarray, "B F"]:
+    """Return what the model pools, before its head."""
+    spec = replace(model.spec, outputs=0, output="image_embeds", head_activation="none")
+    run, found = Run(model.params), []
+    with torch.inference_mode():
+        for start in range(0, len(images), _BATCH):
+            batch = np.stack([model.preprocess(image) for image in images[start : start + _BATCH]])
+            pooled = vit(run, spec, MergeRecipe(r=()), torch.from_numpy(batch))
+            found.append(pooled.flatten(1).numpy())
+    return np.concatenate(found)
+
+
+def _bytes(image: Float[np.ndarray, "C Y X"]) -> Array:
+    """8-bit RGB; grey is repeated."""
+    pixels: Array = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
