@@ -62,17 +62,22 @@ class Row:
     ssim: float | None
     verdict: Verdict | None
 
+    @property
+    def reused_step_ratio(self) -> float | None:
+        """The median time of a step that reuses, as a share of one in full of the same run."""
+        full, reused = self.sampled.full_ns, self.sampled.reused_ns
+        return float(np.median(reused) / np.median(full)) if reused else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        full, reused = self.sampled.full_steps, self.sampled.reused_steps
         seconds = self.measurement.latency_ms()["median"] / 1e3 / len(self.sampled.samples)
         return {
             "name": self.name,
             "reuse": self.method.text,
             "steps": self.steps,
-            "full_steps": full,
-            "reused_steps": reused,
-            "reused_step_ratio": None if not reused else (self.steps / self.speedup["median"] - full) / reused,
+            "full_steps": self.sampled.full_steps,
+            "reused_steps": self.sampled.reused_steps,
+            "reused_step_ratio": self.reused_step_ratio,
             "seconds_per_image": seconds,
             "speedup": self.speedup["median"],
             "speedup_iqr": self.speedup["iqr"],
@@ -211,11 +216,11 @@ def draw(model: DiTModel, executor: Executor, method: Method, asked: Asked) -> S
         found.append(
             sample(executor, model.spec, scheduler, method, labels, seed=asked.seed + start, guidance=asked.guidance)
         )
-    full = max(batch.full_steps for batch in found)
+    most = max(found, key=lambda batch: batch.full_steps)
     return Sampled(
         samples=np.concatenate([batch.samples for batch in found]),
-        full_steps=full,
-        reused_steps=asked.steps - full,
+        full_ns=most.full_ns,
+        reused_ns=most.reused_ns,
         kept_bytes=max(batch.kept_bytes for batch in found),
     )
 

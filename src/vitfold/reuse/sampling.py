@@ -7,6 +7,7 @@ reads and writes, so they are never copied.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -53,12 +54,22 @@ class Executor(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sampled:
-    """Samples in [-1, 1] (or latents), and how many steps were computed in full."""
+    """Samples in [-1, 1] (or latents), and how long every step took: those computed in full, and those that reused."""
 
     samples: Float[np.ndarray, "B C Y X"]
-    full_steps: int
-    reused_steps: int
+    full_ns: tuple[int, ...]
+    reused_ns: tuple[int, ...]
     kept_bytes: int
+
+    @property
+    def full_steps(self) -> int:
+        """Steps that were computed in full."""
+        return len(self.full_ns)
+
+    @property
+    def reused_steps(self) -> int:
+        """Steps that reused something."""
+        return len(self.reused_ns)
 
 
 def sample(
@@ -88,7 +99,9 @@ def sample(
     must = full_steps(method, len(timesteps))
     state = _State(executor=executor, method=method, must=must, depth=spec.depth, count=count, rows=rows)
     extra: dict[str, Any] = {"generator": generators} if _is_stochastic(scheduler) else {}
+    took: dict[bool, list[int]] = {True: [], False: []}
     for step, t in enumerate(scheduler.timesteps):
+        began, full_before = time.perf_counter_ns(), state.full
         entering = scheduler.scale_model_input(x, t).float()
         executor.write("given", conditions[step][row_of])
         executor.write("image", np.tile(entering.numpy(), (rows // count, 1, 1, 1)))
@@ -96,10 +109,11 @@ def sample(
         if spec.learned_sigma and not _learned(scheduler):
             predicted = predicted[:, : spec.channels]
         x = scheduler.step(predicted, t, x, **extra).prev_sample
+        took[state.full > full_before].append(time.perf_counter_ns() - began)
     return Sampled(
         samples=x.float().numpy(),
-        full_steps=state.full,
-        reused_steps=len(timesteps) - state.full,
+        full_ns=tuple(took[True]),
+        reused_ns=tuple(took[False]),
         kept_bytes=executor.kept_bytes,
     )
 
