@@ -33,6 +33,7 @@ def test_images_a_sheet_and_a_table(source: str, tmp_path: Path) -> None:
     row: dict[str, Any] = found["rows"][1]
     assert row["seconds_per_image"] > 0
     assert row["speedup"] > 0
+    assert row["reused_step_ratio"] > 0
     assert 0 < row["ssim"] < 1
     assert row["psnr_db"] > 0
     assert (row["frechet"], row["full_steps"], row["reused_steps"]) == (None, 4, 1)

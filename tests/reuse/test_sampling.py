@@ -139,7 +139,7 @@ def test_graphs_draw_what_torch_draws(model: DiTModel, name: str) -> None:
 
 
 def test_fewer_steps_stand_beside_every_method(model: DiTModel) -> None:
-    methods = [find_method("stack:3"), find_method("guidance:2"), find_method("none")]
+    methods = [find_method(text) for text in ("stack:3", "guidance:2", "none", "stack:3")]
     rows = diffuse(model, methods, Asked(**ASKED), engine="torch", trials=1)
     assert [row.name for row in rows] == ["none", "stack:3", "none, 4 steps", "guidance:2", "none, 6 steps"]
     first, second = rows[0].to_dict(), rows[1].to_dict()

@@ -133,6 +133,15 @@ def test_folders_that_are_refused(folder: Path, tmp_path: Path) -> None:
         load_dit(f"hf:{unscheduled}")
 
 
+def test_other_commands_say_what_draws(folder: Path, tmp_path: Path) -> None:
+    from vitfold.sources import load_source
+
+    (tmp_path / "model_index.json").write_text("{}", encoding="utf-8")
+    for found in (tmp_path, folder / "transformer"):
+        with pytest.raises(SourceError, match="vitfold diffuse hf:"):
+            load_source(f"hf:{found}")
+
+
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     import torch
 

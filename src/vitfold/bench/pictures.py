@@ -57,7 +57,7 @@ def frechet_distance(a: Float[np.ndarray, "N F"], b: Float[np.ndarray, "M F"]) -
 
     Equation: |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^(1/2) S_b S_a^(1/2))^(1/2)).
 
-    Source: FID (1706.08500), equation 6; an FID only where the features are Inception's.
+    Source: FID (1706.08500); an FID only where the features are Inception's.
     """
     moments = [(np.mean(x, 0, dtype=np.float64), np.cov(x.astype(np.float64), rowvar=False)) for x in (a, b)]
     (mean_a, cov_a), (mean_b, cov_b) = moments

@@ -33,8 +33,8 @@ def diffuse(
         str,
         typer.Option(
             metavar="METHOD",
-            help="none, fora, stack, taylor, chebyshev, first-block, guidance, with numbers as taylor:3:2, several "
-            "separated by commas; or auto.",
+            help="none, fora, stack, taylor, chebyshev, first-block, guidance, tokencache, with numbers as taylor:3:2; "
+            "several separated by commas; or auto.",
         ),
     ] = "none",
     classes: Annotated[str, typer.Option(metavar="C,C,...", help="One image per class, by number.")] = "0",
@@ -80,8 +80,8 @@ def diffuse(
     from vitfold.reuse import find_method
     from vitfold.sources.dit import load_dit
 
-    words = [word for word in reuse.split(",") if word.strip()]
-    methods = [find_method(word) for word in words if word.strip() != AUTO]
+    words = [word.strip() for word in reuse.split(",") if word.strip()]
+    methods = [find_method(word) for word in words if word != AUTO]
     with steps("diffuse") as say, quiet_stdout():
         say(f"loading {source}")
         model = load_dit(source, heads=heads)

@@ -127,9 +127,8 @@ def diffuse(
 
         plain = opened(none, Compression())
         plans = [("none", none, plain, asked)]
-        for method in [*([none] if compression.suffix else []), *methods]:
-            if not method.reuses and not compression.suffix:
-                continue
+        own = [none, *methods] if compression.suffix else [method for method in methods if method.reuses]
+        for method in {method.text: method for method in own}.values():
             executor = opened(method, compression)
             plans.append((f"{method.text}{compression.suffix}", method, executor, asked))
             steps = _plain_steps(model, executor, method, asked) if method.reuses else asked.steps

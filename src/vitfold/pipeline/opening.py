@@ -138,6 +138,8 @@ def open_parts(
     if method.cut != "whole":
         del found["step"]
     if engine == "torch":
+        if threads is not None:
+            torch.set_num_threads(threads)
         yield Eager(found, Simulate(params, compression.quantizers) if compression.quantizers else Run(params))
         return
     if engine != "onnxruntime":

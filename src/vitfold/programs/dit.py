@@ -78,7 +78,7 @@ def attention(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T], 
 
     The r most similar pairs of what it reads are merged before it, and given back their rows behind it.
 
-    Source: ToMe (2210.09461) for the merge, ToMe for Stable Diffusion (2303.17604), section 4.1, for undoing it.
+    Source: ToMe (2210.09461) for the merge, ToMe for Stable Diffusion (2303.17604) for undoing it.
     """
     site = f"blocks.{block}.attn"
     ops.scope(site)

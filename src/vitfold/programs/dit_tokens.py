@@ -18,7 +18,7 @@ def scores(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T]) -> 
 
     Equation: a = sigmoid(fc2 silu(fc1 u)), u what the block's attention reads, which knows timestep and class.
 
-    Source: TokenCache (2409.18523), section 3.2; the network is ours.
+    Source: TokenCache (2409.18523); the network is ours.
     """
     site = f"blocks.{block}.predictor"
     ops.scope(site)
@@ -36,7 +36,7 @@ def renewed(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T], ke
 
     They attend to all tokens as they are now; the others run neither attention's queries nor the MLP.
 
-    Source: TokenCache (2409.18523), equations 4 and 5.
+    Source: TokenCache (2409.18523).
     """
     if count == 0:
         return kept

@@ -26,7 +26,7 @@ def taylor(places: Sequence[int], at: int, *, order: int) -> Weights:
 
     With fewer values than an order needs, the orders that they allow are taken.
 
-    Source: TaylorSeer (2503.06923), equation 5.
+    Source: TaylorSeer (2503.06923).
     """
     reach = min(order, len(places) - 1)
     columns = list(np.eye(len(places)))  # D_0 at every place, as weights of the values

@@ -156,7 +156,7 @@ def _tokencache(text: str, ratio: float, interval: int, late_interval: int) -> M
 def _guidance(text: str, interval: int) -> Method:
     """Keep the difference that the class makes to the prediction, so that most steps run the pass with a class alone.
 
-    Source: FasterCache (2410.19355), section 3.3, without its weights per frequency.
+    Source: FasterCache (2410.19355), without its weights per frequency.
     """
     return Method(text=text, cut="whole", interval=interval, guidance=True)
 

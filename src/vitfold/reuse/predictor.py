@@ -64,7 +64,7 @@ def train_predictor(
 
     Equation: |x_L - x_L'|^2 / |x_L'' - x_L'|^2 + 0.05 mean a, x_L' of the whole step, x_L'' all from what is kept.
 
-    Source: TokenCache (2409.18523), section 3.2; scores are soft in training, the best ones are taken at inference.
+    Source: TokenCache (2409.18523); scores are soft in training, the best ones are taken at inference.
     """
     generator = torch.Generator().manual_seed(seed)
     pairs = _pairs(model, scheduler, generator)
@@ -96,7 +96,7 @@ def share_budget(ranked: Float[np.ndarray, "L N"], ratio: float) -> tuple[int, .
 
     The best cells of all blocks are taken; `ranked` are mean scores of each block's best token, its second best, ...
 
-    Source: TokenCache (2409.18523), section 3.3.
+    Source: TokenCache (2409.18523), its block selection.
     """
     depth, tokens = ranked.shape
     keep = round((1 - ratio) * depth * tokens)

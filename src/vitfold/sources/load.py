@@ -81,6 +81,7 @@ def load_source(
             translator = importlib.import_module(f"vitfold.sources.{here}")
             if prefix == "hf" and Path(name).expanduser().is_dir():
                 folder = Path(name).expanduser().resolve()
+                _refuse_diffusion(folder)
                 name, source = str(folder), f"hf:{folder}"
                 arguments.update(_digests(folder / "model.safetensors"))
             module, facts = translator.build(
@@ -216,6 +217,15 @@ def _file(source: str) -> Path:
     if path.exists():
         raise SourceError(f"{source} is not a .safetensors file; a source is {FORMS}")
     raise SourceError(f"unknown source {source!r}; did you mean timm:{source}? A source is {FORMS}")
+
+
+def _refuse_diffusion(folder: Path) -> None:
+    """Raise for a folder of diffusers, which holds no model that maps an image to a vector."""
+    config = folder / "config.json"
+    if (folder / "model_index.json").is_file() or (
+        config.is_file() and "DiTTransformer2DModel" in config.read_text(encoding="utf-8", errors="replace")
+    ):
+        raise SourceError(f"{folder} holds a diffusion model of diffusers; draw with it: vitfold diffuse hf:{folder}")
 
 
 def demo_folder() -> Path:
