@@ -16,7 +16,7 @@ from vitfold.engines.trtexec import trtexec_command
 from vitfold.errors import EngineError, RecipeError, TargetError
 from vitfold.images import ImageSet
 from vitfold.model import Array, Model, ViTSpec
-from vitfold.pipeline import gate
+from vitfold.pipeline import gate, trial
 from vitfold.quantizer import load_quant_params
 from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe
 
@@ -149,7 +149,7 @@ def test_where_tensorrt_starts_it_races_half_precision(
         return open_graph(path, "onnxruntime", literal=True)
 
     monkeypatch.setattr(gate, "tensorrt_obstacle", lambda: None)
-    monkeypatch.setattr(gate, "open_graph", stand_in)
+    monkeypatch.setattr(trial, "open_graph", stand_in)
     monkeypatch.setattr(gate, "open_session", lambda bundle: open_session(bundle, engine="onnxruntime"))
     found = pipeline.race(*int8, protocol=Protocol(trials=3, seconds=0.05))
     assert found is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -12,6 +13,7 @@ import torch
 from quantizing import affine, per_channel, single
 from vitfold.ops.emit import INPUT_NAME, emit_graph, write_onnx
 from vitfold.ops.simulate import Simulate
+from vitfold.programs.tokens import Tokens
 from vitfold.programs.vit import mlp, vit
 from vitfold.quant import METHODS
 from vitfold.quant.collect import collect
@@ -153,7 +155,11 @@ def random_images_of(seed):
 def test_the_shift_of_gelu_goes_into_the_bias_of_fc2_where_zero_points_cannot(tiny_model, random_images, tmp_path):
     """On TensorRT x ~ c + scale code with all 256 codes in use, and W c in the bias."""
     model = tiny_model()
-    program = lambda ops, image: mlp(ops, model.spec, "blocks.0.mlp", ops.patch_embed("patch_embed", image))  # noqa: E731
+
+    def program(ops: Any, image: Any) -> Any:
+        x = ops.patch_embed("patch_embed", image)
+        return mlp(ops, model.spec, 0, Tokens(x=x, count=model.spec.patches, prefix=0), x)
+
     inputs = np.array([-0.17, 2.5], np.float32)
     weights = {f"blocks.0.mlp.{n}.w": per_channel(model.params[f"blocks.0.mlp.{n}.weight"]) for n in ("fc1", "fc2")}
     quantizers = {

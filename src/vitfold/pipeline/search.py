@@ -219,9 +219,9 @@ def search(laboratory: Laboratory, arms: Sequence[Arm], goal: Goal, *, minutes: 
         following = goal.further(arm, index) if float_sites == 0 else None
         if following is not None and (number, following) not in tried:
             heapq.heappush(waiting, (goal.cost(arm, following), number, following, 0))
-    measured = [row for row in laboratory.rows if row["error"] is None]
-    nearest = min(measured, key=goal.missed_by, default=None)
-    return Found(winner=best, rows=tuple(laboratory.rows), verified=verified, nearest=nearest, reason=reason)
+    rows = [row for row in laboratory.rows if any((row["quant"], row["target"]) == (a.quant, a.target) for a in arms)]
+    nearest = min((row for row in rows if row["error"] is None), key=goal.missed_by, default=None)
+    return Found(winner=best, rows=tuple(rows), verified=verified, nearest=nearest, reason=reason)
 
 
 def divided_for_search(images: ImageSet, *, seed: int) -> tuple[ImageSet, ImageSet]:
