@@ -189,3 +189,11 @@ def test_a_bound_that_nothing_meets_shows_the_nearest_miss(few: Path, small, tmp
 def test_a_search_that_cannot_be_is_refused(few, small, tmp_path, arguments, code, message) -> None:
     line = ("optimize", *small, "--images", few, "--calibration-size", 4, "-o", tmp_path / "a.fold", *arguments)
     assert message in error(*line, code=code)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"), [(0, "this model gives features"), (7, "do not fit the model's 7 outputs")]
+)
+def test_a_search_needs_classes_that_fit(few, tmp_path, classes, message) -> None:
+    source = ("timm:test_vit", "--weights", "random", "--image-size", 32, "--num-classes", classes)
+    assert message in error("optimize", *source, "--images", few, "--max-drop", 60, "-o", tmp_path / "a.fold")

@@ -52,8 +52,16 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Wanted, *, 
         VitfoldError: if the images are too few, or a latency bound is met by nothing.
     """
     from vitfold.bundle import copy_bundle
+    from vitfold.images import class_targets
     from vitfold.pipeline.search import check_enough, divided_for_search, find_arms, search
 
+    if model.spec.output != "logits":
+        raise VitfoldError(
+            "a search counts classes, and this model gives features; choose --merge and --quant, and compare cosines "
+            "with vitfold bench"
+        )
+    if images.classes is not None:
+        class_targets(images, model.labels, model.spec.output_width)
     calibration = images.sample(wanted.calibration_size, seed=wanted.seed)
     others = images.without(calibration)
     if others is None:
