@@ -99,7 +99,8 @@ def sweep(
             "target": wanted.target,
             "protocol": chosen["protocol"],
         }
-        rows = begin_sweep(output, head, {"environment": environment()})
+        beside = {"environment": environment()}
+        rows = begin_sweep(output, head, beside)
 
         def again(attempt: Attempt) -> str:
             return _command(source, images, attempt, calibration_size, calibration_seed)
@@ -112,7 +113,7 @@ def sweep(
     latest = {row["recipe"]: row for row in rows}
     result = [latest[attempt.name] for attempt in attempts if attempt.name in latest]
     if json:
-        print_json({**head, "environment": environment(), "rows": result})
+        print_json({**head, **beside, "rows": result})
         return
     out.print(sweep_table(result))
     for row in result:
