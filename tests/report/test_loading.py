@@ -36,6 +36,7 @@ def test_the_results_of_this_project_can_be_shown() -> None:
     found = load_folder(ROOT / "results")
     assert {"bench", "evaluate", "ladder"} <= {document.kind for document in found.documents}
     assert any("audit" in name for name in found.left_out)
+    assert {"search-cifar10", "rules-cifar10"} <= {document.name for document in found.of("sweep")}
 
 
 @pytest.mark.parametrize(

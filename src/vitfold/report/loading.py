@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from vitfold.errors import ReportError
-from vitfold.report.sweeps import HEAD, ROWS, read_sweep_rows
+from vitfold.report.sweeps import HEAD, ROWS, check_sweep_rows, read_sweep_rows
 
 SHOWN = ("sweep", "bench", "evaluate", "ladder", "sensitivity", "profile")
 _SIGNS: dict[str, frozenset[str]] = {
+    "sweep": frozenset({"rows"}),  # also a search: its rows are a sweep's
     "profile": frozenset({"kinds", "blocks", "advice"}),
     "sensitivity": frozenset({"source", "sites"}),
     "ladder": frozenset({"rows", "model_digest", "calibration_size"}),
@@ -28,10 +29,16 @@ _OTHERS: dict[str, frozenset[str]] = {
     "audit of one graph": frozenset({"kernels", "findings"}),
     "accumulators": frozenset({"layers_beyond", "rows"}),
     "forecast": frozenset({"prediction", "rows"}),
+    "adaptive merging": frozenset({"model", "rows"}),
     "outliers": frozenset({"remedies", "sink_site"}),
     "a sweep without rows": frozenset({"images_digest", "protocol", "calibration_seed"}),
     "inspect": frozenset({"recipe", "digest", "preprocess"}),
     "optimize": frozenset({"recipe", "schedule", "weight_bytes"}),
+}
+_ROW_SIGNS: dict[str, frozenset[str]] = {
+    "sweep": frozenset({"recipe", "merge", "quant", "drop"}),
+    "bench": frozenset({"bundle", "scope"}),
+    "adaptive merging": frozenset({"mean_macs", "std_macs"}),
 }
 
 
@@ -76,6 +83,8 @@ def load_folder(path: Path) -> Folder:
         name = file.relative_to(path).with_suffix("").as_posix()
         content = _read(file)
         kind = _kind(content)
+        if kind == "sweep":
+            content = {**content, "rows": check_sweep_rows(file, content["rows"])}
         if kind in _SIGNS:
             documents.append(Document(name=name, kind=kind, content=content))
         elif kind is None:
@@ -120,9 +129,11 @@ def _kind(content: Mapping[str, Any]) -> str | None:
 
 
 def _fits(kind: str, content: Mapping[str, Any]) -> bool:
-    """Tell bench's rows from others'."""
-    rows = content.get("rows")
-    return kind != "bench" or (isinstance(rows, list) and all({"bundle", "scope"} <= set(row) for row in rows))
+    """Tell rows from rows."""
+    rows, signs = content.get("rows"), _ROW_SIGNS.get(kind)
+    if kind == "a sweep without rows":
+        return rows is None
+    return signs is None or (isinstance(rows, list) and bool(rows) and all(signs <= set(row) for row in rows))
 
 
 def _keys(content: Mapping[str, Any]) -> str:

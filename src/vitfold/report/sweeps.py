@@ -5,7 +5,7 @@ Owns what a row must hold to be shown. How rows lie in a file is `journal`'s bus
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,27 @@ _NEEDED = ("recipe", "merge", "quant")
 
 
 def read_sweep_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a sweep; the last one counts where a recipe was measured again.
+    """Return the rows of a sweep's folder.
 
     Raises:
         JournalError: naming the line that is no JSON object.
+        ReportError: as `check_sweep_rows`.
+    """
+    return check_sweep_rows(path, read_rows(path))
+
+
+def check_sweep_rows(path: Path, found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows that were found in this file; the last one counts where a recipe was measured again.
+
+    Raises:
         ReportError: naming the row that cannot be shown.
     """
     rows: dict[str, dict[str, Any]] = {}
-    for number, row in enumerate(read_rows(path), start=1):
+    for number, row in enumerate(found, start=1):
         wrong = _wrong(row)
         if wrong is not None:
             raise ReportError(f"{path}, row {number} {wrong}; remove it, and go on with the sweep to measure it again")
-        rows[str(row["recipe"])] = row
+        rows[str(row["recipe"])] = dict(row)
     if not rows:
         raise ReportError(f"{path} has no row yet; let the sweep measure one first")
     return list(rows.values())
