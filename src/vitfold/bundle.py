@@ -1,28 +1,22 @@
 """The directory on disk that optimizing makes and serving opens.
 
-Owns its layout, its digests, and that a reader never sees half of one. What the files mean to a
-runtime is `engines`' business. docs/bundle.md is the specification.
+Owns what stands in its manifest. How the folder is written and checked is `sealed`'s business, what the files mean to
+a runtime `engines`'. docs/bundle.md is the specification.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitfold.digest import file_sha256
-from vitfold.errors import BundleError, VitfoldError, nearest
+from vitfold.errors import BundleError, VitfoldError
 from vitfold.model import Preprocess, ViTSpec, preprocess_from_dict, spec_to_dict, vit_spec_from_dict
 from vitfold.recipe import Recipe, recipe_from_dict
+from vitfold.sealed import MANIFEST, check_files, read_header, write_sealed
 
-FORMAT = "vitfold.bundle"
-VERSION = 1
-MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 WEIGHTS = "weights.safetensors"
 QUANTIZERS = "quantizers.safetensors"
@@ -108,49 +102,18 @@ def has_trained_weights(origin: Mapping[str, Any]) -> bool:
 
 
 def write_bundle(path: str | Path, write: Callable[[Path], Manifest], *, overwrite: bool = False) -> Bundle:
-    """Write a bundle beside its destination, then rename it into place.
-
-    `write` is handed the path of model.onnx, writes it and returns the manifest. Nothing is left behind
-    if it raises or the user interrupts; an existing bundle is replaced only by a complete one.
+    """Write a bundle as a whole or not at all; `write` is handed the path of model.onnx and returns the manifest.
 
     Raises:
         BundleError: if the destination cannot be written, or exists and may not be replaced.
     """
-    destination = Path(path).absolute()
-    check_destination(destination, overwrite=overwrite)
-    work = destination.parent / f".{destination.name}.{secrets.token_hex(4)}.partial"
-    try:
-        try:
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            work.mkdir(mode=0o700)
-        except OSError as error:
-            raise BundleError(f"cannot write {destination}: {error}; choose a folder that you may write to") from None
-        manifest = write(work / MODEL)
-        (work / RECIPE).write_text(manifest.recipe.to_toml(), encoding="utf-8")
-        header = {"format": FORMAT, "version": VERSION, **manifest.to_dict(), "files": _file_table(work)}
-        (work / MANIFEST).write_text(json.dumps(header, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        _put_in_place(work, destination)
-    except OSError as error:
-        raise BundleError(f"cannot write {destination}: {error}; free some space or choose another folder") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return open_bundle(destination)
 
+    def fill(folder: Path) -> Mapping[str, Any]:
+        manifest = write(folder / MODEL)
+        (folder / RECIPE).write_text(manifest.recipe.to_toml(), encoding="utf-8")
+        return manifest.to_dict()
 
-def check_destination(destination: Path, *, overwrite: bool) -> None:
-    """Check that a bundle may be written there, before anything slow starts.
-
-    Raises:
-        BundleError: if something else stands there, or a bundle that may not be replaced.
-    """
-    if not destination.exists():
-        return
-    if not destination.is_dir():
-        raise BundleError(f"{destination} exists and is a file; choose another output")
-    if any(destination.iterdir()) and not (destination / MANIFEST).exists():
-        raise BundleError(f"{destination} exists and is not a bundle; choose another output, it is left untouched")
-    if any(destination.iterdir()) and not overwrite:
-        raise BundleError(f"{destination} exists already; pass --overwrite to replace it, or choose another output")
+    return open_bundle(write_sealed(path, fill, overwrite=overwrite))
 
 
 def copy_bundle(
@@ -171,75 +134,27 @@ def copy_bundle(
     return write_bundle(path, write, overwrite=overwrite)
 
 
-def _put_in_place(work: Path, destination: Path) -> None:
-    work.chmod(0o755)
-    if not destination.exists():
-        work.rename(destination)
-        return
-    old = work.with_suffix(".old")
-    destination.rename(old)
-    try:
-        work.rename(destination)
-    except OSError:
-        old.rename(destination)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _file_table(folder: Path) -> dict[str, dict[str, Any]]:
-    return {
-        path.name: {"sha256": file_sha256(path), "size_bytes": path.stat().st_size}
-        for path in sorted(folder.iterdir())
-        if path.name != MANIFEST
-    }
-
-
 def open_bundle(path: str | Path) -> Bundle:
     """Open a bundle and check every file against its digest.
 
     Raises:
-        BundleError: if it is missing, not a bundle, newer than this vitfold, or damaged.
+        BundleError: if it is missing, not a bundle of a Vision Transformer, newer than this vitfold, or damaged.
     """
     folder = Path(path)
-    if not folder.exists():
-        around = [p.name for p in folder.parent.iterdir() if p.suffix == ".fold"] if folder.parent.is_dir() else []
-        hint = nearest(folder.name, around) if around else "make one with: vitfold optimize SOURCE -o OUT.fold"
-        raise BundleError(f"no such bundle: {folder} ({hint})")
-    try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
+    header = read_header(folder)
+    if "kind" in header.values:
         raise BundleError(
-            f"{folder} is not a bundle: it has no {MANIFEST}; make one with: vitfold optimize SOURCE -o OUT.fold"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"cannot read {folder / MANIFEST}: {error}; make the bundle again") from None
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BundleError(f"{folder / MANIFEST} is damaged ({error}); make the bundle again") from None
-    manifest, files = _read_manifest(folder, values)
-    size = 0
-    for name, entry in files.items():
-        size += _check_file(folder, name, entry)
-    return Bundle(
-        path=folder, manifest=manifest, size_bytes=size, digest=hashlib.sha256(text.encode("utf-8")).hexdigest()
-    )
-
-
-def _read_manifest(folder: Path, values: Any) -> tuple[Manifest, Mapping[str, Any]]:
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise BundleError(f"{folder} is not a bundle: its {MANIFEST} lacks the format {FORMAT!r}")
-    version = values.get("version")
-    if not isinstance(version, int) or version < 1:
-        raise BundleError(f"{folder} states the format version {version!r}, which is not one; make the bundle again")
-    if version > VERSION:
-        raise BundleError(
-            f"{folder} has format version {version}, this vitfold reads up to {VERSION}; "
-            "upgrade with: pip install -U vitfold"
+            f"{folder} holds the steps of a diffusion model, which only these take: vitfold diffuse, vitfold bench and "
+            "vitfold inspect"
         )
+    manifest = _read_manifest(folder, header.values)
+    size = check_files(folder, header, (WEIGHTS, QUANTIZERS) if manifest.simulated else (MODEL,))
+    return Bundle(path=folder, manifest=manifest, size_bytes=size, digest=header.digest)
+
+
+def _read_manifest(folder: Path, values: Mapping[str, Any]) -> Manifest:
     try:
-        files = values["files"]
-        manifest = Manifest(
+        return Manifest(
             vitfold=values["vitfold"],
             spec=vit_spec_from_dict(values["spec"]),
             preprocess=preprocess_from_dict(values["preprocess"]),
@@ -256,22 +171,3 @@ def _read_manifest(folder: Path, values: Any) -> tuple[Manifest, Mapping[str, An
         )
     except (KeyError, TypeError, AttributeError, VitfoldError) as error:
         raise BundleError(f"{folder / MANIFEST} is damaged: {error!r}; make the bundle again") from None
-    needed = (WEIGHTS, QUANTIZERS) if manifest.simulated else (MODEL,)
-    for name in needed:
-        if not isinstance(files, dict) or name not in files:
-            raise BundleError(f"{folder / MANIFEST} is damaged: it does not list {name}; make the bundle again")
-    return manifest, files
-
-
-def _check_file(folder: Path, name: str, entry: Any) -> int:
-    if not isinstance(entry, dict) or Path(name).name != name or name in (".", ".."):
-        raise BundleError(f"{folder / MANIFEST} lists the file {name!r}, which a bundle cannot hold")
-    path = folder / name
-    if not path.is_file() or path.is_symlink():
-        raise BundleError(f"{folder} lacks the file {name}; copy the whole folder again or make the bundle again")
-    size = path.stat().st_size
-    if size != entry.get("size_bytes") or file_sha256(path) != entry.get("sha256"):
-        raise BundleError(
-            f"{path} is damaged: its sha256 is not the one in {MANIFEST}; copy it again or make the bundle again"
-        )
-    return size

@@ -151,8 +151,8 @@ def optimize(
     )
     require_optimize()
     from vitfold import pipeline
-    from vitfold.bundle import check_destination
     from vitfold.images import find_images
+    from vitfold.sealed import check_destination
     from vitfold.target import find_target
 
     destination = None if dry_run else output

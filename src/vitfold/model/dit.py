@@ -7,15 +7,15 @@ the tables that are computed and not learned: positions and the waves of a times
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from vitfold.errors import SourceError
-from vitfold.model.params import Array, Origin, check_arrays
+from vitfold.model.params import Array, Origin, check_arrays, params_digest
 from vitfold.model.spec import Activation, Shape
 
 MODULATIONS = 6
@@ -96,6 +96,41 @@ class DiTSpec:
         return MODULATIONS * self.depth + 2
 
 
+@runtime_checkable
+class Drawn(Protocol):
+    """What drawing asks of a model besides what runs it: a `DiTModel` has it, and a bundle of its steps."""
+
+    @property
+    def spec(self) -> DiTSpec:
+        """The architecture."""
+        ...
+
+    @property
+    def schedule(self) -> Mapping[str, Any]:
+        """The noise schedule, in the words of diffusers' schedulers."""
+        ...
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Names of the classes."""
+        ...
+
+    @property
+    def origin(self) -> Origin:
+        """Where the weights came from."""
+        ...
+
+    @property
+    def latent(self) -> bool:
+        """Whether latents come out, not pixels."""
+        ...
+
+    @property
+    def decoder(self) -> str | None:
+        """The folder of the VAE."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DiTModel:
     """A Diffusion Transformer as data; checked at construction, so that a half-made one can't exist.
@@ -118,6 +153,10 @@ class DiTModel:
         object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
         if self.labels is not None and len(self.labels) != self.spec.classes:
             raise SourceError(f"{len(self.labels)} labels for {self.spec.classes} classes; give one per class or none")
+
+    def digest(self) -> str:
+        """Return the sha256 over the spec, the noise schedule and every parameter, in hexadecimal."""
+        return params_digest([dit_spec_to_dict(self.spec), dict(self.schedule)], self.params)
 
 
 def dit_param_shapes(spec: DiTSpec) -> tuple[dict[str, Shape], dict[str, Shape]]:
@@ -203,3 +242,11 @@ def class_rows(spec: DiTSpec, labels: Int[np.ndarray, " B"]) -> Float[np.ndarray
 def dit_spec_to_dict(spec: DiTSpec) -> dict[str, Any]:
     """Return the spec as plain JSON values."""
     return asdict(spec)
+
+
+def dit_spec_from_dict(values: Mapping[str, Any]) -> DiTSpec:
+    """Rebuild a spec from `dit_spec_to_dict`; an unknown key is an error, since it would change the function."""
+    unknown = sorted(set(values) - {f.name for f in fields(DiTSpec)})
+    if unknown:
+        raise SourceError(f"unknown spec key {unknown[0]!r}; this vitfold is older than the file, upgrade vitfold")
+    return DiTSpec(**values)

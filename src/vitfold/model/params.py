@@ -65,13 +65,17 @@ class Model:
 
     def digest(self) -> str:
         """Return the sha256 over the spec, the preprocessing and every parameter, in hexadecimal."""
-        head = json.dumps([spec_to_dict(self.spec), self.preprocess.to_dict()], sort_keys=True)
-        total = hashlib.sha256(head.encode())
-        for name in sorted(self.params):
-            array = np.ascontiguousarray(self.params[name])
-            total.update(f"{name}{array.dtype}{array.shape}".encode())
-            total.update(array.reshape(-1).view(np.uint8).data)
-        return total.hexdigest()
+        return params_digest([spec_to_dict(self.spec), self.preprocess.to_dict()], self.params)
+
+
+def params_digest(head: Any, params: Mapping[str, Array]) -> str:
+    """Return the sha256 over plain JSON values and every parameter, in hexadecimal."""
+    total = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+    for name in sorted(params):
+        array = np.ascontiguousarray(params[name])
+        total.update(f"{name}{array.dtype}{array.shape}".encode())
+        total.update(array.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
 
 
 def check_params(spec: ViTSpec, params: Mapping[str, Array]) -> None:

@@ -17,7 +17,7 @@ from vitfold.bench.measurement import Measurement, speed_up
 from vitfold.bench.pictures import psnr_db, ssim
 from vitfold.bench.timing import interleave
 from vitfold.errors import RecipeError
-from vitfold.model import Array, DiTModel
+from vitfold.model import Array, DiTModel, Drawn
 from vitfold.pipeline.judging import Judge, Verdict
 from vitfold.pipeline.opening import Compression, open_parts, prepare_predictor
 from vitfold.reuse import Method, Sampled, find_method, sample
@@ -46,6 +46,16 @@ class Asked:
             raise RecipeError(f"--batch must be at least 1, found {self.batch}")
         if not self.guidance >= 1:
             raise RecipeError(f"--guidance must be at least 1 (no guidance), found {self.guidance}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Way:
+    """One way to draw what was asked for."""
+
+    name: str
+    method: Method
+    executor: Executor
+    asked: Asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -126,36 +136,54 @@ def diffuse(
             )
 
         plain = opened(none, Compression())
-        plans = [("none", none, plain, asked)]
+        plans = [Way(name="none", method=none, executor=plain, asked=asked)]
         own = [none, *methods] if compression.suffix else [method for method in methods if method.reuses]
         for method in {method.text: method for method in own}.values():
             executor = opened(method, compression)
-            plans.append((f"{method.text}{compression.suffix}", method, executor, asked))
-            steps = _plain_steps(model, executor, method, asked) if method.reuses else asked.steps
-            if steps < asked.steps and all(plan[0] != fewer_name(steps) for plan in plans):
-                plans.append((fewer_name(steps), none, plain, replace(asked, steps=steps)))
-        results: dict[str, Sampled] = {}
+            plans.append(Way(name=f"{method.text}{compression.suffix}", method=method, executor=executor, asked=asked))
+            add_fewer_steps(model, plans)
+        return compare(model, plans, engine=engine, trials=trials, decode=decode, judge=judge, say=say)
 
-        def subject(name: str, method: Method, executor: Executor, how: Asked) -> Callable[[], None]:
-            def run() -> None:
-                results[name] = draw(model, executor, method, how)
 
-            return run
+def compare(
+    model: Drawn,
+    ways: Sequence[Way],
+    *,
+    engine: str,
+    trials: int,
+    decode: Callable[[Array], Array] | None,
+    judge: Judge | None = None,
+    say: Say = lambda _: None,
+) -> list[Row]:
+    """Draw by every way, timed in turn; the first is what the others are compared with, in time and in images."""
+    results: dict[str, Sampled] = {}
 
-        subjects = {plan[0]: subject(*plan) for plan in plans}
-        times = interleave(subjects, trials=trials, warmup=0, iterations=1, progress=say)
+    def subject(way: Way) -> Callable[[], None]:
+        def run() -> None:
+            results[way.name] = draw(model, way.executor, way.method, way.asked)
+
+        return run
+
+    times = interleave({way.name: subject(way) for way in ways}, trials=trials, warmup=0, iterations=1, progress=say)
     measured = {
-        name: Measurement(subject=name, engine=engine, batch=len(asked.labels), scope="end_to_end", trials_ns=found)
-        for name, found in times.items()
+        way.name: Measurement(
+            subject=way.name,
+            engine=engine,
+            batch=len(way.asked.labels),
+            scope="end_to_end",
+            trials_ns=times[way.name],
+        )
+        for way in ways
     }
+    first = ways[0]
 
     def judged(images: Array) -> Verdict | None:
-        return None if judge is None else judge(images, asked.labels, model.spec.classes)
+        return None if judge is None else judge(images, first.asked.labels, model.spec.classes)
 
-    reference = _shown(results["none"].samples, decode)
+    reference = _shown(results[first.name].samples, decode)
     return [
-        _row(name, method, how.steps, results[name], measured[name], measured["none"], reference, decode, judged)
-        for name, method, _, how in plans
+        _row(way, results[way.name], measured[way.name], measured[first.name], reference, decode, judged)
+        for way in ways
     ]
 
 
@@ -180,10 +208,19 @@ def fastest_method(rows: Sequence[Row], least_db: float) -> Method:
     return best.method if best is not None and best.speedup["median"] > 1 else find_method("none")
 
 
-def _plain_steps(model: DiTModel, executor: Executor, method: Method, asked: Asked) -> int:
-    """How many plain steps compute as much as a method does on the first batch, what it reuses left out."""
-    found = draw(model, executor, method, replace(asked, labels=asked.labels[: asked.batch]))
-    return asked.steps - found.reused_steps // 2 if method.guidance else found.full_steps
+def add_fewer_steps(model: Drawn, ways: list[Way]) -> None:
+    """Add the plain alternative to the last way: the first one, in as few steps as that one computes.
+
+    Steps are counted on the first batch; a pass without guidance is half of one.
+    """
+    first, last = ways[0], ways[-1]
+    asked = last.asked
+    if not last.method.reuses:
+        return
+    found = draw(model, last.executor, last.method, replace(asked, labels=asked.labels[: asked.batch]))
+    steps = asked.steps - found.reused_steps // 2 if last.method.guidance else found.full_steps
+    if steps < asked.steps and all(way.name != fewer_name(steps) for way in ways):
+        ways.append(replace(first, name=fewer_name(steps), asked=replace(first.asked, steps=steps)))
 
 
 def fewer_name(steps: int) -> str:
@@ -191,7 +228,7 @@ def fewer_name(steps: int) -> str:
     return f"none, {steps} steps"
 
 
-def check_asked(model: DiTModel, asked: Asked) -> None:
+def check_asked(model: Drawn, asked: Asked) -> None:
     """Check what was asked for against the model.
 
     Raises:
@@ -206,7 +243,7 @@ def check_asked(model: DiTModel, asked: Asked) -> None:
     build_scheduler(asked.sampler, model.schedule, asked.steps, learned_sigma=model.spec.learned_sigma)
 
 
-def draw(model: DiTModel, executor: Executor, method: Method, asked: Asked) -> Sampled:
+def draw(model: Drawn, executor: Executor, method: Method, asked: Asked) -> Sampled:
     """Draw all images, batch by batch."""
     found = []
     for start in range(0, len(asked.labels), asked.batch):
@@ -225,9 +262,7 @@ def draw(model: DiTModel, executor: Executor, method: Method, asked: Asked) -> S
 
 
 def _row(
-    name: str,
-    method: Method,
-    steps: int,
+    way: Way,
     sampled: Sampled,
     measured: Measurement,
     baseline: Measurement,
@@ -239,9 +274,9 @@ def _row(
     is_image = bool(reference.min() >= 0 and reference.max() <= 1)
     peak = 1.0 if is_image else float(np.ptp(reference))
     return Row(
-        name=name,
-        method=method,
-        steps=steps,
+        name=way.name,
+        method=way.method,
+        steps=way.asked.steps,
         sampled=sampled,
         measurement=measured,
         speedup=speed_up(baseline, measured),

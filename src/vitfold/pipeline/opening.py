@@ -10,13 +10,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from vitfold.bench.environment import processor
 from vitfold.errors import EngineError, RecipeError
-from vitfold.model import Array, DiTModel
+from vitfold.model import Array, DiTModel, DiTSpec
 from vitfold.ops.record import Record
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
@@ -28,7 +29,11 @@ from vitfold.reuse.eager import Eager
 from vitfold.reuse.predictor import Predictor, train_predictor
 from vitfold.reuse.sampling import Executor
 from vitfold.reuse.schedulers import build_scheduler
+from vitfold.step_bundle import StepBundle
 from vitfold.target import Target, cpu_target, find_target
+
+if TYPE_CHECKING:
+    from vitfold.engines.parts import PartsSession
 
 EXECUTORS = ("onnxruntime", "torch")
 SCHEMES = ("none", "w8a8")
@@ -132,11 +137,8 @@ def open_parts(
     if (method.ratio is not None) != (predictor is not None):
         raise ValueError(f"{method.text} goes with a trained predictor, and no other method does")
     compression = compression or Compression()
-    counts = predictor.counts if predictor is not None else ()
-    params = {**(compression.params or model.params), **(predictor.params if predictor is not None else {})}
-    found = parts(model.spec, method.cut, history=method.history, counts=counts, r=compression.r)
-    if method.cut != "whole":
-        del found["step"]
+    found = plan_parts(model.spec, method, () if predictor is None else predictor.counts, compression.r)
+    params = step_params(model, compression, predictor)
     if engine == "torch":
         if threads is not None:
             torch.set_num_threads(threads)
@@ -144,32 +146,76 @@ def open_parts(
         return
     if engine != "onnxruntime":
         raise EngineError(f"diffusion runs on {' or '.join(EXECUTORS)}, found {engine!r}")
-    from vitfold.engines.parts import PartsSession
-
     with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
-        paths = {name: Path(folder) / f"{name}.onnx" for name in found}
-        for name, part in found.items():
-            write_part(part, params, paths[name], compression.quantizers)
-        ends = {name: (part.inputs, part.outputs) for name, part in found.items()}
-        with contextlib.closing(PartsSession(paths, ends, threads=threads)) as session:
+        write_parts(found, params, Path(folder), compression.quantizers)
+        with contextlib.closing(open_graphs(found, Path(folder), threads)) as session:
             yield session
 
 
-def write_part(
-    part: Part, params: Mapping[str, Array], path: Path, quantizers: Mapping[str, Quantizer] | None = None
-) -> None:
-    """Write a part as an ONNX graph for ONNX Runtime on this processor."""
-    from vitfold.ops.emit import emit_ports, write_onnx
+def plan_parts(spec: DiTSpec, method: Method, counts: tuple[int, ...], r: int) -> dict[str, Part]:
+    """Return the parts that a method runs."""
+    found = parts(spec, method.cut, history=method.history, counts=counts, r=r)
+    if method.cut != "whole":
+        del found["step"]
+    return found
 
-    graph = emit_ports(
-        part.run,
-        params,
-        _quantized_target() if quantizers else find_target("cpu"),
-        quantizers,
-        inputs=part.inputs,
-        outputs=[port.name for port in part.outputs],
-    )
-    write_onnx(graph, path)
+
+def step_params(model: DiTModel, compression: Compression, predictor: Predictor | None) -> dict[str, Array]:
+    """Return all weights that the parts read."""
+    return {**(compression.params or model.params), **(predictor.params if predictor is not None else {})}
+
+
+def write_parts(
+    found: Mapping[str, Part],
+    params: Mapping[str, Array],
+    folder: Path,
+    quantizers: Mapping[str, Quantizer] | None = None,
+) -> None:
+    """Write parts as ONNX graphs for ONNX Runtime on this processor, their weights once for all."""
+    from vitfold.ops.emit import emit_ports, write_together
+
+    target = step_target(quantized=quantizers is not None)
+    graphs = {
+        name: emit_ports(
+            part.run,
+            params,
+            target,
+            quantizers,
+            inputs=part.inputs,
+            outputs=[port.name for port in part.outputs],
+        )
+        for name, part in found.items()
+    }
+    write_together(graphs, folder)
+
+
+def open_graphs(found: Mapping[str, Part], folder: Path, threads: int | None) -> PartsSession:
+    """Open the graphs of parts that were written to a folder.
+
+    Raises:
+        EngineError: if ONNX Runtime refuses one.
+    """
+    from vitfold.engines.parts import PartsSession
+
+    paths = {name: folder / f"{name}.onnx" for name in found}
+    return PartsSession(paths, {name: (part.inputs, part.outputs) for name, part in found.items()}, threads=threads)
+
+
+def open_steps(bundle: StepBundle, threads: int | None = None) -> PartsSession:
+    """Open the graphs of a bundle.
+
+    Raises:
+        RecipeError: if this vitfold does not know its method.
+        EngineError: if ONNX Runtime refuses a graph.
+    """
+    manifest = bundle.manifest
+    method = find_method(manifest.plan.reuse)
+    return open_graphs(plan_parts(manifest.spec, method, manifest.counts, manifest.plan.merge), bundle.path, threads)
+
+
+def step_target(*, quantized: bool) -> Target:
+    """Return what graphs of steps are written for: this processor, where they hold integers."""
+    return _quantized_target() if quantized else find_target("cpu")
 
 
 def _quantized_target() -> Target:

@@ -1,6 +1,15 @@
 """The interpreter that writes an ONNX graph for one target. Never imports torch."""
 
-from vitfold.ops.emit.graph import INPUT_NAME, Graph, emit_graph, emit_ports, emit_program, write_onnx
+from vitfold.ops.emit.graph import (
+    INPUT_NAME,
+    SHARED_WEIGHTS,
+    Graph,
+    emit_graph,
+    emit_ports,
+    emit_program,
+    write_onnx,
+    write_together,
+)
 from vitfold.ops.emit.lowering import Emit
 from vitfold.ops.emit.quantized import MICROSOFT
 from vitfold.ops.emit.rows import Value
@@ -9,6 +18,7 @@ from vitfold.ops.emit.writer import SITE_KEY
 __all__ = [
     "INPUT_NAME",
     "MICROSOFT",
+    "SHARED_WEIGHTS",
     "SITE_KEY",
     "Emit",
     "Graph",
@@ -17,4 +27,5 @@ __all__ = [
     "emit_ports",
     "emit_program",
     "write_onnx",
+    "write_together",
 ]

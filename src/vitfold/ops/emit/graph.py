@@ -5,6 +5,7 @@ Owns inputs, outputs, opsets and where weights are stored.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from vitfold.target import Target
 
 INPUT_NAME = "pixel_values"
 EXTERNAL_DATA_BYTES = 256 * 1024 * 1024
+SHARED_WEIGHTS = "weights.bin"
+_LEAST_SHARED_BYTES = 1024
+_ALIGNMENT = 64
 _IR_VERSION = 10
 
 
@@ -127,3 +131,31 @@ def write_onnx(graph: Graph, path: Path) -> None:
     """
     external = f"{path.name}.data" if graph.weight_bytes > EXTERNAL_DATA_BYTES else None
     ir.save(graph.model, path, external_data=external)
+
+
+def write_together(graphs: Mapping[str, Graph], folder: Path) -> None:
+    """Write every graph as NAME.onnx; weights lie once in `SHARED_WEIGHTS`, whichever graphs read them."""
+    offsets: dict[bytes, int] = {}
+    with (folder / SHARED_WEIGHTS).open("wb") as file:
+        for graph in graphs.values():
+            for value in graph.model.graph.initializers.values():
+                tensor = value.const_value
+                if tensor is None or tensor.nbytes < _LEAST_SHARED_BYTES:
+                    continue
+                data = tensor.tobytes()
+                key = hashlib.sha256(data).digest()
+                if key not in offsets:
+                    file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+                    offsets[key] = file.tell()
+                    file.write(data)
+                value.const_value = ir.ExternalTensor(
+                    SHARED_WEIGHTS,
+                    offsets[key],
+                    len(data),
+                    tensor.dtype,
+                    shape=tensor.shape if isinstance(tensor.shape, ir.Shape) else ir.Shape(tensor.shape),
+                    name=str(value.name),
+                    base_dir=folder,
+                )
+    for name, graph in graphs.items():
+        ir.save(graph.model, folder / f"{name}.onnx")
