@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitfold.cli import options
+from vitfold.cli.drawing import decoder, document, write_drawn
 from vitfold.cli.optimize import require_optimize
-from vitfold.cli.terminal import command, note, out, print_json, quiet_stdout, steps, write_json
-from vitfold.errors import SourceError, VitfoldError
+from vitfold.cli.terminal import command, note, out, print_json, quiet_stdout, steps
 
 if TYPE_CHECKING:
-    from vitfold.model import Array, DiTModel
     from vitfold.pipeline.judging import Judge
 
 AUTO = "auto"
@@ -85,7 +84,7 @@ def diffuse(
     with steps("diffuse") as say, quiet_stdout():
         say(f"loading {source}")
         model = load_dit(source, heads=heads)
-        decode = None if latents else _decoder(model)
+        decode = None if latents else decoder(model)
         asked = diffusion.Asked(
             labels=labels, seed=seed, steps=step_count, sampler=sampler, guidance=guidance, batch=batch
         )
@@ -107,15 +106,23 @@ def diffuse(
             methods.append(chosen)
         judge = None if real is None or features is None else _judge(features, real, say)
         rows = diffusion.diffuse(model, methods, asked, trials=trials, judge=judge, **how)
-        document = _document(model, asked, rows, merge, quant, features, None if chosen is None else chosen.text)
+        found = document(
+            model,
+            asked,
+            rows,
+            merge=merge,
+            quant=quant,
+            features=features,
+            chosen=None if chosen is None else chosen.text,
+        )
     if output is not None:
-        _write(output, model, labels, rows, decode, document)
+        write_drawn(output, model, labels, rows, decode, found)
     if json:
-        print_json(document)
+        print_json(found)
         return
     from vitfold.report.tables import diffusion_table
 
-    out.print(diffusion_table(document))
+    out.print(diffusion_table(found))
     if chosen is not None:
         note(f"auto chose {chosen.text} (at least {min_psnr:g} dB to the unaccelerated images)")
     if output is not None:
@@ -129,68 +136,3 @@ def _judge(source: str, real: Path, say: Callable[[str], None]) -> Judge:
 
     say(f"features of real images by {source}")
     return open_judge(load_source(source).model, find_images(real))
-
-
-def _decoder(model: DiTModel) -> Callable[[Array], Array]:
-    """Return what makes images in [0, 1] of samples.
-
-    Raises:
-        SourceError: if the model makes latents, and its VAE is not there.
-    """
-    if not model.latent:
-        return lambda samples: (samples.clip(-1, 1) + 1) / 2
-    if model.decoder is None:
-        raise SourceError(
-            f"{model.origin.source} makes latents, and the VAE that turns them into images is not there; put it into "
-            "the folder vae beside the transformer, or write the latents: --latents"
-        )
-    from vitfold.sources.diffusers import load_decoder
-
-    return load_decoder(Path(model.decoder))
-
-
-def _document(
-    model: DiTModel, asked: Any, rows: list[Any], merge: int, quant: str, features: str | None, chosen: str | None
-) -> dict[str, Any]:
-    from vitfold.bench.environment import environment
-
-    return {
-        "source": model.origin.source,
-        "classes": list(asked.labels),
-        "seed": asked.seed,
-        "steps": asked.steps,
-        "sampler": asked.sampler,
-        "guidance": asked.guidance,
-        "batch": asked.batch,
-        "merge": merge,
-        "quant": quant,
-        "features": features,
-        "engine": rows[0].measurement.engine,
-        "chosen": chosen,
-        "environment": environment(),
-        "rows": [row.to_dict() for row in rows],
-        "measurements": [row.measurement.to_dict() for row in rows],
-    }
-
-
-def _write(
-    folder: Path,
-    model: DiTModel,
-    labels: tuple[int, ...],
-    rows: list[Any],
-    decode: Callable[[Array], Array] | None,
-    document: dict[str, Any],
-) -> None:
-    import numpy as np
-
-    from vitfold.report.sheet import write_images
-
-    write_json(folder / "diffuse.json", document)
-    if decode is None:
-        try:
-            np.savez(folder / "latents.npz", **{row.name: row.sampled.samples for row in rows})
-        except OSError as error:
-            raise VitfoldError(f"cannot write {folder}: {error}; choose another folder") from None
-        return
-    names = [model.labels[label] if model.labels else f"class-{label}" for label in labels]
-    write_images(folder, {row.name: decode(row.sampled.samples) for row in rows}, names)

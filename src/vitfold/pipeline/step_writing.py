@@ -1,0 +1,117 @@
+"""From a Diffusion Transformer and a plan to a verified bundle of steps.
+
+Owns what is written and how it is checked; which plan is worth writing is `step_search`'s business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitfold.bench.environment import environment
+from vitfold.bench.pictures import psnr_db
+from vitfold.errors import EngineError
+from vitfold.model import DiTModel
+from vitfold.ops.run import Run
+from vitfold.ops.simulate import Simulate
+from vitfold.pipeline.diffusion import Asked, draw
+from vitfold.pipeline.opening import (
+    Compression,
+    open_graphs,
+    plan_parts,
+    prepare_predictor,
+    step_params,
+    step_target,
+    write_parts,
+)
+from vitfold.programs.dit_parts import Part
+from vitfold.reuse import Method, find_method
+from vitfold.reuse.eager import Eager
+from vitfold.reuse.sampling import Executor
+from vitfold.step_bundle import StepBundle, StepManifest, StepPlan, write_step_bundle
+from vitfold.version import __version__
+
+LEAST_DB = 60.0
+LEAST_INTEGER_DB = 30.0
+"""Sums of integers are rounded elsewhere than in the reference, and steps add up what that makes of an image."""
+_STEPS = 8
+
+
+def save_steps(
+    model: DiTModel,
+    plan: StepPlan,
+    compression: Compression,
+    path: Path,
+    *,
+    search: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> StepBundle:
+    """Write the graphs of a plan, compare what they draw with the reference interpreter, and keep them if it agrees.
+
+    Raises:
+        BundleError: if the destination cannot be written, or exists and may not be replaced.
+        EngineError: if the graphs draw something else.
+    """
+    method = find_method(plan.reuse)
+    predictor = None if method.ratio is None else prepare_predictor(model, method, plan.steps, 0, say)
+    counts = () if predictor is None else predictor.counts
+    params = step_params(model, compression, predictor)
+    found = plan_parts(model.spec, method, counts, compression.r)
+
+    def write(folder: Path) -> StepManifest:
+        say("writing graphs")
+        write_parts(found, params, folder, compression.quantizers)
+        say("verifying")
+        simulate = Simulate(params, compression.quantizers) if compression.quantizers else Run(params)
+        verified = _verify(model, plan, method, Eager(found, simulate), found, folder)
+        target = step_target(quantized=compression.quantizers is not None)
+        return StepManifest(
+            vitfold=__version__,
+            spec=model.spec,
+            schedule=model.schedule,
+            labels=model.labels,
+            origin=model.origin,
+            latent=model.latent,
+            decoder=model.decoder,
+            model_digest=model.digest(),
+            plan=plan,
+            parts=tuple(found),
+            counts=counts,
+            target={"name": target.name, "engine": "onnxruntime"},
+            verified=verified,
+            search=None if search is None else {**search, "environment": environment()},
+        )
+
+    return write_step_bundle(path, write, overwrite=overwrite)
+
+
+def _verify(
+    model: DiTModel, plan: StepPlan, method: Method, reference: Executor, found: Mapping[str, Part], folder: Path
+) -> dict[str, Any]:
+    """Draw an image of the first and one of the last class by both, in so few steps that each kind comes up."""
+    steps = min(plan.steps, _STEPS)
+    asked = Asked(
+        labels=(0, model.spec.classes - 1),
+        seed=0,
+        steps=steps,
+        sampler=plan.sampler,
+        guidance=plan.guidance,
+        batch=2,
+    )
+    with contextlib.closing(open_graphs(found, folder, None)) as session:
+        drawn = draw(model, session, method, asked).samples
+        engine = session.engine
+    expected = draw(model, reference, method, asked).samples
+    found_db = psnr_db(expected, drawn, peak=float(np.ptp(expected)))
+    least = LEAST_DB if plan.quant == "none" else LEAST_INTEGER_DB
+    if not np.isfinite(drawn).all() or (found_db is not None and not found_db >= least):
+        raise EngineError(
+            f"the graphs draw other images than the reference ({found_db} dB, at least {least:g} needed); "
+            "this is a bug in the runtime or in vitfold: upgrade onnxruntime"
+        )
+    return {"engine": engine, "images": len(asked.labels), "steps": steps, "psnr_db": found_db}
