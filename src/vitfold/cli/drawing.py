@@ -10,11 +10,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitfold.cli.terminal import write_json
-from vitfold.errors import SourceError, VitfoldError
+from vitfold.errors import SourceError, VitfoldError, nearest
 
 if TYPE_CHECKING:
     from vitfold.model import Array, Drawn
     from vitfold.pipeline.diffusion import Asked, Row
+
+
+def read_classes(words: str, count: int | None, model: Drawn) -> tuple[int, ...]:
+    """Return one class per image: numbers or names separated by commas, or `all`; repeated up to `count` images.
+
+    Raises:
+        SourceError: if a word is neither a number nor one of the model's labels.
+    """
+    labels = model.labels or ()
+    found: list[int] = []
+    for word in (word.strip() for word in words.split(",")):
+        if word == "all":
+            found += range(model.spec.classes)
+        elif word.isdecimal():
+            found.append(int(word))
+        elif word in labels:
+            found.append(labels.index(word))
+        else:
+            cure = nearest(word, labels) if labels else "this model has no names for its classes"
+            raise SourceError(f"--classes are numbers, names or all, found {word!r}; {cure}")
+    return tuple(found[i % len(found)] for i in range(count)) if count is not None else tuple(found)
 
 
 def decoder(model: Drawn) -> Callable[[Array], Array]:
@@ -87,7 +108,8 @@ def write_drawn(
     write_json(folder / "diffuse.json", found)
     if decode is None:
         try:
-            np.savez(folder / "latents.npz", **{row.name: row.sampled.samples for row in rows})
+            held: dict[str, Any] = {row.name: row.sampled.samples for row in rows}
+            np.savez(folder / "latents.npz", **held)
         except OSError as error:
             raise VitfoldError(f"cannot write {folder}: {error}; choose another folder") from None
         return

@@ -1,6 +1,6 @@
 """Diffusion step reuse: methods as values, forecasts, samplers, and the loop that follows a method's plan."""
 
-from vitfold.reuse.methods import METHODS, Method, find_method, full_steps
+from vitfold.reuse.methods import METHODS, Method, every_step, find_method, full_steps
 from vitfold.reuse.sampling import Sampled, sample
 
-__all__ = ["METHODS", "Method", "Sampled", "find_method", "full_steps", "sample"]
+__all__ = ["METHODS", "Method", "Sampled", "every_step", "find_method", "full_steps", "sample"]

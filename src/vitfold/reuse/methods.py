@@ -6,7 +6,7 @@ Owns which steps are computed in full, what is kept of them, and how the others 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vitfold.errors import RecipeError, nearest
 from vitfold.programs.dit_parts import Cut
@@ -41,6 +41,11 @@ class Method:
     def reuses(self) -> bool:
         """Whether any step reuses another one."""
         return self.interval > 1 or self.threshold is not None
+
+
+def every_step(method: Method) -> Method:
+    """Return what computes all steps in full with the graphs of a method."""
+    return replace(method, text="none", interval=1, late_interval=None, threshold=None, guidance=False)
 
 
 def full_steps(method: Method, steps: int) -> tuple[bool, ...]:
