@@ -6,15 +6,15 @@ Owns the comparison: the unaccelerated sampler, the method asked for, and plainl
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from vitfold.bench.measurement import Measurement, speed_up
 from vitfold.bench.pictures import psnr_db, ssim
+from vitfold.bench.statistics import Rise
 from vitfold.bench.timing import interleave
 from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTModel
@@ -24,6 +24,7 @@ from vitfold.reuse import Method, Sampled, find_method, sample
 from vitfold.reuse.sampling import Executor
 from vitfold.reuse.schedulers import build_scheduler
 
+VERDICT_KEYS = ("frechet", "frechet_noise", "class_accuracy", "class_accuracy_interval")
 NO_FRECHET = "no model for features and no real images were given"
 Say = Callable[[str], None]
 
@@ -61,6 +62,7 @@ class Row:
     psnr_db: float | None
     ssim: float | None
     verdict: Verdict | None
+    rise: Rise | None
 
     @property
     def reused_step_ratio(self) -> float | None:
@@ -84,9 +86,9 @@ class Row:
             "noisy": self.measurement.noisy,
             "psnr_db": self.psnr_db,
             "ssim": self.ssim,
-            "frechet": None if self.verdict is None else self.verdict.frechet,
+            **(dict.fromkeys(VERDICT_KEYS) if self.verdict is None else self.verdict.to_dict()),
+            "frechet_rise": None if self.rise is None else self.rise.to_dict(),
             "frechet_reason": NO_FRECHET if self.verdict is None else None,
-            "class_accuracy": None if self.verdict is None else self.verdict.class_accuracy,
             "kept_bytes": self.sampled.kept_bytes,
         }
 
@@ -152,11 +154,9 @@ def diffuse(
     def judged(images: Array) -> Verdict | None:
         return None if judge is None else judge(images, asked.labels, model.spec.classes)
 
-    reference = _shown(results["none"].samples, decode)
-    return [
-        _row(name, method, how.steps, results[name], measured[name], measured["none"], reference, decode, judged)
-        for name, method, _, how in plans
-    ]
+    shown = {name: _shown(results[name].samples, decode) for name in measured}
+    verdicts = {name: judged(images) for name, images in shown.items()}
+    return [_row(name, method, how.steps, results[name], measured, shown, verdicts) for name, method, _, how in plans]
 
 
 CANDIDATES: tuple[str, ...] = (
@@ -229,13 +229,11 @@ def _row(
     method: Method,
     steps: int,
     sampled: Sampled,
-    measured: Measurement,
-    baseline: Measurement,
-    reference: Float[np.ndarray, "B C Y X"],
-    decode: Callable[[Array], Array] | None,
-    judged: Callable[[Array], Verdict | None],
+    measured: Mapping[str, Measurement],
+    shown: Mapping[str, Array],
+    verdicts: Mapping[str, Verdict | None],
 ) -> Row:
-    shown = _shown(sampled.samples, decode)
+    reference, verdict, baseline = shown["none"], verdicts[name], verdicts["none"]
     is_image = bool(reference.min() >= 0 and reference.max() <= 1)
     peak = 1.0 if is_image else float(np.ptp(reference))
     return Row(
@@ -243,11 +241,12 @@ def _row(
         method=method,
         steps=steps,
         sampled=sampled,
-        measurement=measured,
-        speedup=speed_up(baseline, measured),
-        psnr_db=psnr_db(reference, shown, peak=peak),
-        ssim=ssim(reference, shown) if is_image and min(reference.shape[2:]) >= 11 else None,
-        verdict=judged(shown),
+        measurement=measured[name],
+        speedup=speed_up(measured["none"], measured[name]),
+        psnr_db=psnr_db(reference, shown[name], peak=peak),
+        ssim=ssim(reference, shown[name]) if is_image and min(reference.shape[2:]) >= 11 else None,
+        verdict=verdict,
+        rise=None if verdict is None or baseline is None else verdict.rise_from(baseline),
     )
 
 
