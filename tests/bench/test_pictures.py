@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vitfold.bench.pictures import frechet_distance, psnr_db, ssim
+from vitfold.bench.pictures import frechet_distance, moments, psnr_db, resampled_distances, ssim
 
 
 def test_psnr_of_a_known_error() -> None:
@@ -40,8 +40,18 @@ def test_frechet_distance_of_gaussians() -> None:
     draw = np.random.default_rng(1)
     a = draw.standard_normal((400, 5)).astype(np.float32)
     moved, wide = a + np.float32(2), a * np.float32(3)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(a, moved) == pytest.approx(20, rel=1e-5)
+    assert frechet_distance(moments(a), moments(a)) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(moments(a), moments(moved)) == pytest.approx(20, rel=1e-5)
     spread = np.trace(np.cov(a.astype(float), rowvar=False))
     mean = np.sum((2 * a.astype(float).mean(0)) ** 2)
-    assert frechet_distance(a, wide) == pytest.approx(4 * spread + mean, rel=1e-4)
+    assert frechet_distance(moments(a), moments(wide)) == pytest.approx(4 * spread + mean, rel=1e-4)
+
+
+def test_distances_of_resamples_are_those_of_their_rows() -> None:
+    draw = np.random.default_rng(2)
+    real, made = moments(draw.standard_normal((90, 4))), draw.standard_normal((40, 4)) * 1.5
+    chosen = draw.integers(0, 40, (7, 40))
+    expected = [frechet_distance(real, moments(np.stack([made[i] for i in places]))) for places in chosen]
+    np.testing.assert_allclose(resampled_distances(real, made, chosen), expected, rtol=1e-9)
+    with pytest.raises(ValueError, match="at least 2 images, found 1"):
+        moments(made[:1])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitfold.bench.measurement import Measurement
-from vitfold.bench.statistics import paired_drop, ratio_interval
+from vitfold.bench.statistics import paired_drop, paired_rise, ratio_interval, resampled_places, share_interval
 
 
 def right(count: int, of: int) -> np.ndarray:
@@ -78,3 +78,43 @@ def test_uneven_ratios_widen_it() -> None:
     found = ratio_interval(measured(100, 110, 120, 130, 140, 150, 160), measured(*[100] * 7))
     assert found["median"] == pytest.approx(1.3)
     assert found["low"] < 1.3 < found["high"]
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=60))
+def test_a_resample_takes_images_of_the_same_class(labels: list[int]) -> None:
+    chosen, classes = resampled_places(labels), np.array(labels)
+    assert chosen.shape == (100, len(labels))
+    few = {label for label in labels if labels.count(label) < 5}
+    for place, label in enumerate(labels):
+        assert set(classes[chosen[:, place]]) <= (few if label in few else {label})
+    np.testing.assert_array_equal(chosen, resampled_places(labels))
+    assert len(labels) == 1 or len(few) == 1 or np.ptp(chosen, axis=0).min() > 0
+
+
+def test_resamples_vary_as_other_seeds_would() -> None:
+    """The spread of a mean whose classes are far apart is that within classes alone."""
+    draw = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 100)
+    fresh = [np.mean(10 * labels + draw.standard_normal(200)) for _ in range(2000)]
+    one = 10 * labels + draw.standard_normal(200)
+    assert np.std(one[resampled_places(labels.tolist())].mean(1)) == pytest.approx(np.std(fresh), rel=0.2)
+
+
+def test_a_rise_of_the_same_images_is_sharper_than_their_noise() -> None:
+    draw = np.random.default_rng(1)
+    before = draw.standard_normal(100)
+    found = paired_rise(5.0, 5.5, before, before + 0.4 + 0.01 * draw.standard_normal(100))
+    assert found.rise == pytest.approx(0.5)
+    assert found.high - 0.5 == pytest.approx(0.5 - found.low)
+    assert found.high - 0.5 == pytest.approx(0.0196, rel=0.2)
+    assert paired_rise(5.0, 5.0, before, before).to_dict() == {"rise": 0.0, "low": 0.0, "high": 0.0}
+
+
+@given(st.integers(0, 50), st.integers(1, 50))
+def test_the_bounds_of_a_share_are_where_it_would_be_just_unlikely(count: int, of: int) -> None:
+    count = min(count, of)
+    found = share_interval(right(count, of))
+    for bound in found.values():
+        assert abs(bound - count / of) == pytest.approx(1.959964 * np.sqrt(bound * (1 - bound) / of), abs=1e-6)
+    assert 0 <= found["low"] <= count / of + 1e-12
+    assert count / of - 1e-12 <= found["high"] <= 1

@@ -37,6 +37,7 @@ def test_images_a_sheet_and_a_table(source: str, tmp_path: Path) -> None:
     assert 0 < row["ssim"] < 1
     assert row["psnr_db"] > 0
     assert (row["frechet"], row["full_steps"], row["reused_steps"]) == (None, 4, 1)
+    assert (row["frechet_noise"], row["frechet_rise"], row["class_accuracy_interval"]) == (None, None, None)
     assert len(found["measurements"][1]["trials_ns"][0]) == 1
     names = sorted(path.name for path in (tmp_path / "images" / "taylor-2-1").iterdir())
     assert names == ["0000-class-2.png", "0001-class-0.png", "0002-class-1.png"]
@@ -60,11 +61,19 @@ def test_compressed_steps_stand_beside_plain_ones(source: str) -> None:
 
 
 def test_a_distance_to_real_images_by_a_model_of_choice(source: str, few: Path) -> None:
-    found = run_json("diffuse", source, *QUICK, "--engine", "torch", "--real", few, "--features", "demo")
+    found = run_json(
+        "diffuse", source, *QUICK, "--engine", "torch", "--reuse", "stack:2", "--real", few, "--features", "demo"
+    )
     row = found["rows"][0]
     assert row["frechet"] > 0
     assert row["frechet_reason"] is None
     assert row["class_accuracy"] is None
+    assert row["class_accuracy_interval"] is None
+    assert row["frechet_noise"] > 0
+    assert row["frechet_rise"] == {"rise": 0, "low": 0, "high": 0}
+    fewer = found["rows"][1]
+    assert fewer["frechet_rise"]["rise"] == pytest.approx(fewer["frechet"] - row["frechet"])
+    assert fewer["frechet_rise"]["low"] < fewer["frechet_rise"]["rise"] < fewer["frechet_rise"]["high"]
     assert found["features"] == "demo"
     assert "give both --real DIR and --features" in error("diffuse", source, "--real", few, code=2)
 

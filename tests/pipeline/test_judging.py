@@ -31,6 +31,11 @@ def test_features_and_classes_are_the_models_own(
     verdict = judge(images, tuple(int(c) for c in wrong), 10)
     assert verdict.class_accuracy == pytest.approx(3 / 5)
     assert verdict.frechet > 0
+    assert verdict.frechet_noise > 0
+    itself, moved = verdict.rise_from(verdict), judge(images[::-1].copy(), (0,) * 5, 10)
+    assert (itself.rise, itself.low, itself.high) == (0, 0, 0)
+    assert moved.frechet == pytest.approx(verdict.frechet, rel=1e-5)
+    assert judge(1 - images, (0,) * 5, 10).rise_from(verdict).rise != 0
     assert judge(images, (0,) * 5, 3).class_accuracy is None
     with pytest.raises(ImageError, match="at least 2 images, found 1"):
         judge(images[:1], (0,), 10)

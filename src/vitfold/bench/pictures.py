@@ -5,9 +5,12 @@ Owns the metrics. Which images are compared is the caller's choice.
 
 from __future__ import annotations
 
-import numpy as np
-from jaxtyping import Float
+from dataclasses import dataclass
 
+import numpy as np
+from jaxtyping import Float, Int
+
+LEAST_IMAGES = 2
 _C1, _C2 = 0.01**2, 0.03**2
 _SIGMA, _WINDOW = 1.5, 11
 
@@ -52,16 +55,52 @@ def _smooth(x: Float[np.ndarray, "B C Y X"]) -> Float[np.ndarray, "B C V U"]:
     return x
 
 
-def frechet_distance(a: Float[np.ndarray, "N F"], b: Float[np.ndarray, "M F"]) -> float:
-    """Return the distance of two sets of features, taken as Gaussians; fewer rows than features bias it upwards.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Moments:
+    """What a Frechet distance needs of a set of features, and of how many images they are."""
+
+    count: int
+    mean: Float[np.ndarray, " F"]
+    covariance: Float[np.ndarray, "F F"]
+
+    def __post_init__(self) -> None:
+        if self.count < LEAST_IMAGES:
+            raise ValueError(f"a covariance takes at least {LEAST_IMAGES} images, found {self.count}")
+
+
+def moments(features: Float[np.ndarray, "N F"]) -> Moments:
+    """Return mean and covariance of features, in float64."""
+    count, mean = len(features), features.mean(0, dtype=np.float64)
+    apart = features - mean
+    return Moments(count=count, mean=mean, covariance=apart.T @ apart / max(count - 1, 1))
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Return the distance of two sets of features, taken as Gaussians; fewer images than features bias it upwards.
 
     Equation: |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^(1/2) S_b S_a^(1/2))^(1/2)).
 
     Source: FID (1706.08500); an FID only where the features are Inception's.
     """
-    moments = [(np.mean(x, 0, dtype=np.float64), np.cov(x.astype(np.float64), rowvar=False)) for x in (a, b)]
-    (mean_a, cov_a), (mean_b, cov_b) = moments
-    values, vectors = np.linalg.eigh(cov_a)
-    root = vectors * np.sqrt(np.clip(values, 0, None)) @ vectors.T
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)).sum()
-    return float(np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+    return _distance(a, _root(a.covariance), b)
+
+
+def resampled_distances(
+    real: Moments, features: Float[np.ndarray, "N F"], chosen: Int[np.ndarray, "R N"]
+) -> Float[np.ndarray, " R"]:
+    """Return the distance of every resample of features to the real ones; a resample is a row of places."""
+    root = _root(real.covariance)
+    return np.array([_distance(real, root, moments(features[places])) for places in chosen])
+
+
+def _distance(a: Moments, root: Float[np.ndarray, "F F"], b: Moments) -> float:
+    """The distance, given the root of the first covariance."""
+    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ b.covariance @ root), 0, None)).sum()
+    apart = np.sum((a.mean - b.mean) ** 2)
+    return float(apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+
+
+def _root(covariance: Float[np.ndarray, "F F"]) -> Float[np.ndarray, "F F"]:
+    values, vectors = np.linalg.eigh(covariance)
+    root: Float[np.ndarray, "F F"] = vectors * np.sqrt(np.clip(values, 0, None)) @ vectors.T
+    return root

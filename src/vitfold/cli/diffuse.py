@@ -74,7 +74,7 @@ def diffuse(
     if (real is None) != (features is None) or (real is not None and latents):
         raise typer.BadParameter("give both --real DIR and --features SOURCE, and images", param_hint="--real")
     require_optimize()
-    from vitfold.pipeline import diffusion
+    from vitfold.pipeline import diffusion, step_search
     from vitfold.pipeline.opening import compress
     from vitfold.reuse import find_method
     from vitfold.sources.dit import load_dit
@@ -102,7 +102,10 @@ def diffuse(
         chosen = None
         if AUTO in words:
             few = replace(asked, labels=labels[:batch])
-            chosen = diffusion.choose_method(model, few, least_db=min_psnr, **how)
+            bounds = step_search.Bounds(min_psnr_db=min_psnr)
+            setup = step_search.Setup(engine=engine, threads=threads, decode=decode, say=say)
+            tried = step_search.screen(model, few, bounds, [compression], setup, fewer=False)
+            chosen = step_search.fastest_method(tried, bounds)
             methods.append(chosen)
         judge = None if real is None or features is None else _judge(features, real, say)
         rows = diffusion.diffuse(model, methods, asked, trials=trials, judge=judge, **how)

@@ -6,15 +6,15 @@ Owns the comparison: the unaccelerated sampler, the method asked for, and plainl
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from vitfold.bench.measurement import Measurement, speed_up
 from vitfold.bench.pictures import psnr_db, ssim
+from vitfold.bench.statistics import Rise
 from vitfold.bench.timing import interleave
 from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTModel, Drawn
@@ -24,6 +24,7 @@ from vitfold.reuse import Method, Sampled, find_method, sample
 from vitfold.reuse.sampling import Executor
 from vitfold.reuse.schedulers import build_scheduler
 
+VERDICT_KEYS = ("frechet", "frechet_noise", "class_accuracy", "class_accuracy_interval")
 NO_FRECHET = "no model for features and no real images were given"
 Say = Callable[[str], None]
 
@@ -71,6 +72,7 @@ class Row:
     psnr_db: float | None
     ssim: float | None
     verdict: Verdict | None
+    rise: Rise | None
 
     @property
     def reused_step_ratio(self) -> float | None:
@@ -94,9 +96,9 @@ class Row:
             "noisy": self.measurement.noisy,
             "psnr_db": self.psnr_db,
             "ssim": self.ssim,
-            "frechet": None if self.verdict is None else self.verdict.frechet,
+            **(dict.fromkeys(VERDICT_KEYS) if self.verdict is None else self.verdict.to_dict()),
+            "frechet_rise": None if self.rise is None else self.rise.to_dict(),
             "frechet_reason": NO_FRECHET if self.verdict is None else None,
-            "class_accuracy": None if self.verdict is None else self.verdict.class_accuracy,
             "kept_bytes": self.sampled.kept_bytes,
         }
 
@@ -180,32 +182,9 @@ def compare(
     def judged(images: Array) -> Verdict | None:
         return None if judge is None else judge(images, first.asked.labels, model.spec.classes)
 
-    reference = _shown(results[first.name].samples, decode)
-    return [
-        _row(way, results[way.name], measured[way.name], measured[first.name], reference, decode, judged)
-        for way in ways
-    ]
-
-
-CANDIDATES: tuple[str, ...] = (
-    "stack:2", "taylor:2:1", "taylor:3:1", "taylor:4:1", "chebyshev:3:1", "first-block:0.05", "first-block:0.1",
-    "first-block:0.2", "guidance:2", "guidance:4",
-)  # fmt: skip
-
-
-def choose_method(model: DiTModel, asked: Asked, *, least_db: float, **how: Any) -> Method:
-    """Return the fastest of `CANDIDATES` whose images are at least so near to the unaccelerated ones; else none.
-
-    Takes what `diffuse` takes.
-    """
-    return fastest_method(diffuse(model, [find_method(text) for text in CANDIDATES], asked, trials=1, **how), least_db)
-
-
-def fastest_method(rows: Sequence[Row], least_db: float) -> Method:
-    """Return the fastest method of a comparison that is at least so near to the unaccelerated images, or none."""
-    able = [row for row in rows if row.method.reuses and (row.psnr_db is None or row.psnr_db >= least_db)]
-    best = max(able, key=lambda row: row.speedup["median"], default=None)
-    return best.method if best is not None and best.speedup["median"] > 1 else find_method("none")
+    shown = {way.name: _shown(results[way.name].samples, decode) for way in ways}
+    verdicts = {name: judged(images) for name, images in shown.items()}
+    return [_row(way, first.name, results[way.name], measured, shown, verdicts) for way in ways]
 
 
 def add_fewer_steps(model: Drawn, ways: list[Way]) -> None:
@@ -263,14 +242,13 @@ def draw(model: Drawn, executor: Executor, method: Method, asked: Asked) -> Samp
 
 def _row(
     way: Way,
+    first: str,
     sampled: Sampled,
-    measured: Measurement,
-    baseline: Measurement,
-    reference: Float[np.ndarray, "B C Y X"],
-    decode: Callable[[Array], Array] | None,
-    judged: Callable[[Array], Verdict | None],
+    measured: Mapping[str, Measurement],
+    shown: Mapping[str, Array],
+    verdicts: Mapping[str, Verdict | None],
 ) -> Row:
-    shown = _shown(sampled.samples, decode)
+    reference, verdict, baseline = shown[first], verdicts[way.name], verdicts[first]
     is_image = bool(reference.min() >= 0 and reference.max() <= 1)
     peak = 1.0 if is_image else float(np.ptp(reference))
     return Row(
@@ -278,11 +256,12 @@ def _row(
         method=way.method,
         steps=way.asked.steps,
         sampled=sampled,
-        measurement=measured,
-        speedup=speed_up(baseline, measured),
-        psnr_db=psnr_db(reference, shown, peak=peak),
-        ssim=ssim(reference, shown) if is_image and min(reference.shape[2:]) >= 11 else None,
-        verdict=judged(shown),
+        measurement=measured[way.name],
+        speedup=speed_up(measured[first], measured[way.name]),
+        psnr_db=psnr_db(reference, shown[way.name], peak=peak),
+        ssim=ssim(reference, shown[way.name]) if is_image and min(reference.shape[2:]) >= 11 else None,
+        verdict=verdict,
+        rise=None if verdict is None or baseline is None else verdict.rise_from(baseline),
     )
 
 

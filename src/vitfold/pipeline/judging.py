@@ -7,13 +7,15 @@ none of these is an Inception FID.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from PIL import Image
 
-from vitfold.bench.pictures import frechet_distance
+from vitfold.bench.pictures import LEAST_IMAGES, Moments, frechet_distance, moments, resampled_distances
+from vitfold.bench.statistics import Rise, paired_rise, resampled_places, share_interval
 from vitfold.errors import ImageError
 from vitfold.images import ImageSet, read_image
 from vitfold.model import Array, Model
@@ -22,36 +24,68 @@ from vitfold.programs.vit import head, vit
 from vitfold.recipe import MergeRecipe
 
 _BATCH = 32
-_LEAST = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Verdict:
-    """Distance to the real images, and the share of images that the model gives the class asked for, or None."""
+    """Distance to the real images, and which images the model gives the class asked for, or None.
+
+    `resampled` are distances of resamples, which take the same places in all sets of images of the same labels.
+    """
 
     frechet: float
-    class_accuracy: float | None
+    resampled: Float[np.ndarray, " R"]
+    right: Bool[np.ndarray, " B"] | None
+
+    @property
+    def frechet_noise(self) -> float:
+        """By how much the distance would differ with other seeds: its standard deviation over resamples."""
+        return float(np.std(self.resampled, ddof=1))
+
+    @property
+    def class_accuracy(self) -> float | None:
+        """The share of images that have the class asked for, by this model."""
+        return None if self.right is None else float(np.mean(self.right))
+
+    def rise_from(self, baseline: Verdict) -> Rise:
+        """Return by how much the distance is larger than that of other images of the same labels."""
+        return paired_rise(baseline.frechet, self.frechet, baseline.resampled, self.resampled)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "frechet": self.frechet,
+            "frechet_noise": self.frechet_noise,
+            "class_accuracy": self.class_accuracy,
+            "class_accuracy_interval": None if self.right is None else share_interval(self.right),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Judge:
-    """A model, and its features of real images."""
+    """A model, and what a distance needs of its features of real images."""
 
     model: Model
-    real: Float[np.ndarray, "M F"]
+    real: Moments
 
     def __call__(self, images: Float[np.ndarray, "B C Y X"], labels: tuple[int, ...], classes: int) -> Verdict:
         """Judge generated images; classes are compared where the model has as many as the generator."""
-        if len(images) < _LEAST:
-            raise ImageError(f"a Frechet distance needs at least {_LEAST} images, found {len(images)}; ask for more")
+        if len(images) < LEAST_IMAGES:
+            raise ImageError(
+                f"a Frechet distance needs at least {LEAST_IMAGES} images, found {len(images)}; ask for more"
+            )
         pixels = [Image.fromarray(_bytes(image)) for image in images]
         found = features(self.model, pixels)
-        spec, accuracy = self.model.spec, None
+        spec, right = self.model.spec, None
         if spec.outputs == classes and spec.output == "logits":
             with torch.inference_mode():
                 logits = head(Run(self.model.params), spec, torch.from_numpy(found)).numpy()
-            accuracy = float(np.mean(logits.argmax(1) == np.array(labels)))
-        return Verdict(frechet=frechet_distance(self.real, found), class_accuracy=accuracy)
+            right = logits.argmax(1) == np.array(labels)
+        return Verdict(
+            frechet=frechet_distance(self.real, moments(found)),
+            resampled=resampled_distances(self.real, found, resampled_places(labels)),
+            right=right,
+        )
 
 
 def open_judge(model: Model, real: ImageSet) -> Judge:
@@ -60,9 +94,11 @@ def open_judge(model: Model, real: ImageSet) -> Judge:
     Raises:
         ImageError: if they are too few, or one cannot be read.
     """
-    if len(real.paths) < _LEAST:
-        raise ImageError(f"{real.root} holds {len(real.paths)} images; a Frechet distance needs at least {_LEAST}")
-    return Judge(model=model, real=features(model, [read_image(path) for path in real.paths]))
+    if len(real.paths) < LEAST_IMAGES:
+        raise ImageError(
+            f"{real.root} holds {len(real.paths)} images; a Frechet distance needs at least {LEAST_IMAGES}"
+        )
+    return Judge(model=model, real=moments(features(model, [read_image(path) for path in real.paths])))
 
 
 def features(model: Model, images: list[Image.Image]) -> Float[np.ndarray, "B F"]:

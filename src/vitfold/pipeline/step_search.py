@@ -67,15 +67,14 @@ class Tried:
     row: Row
     compression: Compression
     psnr_drop_db: float | None
-    frechet_rise: float | None
 
     def within(self, bounds: Bounds) -> bool:
         """Whether it keeps every bound that was measured for it; equal images keep all."""
-        psnr, drop, rise = self.row.psnr_db, self.psnr_drop_db, self.frechet_rise
+        psnr, drop, rise = self.row.psnr_db, self.psnr_drop_db, self.row.rise
         return (
             (bounds.min_psnr_db is None or psnr is None or psnr >= bounds.min_psnr_db)
             and (bounds.max_psnr_drop_db is None or drop is None or drop <= bounds.max_psnr_drop_db)
-            and (bounds.max_fid_rise is None or rise is None or rise <= bounds.max_fid_rise)
+            and (bounds.max_fid_rise is None or rise is None or rise.rise <= bounds.max_fid_rise)
         )
 
     @property
@@ -195,7 +194,7 @@ def screen(
         first = Way(name="none", method=none, executor=plain, asked=asked)
         goal = _converged(model, first, bounds, setup)
         for compression in compressions:
-            for method, group in _groups(compression, none):
+            for method, group in _groups(none):
                 if found and time.monotonic() > deadline:
                     return found
                 setup.say(f"measuring {', '.join(one.text for one in group)}{compression.suffix}")
@@ -212,7 +211,7 @@ def screen(
     return found
 
 
-def _groups(compression: Compression, none: Method) -> list[tuple[Method, list[Method]]]:
+def _groups(none: Method) -> list[tuple[Method, list[Method]]]:
     """Candidates by the graphs that they run; no two in a group need others."""
     methods = [none, *(find_method(text) for text in CANDIDATES)]
     key: Callable[[Method], tuple[str, int]] = lambda one: (one.cut, one.history)  # noqa: E731
@@ -270,14 +269,18 @@ def _tried(row: Row, plain: Row, compression: Compression, goal: Array | None, s
         peak = 1.0 if goal.min() >= 0 and goal.max() <= 1 else float(goal.max() - goal.min())
         own, reached = (psnr_db(goal, _shown(one.sampled.samples, setup), peak=peak) for one in (plain, row))
         drop = None if own is None or reached is None else own - reached
-    rise = None
-    if row.verdict is not None and plain.verdict is not None:
-        rise = row.verdict.frechet - plain.verdict.frechet
-    return Tried(row=row, compression=compression, psnr_drop_db=drop, frechet_rise=rise)
+    return Tried(row=row, compression=compression, psnr_drop_db=drop)
 
 
 def _shown(samples: Array, setup: Setup) -> Array:
     return samples if setup.decode is None else setup.decode(samples)
+
+
+def fastest_method(tried: Sequence[Tried], bounds: Bounds) -> Method:
+    """Return the method of the fastest candidate that keeps the bounds and beats the plain sampler, or none."""
+    able = [one for one in tried if one.row.method.reuses and one.within(bounds) and one.speed_up > 1]
+    best = max(able, key=lambda one: one.speed_up, default=None)
+    return find_method("none") if best is None else best.row.method
 
 
 def describe_bounds(bounds: Mapping[str, float | None]) -> str:

@@ -227,10 +227,15 @@ def diffusion_table(result: Mapping[str, Any]) -> Table:
     """Return the terminal table of `vitfold diffuse`: time per image beside likeness to the unaccelerated images."""
     shown = f"{len(result['classes'])} images, {result['steps']} steps of {result['sampler']}, {result['engine']}"
     table = Table(title=shown, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("sampler", "full", "reused", "s/image", "speed-up", "PSNR dB", "SSIM", "MB"):
+    judged = any(row["frechet"] is not None for row in result["rows"])
+    told = any(row["class_accuracy"] is not None for row in result["rows"])
+    quality = ["Frechet"] * judged + ["class %"] * told
+    for name in ("sampler", "full", "reused", "s/image", "speed-up", "PSNR dB", "SSIM", *quality, "MB"):
         left = name == "sampler"
         table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold")
     for row in result["rows"]:
+        cells = [f"{row['frechet']:.2f} ±{row['frechet_noise']:.2f}"] if judged else []
+        cells += [percent(row["class_accuracy"], unit="")] if told else []
         table.add_row(
             row["name"],
             str(row["full_steps"]),
@@ -239,6 +244,7 @@ def diffusion_table(result: Mapping[str, Any]) -> Table:
             f"{row['speedup']:.2f}x ±{row['speedup_iqr'] / 2:.2f}",
             number(row["psnr_db"], ".1f"),
             number(row["ssim"], ".4f"),
+            *cells,
             number(row["kept_bytes"], ".1f", scale=1e-6),
         )
     return table
