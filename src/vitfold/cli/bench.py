@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vitfold.cli import options
+from vitfold.cli.drawing import Asking, draw_bundles
 from vitfold.cli.terminal import command, counting, note, out, print_json, skipped, steps, write_json
 from vitfold.errors import VitfoldError
 
@@ -65,7 +66,17 @@ def bench(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Time bundles, engine only and end to end, each with its fidelity."""
+    """Time bundles, engine only and end to end, each with its fidelity; bundles of steps by drawing images."""
+    from vitfold.step_bundle import holds_steps
+
+    if any(holds_steps(path) for path in bundles):
+        if any((images, peers, calibration_images, keep_peers, baseline, reference, engine, seconds)):
+            raise VitfoldError(
+                "bundles of a diffusion model's steps are timed by drawing images; leave out --images, --peers, "
+                "--baseline, --reference, --engine and --seconds, or draw what you like with: vitfold diffuse BUNDLE"
+            )
+        _bench_steps(bundles, batch or 8, trials or 5, threads, output, json=json)
+        return
     from vitfold.bench.comparison import compare, raw_samples
     from vitfold.bench.environment import environment
     from vitfold.bench.timing import PROTOCOLS
@@ -138,6 +149,26 @@ def bench(
         note("noisy rows: the machine was busy; trust speed-ups (paired trials) more than times")
     if not rows:
         raise VitfoldError("nothing was timed")
+
+
+def _bench_steps(
+    bundles: list[Path], batch: int, trials: int, threads: int | None, output: Path | None, *, json: bool
+) -> None:
+    """Draw one batch by every bundle; a model of latents is not decoded."""
+    from vitfold.report.tables import diffusion_table
+    from vitfold.step_bundle import open_step_bundle
+
+    latent = open_step_bundle(bundles[0]).manifest.latent
+    asking = Asking(classes="all", count=batch, batch=batch, threads=threads, trials=trials, latents=latent)
+    with steps("bench") as say:
+        found = draw_bundles(bundles, asking, None, None, say).document
+    if output is not None:
+        write_json(output, found)
+        note(f"raw samples: {output}")
+    if json:
+        print_json(found)
+    else:
+        out.print(diffusion_table(found))
 
 
 def _make_empty(folder: Path) -> None:

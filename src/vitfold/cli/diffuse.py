@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.drawing import decoder, document, write_drawn
+from vitfold.cli.drawing import Asking, Drawing, document, draw_bundles, open_features
 from vitfold.cli.optimize import require_optimize
 from vitfold.cli.terminal import command, note, out, print_json, quiet_stdout, steps
+from vitfold.sealed import MANIFEST
 
 if TYPE_CHECKING:
     from vitfold.pipeline.judging import Judge
@@ -25,24 +26,32 @@ def diffuse(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="demo-dit, hf:REPO_OR_FOLDER of diffusers, or a state dict of DiT's own."
+            metavar="SOURCE",
+            help="demo-dit, hf:REPO_OR_FOLDER of diffusers, a state dict of DiT's own, or a bundle of steps.",
         ),
     ],
     reuse: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="METHOD",
             help="none, fora, stack, taylor, chebyshev, first-block, guidance, tokencache, with numbers as taylor:3:2; "
-            "several separated by commas; or auto.",
+            "several separated by commas; or auto. A bundle has its own.",
         ),
-    ] = "none",
-    classes: Annotated[str, typer.Option(metavar="C,C,...", help="One image per class, by number.")] = "0",
-    step_count: Annotated[int, typer.Option("--steps", help="Denoising steps.")] = 50,
-    sampler: Annotated[str, typer.Option(help="ddim, dpm++ or ddpm.")] = "ddim",
-    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 for none.")] = 2.5,
+    ] = None,
+    classes: Annotated[
+        str, typer.Option(metavar="C,C,...", help="One image per class, by number or name; all for every class.")
+    ] = "0",
+    count: Annotated[
+        int | None, typer.Option(min=1, help="So many images in all, the classes repeated; default: one each.")
+    ] = None,
+    step_count: options.StepCount = None,
+    sampler: options.Sampler = None,
+    guidance: options.Guidance = None,
     seed: Annotated[int, typer.Option(help="Image i is drawn from seed + i.")] = 0,
     batch: Annotated[int, typer.Option("--batch", help="Images drawn at once.")] = 8,
-    engine: Annotated[str, typer.Option(help="onnxruntime, or torch for the reference.")] = "onnxruntime",
+    engine: Annotated[
+        Literal["onnxruntime", "torch"], typer.Option(help="onnxruntime, or torch for the reference.")
+    ] = "onnxruntime",
     threads: options.Threads = None,
     trials: Annotated[int, typer.Option(min=1, help="Times that every way of sampling is timed, in turn.")] = 3,
     min_psnr: Annotated[
@@ -50,13 +59,9 @@ def diffuse(
     ] = 30.0,
     merge: Annotated[int, typer.Option(help="Tokens merged before every attention and given back behind it.")] = 0,
     quant: Annotated[str, typer.Option(metavar="w8a8", help="8-bit linear layers in the blocks, or none.")] = "none",
-    real: Annotated[
-        Path | None, typer.Option("--real", metavar="DIR", help="Real images, for a Frechet distance to them.")
-    ] = None,
-    features: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="The vision transformer whose features that distance takes.")
-    ] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads of a state dict.")] = None,
+    real: options.Real = None,
+    features: options.Features = None,
+    heads: options.Heads = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Images, a contact sheet and the JSON.")
     ] = None,
@@ -67,13 +72,61 @@ def diffuse(
     json: options.Json = False,
 ) -> None:
     """Draw images, unaccelerated, by --reuse, and by plainly fewer steps, timed in turn at equal seeds."""
-    try:
-        labels = tuple(int(word) for word in classes.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"classes are numbers, found {classes!r}", param_hint="--classes") from None
     if (real is None) != (features is None) or (real is not None and latents):
         raise typer.BadParameter("give both --real DIR and --features SOURCE, and images", param_hint="--real")
     require_optimize()
+    asking = Asking(
+        classes=classes,
+        count=count,
+        seed=seed,
+        steps=step_count,
+        sampler=sampler,
+        guidance=guidance,
+        batch=batch,
+        threads=threads,
+        trials=trials,
+        latents=latents,
+    )
+    with steps("diffuse") as say, quiet_stdout():
+        judge = None if real is None or features is None else open_features(features, real, say)
+        if (Path(source) / MANIFEST).is_file():
+            if reuse is not None or merge or quant != "none" or engine != "onnxruntime" or heads is not None:
+                raise typer.BadParameter(
+                    "a bundle has its own method and graphs; leave out --reuse, --merge, --quant, --engine and --heads",
+                    param_hint="SOURCE",
+                )
+            drawing = draw_bundles([Path(source)], asking, judge, features, say)
+        else:
+            drawing = _draw_model(
+                source, asking, reuse or "none", min_psnr, merge, quant, engine, heads, judge, features, say
+            )
+    if output is not None:
+        drawing.write(output)
+    if json:
+        print_json(drawing.document)
+        return
+    from vitfold.report.tables import diffusion_table
+
+    out.print(diffusion_table(drawing.document))
+    if AUTO in (reuse or ""):
+        note(f"auto chose {drawing.document['chosen']} (at least {min_psnr:g} dB to the unaccelerated images)")
+    if output is not None:
+        note(f"images and sheet.png in {output}")
+
+
+def _draw_model(
+    source: str,
+    asking: Asking,
+    reuse: str,
+    min_psnr: float,
+    merge: int,
+    quant: str,
+    engine: str,
+    heads: int | None,
+    judge: Judge | None,
+    features: str | None,
+    say: Callable[[str], None],
+) -> Drawing:
     from vitfold.pipeline import diffusion, step_search
     from vitfold.pipeline.opening import compress
     from vitfold.reuse import find_method
@@ -81,61 +134,33 @@ def diffuse(
 
     words = [word.strip() for word in reuse.split(",") if word.strip()]
     methods = [find_method(word) for word in words if word != AUTO]
-    with steps("diffuse") as say, quiet_stdout():
-        say(f"loading {source}")
-        model = load_dit(source, heads=heads)
-        decode = None if latents else decoder(model)
-        asked = diffusion.Asked(
-            labels=labels, seed=seed, steps=step_count, sampler=sampler, guidance=guidance, batch=batch
-        )
-        diffusion.check_asked(model, asked)
-        if merge or quant != "none":
-            say("compressing")
-        compression = compress(model, r=merge, quant=quant, steps=step_count, guidance=guidance)
-        how: dict[str, Any] = {
-            "compression": compression,
-            "engine": engine,
-            "threads": threads,
-            "decode": decode,
-            "say": say,
-        }
-        chosen = None
-        if AUTO in words:
-            few = replace(asked, labels=labels[:batch])
-            bounds = step_search.Bounds(min_psnr_db=min_psnr)
-            setup = step_search.Setup(engine=engine, threads=threads, decode=decode, say=say)
-            tried = step_search.screen(model, few, bounds, [compression], setup, fewer=False)
-            chosen = step_search.fastest_method(tried, bounds)
-            methods.append(chosen)
-        judge = None if real is None or features is None else _judge(features, real, say)
-        rows = diffusion.diffuse(model, methods, asked, trials=trials, judge=judge, **how)
-        found = document(
-            model,
-            asked,
-            rows,
-            merge=merge,
-            quant=quant,
-            features=features,
-            chosen=None if chosen is None else chosen.text,
-        )
-    if output is not None:
-        write_drawn(output, model, labels, rows, decode, found)
-    if json:
-        print_json(found)
-        return
-    from vitfold.report.tables import diffusion_table
-
-    out.print(diffusion_table(found))
-    if chosen is not None:
-        note(f"auto chose {chosen.text} (at least {min_psnr:g} dB to the unaccelerated images)")
-    if output is not None:
-        note(f"images and sheet.png in {output}")
-
-
-def _judge(source: str, real: Path, say: Callable[[str], None]) -> Judge:
-    from vitfold.images import find_images
-    from vitfold.pipeline.judging import open_judge
-    from vitfold.sources import load_source
-
-    say(f"features of real images by {source}")
-    return open_judge(load_source(source).model, find_images(real))
+    say(f"loading {source}")
+    model = load_dit(source, heads=heads)
+    decode = asking.decoder(model)
+    asked = asking.asked(model)
+    diffusion.check_asked(model, asked)
+    if merge or quant != "none":
+        say("compressing")
+    compression = compress(model, r=merge, quant=quant, steps=asked.steps, guidance=asked.guidance)
+    chosen = None
+    if AUTO in words:
+        few = replace(asked, labels=asked.labels[: asked.batch])
+        bounds = step_search.Bounds(min_psnr_db=min_psnr)
+        setup = step_search.Setup(engine=engine, threads=asking.threads, decode=decode, say=say)
+        tried = step_search.screen(model, few, bounds, [compression], setup, fewer=False)
+        chosen = step_search.fastest_method(tried, bounds)
+        methods.append(chosen)
+    rows = diffusion.diffuse(
+        model,
+        methods,
+        asked,
+        compression=compression,
+        engine=engine,
+        threads=asking.threads,
+        trials=asking.trials,
+        decode=decode,
+        judge=judge,
+        say=say,
+    )
+    found = document(model, asked, rows, merge=merge, quant=quant, features=features, chosen=chosen)
+    return Drawing(model=model, asked=asked, rows=rows, decode=decode, document=found)

@@ -1,11 +1,12 @@
-"""Drawn images on the way out: decoded, described as JSON, written as files.
+"""What is to be drawn, as options say it, and drawn images on the way out: decoded, described as JSON, written.
 
-Shared by the commands that draw; what is drawn, and how, is theirs.
+Shared by the commands that draw.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,97 @@ from vitfold.errors import SourceError, VitfoldError, nearest
 if TYPE_CHECKING:
     from vitfold.model import Array, Drawn
     from vitfold.pipeline.diffusion import Asked, Row
+    from vitfold.pipeline.judging import Judge
+    from vitfold.reuse import Method
+    from vitfold.step_bundle import StepPlan
+
+STEPS, SAMPLER, GUIDANCE = 50, "ddim", 2.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asking:
+    """What options ask for; None takes what a bundle was made with, or the default."""
+
+    classes: str = "0"
+    count: int | None = None
+    seed: int = 0
+    steps: int | None = None
+    sampler: str | None = None
+    guidance: float | None = None
+    batch: int = 8
+    threads: int | None = None
+    trials: int = 3
+    latents: bool = False
+
+    def asked(self, model: Drawn, plan: StepPlan | None = None) -> Asked:
+        """Return it for a model, or for a bundle of its steps.
+
+        Raises:
+            SourceError: if a class has no such name.
+            RecipeError: if a number is out of range.
+        """
+        from vitfold.pipeline.diffusion import Asked
+
+        return Asked(
+            labels=read_classes(self.classes, self.count, model),
+            seed=self.seed,
+            steps=self.steps if self.steps is not None else (STEPS if plan is None else plan.steps),
+            sampler=self.sampler or (SAMPLER if plan is None else plan.sampler),
+            guidance=self.guidance if self.guidance is not None else (GUIDANCE if plan is None else plan.guidance),
+            batch=self.batch,
+        )
+
+    def decoder(self, model: Drawn) -> Callable[[Array], Array] | None:
+        """Return what makes images in [0, 1] of samples, None where latents are wanted.
+
+        Raises:
+            SourceError: if the model makes latents, and its VAE is not there.
+        """
+        if self.latents:
+            return None
+        if not model.latent:
+            return lambda samples: (samples.clip(-1, 1) + 1) / 2
+        if model.decoder is None:
+            raise SourceError(
+                f"{model.origin.source} makes latents, and the VAE that turns them into images is not there; put it "
+                "into the folder vae beside the transformer, or write the latents: --latents"
+            )
+        from vitfold.sources.diffusers import load_decoder
+
+        return load_decoder(Path(model.decoder))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Drawing:
+    """What was drawn, and the document about it."""
+
+    model: Drawn
+    asked: Asked
+    rows: Sequence[Row]
+    decode: Callable[[Array], Array] | None
+    document: Mapping[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """Write the JSON, and the images with their sheet; latents where nothing decodes them.
+
+        Raises:
+            VitfoldError: if the folder cannot be written.
+        """
+        import numpy as np
+
+        from vitfold.report.sheet import write_images
+
+        write_json(folder / "diffuse.json", self.document)
+        if self.decode is None:
+            held: dict[str, Any] = {row.name: row.sampled.samples for row in self.rows}
+            try:
+                np.savez(folder / "latents.npz", **held)
+            except OSError as error:
+                raise VitfoldError(f"cannot write {folder}: {error}; choose another folder") from None
+            return
+        names = self.model.labels
+        words = [names[label] if names else f"class-{label}" for label in self.asked.labels]
+        write_images(folder, {row.name: self.decode(row.sampled.samples) for row in self.rows}, words)
 
 
 def read_classes(words: str, count: int | None, model: Drawn) -> tuple[int, ...]:
@@ -38,22 +130,46 @@ def read_classes(words: str, count: int | None, model: Drawn) -> tuple[int, ...]
     return tuple(found[i % len(found)] for i in range(count)) if count is not None else tuple(found)
 
 
-def decoder(model: Drawn) -> Callable[[Array], Array]:
-    """Return what makes images in [0, 1] of samples.
+def open_features(source: str, real: Path, say: Callable[[str], None]) -> Judge:
+    """Return what judges images by the features of a vision transformer.
 
     Raises:
-        SourceError: if the model makes latents, and its VAE is not there.
+        SourceError: if the model cannot be loaded.
+        ImageError: if there are too few real images, or one cannot be read.
     """
-    if not model.latent:
-        return lambda samples: (samples.clip(-1, 1) + 1) / 2
-    if model.decoder is None:
-        raise SourceError(
-            f"{model.origin.source} makes latents, and the VAE that turns them into images is not there; put it into "
-            "the folder vae beside the transformer, or write the latents: --latents"
-        )
-    from vitfold.sources.diffusers import load_decoder
+    from vitfold.images import find_images
+    from vitfold.pipeline.judging import open_judge
+    from vitfold.sources import load_source
 
-    return load_decoder(Path(model.decoder))
+    say(f"features of real images by {source}")
+    return open_judge(load_source(source).model, find_images(real))
+
+
+def draw_bundles(
+    paths: Sequence[Path],
+    asking: Asking,
+    judge: Judge | None,
+    features: str | None,
+    say: Callable[[str], None],
+) -> Drawing:
+    """Draw by bundles of steps, in turn.
+
+    Raises:
+        BundleError: if one cannot be opened, or they are not of one model.
+    """
+    from vitfold.pipeline.step_bench import bench_steps
+    from vitfold.step_bundle import open_step_bundle
+
+    bundles = [open_step_bundle(path) for path in paths]
+    first = bundles[0].manifest
+    decode, asked = asking.decoder(first), asking.asked(first, first.plan)
+    rows = bench_steps(
+        bundles, asked, threads=asking.threads, trials=asking.trials, decode=decode, judge=judge, say=say
+    )
+    plan = bundles[-1].manifest.plan
+    found = document(first, asked, rows, merge=plan.merge, quant=plan.quant, features=features, chosen=None)
+    found["bundles"] = {bundle.name: {"digest": bundle.digest, **bundle.manifest.plan.to_dict()} for bundle in bundles}
+    return Drawing(model=first, asked=asked, rows=rows, decode=decode, document=found)
 
 
 def document(
@@ -64,7 +180,7 @@ def document(
     merge: int,
     quant: str,
     features: str | None,
-    chosen: str | None,
+    chosen: Method | None,
 ) -> dict[str, Any]:
     """Return what was asked for and what was measured, as plain JSON values."""
     from vitfold.bench.environment import environment
@@ -81,37 +197,8 @@ def document(
         "quant": quant,
         "features": features,
         "engine": rows[0].measurement.engine,
-        "chosen": chosen,
+        "chosen": None if chosen is None else chosen.text,
         "environment": environment(),
         "rows": [row.to_dict() for row in rows],
         "measurements": [row.measurement.to_dict() for row in rows],
     }
-
-
-def write_drawn(
-    folder: Path,
-    model: Drawn,
-    labels: tuple[int, ...],
-    rows: Sequence[Row],
-    decode: Callable[[Array], Array] | None,
-    found: Mapping[str, Any],
-) -> None:
-    """Write the JSON, and the images with their sheet; latents where nothing decodes them.
-
-    Raises:
-        VitfoldError: if the folder cannot be written.
-    """
-    import numpy as np
-
-    from vitfold.report.sheet import write_images
-
-    write_json(folder / "diffuse.json", found)
-    if decode is None:
-        try:
-            held: dict[str, Any] = {row.name: row.sampled.samples for row in rows}
-            np.savez(folder / "latents.npz", **held)
-        except OSError as error:
-            raise VitfoldError(f"cannot write {folder}: {error}; choose another folder") from None
-        return
-    names = [model.labels[label] if model.labels else f"class-{label}" for label in labels]
-    write_images(folder, {row.name: decode(row.sampled.samples) for row in rows}, names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitfold.cli import options
@@ -17,7 +18,11 @@ def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
     from vitfold.bundle import open_bundle
     from vitfold.report.tables import describe_registers, percent
     from vitfold.schedule import describe_r
+    from vitfold.step_bundle import holds_steps
 
+    if holds_steps(bundle):
+        _inspect_steps(bundle, json=json)
+        return
     opened = open_bundle(bundle)
     manifest = opened.manifest
     if json:
@@ -86,3 +91,35 @@ def _quant(quant: QuantRecipe | None, *, simulated: bool) -> str:
     kept = [glob for glob, scheme in quant.sites.items() if scheme == "float"]
     shown += f", float: {', '.join(kept)}" if kept else ""
     return f"{shown} (simulated)" if simulated else shown
+
+
+def _inspect_steps(path: Path, *, json: bool) -> None:
+    from vitfold.step_bundle import open_step_bundle
+
+    opened = open_step_bundle(path)
+    manifest = opened.manifest
+    if json:
+        print_json({**manifest.to_dict(), "size_bytes": opened.size_bytes, "digest": opened.digest})
+        return
+    spec, plan, db = manifest.spec, manifest.plan, manifest.verified["psnr_db"]
+    lines = [
+        ("origin", f"{manifest.origin.source} ({manifest.origin.loader})"),
+        (
+            "model",
+            f"{spec.depth} blocks, width {spec.width}, {spec.heads} heads, patch {spec.patch_size}, "
+            f"{'latents' if manifest.latent else 'images'} of {spec.image_size} x {spec.image_size}, "
+            f"{spec.classes} classes",
+        ),
+        ("target", f"{manifest.target['name']} ({manifest.target['engine']})"),
+        ("reuse", plan.reuse),
+        ("sampler", f"{plan.steps} steps of {plan.sampler}, guidance {plan.guidance:g}"),
+        ("merge", f"{plan.merge} tokens per block"),
+        ("quant", plan.quant),
+        ("parts", " ".join(manifest.parts)),
+        ("size", f"{opened.size_bytes / 1e6:.1f} MB"),
+        ("verified", f"{manifest.verified['engine']}, {'equal' if db is None else f'{db:.0f} dB'} to the reference"),
+        ("digest", opened.digest),
+    ]
+    out.print(f"[bold]{opened.path}[/]", highlight=False, soft_wrap=True)
+    for name, value in lines:
+        out.print(f"  {name:11}{value}", highlight=False, soft_wrap=True, markup=False)

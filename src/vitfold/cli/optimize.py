@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitfold.cli import options
+from vitfold.cli.optimizing_steps import Steps, optimize_steps
 from vitfold.cli.searching import Wanted, run_search
 from vitfold.cli.terminal import command, counted, note, out, print_json, quiet_stdout, skipped, steps, working
 from vitfold.errors import GateError, ImageError, VitfoldError, missing_extra
@@ -52,7 +53,7 @@ def optimize(
         typer.Argument(
             metavar="SOURCE",
             help="demo, timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME, open_clip:NAME, or FILE.safetensors with "
-            "--arch; not with --from.",
+            "--arch; not with --from. With --reuse: what vitfold diffuse takes.",
         ),
     ] = None,
     output: Annotated[
@@ -105,6 +106,35 @@ def optimize(
     search_minutes: Annotated[
         float, typer.Option(min=0.1, help="When a search stops trying; the same command goes on.")
     ] = 20.0,
+    reuse: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD",
+            help="For a Diffusion Transformer: how its steps are reused, as for vitfold diffuse; or auto, the fastest "
+            "way to draw that keeps --min-psnr (30 dB if no bound is named), --max-psnr-drop and --max-fid-rise.",
+        ),
+    ] = None,
+    step_count: options.StepCount = None,
+    sampler: options.Sampler = None,
+    guidance: options.Guidance = None,
+    min_psnr: Annotated[
+        float | None, typer.Option(metavar="DB", help="Least PSNR to the unaccelerated images at equal seeds.")
+    ] = None,
+    max_psnr_drop: Annotated[
+        float | None,
+        typer.Option(
+            min=0, metavar="DB", help="How much further from the images of four times the steps than the plain sampler."
+        ),
+    ] = None,
+    max_fid_rise: Annotated[
+        float | None, typer.Option(min=0, help="How much larger a Frechet distance to --real by --features.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="Held-out images that confirm the winner; default: 32, or 256 for a FID.")
+    ] = None,
+    real: options.Real = None,
+    features: options.Features = None,
+    heads: options.Heads = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     arch: options.Arch = None,
     num_classes: options.NumClasses = None,
@@ -117,6 +147,37 @@ def optimize(
     json: options.Json = False,
 ) -> None:
     """Merge tokens, quantize, emit ONNX, verify it in the engine and write a bundle."""
+    if reuse is not None:
+        _refuse(
+            (output is None, "give -o OUT.fold", "-o"),
+            (source is None, "give SOURCE", "SOURCE"),
+            (
+                any((method, registers, images, recipe, repeat, target, batch, max_drop, max_latency_ms, dry_run)),
+                "a Diffusion Transformer takes --merge, --quant, --steps, --sampler, --guidance and bounds only",
+                "--reuse",
+            ),
+        )
+        require_optimize()
+        assert source is not None
+        assert output is not None
+        wanted_steps = Steps(
+            reuse=reuse,
+            steps=step_count,
+            sampler=sampler,
+            guidance=guidance,
+            merge=merge,
+            quant=quant,
+            min_psnr=min_psnr,
+            max_psnr_drop=max_psnr_drop,
+            max_fid_rise=max_fid_rise,
+            samples=samples,
+            real=real,
+            features=features,
+            minutes=search_minutes,
+            heads=heads,
+        )
+        optimize_steps(source, output, wanted_steps, overwrite=overwrite, json=json)
+        return
     chosen = any(option is not None for option in (merge, quant, method, registers))
     _refuse(
         (output is None and not dry_run, "give -o OUT.fold, or --dry-run", "-o"),

@@ -79,3 +79,17 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Use at most this many im
 MinAgreement = Annotated[
     float | None, typer.Option(min=0, max=1, help="Exit with 3 if top-1 agreement on --images is lower.")
 ]
+
+StepCount = Annotated[int | None, typer.Option("--steps", help="Denoising steps; default: 50, or the bundle's.")]
+Sampler = Annotated[str | None, typer.Option(help="ddim, dpm++ or ddpm; default: ddim, or the bundle's.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="Scale of classifier-free guidance, 1 for none; default: 2.5, or the bundle's."),
+]
+Real = Annotated[
+    Path | None, typer.Option("--real", metavar="DIR", help="Real images, for a Frechet distance to them.")
+]
+Features = Annotated[
+    str | None, typer.Option(metavar="SOURCE", help="The vision transformer whose features that distance takes.")
+]
+Heads = Annotated[int | None, typer.Option(min=1, help="Attention heads of a state dict.")]

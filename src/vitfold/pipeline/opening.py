@@ -53,6 +53,11 @@ class Compression:
     params: Mapping[str, Array] | None = None
 
     @property
+    def quant(self) -> str:
+        """The scheme that was asked for."""
+        return "w8a8" if self.quantizers else "none"
+
+    @property
     def suffix(self) -> str:
         """How tables call it, behind the name of a method."""
         return (f", r={self.r}" if self.r else "") + (", w8a8" if self.quantizers else "")

@@ -84,7 +84,7 @@ class Tried:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        found = {**self.row.to_dict(), "quant": "w8a8" if self.compression.quantizers else "none"}
+        found = {**self.row.to_dict(), "quant": self.compression.quant}
         return {**found, "psnr_drop_db": self.psnr_drop_db}
 
 

@@ -1,0 +1,191 @@
+"""`vitfold optimize SOURCE --reuse`: a Diffusion Transformer in, a verified bundle of steps out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from vitfold.cli.drawing import Asking, document, open_features
+from vitfold.cli.terminal import note, out, print_json, quiet_stdout, steps
+
+if TYPE_CHECKING:
+    from vitfold.model import DiTModel
+    from vitfold.pipeline.diffusion import Asked
+    from vitfold.pipeline.opening import Compression
+    from vitfold.pipeline.step_search import Bounds, Found
+    from vitfold.step_bundle import StepBundle
+
+AUTO = "auto"
+MIN_PSNR_DB = 30.0
+SAMPLES, FID_SAMPLES = 32, 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """What options say about a plan of steps and what bounds the search for one."""
+
+    reuse: str
+    steps: int | None
+    sampler: str | None
+    guidance: float | None
+    merge: str | None
+    quant: str | None
+    min_psnr: float | None
+    max_psnr_drop: float | None
+    max_fid_rise: float | None
+    samples: int | None
+    real: Path | None
+    features: str | None
+    minutes: float
+    heads: int | None
+
+    def __post_init__(self) -> None:
+        bounded = any(bound is not None for bound in (self.min_psnr, self.max_psnr_drop, self.max_fid_rise))
+        mistakes = (
+            (bounded and self.reuse != AUTO, "a bound goes with --reuse auto", "--reuse"),
+            ((self.real is None) != (self.features is None), "give both --real DIR and --features SOURCE", "--real"),
+            (
+                self.max_fid_rise is not None and self.features is None,
+                "a Frechet distance needs real images and features: give --real DIR and --features SOURCE",
+                "--max-fid-rise",
+            ),
+            (self.merge is not None and not self.merge.isdecimal(), "give the tokens merged per block", "--merge"),
+        )
+        for made, message, hint in mistakes:
+            if made:
+                raise typer.BadParameter(message, param_hint=hint)
+
+    def bounds(self) -> Bounds:
+        """Return the bounds of the search: 30 dB where none is named."""
+        from vitfold.pipeline.step_search import Bounds
+
+        none = self.max_psnr_drop is None and self.max_fid_rise is None
+        return Bounds(
+            min_psnr_db=MIN_PSNR_DB if self.min_psnr is None and none else self.min_psnr,
+            max_psnr_drop_db=self.max_psnr_drop,
+            max_fid_rise=self.max_fid_rise,
+        )
+
+
+def optimize_steps(source: str, output: Path, wanted: Steps, *, overwrite: bool, json: bool) -> None:
+    """Write the bundle of a plan that was named, or of the fastest one that a search finds.
+
+    Raises:
+        VitfoldError: if the source, the plan or the output is refused.
+    """
+    from vitfold.pipeline.diffusion import check_asked
+    from vitfold.pipeline.opening import compress
+    from vitfold.pipeline.step_writing import save_steps
+    from vitfold.reuse import find_method
+    from vitfold.sealed import check_destination
+    from vitfold.sources.dit import load_dit
+    from vitfold.step_bundle import StepPlan
+
+    check_destination(output.absolute(), overwrite=overwrite)
+    method = None if wanted.reuse == AUTO else find_method(wanted.reuse)
+    with steps("optimize") as say, quiet_stdout():
+        say(f"loading {source}")
+        model = load_dit(source, heads=wanted.heads)
+        asked = Asking(classes="all", count=8, steps=wanted.steps, sampler=wanted.sampler, guidance=wanted.guidance)
+        few = asked.asked(model)
+        check_asked(model, few)
+        merge = int(wanted.merge or 0)
+        schemes = [wanted.quant.lower()] if wanted.quant is not None else ["none"] if method else ["none", "w8a8"]
+        say("compressing")
+        able = [compress(model, r=merge, quant=scheme, steps=few.steps, guidance=few.guidance) for scheme in schemes]
+        found, searched = None, None
+        chosen, text, count = able[0], wanted.reuse, few.steps
+        if method is not None:
+            text = method.text
+        else:
+            found, searched = _search(model, few, able, wanted, say)
+            winner = found.winner
+            text, count = ("none", few.steps) if winner is None else (winner.row.method.text, winner.row.steps)
+            chosen = compress(model) if winner is None else winner.compression
+        plan = StepPlan(
+            reuse=text,
+            steps=count,
+            sampler=few.sampler,
+            guidance=few.guidance,
+            merge=chosen.r,
+            quant=chosen.quant,
+        )
+        bundle = save_steps(model, plan, chosen, output, search=searched, overwrite=overwrite, say=say)
+    values = {**(searched or {}), **_summary(bundle)}
+    if json:
+        print_json(values)
+    else:
+        _print(values, found)
+    note(f"next: vitfold diffuse {output} --classes 0,1,2 -o images, or vitfold bench {output}")
+
+
+def _search(
+    model: DiTModel, few: Asked, able: list[Compression], wanted: Steps, say: Any
+) -> tuple[Found, dict[str, Any]]:
+    from vitfold.pipeline.step_search import Setup, search_steps
+
+    bounds = wanted.bounds()
+    decode = Asking(latents=model.latent and model.decoder is None).decoder(model)
+    judge = None
+    if wanted.features is not None and wanted.real is not None:
+        judge = open_features(wanted.features, wanted.real, say)
+    samples = wanted.samples or (SAMPLES if wanted.max_fid_rise is None else FID_SAMPLES)
+    setup = Setup(decode=decode, judge=judge, say=say)
+    found = search_steps(model, few, bounds, able, setup, samples=samples, minutes=wanted.minutes)
+    rows = [found.plain, *(one.row for one in found.tried)]
+    quant = "w8a8" if any(one.quantizers for one in able) else "none"
+    values = document(
+        model,
+        few,
+        rows,
+        merge=able[0].r,
+        quant=quant,
+        features=wanted.features,
+        chosen=None if found.winner is None else found.winner.row.method,
+    )
+    values["rows"] = [found.plain.to_dict(), *(one.to_dict() for one in found.tried)]
+    return found, {
+        **values,
+        "bounds": bounds.to_dict(),
+        "winner": None if found.winner is None else found.winner.row.name,
+        "held_out": {
+            "images": samples,
+            "winner": None if found.winner is None else found.winner.to_dict(),
+            "refused": [one.to_dict() for one in found.refused],
+        },
+        "reason": found.reason,
+    }
+
+
+def _summary(bundle: StepBundle) -> dict[str, Any]:
+    return {
+        "bundle": str(bundle.path),
+        "plan": bundle.manifest.plan.to_dict(),
+        "parts": list(bundle.manifest.parts),
+        "size_bytes": bundle.size_bytes,
+        "digest": bundle.digest,
+        "verified": dict(bundle.manifest.verified),
+    }
+
+
+def _print(values: dict[str, Any], found: Found | None) -> None:
+    from vitfold.pipeline.step_search import describe_bounds
+    from vitfold.report.tables import diffusion_table, number
+
+    if found is not None:
+        out.print(diffusion_table(values))
+        note(f"{describe_bounds(values['bounds'])}: {values['reason']}")
+    plan = values["plan"]
+    out.print(f"[bold]{plan['reuse']}[/], {plan['steps']} steps of {plan['sampler']}", highlight=False)
+    if found is not None and found.winner is not None:
+        row = found.winner.row
+        shown = f"{row.speedup['median']:.2f}x, {number(row.psnr_db, '.1f')} dB"
+        out.print(f"  held out  {shown} on {values['held_out']['images']} seeds", highlight=False)
+    out.print(f"  quant     {plan['quant']}, {plan['merge']} tokens merged per block", highlight=False)
+    db = values["verified"]["psnr_db"]
+    exact = "the same images as" if db is None else f"within {db:.0f} dB of"
+    out.print(f"  verified  {values['verified']['engine']} draws {exact} the reference", highlight=False)
+    out.print(f"  bundle    {values['bundle']} ({values['size_bytes'] / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
