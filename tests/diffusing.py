@@ -53,6 +53,7 @@ def build_tiny_dit(**overrides: Any) -> DiTModel:
 
 def write_folder(folder: Path, **overrides: Any) -> Path:
     """Write a pipeline's folder without a VAE: pixels come out."""
+    folder.mkdir(parents=True, exist_ok=True)
     build_module(**overrides).save_pretrained(folder / "transformer")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULE), encoding="utf-8")

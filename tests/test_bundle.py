@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from vitfold.bundle import MODEL, Bundle, Manifest, open_bundle, write_bundle
-from vitfold.sealed import MANIFEST, VERSION
 from vitfold.errors import BundleError
 from vitfold.model import Model
 from vitfold.recipe import MergeRecipe, Recipe
+from vitfold.sealed import MANIFEST, VERSION
 
 
 @pytest.fixture

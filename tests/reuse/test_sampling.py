@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from diffusing import ORIGIN, SCHEDULE, build_module, build_tiny_dit
 from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTModel
-from vitfold.pipeline.diffusion import Asked, Row, diffuse, draw, fastest_method
+from vitfold.pipeline.diffusion import Asked, diffuse, draw
 from vitfold.pipeline.opening import Compression, compress, open_parts, prepare_predictor
 from vitfold.reuse import METHODS, find_method
 from vitfold.sources.diffusers import translate
@@ -187,20 +186,6 @@ def test_a_compressed_sampler_stands_beside_the_plain_one(model: DiTModel) -> No
     )
     assert [row.name for row in rows] == ["none", "none, r=4", "stack:3, r=4", "none, 4 steps"]
     assert rows[1].psnr_db is not None
-
-
-def test_the_fastest_method_that_is_near_enough(model: DiTModel) -> None:
-    rows = diffuse(model, [find_method("stack:3"), find_method("stack:2")], Asked(**ASKED), engine="torch", trials=1)
-    none, three, _, two, *_ = rows
-
-    def row(of: Row, speedup: float, decibels: float | None) -> Row:
-        return replace(of, speedup={"median": speedup, "iqr": 0.0}, psnr_db=decibels)
-
-    choices = [row(none, 1.0, None), row(three, 3.0, 25.0), row(two, 2.0, 31.0)]
-    assert fastest_method(choices, 20.0).text == "stack:3"
-    assert fastest_method(choices, 30.0).text == "stack:2"
-    assert fastest_method(choices, 40.0).text == "none"
-    assert fastest_method([choices[0], row(two, 0.9, 31.0)], 20.0).text == "none"
 
 
 @pytest.mark.parametrize(

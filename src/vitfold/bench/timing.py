@@ -41,12 +41,13 @@ def interleave(
     warmup: int = 2,
     max_iterations: int = 1000,
     iterations: int | None = None,
+    settling: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Time each subject `trials` times, in turn, and return nanoseconds per iteration and trial.
 
     Every trial visits all subjects, starting with another one each time, so that a slow spell of the
-    machine falls on all of them. A visit runs once unrecorded, then records iterations for
+    machine falls on all of them. A visit runs once unrecorded unless `settling` is off, then records iterations for
     `seconds` / `trials` (at least one, at most `max_iterations`), or exactly `iterations`. The first
     trial is preceded by `warmup` unrecorded runs of each.
     """
@@ -69,15 +70,16 @@ def interleave(
             for name in names[start:] + names[:start]:
                 if progress is not None:
                     progress(f"trial {trial + 1}/{trials}: {name}")
-                samples[name].append(_visit(subjects[name], budget_ns, most))
+                samples[name].append(_visit(subjects[name], budget_ns, most, settling=settling))
     finally:
         if collecting:
             gc.enable()
     return {name: tuple(trials_ns) for name, trials_ns in samples.items()}
 
 
-def _visit(call: Callable[[], None], budget_ns: int, max_iterations: int) -> tuple[int, ...]:
-    call()
+def _visit(call: Callable[[], None], budget_ns: int, max_iterations: int, *, settling: bool) -> tuple[int, ...]:
+    if settling:
+        call()
     clock = time.perf_counter_ns
     recorded: list[int] = []
     begin = clock()

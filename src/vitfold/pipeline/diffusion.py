@@ -166,7 +166,11 @@ def compare(
 
         return run
 
-    times = interleave({way.name: subject(way) for way in ways}, trials=trials, warmup=0, iterations=1, progress=say)
+    for way in ways:  # a few steps settle memory; a drawing is long enough that nothing else has to
+        first_batch = way.asked.labels[: way.asked.batch]
+        draw(model, way.executor, way.method, replace(way.asked, labels=first_batch, steps=min(4, way.asked.steps)))
+    subjects = {way.name: subject(way) for way in ways}
+    times = interleave(subjects, trials=trials, warmup=0, iterations=1, settling=False, progress=say)
     measured = {
         way.name: Measurement(
             subject=way.name,

@@ -1,0 +1,136 @@
+"""Bundles of a Diffusion Transformer's steps as a user makes and uses them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from invoking import error, run, run_json
+from PIL import Image
+
+from diffusing import write_folder
+
+QUICK = ("--steps", "5")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"hf:{write_folder(tmp_path_factory.mktemp('dit'))}"
+
+
+@pytest.fixture(scope="module")
+def stack(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bundles") / "stack.fold"
+    found = run_json("optimize", source, *QUICK, "--reuse", "stack:2", "--quant", "w8a8", "-o", path)
+    assert found["plan"]["reuse"] == "stack:2"
+    assert found["plan"]["quant"] == "w8a8"
+    assert found["parts"] == ["condition", "full", "resume"]
+    assert found["verified"]["psnr_db"] > 30
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bundles") / "plain.fold"
+    run("optimize", source, *QUICK, "--reuse", "none", "-o", path)
+    return path
+
+
+def test_graphs_share_one_file_of_weights(stack: Path, source: str, tmp_path: Path) -> None:
+    names = sorted(path.name for path in stack.iterdir())
+    assert names == ["condition.onnx", "full.onnx", "manifest.json", "resume.onnx", "weights.bin"]
+    path = tmp_path / "tokens.fold"
+    run("optimize", source, *QUICK, "--reuse", "tokencache", "-o", path)
+    largest = max((path / f"{part}.onnx").stat().st_size for part in ("full", "refresh"))
+    assert largest < (path / "weights.bin").stat().st_size
+
+
+def test_a_bundle_draws_what_its_source_draws(stack: Path, source: str, tmp_path: Path) -> None:
+    arguments = ("--classes", "2,0", "--trials", "1")
+    found = run_json("diffuse", stack, *arguments, "-o", tmp_path / "a")
+    assert [row["name"] for row in found["rows"]] == ["stack, every step", "stack", "none, 4 steps"]
+    assert found["bundles"]["stack"]["reuse"] == "stack:2"
+    assert (found["steps"], found["sampler"]) == (5, "ddim")
+    run("diffuse", source, *QUICK, *arguments, "--reuse", "stack:2", "--quant", "w8a8", "-o", tmp_path / "b")
+    pixels = []
+    for folder in (tmp_path / "a" / "stack", tmp_path / "b" / "stack-2-w8a8"):
+        with Image.open(next(folder.iterdir())) as image:
+            pixels.append(np.asarray(image).astype(int))
+    np.testing.assert_allclose(pixels[0], pixels[1], atol=2)
+
+
+def test_bundles_beside_each_other(stack: Path, plain: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    found = run_json("bench", plain, stack, "--trials", "1", "--batch", "3", "-o", path)
+    assert [row["name"] for row in found["rows"]] == ["plain", "stack", "none, 4 steps"]
+    assert found["rows"][0]["psnr_db"] is None
+    assert found["rows"][1]["psnr_db"] > 0
+    assert len(found["classes"]) == 3
+    assert json.loads(path.read_text(encoding="utf-8"))["rows"] == found["rows"]
+    assert "leave out --images" in error("bench", plain, "--peers", "torch")
+
+
+def test_what_is_in_a_bundle(stack: Path) -> None:
+    said = run("inspect", stack).stdout
+    assert "stack:2" in said
+    assert "condition full resume" in said
+    assert run_json("inspect", stack)["plan"]["quant"] == "w8a8"
+
+
+def test_a_search_writes_the_winner(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitfold.pipeline import step_search
+
+    monkeypatch.setattr(step_search, "CANDIDATES", ("stack:2",))
+    arguments = ("--reuse", "auto", "--min-psnr", "0", "--samples", "2", "--quant", "none")
+    found = run_json("optimize", source, *QUICK, *arguments, "-o", tmp_path / "auto.fold")
+    assert found["bounds"] == {"min_psnr_db": 0.0, "max_psnr_drop_db": None, "max_fid_rise": None}
+    assert {row["name"] for row in found["rows"]} >= {"none", "stack:2", "none, 3 steps"}
+    chosen = "none" if found["held_out"]["winner"] is None else found["held_out"]["winner"]["reuse"]
+    assert found["plan"]["reuse"] == chosen
+    kept = run_json("inspect", tmp_path / "auto.fold")["search"]
+    assert kept["winner"] == found["winner"]
+    said = run("optimize", source, *QUICK, *arguments, "-o", tmp_path / "auto.fold", "--overwrite")
+    assert "at least 0 dB to the unaccelerated images" in said.stderr
+
+
+def test_other_commands_say_who_takes_it(stack: Path, tmp_path: Path) -> None:
+    said = error("evaluate", stack, "--images", tmp_path)
+    assert "holds the steps of a diffusion model" in said
+    assert "vitfold diffuse" in said
+    assert "a bundle has its own method" in error("diffuse", stack, "--reuse", "none", code=2)
+
+
+def test_damage_is_named(plain: Path, tmp_path: Path) -> None:
+    import shutil
+
+    path = tmp_path / "damaged.fold"
+    shutil.copytree(plain, path)
+    (path / "weights.bin").write_bytes(b"0")
+    assert "weights.bin is damaged" in error("bench", path)
+    (path / "weights.bin").unlink()
+    assert "lacks the file weights.bin" in error("diffuse", path)
+
+
+def test_models_must_be_one(plain: Path, tmp_path: Path) -> None:
+    other = f"hf:{write_folder(tmp_path / 'other', num_layers=1)}"
+    run("optimize", other, *QUICK, "--reuse", "none", "-o", tmp_path / "other.fold")
+    assert "draws by another model" in error("bench", plain, tmp_path / "other.fold")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "code"),
+    [
+        (("--reuse", "tailor"), "did you mean taylor", 1),
+        (("--reuse", "stack:2", "--min-psnr", "30"), "a bound goes with --reuse auto", 2),
+        (("--reuse", "auto", "--max-fid-rise", "1"), "give --real DIR and --features SOURCE", 2),
+        (("--reuse", "stack", "--merge", "auto"), "give the tokens merged per block", 2),
+        (("--reuse", "stack", "--target", "openvino"), "takes --merge, --quant", 2),
+        (("--reuse", "stack", "--quant", "w4a4"), "unknown quantization 'w4a4'", 1),
+    ],
+    ids=str,
+)
+def test_what_optimize_refuses(source: str, tmp_path: Path, arguments: tuple[str, ...], said: str, code: int) -> None:
+    assert said in error("optimize", source, "-o", tmp_path / "x.fold", *arguments, code=code)
+    assert not (tmp_path / "x.fold").exists()

@@ -1,0 +1,139 @@
+"""Which way to draw a search takes, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffusing import build_tiny_dit
+from vitfold.errors import RecipeError
+from vitfold.model import Array, DiTModel
+from vitfold.pipeline import step_search
+from vitfold.pipeline.diffusion import Asked, Row
+from vitfold.pipeline.opening import Compression
+from vitfold.pipeline.step_search import Bounds, Setup, Tried, describe_bounds, fastest_method, screen, search_steps
+
+ASKED = Asked(labels=(0, 2), seed=0, steps=6, sampler="ddim", guidance=2.0, batch=2)
+TORCH = Setup(engine="torch")
+
+
+@pytest.fixture(scope="module")
+def model() -> DiTModel:
+    return build_tiny_dit()
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_search, "CANDIDATES", ("stack:2", "stack:3", "guidance:2"))
+    monkeypatch.setattr(step_search, "FEWER", (0.5,))
+
+
+def faster(monkeypatch: pytest.MonkeyPatch, speed_of: Callable[[Row], float]) -> None:
+    """Let speed-ups be what a test says, since times of a tiny model mean nothing."""
+    compare = step_search.compare
+
+    def told(*args: Any, **kwargs: Any) -> list[Row]:
+        rows = compare(*args, **kwargs)
+        return [rows[0], *(replace(row, speedup={"median": speed_of(row), "iqr": 0.0}) for row in rows[1:])]
+
+    monkeypatch.setattr(step_search, "compare", told)
+
+
+def full(row: Row) -> float:
+    return ASKED.steps / row.sampled.full_steps
+
+
+@pytest.mark.usefixtures("few")
+def test_every_candidate_and_plain_steps_are_measured_beside_the_plain_sampler(model: DiTModel) -> None:
+    tried = screen(model, ASKED, Bounds(min_psnr_db=10.0), [Compression(), Compression(r=4)], TORCH)
+    names = {"stack:2", "stack:3", "guidance:2", "none, 3 steps"}
+    merged = {f"{name}, r=4" for name in names}
+    assert {one.row.name for one in tried} == names | merged | {"none, r=4"}
+    assert all(one.psnr_drop_db is None for one in tried)
+    assert {
+        one.row.name for one in screen(model, ASKED, Bounds(min_psnr_db=1.0), [Compression()], TORCH, fewer=False)
+    } == (names - {"none, 3 steps"})
+
+
+@pytest.mark.usefixtures("few")
+def test_the_fastest_that_keeps_the_bound_is_confirmed_on_other_seeds(
+    model: DiTModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faster(monkeypatch, full)
+    seeds: list[int] = []
+    drawn = step_search.compare
+
+    def seen(model: DiTModel, ways: Any, **kwargs: Any) -> list[Row]:
+        seeds.append(ways[0].asked.seed)
+        return drawn(model, ways, **kwargs)
+
+    monkeypatch.setattr(step_search, "compare", seen)
+    found = search_steps(model, ASKED, Bounds(min_psnr_db=0.0), [Compression()], TORCH, samples=4)
+    assert found.winner is not None
+    assert found.winner.row.name == "none, 3 steps"
+    assert len(found.winner.row.sampled.samples) == 4
+    assert seeds[-1] == step_search.HELD_OUT_SEED
+    assert 0 in seeds
+    strict = search_steps(model, ASKED, Bounds(min_psnr_db=200.0), [Compression()], TORCH, samples=2)
+    assert strict.winner is None
+    assert "nothing that keeps the bounds" in strict.reason
+
+
+@pytest.mark.usefixtures("few")
+def test_nothing_slower_than_the_plain_sampler_wins(model: DiTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    faster(monkeypatch, lambda row: 0.9)
+    found = search_steps(model, ASKED, Bounds(min_psnr_db=0.0), [Compression()], TORCH, samples=2)
+    assert found.winner is None
+    assert found.plain.name == "none"
+    assert fastest_method(found.tried, Bounds(min_psnr_db=0.0)).text == "none"
+
+
+@pytest.mark.usefixtures("few")
+def test_one_that_breaks_the_bound_on_held_out_seeds_gives_way(
+    model: DiTModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faster(monkeypatch, full)
+    tried = step_search._tried
+
+    def told(row: Row, plain: Row, compression: Compression, goal: Array | None, setup: Setup) -> Tried:
+        found = tried(row, plain, compression, goal, setup)
+        confirmed = len(row.sampled.samples) == 3
+        bad = confirmed and row.sampled.full_steps <= 3
+        return replace(found, row=replace(row, psnr_db=1.0 if bad else 50.0))
+
+    monkeypatch.setattr(step_search, "_tried", told)
+    found = search_steps(model, ASKED, Bounds(min_psnr_db=40.0), [Compression()], TORCH, samples=3)
+    assert found.winner is not None
+    assert found.winner.row.sampled.full_steps > 3
+    assert [one.row.sampled.full_steps <= 3 for one in found.refused] == [True] * len(found.refused)
+    assert found.refused
+
+
+@pytest.mark.usefixtures("few")
+def test_the_drop_is_towards_images_of_more_steps(model: DiTModel) -> None:
+    bounds = Bounds(max_psnr_drop_db=3.0)
+    tried = {one.row.name: one for one in screen(model, ASKED, bounds, [Compression()], TORCH)}
+    drops = {name: one.psnr_drop_db for name, one in tried.items()}
+    assert all(drop is not None and np.isfinite(drop) for drop in drops.values())
+    assert drops["none, 3 steps"] > 0
+    assert tried["none, 3 steps"].within(Bounds(max_psnr_drop_db=drops["none, 3 steps"] + 0.1))
+    assert not tried["none, 3 steps"].within(Bounds(max_psnr_drop_db=drops["none, 3 steps"] - 0.1))
+
+
+def test_bounds_that_cannot_be_measured(model: DiTModel) -> None:
+    with pytest.raises(RecipeError, match="converges with more steps: --sampler ddim"):
+        search_steps(model, replace(ASKED, sampler="ddpm"), Bounds(max_psnr_drop_db=1.0), [Compression()], TORCH)
+    with pytest.raises(RecipeError, match="--max-fid-rise needs --real and --features"):
+        search_steps(model, ASKED, Bounds(max_fid_rise=1.0), [Compression()], TORCH)
+    with pytest.raises(ValueError, match="needs a bound"):
+        Bounds()
+
+
+def test_bounds_in_words() -> None:
+    assert describe_bounds(Bounds(min_psnr_db=30.0, max_fid_rise=0.5).to_dict()) == (
+        "at least 30 dB to the unaccelerated images, a Frechet distance at most 0.5 larger"
+    )
