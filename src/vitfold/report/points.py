@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitfold.errors import ReportError
+from vitfold.report.loading import Document
 
 _RUNG = re.compile(r"^r(\d+(?:\.\d+)?)(?:-(.+))?$")
 OTHERS = "others"
@@ -42,6 +43,17 @@ class Point:
     drop: Mapping[str, Any] | None = None
     noisy: bool = False
     error: str | None = None
+
+
+def points_of(document: Document) -> list[Point]:
+    """Translate a sweep or a bench.
+
+    Raises:
+        ReportError: as `points_of_bench`.
+    """
+    if document.kind == "sweep":
+        return points_of_sweep(document.content["rows"])
+    return points_of_bench(document.content, document.name)
 
 
 def points_of_sweep(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
