@@ -21,7 +21,7 @@ def point(ms: float, top1: float) -> Point:
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), min_size=1, max_size=30))
 def test_the_front_is_what_nothing_beats(pairs: list[tuple[int, int]]) -> None:
     points = [point(float(ms), top1 / 20) for ms, top1 in pairs]
-    kept = front(points, "top1")
+    kept = front(points, "latency_ms", "top1")
     times = [p.latency_ms for p in kept]
     assert times == sorted(times)
     for p in points:

@@ -65,7 +65,9 @@ def render_page(folder: Folder, *, title: str, command: str, traced: Sequence[Tr
     )
     size = len(page.encode("utf-8"))
     if size > MOST_BYTES:
-        raise ReportError(f"the page would have {size / 1e6:.1f} MB, more than 5; give fewer --photos")
+        raise ReportError(
+            f"the page would have {size / 1e6:.1f} MB, more than 5; give fewer --photos, or move a sheet.png elsewhere"
+        )
     return page
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from vitfold.errors import ReportError
 from vitfold.report.loading import Document
@@ -17,6 +17,7 @@ _RUNG = re.compile(r"^r(\d+(?:\.\d+)?)(?:-(.+))?$")
 OTHERS = "others"
 """The family of rows with names of their own: peers, mostly."""
 FLOAT = "float"
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,13 +162,13 @@ def quality_key(points: Sequence[Point]) -> str | None:
     return None
 
 
-def front(points: Sequence[Point], key: str) -> list[Point]:
-    """Return the points that no other beats in both latency and quality, the fastest first."""
-    timed = [point for point in points if point.latency_ms is not None and getattr(point, key) is not None]
+def front(points: Sequence[Measured], time: str, quality: str) -> list[Measured]:
+    """Return the points that no other beats in both time and quality, the fastest first; both are names of fields."""
+    known = [point for point in points if getattr(point, time) is not None and getattr(point, quality) is not None]
     best, kept = float("-inf"), []
-    for point in sorted(timed, key=lambda point: (point.latency_ms, -getattr(point, key))):
-        if getattr(point, key) > best:
-            best = getattr(point, key)
+    for point in sorted(known, key=lambda point: (getattr(point, time), -getattr(point, quality))):
+        if getattr(point, quality) > best:
+            best = getattr(point, quality)
             kept.append(point)
     return kept
 

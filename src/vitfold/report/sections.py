@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from vitfold.report import figures
+from vitfold.report import curves, figures
 from vitfold.report.loading import Document, Folder
 from vitfold.report.mosaic import Traced, strips
 from vitfold.report.points import Point, points_of, quality_key
-from vitfold.report.tables import accuracy_rows, drop_text, environment_line, number, percent
+from vitfold.report.samplers import Sampler, samplers_of
+from vitfold.report.sheet import COLUMNS, sheet_url
+from vitfold.report.tables import accuracy_rows, diffusion_rows, drop_text, environment_line, number, percent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +29,15 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sheet:
+    """A contact sheet as a data URL, what it shows in words, and what its lines are."""
+
+    url: str
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
     """One part of the page."""
 
@@ -33,6 +45,7 @@ class Section:
     text: Sequence[str] = ()
     plots: Sequence[Any] = ()
     table: Table | None = None
+    sheet: Sheet | None = None
     details: Sequence[tuple[str, Table]] = ()
     strips: Sequence[Any] = ()
     commands: Sequence[str] = ()
@@ -41,6 +54,7 @@ class Section:
 def build_sections(folder: Folder, traced: Sequence[Traced], command: str) -> list[Section]:
     """Return all sections in their order: comparisons, pictures, where time goes, methods, and how it was measured."""
     sections: list[Section | None] = [_comparison(document) for document in (*folder.of("sweep"), *folder.of("bench"))]
+    sections += [_diffusion(document) for document in folder.of("diffusion")]
     sections += [_pictures(one) for one in traced]
     sections += [_profile(document) for document in folder.of("profile")]
     sections += [_sensitivity(document) for document in folder.of("sensitivity")]
@@ -117,6 +131,47 @@ def _cells(point: Point) -> list[str]:
         number(point.images, "d"),
         point.error or "",
     ]
+
+
+def _diffusion(document: Document) -> Section:
+    content, samplers = document.content, samplers_of(document)
+    settings = [
+        f"{len(content['classes'])} images" if "classes" in content else "",
+        f"{content['steps']} steps of {content['sampler']}",
+        f"guidance {content['guidance']:g}" if "guidance" in content else "",
+        str(content.get("engine") or ""),
+    ]
+    text = [
+        f"{content.get('source', 'Diffusion')}: {', '.join(filter(None, settings))}. All ways to sample took turns at "
+        "equal seeds; speed-ups are medians of paired trials with half their interquartile range, ~ marks a noisy row. "
+        "PSNR and SSIM compare with the unaccelerated images: they punish what is different and as good. The dashed "
+        "line is the plain alternative, fewer steps; the dotted line joins what nothing else beats."
+    ]
+    if any(one.frechet is not None for one in samplers):
+        features = content.get("features")
+        text.append(
+            f"The Frechet distance is taken in the features of {features or 'the model named by --features'}, to real "
+            "images: no Inception FID, and to compare within this section only. Bars are its noise, where that was "
+            "measured."
+        )
+    header, body = diffusion_rows(content)
+    return Section(
+        title="Step reuse" if document.name == "diffuse" else f"Step reuse: {document.name.removesuffix('/diffuse')}",
+        text=text,
+        plots=[plot for plot in (curves.likeness(samplers), curves.distance(samplers)) if plot is not None],
+        table=Table(header=header, rows=body, words=("sampler",)),
+        sheet=None if document.sheet is None else _sheet(document.sheet, samplers, content.get("classes")),
+    )
+
+
+def _sheet(path: Path, samplers: Sequence[Sampler], classes: Sequence[int] | None) -> Sheet:
+    lines = "; ".join(one.name for one in samplers)
+    columns = f" (classes {', '.join(map(str, classes[:COLUMNS]))})" if classes else ""
+    return Sheet(
+        url=sheet_url(path),
+        alt=f"Generated images, a line per sampler: {lines}; a column per seed and class{columns}",
+        caption=f"A column is one seed and class{columns}; the lines from the top: {lines}.",
+    )
 
 
 def _pictures(traced: Traced) -> Section:
