@@ -48,6 +48,17 @@ def test_a_sweep_row() -> None:
     assert (other[0].family, other[0].r) == ("w8a8, minmax, openvino", 1.0)
 
 
+def test_merging_rules_are_families_of_their_own() -> None:
+    rows = [
+        documents.sweep_row(r, quant, 10.0 - r, 0.8, recipe=f"r{r}-{quant}-{rule}", rule=rule)
+        for r in (2, 4)
+        for rule in ("tome", "pitome")
+        for quant in ("none", "w8a8")
+    ]
+    found = points_of_sweep(rows)
+    assert [p.family for p in found] == ["float", "w8a8", "float, pitome", "w8a8, pitome"] * 2
+
+
 def test_a_bench_row() -> None:
     found = points_of_bench(documents.bench(), "demo")
     assert [p.name for p in found] == ["torch", "r0", "r4", "r0-w8a8", "r4-w8a8", "r8-w8a8"], "the engine's scope alone"

@@ -24,8 +24,8 @@ Measured = TypeVar("Measured")
 class Point:
     """One recipe as it was measured; None where it was not.
 
-    `r` is the mean over blocks, `family` what it quantizes. `speed_range` and `drop` (of accuracy against the float
-    model, image by image) are 95 % intervals of paired data.
+    `r` is the mean over blocks, `family` what it quantizes and by which rule it merges. `speed_range` and `drop` (of
+    accuracy against the float model, image by image) are 95 % intervals of paired data.
     """
 
     name: str
@@ -86,11 +86,13 @@ def _of_sweep(row: Mapping[str, Any]) -> Point:
 
 
 def _family_of_sweep(row: Mapping[str, Any]) -> str:
-    """Bits, the method unless it is the default, and the target unless it is this processor's."""
+    """Bits, the method and the merging rule unless they are the default, the target unless it is this processor's."""
     quantized = row["quant"] not in (None, "none")
     words = [str(row["quant"]) if quantized else FLOAT]
     if quantized and row.get("method") not in (None, "vitfold"):
         words.append(str(row["method"]))
+    if row.get("rule") not in (None, "tome"):
+        words.append(str(row["rule"]))
     if not str(row.get("target") or "cpu").startswith("cpu"):
         words.append(str(row["target"]))
     return ", ".join(words)
