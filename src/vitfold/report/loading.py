@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vitfold.errors import ReportError
+from vitfold.journal import HEAD, ROWS
 from vitfold.report.sheet import SHEET
-from vitfold.report.sweeps import HEAD, ROWS, check_sweep_rows, read_sweep_rows
+from vitfold.report.sweeps import check_sweep_rows, read_sweep_rows
 
 SHOWN = ("sweep", "bench", "diffusion", "evaluate", "ladder", "sensitivity", "profile")
 _SIGNS: dict[str, frozenset[str]] = {
