@@ -179,9 +179,18 @@ def test_plots_follow_a_change_of_scheme(written: Path, browser: Any) -> None:
     opened = browser.new_page(color_scheme="light")
     opened.goto(written.as_uri())
     opened.wait_for_selector("body[data-ready]", state="attached", timeout=60_000)
-    before = opened.eval_on_selector(".xtick text", "label => getComputedStyle(label).fill")
+
+    def colours() -> tuple[str, str]:
+        label = opened.eval_on_selector(".xtick text", "label => getComputedStyle(label).fill")
+        return label, opened.evaluate("getComputedStyle(document.body).color")
+
+    light = colours()
     opened.emulate_media(color_scheme="dark")
     opened.wait_for_function(
-        "before => getComputedStyle(document.querySelector('.xtick text')).fill !== before", arg=before
+        "before => getComputedStyle(document.querySelector('.xtick text')).fill !== before", arg=light[0]
     )
+    dark = colours()
+    assert light[0] == light[1], "labels take the page's colour"
+    assert dark[0] == dark[1], "after the change too"
+    assert light[1] != dark[1]
     opened.close()
