@@ -41,7 +41,7 @@ def test_a_family_is_the_method_and_what_it_is_compressed_with() -> None:
     assert [one.name for one in methods(found)] == [
         "none, w8a8", "stack:2, w8a8", "stack:4, w8a8", "first-block:0.01, w8a8",
     ]  # fmt: skip
-    bundle = documents.diffusion_row("steps", 11, 0.2, 33.0, reuse="taylor:2:1")
+    bundle = documents.diffusion_row("found, again", 11, 0.2, 33.0, reuse="taylor:2:1")
     rows = [documents.diffusion()["rows"][0], bundle]
     assert samplers(rows=rows)[1].family == "taylor", "a bundle has a name of its own"
 
@@ -103,7 +103,7 @@ def test_columns_that_only_some_documents_fill() -> None:
     rows = documents.diffusion()["rows"]
     rows[2] |= {"class_accuracy": 0.875, "frechet_rise": {"rise": 1.0, "low": -0.25, "high": 2.25}}
     header, body = diffusion_rows(documents.diffusion(rows=rows))
-    assert header[7:10] == ["Frechet", "rise", "class acc. %"]
+    assert header[7:10] == ["Frechet", "Frechet rise", "class %"]
     assert body[2][7:10] == ["22.50 ±0.50", "+1.00 [-0.25, +2.25]", "87.50"]
     assert body[3][7:10] == ["30.00", "-", "-"]
 

@@ -42,7 +42,7 @@ def likeness(samplers: Sequence[Sampler]) -> Plot | None:
 
 
 def distance(samplers: Sequence[Sampler]) -> Plot | None:
-    """Frechet distance to real images against time, with its noise."""
+    """Frechet distance to real images against time; bars are its standard deviation over resampled seeds."""
     figure = go.Figure()
     _draw(figure, samplers, "frechet", noise="frechet_noise")
     if not figure.data:

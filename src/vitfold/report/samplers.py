@@ -70,12 +70,13 @@ def _sampler(row: Mapping[str, Any], place: int, steps: int) -> Sampler:
 
 
 def _family(row: Mapping[str, Any], steps: int) -> str:
-    """A row is called by its method, and behind a comma by what it is compressed with."""
-    if row["reuse"] == _PLAIN and row["steps"] < steps:
+    """A row is called by its method, and behind a comma by what it is compressed with; bundles have other names."""
+    name, reuse = row["name"], row["reuse"]
+    if reuse == _PLAIN and row["steps"] < steps:
         return FEWER
-    method = row["reuse"].partition(":")[0]
-    compressed = row["name"].partition(", ")[2]
-    return ", ".join(word for word in (method if method != _PLAIN else "", compressed) if word) or UNACCELERATED
+    compressed = name.removeprefix(f"{reuse}, ") if name.startswith(f"{reuse}, ") else ""
+    method = "" if reuse == _PLAIN else reuse.partition(":")[0]
+    return ", ".join(filter(None, (method, compressed))) or UNACCELERATED
 
 
 def fewer_steps(samplers: Sequence[Sampler]) -> list[Sampler]:
