@@ -223,7 +223,8 @@ def _setting(value: Any) -> str:
     return " ".join(value) if isinstance(value, list) else str(value)
 
 
-_RISE = "Frechet rise"
+_BEYOND = ("reused", "SSIM", "Frechet rise", "kept MB")
+"""Columns that eighty characters have no room for beside a distance; the JSON and the page hold them."""
 
 
 def diffusion_table(result: Mapping[str, Any]) -> Table:
@@ -231,7 +232,8 @@ def diffusion_table(result: Mapping[str, Any]) -> Table:
     title = f"{len(result['classes'])} images, {result['steps']} steps of {result['sampler']}, {result['engine']}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     header, body = diffusion_rows(result)
-    shown = [place for place, name in enumerate(header) if name != _RISE]  # an interval is too wide for a terminal
+    beyond = _BEYOND if "Frechet" in header else ()
+    shown = [place for place, name in enumerate(header) if name not in beyond]
     for place in shown:
         left = header[place] == "sampler"
         table.add_column(header[place], justify="left" if left else "right", no_wrap=not left, overflow="fold")
@@ -246,7 +248,7 @@ def diffusion_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]
     Where all pixels are equal to the unaccelerated images, PSNR is infinite, and the cell says so.
     """
     header = ["sampler", "full", "reused", "s/image", "speed-up", "PSNR dB", "SSIM"]
-    header += ["Frechet", _RISE, "class %", "kept MB"]
+    header += ["Frechet", "Frechet rise", "class %", "kept MB"]
     body = [
         [
             row["name"],
@@ -256,7 +258,7 @@ def diffusion_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]
             f"{row['speedup']:.2f}x ±{row['speedup_iqr'] / 2:.2f}",
             "equal" if place and row["psnr_db"] is None else number(row["psnr_db"], ".1f"),
             number(row["ssim"], ".4f"),
-            number(row.get("frechet"), ".2f") + _noise_text(row.get("frechet_noise")),
+            _distance_text(row.get("frechet"), row.get("frechet_noise")),
             _rise_text(row.get("frechet_rise")),
             percent(row.get("class_accuracy"), unit=""),
             number(row["kept_bytes"], ".1f", scale=1e-6),
@@ -267,8 +269,10 @@ def diffusion_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]
     return [header[place] for place in filled], [[line[place] for place in filled] for line in body]
 
 
-def _noise_text(noise: float | None) -> str:
-    return "" if noise is None else f" ±{noise:.2f}"
+def _distance_text(distance: float | None, noise: float | None) -> str:
+    """A distance with its standard deviation; decimals only where they say something."""
+    form = ".2f" if distance is None or distance < 100 else ".0f"
+    return number(distance, form) + ("" if noise is None else f" ±{noise:{form}}")
 
 
 def _rise_text(rise: Mapping[str, float] | None) -> str:
