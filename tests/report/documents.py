@@ -142,6 +142,15 @@ def diffusion(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def held_out(**changes: Any) -> dict[str, Any]:
+    """What a search adds: its winner again, on seeds that chose nothing."""
+    winner = diffusion_row("stack:2, w8a8", 11, 0.2, 32.0, speedup=1.9, psnr_drop_db=None)
+    found = {"images": 64, "winner": winner, "refused": [], **changes}
+    name = None if found["winner"] is None else found["winner"]["name"]
+    reason = "the fastest candidate that keeps the bounds on held-out seeds"
+    return {"bounds": {"min_psnr_db": 30.0}, "winner": name, "held_out": found, "reason": reason}
+
+
 def write_sheet(folder: Path, *, side: int = 32, lines: int = 7) -> Path:
     """Write what lies beside a document of `vitfold diffuse`: a line per row, a column per class."""
     images = np.random.default_rng(0).random((3, 1, side, side), np.float32)

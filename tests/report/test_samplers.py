@@ -37,13 +37,25 @@ def test_a_family_is_the_method_and_what_it_is_compressed_with() -> None:
     assert [one.family for one in found] == [
         UNACCELERATED, "w8a8", "stack, w8a8", FEWER, "stack, w8a8", FEWER, "first-block, w8a8",
     ]  # fmt: skip
-    assert [one.full_steps for one in fewer_steps(found)] == [7, 11]
+    assert [one.full_steps for one in fewer_steps(found)] == [11, 7]
     assert [one.name for one in methods(found)] == [
         "none, w8a8", "stack:2, w8a8", "stack:4, w8a8", "first-block:0.01, w8a8",
     ]  # fmt: skip
-    bundle = documents.diffusion_row("found, again", 11, 0.2, 33.0, reuse="taylor:2:1")
-    rows = [documents.diffusion()["rows"][0], bundle]
-    assert samplers(rows=rows)[1].family == "taylor", "a bundle has a name of its own"
+
+
+def test_a_bundle_is_compressed_as_its_plan_says() -> None:
+    rows = [
+        documents.diffusion_row("found, every step", 20, 0.3, None, reuse="none"),
+        documents.diffusion_row("found, again", 11, 0.2, 33.0, reuse="taylor:2:1"),
+        documents.diffusion_row("none, 11 steps", 11, 0.2, 23.0, steps=11),
+        documents.diffusion_row("none, 11 steps, w8a8", 11, 0.15, 22.5, steps=11),
+    ]
+    plans = {"found, again": {"merge": 4, "quant": "w8a8"}, "found": {"merge": 0, "quant": "none"}}
+    found = samplers(rows=rows, bundles=plans)
+    assert [one.family for one in found] == [UNACCELERATED, "taylor, r=4, w8a8", FEWER, "fewer steps, w8a8"]
+    plot = curves.likeness(found)
+    assert plot is not None
+    assert [trace.name for trace in plot.figure.data if trace.mode == "lines+markers"] == ["fewer steps, w8a8", FEWER]
 
 
 def test_equal_images_are_infinitely_near() -> None:
@@ -65,10 +77,8 @@ def test_quality_against_time() -> None:
     assert list(traces["nothing is better"].y) == [28.0, 33.25, 41.0]
     assert (list(traces[FEWER].x), list(traces[FEWER].y)) == ([0.14, 0.22], [18.0, 24.5])
     assert (traces[FEWER].mode, traces["w8a8"].mode) == ("lines+markers", "markers")
-    assert (
-        "<b>stack:4, w8a8</b><br>7 steps in full, 13 reused<br>0.125 s per image, noisy"
-        in traces["stack, w8a8"].text[1]
-    )
+    hover = traces["stack, w8a8"].text[0]
+    assert hover.startswith("<b>stack:4, w8a8</b><br>7 steps in full, 13 reused<br>0.125 s per image, noisy<br>")
     (line,) = plot.figure.layout.shapes
     assert (line.x0, line.x1, line.label.text) == (0.4, 0.4, UNACCELERATED)
 

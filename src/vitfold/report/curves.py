@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from vitfold.report.figures import GREY, PALETTE, Plot, draw_front, laid_out, marker
 from vitfold.report.points import front
-from vitfold.report.samplers import FEWER, UNACCELERATED, Sampler, fewer_steps, methods
+from vitfold.report.samplers import FEWER, UNACCELERATED, Sampler, methods
 
 _RIVAL = "#d1495b"
 """Of plainly fewer steps; methods take the other colours."""
@@ -63,7 +63,7 @@ def _draw(figure: go.Figure, samplers: Sequence[Sampler], field: str, *, noise: 
         figure.add_scatter(
             x=[one.seconds_per_image for one in shown],
             y=[getattr(one, field) for one in shown],
-            mode="lines+markers" if family == FEWER else "markers",
+            mode="lines+markers" if family.startswith(FEWER) else "markers",
             name=family,
             line={"color": colour, "width": 1.5, "dash": "dash"},
             marker=marker(place, colour),
@@ -75,9 +75,9 @@ def _draw(figure: go.Figure, samplers: Sequence[Sampler], field: str, *, noise: 
 
 def _groups(samplers: Sequence[Sampler]) -> list[list[Sampler]]:
     """By family: methods in order of appearance, then fewer steps, then the unaccelerated sampler."""
-    families = dict.fromkeys(one.family for one in methods(samplers))
-    found = [[one for one in samplers if one.family == family] for family in families]
-    found += [fewer_steps(samplers), [one for one in samplers if one.family == UNACCELERATED]]
+    families = dict.fromkeys([*(one.family for one in methods(samplers)), FEWER, UNACCELERATED])
+    ordered = sorted(samplers, key=lambda one: one.full_steps)
+    found = [[one for one in ordered if one.family == family] for family in families]
     return [group for group in found if group]
 
 

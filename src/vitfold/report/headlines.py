@@ -9,7 +9,7 @@ import math
 
 from vitfold.report.loading import Document, Folder
 from vitfold.report.points import Point, baseline, points_of, quality_key
-from vitfold.report.samplers import Sampler, fastest_within, fewer_steps, methods, samplers_of
+from vitfold.report.samplers import Sampler, chosen, fastest_within, fewer_steps, has_choice, methods, samplers_of
 from vitfold.report.tables import drop_text
 
 DROP = 0.01
@@ -39,17 +39,17 @@ def headlines(folder: Folder) -> list[dict[str, str]]:
 
 def _of_diffusion(document: Document) -> dict[str, str]:
     """The method that the document chose, else the fastest that is near enough, beside plainly fewer steps."""
-    samplers, chosen = samplers_of(document), document.content.get("chosen")
-    best = fastest_within(methods(samplers), LEAST_DB)
-    if chosen is not None:
-        best = next((one for one in methods(samplers) if one.reuse == chosen), None)
+    samplers, choice = samplers_of(document), has_choice(document)
+    best = chosen(document) if choice else fastest_within(methods(samplers), LEAST_DB)
     if best is None or best.speed_up <= 1:
-        bound = "that was chosen" if chosen is not None else f"within {LEAST_DB:g} dB"
+        bound = "good enough" if choice else f"within {LEAST_DB:g} dB"
         return {"figure": "1.00x", "text": f"{document.name}: nothing {bound} is faster than the unaccelerated sampler"}
     near = "equal images" if math.isinf(best.psnr_db) else f"{best.psnr_db:.1f} dB to the unaccelerated images"
+    if "held_out" in document.content:
+        near += f" on {document.content['held_out']['images']} held-out seeds"
     plain = fastest_within(fewer_steps(samplers), min(LEAST_DB, best.psnr_db))
     rival = "no fewer steps measured come so near" if plain is None else f"{plain.speed_up:.2f}x by {_steps(plain)}"
-    name = f"{best.name} (chosen)" if chosen is not None else best.name
+    name = f"{best.name} (chosen)" if choice else best.name
     return {"figure": f"{best.speed_up:.2f}x", "text": f"{document.name}: {name}, {near}; {rival}"}
 
 

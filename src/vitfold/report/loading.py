@@ -23,7 +23,7 @@ _SIGNS: dict[str, frozenset[str]] = {
     "sensitivity": frozenset({"source", "sites"}),
     "ladder": frozenset({"rows", "model_digest", "calibration_size"}),
     "bench": frozenset({"rows", "environment"}),
-    "diffusion": frozenset({"rows", "steps", "sampler"}),
+    "diffusion": frozenset({"rows", "source", "classes", "steps", "sampler", "guidance", "engine", "features"}),
     "evaluate": frozenset({"images", "agreement", "cosine"}),
 }
 # Written by the tool, but nothing that this page shows.
@@ -34,6 +34,7 @@ _OTHERS: dict[str, frozenset[str]] = {
     "forecast": frozenset({"prediction", "rows"}),
     "adaptive merging": frozenset({"model", "rows"}),
     "outliers": frozenset({"remedies", "sink_site"}),
+    "a bundle of steps": frozenset({"plan", "parts", "verified"}),
     "a sweep without rows": frozenset({"images_digest", "protocol", "calibration_seed"}),
     "inspect": frozenset({"recipe", "digest", "preprocess"}),
     "optimize": frozenset({"recipe", "schedule", "weight_bytes"}),
@@ -143,7 +144,7 @@ def _kind(content: Mapping[str, Any]) -> str | None:
 def _fits(kind: str, content: Mapping[str, Any]) -> bool:
     """Tell rows from rows."""
     rows, signs = content.get("rows"), _ROW_SIGNS.get(kind)
-    if kind == "a sweep without rows":
+    if kind in ("a bundle of steps", "a sweep without rows"):
         return rows is None
     return signs is None or (isinstance(rows, list) and bool(rows) and all(signs <= set(row) for row in rows))
 

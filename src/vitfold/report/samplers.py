@@ -1,6 +1,6 @@
-"""Ways to sample as points: time, likeness and distance of one row of `vitfold diffuse`, or of what writes such rows.
+"""Ways to sample as points: time, likeness and distance of a row of `diffuse`, of bundles of steps or a search.
 
-Owns the translation, and which way is the unaccelerated one, which the plain alternative.
+Owns the translation, and which way is the unaccelerated one, which the plain alternative, which was chosen.
 """
 
 from __future__ import annotations
@@ -47,16 +47,17 @@ def samplers_of(document: Document) -> list[Sampler]:
     """
     content = document.content
     try:
-        return [_sampler(row, place, content["steps"]) for place, row in enumerate(content["rows"])]
+        families = [UNACCELERATED, *(_family(row, content) for row in content["rows"][1:])]
+        return [_sampler(row, family) for row, family in zip(content["rows"], families, strict=True)]
     except (KeyError, TypeError) as error:
         raise ReportError(f"{document.name} is not what vitfold diffuse writes ({error!r}); measure again") from None
 
 
-def _sampler(row: Mapping[str, Any], place: int, steps: int) -> Sampler:
+def _sampler(row: Mapping[str, Any], family: str) -> Sampler:
     return Sampler(
         name=row["name"],
         reuse=row["reuse"],
-        family=UNACCELERATED if place == 0 else _family(row, steps),
+        family=family,
         full_steps=row["full_steps"],
         reused_steps=row["reused_steps"],
         seconds_per_image=row["seconds_per_image"],
@@ -69,19 +70,23 @@ def _sampler(row: Mapping[str, Any], place: int, steps: int) -> Sampler:
     )
 
 
-def _family(row: Mapping[str, Any], steps: int) -> str:
-    """A row is called by its method, and behind a comma by what it is compressed with; bundles have other names."""
-    name, reuse = row["name"], row["reuse"]
-    if reuse == _PLAIN and row["steps"] < steps:
-        return FEWER
-    compressed = name.removeprefix(f"{reuse}, ") if name.startswith(f"{reuse}, ") else ""
-    method = "" if reuse == _PLAIN else reuse.partition(":")[0]
-    return ", ".join(filter(None, (method, compressed))) or UNACCELERATED
+def _family(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+    """The method, and what it is compressed with: by the row's name, or by the plan of the bundle that is called so."""
+    method, plan = row["reuse"].partition(":")[0], content.get("bundles", {}).get(row["name"])
+    compressed: list[str] = []
+    if plan is not None:
+        compressed += [f"r={plan['merge']}"] if plan["merge"] else []
+        compressed += [plan["quant"]] if plan["quant"] != _PLAIN else []
+    elif row["name"].startswith(f"{row['reuse']}, "):
+        compressed += [word for word in row["name"].split(", ")[1:] if not word.endswith(" steps")]
+    if method == _PLAIN:
+        method = FEWER if row["steps"] < content["steps"] else ""
+    return ", ".join(filter(None, (method, *compressed))) or UNACCELERATED
 
 
 def fewer_steps(samplers: Sequence[Sampler]) -> list[Sampler]:
-    """Return the plain alternative: the sampler with fewer steps, the fewest first."""
-    return sorted((one for one in samplers if one.family == FEWER), key=lambda one: one.full_steps)
+    """Return the plain alternative: the unaccelerated sampler with fewer steps."""
+    return [one for one in samplers if one.family == FEWER]
 
 
 def methods(samplers: Sequence[Sampler]) -> list[Sampler]:
@@ -93,3 +98,17 @@ def fastest_within(samplers: Sequence[Sampler], least_db: float) -> Sampler | No
     """Return the fastest that is at least so near to the unaccelerated images, if any is."""
     near = [one for one in samplers if one.psnr_db >= least_db]
     return max(near, key=lambda one: one.speed_up, default=None)
+
+
+def has_choice(document: Document) -> bool:
+    """Whether the document is one of a choice: of a search, or of `--reuse auto`."""
+    return "held_out" in document.content or document.content.get("chosen") is not None
+
+
+def chosen(document: Document) -> Sampler | None:
+    """Return what was chosen, by a search as it was measured on held-out seeds; None if nothing was good enough."""
+    content = document.content
+    if "held_out" in content:
+        winner = content["held_out"]["winner"]
+        return None if winner is None else _sampler(winner, _family(winner, content))
+    return next((one for one in methods(samplers_of(document)) if one.reuse == content["chosen"]), None)

@@ -135,42 +135,38 @@ def _cells(point: Point) -> list[str]:
 
 def _diffusion(document: Document) -> Section:
     content, samplers = document.content, samplers_of(document)
-    settings = [
-        f"{len(content['classes'])} images" if "classes" in content else "",
-        f"{content['steps']} steps of {content['sampler']}",
-        f"guidance {content['guidance']:g}" if "guidance" in content else "",
-        str(content.get("engine") or ""),
-    ]
     text = [
-        f"{content.get('source', 'Diffusion')}: {', '.join(filter(None, settings))}. All ways to sample took turns at "
+        f"{content['source']}: {len(content['classes'])} images, {content['steps']} steps of {content['sampler']}, "
+        f"guidance {content['guidance']:g}, {content['engine']}. All took turns with the unaccelerated sampler at "
         "equal seeds; speed-ups are medians of paired trials with half their interquartile range, ~ marks a noisy row. "
         "PSNR and SSIM compare with the unaccelerated images: they punish what is different and as good. The dashed "
         "line is the plain alternative, fewer steps; the dotted line joins what nothing else beats."
     ]
     if any(one.frechet is not None for one in samplers):
-        features = content.get("features")
         text.append(
-            f"The Frechet distance is taken in the features of {features or 'the model named by --features'}, to real "
-            "images: no Inception FID, and to compare within this section only. Bars are one standard deviation over "
-            "resampled seeds; its rise over the unaccelerated sampler has a 95 % interval of paired resamples."
+            f"The Frechet distance is taken in the features of {content['features']}, to real images: no Inception "
+            "FID, and to compare within this section only. Bars are one standard deviation over resampled seeds; its rise "
+            "over the unaccelerated sampler has a 95 % interval of paired resamples."
         )
+    if "held_out" in content:
+        text.append(f"The search's answer: {content['winner'] or 'none'}, {content['reason']}.")
     header, body = diffusion_rows(content)
     return Section(
         title="Step reuse" if document.name == "diffuse" else f"Step reuse: {document.name.removesuffix('/diffuse')}",
         text=text,
         plots=[plot for plot in (curves.likeness(samplers), curves.distance(samplers)) if plot is not None],
         table=Table(header=header, rows=body, words=("sampler",)),
-        sheet=None if document.sheet is None else _sheet(document.sheet, samplers, content.get("classes")),
+        sheet=None if document.sheet is None else _sheet(document.sheet, samplers, content["classes"]),
     )
 
 
-def _sheet(path: Path, samplers: Sequence[Sampler], classes: Sequence[int] | None) -> Sheet:
+def _sheet(path: Path, samplers: Sequence[Sampler], classes: Sequence[int]) -> Sheet:
     lines = "; ".join(one.name for one in samplers)
-    columns = f" (classes {', '.join(map(str, classes[:COLUMNS]))})" if classes else ""
+    columns = f"seed and class ({', '.join(map(str, classes[:COLUMNS]))})"
     return Sheet(
         url=sheet_url(path),
-        alt=f"Generated images, a line per sampler: {lines}; a column per seed and class{columns}",
-        caption=f"A column is one seed and class{columns}; the lines from the top: {lines}.",
+        alt=f"Generated images, a line per sampler: {lines}; a column per {columns}",
+        caption=f"A column is one {columns}; the lines from the top: {lines}.",
     )
 
 
