@@ -65,8 +65,18 @@ def test_equal_images_are_infinitely_near() -> None:
 
 
 def test_the_front_ends_in_the_unaccelerated_sampler() -> None:
-    best = front(samplers(), "seconds_per_image", "psnr_db")
+    best = front(samplers(), "paired_seconds", "psnr_db")
     assert [one.name for one in best] == ["stack:4, w8a8", "stack:2, w8a8", "none, w8a8", "none"]
+
+
+def test_rows_timed_apart_are_placed_by_their_paired_speed_up() -> None:
+    rows = documents.diffusion()["rows"]
+    rows[2] |= {"seconds_per_image": 0.9, "speedup": 2.0}
+    plot = curves.likeness(samplers(rows=rows))
+    assert plot is not None
+    traces = {trace.name: trace for trace in plot.figure.data}
+    assert traces["stack, w8a8"].x[1] == pytest.approx(0.2)
+    assert "0.900 s per image<br>speed-up 2.00x" in traces["stack, w8a8"].text[1]
 
 
 def test_quality_against_time() -> None:
@@ -75,7 +85,8 @@ def test_quality_against_time() -> None:
     traces = {trace.name: trace for trace in plot.figure.data}
     assert list(traces) == ["nothing is better", "w8a8", "stack, w8a8", FEWER]
     assert list(traces["nothing is better"].y) == [28.0, 33.25, 41.0]
-    assert (list(traces[FEWER].x), list(traces[FEWER].y)) == ([0.14, 0.22], [18.0, 24.5])
+    assert list(traces[FEWER].x) == pytest.approx([0.14, 0.22])
+    assert list(traces[FEWER].y) == [18.0, 24.5]
     assert (traces[FEWER].mode, traces["w8a8"].mode) == ("lines+markers", "markers")
     hover = traces["stack, w8a8"].text[0]
     assert hover.startswith("<b>stack:4, w8a8</b><br>7 steps in full, 13 reused<br>0.125 s per image, noisy<br>")

@@ -22,12 +22,12 @@ _COLOURS = tuple(colour for colour in PALETTE if colour != _RIVAL)
 def likeness(samplers: Sequence[Sampler]) -> Plot | None:
     """PSNR to the unaccelerated images against time; that sampler's own time is a line, as its PSNR is infinite."""
     figure = go.Figure()
-    best = [one for one in front(samplers, "seconds_per_image", "psnr_db") if math.isfinite(one.psnr_db)]
+    best = [one for one in front(samplers, "paired_seconds", "psnr_db") if math.isfinite(one.psnr_db)]
     if not best:
         return None
-    draw_front(figure, [one.seconds_per_image for one in best], [one.psnr_db for one in best])
+    draw_front(figure, [one.paired_seconds for one in best], [one.psnr_db for one in best])
     _draw(figure, samplers, "psnr_db")
-    seconds = samplers[0].seconds_per_image
+    seconds = samplers[0].paired_seconds
     figure.add_shape(
         type="line",
         x0=seconds,
@@ -38,7 +38,7 @@ def likeness(samplers: Sequence[Sampler]) -> Plot | None:
         line={"color": GREY, "width": 1.5},
         label={"text": UNACCELERATED, "textposition": "start", "textangle": 0, "yanchor": "bottom", "xanchor": "right"},
     )
-    return Plot(title="PSNR to the unaccelerated images against time", figure=_timed(figure, samplers, "PSNR, dB"))
+    return _timed("PSNR to the unaccelerated images against time", figure, samplers, "PSNR, dB")
 
 
 def distance(samplers: Sequence[Sampler]) -> Plot | None:
@@ -47,8 +47,7 @@ def distance(samplers: Sequence[Sampler]) -> Plot | None:
     _draw(figure, samplers, "frechet", noise="frechet_noise")
     if not figure.data:
         return None
-    title = "Frechet distance to real images against time"
-    return Plot(title=title, figure=_timed(figure, samplers, "Frechet distance"))
+    return _timed("Frechet distance to real images against time", figure, samplers, "Frechet distance")
 
 
 def _draw(figure: go.Figure, samplers: Sequence[Sampler], field: str, *, noise: str | None = None) -> None:
@@ -61,7 +60,7 @@ def _draw(figure: go.Figure, samplers: Sequence[Sampler], field: str, *, noise: 
         colour = {FEWER: _RIVAL, UNACCELERATED: GREY}.get(family, _COLOURS[place % len(_COLOURS)])
         spread = [None if noise is None else getattr(one, noise) for one in shown]
         figure.add_scatter(
-            x=[one.seconds_per_image for one in shown],
+            x=[one.paired_seconds for one in shown],
             y=[getattr(one, field) for one in shown],
             mode="lines+markers" if family.startswith(FEWER) else "markers",
             name=family,
@@ -98,8 +97,8 @@ def _hover(one: Sampler) -> str:
     return "<br>".join(lines)
 
 
-def _timed(figure: go.Figure, samplers: Sequence[Sampler], axis: str) -> go.Figure:
-    """From no time at all to a little beyond the slowest, the same in every plot."""
+def _timed(title: str, figure: go.Figure, samplers: Sequence[Sampler], axis: str) -> Plot:
+    """From no time at all to a little beyond the slowest, the same in every plot; higher where many are named."""
     figure = laid_out(figure, "seconds per image", axis)
-    figure.update_xaxes(range=[0, 1.06 * max(one.seconds_per_image for one in samplers)])
-    return figure
+    figure.update_xaxes(range=[0, 1.06 * max(one.paired_seconds for one in samplers)])
+    return Plot(title=title, figure=figure, height=380 + 22 * max(0, len(figure.data) - 7))

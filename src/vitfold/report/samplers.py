@@ -22,7 +22,8 @@ class Sampler:
     """One way to sample as it was measured; None where it was not.
 
     `family` is the method without its numbers and what it is compressed with. `psnr_db` and `ssim` compare with the
-    unaccelerated images; `psnr_db` is infinite where all pixels are equal.
+    unaccelerated images; `psnr_db` is infinite where all pixels are equal. `paired_seconds` is the time of the
+    unaccelerated sampler over the paired speed-up: comparable also where rows were timed minutes apart.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Sampler:
     full_steps: int
     reused_steps: int
     seconds_per_image: float
+    paired_seconds: float
     speed_up: float
     noisy: bool
     psnr_db: float
@@ -48,12 +50,12 @@ def samplers_of(document: Document) -> list[Sampler]:
     content = document.content
     try:
         families = [UNACCELERATED, *(_family(row, content) for row in content["rows"][1:])]
-        return [_sampler(row, family) for row, family in zip(content["rows"], families, strict=True)]
+        return [_sampler(row, family, content) for row, family in zip(content["rows"], families, strict=True)]
     except (KeyError, TypeError) as error:
         raise ReportError(f"{document.name} is not what vitfold diffuse writes ({error!r}); measure again") from None
 
 
-def _sampler(row: Mapping[str, Any], family: str) -> Sampler:
+def _sampler(row: Mapping[str, Any], family: str, content: Mapping[str, Any]) -> Sampler:
     return Sampler(
         name=row["name"],
         reuse=row["reuse"],
@@ -61,6 +63,7 @@ def _sampler(row: Mapping[str, Any], family: str) -> Sampler:
         full_steps=row["full_steps"],
         reused_steps=row["reused_steps"],
         seconds_per_image=row["seconds_per_image"],
+        paired_seconds=content["rows"][0]["seconds_per_image"] / row["speedup"],
         speed_up=row["speedup"],
         noisy=row["noisy"],
         psnr_db=float("inf") if row["psnr_db"] is None else row["psnr_db"],
@@ -110,5 +113,5 @@ def chosen(document: Document) -> Sampler | None:
     content = document.content
     if "held_out" in content:
         winner = content["held_out"]["winner"]
-        return None if winner is None else _sampler(winner, _family(winner, content))
+        return None if winner is None else _sampler(winner, _family(winner, content), content)
     return next((one for one in methods(samplers_of(document)) if one.reuse == content["chosen"]), None)

@@ -139,14 +139,15 @@ def _diffusion(document: Document) -> Section:
         f"{content['source']}: {len(content['classes'])} images, {content['steps']} steps of {content['sampler']}, "
         f"guidance {content['guidance']:g}, {content['engine']}. All took turns with the unaccelerated sampler at "
         "equal seeds; speed-ups are medians of paired trials with half their interquartile range, ~ marks a noisy row. "
-        "PSNR and SSIM compare with the unaccelerated images: they punish what is different and as good. The dashed "
-        "line is the plain alternative, fewer steps; the dotted line joins what nothing else beats."
+        "Plots place a row at the unaccelerated sampler's time over its speed-up. PSNR and SSIM compare with the "
+        "unaccelerated images: they punish what is different and as good. The dashed line is the plain alternative, "
+        "fewer steps; the dotted line joins what nothing else beats."
     ]
     if any(one.frechet is not None for one in samplers):
         text.append(
             f"The Frechet distance is taken in the features of {content['features']}, to real images: no Inception "
-            "FID, and to compare within this section only. Bars are one standard deviation over resampled seeds; its rise "
-            "over the unaccelerated sampler has a 95 % interval of paired resamples."
+            "FID, and to compare within this section only. Bars are one standard deviation over resampled seeds; its "
+            "rise over the unaccelerated sampler has a 95 % interval of paired resamples."
         )
     if "held_out" in content:
         text.append(f"The search's answer: {content['winner'] or 'none'}, {content['reason']}.")
