@@ -101,4 +101,4 @@ def _timed(title: str, figure: go.Figure, samplers: Sequence[Sampler], axis: str
     """From no time at all to a little beyond the slowest, the same in every plot; higher where many are named."""
     figure = laid_out(figure, "seconds per image", axis)
     figure.update_xaxes(range=[0, 1.06 * max(one.paired_seconds for one in samplers)])
-    return Plot(title=title, figure=figure, height=380 + 22 * max(0, len(figure.data) - 7))
+    return Plot(title=title, figure=figure, height=380 + 26 * max(0, len(figure.data) - 7))
