@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from specs import vit_base
 from vitfold import pipeline
 from vitfold.bench.timing import Protocol
 from vitfold.bundle import MODEL, QUANTIZERS, Bundle, open_bundle
@@ -15,7 +16,7 @@ from vitfold.engines import Session, open_graph, open_session
 from vitfold.engines.trtexec import trtexec_command
 from vitfold.errors import EngineError, RecipeError, TargetError
 from vitfold.images import ImageSet
-from vitfold.model import Array, Model, ViTSpec
+from vitfold.model import Array, Model
 from vitfold.pipeline import gate, trial
 from vitfold.quantizer import load_quant_params
 from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe
@@ -198,16 +199,6 @@ def test_contradictions_and_unknown_targets_are_refused(tiny_model: Callable[...
     "path", sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.toml")), ids=lambda p: p.stem
 )
 def test_named_recipes_fit_a_base_model(path: Path) -> None:
-    spec = ViTSpec(
-        image_size=(224, 224),
-        patch_size=(16, 16),
-        width=768,
-        depth=12,
-        heads=12,
-        head_width=64,
-        mlp_width=3072,
-        outputs=10,
-    )
-    recipe = pipeline.read_recipe(path, spec)
+    recipe = pipeline.read_recipe(path, vit_base())
     assert recipe.quant is not None or sum(recipe.merge.r) > 0
     assert not recipe.is_lossless

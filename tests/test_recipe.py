@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specs import vit_base
 from vitfold.errors import RecipeError
-from vitfold.model import ViTSpec
 from vitfold.recipe import (
     MergeRecipe,
     QuantRecipe,
@@ -23,20 +23,6 @@ from vitfold.recipe import (
 )
 
 schedules = st.lists(st.integers(0, 500), max_size=12).map(tuple)
-
-
-def vit_base(**overrides: object) -> ViTSpec:
-    values = {
-        "image_size": (224, 224),
-        "patch_size": (16, 16),
-        "width": 768,
-        "depth": 12,
-        "heads": 12,
-        "head_width": 64,
-        "mlp_width": 3072,
-        "outputs": 1000,
-    }
-    return ViTSpec(**{**values, **overrides})
 
 
 @settings(derandomize=True, deadline=None, max_examples=30)

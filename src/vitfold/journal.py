@@ -1,6 +1,6 @@
 """Rows appended to a file one by one, as JSON lines: whoever is killed loses at most the row being written.
 
-Owns the file and what can be wrong with it. What a row holds is the caller's choice.
+Owns the file, how a sweep's folder calls it, and what can be wrong with it. What a row holds is the caller's choice.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Any
 
 from vitfold.errors import JournalError
 
+HEAD = "sweep.json"
+"""What was swept over, beside the rows."""
+ROWS = "rows.jsonl"
 _CURE = "remove the line to have it measured again, or give another folder"
 
 

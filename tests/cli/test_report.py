@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from invoking import DEMO, error, run
 
+from diffusing import write_folder
 from vitfold.bench import environment
 from vitfold.bundle import open_bundle
 
@@ -56,6 +57,23 @@ def test_what_the_commands_write_becomes_a_page(results: Path, merged: Path, fol
         "three photos, before and behind each block that merges"
     )
     assert len(text) < 5e6
+
+
+def test_what_diffuse_writes_becomes_a_section(tmp_path: Path) -> None:
+    source = f"hf:{write_folder(tmp_path / 'dit')}"
+    quick = ("--steps", "5", "--trials", "1", "--classes", "2,0", "--engine", "torch", "--reuse", "stack:2")
+    run("diffuse", source, *quick, "-o", tmp_path / "results" / "drawn")
+    run("report", tmp_path / "results", "-o", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for shown in (
+        "Step reuse: drawn",
+        "none, 4 steps",
+        "2 images, 5 steps of ddim",
+        "PSNR to the unaccelerated images",
+    ):
+        assert shown in text, shown
+    assert text.count("data:image/png") == 1, "the contact sheet"
+    assert "Frechet" not in text.partition('id="plotly"')[0], "nothing was given to measure it with"
 
 
 def test_without_pictures_no_torch_is_needed(results: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from invoking import ROOT, error, run, run_json
 
+from specs import vit_base
 from vitfold.bench.timing import Protocol
 from vitfold.bundle import open_bundle
 from vitfold.cli.sweep import _planned
-from vitfold.model import ViTSpec
 from vitfold.pipeline import search, trial
 from vitfold.pipeline.sweep import Sweep
 
@@ -123,18 +123,8 @@ def test_a_plan_with_an_unknown_key_is_named(few: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_sweeps_that_come_along_can_be_carried_out(path: Path) -> None:
     values = _planned(path, {})
-    spec = ViTSpec(
-        image_size=(224, 224),
-        patch_size=(16, 16),
-        width=768,
-        depth=12,
-        heads=12,
-        head_width=64,
-        mlp_width=3072,
-        outputs=10,
-    )
     sweep = Sweep(merges=tuple(values["merge"]), quants=tuple(values["quant"]), methods=tuple(values["methods"]))
-    assert len(sweep.attempts(spec)) == len(values["merge"]) * (
+    assert len(sweep.attempts(vit_base())) == len(values["merge"]) * (
         values["quant"].count("none") + (len(values["quant"]) - values["quant"].count("none")) * len(values["methods"])
     )
 

@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from vitfold.report.sheet import contact_sheet
+
 ENVIRONMENT: dict[str, Any] = {
     "processor": {"name": "A processor", "architecture": "x86_64", "instruction_sets": ["avx2"]},
     "cores": 2,
@@ -107,6 +111,54 @@ def profile() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def diffusion_row(
+    name: str, full: int, seconds: float, psnr: float | None, *, steps: int = 20, frechet: float | None = None,
+    **changes: Any,
+) -> dict[str, Any]:  # fmt: skip
+    row: dict[str, Any] = {
+        "name": name, "reuse": name.partition(", ")[0], "steps": steps, "full_steps": full,
+        "reused_steps": steps - full, "reused_step_ratio": None if steps == full else 0.1,
+        "seconds_per_image": seconds, "speedup": 0.4 / seconds, "speedup_iqr": 0.04, "noisy": False, "psnr_db": psnr,
+        "ssim": 1.0 if psnr is None else 0.9, "frechet": frechet, "frechet_reason": None, "class_accuracy": None,
+        "kept_bytes": 1_700_000,
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def diffusion(**changes: Any) -> dict[str, Any]:
+    rows = [
+        diffusion_row("none", 20, 0.4, None, frechet=21.5, frechet_noise=0.5),
+        diffusion_row("none, w8a8", 20, 0.32, 41.0, frechet=21.6, frechet_noise=0.5),
+        diffusion_row("stack:2, w8a8", 11, 0.2, 33.25, frechet=22.5, frechet_noise=0.5),
+        diffusion_row("none, 11 steps", 11, 0.22, 24.5, steps=11, frechet=30.0),
+        diffusion_row("stack:4, w8a8", 7, 0.125, 28.0, noisy=True),
+        diffusion_row("none, 7 steps", 7, 0.14, 18.0, steps=7, frechet=40.0),
+        diffusion_row("first-block:0.01, w8a8", 20, 0.5, None, frechet=21.5),
+    ]
+    return {
+        "source": "demo-dit", "classes": [0, 7, 9], "seed": 0, "steps": 20, "sampler": "ddim", "guidance": 2.5,
+        "batch": 8, "merge": 0, "quant": "w8a8", "features": "garments.safetensors", "engine": "onnxruntime 1.31.1",
+        "chosen": None, "environment": ENVIRONMENT, "rows": rows, "measurements": [], **changes,
+    }  # fmt: skip
+
+
+def held_out(**changes: Any) -> dict[str, Any]:
+    """What a search adds: its winner again, on seeds that chose nothing."""
+    winner = diffusion_row("stack:2, w8a8", 11, 0.2, 32.0, speedup=1.9, psnr_drop_db=None)
+    found = {"images": 64, "winner": winner, "refused": [], **changes}
+    name = None if found["winner"] is None else found["winner"]["name"]
+    reason = "the fastest candidate that keeps the bounds on held-out seeds"
+    return {"bounds": {"min_psnr_db": 30.0}, "winner": name, "held_out": found, "reason": reason}
+
+
+def write_sheet(folder: Path, *, side: int = 32, lines: int = 7) -> Path:
+    """Write what lies beside a document of `vitfold diffuse`: a line per row, a column per class."""
+    images = np.random.default_rng(0).random((3, 1, side, side), np.float32)
+    path = folder / "sheet.png"
+    contact_sheet({str(line): images for line in range(lines)}).save(path)
+    return path
+
+
 def fill(folder: Path) -> Path:
     """Write one document of every kind."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,6 +170,9 @@ def fill(folder: Path) -> Path:
         ("r4-profile", profile()),
     ):
         (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "steps").mkdir(exist_ok=True)
+    (folder / "steps" / "diffuse.json").write_text(json.dumps(diffusion()))
+    write_sheet(folder / "steps")
     (folder / "sweep.json").write_text(json.dumps({"source": "demo", "protocol": "quick", "environment": ENVIRONMENT}))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sweep()))
     return folder

@@ -32,6 +32,28 @@ def test_folders_of_sweeps_are_read_and_bundles_are_not(tmp_path: Path) -> None:
     assert {"wide", "wide/demo"} <= names
 
 
+def test_a_contact_sheet_belongs_to_what_drew_it(tmp_path: Path) -> None:
+    def sheets() -> dict[str, Path | None]:
+        return {document.name: document.sheet for document in load_folder(tmp_path).of("diffusion")}
+
+    (tmp_path / "found.json").write_text(json.dumps(documents.diffusion(chosen="stack:2")))
+    assert sheets() == {"found": None}
+    sheet = documents.write_sheet(tmp_path)
+    assert sheets() == {"found": sheet}
+    (tmp_path / "diffuse.json").write_text(json.dumps(documents.diffusion()))
+    assert sheets() == {"diffuse": sheet, "found": None}
+
+
+def test_a_search_of_steps_is_shown_and_a_bundle_alone_is_not(tmp_path: Path) -> None:
+    bundle = {"bundle": "x.fold", "plan": {}, "parts": [], "size_bytes": 1, "digest": "0", "verified": {}}
+    searched = {**documents.diffusion(), **documents.held_out(), **bundle}
+    for name, content in (("searched", searched), ("named", bundle)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    found = load_folder(tmp_path)
+    assert [(document.name, document.kind) for document in found.documents] == [("searched", "diffusion")]
+    assert found.left_out == ("named (a bundle of steps)",)
+
+
 def test_the_results_of_this_project_can_be_shown() -> None:
     found = load_folder(ROOT / "results")
     assert {"bench", "evaluate", "ladder"} <= {document.kind for document in found.documents}

@@ -22,8 +22,8 @@ pytest.importorskip("jinja2")
 from vitfold.report import figures, page
 from vitfold.report.points import points_of_sweep
 
-PLOTS = 4 + 4 + 1 + 1 + 1
-"""Of a sweep, a bench, a profile, a sensitivity and a ladder."""
+PLOTS = 4 + 4 + 2 + 1 + 1 + 1
+"""Of a sweep, a bench, step reuse, a profile, a sensitivity and a ladder."""
 
 
 def traced() -> Traced:
@@ -58,7 +58,8 @@ def test_everything_is_shown_and_escaped(written: Path) -> None:
         "ViT &lt;on&gt; two cores", "RecipeError: &lt;b&gt;block 8&lt;/b&gt;", "r4-w8a8", "87.40", "6.20 ±0.10",
         "The bottleneck is linear layers", "A processor", "vitfold report results", "onnxruntime",
         "vitfold optimize demo --merge 2 --quant w8a8 -o r2-w8a8.fold", "block 0", "14 tokens", "2.00 GFLOPs"[-6:],
-        "blocks.11.mlp.fc1", "89.18",
+        "blocks.11.mlp.fc1", "89.18", "Step reuse: steps", "~0.125", "21.50 ±0.50", "equal", "no Inception FID",
+        'src="data:image/png;base64,', 'alt="Generated images, a line per sampler: none; none, w8a8; stack:2, w8a8;',
     ):  # fmt: skip
         assert shown in text, shown
     assert "<b>block 8" not in text
@@ -69,7 +70,7 @@ def test_everything_is_shown_and_escaped(written: Path) -> None:
 
 
 def test_the_headline_is_the_fastest_within_one_point(tmp_path: Path) -> None:
-    sweep, bench = page.headlines(load_folder(documents.fill(tmp_path)))
+    sweep, bench, _ = page.headlines(load_folder(documents.fill(tmp_path)))
     assert bench["figure"] == "2.58x"
     assert "demo: r4-w8a8 against r0, top-1 \N{MINUS SIGN}0.60 points on 436 images" in bench["text"]
     assert sweep["figure"] == "2.29x"
@@ -77,6 +78,35 @@ def test_the_headline_is_the_fastest_within_one_point(tmp_path: Path) -> None:
     assert "+0.48 [+0.38, +0.58] points lost on 5000 images" in sweep["text"]
     (tmp_path / "rows.jsonl").write_text(json.dumps(documents.sweep_row(0, "none", 16.0, 0.89)) + "\n")
     assert "nothing within one point is faster" in page.headlines(load_folder(tmp_path))[0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "figure", "text"),
+    [
+        ({}, "2.00x", "diffuse: stack:2, w8a8, 33.2 dB to the unaccelerated images; no fewer steps measured come so"),
+        ({"chosen": "stack:4"}, "3.20x", "stack:4, w8a8 (chosen), 28.0 dB to the unaccelerated images; no fewer"),
+        ({"chosen": "none"}, "1.25x", "none, w8a8 (chosen), 41.0 dB"),
+        ({"chosen": "none", "rows": documents.diffusion()["rows"][:1]}, "1.00x", "nothing good enough is faster"),
+        (
+            documents.held_out(),
+            "1.90x",
+            "stack:2, w8a8 (chosen), 32.0 dB to the unaccelerated images on 64 held-out seeds;",
+        ),
+        (documents.held_out(winner=None), "1.00x", "nothing good enough is faster"),
+        ({"rows": documents.diffusion()["rows"][:1]}, "1.00x", "nothing within 30 dB is faster than the unaccelerated"),
+    ],
+)
+def test_the_headline_of_step_reuse(tmp_path: Path, changes: dict[str, Any], figure: str, text: str) -> None:
+    (tmp_path / "diffuse.json").write_text(json.dumps(documents.diffusion(**changes)))
+    (card,) = page.headlines(load_folder(tmp_path))
+    assert card["figure"] == figure
+    assert text in card["text"]
+
+
+def test_fewer_steps_that_come_as_near_stand_beside_the_headline(tmp_path: Path) -> None:
+    rows = [*documents.diffusion()["rows"], documents.diffusion_row("none, 16 steps", 16, 0.32, 30.5, steps=16)]
+    (tmp_path / "diffuse.json").write_text(json.dumps(documents.diffusion(rows=rows)))
+    assert page.headlines(load_folder(tmp_path))[0]["text"].endswith("; 1.25x by 16 plain steps at 30.5 dB")
 
 
 def test_a_page_that_is_too_large_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +156,12 @@ def test_the_page_in_a_browser(written: Path, browser: Any, width: int, scheme: 
     opened.goto(written.as_uri())
     opened.wait_for_selector("body[data-ready]", state="attached", timeout=60_000)
     assert said == []
+    sheet = opened.eval_on_selector(
+        ".sheet img",
+        "one => [one.naturalWidth, one.getBoundingClientRect().width, one.parentElement.getBoundingClientRect().width]",
+    )
+    assert sheet[1] == sheet[0], "a small sheet is shown at its own size, on narrow screens too"
+    assert sheet[2] <= width
     drawn = opened.eval_on_selector_all(
         ".plot",
         "plots => plots.map(p => [p.querySelectorAll('.point, .js-line').length, p.getBoundingClientRect().width, "
@@ -149,9 +185,18 @@ def test_plots_follow_a_change_of_scheme(written: Path, browser: Any) -> None:
     opened = browser.new_page(color_scheme="light")
     opened.goto(written.as_uri())
     opened.wait_for_selector("body[data-ready]", state="attached", timeout=60_000)
-    before = opened.eval_on_selector(".xtick text", "label => getComputedStyle(label).fill")
+
+    def colours() -> tuple[str, str]:
+        label = opened.eval_on_selector(".xtick text", "label => getComputedStyle(label).fill")
+        return label, opened.evaluate("getComputedStyle(document.body).color")
+
+    light = colours()
     opened.emulate_media(color_scheme="dark")
     opened.wait_for_function(
-        "before => getComputedStyle(document.querySelector('.xtick text')).fill !== before", arg=before
+        "before => getComputedStyle(document.querySelector('.xtick text')).fill !== before", arg=light[0]
     )
+    dark = colours()
+    assert light[0] == light[1], "labels take the page's colour"
+    assert dark[0] == dark[1], "after the change too"
+    assert light[1] != dark[1]
     opened.close()

@@ -21,7 +21,7 @@ def point(ms: float, top1: float) -> Point:
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), min_size=1, max_size=30))
 def test_the_front_is_what_nothing_beats(pairs: list[tuple[int, int]]) -> None:
     points = [point(float(ms), top1 / 20) for ms, top1 in pairs]
-    kept = front(points, "top1")
+    kept = front(points, "latency_ms", "top1")
     times = [p.latency_ms for p in kept]
     assert times == sorted(times)
     for p in points:
@@ -46,6 +46,17 @@ def test_a_sweep_row() -> None:
         [documents.sweep_row(1, "w8a8", 5.0, 0.8, method="minmax", merge=[2, 0], target="openvino")]
     )
     assert (other[0].family, other[0].r) == ("w8a8, minmax, openvino", 1.0)
+
+
+def test_merging_rules_are_families_of_their_own() -> None:
+    rows = [
+        documents.sweep_row(r, quant, 10.0 - r, 0.8, recipe=f"r{r}-{quant}-{rule}", rule=rule)
+        for r in (2, 4)
+        for rule in ("tome", "pitome")
+        for quant in ("none", "w8a8")
+    ]
+    found = points_of_sweep(rows)
+    assert [p.family for p in found] == ["float", "w8a8", "float, pitome", "w8a8, pitome"] * 2
 
 
 def test_a_bench_row() -> None:

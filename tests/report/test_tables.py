@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import documents
 import pytest
 from rich.console import Console
 
 from vitfold.report.document import fill
-from vitfold.report.tables import cells, columns, ladder, markdown
+from vitfold.report.tables import cells, columns, diffusion_table, ladder, markdown
 
 
 def row(name: str = "r8", **changes: Any) -> dict[str, Any]:
@@ -59,6 +60,21 @@ def test_the_table_fits_into_eighty_columns() -> None:
     Console(file=text, width=80).print(ladder([row("torch"), row("r16", noisy=True)], title="title"))
     assert "346" in text.getvalue()
     assert "…" not in text.getvalue()
+
+
+def test_ways_to_sample_fit_into_eighty_columns() -> None:
+    rise = {"rise": 0.5, "low": -1.25, "high": 2.25}
+    rows = [
+        {**row, "frechet": 131.35, "frechet_noise": 16.34, "frechet_rise": rise, "class_accuracy": 0.15}
+        for row in documents.diffusion()["rows"]
+    ]
+    text = io.StringIO()
+    Console(file=text, width=80).print(diffusion_table(documents.diffusion(rows=rows)))
+    words = text.getvalue().split()
+    for shown in ("sampler", "stack:2,", "w8a8", "131", "±16", "2.00x", "±0.02", "15.00", "equal"):
+        assert shown in words, shown
+    assert "…" not in text.getvalue()
+    assert "rise" not in words, "too wide for a terminal"
 
 
 def test_documents_are_filled_from_files(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def audit(
         str, typer.Option(help="Compute capability to compile for: sm75, sm80, sm86, sm89, sm120.")
     ] = "sm86",
     batch: options.Batch = 8,
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Keep the JSON there.")] = None,
+    output: options.JsonFile = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Draw the kernels of the middle block there.")
     ] = None,

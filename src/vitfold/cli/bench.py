@@ -28,15 +28,8 @@ def bench(
             "onnxruntime-int8, openvino, nncf; modelopt and modelopt-fp8 get a fidelity, but no time."
         ),
     ] = None,
-    calibration_images: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Images from which quantized peers (-int8, nncf, modelopt) take ranges of activations."
-        ),
-    ] = None,
-    calibration_size: Annotated[
-        int, typer.Option(min=1, help="Images used, spread evenly over --calibration-images.")
-    ] = 128,
+    calibration_images: options.CalibrationImages = None,
+    calibration_size: options.CalibrationSize = 128,
     keep_peers: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep the files of the peers in this new folder, for instance for audit."),
@@ -56,14 +49,12 @@ def bench(
     seconds: Annotated[
         float | None, typer.Option(min=0.1, help="Recorded seconds per subject and scope, if not the protocol's.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Images used, spread evenly over --images.")] = 200,
+    limit: options.TimedImages = 200,
     skip_bad: options.SkipBad = False,
     reference: options.ReferenceBundle = None,
     engine: options.Engine = None,
     threads: options.Threads = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write the JSON with every raw sample to this file.")
-    ] = None,
+    output: options.SamplesFile = None,
     json: options.Json = False,
 ) -> None:
     """Time bundles, engine only and end to end, each with its fidelity; bundles of steps by drawing images."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,20 +21,15 @@ def compare(
         str, typer.Option(help="Compare with these (comma-separated), each at its best settings.")
     ] = TIMED,
     images: options.Images = None,
-    calibration_images: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Images from which INT8 peers take ranges; not those that are measured on."),
-    ] = None,
+    calibration_images: options.CalibrationImages = None,
     batch: options.Batch = 1,
-    trials: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 10,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Recorded seconds per subject and scope.")] = 3.0,
-    limit: Annotated[int, typer.Option(min=1, help="Images used, spread evenly over --images.")] = 200,
+    trials: options.Trials = 10,
+    seconds: options.Seconds = 3.0,
+    limit: options.TimedImages = 200,
     skip_bad: options.SkipBad = False,
     reference: options.ReferenceBundle = None,
     threads: options.Threads = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write the JSON with every raw sample to this file.")
-    ] = None,
+    output: options.SamplesFile = None,
     json: options.Json = False,
 ) -> None:
     """Time a bundle beside its peers, with fidelities on the same images; say what is missing and how to get it."""

@@ -25,8 +25,8 @@ def demo(
     merge: Annotated[str, typer.Option(help="The r of each rung, comma-separated.")] = "2,4",
     quant: Annotated[str, typer.Option(metavar="WxAy", help="Quantization of the second half, or none.")] = "w8a8",
     batch: options.Batch = 1,
-    trials: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 10,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Recorded seconds per rung and scope.")] = 2.0,
+    trials: options.Trials = 10,
+    seconds: options.Seconds = 2.0,
     json_output: Annotated[
         Path | None, typer.Option("--json-output", help="Write the JSON with raw samples here.")
     ] = None,

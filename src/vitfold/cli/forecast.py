@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,7 +28,7 @@ def forecast(
     image_size: options.ImageSize = None,
     weights: options.Weights = "pretrained",
     seed: options.Seed = 0,
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Keep the JSON there.")] = None,
+    output: options.JsonFile = None,
     json: options.Json = False,
 ) -> None:
     """Solve a schedule for every GPU and batch: modelled times at a measured distortion. No GPU is needed."""

@@ -20,9 +20,7 @@ METHODS = "vitfold,ptq4vit,repq,noisy,smooth,mse,percentile,minmax"
 def ladder(
     source: options.Source,
     images: options.Images = None,
-    calibration_images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Images to calibrate on; not those that are reported on.")
-    ] = None,
+    calibration_images: options.CalibrationImages = None,
     methods: Annotated[str, typer.Option(help="Methods, comma-separated.")] = METHODS,
     quant: Annotated[str, typer.Option(help="Bit widths, comma-separated.")] = "w8a8,w6a6,w4a4",
     seeds: Annotated[str, typer.Option(help="Seeds that draw calibration images, comma-separated.")] = "0,1,2",

@@ -73,9 +73,27 @@ Registers = Annotated[
         "regcache, leave-out, float-sinks, split-scales, neurons, or none (default). See vitfold outliers.",
     ),
 ]
-CalibrationSize = Annotated[int, typer.Option(min=1, help="Images drawn from --images for calibration.")]
-CalibrationSeed = Annotated[int, typer.Option(help="Seed of that draw.")]
+CalibrationImages = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Images from which quantization, also of peers, takes ranges; measure on others."),
+]
+CalibrationSize = Annotated[
+    int, typer.Option(min=1, help="Images for calibration, of --calibration-images where that is given, else --images.")
+]
+CalibrationSeed = Annotated[int, typer.Option(help="Seed that draws them.")]
+QuantTarget = Annotated[str, typer.Option(help="As in optimize: decides what is quantized and how.")]
+Trials = Annotated[int, typer.Option(min=1, help="Interleaved rounds.")]
+Seconds = Annotated[float, typer.Option(min=0.1, help="Recorded seconds per subject and scope.")]
+TimedImages = Annotated[int, typer.Option("--limit", min=1, help="Images used, spread evenly over --images.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use at most this many images, spread evenly.")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", metavar="FILE.json", help="Write the same document as --json to this file."),
+]
+SamplesFile = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", metavar="FILE.json", help="Write the JSON with every raw sample to this file."),
+]
 MinAgreement = Annotated[
     float | None, typer.Option(min=0, max=1, help="Exit with 3 if top-1 agreement on --images is lower.")
 ]

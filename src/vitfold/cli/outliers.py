@@ -27,7 +27,7 @@ def outliers(
         str | None, typer.Option(help="Confirm the best remedies under this method too; default: plain ranges only.")
     ] = None,
     merge: options.Merge = None,
-    target: Annotated[str, typer.Option(help="As in optimize: decides how --method quantizes.")] = "cpu",
+    target: options.QuantTarget = "cpu",
     calibration_size: options.CalibrationSize = 128,
     calibration_seed: options.CalibrationSeed = 0,
     picture: Annotated[
@@ -39,9 +39,7 @@ def outliers(
     weights: options.Weights = "pretrained",
     seed: options.Seed = 0,
     skip_bad: options.SkipBad = False,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE.json", help="Write the same document as --json.")
-    ] = None,
+    output: options.JsonFile = None,
     json: options.Json = False,
 ) -> None:
     """Measure token norms, what each layer's quantization costs, and every remedy against sink tokens."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,9 +23,7 @@ def profile(
     ] = True,
     engine: options.Engine = None,
     threads: options.Threads = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE.json", help="Write the JSON document to this file.")
-    ] = None,
+    output: options.JsonFile = None,
     json: options.Json = False,
 ) -> None:
     """Time every block and every kind of operation by the engine's own profiler."""

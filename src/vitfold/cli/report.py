@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 def report(
     folder: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="JSON files of bench, evaluate, ladder, sensitivity, profile and sweep."),
+        typer.Argument(
+            metavar="DIR", help="JSON files of bench, evaluate, ladder, sensitivity, profile, sweep and diffuse."
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.html", help="The page.")],
     title: Annotated[str | None, typer.Option(help="Its heading; default: the folder's name.")] = None,

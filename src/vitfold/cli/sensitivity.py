@@ -18,7 +18,7 @@ def sensitivity(
     quant: options.Quant = "w8a8",
     method: options.Method = None,
     merge: options.Merge = None,
-    target: Annotated[str, typer.Option(help="As in optimize: decides what is quantized and how.")] = "cpu",
+    target: options.QuantTarget = "cpu",
     calibration_size: options.CalibrationSize = 128,
     calibration_seed: options.CalibrationSeed = 0,
     limit: Annotated[int, typer.Option(min=1, help="Images to measure on, not used for calibration.")] = 32,

@@ -21,13 +21,13 @@ from vitfold.bundle import Bundle, open_bundle
 from vitfold.engines import open_session
 from vitfold.errors import BundleError, VitfoldError
 from vitfold.images import ImageSet
-from vitfold.journal import append_row, read_rows
+from vitfold.journal import ROWS, append_row, read_rows
 from vitfold.pipeline.attempt import Attempt, Say, Trying, failed_row, measure_attempt
 from vitfold.pipeline.goals import CLOSE, Arm, Goal, LeastLatency, arm_from_dict
 from vitfold.pipeline.latency import PROBE, measure_latency, on_this_machine, roughly_calibrated
 from vitfold.pipeline.plan import optimize
 from vitfold.pipeline.solving import measure_merging
-from vitfold.pipeline.sweep import PLAIN, ROWS, plain_bundle
+from vitfold.pipeline.sweep import PLAIN, plain_bundle
 from vitfold.pipeline.trial import opened, timed
 from vitfold.recipe import quant_from_scheme
 from vitfold.schedule.solve import frontier

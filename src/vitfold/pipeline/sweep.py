@@ -15,7 +15,7 @@ from typing import Any
 
 from vitfold.bundle import Bundle, open_bundle
 from vitfold.errors import BundleError, JournalError, RecipeError, VitfoldError
-from vitfold.journal import append_row, read_rows
+from vitfold.journal import HEAD, ROWS, append_row, read_rows
 from vitfold.model import ViTSpec
 from vitfold.pipeline.attempt import CHECKED_IMAGES, Attempt, Say, Trying, failed_row, measure_attempt
 from vitfold.pipeline.plan import optimize
@@ -23,8 +23,6 @@ from vitfold.pipeline.writing import save
 from vitfold.recipe import Rule, quant_from_scheme
 from vitfold.schedule import resolve_r
 
-HEAD = "sweep.json"
-ROWS = "rows.jsonl"
 PLAIN = "float.fold"
 
 

@@ -50,7 +50,7 @@ def pareto(points: Sequence[Point]) -> list[Plot]:
     if key is None:
         return []
     title, scale, _ = QUALITIES[key]
-    best = front(points, key)
+    best = front(points, "latency_ms", key)
     plots = []
     for measure, axis, heading in (
         ("latency_ms", "latency, ms", "Accuracy against latency"),
@@ -61,14 +61,7 @@ def pareto(points: Sequence[Point]) -> list[Plot]:
             continue
         figure = go.Figure()
         line = [p for p in best if getattr(p, measure) is not None]
-        figure.add_scatter(
-            x=[getattr(p, measure) for p in line],
-            y=[scale * getattr(p, key) for p in line],
-            mode="lines",
-            name="nothing is better",
-            line={"color": GREY, "width": 1.5, "dash": "dot"},
-            hoverinfo="skip",
-        )
+        draw_front(figure, [getattr(p, measure) for p in line], [scale * getattr(p, key) for p in line])
         for place, family in enumerate(_families(shown)):
             chosen = [p for p in shown if p.family == family]
             figure.add_scatter(
@@ -76,16 +69,11 @@ def pareto(points: Sequence[Point]) -> list[Plot]:
                 y=[scale * getattr(p, key) for p in chosen],
                 mode="markers",
                 name=family,
-                marker={
-                    "size": 11,
-                    "symbol": SYMBOLS[place % len(SYMBOLS)],
-                    "color": _colour(place, family),
-                    "line": {"width": 1, "color": "rgba(255,255,255,0.7)"},
-                },
+                marker=marker(place, _colour(place, family)),
                 text=[_hover(p) for p in chosen],
                 hovertemplate="%{text}<extra></extra>",
             )
-        plots.append(Plot(title=heading, figure=_laid_out(figure, axis, title)))
+        plots.append(Plot(title=heading, figure=laid_out(figure, axis, title)))
     return plots
 
 
@@ -105,7 +93,7 @@ def latencies(points: Sequence[Point]) -> list[Plot]:
         hovertext=[_hover(p) for p in shown],
         hovertemplate="%{hovertext}<extra></extra>",
     )
-    figure = _laid_out(figure, "latency, ms", None)
+    figure = laid_out(figure, "latency, ms", None)
     figure.update_layout(bargap=0.35)
     figure.update_yaxes(type="category", showgrid=False)
     return [Plot(title="Latency", figure=figure, height=max(380, 90 + 26 * len(shown)))]
@@ -138,7 +126,7 @@ def against_r(points: Sequence[Point]) -> list[Plot]:
                     hovertemplate="%{text}<extra></extra>",
                 )
         if figure.data:
-            plots.append(Plot(title=heading, figure=_laid_out(figure, "r, tokens merged per block (mean)", axis)))
+            plots.append(Plot(title=heading, figure=laid_out(figure, "r, tokens merged per block (mean)", axis)))
     for plot in plots:
         if plot.title.startswith("Latency"):
             plot.figure.update_yaxes(rangemode="tozero")
@@ -165,7 +153,7 @@ def blocks(profile: Mapping[str, Any]) -> Plot:
     title = f"Time per block: {profile['bundle']}, {profile['engine']}, batch {profile['batch']}"
     plot = Plot(
         title=title,
-        figure=_laid_out(figure, "block (in: embedding, out: head)", "ms"),
+        figure=laid_out(figure, "block (in: embedding, out: head)", "ms"),
         height=400,
     )
     figure.update_xaxes(type="category", tickangle=0, tickfont={"size": 11}, showgrid=False)
@@ -191,7 +179,7 @@ def sensitivity(document: Mapping[str, Any], *, most: int = 24) -> Plot:
         hovertemplate="%{text}<extra></extra>",
     )
     title = f"Sensitivity: {document['source']}, the {len(sites)} costliest of {len(document['sites'])} sites"
-    figure = _laid_out(figure, "share of the noise of all sites, %", None)
+    figure = laid_out(figure, "share of the noise of all sites, %", None)
     figure.update_yaxes(tickfont={"size": 11}, showgrid=False)
     return Plot(title=title, figure=figure, height=90 + 20 * len(sites))
 
@@ -216,7 +204,7 @@ def ladder(document: Mapping[str, Any]) -> Plot | None:
         )
     figure.update_layout(barmode="group", bargap=0.25)
     title = f"Quantization methods: {document['source']}, {document['images']} images"
-    return Plot(title=title, figure=_laid_out(figure, None, "top-1, %" if key == "top1" else "SQNR, dB"))
+    return Plot(title=title, figure=laid_out(figure, None, "top-1, %" if key == "top1" else "SQNR, dB"))
 
 
 def _over_seeds(rows: Sequence[Mapping[str, Any]], method: str, scheme: str, key: str) -> tuple[float | None, float]:
@@ -267,7 +255,19 @@ def _hover(point: Point) -> str:
     return "<br>".join(lines)
 
 
-def _laid_out(figure: go.Figure, x: str | None, y: str | None) -> go.Figure:
+def draw_front(figure: go.Figure, x: Sequence[float], y: Sequence[float]) -> None:
+    """Draw the line that joins what nothing else beats."""
+    line = {"color": GREY, "width": 1.5, "dash": "dot"}
+    figure.add_scatter(x=x, y=y, mode="lines", name="nothing is better", line=line, hoverinfo="skip")
+
+
+def marker(place: int, colour: str) -> dict[str, Any]:
+    """Return how the points of a family look: shapes differ too, not colours alone."""
+    edge = {"width": 1, "color": "rgba(255,255,255,0.7)"}
+    return {"size": 11, "symbol": SYMBOLS[place % len(SYMBOLS)], "color": colour, "line": edge}
+
+
+def laid_out(figure: go.Figure, x: str | None, y: str | None) -> go.Figure:
     """The layout that all plots share."""
     figure.update_layout(
         template="none",

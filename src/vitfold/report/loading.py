@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from vitfold.errors import ReportError
-from vitfold.report.sweeps import HEAD, ROWS, check_sweep_rows, read_sweep_rows
+from vitfold.journal import HEAD, ROWS
+from vitfold.report.sheet import SHEET
+from vitfold.report.sweeps import check_sweep_rows, read_sweep_rows
 
-SHOWN = ("sweep", "bench", "evaluate", "ladder", "sensitivity", "profile")
+SHOWN = ("sweep", "bench", "diffusion", "evaluate", "ladder", "sensitivity", "profile")
 _SIGNS: dict[str, frozenset[str]] = {
     "sweep": frozenset({"rows"}),  # also a search: its rows are a sweep's
     "profile": frozenset({"kinds", "blocks", "advice"}),
     "sensitivity": frozenset({"source", "sites"}),
     "ladder": frozenset({"rows", "model_digest", "calibration_size"}),
     "bench": frozenset({"rows", "environment"}),
+    "diffusion": frozenset({"rows", "source", "classes", "steps", "sampler", "guidance", "engine", "features"}),
     "evaluate": frozenset({"images", "agreement", "cosine"}),
 }
 # Written by the tool, but nothing that this page shows.
@@ -31,6 +34,7 @@ _OTHERS: dict[str, frozenset[str]] = {
     "forecast": frozenset({"prediction", "rows"}),
     "adaptive merging": frozenset({"model", "rows"}),
     "outliers": frozenset({"remedies", "sink_site"}),
+    "a bundle of steps": frozenset({"plan", "parts", "verified"}),
     "a sweep without rows": frozenset({"images_digest", "protocol", "calibration_seed"}),
     "inspect": frozenset({"recipe", "digest", "preprocess"}),
     "optimize": frozenset({"recipe", "schedule", "weight_bytes"}),
@@ -38,17 +42,19 @@ _OTHERS: dict[str, frozenset[str]] = {
 _ROW_SIGNS: dict[str, frozenset[str]] = {
     "sweep": frozenset({"recipe", "merge", "quant", "drop"}),
     "bench": frozenset({"bundle", "scope"}),
+    "diffusion": frozenset({"reuse", "seconds_per_image", "psnr_db"}),
     "adaptive merging": frozenset({"mean_macs", "std_macs"}),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """One file that the page shows: its name without the suffix, its kind, its content."""
+    """One file that the page shows: its name without the suffix, its kind, its content, the contact sheet beside it."""
 
     name: str
     kind: str
     content: Mapping[str, Any]
+    sheet: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +92,8 @@ def load_folder(path: Path) -> Folder:
         if kind == "sweep":
             content = {**content, "rows": check_sweep_rows(file, content["rows"])}
         if kind in _SIGNS:
-            documents.append(Document(name=name, kind=kind, content=content))
+            sheet = _sheet(file) if kind == "diffusion" else None
+            documents.append(Document(name=name, kind=kind, content=content, sheet=sheet))
         elif kind is None:
             raise ReportError(
                 f"{file} is none of the documents that a report shows ({', '.join(SHOWN)}): it holds "
@@ -106,6 +113,12 @@ def load_folder(path: Path) -> Folder:
         )
     documents.sort(key=lambda document: (SHOWN.index(document.kind), document.name))
     return Folder(documents=tuple(documents), left_out=tuple(left_out))
+
+
+def _sheet(file: Path) -> Path | None:
+    """The contact sheet beside a document; where several lie there, it is that of what `vitfold diffuse` wrote."""
+    owner, sheet = file.with_name("diffuse.json"), file.with_name(SHEET)
+    return sheet if sheet.is_file() and (file == owner or not owner.exists()) else None
 
 
 def _read(file: Path) -> Mapping[str, Any]:
@@ -131,7 +144,7 @@ def _kind(content: Mapping[str, Any]) -> str | None:
 def _fits(kind: str, content: Mapping[str, Any]) -> bool:
     """Tell rows from rows."""
     rows, signs = content.get("rows"), _ROW_SIGNS.get(kind)
-    if kind == "a sweep without rows":
+    if kind in ("a bundle of steps", "a sweep without rows"):
         return rows is None
     return signs is None or (isinstance(rows, list) and bool(rows) and all(signs <= set(row) for row in rows))
 

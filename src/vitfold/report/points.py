@@ -8,22 +8,24 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from vitfold.errors import ReportError
+from vitfold.report.loading import Document
 
 _RUNG = re.compile(r"^r(\d+(?:\.\d+)?)(?:-(.+))?$")
 OTHERS = "others"
 """The family of rows with names of their own: peers, mostly."""
 FLOAT = "float"
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
     """One recipe as it was measured; None where it was not.
 
-    `r` is the mean over blocks, `family` what it quantizes. `speed_range` and `drop` (of accuracy against the float
-    model, image by image) are 95 % intervals of paired data.
+    `r` is the mean over blocks, `family` what it quantizes and by which rule it merges. `speed_range` and `drop` (of
+    accuracy against the float model, image by image) are 95 % intervals of paired data.
     """
 
     name: str
@@ -42,6 +44,17 @@ class Point:
     drop: Mapping[str, Any] | None = None
     noisy: bool = False
     error: str | None = None
+
+
+def points_of(document: Document) -> list[Point]:
+    """Translate a sweep or a bench.
+
+    Raises:
+        ReportError: as `points_of_bench`.
+    """
+    if document.kind == "sweep":
+        return points_of_sweep(document.content["rows"])
+    return points_of_bench(document.content, document.name)
 
 
 def points_of_sweep(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
@@ -73,11 +86,13 @@ def _of_sweep(row: Mapping[str, Any]) -> Point:
 
 
 def _family_of_sweep(row: Mapping[str, Any]) -> str:
-    """Bits, the method unless it is the default, and the target unless it is this processor's."""
+    """Bits, the method and the merging rule unless they are the default, the target unless it is this processor's."""
     quantized = row["quant"] not in (None, "none")
     words = [str(row["quant"]) if quantized else FLOAT]
     if quantized and row.get("method") not in (None, "vitfold"):
         words.append(str(row["method"]))
+    if row.get("rule") not in (None, "tome"):
+        words.append(str(row["rule"]))
     if not str(row.get("target") or "cpu").startswith("cpu"):
         words.append(str(row["target"]))
     return ", ".join(words)
@@ -149,13 +164,13 @@ def quality_key(points: Sequence[Point]) -> str | None:
     return None
 
 
-def front(points: Sequence[Point], key: str) -> list[Point]:
-    """Return the points that no other beats in both latency and quality, the fastest first."""
-    timed = [point for point in points if point.latency_ms is not None and getattr(point, key) is not None]
+def front(points: Sequence[Measured], time: str, quality: str) -> list[Measured]:
+    """Return the points that no other beats in both time and quality, the fastest first; both are names of fields."""
+    known = [point for point in points if getattr(point, time) is not None and getattr(point, quality) is not None]
     best, kept = float("-inf"), []
-    for point in sorted(timed, key=lambda point: (point.latency_ms, -getattr(point, key))):
-        if getattr(point, key) > best:
-            best = getattr(point, key)
+    for point in sorted(known, key=lambda point: (getattr(point, time), -getattr(point, quality))):
+        if getattr(point, quality) > best:
+            best = getattr(point, quality)
             kept.append(point)
     return kept
 

@@ -1,10 +1,13 @@
 """Generated images as files, and side by side on a contact sheet.
 
-Owns pixels and file names. What was drawn, and how fast, stands in the table.
+Owns pixels and file names, and a sheet's size within a page. What was drawn, and how fast, stands in the table.
 """
 
 from __future__ import annotations
 
+import base64
+import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +18,11 @@ from PIL import Image, ImageDraw
 
 from vitfold.errors import ReportError
 
+SHEET = "sheet.png"
 COLUMNS = 12
 _MARGIN, _LABEL, _SMALLEST = 4, 14, 64
+_MOST_BYTES, _MOST_PIXELS = 600_000, 3_000_000
+"""Of a sheet within a page; a larger one becomes a JPEG of at most so many pixels, some 800 kB."""
 
 Images = Float[np.ndarray, "B C Y X"]
 
@@ -34,7 +40,7 @@ def write_images(folder: Path, rows: Mapping[str, Images], names: Sequence[str])
             for number, (image, name) in enumerate(zip(images, names, strict=True)):
                 word = re.sub(r"[^A-Za-z0-9]+", "-", name)[:40].strip("-")
                 Image.fromarray(_pixels(image)).save(here / f"{number:04d}-{word}.png")
-        path = folder / "sheet.png"
+        path = folder / SHEET
         contact_sheet(rows).save(path)
     except OSError as error:
         raise ReportError(f"cannot write images to {folder}: {error}; choose another folder") from None
@@ -57,6 +63,27 @@ def contact_sheet(rows: Mapping[str, Images]) -> Image.Image:
             drawn = Image.fromarray(pixels).resize((width * times, height * times), Image.Resampling.NEAREST)
             sheet.paste(drawn.convert("RGB"), (_MARGIN + column * cell[0], top + _LABEL))
     return sheet
+
+
+def sheet_url(path: Path) -> str:
+    """Return a sheet as a data URL: as it is where it is small, else scaled down and as a JPEG.
+
+    Raises:
+        ReportError: if the file is no picture that can be read.
+    """
+    try:
+        content, kind = path.read_bytes(), "png"
+        with Image.open(io.BytesIO(content)) as sheet:
+            sheet.load()
+            ratio = min(1.0, math.sqrt(_MOST_PIXELS / (sheet.width * sheet.height)))
+            if ratio < 1 or len(content) > _MOST_BYTES:
+                file = io.BytesIO()
+                size = (max(1, int(sheet.width * ratio)), max(1, int(sheet.height * ratio)))
+                sheet.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=82)
+                content, kind = file.getvalue(), "jpeg"
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ReportError(f"{path} cannot be shown ({error}); write it again, or move it to another folder") from None
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _pixels(image: Float[np.ndarray, "C Y X"]) -> UInt8[np.ndarray, "Y X ..."]:

@@ -12,8 +12,6 @@ from typing import Any
 from vitfold.errors import ReportError
 from vitfold.journal import read_rows
 
-HEAD = "sweep.json"
-ROWS = "rows.jsonl"
 _NEEDED = ("recipe", "merge", "quant")
 
 

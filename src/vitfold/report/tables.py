@@ -223,31 +223,60 @@ def _setting(value: Any) -> str:
     return " ".join(value) if isinstance(value, list) else str(value)
 
 
+_BEYOND = ("reused", "SSIM", "Frechet rise", "kept MB")
+"""Columns that eighty characters have no room for beside a distance; the JSON and the page hold them."""
+
+
 def diffusion_table(result: Mapping[str, Any]) -> Table:
     """Return the terminal table of `vitfold diffuse`: time per image beside likeness to the unaccelerated images."""
-    shown = f"{len(result['classes'])} images, {result['steps']} steps of {result['sampler']}, {result['engine']}"
-    table = Table(title=shown, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    judged = any(row["frechet"] is not None for row in result["rows"])
-    told = any(row["class_accuracy"] is not None for row in result["rows"])
-    quality = ["Frechet"] * judged + ["class %"] * told
-    for name in ("sampler", "full", "reused", "s/image", "speed-up", "PSNR dB", "SSIM", *quality, "MB"):
-        left = name == "sampler"
-        table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold")
-    for row in result["rows"]:
-        cells = [f"{row['frechet']:.2f} ±{row['frechet_noise']:.2f}"] if judged else []
-        cells += [percent(row["class_accuracy"], unit="")] if told else []
-        table.add_row(
+    title = f"{len(result['classes'])} images, {result['steps']} steps of {result['sampler']}, {result['engine']}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    header, body = diffusion_rows(result)
+    beyond = _BEYOND if "Frechet" in header else ()
+    shown = [place for place, name in enumerate(header) if name not in beyond]
+    for place in shown:
+        left = header[place] == "sampler"
+        table.add_column(header[place], justify="left" if left else "right", no_wrap=not left, overflow="fold")
+    for line in body:
+        table.add_row(*(line[place] for place in shown))
+    return table
+
+
+def diffusion_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return header and cells of ways to sample, without the columns that no row fills.
+
+    Where all pixels are equal to the unaccelerated images, PSNR is infinite, and the cell says so.
+    """
+    header = ["sampler", "full", "reused", "s/image", "speed-up", "PSNR dB", "SSIM"]
+    header += ["Frechet", "Frechet rise", "class %", "kept MB"]
+    body = [
+        [
             row["name"],
             str(row["full_steps"]),
             str(row["reused_steps"]),
             f"{'~' if row['noisy'] else ''}{row['seconds_per_image']:.3f}",
             f"{row['speedup']:.2f}x ±{row['speedup_iqr'] / 2:.2f}",
-            number(row["psnr_db"], ".1f"),
+            "equal" if place and row["psnr_db"] is None else number(row["psnr_db"], ".1f"),
             number(row["ssim"], ".4f"),
-            *cells,
+            _distance_text(row.get("frechet"), row.get("frechet_noise")),
+            _rise_text(row.get("frechet_rise")),
+            percent(row.get("class_accuracy"), unit=""),
             number(row["kept_bytes"], ".1f", scale=1e-6),
-        )
-    return table
+        ]
+        for place, row in enumerate(result["rows"])
+    ]
+    filled = [place for place in range(len(header)) if any(line[place] != "-" for line in body)]
+    return [header[place] for place in filled], [[line[place] for place in filled] for line in body]
+
+
+def _distance_text(distance: float | None, noise: float | None) -> str:
+    """A distance with its standard deviation; decimals only where they say something."""
+    form = ".2f" if distance is None or distance < 100 else ".0f"
+    return number(distance, form) + ("" if noise is None else f" ±{noise:{form}}")
+
+
+def _rise_text(rise: Mapping[str, float] | None) -> str:
+    return "-" if rise is None else f"{rise['rise']:+.2f} [{rise['low']:+.2f}, {rise['high']:+.2f}]"
 
 
 def percent(ratio: int | float | None, *, unit: str = " %") -> str:

@@ -1,0 +1,22 @@
+"""Architectures that several tests speak of, without parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vitfold.model import ViTSpec
+
+
+def vit_base(**overrides: Any) -> ViTSpec:
+    """Return ViT-B/16 at 224 pixels with a thousand classes."""
+    values = {
+        "image_size": (224, 224),
+        "patch_size": (16, 16),
+        "width": 768,
+        "depth": 12,
+        "heads": 12,
+        "head_width": 64,
+        "mlp_width": 3072,
+        "outputs": 1000,
+    }
+    return ViTSpec(**{**values, **overrides})
