@@ -34,6 +34,8 @@ def test_images_a_sheet_and_a_table(source: str, tmp_path: Path) -> None:
     assert row["seconds_per_image"] > 0
     assert row["speedup"] > 0
     assert row["reused_step_ratio"] > 0
+    assert 0 < row["reused_work_ratio"] < 0.2
+    assert found["rows"][0]["reused_work_ratio"] is None
     assert 0 < row["ssim"] < 1
     assert row["psnr_db"] > 0
     assert (row["frechet"], row["full_steps"], row["reused_steps"]) == (None, 4, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -87,19 +87,18 @@ def diffuse(
         trials=trials,
         latents=latents,
     )
+    how = _How(reuse=reuse, min_psnr=min_psnr, merge=merge, quant=quant, engine=engine, heads=heads)
     with steps("diffuse") as say, quiet_stdout():
         judge = None if real is None or features is None else open_features(features, real, say)
         if (Path(source) / MANIFEST).is_file():
-            if reuse is not None or merge or quant != "none" or engine != "onnxruntime" or heads is not None:
+            if how != _How(min_psnr=min_psnr):
                 raise typer.BadParameter(
                     "a bundle has its own method and graphs; leave out --reuse, --merge, --quant, --engine and --heads",
                     param_hint="SOURCE",
                 )
             drawing = draw_bundles([Path(source)], asking, judge, features, say)
         else:
-            drawing = _draw_model(
-                source, asking, reuse or "none", min_psnr, merge, quant, engine, heads, judge, features, say
-            )
+            drawing = _draw_model(source, asking, how, judge, features, say)
     if output is not None:
         drawing.write(output)
     if json:
@@ -114,39 +113,41 @@ def diffuse(
         note(f"images and sheet.png in {output}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _How:
+    """What becomes of a model before it draws; a bundle has all of it settled."""
+
+    min_psnr: float
+    reuse: str | None = None
+    merge: int = 0
+    quant: str = "none"
+    engine: str = "onnxruntime"
+    heads: int | None = None
+
+
 def _draw_model(
-    source: str,
-    asking: Asking,
-    reuse: str,
-    min_psnr: float,
-    merge: int,
-    quant: str,
-    engine: str,
-    heads: int | None,
-    judge: Judge | None,
-    features: str | None,
-    say: Callable[[str], None],
+    source: str, asking: Asking, how: _How, judge: Judge | None, features: str | None, say: Callable[[str], None]
 ) -> Drawing:
     from vitfold.pipeline import diffusion, step_search
     from vitfold.pipeline.opening import compress
     from vitfold.reuse import find_method
     from vitfold.sources.dit import load_dit
 
-    words = [word.strip() for word in reuse.split(",") if word.strip()]
+    words = [word.strip() for word in (how.reuse or "none").split(",") if word.strip()]
     methods = [find_method(word) for word in words if word != AUTO]
     say(f"loading {source}")
-    model = load_dit(source, heads=heads)
+    model = load_dit(source, heads=how.heads)
     decode = asking.decoder(model)
     asked = asking.asked(model)
     diffusion.check_asked(model, asked)
-    if merge or quant != "none":
+    if how.merge or how.quant != "none":
         say("compressing")
-    compression = compress(model, r=merge, quant=quant, steps=asked.steps, guidance=asked.guidance)
+    compression = compress(model, r=how.merge, quant=how.quant, steps=asked.steps, guidance=asked.guidance)
     chosen = None
     if AUTO in words:
         few = replace(asked, labels=asked.labels[: asked.batch])
-        bounds = step_search.Bounds(min_psnr_db=min_psnr)
-        setup = step_search.Setup(engine=engine, threads=asking.threads, decode=decode, say=say)
+        bounds = step_search.Bounds(min_psnr_db=how.min_psnr)
+        setup = step_search.Setup(engine=how.engine, threads=asking.threads, decode=decode, say=say)
         tried = step_search.screen(model, few, bounds, [compression], setup, fewer=False)
         chosen = step_search.fastest_method(tried, bounds)
         methods.append(chosen)
@@ -155,12 +156,12 @@ def _draw_model(
         methods,
         asked,
         compression=compression,
-        engine=engine,
+        engine=how.engine,
         threads=asking.threads,
         trials=asking.trials,
         decode=decode,
         judge=judge,
         say=say,
     )
-    found = document(model, asked, rows, merge=merge, quant=quant, features=features, chosen=chosen)
+    found = document(model, asked, rows, merge=how.merge, quant=how.quant, features=features, chosen=chosen)
     return Drawing(model=model, asked=asked, rows=rows, decode=decode, document=found)

@@ -19,7 +19,7 @@ from vitfold.bench.timing import interleave
 from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTModel, Drawn
 from vitfold.pipeline.judging import Judge, Verdict
-from vitfold.pipeline.opening import Compression, open_parts, prepare_predictor
+from vitfold.pipeline.opening import Compression, open_parts, prepare_predictor, reused_work
 from vitfold.reuse import Method, Sampled, find_method, sample
 from vitfold.reuse.sampling import Executor
 from vitfold.reuse.schedulers import build_scheduler
@@ -51,12 +51,13 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Way:
-    """One way to draw what was asked for."""
+    """One way to draw what was asked for; `reused_work` is what a step that reuses computes of one in full."""
 
     name: str
     method: Method
     executor: Executor
     asked: Asked
+    reused_work: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -67,6 +68,7 @@ class Row:
     method: Method
     steps: int
     sampled: Sampled
+    reused_work: float | None
     measurement: Measurement
     speedup: dict[str, float]
     psnr_db: float | None
@@ -90,6 +92,7 @@ class Row:
             "full_steps": self.sampled.full_steps,
             "reused_steps": self.sampled.reused_steps,
             "reused_step_ratio": self.reused_step_ratio,
+            "reused_work_ratio": self.reused_work if self.sampled.reused_steps else None,
             "seconds_per_image": seconds,
             "speedup": self.speedup["median"],
             "speedup_iqr": self.speedup["iqr"],
@@ -130,21 +133,22 @@ def diffuse(
     none = find_method("none")
     with contextlib.ExitStack() as stack:
 
-        def opened(method: Method, how: Compression) -> Executor:
+        def opened(method: Method, how: Compression) -> Way:
             say(f"writing the graphs of {method.text}{how.suffix}")
             predictor = None if method.ratio is None else prepare_predictor(model, method, asked.steps, asked.seed, say)
-            return stack.enter_context(
+            executor = stack.enter_context(
                 open_parts(model, method, compression=how, predictor=predictor, engine=engine, threads=threads)
             )
+            work = reused_work(model.spec, method, () if predictor is None else predictor.counts, how.r)
+            name = f"{method.text}{how.suffix}"
+            return Way(name=name, method=method, executor=executor, asked=asked, reused_work=work)
 
-        plain = opened(none, Compression())
-        plans = [Way(name="none", method=none, executor=plain, asked=asked)]
+        ways = [opened(none, Compression())]
         own = [none, *methods] if compression.suffix else [method for method in methods if method.reuses]
         for method in {method.text: method for method in own}.values():
-            executor = opened(method, compression)
-            plans.append(Way(name=f"{method.text}{compression.suffix}", method=method, executor=executor, asked=asked))
-            add_fewer_steps(model, plans)
-        return compare(model, plans, engine=engine, trials=trials, decode=decode, judge=judge, say=say)
+            ways.append(opened(method, compression))
+            add_fewer_steps(model, ways)
+        return compare(model, ways, engine=engine, trials=trials, decode=decode, judge=judge, say=say)
 
 
 def compare(
@@ -260,6 +264,7 @@ def _row(
         method=way.method,
         steps=way.asked.steps,
         sampled=sampled,
+        reused_work=way.reused_work,
         measurement=measured[way.name],
         speedup=speed_up(measured[first], measured[way.name]),
         psnr_db=psnr_db(reference, shown[way.name], peak=peak),

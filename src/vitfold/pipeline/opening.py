@@ -18,6 +18,8 @@ import torch
 from vitfold.bench.environment import processor
 from vitfold.errors import EngineError, RecipeError
 from vitfold.model import Array, DiTModel, DiTSpec
+from vitfold.model.dit import dit_param_shapes
+from vitfold.ops.count import Count
 from vitfold.ops.record import Record
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
@@ -26,7 +28,7 @@ from vitfold.quant.ranges import affine_uniform, symmetric_uniform
 from vitfold.quantizer import Quantizer
 from vitfold.reuse import Method, find_method, sample
 from vitfold.reuse.eager import Eager
-from vitfold.reuse.predictor import Predictor, train_predictor
+from vitfold.reuse.predictor import Predictor, predictor_shapes, train_predictor
 from vitfold.reuse.sampling import Executor
 from vitfold.reuse.schedulers import build_scheduler
 from vitfold.step_bundle import StepBundle
@@ -163,6 +165,22 @@ def plan_parts(spec: DiTSpec, method: Method, counts: tuple[int, ...], r: int) -
     if method.cut != "whole":
         del found["step"]
     return found
+
+
+def reused_work(spec: DiTSpec, method: Method, counts: tuple[int, ...] = (), r: int = 0) -> float | None:
+    """Return the multiply-accumulates of a step that reuses as a share of one in full, None where none does."""
+    if not method.reuses:
+        return None
+    if method.guidance:
+        return 0.5
+    required, optional = dit_param_shapes(spec)
+    macs = {}
+    for name, part in plan_parts(spec, method, counts, r).items():
+        count = Count({**required, **optional, **predictor_shapes(spec)})
+        part.run(count, *((1, *port.shape) for port in part.inputs))
+        macs[name] = count.macs
+    full = sum(macs[name] for name in ("full", "front", "rest") if name in macs)
+    return sum(macs[name] for name in ("front", "resume", "refresh") if name in macs) / full
 
 
 def step_params(model: DiTModel, compression: Compression, predictor: Predictor | None) -> dict[str, Array]:

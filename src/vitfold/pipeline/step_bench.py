@@ -13,7 +13,7 @@ from vitfold.errors import BundleError
 from vitfold.model import Array
 from vitfold.pipeline.diffusion import Asked, Row, Say, Way, add_fewer_steps, check_asked, compare
 from vitfold.pipeline.judging import Judge
-from vitfold.pipeline.opening import open_steps
+from vitfold.pipeline.opening import open_steps, reused_work
 from vitfold.reuse import every_step, find_method
 from vitfold.step_bundle import StepBundle
 
@@ -58,6 +58,7 @@ def bench_steps(
                 ways.append(
                     Way(name=f"{bundle.name}, every step", method=every_step(method), executor=executor, asked=own)
                 )
-            ways.append(Way(name=bundle.name, method=method, executor=executor, asked=own))
+            work = reused_work(first.spec, method, bundle.manifest.counts, plan.merge)
+            ways.append(Way(name=bundle.name, method=method, executor=executor, asked=own, reused_work=work))
             add_fewer_steps(first, ways)
         return compare(first, ways, engine="onnxruntime", trials=trials, decode=decode, judge=judge, say=say)

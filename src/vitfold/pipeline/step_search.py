@@ -17,7 +17,7 @@ from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTModel
 from vitfold.pipeline.diffusion import Asked, Row, Say, Way, check_asked, compare, draw, fewer_name
 from vitfold.pipeline.judging import Judge
-from vitfold.pipeline.opening import Compression, open_parts
+from vitfold.pipeline.opening import Compression, open_parts, reused_work
 from vitfold.reuse import Method, find_method
 from vitfold.reuse.sampling import Executor
 
@@ -200,7 +200,13 @@ def screen(
                 setup.say(f"measuring {', '.join(one.text for one in group)}{compression.suffix}")
                 with _opened(model, method, compression, setup) as executor:
                     ways = [
-                        Way(name=f"{one.text}{compression.suffix}", method=one, executor=executor, asked=asked)
+                        Way(
+                            name=f"{one.text}{compression.suffix}",
+                            method=one,
+                            executor=executor,
+                            asked=asked,
+                            reused_work=reused_work(model.spec, one, (), compression.r),
+                        )
                         for one in group
                         if one.reuses or compression.suffix
                     ]
@@ -236,7 +242,8 @@ def _again(model: DiTModel, first: Way, one: Tried, bounds: Bounds, setup: Setup
     """Measure one candidate on held-out seeds, beside the plain sampler."""
     with _opened(model, one.row.method, one.compression, setup) as executor:
         asked = replace(first.asked, steps=one.row.steps)
-        way = Way(name=one.row.name, method=one.row.method, executor=executor, asked=asked)
+        work = one.row.reused_work
+        way = Way(name=one.row.name, method=one.row.method, executor=executor, asked=asked, reused_work=work)
         plain, row = _measured(model, [first, way], setup)
     return plain, _tried(row, plain, one.compression, _converged(model, first, bounds, setup), setup)
 

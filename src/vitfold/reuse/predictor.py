@@ -104,15 +104,24 @@ def share_budget(ranked: Float[np.ndarray, "L N"], ratio: float) -> tuple[int, .
     return tuple(int(count) for count in np.bincount(order // tokens, minlength=depth))
 
 
-def _initial(spec: DiTSpec, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random first layers; second ones that score every token alike, at three quarters."""
-    found: dict[str, Tensor] = {}
+def predictor_shapes(spec: DiTSpec) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of a predictor's weights."""
+    found: dict[str, tuple[int, ...]] = {}
     for block in range(spec.depth):
         site = f"blocks.{block}.predictor"
-        found[f"{site}.fc1.weight"] = torch.randn(HIDDEN, spec.width, generator=generator) / spec.width**0.5
-        found[f"{site}.fc1.bias"] = torch.zeros(HIDDEN)
-        found[f"{site}.fc2.weight"] = torch.zeros(1, HIDDEN)
-        found[f"{site}.fc2.bias"] = torch.ones(1)
+        found |= {f"{site}.fc1.weight": (HIDDEN, spec.width), f"{site}.fc1.bias": (HIDDEN,)}
+        found |= {f"{site}.fc2.weight": (1, HIDDEN), f"{site}.fc2.bias": (1,)}
+    return found
+
+
+def _initial(spec: DiTSpec, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random first layers; second ones that score every token alike, at three quarters."""
+    found = {name: torch.zeros(shape) for name, shape in predictor_shapes(spec).items()}
+    for name, value in found.items():
+        if name.endswith("fc1.weight"):
+            value.copy_(torch.randn(value.shape, generator=generator) / spec.width**0.5)
+        elif name.endswith("fc2.bias"):
+            value.fill_(1.0)
     return found
 
 
