@@ -95,7 +95,7 @@ class Row:
             "reused_work_ratio": self.reused_work if self.sampled.reused_steps else None,
             "seconds_per_image": seconds,
             "speedup": self.speedup["median"],
-            "speedup_iqr": self.speedup["iqr"],
+            "speedup_iqr": self.speedup["iqr"] if len(self.measurement.trials_ns) > 1 else None,
             "noisy": self.measurement.noisy,
             "psnr_db": self.psnr_db,
             "ssim": self.ssim,

@@ -2,7 +2,8 @@
 
 Owns the markers, each ended by its closing twin: `<!-- table: FILE.json SCOPE -->`,
 `<!-- accuracy: PATTERN -->`, `<!-- ladder: FILE.json -->`, `<!-- audit: FILE.json -->`,
-`<!-- forecast: FILE.json -->`, `<!-- outliers: FILE.json -->` and `<!-- sweep: FILE.json -->`.
+`<!-- forecast: FILE.json -->`, `<!-- outliers: FILE.json -->`, `<!-- sweep: FILE.json -->` and
+`<!-- diffusion: FILE.json -->`.
 `python -m vitfold.report.document README.md` fills them in; a test compares.
 """
 
@@ -15,9 +16,9 @@ from pathlib import Path
 
 from vitfold.report.audits import GPUS, forecast_cells, forecast_columns, overview_cells, overview_columns
 from vitfold.report.sinks import remedy_cells, remedy_columns
-from vitfold.report.tables import SWEEP_COLUMNS, accuracy_rows, markdown, number, percent, sweep_cells
+from vitfold.report.tables import SWEEP_COLUMNS, accuracy_rows, diffusion_rows, markdown, number, percent, sweep_cells
 
-_KINDS = "table|accuracy|ladder|audit|forecast|outliers|sweep"
+_KINDS = "table|accuracy|ladder|audit|forecast|outliers|sweep|diffusion"
 _BLOCK = re.compile(rf"(<!-- ({_KINDS}): ([^>]+?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
@@ -80,6 +81,11 @@ def _sweep(root: Path, name: str) -> str:
     return _lines(SWEEP_COLUMNS, sweep_cells(rows), left=1)
 
 
+def _diffusion(root: Path, name: str) -> str:
+    header, body = diffusion_rows(json.loads((root / name).read_text(encoding="utf-8")))
+    return _lines(header, body, left=1)
+
+
 _MAKERS = {
     "table": _speed,
     "accuracy": _accuracy,
@@ -88,6 +94,7 @@ _MAKERS = {
     "forecast": _forecast,
     "outliers": _outliers,
     "sweep": _sweep,
+    "diffusion": _diffusion,
 }
 
 

@@ -255,7 +255,7 @@ def diffusion_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]
             str(row["full_steps"]),
             str(row["reused_steps"]),
             f"{'~' if row['noisy'] else ''}{row['seconds_per_image']:.3f}",
-            f"{row['speedup']:.2f}x ±{row['speedup_iqr'] / 2:.2f}",
+            _ratio_text(row["speedup"], row["speedup_iqr"]),
             "equal" if place and row["psnr_db"] is None else number(row["psnr_db"], ".1f"),
             number(row["ssim"], ".4f"),
             _distance_text(row.get("frechet"), row.get("frechet_noise")),
@@ -267,6 +267,11 @@ def diffusion_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]
     ]
     filled = [place for place in range(len(header)) if any(line[place] != "-" for line in body)]
     return [header[place] for place in filled], [[line[place] for place in filled] for line in body]
+
+
+def _ratio_text(ratio: float, spread: float | None) -> str:
+    """A paired speed-up with half its interquartile range, where there is more than one trial."""
+    return f"{ratio:.2f}x" + ("" if spread is None else f" ±{spread / 2:.2f}")
 
 
 def _distance_text(distance: float | None, noise: float | None) -> str:
