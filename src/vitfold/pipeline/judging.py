@@ -98,7 +98,7 @@ class Judge:
         Raises:
             ImageError: if the file cannot be written.
         """
-        head = {"count": self.real.count, "model": self.model.digest(), "source": self.model.origin.source}
+        head = {"count": self.real.count, "model": self.model.digest()}
         try:
             save_file(
                 {"mean": self.real.mean, "covariance": self.real.covariance}, path, metadata={_HEAD: json.dumps(head)}
@@ -128,13 +128,13 @@ def _read_moments(path: Path, model: Model) -> Moments:
         with safe_open(path, framework="numpy") as file:
             head = json.loads((file.metadata() or {})[_HEAD])
             found = Moments(count=head["count"], mean=file.get_tensor("mean"), covariance=file.get_tensor("covariance"))
-            digest, source = str(head["model"]), str(head["source"])
+            digest = str(head["model"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ImageError(f"{path} holds no features of real images ({error}); give the folder of images") from None
     if digest != model.digest():
         raise ImageError(
-            f"{path} holds features by another model than {model.origin.source} (it was {source}); give the folder of "
-            "images, or name that model"
+            f"{path} holds features by another model than {model.origin.source}; give the folder of images, or name "
+            "the model that made it"
         )
     return found
 
