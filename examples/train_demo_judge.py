@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from train_demo_dit import CLASSES, SIZE, read_images
 
 from vitfold.bench.pictures import moments
+from vitfold.model import Array
 from vitfold.pipeline.judging import Judge, features
 from vitfold.sources import load_source
 from vitfold.sources.dit import REAL
@@ -52,6 +53,7 @@ WARM_UP = 0.05
 LABEL_SMOOTHING = 0.1
 LOG_STEPS = 100
 PER_CLASS = (10, 100, 1000)
+NOISE_PER_CLASS, SETS = (10, 50), 30
 
 
 def as_input(images: Tensor) -> Tensor:
@@ -129,19 +131,42 @@ def measure(data: Path, folder: Path) -> None:
     test, labels = read_images(data, "t10k")
     judge = Judge(model=model, real=moments(features(model, [Image.fromarray(image[0].numpy()) for image in test])))
     judge.save(folder / REAL)
-    verdict = judge(test.numpy() / np.float32(255), tuple(labels.tolist()), len(CLASSES))
-    train_images, train_labels = read_images(data, "train")
+    images, classes = read_images(data, "train")
     rows = []
     for per_class in PER_CLASS:
-        places = torch.cat([torch.nonzero(train_labels == label)[:per_class, 0] for label in range(len(CLASSES))])
-        asked = tuple(train_labels[places].tolist())
-        real = train_images[places].numpy() / np.float32(255)
+        real, asked = some(images, classes, per_class)
         noise = np.random.default_rng(0).uniform(size=real.shape).astype(np.float32)
-        for name, images in (("training images", real), ("uniform noise", noise)):
-            rows.append({"images": name, "count": len(images), **judge(images, asked, len(CLASSES)).to_dict()})
-    found = {"test_images": len(test), **verdict.to_dict(), "distances": rows}
+        for name, shown in (("training images", real), ("uniform noise", noise)):
+            rows.append({"images": name, "count": len(shown), **judge(shown, asked, len(CLASSES)).to_dict()})
+    verdict = judge(test.numpy() / np.float32(255), tuple(labels.tolist()), len(CLASSES)).to_dict()
+    found = {
+        "test_images": len(test),
+        "class_accuracy": verdict["class_accuracy"],
+        "class_accuracy_interval": verdict["class_accuracy_interval"],
+        "distances": rows,
+        "noises": [noise_of_sets(judge, images, classes, per_class) for per_class in NOISE_PER_CLASS],
+    }
     (folder / "figures.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"accuracy {verdict.class_accuracy:.4f} on {len(test)} test images")
+    print(f"accuracy {verdict['class_accuracy']:.4f} on {len(test)} test images")
+
+
+def some(images: Tensor, labels: Tensor, per_class: int, skip: int = 0) -> tuple[Array, tuple[int, ...]]:
+    """Return so many images of each class in [0, 1], and their labels."""
+    found = [torch.nonzero(labels == label)[skip : skip + per_class, 0] for label in range(len(CLASSES))]
+    places = torch.cat(found)
+    return images[places].numpy() / np.float32(255), tuple(labels[places].tolist())
+
+
+def noise_of_sets(judge: Judge, images: Tensor, labels: Tensor, per_class: int) -> dict[str, float]:
+    """Return how the distances of different sets of real images vary, and what resamples of one set say of that."""
+    sets = [some(images, labels, per_class, skip=per_class * number) for number in range(SETS)]
+    verdicts = [judge(shown, asked, len(CLASSES)) for shown, asked in sets]
+    return {
+        "count": per_class * len(CLASSES),
+        "sets": SETS,
+        "deviation": float(np.std([verdict.frechet for verdict in verdicts], ddof=1)),
+        "frechet_noise": float(np.mean([verdict.frechet_noise for verdict in verdicts])),
+    }
 
 
 def main() -> None:
