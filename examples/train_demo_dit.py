@@ -100,11 +100,11 @@ def read_idx(path: Path) -> Tensor:
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).copy()).reshape(shape)
 
 
-def read_images(folder: Path) -> tuple[Tensor, Tensor]:
-    """Return the training images as uint8 [60000, 1, 32, 32], black around them, and their labels."""
-    images = read_idx(folder / "train-images-idx3-ubyte.gz")
+def read_images(folder: Path, part: str = "train") -> tuple[Tensor, Tensor]:
+    """Return a part, train or t10k, as uint8 [N, 1, 32, 32], black around the images, and their labels."""
+    images = read_idx(folder / f"{part}-images-idx3-ubyte.gz")
     margin = (SIZE - images.shape[-1]) // 2
-    return F.pad(images, (margin,) * 4)[:, None], read_idx(folder / "train-labels-idx1-ubyte.gz").long()
+    return F.pad(images, (margin,) * 4)[:, None], read_idx(folder / f"{part}-labels-idx1-ubyte.gz").long()
 
 
 def new_model() -> nn.Module:

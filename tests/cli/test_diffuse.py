@@ -80,6 +80,43 @@ def test_a_distance_to_real_images_by_a_model_of_choice(source: str, few: Path) 
     assert "give both --real DIR and --features" in error("diffuse", source, "--real", few, code=2)
 
 
+def write_judge(folder: Path) -> Path:
+    """A random classifier of as many classes as the generator has, as timm reads it."""
+    timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    config = {"architecture": "test_vit", "num_classes": 3, "model_args": {"img_size": 32}}
+    pixels = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 3}
+    (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": pixels}), encoding="utf-8")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_file(timm.create_model("test_vit", num_classes=3, img_size=32).state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def test_a_judge_beside_the_weights_is_taken_by_itself(source: str, few: Path, tmp_path: Path) -> None:
+    for name in ("transformer", "scheduler"):
+        (tmp_path / name).symlink_to(Path(source.partition(":")[2]) / name)
+    judge = write_judge(tmp_path / "judge")
+    torch_engine, features = (*QUICK, "--engine", "torch"), ("--features", f"timm:local-dir:{judge}")
+    given = run_json("diffuse", source, *torch_engine, *features, "--real", few, "-o", tmp_path / "out")
+    assert "no such folder" in error("diffuse", f"hf:{tmp_path}", *torch_engine)
+    (tmp_path / "out" / "real.safetensors").rename(judge / "real.safetensors")
+    found = run_json("diffuse", f"hf:{tmp_path}", *torch_engine, "-o", tmp_path / "again")
+    assert found["features"] == features[1]
+    assert not (tmp_path / "again" / "real.safetensors").exists()
+    for key in ("frechet", "frechet_noise", "class_accuracy", "class_accuracy_interval"):
+        assert found["rows"][0][key] == given["rows"][0][key] is not None
+    assert "class %" in run("diffuse", f"hf:{tmp_path}", *torch_engine).stdout
+    other = run_json("diffuse", f"hf:{tmp_path}", *torch_engine, "--real", few)
+    assert other["rows"][0]["frechet"] == given["rows"][0]["frechet"]
+    assert "features by another model than demo" in error("diffuse", f"hf:{tmp_path}", *QUICK, "--features", "demo")
+    alone = run_json("diffuse", f"hf:{tmp_path}", *QUICK, "--classes", "1", "--engine", "torch")
+    assert alone["rows"][0]["frechet"] is None
+    assert "at least two images" in alone["rows"][0]["frechet_reason"]
+
+
 def test_auto_names_what_it_chose(source: str) -> None:
     found = run_json("diffuse", source, *QUICK, "--classes", "1", "--engine", "torch", "--reuse", "auto")
     assert found["chosen"] in {row["reuse"] for row in found["rows"]}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
+from vitfold.bench.pictures import moments
 from vitfold.errors import ImageError
 from vitfold.images import ImageSet
 from vitfold.model import Array, Model
-from vitfold.pipeline.judging import features, open_judge
+from vitfold.pipeline.judging import Judge, features, open_judge
 
 
 def test_features_and_classes_are_the_models_own(
@@ -25,7 +28,7 @@ def test_features_and_classes_are_the_models_own(
     found = features(model, pixels)
     expected = found @ model.params["head.weight"].T + model.params["head.bias"]
     np.testing.assert_allclose(expected, logits, rtol=1e-4, atol=1e-4)
-    judge = open_judge(model, photos)
+    judge = open_judge(model, Path(photos.root))
     classes = logits.argmax(1)
     wrong = [*classes[:3], *((classes[3:] + 1) % 10)]
     verdict = judge(images, tuple(int(c) for c in wrong), 10)
@@ -39,3 +42,29 @@ def test_features_and_classes_are_the_models_own(
     assert judge(images, (0,) * 5, 3).class_accuracy is None
     with pytest.raises(ImageError, match="at least 2 images, found 1"):
         judge(images[:1], (0,), 10)
+
+
+def test_statistics_stand_for_the_real_images_of_one_model(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    real = moments(np.random.default_rng(0).standard_normal((9, 32)))
+    judge, kept = Judge(model=tiny_model(), real=real), tmp_path / "real.safetensors"
+    judge.save(kept)
+    found = open_judge(judge.model, kept).real
+    assert found.count == 9
+    np.testing.assert_array_equal(found.mean, real.mean)
+    np.testing.assert_array_equal(found.covariance, real.covariance)
+    with pytest.raises(ImageError, match="features by another model than tests:tiny; give"):
+        open_judge(tiny_model(seed=1), kept)
+    with pytest.raises(ImageError, match="cannot write"):
+        judge.save(tmp_path / "nowhere" / "real.safetensors")
+    save_file({"mean": real.mean}, kept)
+    with pytest.raises(ImageError, match="holds no features of real images"):
+        open_judge(judge.model, kept)
+    kept.write_bytes(b"no tensors")
+    with pytest.raises(ImageError, match="holds no features of real images"):
+        open_judge(judge.model, kept)
+
+
+def test_too_few_real_images(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    with pytest.raises(ImageError, match="holds 1 images; a Frechet distance needs at least 2"):
+        open_judge(tiny_model(), tmp_path)

@@ -66,6 +66,8 @@ class Moments:
     def __post_init__(self) -> None:
         if self.count < LEAST_IMAGES:
             raise ValueError(f"a covariance takes at least {LEAST_IMAGES} images, found {self.count}")
+        if self.covariance.shape != (len(self.mean), len(self.mean)):
+            raise ValueError(f"a covariance {self.covariance.shape} does not go with {len(self.mean)} means")
 
 
 def moments(features: Float[np.ndarray, "N F"]) -> Moments:

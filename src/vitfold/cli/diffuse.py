@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.drawing import Asking, Drawing, document, draw_bundles, open_features
+from vitfold.cli.drawing import Asking, Drawing, default_judge, document, draw_bundles, open_features
 from vitfold.cli.optimize import require_optimize
 from vitfold.cli.terminal import command, note, out, print_json, quiet_stdout, steps
 from vitfold.sealed import MANIFEST
+from vitfold.sources.dit import REAL
 
 if TYPE_CHECKING:
     from vitfold.pipeline.judging import Judge
@@ -72,6 +73,8 @@ def diffuse(
     json: options.Json = False,
 ) -> None:
     """Draw images, unaccelerated, by --reuse, and by plainly fewer steps, timed in turn at equal seeds."""
+    if not latents:
+        features, real = default_judge(source, features, real)
     if (real is None) != (features is None) or (real is not None and latents):
         raise typer.BadParameter("give both --real DIR and --features SOURCE, and images", param_hint="--real")
     require_optimize()
@@ -101,6 +104,8 @@ def diffuse(
             drawing = _draw_model(source, asking, how, judge, features, say)
     if output is not None:
         drawing.write(output)
+        if judge is not None and real is not None and real.is_dir():
+            judge.save(output / REAL)
     if json:
         print_json(drawing.document)
         return

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from vitfold.cli.terminal import write_json
 from vitfold.errors import SourceError, VitfoldError, nearest
+from vitfold.sealed import MANIFEST, read_header
+from vitfold.sources.dit import REAL, judge_folder
 
 if TYPE_CHECKING:
     from vitfold.model import Array, Drawn
@@ -130,6 +132,16 @@ def read_classes(words: str, count: int | None, model: Drawn) -> tuple[int, ...]
     return tuple(found[i % len(found)] for i in range(count)) if count is not None else tuple(found)
 
 
+def default_judge(source: str, features: str | None, real: Path | None) -> tuple[str | None, Path | None]:
+    """Return whose features are taken and of which real images; what isn't given is the judge's beside the weights."""
+    if (Path(source) / MANIFEST).is_file():
+        source = str(read_header(Path(source)).values.get("origin", {}).get("source"))
+    folder = judge_folder(source)
+    if folder is None:
+        return features, real
+    return features or f"timm:local-dir:{folder}", real or folder / REAL
+
+
 def open_features(source: str, real: Path, say: Callable[[str], None]) -> Judge:
     """Return what judges images by the features of a vision transformer.
 
@@ -137,12 +149,11 @@ def open_features(source: str, real: Path, say: Callable[[str], None]) -> Judge:
         SourceError: if the model cannot be loaded.
         ImageError: if there are too few real images, or one cannot be read.
     """
-    from vitfold.images import find_images
     from vitfold.pipeline.judging import open_judge
     from vitfold.sources import load_source
 
     say(f"features of real images by {source}")
-    return open_judge(load_source(source).model, find_images(real))
+    return open_judge(load_source(source).model, real)
 
 
 def draw_bundles(

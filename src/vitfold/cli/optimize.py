@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitfold.cli import options
+from vitfold.cli.drawing import default_judge
 from vitfold.cli.optimizing_steps import Steps, optimize_steps
 from vitfold.cli.searching import Wanted, run_search
 from vitfold.cli.terminal import command, counted, note, out, print_json, quiet_stdout, skipped, steps, working
@@ -160,6 +161,8 @@ def optimize(
         require_optimize()
         assert source is not None
         assert output is not None
+        if max_fid_rise is not None:
+            features, real = default_judge(source, features, real)
         wanted_steps = Steps(
             reuse=reuse,
             steps=step_count,

@@ -105,9 +105,17 @@ Guidance = Annotated[
     typer.Option(help="Scale of classifier-free guidance, 1 for none; default: 2.5, or the bundle's."),
 ]
 Real = Annotated[
-    Path | None, typer.Option("--real", metavar="DIR", help="Real images, for a Frechet distance to them.")
+    Path | None,
+    typer.Option(
+        "--real",
+        metavar="DIR|FILE",
+        help="Real images, or their features in real.safetensors, for a Frechet distance to them.",
+    ),
 ]
 Features = Annotated[
-    str | None, typer.Option(metavar="SOURCE", help="The vision transformer whose features that distance takes.")
+    str | None,
+    typer.Option(
+        metavar="SOURCE", help="The vision transformer whose features that distance takes; a judge beside SOURCE."
+    ),
 ]
 Heads = Annotated[int | None, typer.Option(min=1, help="Attention heads of a state dict.")]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vitfold.bench.measurement import Measurement, speed_up
-from vitfold.bench.pictures import psnr_db, ssim
+from vitfold.bench.pictures import LEAST_IMAGES, psnr_db, ssim
 from vitfold.bench.statistics import Rise
 from vitfold.bench.timing import interleave
 from vitfold.errors import RecipeError
@@ -25,7 +25,7 @@ from vitfold.reuse.sampling import Executor
 from vitfold.reuse.schedulers import build_scheduler
 
 VERDICT_KEYS = ("frechet", "frechet_noise", "class_accuracy", "class_accuracy_interval")
-NO_FRECHET = "no model for features and no real images were given"
+NO_FRECHET = "it takes a model for features, real images, and at least two images drawn"
 Say = Callable[[str], None]
 
 
@@ -188,7 +188,9 @@ def compare(
     first = ways[0]
 
     def judged(images: Array) -> Verdict | None:
-        return None if judge is None else judge(images, first.asked.labels, model.spec.classes)
+        if judge is None or len(images) < LEAST_IMAGES:
+            return None
+        return judge(images, first.asked.labels, model.spec.classes)
 
     shown = {way.name: _shown(results[way.name].samples, decode) for way in ways}
     verdicts = {name: judged(images) for name, images in shown.items()}

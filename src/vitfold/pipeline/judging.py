@@ -6,24 +6,29 @@ none of these is an Inception FID.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from vitfold.bench.pictures import LEAST_IMAGES, Moments, frechet_distance, moments, resampled_distances
 from vitfold.bench.statistics import Rise, paired_rise, resampled_places, share_interval
 from vitfold.errors import ImageError
-from vitfold.images import ImageSet, read_image
+from vitfold.images import find_images, read_image
 from vitfold.model import Array, Model
 from vitfold.ops.run import Run
 from vitfold.programs.vit import head, vit
 from vitfold.recipe import MergeRecipe
 
 _BATCH = 32
+_HEAD = "real"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,18 +92,51 @@ class Judge:
             right=right,
         )
 
+    def save(self, path: Path) -> None:
+        """Write what `open_judge` reads instead of the real images; it goes with this model alone.
 
-def open_judge(model: Model, real: ImageSet) -> Judge:
-    """Take the features of real images.
+        Raises:
+            ImageError: if the file cannot be written.
+        """
+        head = {"count": self.real.count, "model": self.model.digest()}
+        try:
+            save_file(
+                {"mean": self.real.mean, "covariance": self.real.covariance}, path, metadata={_HEAD: json.dumps(head)}
+            )
+        except (OSError, SafetensorError) as error:
+            raise ImageError(f"cannot write {path}: {error}; choose another folder") from None
+
+
+def open_judge(model: Model, real: Path) -> Judge:
+    """Take the features of a folder of real images, or what `Judge.save` kept of them.
 
     Raises:
-        ImageError: if they are too few, or one cannot be read.
+        ImageError: if images are too few or one cannot be read, or the file is something else or of another model.
     """
-    if len(real.paths) < LEAST_IMAGES:
+    if real.is_file():
+        return Judge(model=model, real=_read_moments(real, model))
+    found = find_images(real)
+    if len(found.paths) < LEAST_IMAGES:
         raise ImageError(
-            f"{real.root} holds {len(real.paths)} images; a Frechet distance needs at least {LEAST_IMAGES}"
+            f"{real} holds {len(found.paths)} images; a Frechet distance needs at least {LEAST_IMAGES}; give more"
         )
-    return Judge(model=model, real=moments(features(model, [read_image(path) for path in real.paths])))
+    return Judge(model=model, real=moments(features(model, [read_image(path) for path in found.paths])))
+
+
+def _read_moments(path: Path, model: Model) -> Moments:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            head = json.loads((file.metadata() or {})[_HEAD])
+            found = Moments(count=head["count"], mean=file.get_tensor("mean"), covariance=file.get_tensor("covariance"))
+            digest = str(head["model"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ImageError(f"{path} holds no features of real images ({error}); give the folder of images") from None
+    if digest != model.digest():
+        raise ImageError(
+            f"{path} holds features by another model than {model.origin.source}; give the folder of images, or name "
+            "the model that made it"
+        )
+    return found
 
 
 def features(model: Model, images: list[Image.Image]) -> Float[np.ndarray, "B F"]:

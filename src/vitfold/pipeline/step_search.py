@@ -40,7 +40,7 @@ class Bounds:
 
     `min_psnr_db` compares at equal seeds. `max_psnr_drop_db` is how much further from the converged image (by PSNR, at
     equal seeds) than the unaccelerated sampler's is allowed, whose own steps are an approximation, too.
-    `max_fid_rise` is in the Frechet distance of the judge's features.
+    `max_fid_rise` is in the Frechet distance of the judge's features, and the upper end of the interval has to keep it.
     """
 
     min_psnr_db: float | None = None
@@ -74,7 +74,7 @@ class Tried:
         return (
             (bounds.min_psnr_db is None or psnr is None or psnr >= bounds.min_psnr_db)
             and (bounds.max_psnr_drop_db is None or drop is None or drop <= bounds.max_psnr_drop_db)
-            and (bounds.max_fid_rise is None or rise is None or rise.rise <= bounds.max_fid_rise)
+            and (bounds.max_fid_rise is None or rise is None or rise.high <= bounds.max_fid_rise)
         )
 
     @property

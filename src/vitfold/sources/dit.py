@@ -16,6 +16,7 @@ from vitfold.model import DiTModel, Origin
 from vitfold.sources.load import import_package
 
 DEMO_DIT = "demo-dit"
+REAL = "real.safetensors"
 FORMS = (
     "hf:REPO_OR_FOLDER of a DiTTransformer2DModel, FILE.safetensors or FILE.pt with the names of DiT's own repository, "
     f"or {DEMO_DIT}"
@@ -76,6 +77,15 @@ def demo_dit_folder() -> Path:
     if named:
         return Path(named).expanduser().resolve()
     return Path(__file__).resolve().parents[3] / "assets" / "demo_dit"
+
+
+def judge_folder(source: str) -> Path | None:
+    """Return the folder `judge` beside the weights of a source, if there is one: a classifier of timm, REAL within."""
+    prefix, _, name = source.partition(":")
+    if source != DEMO_DIT and prefix != "hf":
+        return None
+    folder = (demo_dit_folder() if source == DEMO_DIT else Path(name).expanduser().resolve()) / "judge"
+    return folder if folder.is_dir() else None
 
 
 def _demo() -> Path:
