@@ -49,7 +49,7 @@ MODEL = {
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
 LABEL_DROPOUT = 0.1
 WARM_UP_STEPS = 500
-EMA_DECAY = 0.9995
+EMA_DECAY = 0.999
 LOG_STEPS = 100
 CHECKPOINT = "checkpoint.pt"
 
@@ -205,7 +205,7 @@ def sample(model: nn.Module, scheduler: Any, labels: Tensor, *, steps: int, guid
     return images.clamp(-1, 1)
 
 
-def export(work: Path, folder: Path, *, guidance: float = 2.5, per_class: int = 8) -> None:
+def export(work: Path, folder: Path, *, guidance: float = 1.5, per_class: int = 8) -> None:
     """Write the averaged weights of the run as a diffusers folder in half precision, with samples and loss curve."""
     state = torch.load(work / CHECKPOINT, weights_only=True)
     model: Any = new_model()
@@ -213,6 +213,8 @@ def export(work: Path, folder: Path, *, guidance: float = 2.5, per_class: int = 
     scheduler = DDIMScheduler(**SCHEDULE, timestep_spacing="trailing")
     model.half().save_pretrained(folder)
     scheduler.save_pretrained(folder / "scheduler")
+    index = {"_class_name": "DiTPipeline", "id2label": {str(i): name for i, name in enumerate(CLASSES)}}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     record = {"step": state["step"], "seconds": round(state["seconds"]), "curve": state["curve"]}
     (folder / "loss.json").write_text(json.dumps(record) + "\n")
 

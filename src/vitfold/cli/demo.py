@@ -11,7 +11,7 @@ import typer
 
 from vitfold.cli import options
 from vitfold.cli.bench import print_ladders
-from vitfold.cli.optimize import quant_recipe, require_optimize
+from vitfold.cli.making import quant_recipe, require_optimize
 from vitfold.cli.terminal import command, counted, counting, note, out, print_json, steps, working, write_json
 
 CALIBRATION_IMAGES = 64

@@ -11,7 +11,7 @@ import typer
 
 from vitfold.cli import options
 from vitfold.cli.drawing import Asking, Drawing, default_judge, document, draw_bundles, open_features
-from vitfold.cli.optimize import require_optimize
+from vitfold.cli.making import require_optimize
 from vitfold.cli.terminal import command, note, out, print_json, quiet_stdout, steps
 from vitfold.sealed import MANIFEST
 from vitfold.sources.dit import REAL

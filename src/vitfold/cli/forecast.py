@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.optimize import load_model, require_optimize
+from vitfold.cli.making import load_model, require_optimize
 from vitfold.cli.terminal import command, out, print_json, steps, write_json
 from vitfold.errors import TargetError, VitfoldError
 

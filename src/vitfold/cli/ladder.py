@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.optimize import load_model, require_optimize
+from vitfold.cli.making import load_model, require_optimize
 from vitfold.cli.terminal import command, note, out, print_json, working, write_json
 from vitfold.errors import VitfoldError
 

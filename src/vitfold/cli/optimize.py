@@ -5,28 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vitfold.cli import options
 from vitfold.cli.drawing import default_judge
+from vitfold.cli.making import Say, load_model, quant_recipe, require_optimize
+from vitfold.cli.optimized import Made, check_agreement, print_solution, report_made
 from vitfold.cli.optimizing_steps import Steps, optimize_steps
 from vitfold.cli.searching import Wanted, run_search
-from vitfold.cli.terminal import command, counted, note, out, print_json, quiet_stdout, skipped, steps, working
-from vitfold.errors import GateError, ImageError, VitfoldError, missing_extra
+from vitfold.cli.terminal import command, counted, note, quiet_stdout, skipped, steps, working
+from vitfold.errors import ImageError, VitfoldError
 
 if TYPE_CHECKING:
-    from vitfold.bundle import Bundle
     from vitfold.images import ImageSet
     from vitfold.model import Model
-    from vitfold.pipeline import Folded, Race, Solution
+    from vitfold.pipeline import Folded, Solution
     from vitfold.recipe import QuantRecipe
     from vitfold.registers import Found
-
-
-Say = Callable[[str], None]
-_MEASURED = (("agreement", "agree with the unfolded model"), ("top1", "top-1"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,15 +33,6 @@ class _Plan:
     folded: Folded
     calibration: ImageSet | None
     comparing: ImageSet | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Made:
-    """What was made: no bundle by a dry run, no race where nothing was to be decided by one."""
-
-    folded: Folded
-    bundle: Bundle | None = None
-    race: Race | None = None
 
 
 @command
@@ -269,7 +257,7 @@ def optimize(
                 batch=batches,
             )
             plan = _divided(folded, found, dry_run=dry_run)
-        made = _Made(folded=plan.folded)
+        made = Made(folded=plan.folded)
         if destination is not None:
             plan = _decodable(plan, skip_bad=skip_bad)
             plan, measured = _calibrated(plan, keep_float, say, advance)
@@ -278,15 +266,15 @@ def optimize(
                 plan = replace(plan, folded=pipeline.fastest(plan.folded))
             first = plan.calibration is not None and repeat is None
             made = _saved(plan, destination, say, overwrite=overwrite, race=first, keep_slower=keep_slower)
-    _report(made, measured, json=json)
+    report_made(made, measured, json=json)
     if solution is not None:
-        _print_solution(solution)
+        print_solution(solution)
     for remark in made.folded.remarks:
         note(remark)
     if images is not None and weights == "random":
         note("random weights: no fidelity was measured, since their outputs hardly depend on the image")
     if made.bundle is not None and min_agreement is not None:
-        _gate(made.bundle.manifest.fidelity, min_agreement)
+        check_agreement(made.bundle.manifest.fidelity, min_agreement)
 
 
 def _solved(
@@ -318,19 +306,6 @@ def _solved(
     merging = pipeline.measure_merging(model, found, **pipeline.on_this_machine(plan), say=say)
     say("solving")
     return pipeline.solve_measured(merging, table, like=like)
-
-
-def _print_solution(found: Solution) -> None:
-    from vitfold.schedule import describe_r
-
-    model = f"on {found.gpu} at batch {found.batch}, in a roofline model of the blocks, not a measurement"
-    where = "by a table measured here at batch 1" if found.gpu is None else model
-    plain, like = f"{found.ms_none:.3f} ms without merging", f"{found.ms_like:.3f} ms with r = {found.like}"
-    if not any(found.r):
-        note(f"merging cannot pay: {plain}, {like} {where}")
-        return
-    kept = f"distortion {found.distortion:.4f} of {found.distortion_like:.4f} allowed, on {found.images} images"
-    note(f"r = {describe_r(found.r)}: {found.ms:.3f} ms, {plain}, {like} {where}; {kept}")
 
 
 def _refuse(*mistakes: tuple[bool, str, str]) -> None:
@@ -425,49 +400,20 @@ def _calibrated(
     return replace(plan, folded=pipeline.calibrate_folded(folded, calibration, progress=progress)), measured
 
 
-def _saved(plan: _Plan, destination: Path, say: Say, *, overwrite: bool, race: bool, keep_slower: bool) -> _Made:
+def _saved(plan: _Plan, destination: Path, say: Say, *, overwrite: bool, race: bool, keep_slower: bool) -> Made:
     """Write the bundle; after a race that it lost, and unless told to keep it, the float one in its place."""
     from vitfold import pipeline
 
     folded = plan.folded
     bundle = pipeline.save(folded, destination, images=plan.comparing, overwrite=overwrite, step=say)
     if not race:
-        return _Made(folded=folded, bundle=bundle)
+        return Made(folded=folded, bundle=bundle)
     say("racing the float model")
     result = pipeline.race(bundle, folded)
     if result is not None and not result.faster and not keep_slower:
         folded = pipeline.float_plan(folded)
         bundle = pipeline.save(folded, destination, images=plan.comparing, overwrite=True, step=say)
-    return _Made(folded=folded, bundle=bundle, race=result)
-
-
-def require_optimize() -> None:
-    """Raise if the extra that makes bundles is not installed."""
-    import importlib.util
-
-    for package in ("torch", "onnx_ir"):
-        if importlib.util.find_spec(package) is None:
-            raise VitfoldError(missing_extra(package, "optimize", "making a bundle"))
-
-
-def load_model(source: str, say: Say, *arguments: Any) -> Model:
-    """Load a model by arch, num_classes, image_size, weights and seed; what it prints goes to stderr."""
-    from vitfold.sources import load_source
-
-    say(f"loading {source}")
-    names = ("arch", "num_classes", "image_size", "weights", "seed")
-    with quiet_stdout():
-        return load_source(source, **dict(zip(names, arguments, strict=True))).model
-
-
-def quant_recipe(quant: str | None, method: str | None, size: int, seed: int) -> QuantRecipe | None:
-    """Return the quantization that options ask for."""
-    from vitfold.recipe import quant_from_scheme
-
-    found = None if quant is None else quant_from_scheme(quant.lower())
-    if found is None:
-        return None
-    return replace(found, method=method or "vitfold", calibration_size=size, seed=seed)
+    return Made(folded=folded, bundle=bundle, race=result)
 
 
 def _batch(text: str | None) -> tuple[int, int, int] | None:
@@ -481,137 +427,3 @@ def _batch(text: str | None) -> tuple[int, int, int] | None:
     if not 1 <= least <= usual <= most:
         raise typer.BadParameter(f"{text!r} does not rise from MIN to MAX", param_hint="--batch")
     return least, usual, most
-
-
-def _report(made: _Made, measured: Found | None, *, json: bool) -> None:
-    """Print what was made, and why quantization was given up or should have been."""
-    values = _planned(made.folded)
-    if measured is not None:
-        values["remedies"] = {
-            "sensitive_site": measured.site,
-            "chosen": measured.chosen.name,
-            "remedies": [one.to_dict() for one in measured.remedies],
-        }
-    kept = "quantized" if made.folded.quantizers else "float"
-    if made.bundle is not None:
-        values |= {
-            "bundle": str(made.bundle.path),
-            "size_bytes": made.bundle.size_bytes,
-            "digest": made.bundle.digest,
-            "verified": dict(made.bundle.manifest.verified),
-            "fidelity": made.bundle.manifest.fidelity,
-            "race": None if made.race is None else {**made.race.to_dict(), "kept": kept},
-        }
-    if json:
-        print_json(values)
-    else:
-        _print(values)
-    if made.race is not None and not made.race.faster:
-        ending = "kept all the same (--keep-slower)" if kept == "quantized" else "the float model was kept instead"
-        note(f"not faster than float on this machine ({made.race.median:.2f}x): {made.race.reason}; {ending}")
-
-
-def _planned(folded: Folded) -> dict[str, Any]:
-    from vitfold.schedule import describe_r
-
-    macs = sum(cost.macs for cost in folded.costs())
-    base = folded.recipe.merge
-    quant = folded.recipe.quant
-    return {
-        "source": folded.model.origin.source,
-        "target": folded.target.name,
-        "recipe": folded.recipe.to_dict(),
-        "schedule": describe_r(base.r),
-        "quantization": None if quant is None else f"{quant.scheme} by {quant.method}",
-        "simulated": folded.simulated,
-        "integer": _integer(folded),
-        "tokens": list(folded.tokens),
-        "macs": macs,
-        "weight_bytes": folded.model.size_bytes,
-    }
-
-
-def _integer(folded: Folded) -> dict[str, Any] | None:
-    if folded.quantizers is None:
-        return None
-    work = folded.integer_work()
-    return {"macs_ratio": work.integer_ratio, "dequantized_operands": work.dequantized_operands}
-
-
-def _print(values: dict[str, Any]) -> None:
-    _print_plan(values)
-    if "bundle" in values:
-        _print_bundle(values)
-    else:
-        out.print("  dry run: nothing was written", highlight=False)
-
-
-def _print_plan(values: dict[str, Any]) -> None:
-    from vitfold.report.tables import percent
-
-    out.print(f"[bold]{values['source']}[/] for {values['target']}", highlight=False)
-    out.print(f"  merge     {values['schedule']}", highlight=False)
-    if values["quantization"]:
-        shown = "simulated: no engine executes it" if values["simulated"] else "integer linear layers"
-        if not values["simulated"] and values["recipe"]["quant"].get("attention"):
-            shown += " and attention"
-        out.print(f"  quant     {values['quantization']} ({shown})", highlight=False)
-    if "registers" in values["recipe"] or "remedies" in values:
-        out.print(f"  registers {_registers(values)}", highlight=False)
-    if values["integer"] is not None:
-        out.print(
-            f"  integer   {percent(values['integer']['macs_ratio'])} of the multiply-accumulates, "
-            f"{values['integer']['dequantized_operands']} operands dequantized before a product",
-            highlight=False,
-        )
-    out.print(f"  tokens    {' '.join(map(str, values['tokens']))}", highlight=False)
-    out.print(f"  work      {values['macs'] / 1e9:.3g} GMACs per image", highlight=False)
-
-
-def _registers(values: dict[str, Any]) -> str:
-    """What is done about sinks, and what it measured against doing nothing."""
-    from vitfold.report.tables import describe_registers
-
-    shown = describe_registers(values["recipe"].get("registers"))
-    found = values.get("remedies")
-    if found is None:
-        return shown
-    rows = {row["name"]: row for row in found["remedies"]}
-    chosen, nothing = rows[found["chosen"]], rows["none"]
-    sure = chosen["confirmed_db"] is not None and nothing["confirmed_db"] is not None
-    key = "confirmed_db" if sure else "sqnr_db"
-    gain = "" if chosen is nothing else f": {chosen[key]:.1f} dB instead of {nothing[key]:.1f} without"
-    return f"{shown}{gain}, the best of {len(rows)} measured at {found['sensitive_site']}"
-
-
-def _print_bundle(values: dict[str, Any]) -> None:
-    from vitfold.report.tables import percent
-
-    error = values["verified"]["median_relative_error"]
-    out.print(f"  verified  {values['verified']['engine']} within {error:.1e} of the reference", highlight=False)
-    fidelity = values["fidelity"]
-    if fidelity is not None:
-        parts = [f"{percent(fidelity[key])} {name}" for key, name in _MEASURED if fidelity[key] is not None]
-        if fidelity["cosine"] is not None:
-            parts.append(f"cosine {fidelity['cosine']:.4f}")
-        out.print(f"  fidelity  {', '.join(parts)}, on {fidelity['images']} images", highlight=False)
-    if values["race"] is not None:
-        ratio = values["race"]["speed_up"]
-        out.print(
-            f"  race      {ratio['median']:.2f}x ± {ratio['iqr'] / 2:.2f} over the float graph, batch 1",
-            highlight=False,
-        )
-    out.print(f"  bundle    {values['bundle']} ({values['size_bytes'] / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
-    following = "audit" if values["target"].startswith("tensorrt") else "bench"
-    note(f"next: vitfold {following} {values['bundle']}, or vitfold predict {values['bundle']} IMAGE")
-
-
-def _gate(fidelity: Any, least: float) -> None:
-    agreement = None if fidelity is None else fidelity["agreement"]
-    if agreement is None:
-        raise GateError(
-            "agreement was not measured: random weights, or a model that gives embeddings; "
-            "for embeddings gate on cosine with: vitfold evaluate --min-cosine"
-        )
-    if agreement < least:
-        raise GateError(f"top-1 agreement {agreement:.4f} is below --min-agreement {least}; lower --merge")

@@ -102,7 +102,7 @@ StepCount = Annotated[int | None, typer.Option("--steps", help="Denoising steps;
 Sampler = Annotated[str | None, typer.Option(help="ddim, dpm++ or ddpm; default: ddim, or the bundle's.")]
 Guidance = Annotated[
     float | None,
-    typer.Option(help="Scale of classifier-free guidance, 1 for none; default: 2.5, or the bundle's."),
+    typer.Option(help="Scale of classifier-free guidance, 1 for none; default: 1.5, or the bundle's."),
 ]
 Real = Annotated[
     Path | None,

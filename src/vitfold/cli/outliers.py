@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.optimize import load_model, quant_recipe, require_optimize
+from vitfold.cli.making import load_model, quant_recipe, require_optimize
 from vitfold.cli.terminal import command, counted, note, out, print_json, skipped, working, write_json
 
 if TYPE_CHECKING:

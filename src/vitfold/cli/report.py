@@ -67,7 +67,7 @@ def report(
 
 def _trace(path: Path, folder: Path, count: int, *, skip_bad: bool) -> Traced:
     """Run the model that a bundle was made from on some photos, and keep what merges."""
-    from vitfold.cli.optimize import require_optimize
+    from vitfold.cli.making import require_optimize
 
     require_optimize()
     import numpy as np

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.optimize import load_model, require_optimize
+from vitfold.cli.making import load_model, require_optimize
 from vitfold.cli.terminal import command, note, out, print_json, working
 from vitfold.errors import RecipeError, VitfoldError, nearest
 from vitfold.recipe import Rule

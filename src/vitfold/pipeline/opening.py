@@ -66,7 +66,7 @@ class Compression:
 
 
 def compress(
-    model: DiTModel, *, r: int = 0, quant: str = "none", steps: int = 50, guidance: float = 2.5, seed: int = 0
+    model: DiTModel, *, r: int = 0, quant: str = "none", steps: int = 50, guidance: float = 1.5, seed: int = 0
 ) -> Compression:
     """Choose ranges on one trajectory of a few classes, over all its steps, with merging on.
 

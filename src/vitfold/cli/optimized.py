@@ -1,0 +1,178 @@
+"""What `vitfold optimize` made, on the terminal or as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vitfold.cli.terminal import note, out, print_json
+from vitfold.errors import GateError
+
+if TYPE_CHECKING:
+    from vitfold.bundle import Bundle
+    from vitfold.pipeline import Folded, Race, Solution
+    from vitfold.registers import Found
+
+_MEASURED = (("agreement", "agree with the unfolded model"), ("top1", "top-1"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What was made: no bundle by a dry run, no race where nothing was to be decided by one."""
+
+    folded: Folded
+    bundle: Bundle | None = None
+    race: Race | None = None
+
+
+def report_made(made: Made, measured: Found | None, *, json: bool) -> None:
+    """Print what was made, and why quantization was given up or should have been."""
+    values = _planned(made.folded)
+    if measured is not None:
+        values["remedies"] = {
+            "sensitive_site": measured.site,
+            "chosen": measured.chosen.name,
+            "remedies": [one.to_dict() for one in measured.remedies],
+        }
+    kept = "quantized" if made.folded.quantizers else "float"
+    if made.bundle is not None:
+        values |= {
+            "bundle": str(made.bundle.path),
+            "size_bytes": made.bundle.size_bytes,
+            "digest": made.bundle.digest,
+            "verified": dict(made.bundle.manifest.verified),
+            "fidelity": made.bundle.manifest.fidelity,
+            "race": None if made.race is None else {**made.race.to_dict(), "kept": kept},
+        }
+    if json:
+        print_json(values)
+    else:
+        _print(values)
+    if made.race is not None and not made.race.faster:
+        ending = "kept all the same (--keep-slower)" if kept == "quantized" else "the float model was kept instead"
+        note(f"not faster than float on this machine ({made.race.median:.2f}x): {made.race.reason}; {ending}")
+
+
+def _planned(folded: Folded) -> dict[str, Any]:
+    from vitfold.schedule import describe_r
+
+    macs = sum(cost.macs for cost in folded.costs())
+    base = folded.recipe.merge
+    quant = folded.recipe.quant
+    return {
+        "source": folded.model.origin.source,
+        "target": folded.target.name,
+        "recipe": folded.recipe.to_dict(),
+        "schedule": describe_r(base.r),
+        "quantization": None if quant is None else f"{quant.scheme} by {quant.method}",
+        "simulated": folded.simulated,
+        "integer": _integer(folded),
+        "tokens": list(folded.tokens),
+        "macs": macs,
+        "weight_bytes": folded.model.size_bytes,
+    }
+
+
+def _integer(folded: Folded) -> dict[str, Any] | None:
+    if folded.quantizers is None:
+        return None
+    work = folded.integer_work()
+    return {"macs_ratio": work.integer_ratio, "dequantized_operands": work.dequantized_operands}
+
+
+def _print(values: dict[str, Any]) -> None:
+    _print_plan(values)
+    if "bundle" in values:
+        _print_bundle(values)
+    else:
+        out.print("  dry run: nothing was written", highlight=False)
+
+
+def _print_plan(values: dict[str, Any]) -> None:
+    from vitfold.report.tables import percent
+
+    out.print(f"[bold]{values['source']}[/] for {values['target']}", highlight=False)
+    out.print(f"  merge     {values['schedule']}", highlight=False)
+    if values["quantization"]:
+        shown = "simulated: no engine executes it" if values["simulated"] else "integer linear layers"
+        if not values["simulated"] and values["recipe"]["quant"].get("attention"):
+            shown += " and attention"
+        out.print(f"  quant     {values['quantization']} ({shown})", highlight=False)
+    if "registers" in values["recipe"] or "remedies" in values:
+        out.print(f"  registers {_registers(values)}", highlight=False)
+    if values["integer"] is not None:
+        out.print(
+            f"  integer   {percent(values['integer']['macs_ratio'])} of the multiply-accumulates, "
+            f"{values['integer']['dequantized_operands']} operands dequantized before a product",
+            highlight=False,
+        )
+    out.print(f"  tokens    {' '.join(map(str, values['tokens']))}", highlight=False)
+    out.print(f"  work      {values['macs'] / 1e9:.3g} GMACs per image", highlight=False)
+
+
+def _registers(values: dict[str, Any]) -> str:
+    """What is done about sinks, and what it measured against doing nothing."""
+    from vitfold.report.tables import describe_registers
+
+    shown = describe_registers(values["recipe"].get("registers"))
+    found = values.get("remedies")
+    if found is None:
+        return shown
+    rows = {row["name"]: row for row in found["remedies"]}
+    chosen, nothing = rows[found["chosen"]], rows["none"]
+    sure = chosen["confirmed_db"] is not None and nothing["confirmed_db"] is not None
+    key = "confirmed_db" if sure else "sqnr_db"
+    gain = "" if chosen is nothing else f": {chosen[key]:.1f} dB instead of {nothing[key]:.1f} without"
+    return f"{shown}{gain}, the best of {len(rows)} measured at {found['sensitive_site']}"
+
+
+def _print_bundle(values: dict[str, Any]) -> None:
+    from vitfold.report.tables import percent
+
+    error = values["verified"]["median_relative_error"]
+    out.print(f"  verified  {values['verified']['engine']} within {error:.1e} of the reference", highlight=False)
+    fidelity = values["fidelity"]
+    if fidelity is not None:
+        parts = [f"{percent(fidelity[key])} {name}" for key, name in _MEASURED if fidelity[key] is not None]
+        if fidelity["cosine"] is not None:
+            parts.append(f"cosine {fidelity['cosine']:.4f}")
+        out.print(f"  fidelity  {', '.join(parts)}, on {fidelity['images']} images", highlight=False)
+    if values["race"] is not None:
+        ratio = values["race"]["speed_up"]
+        out.print(
+            f"  race      {ratio['median']:.2f}x ± {ratio['iqr'] / 2:.2f} over the float graph, batch 1",
+            highlight=False,
+        )
+    out.print(f"  bundle    {values['bundle']} ({values['size_bytes'] / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
+    following = "audit" if values["target"].startswith("tensorrt") else "bench"
+    note(f"next: vitfold {following} {values['bundle']}, or vitfold predict {values['bundle']} IMAGE")
+
+
+def check_agreement(fidelity: Any, least: float) -> None:
+    """Check a measured fidelity against --min-agreement.
+
+    Raises:
+        GateError: if it is lower, or was not measured.
+    """
+    agreement = None if fidelity is None else fidelity["agreement"]
+    if agreement is None:
+        raise GateError(
+            "agreement was not measured: random weights, or a model that gives embeddings; "
+            "for embeddings gate on cosine with: vitfold evaluate --min-cosine"
+        )
+    if agreement < least:
+        raise GateError(f"top-1 agreement {agreement:.4f} is below --min-agreement {least}; lower --merge")
+
+
+def print_solution(found: Solution) -> None:
+    """Print what `--merge auto` chose, and by what."""
+    from vitfold.schedule import describe_r
+
+    model = f"on {found.gpu} at batch {found.batch}, in a roofline model of the blocks, not a measurement"
+    where = "by a table measured here at batch 1" if found.gpu is None else model
+    plain, like = f"{found.ms_none:.3f} ms without merging", f"{found.ms_like:.3f} ms with r = {found.like}"
+    if not any(found.r):
+        note(f"merging cannot pay: {plain}, {like} {where}")
+        return
+    kept = f"distortion {found.distortion:.4f} of {found.distortion_like:.4f} allowed, on {found.images} images"
+    note(f"r = {describe_r(found.r)}: {found.ms:.3f} ms, {plain}, {like} {where}; {kept}")
