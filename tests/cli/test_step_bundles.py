@@ -102,6 +102,11 @@ def test_other_commands_say_who_takes_it(stack: Path, tmp_path: Path) -> None:
     assert "a bundle has its own method" in error("diffuse", stack, "--reuse", "none", code=2)
 
 
+def test_a_source_of_steps_needs_a_method_of_reuse(source: str, tmp_path: Path) -> None:
+    for name in (source, "demo-dit"):
+        assert "optimize its steps with --reuse auto" in error("optimize", name, "-o", tmp_path / "x.fold")
+
+
 def test_damage_is_named(plain: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -33,6 +33,7 @@ ZOOS = {
     "open_clip": ("open_clip", "open_clip", "open_clip"),
 }
 FORMS = "timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME, open_clip:NAME/TAG, FILE.safetensors with --arch, or demo"
+_STEPS = "optimize its steps with --reuse auto, or draw with it: vitfold diffuse"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
@@ -216,16 +217,18 @@ def _file(source: str) -> Path:
         raise SourceError(f"{source} is a folder; for a folder of transformers write hf:{source}")
     if path.exists():
         raise SourceError(f"{source} is not a .safetensors file; a source is {FORMS}")
+    if source == "demo-dit":
+        raise SourceError(f"{source} is a Diffusion Transformer; {_STEPS} {source}")
     raise SourceError(f"unknown source {source!r}; did you mean timm:{source}? A source is {FORMS}")
 
 
 def _refuse_diffusion(folder: Path) -> None:
     """Raise for a folder of diffusers, which holds no model that maps an image to a vector."""
-    config = folder / "config.json"
-    if (folder / "model_index.json").is_file() or (
-        config.is_file() and "DiTTransformer2DModel" in config.read_text(encoding="utf-8", errors="replace")
+    configs = [path for path in (folder / "config.json", folder / "transformer" / "config.json") if path.is_file()]
+    if (folder / "model_index.json").is_file() or any(
+        "DiTTransformer2DModel" in path.read_text(encoding="utf-8", errors="replace") for path in configs
     ):
-        raise SourceError(f"{folder} holds a diffusion model of diffusers; draw with it: vitfold diffuse hf:{folder}")
+        raise SourceError(f"{folder} holds a diffusion model of diffusers; {_STEPS} hf:{folder}")
 
 
 def demo_folder() -> Path:
