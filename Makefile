@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check results ladder audits readme clean
+.PHONY: demo test check results ladder audits diffusion readme clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vitfold demo -o out/demo
@@ -97,8 +97,21 @@ audits: $(VENV)/.dev
 	$(BIN)/vitfold forecast demo --images $(CIFAR10_TRAIN) --like 4 -o results/forecast-demo.json
 	$(BIN)/vitfold forecast $(VITB) --images $(PHOTOS) -o results/forecast-vit-b16.json
 
+# Step reuse on the demo's Diffusion Transformer: time and likeness of every method; distances, which need many images; the
+# search, and its winner beside the unaccelerated sampler. Half an hour on an idle machine.
+DRAW := $(BIN)/vitfold diffuse demo-dit --classes all --batch 10 --json
+METHODS := stack:2,stack:3,taylor:2:1,taylor:3:1,taylor:4:1,chebyshev:3:1,first-block:0.1,guidance:2,fora:2
+TOKENS := tokencache:0.5:2:4,tokencache:0.8:3:6
+diffusion: $(VENV)/.dev
+	mkdir -p $(WORK)/diffusion
+	$(DRAW) --count 20 --trials 5 --reuse $(METHODS),$(TOKENS) -o $(WORK)/diffusion/methods > results/diffusion-methods.json
+	$(DRAW) --count 400 --trials 1 --reuse stack:2,stack:3,taylor:3:1,$(TOKENS) -o $(WORK)/diffusion/quality > results/diffusion-quality.json
+	$(BIN)/vitfold optimize demo-dit --reuse auto --min-psnr 30 -o $(WORK)/diffusion/auto.fold --overwrite --json > results/diffusion-search.json
+	$(BIN)/vitfold optimize demo-dit --reuse none -o $(WORK)/diffusion/plain.fold --overwrite
+	$(BIN)/vitfold bench $(WORK)/diffusion/plain.fold $(WORK)/diffusion/auto.fold --batch 8 --trials 11 -o results/diffusion-bench.json
+
 readme:
-	$(BIN)/python -m vitfold.report.document README.md docs/nvidia.md docs/quantization.md
+	$(BIN)/python -m vitfold.report.document README.md docs/*.md
 
 clean:
 	rm -rf $(VENV) out build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
