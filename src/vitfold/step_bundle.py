@@ -39,7 +39,8 @@ class StepPlan:
 class StepManifest:
     """Everything about such a bundle but its weights.
 
-    `parts` are the graphs' names, `counts` the tokens that a step renews per block, where a method does that.
+    `parts` are the graphs' names; `counts` the tokens that a step renews per block and `mask` the steps computed in
+    full, where a method leaves them to the model.
     `verified` says how far the engine's images are from the reference interpreter's, `search` what else was tried.
     """
 
@@ -54,6 +55,7 @@ class StepManifest:
     plan: StepPlan
     parts: tuple[str, ...]
     counts: tuple[int, ...]
+    mask: tuple[int, ...]
     target: Mapping[str, Any]
     verified: Mapping[str, Any]
     search: Mapping[str, Any] | None = None
@@ -73,6 +75,7 @@ class StepManifest:
             "plan": self.plan.to_dict(),
             "parts": list(self.parts),
             "counts": list(self.counts),
+            "mask": list(self.mask),
             "target": dict(self.target),
             "verified": dict(self.verified),
             "search": None if self.search is None else dict(self.search),
@@ -146,6 +149,7 @@ def _read_manifest(folder: Path, values: Mapping[str, Any]) -> StepManifest:
             plan=StepPlan(**values["plan"]),
             parts=tuple(values["parts"]),
             counts=tuple(values["counts"]),
+            mask=tuple(values["mask"]),
             target=values["target"],
             verified=values["verified"],
             search=values["search"],

@@ -20,7 +20,7 @@ from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTModel, Drawn
 from vitfold.pipeline.judging import Judge, Verdict
 from vitfold.pipeline.opening import Compression, open_parts, prepare_predictor, reused_work
-from vitfold.reuse import Method, Sampled, find_method, sample
+from vitfold.reuse import Method, Sampled, find_method, sample, solve_steps
 from vitfold.reuse.sampling import Executor
 from vitfold.reuse.schedulers import build_scheduler
 
@@ -141,6 +141,7 @@ def diffuse(
             )
             work = reused_work(model.spec, method, () if predictor is None else predictor.counts, how.r)
             name = f"{method.text}{how.suffix}"
+            method = settled(model, executor, method, asked)
             return Way(name=name, method=method, executor=executor, asked=asked, reused_work=work)
 
         ways = [opened(none, Compression())]
@@ -171,8 +172,8 @@ def compare(
         return run
 
     for way in ways:  # a few steps settle memory; a drawing is long enough that nothing else has to
-        first_batch = way.asked.labels[: way.asked.batch]
-        draw(model, way.executor, way.method, replace(way.asked, labels=first_batch, steps=min(4, way.asked.steps)))
+        settling = replace(way.asked, labels=way.asked.labels[: way.asked.batch], steps=min(4, way.asked.steps))
+        draw(model, way.executor, replace(way.method, budget=None), settling)
     subjects = {way.name: subject(way) for way in ways}
     times = interleave(subjects, trials=trials, warmup=0, iterations=1, settling=False, progress=say)
     measured = {
@@ -195,6 +196,21 @@ def compare(
     shown = {way.name: _shown(results[way.name].samples, decode) for way in ways}
     verdicts = {name: judged(images) for name, images in shown.items()}
     return [_row(way, first.name, results[way.name], measured, shown, verdicts) for way in ways]
+
+
+def settled(model: Drawn, executor: Executor, method: Method, asked: Asked) -> Method:
+    """Return the method with its full steps chosen, where it leaves that to the model and nobody has yet."""
+    if method.budget is None or method.mask is not None:
+        return method
+    return solve_steps(
+        executor,
+        model.spec,
+        model.schedule,
+        method,
+        steps=asked.steps,
+        sampler=asked.sampler,
+        guidance=asked.guidance,
+    )
 
 
 def add_fewer_steps(model: Drawn, ways: list[Way]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ from vitfold.reuse.eager import Eager
 from vitfold.reuse.predictor import Predictor, predictor_shapes, train_predictor
 from vitfold.reuse.sampling import Executor
 from vitfold.reuse.schedulers import build_scheduler
-from vitfold.step_bundle import StepBundle
+from vitfold.step_bundle import StepBundle, StepManifest
 from vitfold.target import Target, cpu_target, find_target
 
 if TYPE_CHECKING:
@@ -224,6 +224,15 @@ def open_graphs(found: Mapping[str, Part], folder: Path, threads: int | None) ->
     return PartsSession(paths, {name: (part.inputs, part.outputs) for name, part in found.items()}, threads=threads)
 
 
+def method_of(manifest: StepManifest) -> Method:
+    """Return the method of a bundle.
+
+    Raises:
+        RecipeError: if this vitfold does not know it.
+    """
+    return replace(find_method(manifest.plan.reuse), mask=manifest.mask or None)
+
+
 def open_steps(bundle: StepBundle, threads: int | None = None) -> PartsSession:
     """Open the graphs of a bundle.
 
@@ -232,7 +241,7 @@ def open_steps(bundle: StepBundle, threads: int | None = None) -> PartsSession:
         EngineError: if ONNX Runtime refuses a graph.
     """
     manifest = bundle.manifest
-    method = find_method(manifest.plan.reuse)
+    method = method_of(manifest)
     return open_graphs(plan_parts(manifest.spec, method, manifest.counts, manifest.plan.merge), bundle.path, threads)
 
 

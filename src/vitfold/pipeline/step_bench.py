@@ -13,8 +13,8 @@ from vitfold.errors import BundleError
 from vitfold.model import Array
 from vitfold.pipeline.diffusion import Asked, Row, Say, Way, add_fewer_steps, check_asked, compare
 from vitfold.pipeline.judging import Judge
-from vitfold.pipeline.opening import open_steps, reused_work
-from vitfold.reuse import every_step, find_method
+from vitfold.pipeline.opening import method_of, open_steps, reused_work
+from vitfold.reuse import every_step
 from vitfold.step_bundle import StepBundle
 
 
@@ -52,7 +52,7 @@ def bench_steps(
         for bundle in bundles:
             say(f"opening {bundle.name}")
             executor = stack.enter_context(contextlib.closing(open_steps(bundle, threads)))
-            plan, method = bundle.manifest.plan, find_method(bundle.manifest.plan.reuse)
+            plan, method = bundle.manifest.plan, method_of(bundle.manifest)
             own = asked if bundle is bundles[0] else replace(asked, steps=plan.steps)
             if not ways and method.reuses:
                 ways.append(

@@ -15,7 +15,7 @@ from typing import Any
 from vitfold.bench.pictures import psnr_db
 from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTModel
-from vitfold.pipeline.diffusion import Asked, Row, Say, Way, check_asked, compare, draw, fewer_name
+from vitfold.pipeline.diffusion import Asked, Row, Say, Way, check_asked, compare, draw, fewer_name, settled
 from vitfold.pipeline.judging import Judge
 from vitfold.pipeline.opening import Compression, open_parts, reused_work
 from vitfold.reuse import Method, find_method
@@ -27,8 +27,11 @@ CANDIDATES: tuple[str, ...] = (
     "guidance:2", "guidance:4", "fora:2",
 )  # fmt: skip
 """TokenCache trains a predictor for every number of steps first, and is asked for by name."""
+SOLVED = (0.2, 0.24, 0.28, 0.36, 0.44, 0.52)
+"""Shares of the steps that `solved` computes in full."""
 FEWER = (0.8, 0.65, 0.5, 0.4, 0.3, 0.2)
 """Shares of the steps that plain candidates take."""
+LEAST_SOLVED = 4
 CONVERGED = 4
 """So many times the steps count as the image that a sampler converges to."""
 HELD_OUT_SEED = 100_000
@@ -194,7 +197,7 @@ def screen(
         first = Way(name="none", method=none, executor=plain, asked=asked)
         goal = _converged(model, first, bounds, setup)
         for compression in compressions:
-            for method, group in _groups(none):
+            for method, group in _groups(none, asked.steps):
                 if found and time.monotonic() > deadline:
                     return found
                 setup.say(f"measuring {', '.join(one.text for one in group)}{compression.suffix}")
@@ -202,7 +205,7 @@ def screen(
                     ways = [
                         Way(
                             name=f"{one.text}{compression.suffix}",
-                            method=one,
+                            method=settled(model, executor, one, asked),
                             executor=executor,
                             asked=asked,
                             reused_work=reused_work(model.spec, one, (), compression.r),
@@ -217,9 +220,10 @@ def screen(
     return found
 
 
-def _groups(none: Method) -> list[tuple[Method, list[Method]]]:
+def _groups(none: Method, steps: int) -> list[tuple[Method, list[Method]]]:
     """Candidates by the graphs that they run; no two in a group need others."""
-    methods = [none, *(find_method(text) for text in CANDIDATES)]
+    solved = sorted({count for share in SOLVED if LEAST_SOLVED <= (count := round(share * steps)) < steps})
+    methods = [none, *map(find_method, CANDIDATES), *(find_method(f"solved:{count}") for count in solved)]
     key: Callable[[Method], tuple[str, int]] = lambda one: (one.cut, one.history)  # noqa: E731
     found = [list(group) for _, group in groupby(sorted(methods, key=key), key)]
     return [(group[0], group) for group in found]

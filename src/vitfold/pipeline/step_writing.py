@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from vitfold.errors import EngineError
 from vitfold.model import DiTModel
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
-from vitfold.pipeline.diffusion import Asked, draw
+from vitfold.pipeline.diffusion import Asked, draw, settled
 from vitfold.pipeline.opening import (
     Compression,
     open_graphs,
@@ -28,12 +28,14 @@ from vitfold.pipeline.opening import (
     step_target,
     write_parts,
 )
-from vitfold.programs.dit_parts import Part
 from vitfold.reuse import Method, find_method
 from vitfold.reuse.eager import Eager
 from vitfold.reuse.sampling import Executor
 from vitfold.step_bundle import StepBundle, StepManifest, StepPlan, write_step_bundle
 from vitfold.version import __version__
+
+if TYPE_CHECKING:
+    from vitfold.engines.parts import PartsSession
 
 LEAST_DB = 60.0
 LEAST_INTEGER_DB = 30.0
@@ -68,7 +70,9 @@ def save_steps(
         write_parts(found, params, folder, compression.quantizers)
         say("verifying")
         simulate = Simulate(params, compression.quantizers) if compression.quantizers else Run(params)
-        verified = _verify(model, plan, method, Eager(found, simulate), found, folder)
+        with contextlib.closing(open_graphs(found, folder, None)) as session:
+            chosen = settled(model, session, method, _asked(model, plan, plan.steps))
+            verified = _verify(model, plan, chosen, Eager(found, simulate), session)
         target = step_target(quantized=compression.quantizers is not None)
         return StepManifest(
             vitfold=__version__,
@@ -82,6 +86,7 @@ def save_steps(
             plan=plan,
             parts=tuple(found),
             counts=counts,
+            mask=chosen.mask or (),
             target={"name": target.name, "engine": "onnxruntime"},
             verified=verified,
             search=None if search is None else {**search, "environment": environment()},
@@ -90,12 +95,8 @@ def save_steps(
     return write_step_bundle(path, write, overwrite=overwrite)
 
 
-def _verify(
-    model: DiTModel, plan: StepPlan, method: Method, reference: Executor, found: Mapping[str, Part], folder: Path
-) -> dict[str, Any]:
-    """Draw an image of the first and one of the last class by both, in so few steps that each kind comes up."""
-    steps = min(plan.steps, _STEPS)
-    asked = Asked(
+def _asked(model: DiTModel, plan: StepPlan, steps: int) -> Asked:
+    return Asked(
         labels=(0, model.spec.classes - 1),
         seed=0,
         steps=steps,
@@ -103,10 +104,15 @@ def _verify(
         guidance=plan.guidance,
         batch=2,
     )
-    with contextlib.closing(open_graphs(found, folder, None)) as session:
-        drawn = draw(model, session, method, asked).samples
-        engine = session.engine
-    expected = draw(model, reference, method, asked).samples
+
+
+def _verify(
+    model: DiTModel, plan: StepPlan, method: Method, reference: Executor, session: PartsSession
+) -> dict[str, Any]:
+    """Draw an image of the first and one of the last class by both, in so few steps that each kind comes up."""
+    steps = plan.steps if method.budget is not None else min(plan.steps, _STEPS)
+    asked = _asked(model, plan, steps)
+    drawn, expected = (draw(model, executor, method, asked).samples for executor in (session, reference))
     found_db = psnr_db(expected, drawn, peak=float(np.ptp(expected)))
     least = LEAST_DB if plan.quant == "none" else LEAST_INTEGER_DB
     if not np.isfinite(drawn).all() or (found_db is not None and not found_db >= least):
@@ -114,4 +120,4 @@ def _verify(
             f"the graphs draw other images than the reference ({found_db} dB, at least {least:g} needed); "
             "this is a bug in the runtime or in vitfold: upgrade onnxruntime"
         )
-    return {"engine": engine, "images": len(asked.labels), "steps": steps, "psnr_db": found_db}
+    return {"engine": session.engine, "images": len(asked.labels), "steps": steps, "psnr_db": found_db}

@@ -2,5 +2,6 @@
 
 from vitfold.reuse.methods import METHODS, Method, every_step, find_method, full_steps
 from vitfold.reuse.sampling import Sampled, sample
+from vitfold.reuse.solving import solve_steps
 
-__all__ = ["METHODS", "Method", "Sampled", "every_step", "find_method", "full_steps", "sample"]
+__all__ = ["METHODS", "Method", "Sampled", "every_step", "find_method", "full_steps", "sample", "solve_steps"]

@@ -25,6 +25,7 @@ class Method:
     if that block's residual moved further than the threshold since the last full step. `guidance` keeps the difference
     between the prediction without and with a class instead of anything within the model. In the second half of the
     steps `late_interval` replaces the interval; where `ratio` is set, the other steps leave out that share of tokens.
+    Where `budget` is set, so many steps are computed; `mask` are those, once `solving` has chosen them for a model.
     """
 
     text: str
@@ -36,23 +37,33 @@ class Method:
     guidance: bool = False
     late_interval: int | None = None
     ratio: float | None = None
+    budget: int | None = None
+    mask: tuple[int, ...] | None = None
 
     @property
     def reuses(self) -> bool:
         """Whether any step reuses another one."""
-        return self.interval > 1 or self.threshold is not None
+        return self.interval > 1 or self.threshold is not None or self.budget is not None
 
 
 def every_step(method: Method) -> Method:
     """Return what computes all steps in full with the graphs of a method."""
-    return replace(method, text="none", interval=1, late_interval=None, threshold=None, guidance=False)
+    return replace(method, text="none", interval=1, late_interval=None, threshold=None, guidance=False, budget=None)
 
 
 def full_steps(method: Method, steps: int) -> tuple[bool, ...]:
     """Return which steps are computed in full: the first two, every interval-th behind them, and the last.
 
     Methods that decide as they go compute at least the first two and the last.
+
+    Raises:
+        RecipeError: if full steps were chosen for another number of steps.
     """
+    if method.budget is not None:
+        if method.mask is None or method.mask[-1] != steps - 1:
+            chosen = "not chosen yet" if method.mask is None else f"chosen for {method.mask[-1] + 1}"
+            raise RecipeError(f"the full steps of {method.text} are {chosen}, not for {steps}; leave out --steps")
+        return tuple(step in method.mask for step in range(steps))
     found: list[bool] = []
     last = 0
     for step in range(steps):
@@ -129,6 +140,18 @@ def _taylor(text: str, interval: int, order: int) -> Method:
     )
 
 
+def _solved(text: str, count: int) -> Method:
+    """Forecast what all blocks add by a line, from `count` full steps that are chosen for the model."""
+    return Method(
+        text=text,
+        cut="stack",
+        interval=1,
+        history=2,
+        forecast=lambda places, at: forecast.taylor(places, at, order=1),
+        budget=count,
+    )
+
+
 def _chebyshev(text: str, interval: int, degree: int) -> Method:
     """Forecast what all blocks add by a polynomial through one full step more than it needs."""
     return Method(
@@ -171,6 +194,7 @@ METHODS: Mapping[str, Form] = {
     "fora": Form(build=_fora, numbers=(Number(default=3, least=2, most=1000),)),
     "stack": Form(build=_stack, numbers=(Number(default=2, least=2, most=1000),)),
     "taylor": Form(build=_taylor, numbers=(Number(default=3, least=2, most=1000), Number(default=1, least=1, most=4))),
+    "solved": Form(build=_solved, numbers=(Number(default=18, least=4, most=1000),)),
     "chebyshev": Form(
         build=_chebyshev, numbers=(Number(default=3, least=2, most=1000), Number(default=1, least=1, most=4))
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -81,8 +81,11 @@ def sample(
     *,
     seed: int,
     guidance: float,
+    watch: Callable[[Array], None] | None = None,
 ) -> Sampled:
     """Draw one sample per label; sample i depends on seed + i alone, and not on what is drawn beside it.
+
+    `watch` is shown what all blocks added at every step, (2 B, N, D), by a method that keeps it and computes all steps.
 
     Equation: e = e_null + g (e_class - e_null), both from one batch of 2 B rows; with g = 1 only e_class is computed.
 
@@ -108,6 +111,8 @@ def sample(
         predicted = torch.from_numpy(state.advance(step, guidance))
         if spec.learned_sigma and not _learned(scheduler):
             predicted = predicted[:, : spec.channels]
+        if watch is not None:
+            watch(executor.read(state.newest, rows))
         x = scheduler.step(predicted, t, x, **extra).prev_sample
         took[state.full > full_before].append(time.perf_counter_ns() - began)
     return Sampled(
@@ -132,6 +137,11 @@ class _State:
     places: tuple[int, ...] = ()
     own: tuple[str, str] = ("own.0", "own.1")
     difference: Array | None = None
+
+    @property
+    def newest(self) -> str:
+        """The name under which the residual of the newest full step is kept."""
+        return f"{RESIDUAL}.{(self.full - 1) % self.method.history}"
 
     def advance(self, step: int, guidance: float) -> Array:
         """Return the guided prediction of this step."""
