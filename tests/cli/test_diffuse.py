@@ -104,7 +104,7 @@ def test_a_judge_beside_the_weights_is_taken_by_itself(source: str, few: Path, t
     assert "no such folder" in error("diffuse", f"hf:{tmp_path}", *torch_engine)
     (tmp_path / "out" / "real.safetensors").rename(judge / "real.safetensors")
     found = run_json("diffuse", f"hf:{tmp_path}", *torch_engine, "-o", tmp_path / "again")
-    assert found["features"] == features[1]
+    assert found["features"] == f"hf:{tmp_path}/judge"
     assert not (tmp_path / "again" / "real.safetensors").exists()
     for key in ("frechet", "frechet_noise", "class_accuracy", "class_accuracy_interval"):
         assert found["rows"][0][key] == given["rows"][0][key] is not None

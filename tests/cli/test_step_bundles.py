@@ -61,6 +61,17 @@ def test_a_bundle_draws_what_its_source_draws(stack: Path, source: str, tmp_path
     np.testing.assert_allclose(pixels[0], pixels[1], atol=2)
 
 
+def test_a_bundle_keeps_the_steps_that_were_chosen_for_it(source: str, tmp_path: Path) -> None:
+    path = tmp_path / "solved.fold"
+    run("optimize", source, *QUICK, "--reuse", "solved:4", "-o", path)
+    mask = run_json("inspect", path)["mask"]
+    assert len(mask) == 4
+    assert {0, 1, 4} <= set(mask)
+    found = run_json("diffuse", path, "--classes", "1", "--trials", "1")
+    assert found["rows"][1]["full_steps"] == 4
+    assert "chosen for 5, not for 6; leave out --steps" in error("diffuse", path, "--steps", "6", "--trials", "1")
+
+
 def test_bundles_beside_each_other(stack: Path, plain: Path, tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     found = run_json("bench", plain, stack, "--trials", "1", "--batch", "3", "-o", path)
@@ -83,10 +94,11 @@ def test_a_search_writes_the_winner(source: str, tmp_path: Path, monkeypatch: py
     from vitfold.pipeline import step_search
 
     monkeypatch.setattr(step_search, "CANDIDATES", ("stack:2",))
+    monkeypatch.setattr(step_search, "SOLVED", (0.8,))
     arguments = ("--reuse", "auto", "--min-psnr", "0", "--samples", "2", "--quant", "none")
     found = run_json("optimize", source, *QUICK, *arguments, "-o", tmp_path / "auto.fold")
     assert found["bounds"] == {"min_psnr_db": 0.0, "max_psnr_drop_db": None, "max_fid_rise": None}
-    assert {row["name"] for row in found["rows"]} >= {"none", "stack:2", "none, 3 steps"}
+    assert {row["name"] for row in found["rows"]} >= {"none", "stack:2", "solved:4", "none, 3 steps"}
     chosen = "none" if found["held_out"]["winner"] is None else found["held_out"]["winner"]["reuse"]
     assert found["plan"]["reuse"] == chosen
     kept = run_json("inspect", tmp_path / "auto.fold")["search"]

@@ -29,6 +29,7 @@ def model() -> DiTModel:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_search, "CANDIDATES", ("stack:2", "stack:3", "guidance:2"))
+    monkeypatch.setattr(step_search, "SOLVED", (0.1,))  # fewer than its least number: none
     monkeypatch.setattr(step_search, "FEWER", (0.5,))
 
 
@@ -111,6 +112,14 @@ def test_one_that_breaks_the_bound_on_held_out_seeds_gives_way(
     assert found.winner.row.sampled.full_steps > 3
     assert [one.row.sampled.full_steps <= 3 for one in found.refused] == [True] * len(found.refused)
     assert found.refused
+
+
+def test_chosen_steps_are_candidates(model: DiTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_search, "CANDIDATES", ())
+    monkeypatch.setattr(step_search, "SOLVED", (0.7,))
+    tried = screen(model, ASKED, Bounds(min_psnr_db=1.0), [Compression()], TORCH, fewer=False)
+    assert [one.row.name for one in tried] == ["solved:4"]
+    assert tried[0].row.method.mask is not None
 
 
 @pytest.mark.usefixtures("few")

@@ -35,8 +35,8 @@ def diffuse(
         str | None,
         typer.Option(
             metavar="METHOD",
-            help="none, fora, stack, taylor, chebyshev, first-block, guidance, tokencache, with numbers as taylor:3:2; "
-            "several separated by commas; or auto. A bundle has its own.",
+            help="none, solved, stack, taylor, chebyshev, fora, first-block, guidance, tokencache, with numbers as "
+            "taylor:3:2; several separated by commas; or auto. A bundle has its own.",
         ),
     ] = None,
     classes: Annotated[

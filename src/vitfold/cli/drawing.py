@@ -206,10 +206,16 @@ def document(
         "batch": asked.batch,
         "merge": merge,
         "quant": quant,
-        "features": features,
+        "features": _shown_features(model.origin.source, features),
         "engine": rows[0].measurement.engine,
         "chosen": None if chosen is None else chosen.text,
         "environment": environment(),
         "rows": [row.to_dict() for row in rows],
         "measurements": [row.measurement.to_dict() for row in rows],
     }
+
+
+def _shown_features(source: str, features: str | None) -> str | None:
+    """Name the judge beside the weights by them: its folder is another one on every machine."""
+    own, _ = default_judge(source, None, None)
+    return f"{source}/judge" if features is not None and features == own else features

@@ -3,7 +3,7 @@
 Owns the markers, each ended by its closing twin: `<!-- table: FILE.json SCOPE -->`,
 `<!-- accuracy: PATTERN -->`, `<!-- ladder: FILE.json -->`, `<!-- audit: FILE.json -->`,
 `<!-- forecast: FILE.json -->`, `<!-- outliers: FILE.json -->`, `<!-- sweep: FILE.json -->` and
-`<!-- diffusion: FILE.json -->`.
+`<!-- diffusion: FILE.json [likeness] -->` (likeness: without distances, which need more images).
 `python -m vitfold.report.document README.md` fills them in; a test compares.
 """
 
@@ -16,7 +16,16 @@ from pathlib import Path
 
 from vitfold.report.audits import GPUS, forecast_cells, forecast_columns, overview_cells, overview_columns
 from vitfold.report.sinks import remedy_cells, remedy_columns
-from vitfold.report.tables import SWEEP_COLUMNS, accuracy_rows, diffusion_rows, markdown, number, percent, sweep_cells
+from vitfold.report.tables import (
+    DISTANCES,
+    SWEEP_COLUMNS,
+    accuracy_rows,
+    diffusion_rows,
+    markdown,
+    number,
+    percent,
+    sweep_cells,
+)
 
 _KINDS = "table|accuracy|ladder|audit|forecast|outliers|sweep|diffusion"
 _BLOCK = re.compile(rf"(<!-- ({_KINDS}): ([^>]+?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
@@ -82,8 +91,10 @@ def _sweep(root: Path, name: str) -> str:
 
 
 def _diffusion(root: Path, name: str) -> str:
+    name, _, only = name.partition(" ")
     header, body = diffusion_rows(json.loads((root / name).read_text(encoding="utf-8")))
-    return _lines(header, body, left=1)
+    shown = [place for place, column in enumerate(header) if not only or column not in DISTANCES]
+    return _lines([header[place] for place in shown], [[line[place] for place in shown] for line in body], left=1)
 
 
 _MAKERS = {

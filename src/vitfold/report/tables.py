@@ -223,6 +223,8 @@ def _setting(value: Any) -> str:
     return " ".join(value) if isinstance(value, list) else str(value)
 
 
+DISTANCES = ("Frechet", "Frechet rise", "class %")
+"""Columns of what a judge says."""
 _BEYOND = ("reused", "SSIM", "Frechet rise", "kept MB")
 """Columns that eighty characters have no room for beside a distance; the JSON and the page hold them."""
 
@@ -248,7 +250,7 @@ def diffusion_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]
     Where all pixels are equal to the unaccelerated images, PSNR is infinite, and the cell says so.
     """
     header = ["sampler", "full", "reused", "s/image", "speed-up", "PSNR dB", "SSIM"]
-    header += ["Frechet", "Frechet rise", "class %", "kept MB"]
+    header += [*DISTANCES, "kept MB"]
     body = [
         [
             row["name"],
