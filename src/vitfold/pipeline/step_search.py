@@ -224,9 +224,13 @@ def _groups(none: Method, steps: int) -> list[tuple[Method, list[Method]]]:
     """Candidates by the graphs that they run; no two in a group need others."""
     solved = sorted({count for share in SOLVED if LEAST_SOLVED <= (count := round(share * steps)) < steps})
     methods = [none, *map(find_method, CANDIDATES), *(find_method(f"solved:{count}") for count in solved)]
-    key: Callable[[Method], tuple[str, int]] = lambda one: (one.cut, one.history)  # noqa: E731
-    found = [list(group) for _, group in groupby(sorted(methods, key=key), key)]
+    found = [list(group) for _, group in groupby(sorted(methods, key=_graphs), _graphs)]
     return [(group[0], group) for group in found]
+
+
+def _graphs(method: Method) -> tuple[str, int]:
+    """What decides which graphs a candidate runs."""
+    return method.cut, method.history
 
 
 def _fewer_steps(executor: Executor, none: Method, asked: Asked, compression: Compression) -> list[Way]:
