@@ -97,23 +97,23 @@ def optimize_steps(source: str, output: Path, wanted: Steps, *, overwrite: bool,
         say("compressing")
         able = [compress(model, r=merge, quant=scheme, steps=few.steps, guidance=few.guidance) for scheme in schemes]
         found, searched = None, None
-        chosen, text, count = able[0], wanted.reuse, few.steps
-        if method is not None:
-            text = method.text
-        else:
+        chosen, count = able[0], few.steps
+        if method is None:
             found, searched = _search(model, few, able, wanted, say)
             winner = found.winner
-            text, count = ("none", few.steps) if winner is None else (winner.row.method.text, winner.row.steps)
-            chosen = compress(model) if winner is None else winner.compression
+            if winner is None:
+                method, chosen = find_method("none"), compress(model)
+            else:
+                method, chosen, count = winner.row.method, winner.compression, winner.row.steps
         plan = StepPlan(
-            reuse=text,
+            reuse=method.text,
             steps=count,
             sampler=few.sampler,
             guidance=few.guidance,
             merge=chosen.r,
             quant=chosen.quant,
         )
-        bundle = save_steps(model, plan, chosen, output, search=searched, overwrite=overwrite, say=say)
+        bundle = save_steps(model, plan, method, chosen, output, search=searched, overwrite=overwrite, say=say)
     values = {**(searched or {}), **_summary(bundle)}
     if json:
         print_json(values)
@@ -136,13 +136,12 @@ def _search(
     setup = Setup(decode=decode, judge=judge, say=say)
     found = search_steps(model, few, bounds, able, setup, samples=samples, minutes=wanted.minutes)
     rows = [found.plain, *(one.row for one in found.tried)]
-    quant = "w8a8" if any(one.quantizers for one in able) else "none"
     values = document(
         model,
         few,
         rows,
         merge=able[0].r,
-        quant=quant,
+        quant=able[-1].quant,
         features=wanted.features,
         chosen=None if found.winner is None else found.winner.row.method,
     )

@@ -193,7 +193,7 @@ def compare(
             return None
         return judge(images, first.asked.labels, model.spec.classes)
 
-    shown = {way.name: _shown(results[way.name].samples, decode) for way in ways}
+    shown = {way.name: shown_by(results[way.name].samples, decode) for way in ways}
     verdicts = {name: judged(images) for name, images in shown.items()}
     return [_row(way, first.name, results[way.name], measured, shown, verdicts) for way in ways]
 
@@ -275,8 +275,7 @@ def _row(
     verdicts: Mapping[str, Verdict | None],
 ) -> Row:
     reference, verdict, baseline = shown[first], verdicts[way.name], verdicts[first]
-    is_image = bool(reference.min() >= 0 and reference.max() <= 1)
-    peak = 1.0 if is_image else float(np.ptp(reference))
+    peak = peak_of(reference)
     return Row(
         name=way.name,
         method=way.method,
@@ -286,11 +285,21 @@ def _row(
         measurement=measured[way.name],
         speedup=speed_up(measured[first], measured[way.name]),
         psnr_db=psnr_db(reference, shown[way.name], peak=peak),
-        ssim=ssim(reference, shown[way.name]) if is_image and min(reference.shape[2:]) >= 11 else None,
+        ssim=ssim(reference, shown[way.name]) if _is_image(reference) and min(reference.shape[2:]) >= 11 else None,
         verdict=verdict,
         rise=None if verdict is None or baseline is None else verdict.rise_from(baseline),
     )
 
 
-def _shown(samples: Array, decode: Callable[[Array], Array] | None) -> Array:
+def shown_by(samples: Array, decode: Callable[[Array], Array] | None) -> Array:
+    """Return the images of samples, or the samples where nothing decodes them."""
     return samples if decode is None else decode(samples)
+
+
+def _is_image(values: Array) -> bool:
+    return bool(values.min() >= 0 and values.max() <= 1)
+
+
+def peak_of(values: Array) -> float:
+    """Return what PSNR takes for the largest value: 1 of images, the range of latents."""
+    return 1.0 if _is_image(values) else float(np.ptp(values))

@@ -15,7 +15,19 @@ from typing import Any
 from vitfold.bench.pictures import psnr_db
 from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTModel
-from vitfold.pipeline.diffusion import Asked, Row, Say, Way, check_asked, compare, draw, fewer_name, settled
+from vitfold.pipeline.diffusion import (
+    Asked,
+    Row,
+    Say,
+    Way,
+    check_asked,
+    compare,
+    draw,
+    fewer_name,
+    peak_of,
+    settled,
+    shown_by,
+)
 from vitfold.pipeline.judging import Judge
 from vitfold.pipeline.opening import Compression, open_parts, reused_work
 from vitfold.reuse import Method, find_method
@@ -141,6 +153,7 @@ def search_steps(
     winner, reason = None, "nothing that keeps the bounds is faster than the unaccelerated sampler"
     with _opened(model, find_method("none"), Compression(), setup) as executor:
         first = Way(name="none", method=find_method("none"), executor=executor, asked=held_out)
+        goal = _converged(model, first, bounds, setup) if able else None
         best_psnr = float("-inf")
         for one in able:
             if one.speed_up <= 1:
@@ -151,7 +164,7 @@ def search_steps(
                 reason = "the time was over before a candidate kept the bounds on held-out seeds"
                 break
             setup.say(f"{one.row.name} on {samples} held-out seeds")
-            plain, again = _again(model, first, one, bounds, setup)
+            plain, again = _again(model, first, one, goal, setup)
             if again.within(bounds) and again.speed_up > 1:
                 winner, reason = again, "the fastest candidate that keeps the bounds on held-out seeds"
                 break
@@ -246,14 +259,14 @@ def _fewer_steps(executor: Executor, none: Method, asked: Asked, compression: Co
     ]
 
 
-def _again(model: DiTModel, first: Way, one: Tried, bounds: Bounds, setup: Setup) -> tuple[Row, Tried]:
+def _again(model: DiTModel, first: Way, one: Tried, goal: Array | None, setup: Setup) -> tuple[Row, Tried]:
     """Measure one candidate on held-out seeds, beside the plain sampler."""
     with _opened(model, one.row.method, one.compression, setup) as executor:
         asked = replace(first.asked, steps=one.row.steps)
         work = one.row.reused_work
         way = Way(name=one.row.name, method=one.row.method, executor=executor, asked=asked, reused_work=work)
         plain, row = _measured(model, [first, way], setup)
-    return plain, _tried(row, plain, one.compression, _converged(model, first, bounds, setup), setup)
+    return plain, _tried(row, plain, one.compression, goal, setup)
 
 
 def _measured(model: DiTModel, ways: Sequence[Way], setup: Setup) -> list[Row]:
@@ -275,20 +288,16 @@ def _converged(model: DiTModel, first: Way, bounds: Bounds, setup: Setup) -> Arr
     most = int(model.schedule.get("num_train_timesteps", 1000))
     asked = replace(first.asked, steps=min(most, CONVERGED * first.asked.steps))
     setup.say(f"drawing in {asked.steps} steps")
-    return _shown(draw(model, first.executor, first.method, asked).samples, setup)
+    return shown_by(draw(model, first.executor, first.method, asked).samples, setup.decode)
 
 
 def _tried(row: Row, plain: Row, compression: Compression, goal: Array | None, setup: Setup) -> Tried:
     drop = None
     if goal is not None:
-        peak = 1.0 if goal.min() >= 0 and goal.max() <= 1 else float(goal.max() - goal.min())
-        own, reached = (psnr_db(goal, _shown(one.sampled.samples, setup), peak=peak) for one in (plain, row))
+        peak = peak_of(goal)
+        own, reached = (psnr_db(goal, shown_by(one.sampled.samples, setup.decode), peak=peak) for one in (plain, row))
         drop = None if own is None or reached is None else own - reached
     return Tried(row=row, compression=compression, psnr_drop_db=drop)
-
-
-def _shown(samples: Array, setup: Setup) -> Array:
-    return samples if setup.decode is None else setup.decode(samples)
 
 
 def fastest_method(tried: Sequence[Tried], bounds: Bounds) -> Method:

@@ -28,7 +28,7 @@ from vitfold.pipeline.opening import (
     step_target,
     write_parts,
 )
-from vitfold.reuse import Method, find_method
+from vitfold.reuse import Method
 from vitfold.reuse.eager import Eager
 from vitfold.reuse.sampling import Executor
 from vitfold.step_bundle import StepBundle, StepManifest, StepPlan, write_step_bundle
@@ -46,6 +46,7 @@ _STEPS = 8
 def save_steps(
     model: DiTModel,
     plan: StepPlan,
+    method: Method,
     compression: Compression,
     path: Path,
     *,
@@ -53,13 +54,12 @@ def save_steps(
     overwrite: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> StepBundle:
-    """Write the graphs of a plan, compare what they draw with the reference interpreter, and keep them if it agrees.
+    """Write the graphs of a plan and its method, and keep them if they draw what the reference interpreter draws.
 
     Raises:
         BundleError: if the destination cannot be written, or exists and may not be replaced.
         EngineError: if the graphs draw something else.
     """
-    method = find_method(plan.reuse)
     predictor = None if method.ratio is None else prepare_predictor(model, method, plan.steps, 0, say)
     counts = () if predictor is None else predictor.counts
     params = step_params(model, compression, predictor)

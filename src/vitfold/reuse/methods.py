@@ -142,14 +142,7 @@ def _taylor(text: str, interval: int, order: int) -> Method:
 
 def _solved(text: str, count: int) -> Method:
     """Forecast what all blocks add by a line, from `count` full steps that are chosen for the model."""
-    return Method(
-        text=text,
-        cut="stack",
-        interval=1,
-        history=2,
-        forecast=lambda places, at: forecast.taylor(places, at, order=1),
-        budget=count,
-    )
+    return replace(_taylor(text, 1, 1), budget=count)
 
 
 def _chebyshev(text: str, interval: int, degree: int) -> Method:
