@@ -1,13 +1,17 @@
 """Where vitfold keeps what it need not compute twice.
 
-Owns the folder and the atomic write. What is kept, and under which key, is the caller's choice.
+Owns the folder, its bound and the atomic write. What is kept, and under which key, is the caller's choice.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,39 +19,115 @@ import platformdirs
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from vitfold.errors import CacheError
 from vitfold.model import Array
+
+FOLDER = "VITFOLD_CACHE"
+LIMIT = "VITFOLD_CACHE_GB"
+_DEFAULT_GB = 8.0
+_ABANDONED_S = 24 * 3600.0
+"""A partial file as old as this belongs to no writer that still runs."""
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What lies under one key: a file or a folder, with its bytes and the time of its last use (seconds)."""
+
+    path: Path
+    kind: str
+    size: int
+    used: float
 
 
 def cache_folder() -> Path:
     """Return the cache folder: $VITFOLD_CACHE, or the system's place for caches."""
-    return Path(os.environ.get("VITFOLD_CACHE") or platformdirs.user_cache_dir("vitfold"))
+    return Path(os.environ.get(FOLDER) or platformdirs.user_cache_dir("vitfold"))
 
 
-def kept_file(kind: str, key: str, suffix: str = ".safetensors") -> Path:
-    """Return where the entry of this key lies, if there is one."""
-    return cache_folder() / kind / f"{key}{suffix}"
+def cache_limit() -> int:
+    """Return how many bytes the cache may hold: $VITFOLD_CACHE_GB times 10^9, else 8 GB.
+
+    Raises:
+        CacheError: if the variable is no number of gigabytes.
+    """
+    text = os.environ.get(LIMIT, "").strip()
+    try:
+        gigabytes = float(text) if text else _DEFAULT_GB
+    except ValueError:
+        gigabytes = -1.0
+    if not 0.0 <= gigabytes < 1e9:
+        raise CacheError(f"{LIMIT}={text!r} is no number of gigabytes; give one such as 8, or 0 to keep nothing")
+    return int(gigabytes * 1e9)
+
+
+def cache_entries() -> list[Entry]:
+    """Return what is kept, the least recently used first."""
+    found: list[Entry] = []
+    try:
+        for kind in cache_folder().iterdir():
+            found.extend(entry for path in kind.iterdir() if (entry := _entry(path)) is not None)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    return sorted(found, key=lambda entry: entry.used)
+
+
+def clear_cache() -> int:
+    """Remove everything that is kept; return the bytes freed."""
+    return sum(entry.size for entry in cache_entries() if _remove(entry.path))
+
+
+def entry_folder(kind: str, key: str) -> Path:
+    """Return the folder of this key, made now if there is none, and used now."""
+    path = cache_folder() / kind / key
+    path.mkdir(parents=True, exist_ok=True)
+    os.utime(path)
+    return path
+
+
+def find_file(kind: str, key: str, suffix: str = ".safetensors") -> Path | None:
+    """Return where the entry of this key lies, used now, or None."""
+    path = _file(kind, key, suffix)
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        # A read-only cache is read all the same.
+        return path if path.is_file() else None
+    return path
 
 
 def keep_file(kind: str, key: str, write: Callable[[Path], object], suffix: str = ".safetensors") -> None:
-    """Keep what `write` writes; a reader sees all of it or nothing. A full or read-only disk is no error."""
-    path = kept_file(kind, key, suffix)
+    """Keep what `write` writes; a reader sees all of it or nothing. A full or read-only disk is no error.
+
+    What was used longest ago makes room for it.
+
+    Raises:
+        CacheError: if the limit of the cache is no number.
+    """
+    limit = cache_limit()
+    path = _file(kind, key, suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=_PARTIAL, delete=False) as file:
             partial = Path(file.name)
         try:
             write(partial)
+            if partial.stat().st_size > limit:
+                return
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+        _make_room(limit, path)
     except (OSError, SafetensorError):
         return
 
 
 def read_arrays(kind: str, key: str) -> dict[str, Array] | None:
     """Return the arrays kept under this key, or None; a damaged entry counts as none and is removed."""
-    path = kept_file(kind, key)
-    if not path.is_file():
+    path = find_file(kind, key)
+    if path is None:
         return None
     try:
         arrays: dict[str, Array] = load_file(path)
@@ -59,8 +139,9 @@ def read_arrays(kind: str, key: str) -> dict[str, Array] | None:
 
 def read_bytes(kind: str, key: str, suffix: str) -> bytes | None:
     """Return the bytes kept under this key, or None."""
+    path = find_file(kind, key, suffix)
     try:
-        return kept_file(kind, key, suffix).read_bytes()
+        return None if path is None else path.read_bytes()
     except OSError:
         return None
 
@@ -74,3 +155,46 @@ def keep_arrays(kind: str, key: str, arrays: Mapping[str, Array]) -> None:
     """Keep arrays under this key."""
     whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     keep_file(kind, key, lambda path: save_file(whole, path))
+
+
+def _file(kind: str, key: str, suffix: str) -> Path:
+    return cache_folder() / kind / f"{key}{suffix}"
+
+
+def _entry(path: Path) -> Entry | None:
+    """Return the entry that lies here; None if another process has removed it meanwhile."""
+    try:
+        stats = [one.lstat() for one in (path, *path.rglob("*"))] if path.is_dir() else [path.lstat()]
+    except OSError:
+        return None
+    return Entry(
+        path=path,
+        kind=path.parent.name,
+        size=sum(one.st_size for one in stats if stat.S_ISREG(one.st_mode)),
+        used=max(one.st_mtime for one in stats),
+    )
+
+
+def _make_room(limit: int, newest: Path) -> None:
+    """Remove what was used longest ago until the rest fits the limit; not the newest, nor what is being written."""
+    entries = [entry for entry in cache_entries() if entry.path != newest]
+    total = newest.stat().st_size + sum(entry.size for entry in entries)
+    for entry in entries:
+        if total <= limit:
+            return
+        if entry.path.suffix == _PARTIAL and time.time() - entry.used < _ABANDONED_S:
+            continue
+        if _remove(entry.path):
+            total -= entry.size
+
+
+def _remove(path: Path) -> bool:
+    """Remove a file or a folder; a reader that has it open keeps it."""
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError:
+        return False
+    return True

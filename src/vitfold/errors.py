@@ -46,6 +46,10 @@ class EngineError(VitfoldError):
     """A runtime is missing or refused the graph."""
 
 
+class CacheError(VitfoldError):
+    """The cache cannot be used as the surroundings ask."""
+
+
 class JournalError(VitfoldError):
     """Rows of an earlier run cannot be read or gone on with."""
 

@@ -359,7 +359,8 @@ def tokens_per_block(spec: ViTSpec, r: tuple[int, ...]) -> tuple[int, ...]:
     Equation: N_{l+1} = N_l - r_l - d_{l+1}, with the d_l sink tokens that are deleted in front of block l.
 
     Raises:
-        RecipeError: if a block cannot remove as many tokens, naming it and the largest allowed r.
+        RecipeError: if a block cannot remove as many tokens, naming it and the largest allowed r; if no token is left
+            beside those apart.
     """
     if len(r) not in (0, spec.depth):
         raise RecipeError(f"merge.r has {len(r)} entries, the model has {spec.depth} blocks; give one per block")
@@ -377,4 +378,9 @@ def tokens_per_block(spec: ViTSpec, r: tuple[int, ...]) -> tuple[int, ...]:
             raise RecipeError(
                 f"{deleted[block + 1]} deletions in front of block {block + 1} leave no patch; merge or delete fewer"
             )
+    apart = 0 if spec.sinks is None else spec.sinks.apart
+    for layer in spec.sinks.layers if apart and spec.sinks is not None else ():
+        left = counts[int(layer.split(".")[1]) + 1]
+        if apart >= left:
+            raise RecipeError(f"{apart} sinks apart at {layer} leave nothing to quantize of {left} tokens; give fewer")
     return tuple(counts)

@@ -185,6 +185,27 @@ def test_inspect_prints_the_documented_fields(merged: Path) -> None:
     assert "demo" in run("inspect", merged).stdout
 
 
+def test_cache_says_what_is_kept_and_clears_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITFOLD_CACHE", str(tmp_path))
+    assert run_json("cache") == {
+        "folder": str(tmp_path),
+        "bytes": 0,
+        "limit_bytes": 8_000_000_000,
+        "freed_bytes": 0,
+        "kinds": {},
+    }
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference" / "a.safetensors").write_bytes(b"x" * 3_000_000)
+    shown = run("cache").stdout
+    assert "reference" in shown
+    assert "3.0" in shown
+    assert run_json("doctor")["cache_bytes"] == 3_000_000
+    cleared = run_json("cache", "--clear")
+    assert (cleared["freed_bytes"], cleared["bytes"]) == (3_000_000, 0)
+    monkeypatch.setenv("VITFOLD_CACHE_GB", "much")
+    assert "VITFOLD_CACHE_GB='much' is no number of gigabytes" in error("cache")
+
+
 def test_doctor_says_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     values = run_json("doctor")
     assert values["environment"]["cores"] >= 1
@@ -331,7 +352,11 @@ def test_an_existing_bundle_is_kept_unless_told(tiny: Path) -> None:
 
 
 def test_interrupting_leaves_no_half_written_bundle(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "vitfold", "optimize", "demo", "-o", str(tmp_path / "a.fold"), "--merge", "2"]
+    # A shell ignores the signal for what it runs in the background, and children inherit that.
+    heeding = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from vitfold.cli import main; main()"
+    )
+    command = [sys.executable, "-c", heeding, "optimize", "demo", "-o", str(tmp_path / "a.fold"), "--merge", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:

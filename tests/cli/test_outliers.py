@@ -50,7 +50,8 @@ def test_outliers_says_where_they_are_and_what_helps(small, few, folder):
     with Image.open(picture) as drawn:
         assert drawn.width > 400
     shown = run("outliers", *small, *options[:4]).stdout
-    assert "what helps" in shown
+    assert "W8A8, plain ranges: what helps (* chosen)\n" in shown
+    assert "\n  prefix" in shown
     assert found["advice"].split()[0] in shown
 
 

@@ -15,11 +15,12 @@ from vitfold.ops.record import Record
 from vitfold.ops.run import Run
 from vitfold.programs.vit import vit
 from vitfold.quant import Progress
-from vitfold.recipe import MergeRecipe, QuantRecipe, RegistersRecipe
+from vitfold.recipe import MergeRecipe, QuantRecipe, RegistersRecipe, tokens_per_block
 from vitfold.registers import REMEDIES, curate, fold_registers, measure_norms, measure_remedies
 from vitfold.registers.neurons import find_neurons
-from vitfold.registers.probe import Probe
+from vitfold.registers.probe import Effect, Probe
 from vitfold.registers.remedies import Case
+from vitfold.registers.search import Measured, ranked
 
 SITE = "blocks.3.mlp.fc2"
 NONE = MergeRecipe(r=())
@@ -99,6 +100,32 @@ def test_the_sensitive_layer_is_found_and_the_best_remedy_chosen(planted, pictur
     again = measure_remedies(model, NONE, quant, pictures, names=names, progress=Progress(step=said.append))
     assert again == found
     assert not any(text.startswith(("quantizing", "float model")) for text in said)
+
+
+def test_top_1_of_a_few_images_does_not_outvote_their_outputs():
+    def effect(sqnr_db: float, right: int) -> Effect:
+        return Effect(
+            max_norm=1.0, block_norm=1.0, cosine=1.0, sqnr_db=sqnr_db, right=tuple(i < right for i in range(64))
+        )
+
+    def measured(name: str, sqnr_db: float, right: int) -> Measured:
+        return Measured(name=name, recipe=None, effect=effect(sqnr_db, right))
+
+    lucky, close, ruinous = measured("delete", 6.0, 34), measured("prefix", 30.0, 32), measured("neurons", 40.0, 10)
+    assert [one.name for one in ranked([lucky, close, ruinous])] == ["prefix", "delete", "neurons"]
+    cheap, slightly_better = measured("leave-out", 29.8, 31), measured("float-sinks", 29.9, 30)
+    assert [one.name for one in ranked([cheap, slightly_better])] == ["leave-out", "float-sinks"]
+
+
+def test_tokens_apart_are_few(planted, pictures):
+    model = planted("clip")
+    case = Case(spec=replace(model.spec, image_size=(16, 16)), site=SITE, noise=((SITE, 1.0),))
+    assert case.spec.tokens < 8
+    assert {recipe.sinks for recipe in REMEDIES["float-sinks"].grid(case)} == {1}
+    recipe = RegistersRecipe(remedy="float-sinks", site=SITE, layers=(SITE,), sinks=model.spec.tokens)
+    spec = fold_registers(model, recipe, pictures).spec
+    with pytest.raises(RecipeError, match=f"sinks apart at {SITE} leave nothing to quantize of"):
+        tokens_per_block(spec, ())
 
 
 def test_a_probe_measures_what_a_whole_run_would(planted, pictures):

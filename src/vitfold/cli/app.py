@@ -9,6 +9,7 @@ import typer
 from vitfold.cli import (
     audit,
     bench,
+    cache,
     compare,
     demo,
     diffuse,
@@ -70,6 +71,7 @@ app.command("export")(export.export)
 app.command("audit")(audit.audit)
 app.command("forecast")(forecast.forecast)
 app.command("doctor")(doctor.doctor)
+app.command("cache")(cache.cache)
 app.command("diffuse")(diffuse.diffuse)
 app.command("demo")(demo.demo)
 

@@ -41,7 +41,7 @@ _ALSO = {
 def doctor(as_json: options.Json = False) -> None:
     """Say what is installed, which instruction sets the processor has, and how to mend what is missing."""
     from vitfold.bench.environment import environment
-    from vitfold.cache import cache_folder
+    from vitfold.cache import cache_entries, cache_folder, cache_limit
     from vitfold.target import TARGETS
     from vitfold.version import __version__
 
@@ -64,6 +64,7 @@ def doctor(as_json: options.Json = False) -> None:
             }
         )
     advice = _advice(facts["processor"]["instruction_sets"])
+    kept = sum(entry.size for entry in cache_entries())
     if as_json:
         print_json(
             {
@@ -72,6 +73,8 @@ def doctor(as_json: options.Json = False) -> None:
                 "packages": parts,
                 "targets": {name: target.why for name, target in TARGETS.items()},
                 "cache": str(cache_folder()),
+                "cache_bytes": kept,
+                "cache_limit_bytes": cache_limit(),
                 "advice": advice,
             }
         )
@@ -80,7 +83,11 @@ def doctor(as_json: options.Json = False) -> None:
     out.print(f"[bold]vitfold {__version__}[/] on Python {facts['python']}, {facts['system']}", highlight=False)
     out.print(f"  processor   {processor['name']}, {facts['cores']} usable cores", highlight=False)
     out.print(f"  sets        {' '.join(processor['instruction_sets']) or 'none known'}", highlight=False)
-    out.print(f"  cache       {cache_folder()}", highlight=False, soft_wrap=True)
+    out.print(
+        f"  cache       {cache_folder()}, {kept / 1e9:.1f} of at most {cache_limit() / 1e9:.1f} GB",
+        highlight=False,
+        soft_wrap=True,
+    )
     table = Table(pad_edge=False)
     for column in ("package", "version", "for", "to mend it"):
         table.add_column(column)

@@ -147,9 +147,16 @@ def _draw(picture: Path, pool: ImageSet, norms: Norms, grid: tuple[int, int], pr
 
 
 def _print(values: dict[str, Any]) -> None:
-    from vitfold.report.sinks import norms_table, remedies_table
+    from vitfold.report.sinks import norms_table, remedies_table, remedy_settings
 
+    def head(text: str) -> None:
+        out.print(text, style="bold", soft_wrap=True, highlight=False, markup=False)
+
+    head(f"{values['source']}, token norms over {values['images']} images")
     out.print(norms_table(values))
     out.print(f"most sensitive {values['sensitive_site']}, outlier tokens at {values['sink_site']}\n", highlight=False)
+    head(f"{values['source']}, {values['quantization']}: what helps (* chosen)")
     out.print(remedies_table(values))
-    out.print(values["advice"], highlight=False)
+    for line in remedy_settings(values):
+        out.print(f"  {line}", style="dim", soft_wrap=True, highlight=False, markup=False)
+    out.print(f"\n{values['advice']}", highlight=False)

@@ -103,7 +103,7 @@ def _laboratory(
     model: Model, calibration: ImageSet, chosen: ImageSet, held_out: ImageSet, wanted: Wanted, say: Any
 ) -> Laboratory:
     from vitfold.bench.environment import processor
-    from vitfold.cache import cache_folder
+    from vitfold.cache import entry_folder
     from vitfold.pipeline.attempt import Trying
     from vitfold.pipeline.search import Laboratory
     from vitfold.pipeline.trial import SHORT
@@ -125,7 +125,7 @@ def _laboratory(
             protocol=SHORT,
         )
 
-    folder = cache_folder() / "searches" / key
+    folder = entry_folder("searches", key)
     return Laboratory(trying=trying(chosen), held_out=trying(held_out), folder=folder, say=say)
 
 

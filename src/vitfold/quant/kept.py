@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitfold.cache import keep_file, kept_file
+from vitfold.cache import find_file, keep_file
 from vitfold.errors import BundleError
 from vitfold.quantizer import Quantizer, QuantParams, load_quant_params
 from vitfold.version import __version__
@@ -27,8 +27,8 @@ _KIND = "search"
 def search_once(inputs: tuple[object, ...], search: Callable[[], Mapping[str, Quantizer]]) -> Mapping[str, Quantizer]:
     """Return what `search` finds for these inputs, from the cache where it has been found before."""
     key = content_key(*inputs)
-    path = kept_file(_KIND, key)
-    if path.is_file():
+    path = find_file(_KIND, key)
+    if path is not None:
         try:
             return load_quant_params(path)
         except BundleError:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitfold.bench.statistics import Drop, paired_drop
 from vitfold.images import ImageSet, batches, class_targets
 from vitfold.model import Array, Model
 from vitfold.ops.record import Record
@@ -35,14 +36,25 @@ class Effect:
     """What quantization does to a model: its outputs against the float model's, and the tokens that cause it.
 
     `max_norm` is the largest |x| of a token that shares the range of the sensitive layer, `block_norm` that of a token
-    behind the sensitive block; `top1` is None without labels.
+    behind the sensitive block; `right` says which images are classified as labelled, None without labels.
     """
 
     max_norm: float
     block_norm: float
     cosine: float
     sqnr_db: float
-    top1: float | None
+    right: tuple[bool, ...] | None
+
+    @property
+    def top1(self) -> float | None:
+        """Share of images classified as labelled."""
+        return None if self.right is None else sum(self.right) / len(self.right)
+
+    def drop_to(self, other: Effect) -> Drop | None:
+        """Compare top-1 with another effect's on the same images; None without labels."""
+        if self.right is None or other.right is None:
+            return None
+        return paired_drop(np.array(self.right), np.array(other.right))
 
 
 @dataclass(slots=True, eq=False)
@@ -118,16 +130,16 @@ class Probe:
         found = torch.cat(self._run(model, ops, first, self._quantized, keep=False).outputs)
         expected = self.expected
         cosine = torch.nn.functional.cosine_similarity(found.flatten(1), expected.flatten(1), dim=1)
-        top1 = None
+        right = None
         if self._targets is not None:
-            top1 = float((found.argmax(-1) == torch.tensor(self._targets)).float().mean())
+            right = tuple((found.argmax(-1) == torch.tensor(self._targets)).tolist())
         block = site.split(".")[1]
         return Effect(
             max_norm=norms[f"{site}.x"],
             block_norm=norms[f"blocks.{block}"],
             cosine=float(cosine.mean()),
             sqnr_db=-10.0 * float(np.log10(max(self._noise(found), 1e-12))),
-            top1=top1,
+            right=right,
         )
 
     def _noise(self, found: Tensor) -> float:

@@ -105,7 +105,12 @@ def _split(case: Case) -> list[RegistersRecipe]:
 
 def _float(case: Case) -> list[RegistersRecipe]:
     sets = dict.fromkeys(case.noisiest(share) for share in (0.0, 0.5))
-    return [case.recipe("float-sinks", sinks=sinks, layers=layers) for layers in sets for sinks in (2, 8)]
+    return [case.recipe("float-sinks", sinks=sinks, layers=layers) for layers in sets for sinks in _few((2, 8), case)]
+
+
+def _few(counts: tuple[int, ...], case: Case) -> list[int]:
+    """The counts that leave most tokens as they are; one token, where that is too many of each."""
+    return [count for count in counts if count <= case.spec.tokens // 4] or [1]
 
 
 REMEDIES: dict[Remedy, RemedyKind] = {
@@ -115,7 +120,7 @@ REMEDIES: dict[Remedy, RemedyKind] = {
             name="leave-out",
             does="the largest tokens of every image are left out of the statistics of ranges, and clipped",
             source="RegCache (2510.04547), its comparison with calibration without outliers",
-            grid=lambda case: [case.recipe("leave-out", sinks=sinks) for sinks in (1, 4, 10)],
+            grid=lambda case: [case.recipe("leave-out", sinks=sinks) for sinks in _few((1, 4, 10), case)],
         ),
         RemedyKind(
             name="prefix",

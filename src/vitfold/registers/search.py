@@ -1,7 +1,7 @@
 """Which remedy helps a model: every one measured under the same plain quantization, the best confirmed by the method.
 
 Owns the order of measurements and what is kept of them, so that an interrupted search goes on where it stopped.
-Labels are not needed; where class folders give some, accuracy decides first.
+Labels are not needed; where class folders give some, a remedy whose top-1 is lower beyond chance is out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CONFIRM_IMAGES = 32
 WORTHWHILE_DB = 0.3
 RARE = 4.0
 """From this ratio of an image's largest token norm to its median on, a layer has outlier tokens."""
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,15 @@ class Measured:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         recipe = None if self.recipe is None else self.recipe.to_dict()
-        return {"name": self.name, **asdict(self.effect), "confirmed_db": self.confirmed_db, "recipe": recipe}
+        effect = asdict(self.effect)
+        del effect["right"]
+        return {
+            "name": self.name,
+            **effect,
+            "top1": self.effect.top1,
+            "confirmed_db": self.confirmed_db,
+            "recipe": recipe,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +132,9 @@ class _Search:
             return asdict(probe.effect(model, site))
 
         question = [None if recipe is None else recipe.to_dict(), site]
-        return Effect(**self._once(question, measure))
+        kept = self._once(question, measure)
+        right = kept["right"]
+        return Effect(**{**kept, "right": None if right is None else tuple(right)})
 
     def confirm(self, recipe: RegistersRecipe | None, scheme: Scheme) -> float:
         """Return the SQNR of the recipe under the plan's own method, calibrated on a few images."""
@@ -150,11 +160,12 @@ class _Search:
         return float(self._once([*question, self._quant.attention], measure))
 
     def fits(self, recipe: RegistersRecipe) -> bool:
-        """Say whether merging leaves room for a recipe's deletions."""
-        if not recipe.deletions or recipe.remedy not in ("delete", "regcache"):
+        """Say whether merging leaves room for a recipe's deletions, or for its tokens apart."""
+        if recipe.remedy not in ("delete", "regcache", "float-sinks"):
             return True
+        placed = recipe if recipe.remedy == "float-sinks" else replace(recipe, remedy="delete")
         try:
-            spec = fold_registers(self._model, replace(recipe, remedy="delete"), self._images).spec
+            spec = fold_registers(self._model, placed, self._images).spec
             tokens_per_block(spec, self._merge.r)
         except RecipeError:
             return False
@@ -199,15 +210,15 @@ def measure_remedies(
     if not rows:
         raise RecipeError(f"{', '.join(names or ())}: no setting fits this model; try --registers auto")
     forced = names is not None
-    ranked = _ranked(rows)
+    order = ranked(rows)
     if confirm is not None and (len(rows) > 1 or not forced):
-        shortlist = [nothing, *ranked[:2]]
+        shortlist = [nothing, *order[:2]]
         sure = {one.name: replace(one, confirmed_db=search.confirm(one.recipe, confirm)) for one in shortlist}
         rows, nothing = [sure.get(one.name, one) for one in rows], sure["none"]
-        ranked = [sure[one.name] for one in ranked[:2]]
-        if len(ranked) > 1 and (ranked[1].confirmed_db or 0.0) > (ranked[0].confirmed_db or 0.0) + WORTHWHILE_DB:
-            ranked.reverse()
-    chosen = ranked[0] if forced or _worth(ranked[0], nothing) else nothing
+        order = [sure[one.name] for one in order[:2]]
+        if len(order) > 1 and (order[1].confirmed_db or 0.0) > (order[0].confirmed_db or 0.0) + WORTHWHILE_DB:
+            order.reverse()
+    chosen = order[0] if forced or _worth(order[0], nothing) else nothing
     return Found(case=case, remedies=(nothing, *rows), chosen=chosen)
 
 
@@ -228,27 +239,31 @@ def _best(
             if not search.fits(recipe):
                 continue
             effect = search.effect(recipe, case.site)
-            if found is None or _score(effect) > _score(found.effect):
+            if found is None or _beats(effect, found.effect):
                 found = Measured(name=kind.name, recipe=recipe, effect=effect)
     return found
 
 
-def _score(effect: Effect) -> tuple[float, float]:
-    return (effect.top1 or 0.0, effect.sqnr_db)
+def _beats(effect: Effect, other: Effect, *, by_db: float = 0.0) -> bool:
+    """Say whether top-1 is higher beyond chance, or else, where it differs by no more than chance, SQNR."""
+    drop = other.drop_to(effect)
+    if drop is not None and not drop.is_noise:
+        return drop.drop < 0
+    return effect.sqnr_db > other.sqnr_db + by_db
 
 
-def _ranked(rows: Sequence[Measured]) -> list[Measured]:
+def ranked(rows: Sequence[Measured]) -> list[Measured]:
     """Sort by effect; among those as good as the best the order of the table decides, which is that of cost."""
-    best = max(_score(one.effect) for one in rows)
-    alike = [one for one in rows if _score(one.effect) >= (best[0], best[1] - WORTHWHILE_DB)]
+    most = max((one.effect for one in rows), key=lambda effect: (effect.top1 or 0.0, effect.sqnr_db))
+    lower = [drop is not None and not drop.is_noise for drop in (most.drop_to(one.effect) for one in rows)]
+    sound = [one for one, is_lower in zip(rows, lower, strict=True) if not is_lower]
+    best = max(one.effect.sqnr_db for one in sound)
+    alike = [one for one in sound if one.effect.sqnr_db >= best - WORTHWHILE_DB]
     others = [one for one in rows if one not in alike]
-    return alike + sorted(others, key=lambda one: _score(one.effect), reverse=True)
+    return alike + sorted(others, key=lambda one: (one in sound, one.effect.sqnr_db), reverse=True)
 
 
 def _worth(best: Measured, nothing: Measured) -> bool:
     if best.confirmed_db is not None and nothing.confirmed_db is not None:
         return best.confirmed_db > nothing.confirmed_db + WORTHWHILE_DB
-    top1, before = best.effect.top1, nothing.effect.top1
-    if top1 is not None and before is not None and top1 != before:
-        return top1 > before
-    return best.effect.sqnr_db > nothing.effect.sqnr_db + WORTHWHILE_DB
+    return _beats(best.effect, nothing.effect, by_db=WORTHWHILE_DB)

@@ -85,18 +85,24 @@ def _settings(recipe: Mapping[str, Any] | None) -> str:
 
 
 def remedies_table(values: Mapping[str, Any]) -> Table:
-    """Return the terminal table of remedies."""
-    table = _table(f"{values['source']}, {values['quantization']}: what helps (* chosen)")
-    for name in remedy_columns():
-        table.add_column(name, justify="left" if name in ("remedy", "setting") else "right", no_wrap=name != "setting")
-    for row in remedy_cells(values):
+    """Return the terminal table of remedies, without their settings, which are wider than a terminal."""
+    table = _table()
+    *names, _ = remedy_columns()
+    for name in names:
+        table.add_column(name, justify="left" if name == "remedy" else "right", no_wrap=True)
+    for *row, _ in remedy_cells(values):
         table.add_row(*row)
     return table
 
 
+def remedy_settings(values: Mapping[str, Any]) -> list[str]:
+    """Return one line per remedy that has settings."""
+    return [f"{row[0]}: {row[-1]}" for row in remedy_cells(values) if row[-1]]
+
+
 def norms_table(values: Mapping[str, Any]) -> Table:
     """Return the terminal table of blocks."""
-    table = _table(f"{values['source']}, token norms over {values['images']} images")
+    table = _table()
     for name in ("block", "max", "mean", "max prefix", "max patch", "noise of its layers dB"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in values["blocks"]:
@@ -112,8 +118,8 @@ def norms_table(values: Mapping[str, Any]) -> Table:
     return table
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def draw_sinks(
