@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check results ladder audits diffusion readme clean
+.PHONY: demo test check results search registers ladder audits diffusion readme clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vitfold demo -o out/demo
@@ -61,6 +61,35 @@ results: $(VENV)/.dev
 		$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $$r --target openvino -o $(WORK)/r$$r-w8a8-ov.fold; done
 	$(BENCH) $(RUNGS) $(INT8PEERS) --trials 10 --seconds 6 -o results/vit-b16-int8-batch1.json
 	$(BENCH) $(RUNGS) $(INT8PEERS) --trials 5 --seconds 10 --batch 8 -o results/vit-b16-int8-batch8.json
+
+# The search of docs/search.md, its winner beside constant r, what limits it, and the same share of tokens on ViT-B/16 beside peers.
+# A quarter of an hour on an idle machine.
+SEARCH := $(WORK)/search
+SHARE := 0,0,0,0,0,42,36,30,0,0,0,0
+search: $(VENV)/.dev
+	mkdir -p $(SEARCH)
+	cd $(SEARCH) && $(CURDIR)/$(BIN)/vitfold optimize demo --max-drop 1.0 --images $(abspath $(CIFAR10_VAL)) --calibration-size 32 \
+		-o demo.fold --overwrite --json > $(CURDIR)/results/search-cifar10.json
+	rm -rf $(SEARCH)/found.fold && cp -r $(SEARCH)/demo.fold $(SEARCH)/found.fold
+	for r in 0 3; do $(BIN)/vitfold optimize demo --merge $$r --quant w8a8 --target openvino --images $(CIFAR10_TRAIN) --keep-slower --overwrite \
+		-o $(SEARCH)/r$$r-w8a8-ov.fold; done
+	$(BIN)/vitfold optimize demo --merge 3 --quant w8a8 --images $(CIFAR10_TRAIN) --keep-slower --overwrite -o $(SEARCH)/r3-w8a8.fold
+	cd $(SEARCH) && $(CURDIR)/$(BIN)/vitfold bench found.fold r3-w8a8.fold r3-w8a8-ov.fold r0-w8a8-ov.fold --images $(abspath $(CIFAR10_VAL)) \
+		--limit 2500 --baseline r3-w8a8-ov --trials 15 --seconds 6 -o $(CURDIR)/results/search-winner.json
+	cd $(SEARCH) && $(CURDIR)/$(BIN)/vitfold profile demo.fold -o $(CURDIR)/results/profile-search-winner.json
+	$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $(SHARE) -o $(SEARCH)/found-w8a8.fold
+	$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $(SHARE) --target openvino -o $(SEARCH)/found-w8a8-ov.fold
+	$(BENCH) $(SEARCH)/found-w8a8-ov.fold $(SEARCH)/found-w8a8.fold --peers torch,onnxruntime-int8,nncf --calibration-images $(PHOTOS) \
+		--calibration-size 32 --trials 15 --seconds 8 -o results/vit-b16-found-batch1.json
+
+# What a cached row of registers costs in time, of ViT-B/16 on one thread. Ten minutes on an idle machine.
+registers: $(VENV)/.dev
+	mkdir -p $(WORK)/registers
+	$(BIN)/vitfold optimize $(VITB) $(INT8) -o $(WORK)/registers/none-w8a8.fold
+	for t in 1 4; do $(BIN)/vitfold optimize $(VITB) --recipe recipes/overhead/prefix-tau$$t.toml --images $(PHOTOS) --keep-slower --overwrite \
+		-o $(WORK)/registers/prefix-tau$$t-w8a8.fold; done
+	cd $(WORK)/registers && $(CURDIR)/$(BIN)/vitfold bench none-w8a8.fold prefix-tau1-w8a8.fold prefix-tau4-w8a8.fold --threads 1 \
+		--images $(abspath $(PHOTOS)) --limit 1 --trials 41 --seconds 40 -o $(CURDIR)/results/registers-overhead-vit-b16.json
 
 # Accuracy of every method at every bit width over three calibration seeds; goes on where it stopped.
 ladder: $(VENV)/.dev

@@ -48,6 +48,20 @@ def test_a_sweep_row() -> None:
     assert (other[0].family, other[0].r) == ("w8a8, minmax, openvino", 1.0)
 
 
+def test_plots_compare_paired_times() -> None:
+    """A row that was timed while the machine was busy stands where its speed-up says."""
+    quick, busy = (documents.sweep_row(r, "none", ms, 0.8) for r, ms in ((2, 8.0), (4, 40.0)))
+    rows = [documents.sweep_row(0, "none", 16.0, 0.8), {**quick, "speedup": {"median": 2.0, "low": 1.9, "high": 2.1}}]
+    rows.append({**busy, "speedup": {"median": 4.0, "low": 3.0, "high": 5.0}})
+    plain, twice, four_times = points_of_sweep(rows)
+    assert (plain.paired_ms, twice.paired_ms, four_times.paired_ms) == (16.0, 8.0, 4.0)
+    assert four_times.latency_ms == 40.0
+    assert four_times.paired_ips == pytest.approx(250.0)
+    assert [p.name for p in front([plain, twice, four_times], "paired_ms", "top1")] == [four_times.name]
+    untimed = points_of_sweep([{**quick, "speedup": None}])[0]
+    assert (untimed.paired_ms, untimed.paired_ips) == (8.0, pytest.approx(125.0))
+
+
 def test_merging_rules_are_families_of_their_own() -> None:
     rows = [
         documents.sweep_row(r, quant, 10.0 - r, 0.8, recipe=f"r{r}-{quant}-{rule}", rule=rule)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from diffusing import build_tiny_dit
 from vitfold.model import DiTModel
+from vitfold.pipeline.opening import prepare_predictor
 from vitfold.reuse import find_method
 from vitfold.reuse.predictor import Predictor, share_budget, train_predictor
 from vitfold.reuse.schedulers import build_scheduler
@@ -36,6 +37,23 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone(model: DiTModel, pr
     for name, array in model.params.items():
         np.testing.assert_array_equal(array, again.params[name])
     assert sum(predictor.counts) == model.spec.depth * model.spec.tokens // 2
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_predictor_is_trained_once(model: DiTModel) -> None:
+    said: list[str] = []
+    method = find_method("tokencache:0.5:2:4")
+    first = prepare_predictor(model, method, 10, 0, said.append)
+    assert any("training the predictor" in text for text in said)
+    said.clear()
+    again = prepare_predictor(model, method, 10, 0, said.append)
+    assert not said
+    assert (again.counts, again.losses) == (first.counts, first.losses)
+    assert set(again.params) == set(first.params)
+    for name, array in first.params.items():
+        np.testing.assert_array_equal(again.params[name], array)
+    prepare_predictor(model, method, 11, 0, said.append)
+    assert said, "other steps are another trajectory"
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 15, 16])

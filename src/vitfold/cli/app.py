@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -54,26 +55,41 @@ def _root(
     pass
 
 
-app.command("optimize")(optimize.optimize)
-app.command("sensitivity")(sensitivity.sensitivity)
-app.command("outliers")(outliers.outliers)
-app.command("ladder")(ladder.ladder)
-app.command("sweep")(sweep.sweep)
-app.command("predict")(predict.predict)
-app.command("evaluate")(evaluate.evaluate)
-app.command("bench")(bench.bench)
-app.command("compare")(compare.compare)
-app.command("table")(bench.table)
-app.command("profile")(profile.profile)
-app.command("report")(report.report)
-app.command("inspect")(inspect.inspect)
-app.command("export")(export.export)
-app.command("audit")(audit.audit)
-app.command("forecast")(forecast.forecast)
-app.command("doctor")(doctor.doctor)
-app.command("cache")(cache.cache)
-app.command("diffuse")(diffuse.diffuse)
-app.command("demo")(demo.demo)
+_PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Make": (
+        optimize.optimize,
+        sweep.sweep,
+        export.export,
+    ),
+    "Run": (
+        predict.predict,
+        evaluate.evaluate,
+        diffuse.diffuse,
+        demo.demo,
+    ),
+    "Measure": (
+        bench.bench,
+        compare.compare,
+        profile.profile,
+        report.report,
+        bench.table,
+    ),
+    "Understand": (
+        inspect.inspect,
+        sensitivity.sensitivity,
+        outliers.outliers,
+        ladder.ladder,
+        audit.audit,
+        forecast.forecast,
+    ),
+    "Mend": (
+        doctor.doctor,
+        cache.cache,
+    ),
+}
+for _panel, _commands in _PANELS.items():
+    for _command in _commands:
+        app.command(_command.__name__, rich_help_panel=_panel)(_command)
 
 
 def main() -> None:

@@ -57,7 +57,13 @@ def optimize(
     calibration_size: options.CalibrationSize = 128,
     calibration_seed: options.CalibrationSeed = 0,
     keep_float: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Leave the N most sensitive sites float; see vitfold sensitivity.")
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Leave the N most sensitive sites float; see vitfold sensitivity.",
+            rich_help_panel=options.RECIPE,
+        ),
     ] = 0,
     target: Annotated[
         str | None,
@@ -65,21 +71,50 @@ def optimize(
             help="What the graph is written for: cpu (quantized: this processor's instruction set), portable, "
             "cpu-avx2, cpu-vnni, cpu-amx, cpu-arm, openvino, tensorrt-fp16, tensorrt-int8, tensorrt-fp8, integer or "
             "simulation; fastest: cpu or openvino, whichever runs faster here. "
-            "Default: cpu; a search tries cpu and openvino."
+            "Default: cpu; a search tries cpu and openvino.",
+            rich_help_panel=options.RECIPE,
         ),
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Every choice in a file.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.toml",
+            help="Every choice in a file.",
+            rich_help_panel=options.RECIPE,
+        ),
+    ] = None,
     repeat: Annotated[
-        Path | None, typer.Option("--from", metavar="BUNDLE", help="Make this bundle again, from the same images.")
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="BUNDLE",
+            help="Make this bundle again, from the same images.",
+            rich_help_panel=options.RECIPE,
+        ),
     ] = None,
     keep_slower: Annotated[
-        bool, typer.Option("--keep-slower", help="Keep a quantized bundle that is not faster than the float one.")
+        bool,
+        typer.Option(
+            "--keep-slower",
+            help="Keep a quantized bundle that is not faster than the float one.",
+            rich_help_panel=options.RECIPE,
+        ),
     ] = False,
     batch: Annotated[
         str | None,
-        typer.Option(metavar="MIN,OPT,MAX", help="Batches that TensorRT builds its engine for, as 1,8,64."),
+        typer.Option(
+            metavar="MIN,OPT,MAX",
+            help="Batches that TensorRT builds its engine for, as 1,8,64.",
+            rich_help_panel=options.RECIPE,
+        ),
     ] = None,
-    gpu: Annotated[str, typer.Option(help="The GPU that --merge auto models: H100, A100, L4, T4, ...")] = "A100",
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help="The GPU that --merge auto models: H100, A100, L4, T4, ...",
+            rich_help_panel=options.RECIPE,
+        ),
+    ] = "A100",
     max_drop: Annotated[
         float | None,
         typer.Option(
@@ -87,13 +122,25 @@ def optimize(
             metavar="POINTS",
             help="Search the fastest recipe that loses at most so many points of top-1, or, "
             "without class folders, of agreement.",
+            rich_help_panel=options.SEARCH,
         ),
     ] = None,
     max_latency_ms: Annotated[
-        float | None, typer.Option(min=0, metavar="MS", help="Search the most accurate recipe that takes at most this.")
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="MS",
+            help="Search the most accurate recipe that takes at most this.",
+            rich_help_panel=options.SEARCH,
+        ),
     ] = None,
     search_minutes: Annotated[
-        float, typer.Option(min=0.1, help="When a search stops trying; the same command goes on.")
+        float,
+        typer.Option(
+            min=0.1,
+            help="When a search stops trying; the same command goes on.",
+            rich_help_panel=options.SEARCH,
+        ),
     ] = 20.0,
     reuse: Annotated[
         str | None,
@@ -101,25 +148,44 @@ def optimize(
             metavar="METHOD",
             help="For a Diffusion Transformer: how its steps are reused, as for vitfold diffuse; or auto, the fastest "
             "way to draw that keeps --min-psnr (30 dB if no bound is named), --max-psnr-drop and --max-fid-rise.",
+            rich_help_panel=options.DIFFUSION,
         ),
     ] = None,
     step_count: options.StepCount = None,
     sampler: options.Sampler = None,
     guidance: options.Guidance = None,
     min_psnr: Annotated[
-        float | None, typer.Option(metavar="DB", help="Least PSNR to the unaccelerated images at equal seeds.")
+        float | None,
+        typer.Option(
+            metavar="DB",
+            help="Least PSNR to the unaccelerated images at equal seeds.",
+            rich_help_panel=options.DIFFUSION,
+        ),
     ] = None,
     max_psnr_drop: Annotated[
         float | None,
         typer.Option(
-            min=0, metavar="DB", help="How much further from the images of four times the steps than the plain sampler."
+            min=0,
+            metavar="DB",
+            help="How much further from the images of four times the steps than the plain sampler.",
+            rich_help_panel=options.DIFFUSION,
         ),
     ] = None,
     max_fid_rise: Annotated[
-        float | None, typer.Option(min=0, help="How much larger a Frechet distance to --real by --features.")
+        float | None,
+        typer.Option(
+            min=0,
+            help="How much larger a Frechet distance to --real by --features.",
+            rich_help_panel=options.DIFFUSION,
+        ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=2, help="Held-out images that confirm the winner; default: 32, or 256 for a FID.")
+        int | None,
+        typer.Option(
+            min=2,
+            help="Held-out images that confirm the winner; default: 32, or 256 for a FID.",
+            rich_help_panel=options.DIFFUSION,
+        ),
     ] = None,
     real: options.Real = None,
     features: options.Features = None,

@@ -9,6 +9,12 @@ import typer
 
 from vitfold.engines import EngineName
 
+SOURCE = "How the source is loaded"
+RECIPE = "What is done to it"
+CALIBRATION = "Calibration"
+SEARCH = "Search"
+DIFFUSION = "Diffusion sampling"
+
 Source = Annotated[
     str,
     typer.Argument(
@@ -21,14 +27,20 @@ Images = Annotated[
     Path | None,
     typer.Option("--images", metavar="DIR", help="A folder of images, or of one sub-folder per class."),
 ]
-Arch = Annotated[str | None, typer.Option(metavar="TIMM_NAME", help="Architecture of a .safetensors file.")]
-NumClasses = Annotated[int | None, typer.Option(min=0, help="Classes of the head; 0 for features.")]
-ImageSize = Annotated[int | None, typer.Option(min=1, help="Input pixels per side; positions are resampled.")]
+Arch = Annotated[
+    str | None, typer.Option(metavar="TIMM_NAME", help="Architecture of a .safetensors file.", rich_help_panel=SOURCE)
+]
+NumClasses = Annotated[
+    int | None, typer.Option(min=0, help="Classes of the head; 0 for features.", rich_help_panel=SOURCE)
+]
+ImageSize = Annotated[
+    int | None, typer.Option(min=1, help="Input pixels per side; positions are resampled.", rich_help_panel=SOURCE)
+]
 Weights = Annotated[
     Literal["pretrained", "random"],
-    typer.Option(help="random: seeded random weights, for timing without a download."),
+    typer.Option(help="random: seeded random weights, for timing without a download.", rich_help_panel=SOURCE),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of random weights.")]
+Seed = Annotated[int, typer.Option(help="Seed of random weights.", rich_help_panel=SOURCE)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Images per call.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; default: all usable cores.")]
@@ -51,19 +63,29 @@ Merge = Annotated[
         metavar="R",
         help="Tokens merged per block: 8, a list 8,8,4, R:INFLECTION as 8:-1, or none. Or auto[:R], the fastest "
         "schedule on this machine (TensorRT: on --gpu) that distorts no more than a constant R (8).",
+        rich_help_panel=RECIPE,
     ),
 ]
 MergeRule = Annotated[
     Literal["tome", "tofu", "pitome", "evit"],
-    typer.Option(help="Which tokens go: tome merges the most similar pairs; see docs/search.md for the others."),
+    typer.Option(
+        help="Which tokens go: tome merges the most similar pairs; see docs/search.md for the others.",
+        rich_help_panel=RECIPE,
+    ),
 ]
 Quant = Annotated[
     str | None,
-    typer.Option(metavar="WxAy", help="Bits of weights and activations: w8a8, w6a6, w4a8, w4a4, ..., fp8, or none."),
+    typer.Option(
+        metavar="WxAy",
+        help="Bits of weights and activations: w8a8, w6a6, w4a8, w4a4, ..., fp8, or none.",
+        rich_help_panel=RECIPE,
+    ),
 ]
 Method = Annotated[
     str | None,
-    typer.Option(help="vitfold (default), ptq4vit, repq, noisy, smooth, mse, percentile or minmax."),
+    typer.Option(
+        help="vitfold (default), ptq4vit, repq, noisy, smooth, mse, percentile or minmax.", rich_help_panel=RECIPE
+    ),
 ]
 Registers = Annotated[
     str | None,
@@ -71,16 +93,26 @@ Registers = Annotated[
         metavar="REMEDY",
         help="What to do about sink tokens: auto (whichever measures best on --images, or nothing), prefix, delete, "
         "regcache, leave-out, float-sinks, split-scales, neurons, or none (default). See vitfold outliers.",
+        rich_help_panel=RECIPE,
     ),
 ]
 CalibrationImages = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Images from which quantization, also of peers, takes ranges; measure on others."),
+    typer.Option(
+        metavar="DIR",
+        help="Images from which quantization, also of peers, takes ranges; measure on others.",
+        rich_help_panel=CALIBRATION,
+    ),
 ]
 CalibrationSize = Annotated[
-    int, typer.Option(min=1, help="Images for calibration, of --calibration-images where that is given, else --images.")
+    int,
+    typer.Option(
+        min=1,
+        help="Images for calibration, of --calibration-images where that is given, else --images.",
+        rich_help_panel=CALIBRATION,
+    ),
 ]
-CalibrationSeed = Annotated[int, typer.Option(help="Seed that draws them.")]
+CalibrationSeed = Annotated[int, typer.Option(help="Seed that draws them.", rich_help_panel=CALIBRATION)]
 QuantTarget = Annotated[str, typer.Option(help="As in optimize: decides what is quantized and how.")]
 Trials = Annotated[int, typer.Option(min=1, help="Interleaved rounds.")]
 Seconds = Annotated[float, typer.Option(min=0.1, help="Recorded seconds per subject and scope.")]
@@ -98,11 +130,18 @@ MinAgreement = Annotated[
     float | None, typer.Option(min=0, max=1, help="Exit with 3 if top-1 agreement on --images is lower.")
 ]
 
-StepCount = Annotated[int | None, typer.Option("--steps", help="Denoising steps; default: 50, or the bundle's.")]
-Sampler = Annotated[str | None, typer.Option(help="ddim, dpm++ or ddpm; default: ddim, or the bundle's.")]
+StepCount = Annotated[
+    int | None,
+    typer.Option("--steps", help="Denoising steps; default: 50, or the bundle's.", rich_help_panel=DIFFUSION),
+]
+Sampler = Annotated[
+    str | None, typer.Option(help="ddim, dpm++ or ddpm; default: ddim, or the bundle's.", rich_help_panel=DIFFUSION)
+]
 Guidance = Annotated[
     float | None,
-    typer.Option(help="Scale of classifier-free guidance, 1 for none; default: 1.5, or the bundle's."),
+    typer.Option(
+        help="Scale of classifier-free guidance, 1 for none; default: 1.5, or the bundle's.", rich_help_panel=DIFFUSION
+    ),
 ]
 Real = Annotated[
     Path | None,
@@ -110,12 +149,15 @@ Real = Annotated[
         "--real",
         metavar="DIR|FILE",
         help="Real images, or their features in real.safetensors, for a Frechet distance to them.",
+        rich_help_panel=DIFFUSION,
     ),
 ]
 Features = Annotated[
     str | None,
     typer.Option(
-        metavar="SOURCE", help="The vision transformer whose features that distance takes; a judge beside SOURCE."
+        metavar="SOURCE",
+        help="The vision transformer whose features that distance takes; a judge beside SOURCE.",
+        rich_help_panel=DIFFUSION,
     ),
 ]
-Heads = Annotated[int | None, typer.Option(min=1, help="Attention heads of a state dict.")]
+Heads = Annotated[int | None, typer.Option(min=1, help="Attention heads of a state dict.", rich_help_panel=DIFFUSION)]

@@ -6,6 +6,8 @@ Owns what a method needs besides its plan: a trained predictor, merged attention
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 
 from vitfold.bench.environment import processor
+from vitfold.cache import keep_arrays, read_arrays
 from vitfold.errors import EngineError, RecipeError
 from vitfold.model import Array, DiTModel, DiTSpec
 from vitfold.model.dit import dit_param_shapes
@@ -41,6 +44,8 @@ EXECUTORS = ("onnxruntime", "torch")
 SCHEMES = ("none", "w8a8")
 _LAYERS = (".attn.qkv", ".attn.proj", ".mlp.fc1", ".mlp.fc2")
 _LEAST_LABELS = 4
+_PREDICTOR_FORMAT = 1
+"""Counted up where training changes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -119,11 +124,18 @@ def _ranges(
 def prepare_predictor(
     model: DiTModel, method: Method, steps: int, seed: int, say: Callable[[str], None] = lambda _: None
 ) -> Predictor:
-    """Train what a method with a token budget needs, along as many steps as will be drawn."""
+    """Train what a method with a token budget needs, along as many steps as will be drawn; kept for the next run."""
     assert method.ratio is not None
-    return train_predictor(
-        model, build_scheduler("ddim", model.schedule, steps), ratio=method.ratio, seed=seed, say=say
-    )
+    head = json.dumps([_PREDICTOR_FORMAT, model.digest(), method.ratio, steps, seed])
+    key = hashlib.sha256(head.encode()).hexdigest()
+    kept = read_arrays("predictors", key)
+    if kept is not None and set(kept) == {*predictor_shapes(model.spec), "counts", "losses"}:
+        counts, (first, last) = kept.pop("counts"), kept.pop("losses")
+        return Predictor(params=kept, counts=tuple(map(int, counts)), losses=(float(first), float(last)))
+    scheduler = build_scheduler("ddim", model.schedule, steps)
+    found = train_predictor(model, scheduler, ratio=method.ratio, seed=seed, say=say)
+    keep_arrays("predictors", key, {**found.params, "counts": np.array(found.counts), "losses": np.array(found.losses)})
+    return found
 
 
 @contextlib.contextmanager

@@ -50,11 +50,11 @@ def pareto(points: Sequence[Point]) -> list[Plot]:
     if key is None:
         return []
     title, scale, _ = QUALITIES[key]
-    best = front(points, "latency_ms", key)
+    best = front(points, "paired_ms", key)
     plots = []
     for measure, axis, heading in (
-        ("latency_ms", "latency, ms", "Accuracy against latency"),
-        ("throughput_ips", "throughput, images per second", "Accuracy against throughput"),
+        ("paired_ms", "latency, ms", "Accuracy against latency"),
+        ("paired_ips", "throughput, images per second", "Accuracy against throughput"),
     ):
         shown = [p for p in points if getattr(p, measure) is not None and getattr(p, key) is not None]
         if not shown:
@@ -79,13 +79,13 @@ def pareto(points: Sequence[Point]) -> list[Plot]:
 
 def latencies(points: Sequence[Point]) -> list[Plot]:
     """Latencies as bars, for comparisons that have no accuracy."""
-    shown = [p for p in points if p.latency_ms is not None][::-1]
+    shown = [p for p in points if p.paired_ms is not None][::-1]
     if not shown:
         return []
     families = _families(points)
     figure = go.Figure()
     figure.add_bar(
-        x=[p.latency_ms for p in shown],
+        x=[p.paired_ms for p in shown],
         y=[p.name for p in shown],
         orientation="h",
         marker={"color": [_colour(families.index(p.family), p.family) for p in shown]},
@@ -106,7 +106,7 @@ def against_r(points: Sequence[Point]) -> list[Plot]:
         return []
     key = quality_key(rungs)
     measures = [] if key is None else [(key, *QUALITIES[key][:2], "Accuracy against merging")]
-    measures.append(("latency_ms", "latency, ms", 1.0, "Latency against merging"))
+    measures.append(("paired_ms", "latency, ms", 1.0, "Latency against merging"))
     plots = []
     for name, axis, scale, heading in measures:
         figure = go.Figure()
@@ -240,7 +240,7 @@ def _hover(point: Point) -> str:
         lines.append(f"cosine {point.cosine:.4f}")
     if point.latency_ms is not None:
         spread = "" if point.spread_ms is None else f" ± {point.spread_ms:.2f}"
-        lines.append(f"{point.latency_ms:.2f}{spread} ms{', noisy' if point.noisy else ''}")
+        lines.append(f"measured {point.latency_ms:.2f}{spread} ms{', noisy' if point.noisy else ''}")
     if point.throughput_ips is not None:
         lines.append(f"{point.throughput_ips:.1f} images per second")
     if point.speed_up is not None:

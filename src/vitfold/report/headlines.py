@@ -24,10 +24,10 @@ def headlines(folder: Folder) -> list[dict[str, str]]:
     for document in (*folder.of("sweep"), *folder.of("bench")):
         points = points_of(document)
         key, start = quality_key(points), baseline(points)
-        if key is None or start is None or start.latency_ms is None or getattr(start, key) is None:
+        if key is None or start is None or start.paired_ms is None or getattr(start, key) is None:
             continue
         floor = getattr(start, key) - DROP
-        fit = [p for p in points if p.latency_ms is not None and p.r is not None and (getattr(p, key) or 0.0) >= floor]
+        fit = [p for p in points if p.paired_ms is not None and p.r is not None and (getattr(p, key) or 0.0) >= floor]
         best = max(fit, key=lambda p: _ratio(p, start))
         ratio = _ratio(best, start)
         text = f"nothing within one point is faster than {start.name}"
@@ -58,12 +58,10 @@ def _steps(plain: Sampler) -> str:
 
 
 def _ratio(point: Point, start: Point) -> float:
-    """How many times faster than another point: from paired speed-ups, where both have one."""
-    if point.speed_up is not None and start.speed_up:
-        return point.speed_up / start.speed_up
-    assert point.latency_ms is not None
-    assert start.latency_ms is not None
-    return start.latency_ms / point.latency_ms
+    """How many times faster than another point: from paired times, where both have one."""
+    assert point.paired_ms is not None
+    assert start.paired_ms is not None
+    return start.paired_ms / point.paired_ms
 
 
 def _change(key: str, best: Point, start: Point) -> str:

@@ -6,8 +6,9 @@ Owns the two translations, and which points nothing else beats.
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from vitfold.errors import ReportError
@@ -25,7 +26,9 @@ class Point:
     """One recipe as it was measured; None where it was not.
 
     `r` is the mean over blocks, `family` what it quantizes and by which rule it merges. `speed_range` and `drop` (of
-    accuracy against the float model, image by image) are 95 % intervals of paired data.
+    accuracy against the float model, image by image) are 95 % intervals of paired data. `paired_ms` and `paired_ips`
+    are what plots compare: the baseline's time over the paired speed-up, since rows are timed at different moments of a
+    shared machine; where there is no speed-up they are what was measured.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Point:
     throughput_ips: float | None
     speed_up: float | None
     size_bytes: int | None
+    paired_ms: float | None = None
+    paired_ips: float | None = None
     speed_range: tuple[float, float] | None = None
     drop: Mapping[str, Any] | None = None
     noisy: bool = False
@@ -59,7 +64,21 @@ def points_of(document: Document) -> list[Point]:
 
 def points_of_sweep(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
     """Translate the rows of a sweep."""
-    return [_of_sweep(row) for row in rows]
+    return _paired([_of_sweep(row) for row in rows])
+
+
+def _paired(points: Sequence[Point]) -> list[Point]:
+    """Place every point at the median time of the baseline, as the points have it, over its own speed-up."""
+    times = [p.latency_ms * p.speed_up for p in points if p.latency_ms is not None and p.speed_up]
+    reference = statistics.median(times) if times else None
+    found = []
+    for p in points:
+        ms, ips = p.latency_ms, p.throughput_ips
+        if reference is not None and ms is not None and p.speed_up:
+            ms = reference / p.speed_up
+            ips = None if ips is None or p.latency_ms is None else ips * p.latency_ms / ms
+        found.append(replace(p, paired_ms=ms, paired_ips=ips))
+    return found
 
 
 def _of_sweep(row: Mapping[str, Any]) -> Point:
@@ -122,7 +141,7 @@ def points_of_bench(document: Mapping[str, Any], name: str) -> list[Point]:
     rows = document["rows"]
     scopes = [scope for scope in ("engine", "end_to_end") if any(row.get("scope") == scope for row in rows)]
     try:
-        return [_of_bench(row) for row in rows if row["scope"] == scopes[0]]
+        return _paired([_of_bench(row) for row in rows if row["scope"] == scopes[0]])
     except (KeyError, TypeError, IndexError) as error:
         raise ReportError(f"{name} is not what vitfold bench writes ({error!r}); measure again") from None
 
