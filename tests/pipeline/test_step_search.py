@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from diffusing import build_tiny_dit
-from vitfold.errors import RecipeError
+from vitfold.errors import JournalError, RecipeError
 from vitfold.model import Array, DiTModel
 from vitfold.pipeline import step_search
 from vitfold.pipeline.diffusion import Asked, Row
@@ -112,6 +113,44 @@ def test_one_that_breaks_the_bound_on_held_out_seeds_gives_way(
     assert found.winner.row.sampled.full_steps > 3
     assert [one.row.sampled.full_steps <= 3 for one in found.refused] == [True] * len(found.refused)
     assert found.refused
+
+
+@pytest.mark.usefixtures("few")
+def test_an_interrupted_screening_goes_on_where_it_was(
+    model: DiTModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(step_search, "SOLVED", (0.7,))
+    setup, bounds = replace(TORCH, folder=tmp_path), Bounds(max_psnr_drop_db=3.0)
+    compare, made = step_search.compare, []
+
+    def counted(*args: Any, **kwargs: Any) -> list[Row]:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(compare(*args, **kwargs))
+        return made[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step_search, "compare", counted)
+        with pytest.raises(KeyboardInterrupt):
+            screen(model, ASKED, bounds, [Compression()], setup)
+    first = [row for rows in made for row in rows[1:]]
+    made.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(step_search, "compare", lambda *args, **kwargs: made.append(1) or compare(*args, **kwargs))
+        found = screen(model, ASKED, bounds, [Compression()], setup)
+        assert made, "what was not measured yet is"
+        made.clear()
+        again = screen(model, ASKED, bounds, [Compression()], setup)
+        assert not made, "nothing is measured twice"
+    assert [one.row.to_dict() for one in found[: len(first)]] == [row.to_dict() for row in first]
+    assert [one.to_dict() for one in again] == [one.to_dict() for one in found]
+    assert [one.row.method.mask for one in again] == [one.row.method.mask for one in found]
+    assert any(one.row.method.mask for one in again), "with the steps that were chosen"
+    fresh = screen(model, ASKED, bounds, [Compression()], TORCH)
+    assert {one.row.name: one.psnr_drop_db for one in again} == {one.row.name: one.psnr_drop_db for one in fresh}
+    (tmp_path / "screened.jsonl").write_text('{"group": "x"}\n')
+    with pytest.raises(JournalError, match="screened.jsonl holds a line that is no group of rows"):
+        screen(model, ASKED, bounds, [Compression()], setup)
 
 
 def test_chosen_steps_are_candidates(model: DiTModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json as json_module
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +135,7 @@ def _search(
     if wanted.features is not None and wanted.real is not None:
         judge = open_features(wanted.features, wanted.real, say)
     samples = wanted.samples or (SAMPLES if wanted.max_fid_rise is None else FID_SAMPLES)
-    setup = Setup(decode=decode, judge=judge, say=say)
+    setup = Setup(decode=decode, judge=judge, folder=_search_folder(model, few, able, bounds), say=say)
     found = search_steps(model, few, bounds, able, setup, samples=samples, minutes=wanted.minutes)
     rows = [found.plain, *(one.row for one in found.tried)]
     values = document(
@@ -157,6 +159,20 @@ def _search(
         },
         "reason": found.reason,
     }
+
+
+def _search_folder(model: DiTModel, few: Asked, able: list[Compression], bounds: Bounds) -> Path:
+    """Where the rows of this search lie, for the same command to go on with."""
+    from vitfold.bench.environment import processor
+    from vitfold.cache import entry_folder
+    from vitfold.version import __version__
+
+    # How far images are from the converged ones is measured only where a bound asks for it.
+    converged, decoded = bounds.max_psnr_drop_db is not None, model.decoder is not None
+    compressions = [(one.r, one.quant) for one in able]
+    settings = [__version__, model.digest(), asdict(few), compressions, processor(), converged, decoded]
+    key = hashlib.sha256(json_module.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    return entry_folder("step-searches", key)
 
 
 def _summary(bundle: StepBundle) -> dict[str, Any]:

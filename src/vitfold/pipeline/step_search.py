@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from vitfold.bench.pictures import psnr_db
@@ -30,6 +31,7 @@ from vitfold.pipeline.diffusion import (
 )
 from vitfold.pipeline.judging import Judge
 from vitfold.pipeline.opening import Compression, open_parts, reused_work
+from vitfold.pipeline.step_rows import append_group, read_groups
 from vitfold.reuse import Method, find_method
 from vitfold.reuse.sampling import Executor
 
@@ -116,12 +118,13 @@ class Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Setup:
-    """What runs the candidates, and what looks at their images."""
+    """What runs the candidates, what looks at their images, and the folder in which an interrupted search goes on."""
 
     engine: str = "onnxruntime"
     threads: int | None = None
     decode: Callable[[Array], Array] | None = None
     judge: Judge | None = None
+    folder: Path | None = None
     say: Say = lambda _: None
 
 
@@ -203,17 +206,28 @@ def screen(
     deadline: float = float("inf"),
     fewer: bool = True,
 ) -> list[Tried]:
-    """Measure all candidates on the images asked for, those that share graphs in one run with the plain sampler."""
+    """Measure all candidates on the images asked for, those that share graphs in one run with the plain sampler.
+
+    What `setup.folder` holds of them is taken from there.
+
+    Raises:
+        JournalError: if a line there is no group of rows.
+    """
     none = find_method("none")
     found: list[Tried] = []
+    kept = read_groups(setup.folder)
     with _opened(model, none, Compression(), setup) as plain:
         first = Way(name="none", method=none, executor=plain, asked=asked)
         goal = _converged(model, first, bounds, setup)
         for compression in compressions:
             for method, group in _groups(none, asked.steps):
+                called = f"{', '.join(one.text for one in group)}{compression.suffix}"
+                if called in kept:
+                    found += [Tried(row=row, compression=compression, psnr_drop_db=drop) for row, drop in kept[called]]
+                    continue
                 if found and time.monotonic() > deadline:
                     return found
-                setup.say(f"measuring {', '.join(one.text for one in group)}{compression.suffix}")
+                setup.say(f"measuring {called}")
                 with _opened(model, method, compression, setup) as executor:
                     ways = [
                         Way(
@@ -229,7 +243,9 @@ def screen(
                     if method.cut == "whole" and fewer:
                         ways += _fewer_steps(executor, none, asked, compression)
                     rows = _measured(model, [first, *ways], setup) if ways else []
-                found += [_tried(row, rows[0], compression, goal, setup) for row in rows[1:]]
+                tried = [_tried(row, rows[0], compression, goal, setup) for row in rows[1:]]
+                append_group(setup.folder, called, [(one.row, one.psnr_drop_db) for one in tried])
+                found += tried
     return found
 
 
