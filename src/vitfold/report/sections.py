@@ -70,8 +70,8 @@ def _comparison(document: Document) -> Section:
     timing = "Each recipe took turns with the float model" if document.kind == "sweep" else "All rows took turns"
     text = [
         f"{timing}: speed-ups are paired, trial by trial, with 95 % intervals in brackets; latencies are medians with "
-        "half their spread, ~ marks a noisy row. Plots place a row at the baseline's time over its speed-up, for rows "
-        "may have been timed at different moments. The dotted line joins what nothing else beats."
+        "half their spread, ~ marks a noisy row. Plots place a row at the baseline's time over its speed-up. The "
+        "dotted line joins what nothing else beats."
     ]
     compared = figures.pareto(points)
     if quality_key(points) is None:
