@@ -71,10 +71,11 @@ search: $(VENV)/.dev
 	cd $(SEARCH) && $(CURDIR)/$(BIN)/vitfold optimize demo --max-drop 1.0 --images $(abspath $(CIFAR10_VAL)) --calibration-size 32 \
 		-o demo.fold --overwrite --json > $(CURDIR)/results/search-cifar10.json
 	rm -rf $(SEARCH)/found.fold && cp -r $(SEARCH)/demo.fold $(SEARCH)/found.fold
-	for r in 0 3; do $(BIN)/vitfold optimize demo --merge $$r --quant w8a8 --target openvino --images $(CIFAR10_TRAIN) --keep-slower --overwrite \
+	for r in 0 1 2 3 4; do $(BIN)/vitfold optimize demo --merge $$r --quant w8a8 --target openvino --images $(CIFAR10_TRAIN) --keep-slower --overwrite \
 		-o $(SEARCH)/r$$r-w8a8-ov.fold; done
 	$(BIN)/vitfold optimize demo --merge 3 --quant w8a8 --images $(CIFAR10_TRAIN) --keep-slower --overwrite -o $(SEARCH)/r3-w8a8.fold
-	cd $(SEARCH) && $(CURDIR)/$(BIN)/vitfold bench found.fold r3-w8a8.fold r3-w8a8-ov.fold r0-w8a8-ov.fold --images $(abspath $(CIFAR10_VAL)) \
+	cd $(SEARCH) && $(CURDIR)/$(BIN)/vitfold bench found.fold r3-w8a8.fold r0-w8a8-ov.fold r1-w8a8-ov.fold \
+		r2-w8a8-ov.fold r3-w8a8-ov.fold r4-w8a8-ov.fold --images $(abspath $(CIFAR10_VAL)) \
 		--limit 2500 --baseline r3-w8a8-ov --trials 15 --seconds 6 -o $(CURDIR)/results/search-winner.json
 	cd $(SEARCH) && $(CURDIR)/$(BIN)/vitfold profile demo.fold -o $(CURDIR)/results/profile-search-winner.json
 	$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $(SHARE) -o $(SEARCH)/found-w8a8.fold
