@@ -76,7 +76,7 @@ search: $(VENV)/.dev
 	$(BIN)/vitfold optimize demo --merge 3 --quant w8a8 --images $(CIFAR10_TRAIN) --keep-slower --overwrite -o $(SEARCH)/r3-w8a8.fold
 	cd $(SEARCH) && $(CURDIR)/$(BIN)/vitfold bench found.fold r3-w8a8.fold r0-w8a8-ov.fold r1-w8a8-ov.fold \
 		r2-w8a8-ov.fold r3-w8a8-ov.fold r4-w8a8-ov.fold --images $(abspath $(CIFAR10_VAL)) \
-		--limit 2500 --baseline r3-w8a8-ov --trials 15 --seconds 6 -o $(CURDIR)/results/search-winner.json
+		--limit 5000 --baseline r0-w8a8-ov --trials 15 --seconds 6 -o $(CURDIR)/results/search-winner.json
 	cd $(SEARCH) && $(CURDIR)/$(BIN)/vitfold profile demo.fold -o $(CURDIR)/results/profile-search-winner.json
 	$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $(SHARE) -o $(SEARCH)/found-w8a8.fold
 	$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $(SHARE) --target openvino -o $(SEARCH)/found-w8a8-ov.fold
