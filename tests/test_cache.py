@@ -84,6 +84,20 @@ def test_files_that_are_being_written_stay_and_abandoned_ones_go(monkeypatch: py
     assert read_bytes("kind", "second", ".bin") == b"x" * 500
 
 
+def test_a_folder_that_cannot_be_made_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("VITFOLD_CACHE", str(tmp_path / "file"))
+    with pytest.raises(CacheError, match="set VITFOLD_CACHE to a folder that can be written"):
+        entry_folder("searches", "a")
+    assert cache_entries() == []
+
+
+def test_strange_files_beside_the_kinds_are_no_entries() -> None:
+    keep_bytes("kind", "a", ".bin", b"x")
+    (cache_folder() / "stray.txt").write_bytes(b"x")
+    assert names() == ["a.bin"]
+
+
 def test_clearing_empties_the_folder_and_says_how_much() -> None:
     assert clear_cache() == 0
     keep_bytes("kind", "a", ".bin", b"x" * 100)

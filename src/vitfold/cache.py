@@ -5,6 +5,8 @@ Owns the folder, its bound and the atomic write. What is kept, and under which k
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import stat
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import platformdirs
@@ -63,13 +66,8 @@ def cache_limit() -> int:
 
 def cache_entries() -> list[Entry]:
     """Return what is kept, the least recently used first."""
-    found: list[Entry] = []
-    try:
-        for kind in cache_folder().iterdir():
-            found.extend(entry for path in kind.iterdir() if (entry := _entry(path)) is not None)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    return sorted(found, key=lambda entry: entry.used)
+    found = (_entry(path) for path in cache_folder().glob("*/*"))
+    return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.used)
 
 
 def clear_cache() -> int:
@@ -77,11 +75,23 @@ def clear_cache() -> int:
     return sum(entry.size for entry in cache_entries() if _remove(entry.path))
 
 
+def key_of(*parts: Any) -> str:
+    """Return the sha256 over JSON values: the key of what follows from them."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 def entry_folder(kind: str, key: str) -> Path:
-    """Return the folder of this key, made now if there is none, and used now."""
+    """Return the folder of this key, made now if there is none, and used now.
+
+    Raises:
+        CacheError: if it cannot be made.
+    """
     path = cache_folder() / kind / key
-    path.mkdir(parents=True, exist_ok=True)
-    os.utime(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        os.utime(path)
+    except OSError as error:
+        raise CacheError(f"cannot write {path}: {error}; set {FOLDER} to a folder that can be written") from None
     return path
 
 

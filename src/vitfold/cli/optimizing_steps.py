@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json as json_module
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,18 +159,22 @@ def _search(
     }
 
 
-def _search_folder(model: DiTModel, few: Asked, able: list[Compression], bounds: Bounds) -> Path:
-    """Where the rows of this search lie, for the same command to go on with."""
+def _search_folder(model: DiTModel, few: Asked, able: list[Compression], bounds: Bounds) -> Path | None:
+    """Where the rows of this search lie, for the same command to go on with, if they can lie anywhere."""
     from vitfold.bench.environment import processor
-    from vitfold.cache import entry_folder
+    from vitfold.cache import entry_folder, key_of
+    from vitfold.errors import CacheError
     from vitfold.version import __version__
 
     # How far images are from the converged ones is measured only where a bound asks for it.
     converged, decoded = bounds.max_psnr_drop_db is not None, model.decoder is not None
     compressions = [(one.r, one.quant) for one in able]
     settings = [__version__, model.digest(), asdict(few), compressions, processor(), converged, decoded]
-    key = hashlib.sha256(json_module.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-    return entry_folder("step-searches", key)
+    try:
+        return entry_folder("step-searches", key_of(*settings))
+    except CacheError as error:
+        note(f"an interruption will start this search anew: {error}")
+        return None
 
 
 def _summary(bundle: StepBundle) -> dict[str, Any]:

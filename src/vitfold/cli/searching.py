@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json as json_module
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +101,7 @@ def _laboratory(
     model: Model, calibration: ImageSet, chosen: ImageSet, held_out: ImageSet, wanted: Wanted, say: Any
 ) -> Laboratory:
     from vitfold.bench.environment import processor
-    from vitfold.cache import entry_folder
+    from vitfold.cache import entry_folder, key_of
     from vitfold.pipeline.attempt import Trying
     from vitfold.pipeline.search import Laboratory
     from vitfold.pipeline.trial import SHORT
@@ -111,7 +109,6 @@ def _laboratory(
 
     digest = model.digest()
     settings = [digest, chosen.digest(), held_out.digest(), calibration.digest(), processor(), wanted.targets()]
-    key = hashlib.sha256(json_module.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
     def trying(images: ImageSet) -> Trying:
         say("running the float model over the images, once")
@@ -125,7 +122,7 @@ def _laboratory(
             protocol=SHORT,
         )
 
-    folder = entry_folder("searches", key)
+    folder = entry_folder("searches", key_of(*settings))
     return Laboratory(trying=trying(chosen), held_out=trying(held_out), folder=folder, say=say)
 
 

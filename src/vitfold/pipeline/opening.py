@@ -6,8 +6,6 @@ Owns what a method needs besides its plan: a trained predictor, merged attention
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +16,7 @@ import numpy as np
 import torch
 
 from vitfold.bench.environment import processor
-from vitfold.cache import keep_arrays, read_arrays
+from vitfold.cache import keep_arrays, key_of, read_arrays
 from vitfold.errors import EngineError, RecipeError
 from vitfold.model import Array, DiTModel, DiTSpec
 from vitfold.model.dit import dit_param_shapes
@@ -126,8 +124,7 @@ def prepare_predictor(
 ) -> Predictor:
     """Train what a method with a token budget needs, along as many steps as will be drawn; kept for the next run."""
     assert method.ratio is not None
-    head = json.dumps([_PREDICTOR_FORMAT, model.digest(), method.ratio, steps, seed])
-    key = hashlib.sha256(head.encode()).hexdigest()
+    key = key_of(_PREDICTOR_FORMAT, model.digest(), method.ratio, steps, seed)
     kept = read_arrays("predictors", key)
     if kept is not None and set(kept) == {*predictor_shapes(model.spec), "counts", "losses"}:
         counts, (first, last) = kept.pop("counts"), kept.pop("losses")
