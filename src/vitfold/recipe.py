@@ -378,9 +378,12 @@ def tokens_per_block(spec: ViTSpec, r: tuple[int, ...]) -> tuple[int, ...]:
             raise RecipeError(
                 f"{deleted[block + 1]} deletions in front of block {block + 1} leave no patch; merge or delete fewer"
             )
-    apart = 0 if spec.sinks is None else spec.sinks.apart
-    for layer in spec.sinks.layers if apart and spec.sinks is not None else ():
-        left = counts[int(layer.split(".")[1]) + 1]
-        if apart >= left:
-            raise RecipeError(f"{apart} sinks apart at {layer} leave nothing to quantize of {left} tokens; give fewer")
+    if spec.sinks is not None and spec.sinks.apart:
+        apart = spec.sinks.apart
+        for layer in spec.sinks.layers:
+            left = counts[int(layer.split(".")[1]) + 1]
+            if apart >= left:
+                raise RecipeError(
+                    f"{apart} sinks apart at {layer} leave nothing to quantize of {left} tokens; give fewer"
+                )
     return tuple(counts)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitfold.bench.statistics import Drop, paired_drop
+from vitfold.bench.statistics import paired_drop
 from vitfold.images import ImageSet, batches, class_targets
 from vitfold.model import Array, Model
 from vitfold.ops.record import Record
@@ -50,11 +50,12 @@ class Effect:
         """Share of images classified as labelled."""
         return None if self.right is None else sum(self.right) / len(self.right)
 
-    def drop_to(self, other: Effect) -> Drop | None:
-        """Compare top-1 with another effect's on the same images; None without labels."""
+    def lead_over(self, other: Effect) -> float:
+        """By how much top-1 is higher on the same images; 0 where chance alone explains it, and without labels."""
         if self.right is None or other.right is None:
-            return None
-        return paired_drop(np.array(self.right), np.array(other.right))
+            return 0.0
+        drop = paired_drop(np.array(other.right), np.array(self.right))
+        return 0.0 if drop.is_noise else -drop.drop
 
 
 @dataclass(slots=True, eq=False)

@@ -246,17 +246,14 @@ def _best(
 
 def _beats(effect: Effect, other: Effect, *, by_db: float = 0.0) -> bool:
     """Say whether top-1 is higher beyond chance, or else, where it differs by no more than chance, SQNR."""
-    drop = other.drop_to(effect)
-    if drop is not None and not drop.is_noise:
-        return drop.drop < 0
-    return effect.sqnr_db > other.sqnr_db + by_db
+    lead = effect.lead_over(other)
+    return lead > 0 if lead else effect.sqnr_db > other.sqnr_db + by_db
 
 
 def ranked(rows: Sequence[Measured]) -> list[Measured]:
     """Sort by effect; among those as good as the best the order of the table decides, which is that of cost."""
     most = max((one.effect for one in rows), key=lambda effect: (effect.top1 or 0.0, effect.sqnr_db))
-    lower = [drop is not None and not drop.is_noise for drop in (most.drop_to(one.effect) for one in rows)]
-    sound = [one for one, is_lower in zip(rows, lower, strict=True) if not is_lower]
+    sound = [one for one in rows if not most.lead_over(one.effect)]
     best = max(one.effect.sqnr_db for one in sound)
     alike = [one for one in sound if one.effect.sqnr_db >= best - WORTHWHILE_DB]
     others = [one for one in rows if one not in alike]
