@@ -14,6 +14,7 @@ from typing import Any
 
 from vitfold.errors import BundleError, VitfoldError
 from vitfold.model import Preprocess, ViTSpec, preprocess_from_dict, spec_to_dict, vit_spec_from_dict
+from vitfold.products import Product, products_of_recipe
 from vitfold.recipe import Recipe, recipe_from_dict
 from vitfold.sealed import MANIFEST, check_files, read_header, write_sealed
 
@@ -51,6 +52,11 @@ class Manifest:
     def simulated(self) -> bool:
         """True if no engine executes it: the bundle holds weights and quantizers instead of a graph."""
         return self.target.get("engine") == "simulation"
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        """The integer products that the graph asks of its runtime, which not every processor computes exactly."""
+        return products_of_recipe(self.target, self.recipe.quant)
 
     @property
     def has_trained_weights(self) -> bool:

@@ -23,11 +23,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vitfold.bench.environment import installed_version, processor
+from vitfold.bench.environment import installed_version
 from vitfold.engines import Session
+from vitfold.engines.exactness import is_exact
 from vitfold.errors import EngineError, missing_extra, nearest
 from vitfold.images import ImageSet, batches
 from vitfold.model import Preprocess
+from vitfold.products import Product
 
 PEERS: Mapping[str, str] = {
     "torch": "the original module in eager PyTorch",
@@ -208,11 +210,9 @@ def _plain_export(module: Any, shape: tuple[int, int, int], folder: Path) -> Pat
     return path
 
 
-def _saturates() -> bool:
-    """Return whether this processor adds pairs of 8-bit products in 16 bits, where weights of 8 bits overflow."""
-    facts = processor()
-    exact = {"avx_vnni", "avx512_vnni", "amx_int8"} & set(facts["instruction_sets"])
-    return facts["architecture"].lower() in ("x86_64", "amd64") and not exact
+def _saturates(engine: str) -> bool:
+    """Return whether an engine computes Q/DQ products with weights of 8 bits wrongly on this processor."""
+    return not is_exact(engine, Product(form="qdq", left="uint8", right="int8", right_bits=8, constant=True))
 
 
 def _quantized_by_onnxruntime(plain: Path, pixels: Any, path: Path) -> Path:
@@ -258,7 +258,7 @@ def _quantized_by_onnxruntime(plain: Path, pixels: Any, path: Path) -> Path:
         op_types_to_quantize=["MatMul", "Gemm"],
         nodes_to_exclude=products,
         per_channel=True,
-        reduce_range=_saturates(),
+        reduce_range=_saturates("onnxruntime"),
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         calibrate_method=CalibrationMethod.MinMax,
@@ -281,6 +281,8 @@ def _quantized_by_nncf(plain: Path, pixels: Any, path: Path) -> Path:
         import nncf
         import openvino as ov
 
+    # Half the range of weights, where the full one saturates: what its documentation says to do there.
+    fix = nncf.OverflowFix.ENABLE if _saturates("openvino") else None
     model = nncf.quantize(
         ov.Core().read_model(str(plain)),
         nncf.Dataset([pixels[i : i + 1] for i in range(len(pixels))]),
@@ -288,6 +290,7 @@ def _quantized_by_nncf(plain: Path, pixels: Any, path: Path) -> Path:
         preset=nncf.QuantizationPreset.MIXED,
         subset_size=len(pixels),
         fast_bias_correction=True,
+        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=fix),
     )
     ov.save_model(model, str(path), compress_to_fp16=False)
     return path

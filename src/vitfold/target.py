@@ -91,10 +91,11 @@ _PORTABLE = Target(
     linear_bias="add",
     activation_type="uint8",
     symmetric=False,
-    weight_bits=8,
+    weight_bits=7,
     quantized_product="qdq",
     quantize_attention=False,
-    why="standard ONNX operators only: for any runtime, at some cost on ONNX Runtime",
+    why="standard ONNX operators only: for any runtime, at some cost on ONNX Runtime; weights of 7 bits, which "
+    "saturate on no processor",
 )
 _TENSORRT = replace(
     _PORTABLE,
@@ -105,6 +106,7 @@ _TENSORRT = replace(
     scatter_add="masked_sum",
     activation_type="int8",
     symmetric=True,
+    weight_bits=8,
     float_type="float16",
     weight_scale="normalized",
     argmax="topk",
@@ -149,7 +151,14 @@ TARGETS: dict[str, Target] = {
             _PORTABLE,
             name="openvino",
             engine="openvino",
-            why="OpenVINO folds the Q/DQ pairs around products into integer kernels",
+            weight_bits=8,
+            why="OpenVINO folds the Q/DQ pairs around products into integer kernels, at full range with VNNI or AMX",
+        ),
+        replace(
+            _PORTABLE,
+            name="openvino-avx2",
+            engine="openvino",
+            why="OpenVINO on x86 without integer dot products, where pairs of 8-bit products saturate: 7-bit weights",
         ),
         _TENSORRT,
         replace(
@@ -173,12 +182,14 @@ TARGETS: dict[str, Target] = {
             name="integer",
             quantized_product="integer",
             quantize_attention=True,
-            why="operand reordering: every product takes integers, dequantizations stand behind it",
+            why="operand reordering: every product takes integers, dequantizations stand behind it; exact on every "
+            "processor by 7-bit weights and unsigned keys and values",
         ),
         replace(
             _PORTABLE,
             name="simulation",
             engine="simulation",
+            weight_bits=8,
             quantize_attention=True,
             why="no graph: quantization simulated in float, for codes that no engine executes; it has no speed",
         ),
@@ -215,7 +226,10 @@ def find_target(name: str) -> Target:
 
 
 def cpu_target(instruction_sets: Collection[str], machine: str) -> Target:
-    """Return the quantized CPU target for these instruction sets (py-cpuinfo's flags) and `platform.machine()`."""
+    """Return the quantized CPU target for these instruction sets (py-cpuinfo's flags) and `platform.machine()`.
+
+    Whether it is exact there is measured by `engines.quantized_cpu_target`.
+    """
     sets = set(instruction_sets)
     if machine.lower() in ("arm64", "aarch64") or "asimddp" in sets:
         return TARGETS["cpu-arm"]

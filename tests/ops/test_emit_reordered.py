@@ -104,15 +104,17 @@ class Emitted:
 def test_a_block_equals_the_integer_oracle_bit_for_bit(tiny_model, random_images, tmp_path, level, kind):
     model = tiny_model()
     images = random_images(model.spec, 3)
-    model, quantizers = quantized(model, images, (5, 0), attention_zero_points=kind == "zero points")
+    model, quantizers = quantized(
+        model, images, (5, 0), attention_zero_points=kind == "zero points", weight_bits=INTEGER.weight_bits
+    )
     graph = block_graph(model, quantizers, tmp_path / "model.onnx", r=5)
     tensors = every_tensor(graph, images, getattr(onnxruntime.GraphOptimizationLevel, level))
     emitted = Emitted(graph, tensors)
     for block in range(2):
         site = f"blocks.{block}.attn"
         q, q_scale, q_zero = emitted.quantized(f"{site}.q")
-        k, k_scale, k_zero = emitted.quantized(f"{site}.k", -128, 127)
-        v, v_scale, v_zero = emitted.quantized(f"{site}.v", -128, 127)
+        k, k_scale, k_zero = emitted.quantized(f"{site}.k")
+        v, v_scale, v_zero = emitted.quantized(f"{site}.v")
         scores = oracle.product(q, k.swapaxes(-1, -2), q_zero, k_zero)
         np.testing.assert_array_equal(emitted.output(f"{site}.qk", "MatMulInteger"), scores)
         width = np.float32(1 / np.sqrt(q.shape[-1]))
@@ -138,7 +140,7 @@ def test_a_block_equals_the_integer_oracle_bit_for_bit(tiny_model, random_images
 
 def test_every_product_takes_integers_and_no_dequantization_stands_before_one(tiny_model, random_images, tmp_path):
     model, images = tiny_model(), random_images(tiny_model().spec, 2)
-    model, quantizers = quantized(model, images, (5, 0))
+    model, quantizers = quantized(model, images, (5, 0), weight_bits=INTEGER.weight_bits)
     graph = block_graph(model, quantizers, tmp_path / "model.onnx", r=5).graph
     onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
     assert {node.domain for node in graph.node} == {""}
@@ -168,7 +170,7 @@ def test_a_multiplier_out_of_reach_is_an_error(multiplier):
 
 def test_scales_that_cannot_be_requantized_are_refused(tiny_model, random_images, tmp_path):
     model, images = tiny_model(), random_images(tiny_model().spec, 2)
-    model, quantizers = quantized(model, images)
+    model, quantizers = quantized(model, images, weight_bits=INTEGER.weight_bits)
     quantizers["blocks.0.attn.v"] = symmetric(np.array([1e-9], np.float32))
     with pytest.raises(TargetError, match=r"blocks\.0\.attn\.proj\.x cannot be requantized"):
         block_graph(model, quantizers, tmp_path / "model.onnx")
@@ -177,7 +179,7 @@ def test_scales_that_cannot_be_requantized_are_refused(tiny_model, random_images
 @pytest.mark.parametrize("left_out", ["proj.x and proj.w", "k and q", "v and softmax"])
 def test_what_has_no_quantizer_stays_float(tiny_model, random_images, tmp_path, left_out):
     model, images = tiny_model(), random_images(tiny_model().spec, 2)
-    model, quantizers = quantized(model, images)
+    model, quantizers = quantized(model, images, weight_bits=INTEGER.weight_bits)
     for part in left_out.split(" and "):
         del quantizers[f"blocks.0.attn.{part}"]
     graph = block_graph(model, quantizers, tmp_path / "model.onnx")

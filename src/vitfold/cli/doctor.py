@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -63,7 +64,8 @@ def doctor(as_json: options.Json = False) -> None:
                 "cure": None if version is not None and problem is None else f"pip install -U '{cure}'",
             }
         )
-    advice = _advice(facts["processor"]["instruction_sets"])
+    exact = _exactness()
+    advice = _advice(exact)
     kept = sum(entry.size for entry in cache_entries())
     if as_json:
         print_json(
@@ -72,6 +74,7 @@ def doctor(as_json: options.Json = False) -> None:
                 "environment": facts,
                 "packages": parts,
                 "targets": {name: target.why for name, target in TARGETS.items()},
+                "exact_8_bit_products": exact,
                 "cache": str(cache_folder()),
                 "cache_bytes": kept,
                 "cache_limit_bytes": cache_limit(),
@@ -132,9 +135,25 @@ def _import_problems(modules: list[str]) -> dict[str, str]:
     return problems
 
 
-def _advice(sets: list[str]) -> list[str]:
-    if "amx_int8" in sets or "avx512_vnni" in sets or "avx_vnni" in sets:
-        return ["this processor has integer dot products (VNNI or AMX)"]
-    if "avx2" in sets:
-        return ["this processor has AVX2 without integer dot products"]
-    return []
+def _exactness() -> dict[str, bool]:
+    """Measure of every engine for CPUs that starts whether it computes products of 8-bit weights exactly here."""
+    from vitfold.engines import runs_here
+    from vitfold.errors import EngineError
+    from vitfold.target import find_target
+
+    found = {}
+    for engine, target in (("onnxruntime", "cpu-vnni"), ("openvino", "openvino")):
+        with contextlib.suppress(EngineError):
+            found[engine] = runs_here(find_target(target))
+    return found
+
+
+def _advice(exact: dict[str, bool]) -> list[str]:
+    """Say per engine what 8-bit products come to on this processor, measured."""
+    return [
+        f"{engine}: 8-bit products are exact on this processor"
+        if right
+        else f"{engine}: 8-bit products saturate on this processor; quantize with --target cpu, openvino or portable, "
+        "which take 7-bit weights here; bundles made elsewhere run exactly, but slower"
+        for engine, right in exact.items()
+    ]

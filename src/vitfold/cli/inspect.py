@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from vitfold.cli import options
 from vitfold.cli.terminal import command, out, print_json
+from vitfold.errors import EngineError
 
 if TYPE_CHECKING:
+    from vitfold.bundle import Manifest
     from vitfold.recipe import QuantRecipe
 
 
@@ -30,6 +32,7 @@ def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
             {
                 "recipe": manifest.recipe.to_dict(),
                 "target": dict(manifest.target),
+                "products": [product.name for product in manifest.products],
                 "tokens": list(manifest.tokens),
                 "macs": manifest.macs,
                 "size_bytes": opened.size_bytes,
@@ -58,6 +61,7 @@ def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
         ),
         ("preprocess", f"{pre.resize} {pre.resize_size}, crop {pre.crop_size}, {pre.interpolation}"),
         ("target", f"{manifest.target['name']} ({manifest.target['engine']})"),
+        *([("needs", _needs(manifest))] if manifest.products else []),
         ("merge", describe_r(manifest.recipe.merge.r)),
         ("quant", _quant(manifest.recipe.quant, simulated=manifest.simulated)),
         *([("registers", describe_registers(registers.to_dict()))] if registers is not None else []),
@@ -82,6 +86,22 @@ def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
     out.print(f"[bold]{opened.path}[/]", highlight=False, soft_wrap=True)
     for name, value in lines:
         out.print(f"  {name:11}{value}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _needs(manifest: Manifest) -> str:
+    """What the graph asks of a processor, and whether this one computes it exactly."""
+    from vitfold.engines.exactness import exact_execution
+    from vitfold.engines.session import PLAIN
+
+    engine = str(manifest.target.get("engine"))
+    shown = " and ".join(f"exact products of {product}" for product in manifest.products)
+    try:
+        execution = exact_execution(engine, manifest.products)
+    except EngineError as error:
+        return f"{shown}; not checked here: {error}"
+    if execution is None:
+        return f"{shown}; this processor computes them wrongly, opening it will say so"
+    return f"{shown}; {'so it does here' if execution == PLAIN else 'here in another way, slower'}"
 
 
 def _quant(quant: QuantRecipe | None, *, simulated: bool) -> str:

@@ -161,9 +161,9 @@ def _search(
 
 def _search_folder(model: DiTModel, few: Asked, able: list[Compression], bounds: Bounds) -> Path | None:
     """Where the rows of this search lie, for the same command to go on with, if they can lie anywhere."""
-    from vitfold.bench.environment import processor
     from vitfold.cache import entry_folder, key_of
     from vitfold.errors import CacheError
+    from vitfold.processor import processor
     from vitfold.version import __version__
 
     # How far images are from the converged ones is measured only where a bound asks for it.

@@ -100,11 +100,11 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Wanted, *, 
 def _laboratory(
     model: Model, calibration: ImageSet, chosen: ImageSet, held_out: ImageSet, wanted: Wanted, say: Any
 ) -> Laboratory:
-    from vitfold.bench.environment import processor
     from vitfold.cache import entry_folder, key_of
     from vitfold.pipeline.attempt import Trying
     from vitfold.pipeline.search import Laboratory
     from vitfold.pipeline.trial import SHORT
+    from vitfold.processor import processor
     from vitfold.reference import Reference, reference_outputs
 
     digest = model.digest()

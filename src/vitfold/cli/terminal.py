@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -43,11 +44,27 @@ log = Console(stderr=True)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class _Notes(logging.Handler):
+    """Shows what the library warns of as remarks, each once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message not in self._shown:
+            self._shown.add(message)
+            note(message)
+
+
 def command(function: F) -> F:
     """Turn errors that the user can mend into one message and an exit code, without a traceback."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        notes = _Notes()
+        logging.getLogger("vitfold").addHandler(notes)
         try:
             return function(*args, **kwargs)
         except GateError as error:
@@ -59,6 +76,8 @@ def command(function: F) -> F:
         except BrokenPipeError:
             sys.stderr.close()
             raise typer.Exit(EXIT_ERROR) from None
+        finally:
+            logging.getLogger("vitfold").removeHandler(notes)
 
     return wrapped  # type: ignore[return-value]
 

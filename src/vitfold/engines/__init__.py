@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
 from vitfold.bundle import Bundle
-from vitfold.engines.session import Session, usable_cores
+from vitfold.engines.exactness import (
+    describe_execution,
+    find_execution,
+    quantized_cpu_target,
+    quantized_openvino_target,
+    runs_here,
+)
+from vitfold.engines.session import PLAIN, Session, usable_cores
 from vitfold.errors import EngineError, nearest
+from vitfold.products import Product
 
 EngineName = Literal["onnxruntime", "openvino", "tensorrt"]
 ENGINES: tuple[str, ...] = get_args(EngineName)
 SIMULATION = "simulation"
+_log = logging.getLogger(__name__)
 TENSORRT = "tensorrt"
 
 __all__ = [
     "ENGINES",
+    "PLAIN",
     "SIMULATION",
     "TENSORRT",
     "EngineName",
     "Session",
+    "describe_execution",
+    "find_execution",
     "open_graph",
     "open_session",
+    "quantized_cpu_target",
+    "quantized_openvino_target",
+    "runs_here",
     "tensorrt_obstacle",
     "usable_cores",
 ]
@@ -30,8 +47,10 @@ __all__ = [
 def open_session(bundle: Bundle, *, engine: str | None = None, threads: int | None = None) -> Session:
     """Load a bundle into the engine that its target names, or into another one.
 
+    Where this processor would compute its products wrongly, it runs in another, exact way, and a warning is logged.
+
     Raises:
-        EngineError: if the engine is unknown, not installed or refuses the graph.
+        EngineError: if the engine is unknown, not installed or refuses the graph, or can't compute it exactly here.
     """
     if bundle.manifest.simulated:
         if engine not in (None, SIMULATION):
@@ -43,13 +62,18 @@ def open_session(bundle: Bundle, *, engine: str | None = None, threads: int | No
 
         return open_simulation(bundle, threads=threads)
     made_for, batch = str(bundle.manifest.target.get("engine")), bundle.manifest.target.get("batch")
-    return open_graph(
+    session = open_graph(
         bundle.onnx_path,
         engine or made_for,
         threads=threads,
+        products=bundle.manifest.products,
         literal=made_for == TENSORRT,
         batch=None if batch is None else tuple(batch),
     )
+    remark = describe_execution(session.execution, engine or made_for)
+    if remark is not None:
+        _log.warning("%s: %s", bundle.path, remark)
+    return session
 
 
 def _scheme(bundle: Bundle) -> str:
@@ -62,25 +86,29 @@ def open_graph(
     engine: str,
     *,
     threads: int | None = None,
+    products: Iterable[Product] = (),
     literal: bool = False,
     batch: tuple[int, int, int] | None = None,
 ) -> Session:
     """Load an ONNX graph into an engine.
 
-    `literal` says that it was made for another one (ONNX Runtime only), `batch` are the smallest, the optimal and the
-    largest batch that it has to run (TensorRT only).
+    `products` are the integer products that it holds: where the engine's usual kernels would compute them wrongly on
+    this processor, it runs in the first way that is exact, which `session.execution` names. `literal` says that it was
+    made for another engine (ONNX Runtime only): its products run as the floats that they are written as. `batch` are
+    the smallest, the optimal and the largest batch that it has to run (TensorRT only).
 
     Raises:
-        EngineError: if the engine is unknown, not installed or refuses the graph.
+        EngineError: if the engine is unknown, not installed or refuses the graph, or computes its products wrongly.
     """
     if engine == "onnxruntime":
         from vitfold.engines.onnxruntime import OnnxRuntimeSession
 
-        return OnnxRuntimeSession(path, threads=threads, literal=literal)
+        execution = PLAIN if literal else find_execution(engine, products)
+        return OnnxRuntimeSession(path, threads=threads, literal=literal, execution=execution)
     if engine == "openvino":
         from vitfold.engines.openvino import OpenVinoSession
 
-        return OpenVinoSession(path, threads=threads)
+        return OpenVinoSession(path, threads=threads, execution=find_execution(engine, products))
     if engine == TENSORRT:
         from vitfold.engines.tensorrt import TensorRtSession
 

@@ -18,6 +18,10 @@ import onnxruntime as ort
 from jaxtyping import Float
 
 from vitfold.engines.session import (
+    FLOATING,
+    PLAIN,
+    SHOWN,
+    WIDE,
     Call,
     EngineProfile,
     NodeTime,
@@ -49,12 +53,18 @@ class End:
     shape: tuple[int | str, ...]
 
 
+EXECUTIONS: Mapping[str, Mapping[str, str]] = {
+    PLAIN: {},
+    WIDE: {"session.x64quantprecision": "1"},
+    FLOATING: {"session.disable_quant_qdq": "1"},
+}
+"""Session settings of each way to execute integer products: int8 weights become uint8, Q/DQ pairs are not fused."""
 _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 _KERNEL = "_kernel_time"
 _CODES = {"uint8", "int8"}
 
 
-def session_options(threads: int | None, *, literal: bool = False) -> ort.SessionOptions:
+def session_options(threads: int | None, *, literal: bool = False, execution: str = PLAIN) -> ort.SessionOptions:
     """Return how graphs run; `literal` leaves them as they were written, but for the simplest fusions."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -65,6 +75,8 @@ def session_options(threads: int | None, *, literal: bool = False) -> ort.Sessio
     options.graph_optimization_level = levels.ORT_ENABLE_BASIC if literal else levels.ORT_ENABLE_ALL
     # Threads spin within a run, where it pays, and sleep between runs, where it robs the neighbours.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    for key, value in EXECUTIONS[FLOATING if literal else execution].items():
+        options.add_session_config_entry(key, value)
     return options
 
 
@@ -72,11 +84,13 @@ class OnnxRuntimeSession(Session):
     """One ONNX graph on ONNX Runtime's CPU provider, with one input and one output, which `ends` describes.
 
     `literal` leaves the graph as it was written, but for the simplest fusions: some of the others move 8-bit floats to
-    operators that do not take them.
+    operators that do not take them, and 8-bit products to kernels that saturate. `execution` is a key of `EXECUTIONS`.
     """
 
-    def __init__(self, path: str | Path, *, threads: int | None = None, literal: bool = False) -> None:
-        self._path, self._threads, self._literal = path, threads, literal
+    def __init__(
+        self, path: str | Path, *, threads: int | None = None, literal: bool = False, execution: str = PLAIN
+    ) -> None:
+        self._path, self._threads, self._literal, self.execution = path, threads, literal, execution
         self._session = self._load(self._options())
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1 or len(outputs) != 1:
@@ -92,7 +106,7 @@ class OnnxRuntimeSession(Session):
         self._pixels: np.ndarray | None = None
 
     def _options(self) -> ort.SessionOptions:
-        return session_options(self._threads, literal=self._literal)
+        return session_options(self._threads, literal=self._literal, execution=self.execution)
 
     def _load(self, options: ort.SessionOptions) -> ort.InferenceSession:
         try:
@@ -105,8 +119,8 @@ class OnnxRuntimeSession(Session):
 
     @property
     def engine(self) -> str:
-        """Name and version."""
-        return f"onnxruntime {ort.__version__}"
+        """Name, version, and how integer products run where that is not as usual."""
+        return f"onnxruntime {ort.__version__}{SHOWN[self.execution]}"
 
     def _bound(self) -> ort.IOBinding:
         if self._binding is None:

@@ -16,11 +16,24 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vitfold.engines.session import Call, EngineProfile, NodeTime, Session, profile_of, take_turns, usable_cores
+from vitfold.engines.session import (
+    FLOATING,
+    PLAIN,
+    SHOWN,
+    Call,
+    EngineProfile,
+    NodeTime,
+    Session,
+    profile_of,
+    take_turns,
+    usable_cores,
+)
 from vitfold.errors import EngineError, missing_extra
 
 # Batch sizes compiled at once: the common one and the remainder at the end of a folder. Each holds the weights again.
 KEPT_SIZES = 2
+EXECUTIONS: Mapping[str, Mapping[str, str]] = {PLAIN: {}, FLOATING: {"LP_TRANSFORMS_MODE": "NO"}}
+"""Settings of each way to execute integer products: without the plugin's low-precision passes they are floats."""
 _PRODUCTS = {"FullyConnected", "MatMul", "Convolution"}
 
 
@@ -50,25 +63,27 @@ class OpenVinoSession(Session):
     The settings are those of one caller who waits for each result (hint LATENCY, one stream) with all threads on it.
     Floats stay float32: on processors with bfloat16 the plugin would otherwise compute in it, and it would quantize
     the activations of weight-only INT8 layers while running. The recipe decides precision, not the engine.
+    `execution` is a key of `EXECUTIONS`.
 
     Raises:
         EngineError: if OpenVINO is not installed, or refuses the graph.
     """
 
-    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+    def __init__(self, path: str | Path, *, threads: int | None = None, execution: str = PLAIN) -> None:
         try:
             with without_telemetry():
                 import openvino as ov
         except ModuleNotFoundError:
             raise EngineError(missing_extra("openvino", "openvino", "the engine openvino")) from None
         self._ov = ov
-        self._path = path
+        self._path, self.execution = path, execution
         self._settings: dict[str, Any] = {
             "INFERENCE_NUM_THREADS": threads or usable_cores(),
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
             "INFERENCE_PRECISION_HINT": "f32",
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+            **EXECUTIONS[execution],
         }
         self._core: Any = ov.Core()
         try:
@@ -90,8 +105,8 @@ class OpenVinoSession(Session):
 
     @property
     def engine(self) -> str:
-        """Name and version, without the build."""
-        return f"openvino {self._ov.__version__.partition('-')[0]}"
+        """Name and version, without the build, and how integer products run where that is not as usual."""
+        return f"openvino {self._ov.__version__.partition('-')[0]}{SHOWN[self.execution]}"
 
     def _refusal(self, verb: str, error: Exception) -> str:
         lines = [line.strip() for line in str(error).splitlines()]

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from vitfold.engines.onnxruntime import EXCEPTIONS, session_options
+from vitfold.engines.session import PLAIN, SHOWN
 from vitfold.errors import EngineError
 from vitfold.model import Array
 from vitfold.ops.protocol import Port
@@ -20,19 +21,29 @@ Ends = tuple[Sequence[Port], Sequence[Port]]
 
 
 class PartsSession:
-    """One graph per part, `paths[part]`, with the inputs and outputs that `ends[part]` names."""
+    """One graph per part, `paths[part]`, with the inputs and outputs that `ends[part]` names.
 
-    def __init__(self, paths: Mapping[str, Path], ends: Mapping[str, Ends], *, threads: int | None = None) -> None:
-        self._ends = ends
-        self._sessions = {part: _load(path, threads) for part, path in paths.items()}
+    `execution` says how integer products run: a key of `engines.onnxruntime.EXECUTIONS`.
+    """
+
+    def __init__(
+        self,
+        paths: Mapping[str, Path],
+        ends: Mapping[str, Ends],
+        *,
+        threads: int | None = None,
+        execution: str = PLAIN,
+    ) -> None:
+        self._ends, self.execution = ends, execution
+        self._sessions = {part: _load(path, threads, execution) for part, path in paths.items()}
         self._kept: dict[str, Array] = {}
         self._bindings: dict[tuple[str, int, tuple[tuple[str, str], ...]], ort.IOBinding] = {}
         self._rows = 0
 
     @property
     def engine(self) -> str:
-        """Name and version."""
-        return f"onnxruntime {ort.__version__}"
+        """Name, version, and how integer products run where that is not as usual."""
+        return f"onnxruntime {ort.__version__}{SHOWN[self.execution]}"
 
     def call(self, part: str, *inputs: Array) -> Array:
         """Run a part once on arrays and return its first output."""
@@ -92,8 +103,9 @@ class PartsSession:
         self._bindings, self._sessions, self._kept = {}, {}, {}
 
 
-def _load(path: Path, threads: int | None) -> ort.InferenceSession:
+def _load(path: Path, threads: int | None, execution: str) -> ort.InferenceSession:
+    options = session_options(threads, execution=execution)
     try:
-        return ort.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except EXCEPTIONS as error:
         raise EngineError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from None

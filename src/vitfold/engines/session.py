@@ -21,6 +21,12 @@ from vitfold.errors import EngineError
 S = TypeVar("S", bound="Session")
 Call = Callable[[], None]
 
+PLAIN = "plain"
+WIDE = "wide"
+FLOATING = "floating"
+SHOWN = {PLAIN: "", WIDE: " (u8 x u8)", FLOATING: " (float products)"}
+"""How an engine executes integer products, and how tables call it: as it chooses, in wider kernels, in floats."""
+
 
 def usable_cores() -> int:
     """Return the cores that this process may use."""
@@ -112,7 +118,10 @@ class Session(Protocol):
     """A loaded model: `bind` moves input to the device, `run` returns when done, `fetch` brings output back.
 
     A session is a context manager; outside of `with`, `close` releases what it holds. Engines inherit that.
+    `execution` says how integer products run: as the engine chooses, unless that is wrong on this processor.
     """
+
+    execution: str = PLAIN
 
     @property
     def engine(self) -> str:

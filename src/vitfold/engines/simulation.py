@@ -1,4 +1,4 @@
-"""The simulation of quantization as a session: for bundles that no engine executes.
+"""The simulation of quantization and of half precision as a session: for what no engine here executes.
 
 Owns nothing but the wrapping of the simulating interpreter. It is never timed: a simulation is slower than
 the float model, and its time says nothing about integer kernels.
@@ -23,7 +23,10 @@ from vitfold.recipe import MergeRecipe
 
 
 class SimulationSession(Session):
-    """A model whose weights lie on their grids, with its quantizers; `reordered` as target "integer" computes."""
+    """A model whose weights lie on their grids, with its quantizers; `reordered` as target "integer" computes.
+
+    `half` rounds every value to FP16, as a graph of that type states it.
+    """
 
     def __init__(
         self,
@@ -33,17 +36,21 @@ class SimulationSession(Session):
         merge: MergeRecipe,
         *,
         reordered: bool = False,
+        half: bool = False,
         threads: int | None = None,
     ) -> None:
         try:
             import torch
 
+            from vitfold.ops.half import Half
             from vitfold.ops.simulate import Simulate
         except ModuleNotFoundError:
             raise EngineError(missing_extra("torch", "optimize", "a simulated bundle")) from None
         if threads is not None:
             torch.set_num_threads(threads)
-        self._ops: Simulate | None = Simulate(params, quantizers, reordered=reordered)
+        ops = Half(params, quantizers) if half else Simulate(params, quantizers, reordered=reordered)
+        self._ops: Simulate | None = ops
+        self._half = ops if isinstance(ops, Half) else None
         self._spec, self._merge = spec, merge
         self._input: torch.Tensor | None = None
         self._output: torch.Tensor | None = None
@@ -78,6 +85,23 @@ class SimulationSession(Session):
         if self._output is None:
             raise EngineError("nothing has run; call run before fetch")
         return np.array(self._output.numpy())
+
+    def check_half(self) -> tuple[float, str] | None:
+        """Return the largest number that half precision had to hold so far, and its site; None in single precision.
+
+        Raises:
+            EngineError: if a value was larger than half precision can hold.
+        """
+        if self._half is None:
+            return None
+        if self._half.overflow is not None:
+            value, site = self._half.overflow
+            shown = f"{value:,.0f}" if np.isfinite(value) else "infinity"
+            raise EngineError(
+                f"half precision overflows at {site}: it meets {shown}, and FP16 holds 65,504 at most, so a GPU would "
+                "answer NaN on ordinary images; make the bundle in single precision: --target portable"
+            )
+        return self._half.peak
 
     def close(self) -> None:
         """Drop weights, input and output."""

@@ -21,7 +21,8 @@ from vitfold.pipeline.solving import (
     solve_measured,
     solve_merge,
 )
-from vitfold.pipeline.writing import FIDELITY_IMAGES, run_reference, save
+from vitfold.pipeline.verifying import run_reference
+from vitfold.pipeline.writing import FIDELITY_IMAGES, save
 
 __all__ = [
     "FIDELITY_IMAGES",

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from vitfold.bench.environment import installed_version, processor
+from vitfold.bench.environment import installed_version
 from vitfold.bench.measurement import speed_up
 from vitfold.bench.timing import Protocol
 from vitfold.bundle import Bundle
-from vitfold.engines import TENSORRT, open_session, tensorrt_obstacle
+from vitfold.engines import PLAIN, TENSORRT, open_session, quantized_openvino_target, runs_here, tensorrt_obstacle
 from vitfold.pipeline.plan import Folded
 from vitfold.pipeline.trial import SHORT, opened, timed
 from vitfold.recipe import Recipe
@@ -56,11 +56,14 @@ def float_plan(folded: Folded) -> Folded:
 def race(quantized: Bundle, folded: Folded, *, protocol: Protocol = SHORT) -> Race | None:
     """Time the bundle against the float graph of the same merging, interleaved; None where nothing can be timed.
 
-    Simulated bundles have no time, those for TensorRT none on a machine where it does not start.
+    Simulated bundles have no time, those for TensorRT none on a machine where it does not start, and those for a
+    processor with exact 8-bit products none on one that has to run them in another way.
     """
     if quantized.manifest.simulated or (folded.target.engine == TENSORRT and tensorrt_obstacle() is not None):
         return None
     with opened(float_plan(folded)) as plain, open_session(quantized) as session:
+        if session.execution != PLAIN:
+            return None
         measured = timed({"float": plain, "quantized": session}, folded.model.spec, protocol=protocol)
     ratio = speed_up(measured["float"], measured["quantized"])
     return Race(**ratio, reason=None if ratio["median"] > 1.0 else _reason(folded))
@@ -69,11 +72,15 @@ def race(quantized: Bundle, folded: Folded, *, protocol: Protocol = SHORT) -> Ra
 def fastest(folded: Folded, *, protocol: Protocol = SHORT) -> Folded:
     """Return the plan for the engine that runs it fastest here: ONNX Runtime, or OpenVINO where it is installed.
 
-    Both graphs hold the same codes; a simulated plan is returned as it is.
+    Both graphs hold the same codes; a simulated plan is returned as it is, and an engine that would compute these
+    codes wrongly on this processor does not run.
     """
     if folded.simulated or installed_version("openvino") is None:
         return folded
-    plans = {plan.target.engine: plan for plan in (folded, replace(folded, target=find_target("openvino")))}
+    other = replace(folded, target=quantized_openvino_target() if folded.quantizers else find_target("openvino"))
+    if folded.quantizers and other.target.weight_bits < folded.target.weight_bits:
+        return folded
+    plans = {plan.target.engine: plan for plan in (folded, other)}
     with ExitStack() as stack:
         sessions = {engine: stack.enter_context(opened(plan)) for engine, plan in plans.items()}
         measured = timed(sessions, folded.model.spec, protocol=protocol)
@@ -83,10 +90,9 @@ def fastest(folded: Folded, *, protocol: Protocol = SHORT) -> Folded:
 def _reason(folded: Folded) -> str:
     if folded.target.engine == TENSORRT:
         return "on this GPU the conversions to 8 bit cost more than the products save"
-    sets = set(processor()["instruction_sets"])
     if folded.target.quantized_product == "integer":
         return "target integer shows operand reordering with standard operators, which no runtime fuses"
-    if not sets & {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp"}:
+    if not runs_here(find_target("cpu-vnni")):
         return "this processor has no integer dot products (VNNI, AMX or ARM dotprod), so integer products gain little"
     costs = folded.costs()
     macs = sum(cost.macs for cost in costs)

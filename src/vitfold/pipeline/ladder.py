@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from vitfold.bench.evaluation import run_over
-from vitfold.engines import ENGINES, SIMULATION, Session, open_graph
+from vitfold.engines import ENGINES, SIMULATION, Session
 from vitfold.errors import VitfoldError
 from vitfold.images import ImageSet
 from vitfold.model import Model
 from vitfold.pipeline.calibration import calibrate_folded
 from vitfold.pipeline.plan import Folded, optimize, registers_from_name
-from vitfold.pipeline.writing import simulation, write_graph
+from vitfold.pipeline.verifying import open_written, simulation
+from vitfold.pipeline.writing import write_graph
 from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe, bits_from_scheme
 from vitfold.reference import Reference, compare_outputs, reference_outputs
-from vitfold.target import find_target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,4 +128,4 @@ def _open(folded: Folded, cell: Cell, folder: Path) -> Session:
         return simulation(folded)
     path = folder / "model.onnx"
     write_graph(folded, path)
-    return open_graph(path, find_target(folded.target.name).engine)
+    return open_written(folded, path)

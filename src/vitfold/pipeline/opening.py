@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vitfold.bench.environment import processor
 from vitfold.cache import keep_arrays, key_of, read_arrays
+from vitfold.engines import find_execution, quantized_cpu_target
 from vitfold.errors import EngineError, RecipeError
 from vitfold.model import Array, DiTModel, DiTSpec
 from vitfold.model.dit import dit_param_shapes
@@ -24,6 +24,7 @@ from vitfold.ops.count import Count
 from vitfold.ops.record import Record
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
+from vitfold.products import Product, products_of
 from vitfold.programs.dit_parts import Part, parts
 from vitfold.quant.ranges import affine_uniform, symmetric_uniform
 from vitfold.quantizer import Quantizer
@@ -33,7 +34,7 @@ from vitfold.reuse.predictor import Predictor, predictor_shapes, train_predictor
 from vitfold.reuse.sampling import Executor
 from vitfold.reuse.schedulers import build_scheduler
 from vitfold.step_bundle import StepBundle, StepManifest
-from vitfold.target import Target, cpu_target, find_target
+from vitfold.target import Target, find_target
 
 if TYPE_CHECKING:
     from vitfold.engines.parts import PartsSession
@@ -87,7 +88,7 @@ def compress(
         return Compression(r=r)
     layers = [f"blocks.{block}{layer}" for block in range(model.spec.depth) for layer in _LAYERS]
     ranges = _ranges(model, layers, r=r, steps=steps, guidance=guidance, seed=seed)
-    bits = _quantized_target().weight_bits
+    bits = quantized_cpu_target().weight_bits
     quantizers: dict[str, Quantizer] = {}
     params = dict(model.params)
     for layer in layers:
@@ -221,16 +222,22 @@ def write_parts(
     write_together(graphs, folder)
 
 
-def open_graphs(found: Mapping[str, Part], folder: Path, threads: int | None) -> PartsSession:
-    """Open the graphs of parts that were written to a folder.
+def open_graphs(
+    found: Mapping[str, Part], folder: Path, threads: int | None, products: Iterable[Product] = ()
+) -> PartsSession:
+    """Open the graphs of parts that were written to a folder; `products` are the integer products that they hold.
 
     Raises:
-        EngineError: if ONNX Runtime refuses one.
+        EngineError: if ONNX Runtime refuses one, or computes its products wrongly on this processor.
     """
     from vitfold.engines.parts import PartsSession
 
-    paths = {name: folder / f"{name}.onnx" for name in found}
-    return PartsSession(paths, {name: (part.inputs, part.outputs) for name, part in found.items()}, threads=threads)
+    return PartsSession(
+        {name: folder / f"{name}.onnx" for name in found},
+        {name: (part.inputs, part.outputs) for name, part in found.items()},
+        threads=threads,
+        execution=find_execution("onnxruntime", products),
+    )
 
 
 def method_of(manifest: StepManifest) -> Method:
@@ -251,14 +258,22 @@ def open_steps(bundle: StepBundle, threads: int | None = None) -> PartsSession:
     """
     manifest = bundle.manifest
     method = method_of(manifest)
-    return open_graphs(plan_parts(manifest.spec, method, manifest.counts, manifest.plan.merge), bundle.path, threads)
+    found = plan_parts(manifest.spec, method, manifest.counts, manifest.plan.merge)
+    return open_graphs(found, bundle.path, threads, products_of_steps(manifest))
+
+
+def products_of_steps(manifest: StepManifest) -> tuple[Product, ...]:
+    """Return the integer products of the graphs of a bundle.
+
+    Raises:
+        TargetError: if this vitfold does not know its target.
+    """
+    if manifest.plan.quant == "none":
+        return ()
+    target = find_target(str(manifest.target["name"]))
+    return products_of(target.to_dict(), weight_bits=8, attention=False)
 
 
 def step_target(*, quantized: bool) -> Target:
     """Return what graphs of steps are written for: this processor, where they hold integers."""
-    return _quantized_target() if quantized else find_target("cpu")
-
-
-def _quantized_target() -> Target:
-    found = processor()
-    return cpu_target(found["instruction_sets"], found["architecture"])
+    return quantized_cpu_target() if quantized else find_target("cpu")

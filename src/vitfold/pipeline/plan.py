@@ -6,13 +6,14 @@ business, writing `writing`'s.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vitfold.audit.limits import check_attention
-from vitfold.bench.environment import processor
+from vitfold.engines import quantized_cpu_target, quantized_openvino_target
 from vitfold.errors import RecipeError, TargetError
 from vitfold.model import Model, ViTSpec, param_shapes
 from vitfold.model.folds import fold_layer_scale
@@ -34,7 +35,7 @@ from vitfold.recipe import (
     tokens_per_block,
 )
 from vitfold.schedule import resolve_r
-from vitfold.target import Target, cpu_target, find_target
+from vitfold.target import Target, find_target
 
 Merge = str | int | Sequence[int] | None
 
@@ -172,7 +173,7 @@ def _quant_recipe(quant: str | QuantRecipe | None) -> QuantRecipe | None:
 
 
 def resolve_target(name: str, quant: QuantRecipe | None) -> Target:
-    """Return the target; for a quantized "cpu" the one of this processor, or the simulation.
+    """Return the target; for a quantized "cpu" or "openvino" the one of this processor, or the simulation.
 
     Raises:
         TargetError: if a target that executes was asked for what no engine executes.
@@ -193,8 +194,9 @@ def resolve_target(name: str, quant: QuantRecipe | None) -> Target:
             "use --quant w8a8 or w4a8, or --target simulation"
         )
     if target.name == "cpu":
-        found = processor()
-        return cpu_target(found["instruction_sets"], found["architecture"])
+        return quantized_cpu_target()
+    if target.name == "openvino" and importlib.util.find_spec("openvino") is not None:
+        return quantized_openvino_target()
     return target
 
 

@@ -19,6 +19,7 @@ from vitfold.engines import Session, open_graph
 from vitfold.model import ViTSpec
 from vitfold.pipeline.plan import Folded
 from vitfold.pipeline.writing import write_graph
+from vitfold.products import products_of_recipe
 
 SHORT = Protocol(trials=7, seconds=2.0)
 
@@ -29,7 +30,12 @@ def opened(folded: Folded) -> Iterator[Session]:
     with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
         path = Path(folder) / "model.onnx"
         write_graph(folded, path)
-        with open_graph(path, folded.target.engine, batch=folded.batch) as session:
+        with open_graph(
+            path,
+            folded.target.engine,
+            products=products_of_recipe(folded.target.to_dict(), folded.recipe.quant),
+            batch=folded.batch,
+        ) as session:
             yield session
 
 

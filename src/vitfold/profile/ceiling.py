@@ -16,13 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from vitfold.bench.environment import processor
-from vitfold.engines import TENSORRT, Session, open_graph, usable_cores
+from vitfold.engines import (
+    TENSORRT,
+    Session,
+    open_graph,
+    quantized_cpu_target,
+    quantized_openvino_target,
+    usable_cores,
+)
 from vitfold.engines.session import Call
 from vitfold.errors import EngineError, missing_extra
 from vitfold.model import Array
 from vitfold.quantizer import Quantizer, Uniform
-from vitfold.target import Target, cpu_target, find_target
+from vitfold.target import Target, find_target
 
 # About a millisecond each, like the model's own nodes: longer ones would meet other programs on a shared machine.
 CHANNELS, ROWS, INNER, COLUMNS = 3, 192, 768, 1536
@@ -101,14 +107,13 @@ def _probe_target(engine: str, name: str, *, integer: bool) -> Target:
     if engine == TENSORRT:
         return find_target("tensorrt-int8" if integer else "tensorrt-fp16")
     if engine == "openvino":
-        return find_target("openvino" if integer else "portable")
+        return quantized_openvino_target() if integer else find_target("portable")
     if not integer:
         return find_target("cpu")
     own = find_target(name)
     if own.name.startswith("cpu-") and own.engine == engine:
         return own
-    found = processor()
-    return cpu_target(found["instruction_sets"], found["architecture"])
+    return quantized_cpu_target()
 
 
 def _write(path: Path, target: Target, *, integer: bool) -> Path:

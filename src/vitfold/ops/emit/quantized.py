@@ -17,6 +17,7 @@ from vitfold.errors import TargetError
 from vitfold.model import Array
 from vitfold.ops.emit.codes import Placed, PlacedWeight, Sign, place, place_weight
 from vitfold.ops.emit.writer import Writer
+from vitfold.products import computed_type
 from vitfold.quantizer import NORMALIZED_EXPONENT, Quantizer, Shifted, Twin, normalized_scale
 from vitfold.target import Target
 
@@ -256,8 +257,8 @@ class Quantized(Writer):
 
         Where 8-bit signed operands saturate, both sides are unsigned: slower, but exact.
         """
-        saturates = self._target.quantized_product == "matmul_integer_to_float" and self._target.weight_bits < 8
-        return place(site, self._quantizers[site], self._target, np.uint8 if saturates else np.int8)
+        kind = np.dtype(computed_type(self._target.to_dict()))
+        return place(site, self._quantizers[site], self._target, kind.type)
 
     def _quantized_scores(self, site: str, q: ir.Value, k: ir.Value, width: int) -> ir.Value:
         """Q(q) Q(k)^T / sqrt(K) on rank-4 values."""

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from vitfold.errors import TargetError
 from vitfold.model import Array
 from vitfold.target import Target
 
@@ -69,10 +70,25 @@ class Writer:
     ) -> ir.Value:
         return self._nodes(op_type, *inputs, site=site, domain=domain, **attributes)[0]
 
+    def _as_real(self, array: Array, name: str) -> Array:
+        """Return reals in the graph's float type.
+
+        Raises:
+            TargetError: if half precision cannot hold one of them.
+        """
+        with np.errstate(over="ignore"):
+            real = array.astype(self._real, copy=False)
+        if real is not array and not np.isfinite(real).all() and np.isfinite(array).all():
+            raise TargetError(
+                f"half precision cannot hold a number of {name}: {np.abs(array).max():,.0f} is beyond 65,504; make the "
+                "bundle in single precision: --target portable"
+            )
+        return real
+
     def _constant(self, array: Array) -> ir.Value:
         """Return an initializer, reals in the graph's float type; equal small constants are shared."""
         if array.dtype == np.float32:
-            array = array.astype(self._real)
+            array = self._as_real(array, self._scope)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             name = self._unique(f"const.{len(self._constants)}")
@@ -89,16 +105,16 @@ class Writer:
         """Return a parameter as initializer; a transposed copy exists only while it is written."""
         key = (name, transposed)
         if key not in self._weights:
-            array = self._params[name]
+            array = self._as_real(self._params[name], name)
             label = f"{name}.T" if transposed else name
             if transposed:
                 shape = ir.Shape((array.shape[1], array.shape[0]))
 
                 def turned(array: Array = array, label: str = label) -> ir.Tensor:
-                    return ir.tensor(np.ascontiguousarray(array.T, self._real), name=label)
+                    return ir.tensor(np.ascontiguousarray(array.T), name=label)
 
                 tensor: ir.TensorProtocol = ir.LazyTensor(turned, self._real_type, shape, name=label)
             else:
-                tensor = ir.tensor(array.astype(self._real, copy=False), name=label)
+                tensor = ir.tensor(array, name=label)
             self._weights[key] = self.tape.initializer(tensor)
         return self._weights[key]

@@ -1,0 +1,158 @@
+"""The interpreter that rounds every value to half precision, as a strongly typed FP16 graph states it.
+
+ONNX Runtime's CPU provider keeps values between FP16 nodes in float32, so an overflow that a GPU meets passes there
+unseen. Sums within one product or one normalization stay in single precision, as GPUs keep them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitfold.model import Array
+from vitfold.ops.simulate import Simulate, fake_quantize
+from vitfold.quantizer import Float8, Quantizer, Uniform, normalized_scale
+
+LARGEST = 65504.0
+"""The largest finite number in half precision."""
+
+
+class Half(Simulate):
+    """`Simulate` (or `Run`, without quantizers) with every result rounded to FP16, in the order of the emitted nodes.
+
+    `peak` is the largest magnitude that was met before rounding, and where; `overflow` the first site whose value
+    half precision cannot hold, with that value, None while there is none.
+    """
+
+    def __init__(self, params: Mapping[str, Array], quantizers: Mapping[str, Quantizer]) -> None:
+        with np.errstate(over="ignore"):
+            half = {name: array.astype(np.float16).astype(np.float32) for name, array in params.items()}
+        super().__init__(half, quantizers)
+        self.peak: tuple[float, str] = (0.0, "input")
+        self.overflow: tuple[float, str] | None = None
+        self._scope = "input"
+
+    def _half(self, x: Tensor, site: str | None = None) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        where = site or self._scope
+        most = float(x.abs().max()) if x.numel() else 0.0
+        if not most <= self.peak[0]:
+            self.peak = (most, where)
+        rounded = x.to(torch.float16).to(torch.float32)
+        if self.overflow is None and not math.isfinite(float(rounded.abs().max() if x.numel() else 0.0)):
+            self.overflow = (most, where)
+        return rounded
+
+    def scope(self, site: str) -> None:
+        """Remember where the operations that follow belong."""
+        self._scope = site
+
+    def constant(self, values: Array) -> Tensor:
+        """The numbers, rounded."""
+        return self._half(super().constant(values))
+
+    def patch_embed(self, layer: str, image: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B N D"]:
+        """On rounded pixels."""
+        return self._half(super().patch_embed(layer, self._half(image, "input")), layer)
+
+    def linear(self, layer: str, x: Float[Tensor, "*B I"], rows: str = "") -> Float[Tensor, "*B O"]:
+        """The product, its scale and the bias are three nodes."""
+        site = f"{layer}.{rows}.x" if rows else f"{layer}.x"
+        weight = self._quantizers.get(f"{layer}.w")
+        y = self._half(self._rounded(site, x), site) @ self._params[f"{layer}.weight"].T
+        bias = self._params.get(f"{layer}.bias")
+        if isinstance(weight, Uniform | Float8) and weight.scale.ndim:
+            scale = torch.from_numpy(normalized_scale(weight))
+            y = self._half(y / scale, layer)
+            output = self._quantizers.get(f"{layer}.y")
+            y = self._half((y if output is None else fake_quantize(y, output)) * scale, f"{layer}.scale")
+        y = self._half(y, layer)
+        return y if bias is None else self._half(y + bias, f"{layer}.bias")
+
+    def layer_norm(self, layer: str, x: Float[Tensor, "*B D"], eps: float) -> Float[Tensor, "*B D"]:
+        """One operator, single precision within."""
+        return self._half(super().layer_norm(layer, x, eps), layer)
+
+    def activation(self, kind: str, x: Float[Tensor, "*B"], site: str) -> Float[Tensor, "*B"]:
+        """Rounded."""
+        return self._half(super().activation(kind, x, site), site)
+
+    def attention(
+        self,
+        site: str,
+        q: Float[Tensor, "#B H N K"],
+        k: Float[Tensor, "B H M K"],
+        v: Float[Tensor, "B H M K"],
+        bias: Float[Tensor, "#B 1 1 M"] | None,
+    ) -> Float[Tensor, "B H N K"]:
+        """Scores, bias, softmax and weighted sum, each rounded; quantized scores are scaled behind the product."""
+        alpha = 1.0 / math.sqrt(q.shape[-1])
+        if f"{site}.q" in self._quantizers:
+            q, k = (self._half(self._rounded(f"{site}.{name}", x)) for name, x in (("q", q), ("k", k)))
+            logits = self._half(self._half(q @ k.transpose(-1, -2), f"{site}.qk") * alpha, f"{site}.qk")
+        else:
+            logits = self._half(self._half(q * alpha, f"{site}.q") @ k.transpose(-1, -2), f"{site}.qk")
+        if bias is not None:
+            logits = self._half(logits + bias, f"{site}.bias")
+        weights = self._half(self._rounded(f"{site}.softmax", self._half(logits.softmax(-1), f"{site}.softmax")))
+        return self._half(weights @ self._half(self._rounded(f"{site}.v", v)), f"{site}.av")
+
+    def matmul(
+        self, site: str, a: Float[Tensor, ...], b: Float[Tensor, ...], *, transpose_b: bool = False
+    ) -> Float[Tensor, ...]:
+        """Rounded."""
+        return self._half(super().matmul(site, a, b, transpose_b=transpose_b), site)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """Rounded."""
+        return self._half(super().add(a, b))
+
+    def add_scalar(self, a: Tensor, value: float) -> Tensor:
+        """Rounded."""
+        return self._half(super().add_scalar(a, value))
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        """Rounded."""
+        return self._half(super().multiply(a, b))
+
+    def scale(self, a: Tensor, value: float) -> Tensor:
+        """Rounded."""
+        return self._half(super().scale(a, value))
+
+    def divide(self, a: Tensor, b: Tensor) -> Tensor:
+        """Rounded."""
+        return self._half(super().divide(a, b))
+
+    def log(self, a: Tensor) -> Tensor:
+        """Rounded."""
+        return self._half(super().log(a))
+
+    def norm(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N 1"]:
+        """Rounded."""
+        return self._half(super().norm(x))
+
+    def softmax(self, site: str, a: Tensor) -> Tensor:
+        """Rounded."""
+        return self._half(super().softmax(site, a), site)
+
+    def similarity(self, site: str, metric: Float[Tensor, "B N K"], a: range, b: range) -> Float[Tensor, "B A M"]:
+        """Rounded."""
+        return self._half(super().similarity(site, metric, a, b), site)
+
+    def mean(self, a: Tensor, axis: int) -> Tensor:
+        """Rounded."""
+        return self._half(super().mean(a, axis))
+
+    def sum(self, a: Tensor, axis: int) -> Tensor:
+        """Rounded."""
+        return self._half(super().sum(a, axis))
+
+    def scatter_add(self, site: str, x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+        """Rounded."""
+        return self._half(super().scatter_add(site, x, index, rows), site)

@@ -1,0 +1,177 @@
+"""Whether what was written computes what the reference interpreter does, in its engine and its precision.
+
+Owns the bounds: a float graph equals the reference; a rounded one may differ from the simulation of its rounding by no
+more than a few times what that rounding costs, for one code that falls on the other side spreads over all that follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from vitfold.engines import TENSORRT, Session, describe_execution, open_graph
+from vitfold.errors import EngineError
+from vitfold.images import ImageSet, batches
+from vitfold.model import Model
+from vitfold.pipeline.plan import Folded
+from vitfold.products import products_of_recipe
+from vitfold.programs.vit import vit
+
+if TYPE_CHECKING:
+    from vitfold.engines.simulation import SimulationSession
+
+IMAGES = 4
+FLOAT_ERROR = 1e-4
+"""How far a float graph may be from the reference: the median over images of the relative error."""
+ROUNDING_FACTOR = 3.0
+"""A rounded graph may be as far from its simulation as so many times what the same rounding costs the float model."""
+CEILING = 0.1
+"""No graph may be farther than this from its simulation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """How far the engine is from the reference: relative errors over images, and what rounding itself costs (or None).
+
+    `largest` is the largest number that half precision has to hold, and its site, where the graph is of that type.
+    `remark` says what an unusual execution on this processor means.
+    """
+
+    engine: str
+    images: int
+    median: float
+    maximum: float
+    rounding: float | None
+    largest: tuple[float, str] | None = None
+    remark: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        values: dict[str, Any] = {
+            "engine": self.engine,
+            "images": self.images,
+            "median_relative_error": self.median,
+            "max_relative_error": self.maximum,
+        }
+        if self.rounding is not None:
+            values["rounding_relative_error"] = self.rounding
+        if self.largest is not None:
+            values["largest_value"], values["largest_site"] = self.largest
+        return values
+
+
+def open_written(folded: Folded, onnx_path: Path) -> Session:
+    """Open what was written, where its products are exact; a graph for TensorRT runs on ONNX Runtime as it is written.
+
+    Raises:
+        EngineError: if the engine is not installed, refuses the graph, or would compute it wrongly on this processor.
+    """
+    if folded.simulated:
+        return simulation(folded)
+    products = products_of_recipe(folded.target.to_dict(), folded.recipe.quant)
+    if folded.target.engine == TENSORRT:
+        return open_graph(onnx_path, "onnxruntime", literal=True)
+    return open_graph(onnx_path, folded.target.engine, products=products)
+
+
+def simulation(folded: Folded) -> SimulationSession:
+    """Return the simulation of a plan as a session: of its quantizers, and of half precision if its target has it."""
+    from vitfold.engines.simulation import SimulationSession
+
+    return SimulationSession(
+        folded.folded.spec,
+        folded.folded.params,
+        folded.quantizers or {},
+        folded.recipe.merge,
+        reordered=folded.target.quantized_product == "integer",
+        half=folded.target.float_type == "float16",
+    )
+
+
+def run_float(folded: Folded, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[np.ndarray, "B ..."]:
+    """Run the loaded model with the recipe's merging, nothing rounded."""
+    import torch
+
+    from vitfold.ops.run import Run
+
+    with torch.inference_mode():
+        output = vit(Run(folded.model.params), folded.model.spec, folded.recipe.merge, torch.from_numpy(pixels))
+    result: Float[np.ndarray, "B ..."] = output.numpy()
+    return result
+
+
+def run_reference(folded: Folded, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[np.ndarray, "B ..."]:
+    """Run the recipe in the reference interpreter: the loaded model, or the simulation where anything is rounded."""
+    if folded.quantizers is None and folded.target.float_type != "float16":
+        return run_float(folded, pixels)
+    with simulation(folded) as session:
+        return _run(session, pixels)
+
+
+def verification_images(model: Model, images: ImageSet | None) -> Float[np.ndarray, "B 3 H W"]:
+    """Return the first images, prepared, or seeded noise where there are none."""
+    if images is not None:
+        return next(iter(batches(images.first(IMAGES), model.preprocess, batch=IMAGES))).pixel_values
+    shape = (IMAGES, model.spec.channels, *model.spec.image_size)
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+def verify(folded: Folded, pixels: Float[np.ndarray, "B 3 H W"], session: Session) -> Verified:
+    """Compare the engine with the reference, image by image; return how far it is.
+
+    The median over images counts, so that one image may differ more, where rounding turned a tie in matching.
+
+    Raises:
+        EngineError: if the output is not finite, half precision cannot hold a value, or the difference is too large.
+    """
+    rounding, largest = None, None
+    if folded.quantizers is None and folded.target.float_type != "float16":
+        expected, bound = run_float(folded, pixels), FLOAT_ERROR
+    else:
+        with simulation(folded) as simulated:
+            expected = _run(simulated, pixels)
+            largest = simulated.check_half()
+        rounding = float(np.median(relative_errors(run_float(folded, pixels), expected)))
+        bound = bound_for(rounding)
+    found = _run(session, pixels)
+    if not np.isfinite(found).all():
+        raise EngineError("the engine returns NaN or infinite values; the weights overflow float32 on ordinary images")
+    errors = relative_errors(expected, found)
+    median = float(np.median(errors))
+    if not median <= bound:
+        raise EngineError(
+            f"the engine's output differs from the reference by {median:.1e} relative (bound {bound:.0e}); this is a "
+            f"bug in the runtime or in vitfold: upgrade {folded.target.engine}, or try --target portable"
+        )
+    return Verified(
+        engine=session.engine,
+        images=len(errors),
+        median=median,
+        maximum=float(errors.max()),
+        rounding=rounding,
+        largest=largest,
+        remark=describe_execution(session.execution, folded.target.engine),
+    )
+
+
+def bound_for(rounding: float) -> float:
+    """Return how far an engine may be from a simulation whose rounding costs so much, both relative."""
+    return min(CEILING, max(FLOAT_ERROR, ROUNDING_FACTOR * rounding))
+
+
+def relative_errors(expected: Float[np.ndarray, "B ..."], found: Float[np.ndarray, "B ..."]) -> Float[np.ndarray, " B"]:
+    """Return, per image, the largest difference over the largest magnitude."""
+    rows = (len(expected), -1)
+    errors: Float[np.ndarray, " B"] = np.abs(found.reshape(rows) - expected.reshape(rows)).max(axis=1)
+    relative: Float[np.ndarray, " B"] = errors / np.abs(expected.reshape(rows)).max(axis=1)
+    return relative
+
+
+def _run(session: Session, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[np.ndarray, "B ..."]:
+    session.bind(pixels)
+    session.run()
+    return session.fetch()
