@@ -6,14 +6,13 @@ Owns the folder, its bound and the atomic write. What is kept, and under which k
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import stat
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from vitfold.errors import CacheError
 from vitfold.model import Array
+from vitfold.version import __version__
 
 FOLDER = "VITFOLD_CACHE"
 LIMIT = "VITFOLD_CACHE_GB"
@@ -75,9 +75,48 @@ def clear_cache() -> int:
     return sum(entry.size for entry in cache_entries() if _remove(entry.path))
 
 
-def key_of(*parts: Any) -> str:
-    """Return the sha256 over JSON values: the key of what follows from them."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def key_of(*parts: object) -> str:
+    """Return the key of what follows from these values: the sha256 over all of them and vitfold's version.
+
+    Numbers, texts, None, arrays (of torch too), and dataclasses, mappings and sequences of them. Hand over whole
+    dataclasses: a field that is added to one then changes the key by itself.
+
+    Raises:
+        TypeError: for a value that has no canonical form.
+    """
+    total = hashlib.sha256(__version__.encode())
+    for part in parts:
+        _add(total, part)
+    return total.hexdigest()
+
+
+def _add(total: Any, part: object) -> None:
+    if hasattr(part, "detach") and hasattr(part, "numpy"):
+        part = part.detach().numpy()
+    if isinstance(part, np.ndarray | np.generic):
+        total.update(f"{part.dtype}{part.shape}".encode())
+        total.update(np.asarray(part, order="C").tobytes())
+    elif is_dataclass(part):
+        total.update(f"{type(part).__name__}{{".encode())
+        for field in fields(part):
+            total.update(f"{field.name}=".encode())
+            _add(total, getattr(part, field.name))
+        total.update(b"}")
+    elif isinstance(part, Mapping):
+        total.update(b"{")
+        for name in sorted(part):
+            _add(total, name)
+            _add(total, part[name])
+        total.update(b"}")
+    elif isinstance(part, tuple | list):
+        total.update(b"(")
+        for one in part:
+            _add(total, one)
+        total.update(b")")
+    elif part is None or isinstance(part, str | int | float):
+        total.update(f"{part!r},".encode())
+    else:
+        raise TypeError(f"a {type(part).__name__} is no part of a key")
 
 
 def entry_folder(kind: str, key: str) -> Path:

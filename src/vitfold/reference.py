@@ -6,7 +6,6 @@ without any fold that costs accuracy.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 from vitfold.bench.evaluation import Outputs, run_over
 from vitfold.bench.fidelity import Fidelity, measure_fidelity
 from vitfold.bundle import Bundle
-from vitfold.cache import keep_arrays, read_arrays
+from vitfold.cache import keep_arrays, key_of, read_arrays
 from vitfold.engines import TENSORRT, Session, open_session
 from vitfold.errors import SourceError, VitfoldError
 from vitfold.images import ImageSet, class_targets
@@ -101,7 +100,7 @@ def reference_outputs(
 
     `find` is called only if they were not. Outputs in half precision are not kept.
     """
-    key = hashlib.sha256(f"{digest}:{images.digest()}".encode()).hexdigest()
+    key = key_of(digest, images.digest())
     kept = read_arrays("reference", key)
     if kept is not None and {"values", "index"} <= set(kept):
         return Outputs(values=kept["values"], index=tuple(int(i) for i in kept["index"]), skipped=())

@@ -185,6 +185,15 @@ def test_a_bundle_from_another_processor_answers_the_same_and_says_how(
     assert np.median(errors) < 0.02
 
 
+def test_a_graph_that_cannot_be_widened_is_refused_with_the_cure(tiny_model, photos, tmp_path, monkeypatch):
+    """ONNX Runtime fails to make weights unsigned that two products share, as those of a twin quantizer do."""
+    folded = pipeline.optimize(tiny_model(), quant=QuantRecipe(method="ptq4vit"), target="cpu-vnni")
+    done = pipeline.calibrate_folded(folded, photos)
+    monkeypatch.setenv(SWITCH, "1")
+    with pytest.raises(EngineError, match=r"uint8 x int8 with 8-bit weights.*--target cpu-avx2"):
+        pipeline.save(done, tmp_path / "a.fold", images=photos)
+
+
 def test_a_quantized_plan_for_this_processor_never_saturates(tiny_model, monkeypatch):
     monkeypatch.setenv(SWITCH, "1")
     assert pipeline.optimize(tiny_model(), quant="w8a8").target.name in ("cpu-avx2", "cpu-arm")

@@ -25,7 +25,6 @@ from vitfold.ops.simulate import Simulate, fake_quantize
 from vitfold.pipeline.calibration import scheme_of
 from vitfold.programs.vit import vit
 from vitfold.quant import METHODS, Calibrated, Scheme, calibrate, find_method
-from vitfold.quant.kept import content_key
 from vitfold.quant.sites import find_sites
 from vitfold.quantizer import Float8, Log, Twin, Uniform
 from vitfold.recipe import MergeRecipe, QuantRecipe
@@ -344,27 +343,3 @@ def test_only_what_changed_is_searched_again(tiny_model, images, searches):
 
 
 ATTENTIONS = {"blocks.0.attn", "blocks.1.attn"}
-
-
-def test_keys_tell_every_content():
-    x = np.arange(6, dtype=np.float32)
-    parts: list[tuple[object, ...]] = [
-        (x,),
-        (x.reshape(2, 3),),
-        (x.astype(np.float64),),
-        (x, 1),
-        (x, "1"),
-        (x, 1.0),
-        (x, None),
-        (x, (1, 2)),
-        (x, (1,), (2,)),
-        (x, {"a": 1}),
-        (x, {"b": 1}),
-        (x, find_method("mse")),
-        (x, find_method("minmax")),
-        (x, FREE),
-    ]
-    assert len({content_key(*part) for part in parts}) == len(parts)
-    assert content_key(torch.from_numpy(x)) == content_key(x.copy())
-    with pytest.raises(TypeError, match="no part of a key"):
-        content_key(object())

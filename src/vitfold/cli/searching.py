@@ -108,7 +108,8 @@ def _laboratory(
     from vitfold.reference import Reference, reference_outputs
 
     digest = model.digest()
-    settings = [digest, chosen.digest(), held_out.digest(), calibration.digest(), processor(), wanted.targets()]
+    digests = [digest, chosen.digest(), held_out.digest(), calibration.digest()]
+    settings = [*digests, processor(), wanted.targets(), wanted.calibration_size, wanted.seed]
 
     def trying(images: ImageSet) -> Trying:
         say("running the float model over the images, once")

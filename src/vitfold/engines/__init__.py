@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from vitfold.bundle import Bundle
 from vitfold.engines.exactness import (
+    cannot_be_exact,
     describe_execution,
     find_execution,
     quantized_cpu_target,
@@ -103,8 +104,15 @@ def open_graph(
     if engine == "onnxruntime":
         from vitfold.engines.onnxruntime import OnnxRuntimeSession
 
-        execution = PLAIN if literal else find_execution(engine, products)
-        return OnnxRuntimeSession(path, threads=threads, literal=literal, execution=execution)
+        needed = tuple(products)
+        execution = PLAIN if literal else find_execution(engine, needed)
+        try:
+            return OnnxRuntimeSession(path, threads=threads, literal=literal, execution=execution)
+        except EngineError:
+            if execution == PLAIN:
+                raise
+            # It cannot change a weight that two products share, as those of a twin quantizer do.
+            raise cannot_be_exact(engine, needed[0]) from None
     if engine == "openvino":
         from vitfold.engines.openvino import OpenVinoSession
 

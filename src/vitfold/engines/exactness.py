@@ -90,9 +90,13 @@ def find_execution(engine: str, products: Iterable[Product]) -> str:
     execution = exact_execution(engine, needed)
     if execution is not None:
         return execution
-    wrong = min(needed, key=lambda product: exact_execution(engine, [product]) is not None)
-    raise EngineError(
-        f"{engine} cannot compute {wrong} exactly on this processor ({processor()['name']}): pairs of products "
+    raise cannot_be_exact(engine, min(needed, key=lambda product: exact_execution(engine, [product]) is not None))
+
+
+def cannot_be_exact(engine: str, product: Product) -> EngineError:
+    """Return the error that names what an engine would compute wrongly here, and the targets that are exact."""
+    return EngineError(
+        f"{engine} cannot compute {product} exactly on this processor ({processor()['name']}): pairs of products "
         f"saturate in 16 bits, and answers would be wrong; make the bundle again with --target {_exact_target(engine)}"
     )
 

@@ -9,8 +9,6 @@ Source: TensorRT Developer Guide, "Strongly Typed Networks", "Working with Dynam
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
@@ -20,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vitfold.cache import keep_bytes, read_bytes
+from vitfold.cache import keep_bytes, key_of, read_bytes
 from vitfold.digest import file_sha256
 from vitfold.engines.cuda import FOR_ACCURACY, Buffer, Gpu
 from vitfold.engines.session import Call, EngineProfile, NodeTime, Session, median_ns, profile_of, take_turns
@@ -202,8 +200,7 @@ class _Builder:
         return engine
 
     def _key(self, *parts: Any) -> str:
-        facts = [self._trt.__version__, self._gpu.name, self._gpu.capability, *parts]
-        return hashlib.sha256(json.dumps(facts).encode("utf-8")).hexdigest()
+        return key_of(self._trt.__version__, self._gpu.name, self._gpu.capability, *parts)
 
     def _build(self, batches: BatchRange) -> bytes:
         config = self._builder.create_builder_config()

@@ -7,8 +7,6 @@ the number of images. What is made of the samples is `calibrate`'s business.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitfold.cache import keep_arrays, read_arrays
+from vitfold.cache import keep_arrays, key_of, read_arrays
 from vitfold.errors import CalibrationError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model
@@ -171,8 +169,7 @@ def collect(
     Raises:
         CalibrationError: if activations are NaN or infinite, naming the first site.
     """
-    head = json.dumps([_FORMAT, model.digest(), merge.r, merge.prop_attn, images.digest(), gradients, seed, rows])
-    key = hashlib.sha256(head.encode()).hexdigest()
+    key = samples_key(model, merge, images, gradients, seed, batch, rows)
     kept = read_arrays("calibration", key)
     if kept is None or "images" not in kept:
         kept = _pass(model, merge, images, gradients=gradients, seed=seed, batch=batch, advance=advance, rows=rows)
@@ -180,6 +177,13 @@ def collect(
     elif advance is not None:
         advance(len(images.paths))
     return _samples(model, {name: torch.from_numpy(array) for name, array in kept.items()})
+
+
+def samples_key(
+    model: Model, merge: MergeRecipe, images: ImageSet, gradients: bool, seed: int, batch: int, rows: int
+) -> str:
+    """Return the key of what `collect` keeps: everything that it looks at."""
+    return key_of(_FORMAT, model.digest(), merge, images.digest(), gradients, seed, batch, rows)
 
 
 def _pass(

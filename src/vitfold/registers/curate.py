@@ -6,8 +6,6 @@ the recipe's choice.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitfold.cache import keep_arrays, read_arrays
+from vitfold.cache import keep_arrays, key_of, read_arrays
 from vitfold.errors import RecipeError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model
@@ -74,8 +72,7 @@ def curate(
 
     Source: RegCache (2510.04547), section 4.1.
     """
-    head = json.dumps([_FORMAT, model.digest(), images.digest(), site, count])
-    key = hashlib.sha256(head.encode()).hexdigest()
+    key = key_of(_FORMAT, model.digest(), images.digest(), site, count, batch)
     kept = read_arrays("registers", key)
     if kept is None or set(kept) != {"norm", "place", "k", "v"}:
         kept = _pass(model, images, site, count=count, batch=batch, advance=advance)

@@ -6,7 +6,6 @@ Labels are not needed; where class folders give some, a remedy whose top-1 is lo
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vitfold.cache import keep_bytes, read_bytes
+from vitfold.cache import keep_bytes, key_of, read_bytes
 from vitfold.errors import RecipeError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model
@@ -22,7 +21,6 @@ from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
 from vitfold.programs.vit import vit
 from vitfold.quant import Progress, Scheme, calibrate
-from vitfold.quant.kept import content_key
 from vitfold.recipe import MergeRecipe, QuantRecipe, RegistersRecipe, tokens_per_block
 from vitfold.registers.fold import fold_registers
 from vitfold.registers.probe import Effect, Probe
@@ -77,6 +75,11 @@ class Found:
         return self.case.site
 
 
+def remedies_key(model: Model, merge: MergeRecipe, quant: QuantRecipe, images: ImageSet) -> str:
+    """Return the key of the answers that a search for remedies keeps: everything that it looks at."""
+    return key_of(_FORMAT, model.digest(), merge, quant, images.digest())
+
+
 class _Search:
     """One model on its images: measures recipes, each once."""
 
@@ -88,8 +91,7 @@ class _Search:
         labelled = images.classes is not None and model.spec.output == "logits"
         self._few = images.first(LABELLED_IMAGES if labelled else PROBE_IMAGES)
         self._probe: Probe | None = None
-        plan = (_FORMAT, model.digest(), merge, quant.weights, quant.activations, quant.head_bits, dict(quant.sites))
-        self._key = content_key(plan, images.digest())
+        self._key = remedies_key(model, merge, quant, images)
 
     def _probed(self) -> Probe:
         if self._probe is None:
@@ -99,7 +101,7 @@ class _Search:
 
     def _once(self, question: object, answer: Callable[[], Any]) -> Any:
         """Return the JSON value of an answer, from the cache where it was given before."""
-        key = hashlib.sha256(f"{self._key}{json.dumps(question, sort_keys=True)}".encode()).hexdigest()
+        key = key_of(self._key, question)
         kept = read_bytes("remedies", key, ".json")
         if kept is not None:
             return json.loads(kept)

@@ -6,8 +6,6 @@ own business.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vitfold.cache import keep_arrays, read_arrays
+from vitfold.cache import keep_arrays, key_of, read_arrays
 from vitfold.digest import file_sha256
 from vitfold.errors import SourceError, missing_extra
 from vitfold.sources.reader import download_error
@@ -48,8 +46,7 @@ def text_embeds(source: str, names: Sequence[str], templates: Sequence[str] = (T
             f"no text tower {source!r}; give open_clip:ARCH/TAG, hf:REPO_OR_FOLDER, or a .npy or .safetensors file of "
             "text embeddings"
         )
-    head = json.dumps([source, list(names), list(templates), _folder_digest(name)])
-    key = hashlib.sha256(head.encode()).hexdigest()
+    key = key_of(source, list(names), list(templates), _folder_digest(name))
     kept = read_arrays("texts", key)
     if kept is not None and "embeds" in kept:
         return kept["embeds"]
