@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from onnxruntime import InferenceSession
 
+from vitfold.engines.exactness import find_execution
+from vitfold.engines.onnxruntime import session_options
+from vitfold.engines.session import PLAIN
 from vitfold.model import Array, Model
+from vitfold.ops.emit import INPUT_NAME
 from vitfold.ops.run import Run
+from vitfold.products import Product, products_of
 from vitfold.programs.sinks import PREFIX_ROWS, SINK_ROWS
 from vitfold.programs.vit import vit
 from vitfold.quantizer import Quantizer, Twin, Uniform
@@ -34,6 +41,26 @@ class Ranges(Run):
             self.seen[f"{site}.{name}"] = operand.numpy()
         self.seen[f"{site}.softmax"] = np.ones(1, np.float32)
         return super().attention(site, q, k, v, bias)
+
+
+def products_in(target: Target, quantizers: Mapping[str, Quantizer]) -> tuple[Product, ...]:
+    """The integer products of a graph that ONNX Runtime is to run, whatever engine its target is for."""
+    attention = any(site.endswith(".q") for site in quantizers)
+    return products_of({**target.to_dict(), "engine": "onnxruntime"}, weight_bits=8, attention=attention)
+
+
+def run_exactly(path: Path, target: Target, quantizers: Mapping[str, Quantizer], images: Array) -> Array:
+    """Run a graph on ONNX Runtime in a way that is exact on this processor: as it is written, if made for TensorRT.
+
+    Raises:
+        EngineError: if there is none.
+    """
+    literal = target.engine == "tensorrt"
+    execution = PLAIN if literal else find_execution("onnxruntime", products_in(target, quantizers))
+    options = session_options(1, literal=literal, execution=execution)
+    session = InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {INPUT_NAME: images})
+    return np.asarray(found)
 
 
 def single(target: Target) -> Target:

@@ -16,17 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from quantizing import Ranges, affine, per_channel, quantized, single, symmetric, twin_sign
+from quantizing import Ranges, affine, per_channel, products_in, quantized, run_exactly, single, symmetric, twin_sign
 from vitfold.engines.exactness import exact_execution, find_execution
 from vitfold.engines.onnxruntime import session_options
-from vitfold.engines.session import PLAIN, WIDE
+from vitfold.engines.session import WIDE
 from vitfold.errors import EngineError, TargetError
 from vitfold.model import Array, Model
 from vitfold.ops.count import integer_work
-from vitfold.ops.emit import INPUT_NAME, SITE_KEY, emit_graph, write_onnx
+from vitfold.ops.emit import SITE_KEY, emit_graph, write_onnx
 from vitfold.ops.emit.codes import place, place_weight
 from vitfold.ops.simulate import Simulate
-from vitfold.products import Product, products_of
 from vitfold.programs.tokens import Tokens
 from vitfold.programs.vit import transformer_block, vit
 from vitfold.quantizer import Log, Quantizer, QuantParams, Shifted, Twin, Uniform
@@ -40,10 +39,8 @@ STANDARD = [name for name in EXECUTED if TARGETS[name].quantized_product == "qdq
 CPU = [name for name in EXECUTED if TARGETS[name].quantized_product == "matmul_integer_to_float"]
 
 
-def session_of(
-    path: Path, optimized: Path | None = None, *, literal: bool = False, execution: str = PLAIN
-) -> onnxruntime.InferenceSession:
-    options = session_options(1, literal=literal, execution=execution)
+def session_of(path: Path, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+    options = session_options(1)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -60,16 +57,7 @@ def executed(
 ) -> Array:
     path = folder / "model.onnx"
     write_onnx(emit_graph(program, model, target, quantizers), path)
-    literal = target.engine == "tensorrt"
-    execution = PLAIN if literal else find_execution("onnxruntime", products_in(target, quantizers))
-    session = session_of(path, literal=literal, execution=execution)
-    (found,) = session.run(None, {INPUT_NAME: images})
-    return np.asarray(found)
-
-
-def products_in(target: Target, quantizers: Mapping[str, Quantizer]) -> tuple[Product, ...]:
-    attention = any(site.endswith(".q") for site in quantizers)
-    return products_of(target.to_dict(), weight_bits=8, attention=attention)
+    return run_exactly(path, target, quantizers, images)
 
 
 def refused(target: Target, quantizers: Mapping[str, Quantizer]) -> bool:

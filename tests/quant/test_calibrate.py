@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from PIL import Image
 
-from quantizing import single
+from quantizing import run_exactly, single
 from vitfold.cache import cache_folder
 from vitfold.errors import CalibrationError, RecipeError
 from vitfold.images import ImageSet, batches, find_images
 from vitfold.model import Array, Model
-from vitfold.ops.emit import INPUT_NAME, emit_graph, write_onnx
+from vitfold.ops.emit import emit_graph, write_onnx
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate, fake_quantize
 from vitfold.pipeline.calibration import scheme_of
@@ -147,14 +146,7 @@ def executed(done: Calibrated, name: str, pixels: Array, folder: Path, merge: Me
         return vit(ops, done.model.spec, merge, image)
 
     write_onnx(emit_graph(program, done.model, single(TARGETS[name]), done.quantizers), folder / "model.onnx")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    if TARGETS[name].activation_type == "float8e4m3fn":  # other fusions move 8-bit floats to operators without them
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {INPUT_NAME: pixels})
-    return np.asarray(found)
+    return run_exactly(folder / "model.onnx", TARGETS[name], done.quantizers, pixels)
 
 
 def assert_follows(found: Array, done: Calibrated, model: Model, name: str, pixels: Array) -> None:
