@@ -26,6 +26,10 @@ class RecipeError(VitfoldError):
     """A recipe or schedule does not fit the model, or has an unknown key."""
 
 
+class ProgramError(VitfoldError):
+    """A program that cannot be read."""
+
+
 class TargetError(VitfoldError):
     """A target is unknown, or cannot run what was asked of it."""
 

@@ -116,7 +116,7 @@ class Count:
         self._note(self._scope, kind, inputs, output)
         return output
 
-    def scope(self, site: str) -> None:
+    def scope(self, site: str, block: int | None = None, role: str | None = None) -> None:
         """Charge unnamed operations to `site`."""
         self._scope = site
 

@@ -49,7 +49,7 @@ class Half(Simulate):
             self.overflow = (most, where)
         return rounded
 
-    def scope(self, site: str) -> None:
+    def scope(self, site: str, block: int | None = None, role: str | None = None) -> None:
         """Remember where the operations that follow belong."""
         self._scope = site
 

@@ -28,8 +28,12 @@ class Port:
 class Ops(Protocol[T]):
     """What a program may do. `layer` names parameters, `site` names the operation everywhere."""
 
-    def scope(self, site: str) -> None:
-        """Name the operations that follow, up to the next call, for graphs, profiles and counts."""
+    def scope(self, site: str, block: int | None = None, role: str | None = None) -> None:
+        """Name the operations that follow, up to the next call, for graphs, profiles and counts.
+
+        `role` says what they are, "embed", "attention", "merge", "mlp", "pool" or "head", and `block` of which block; a
+        call without a role keeps both.
+        """
         ...
 
     def param(self, name: str) -> T:

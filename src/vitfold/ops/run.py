@@ -23,7 +23,7 @@ class Run:
     def __init__(self, params: Mapping[str, Array], *, device: str = "cpu") -> None:
         self._params = {name: torch.from_numpy(array).to(device) for name, array in params.items()}
 
-    def scope(self, site: str) -> None:
+    def scope(self, site: str, block: int | None = None, role: str | None = None) -> None:
         """Names are of no use here."""
 
     def param(self, name: str) -> Tensor:

@@ -66,7 +66,7 @@ def delete_sinks(
     deleted = 0 if spec.sinks is None else spec.sinks.deleted(block)
     if not deleted:
         return tokens
-    ops.scope(f"blocks.{block}.delete")
+    ops.scope(f"blocks.{block}.delete", block, "merge")
     norms = ops.magnitude(ops.slice(tokens.x, 1, tokens.prefix, tokens.count))
     _, kept = ops.rank_split(norms, deleted, by_score=order == "score")
     survivors = ops.surround_index(ops.affine_index(kept, 1, tokens.prefix), range(tokens.prefix), range(0))

@@ -71,7 +71,7 @@ def resume(
 
 def embed(ops: Ops[T], spec: ViTSpec, image: T) -> Tokens[T]:
     """Patches, prefix tokens and positions."""
-    ops.scope("embed")
+    ops.scope("embed", role="embed")
     x = ops.patch_embed("patch_embed", image)
     if spec.pos_embed == "patches":
         x = ops.add(x, ops.param("pos_embed"))
@@ -99,7 +99,7 @@ def transformer_block(
 ) -> Tokens[T]:
     """Attention on N tokens, merging, MLP on N - r tokens."""
     site = f"blocks.{block}"
-    ops.scope(f"{site}.attn")
+    ops.scope(f"{site}.attn", block, "attention")
     count = tokens.count
     x = ops.layer_norm(f"{site}.norm1", tokens.x, spec.norm_eps)
     q, k, v = _qkv(ops, spec, f"{site}.attn.qkv", x, tokens)
@@ -127,8 +127,9 @@ def transformer_block(
             order=recipe.order,
             trace=trace,
         )
+        ops.scope(f"{site}.merge", block, "merge")
         tokens = reduce_tokens(ops, recipe.rule, f"{site}.merge", here)
-    ops.scope(f"{site}.mlp")
+    ops.scope(f"{site}.mlp", block, "mlp")
     y = mlp(ops, spec, block, tokens, ops.layer_norm(f"{site}.norm2", tokens.x, spec.norm_eps))
     if spec.layer_scale:
         y = ops.multiply(y, ops.param(f"{site}.ls2"))
@@ -159,7 +160,7 @@ def mlp(ops: Ops[T], spec: ViTSpec, block: int, tokens: Tokens[T], x: T) -> T:
 
 def pool(ops: Ops[T], spec: ViTSpec, tokens: Tokens[T], recipe: MergeRecipe) -> T:
     """Final norm and pooling: (B, D), (B, 2 D) or, without pooling, (B, N_0, D)."""
-    ops.scope("pool")
+    ops.scope("pool", role="pool")
     read = {"token": 1, "token_dist": 2}.get(spec.pool)
     deletes = (spec.sinks is not None and spec.sinks.deletions > 0) or (recipe.rule == "tofu" and any(recipe.r))
     if read is not None:
@@ -209,7 +210,7 @@ def attention_pool(ops: Ops[T], spec: ViTSpec, tokens: Tokens[T], *, prop_attn: 
 
 def head(ops: Ops[T], spec: ViTSpec, x: T) -> T:
     """Classifier or projection, where the model has one."""
-    ops.scope("head")
+    ops.scope("head", role="head")
     if spec.pool == "token_dist" and spec.outputs:
         first = ops.linear("head", _row(ops, spec, x, 0))
         second = ops.linear("head_dist", _row(ops, spec, x, 1))

@@ -24,7 +24,7 @@ class Emit(Rows):
     Sites that have no quantizer stay float; the weights of those that have one lie on its grid.
     """
 
-    def scope(self, site: str) -> None:
+    def scope(self, site: str, block: int | None = None, role: str | None = None) -> None:
         """Name the nodes that follow."""
         self._scope = site
         self.count.scope(site)

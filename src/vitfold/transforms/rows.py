@@ -1,0 +1,309 @@
+"""Rows that nothing reads: behind the last attention of a model that pools by its class token, all but one.
+
+A slice moves towards the inputs through every operation that treats rows alike, up to the queries of an attention,
+through gathers and merges whose first rows stay what they were, and no further. What is left over is dead. This is
+exact: every row that is computed is computed from the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from vitfold.ops.protocol import Ops
+from vitfold.program import Node, Operand, Program, Ref
+from vitfold.program.program import Shape
+from vitfold.program.queries import makers
+from vitfold.program.trace import Recorder, Traced, call
+from vitfold.transforms.dead import without_dead_nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows start:stop of one axis of a value."""
+
+    ref: Ref
+    axis: int
+    start: int
+    stop: int
+
+
+Given = Rows | Ref | None | tuple[Rows, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A node that makes only some rows: which rows of its operands it reads (whole ones are refs), and its attributes.
+
+    `node` is None where the rows are those of one operand.
+    """
+
+    node: Node | None
+    operands: Mapping[str, Given] = field(default_factory=dict)
+
+    def reads(self) -> Iterator[Rows | Ref]:
+        """Return all that it reads."""
+        for operand in self.operands.values():
+            if isinstance(operand, tuple):
+                yield from operand
+            elif operand is not None:
+                yield operand
+
+
+Rule = Callable[[Program, Node, Rows], "Moved | None"]
+
+
+def without_dead_rows(program: Program, shapes: Mapping[str, Shape]) -> Program:
+    """Return the program without the rows that no output depends on.
+
+    Args:
+        shapes: those of the parameters.
+    """
+    made_by = makers(program)
+    whole, some = _demand(program, made_by)
+    recorder = Recorder(shapes, program.inputs)
+    values: dict[Ref | Rows, Traced] = dict(zip(map(Ref, range(len(program.inputs))), recorder.enter(), strict=True))
+    waiting: dict[Ref, list[Rows]] = {}
+    for rows in some:
+        waiting.setdefault(rows.ref, []).append(rows)
+    for number in range(len(program.inputs)):
+        _place_rows(program, recorder, values, waiting.get(Ref(number), []), made_by)
+    for node in program.nodes:
+        recorder.scope(node.scope, node.block, node.role)
+        if whole.intersection(node.outputs):
+            _place_whole(recorder.ops, node, values)
+        for ref in node.outputs:
+            _place_rows(program, recorder, values, waiting.get(ref, []), made_by)
+    return without_dead_nodes(recorder.program({name: values[ref] for name, ref in program.outputs.items()}))
+
+
+def _demand(program: Program, made_by: Mapping[Ref, Node]) -> tuple[set[Ref], list[Rows]]:
+    """Return the values that are needed whole, and the rows of others, in the order in which they were asked for."""
+    whole: set[Ref] = set()
+    some: dict[Rows, None] = {}
+    waiting: list[Rows | Ref] = list(program.outputs.values())
+    while waiting:
+        asked = waiting.pop()
+        if isinstance(asked, Rows):
+            if asked in some:
+                continue
+            some[asked] = None
+            moved = _moved(program, made_by, asked)
+            waiting.extend([asked.ref] if moved is None else moved.reads())
+        elif asked not in whole:
+            whole.add(asked)
+            node = made_by.get(asked)
+            if node is not None:
+                rows = _rows_of_slice(node)
+                waiting.extend(node.reads() if rows is None else [rows])
+    return whole, list(some)
+
+
+def _place_whole(ops: Ops[Traced], node: Node, values: dict[Ref | Rows, Traced]) -> None:
+    rows = _rows_of_slice(node)
+    if rows is not None:
+        values[node.outputs[0]] = values[rows]
+        return
+    known = {ref: values[ref] for ref in node.reads()}
+    values.update(zip(node.outputs, call(ops, node, known), strict=True))
+
+
+def _place_rows(
+    program: Program,
+    recorder: Recorder,
+    values: dict[Ref | Rows, Traced],
+    asked: list[Rows],
+    made_by: Mapping[Ref, Node],
+) -> None:
+    """Record the rows of one value that were asked for: cut out of the whole where that is there anyway."""
+    for rows in asked:
+        if rows.ref in values:
+            values[rows] = recorder.ops.slice(values[rows.ref], rows.axis, rows.start, rows.stop)
+            continue
+        moved = _moved(program, made_by, rows)
+        assert moved is not None, "rows that cannot be moved were asked for as a whole"
+        if moved.node is None:
+            (only,) = moved.reads()
+            values[rows] = values[only]
+            continue
+        numbers = {one: Ref(number) for number, one in enumerate(dict.fromkeys(moved.reads()))}
+        known = {number: values[one] for one, number in numbers.items()}
+        renamed = replace(moved.node, inputs={name: _named(given, numbers) for name, given in moved.operands.items()})
+        (values[rows],) = call(recorder.ops, renamed, known)
+
+
+def _named(given: Given, numbers: Mapping[Rows | Ref, Ref]) -> Operand:
+    if isinstance(given, tuple):
+        return tuple(numbers[one] for one in given)
+    return None if given is None else numbers[given]
+
+
+def _moved(program: Program, made_by: Mapping[Ref, Node], rows: Rows) -> Moved | None:
+    node = made_by.get(rows.ref)
+    rule = None if node is None else RULES.get(node.op)
+    length = program.shapes[rows.ref][rows.axis]
+    few = length >= _LONG and rows.stop - rows.start <= _WORTH * length
+    return rule(program, node, rows) if node is not None and rule is not None and few else None
+
+
+def _rows_of_slice(node: Node) -> Rows | None:
+    """Return the rows that a slice without gaps takes; None for any other node."""
+    if node.op != "slice" or node.attributes["step"] != 1:
+        return None
+    a = node.inputs["a"]
+    assert isinstance(a, int)
+    return Rows(Ref(a), node.attributes["axis"], node.attributes["start"], node.attributes["stop"])
+
+
+def _one(node: Node, name: str) -> Ref:
+    operand = node.inputs[name]
+    assert isinstance(operand, int)
+    return Ref(operand)
+
+
+def _rowwise(name: str) -> Rule:
+    """An operation on the last axis, or on single elements, of one operand."""
+
+    def rule(program: Program, node: Node, rows: Rows) -> Moved | None:
+        if rows.axis == len(program.shapes[rows.ref]) - 1 and node.op in _ON_LAST_AXIS:
+            return None
+        return Moved(node, {name: replace(rows, ref=_one(node, name))})
+
+    return rule
+
+
+def _elementwise(program: Program, node: Node, rows: Rows) -> Moved | None:
+    """Operands broadcast: those that have the axis give their rows."""
+    rank = len(program.shapes[rows.ref])
+    operands: dict[str, Given] = {}
+    for name in ("a", "b"):
+        ref = _one(node, name)
+        shape = program.shapes[ref]
+        axis = rows.axis - (rank - len(shape))
+        has = axis >= 0 and shape[axis] == program.shapes[rows.ref][rows.axis]
+        operands[name] = Rows(ref, axis, rows.start, rows.stop) if has else ref
+    return Moved(node, operands)
+
+
+def _transpose(program: Program, node: Node, rows: Rows) -> Moved | None:  # noqa: ARG001
+    return Moved(node, {"a": replace(rows, ref=_one(node, "a"), axis=node.attributes["perm"][rows.axis])})
+
+
+def _reshape(program: Program, node: Node, rows: Rows) -> Moved | None:
+    """The axis has to be one of the operand's: as long, with as much in front of it."""
+    before, after = program.shapes[_one(node, "a")], program.shapes[rows.ref]
+    front = math.prod(after[: rows.axis])
+    for axis, length in enumerate(before):
+        if length == after[rows.axis] and math.prod(before[:axis]) == front and axis > 0:
+            shape = list(after[1:])
+            shape[rows.axis - 1] = rows.stop - rows.start
+            changed = replace(node, attributes={**node.attributes, "shape": tuple(shape)})
+            return Moved(changed, {"a": Rows(_one(node, "a"), axis, rows.start, rows.stop)})
+    return None
+
+
+def _attention(program: Program, node: Node, rows: Rows) -> Moved | None:
+    """Queries are rows; keys and values are needed whole."""
+    bias = node.inputs["bias"]
+    if rows.axis != 2 or (isinstance(bias, int) and program.shapes[Ref(bias)][2] != 1):
+        return None
+    whole: dict[str, Given] = {name: _one(node, name) for name in ("k", "v")}
+    q = replace(rows, ref=_one(node, "q"))
+    return Moved(node, {"q": q, **whole, "bias": None if bias is None else _one(node, "bias")})
+
+
+def _concat(program: Program, node: Node, rows: Rows) -> Moved | None:
+    """The rows of every part, or, along the rows, those of one part."""
+    parts = node.inputs["parts"]
+    assert isinstance(parts, tuple)
+    if node.attributes["axis"] != rows.axis:
+        return Moved(node, {"parts": tuple(replace(rows, ref=ref) for ref in parts)})
+    start = 0
+    for ref in parts:
+        length = program.shapes[ref][rows.axis]
+        if start <= rows.start and rows.stop <= start + length:
+            return Moved(None, {"part": Rows(ref, rows.axis, rows.start - start, rows.stop - start)})
+        start += length
+    return None
+
+
+def _slice(program: Program, node: Node, rows: Rows) -> Moved | None:  # noqa: ARG001
+    """Slices of two axes change places, slices of one are one."""
+    a, start = _one(node, "a"), int(node.attributes["start"])
+    if node.attributes["axis"] != rows.axis:
+        return Moved(node, {"a": replace(rows, ref=a)})
+    if node.attributes["step"] != 1:
+        return None
+    return Moved(None, {"a": Rows(a, rows.axis, start + rows.start, start + rows.stop)})
+
+
+def _split(program: Program, node: Node, rows: Rows) -> Moved | None:
+    """One part, cut out of the rows of all parts."""
+    if node.attributes["axis"] == rows.axis:
+        return None
+    length = program.shapes[rows.ref][node.attributes["axis"]]
+    start = length * node.outputs.index(rows.ref)
+    cut = {"axis": node.attributes["axis"], "start": start, "stop": start + length, "step": 1}
+    part = replace(node, op="slice", attributes=cut, outputs=(rows.ref,), shapes=(program.shapes[rows.ref],))
+    return Moved(part, {"a": replace(rows, ref=_one(node, "a"))})
+
+
+def _take(program: Program, node: Node, rows: Rows) -> Moved | None:
+    """The first rows of a gather that keeps them in their places."""
+    if rows.axis != 1 or rows.stop > _kept_in_front(program, _one(node, "index")):
+        return None
+    return Moved(None, {"x": replace(rows, ref=_one(node, "x"))})
+
+
+def _merge_rows(program: Program, node: Node, rows: Rows) -> Moved | None:
+    """The first rows where they keep their places and nothing joins them."""
+    parts = node.inputs["parts"]
+    assert isinstance(parts, tuple)
+    kept = _kept_in_front(program, _one(node, "survivors"))
+    if rows.axis != 1 or rows.stop > min(kept, _least_index(program, _one(node, "into"))):
+        return None
+    return Moved(None, {"part": replace(rows, ref=parts[node.outputs.index(rows.ref)])})
+
+
+def _kept_in_front(program: Program, index: Ref) -> int:
+    """Return how many leading indices are 0, 1, 2 ... whatever the image."""
+    node = makers(program).get(index)
+    if node is not None and node.op == "surround_index":
+        before: range = node.attributes["before"]
+        return len(before) if before == range(len(before)) else 0
+    if node is not None and node.op == "concat":
+        parts = node.inputs["parts"]
+        assert isinstance(parts, tuple)
+        return _kept_in_front(program, parts[0])
+    return 0
+
+
+def _least_index(program: Program, index: Ref) -> int:
+    """Return the least that an index can be: behind start + step i with i >= 0 it is the start."""
+    node = makers(program).get(index)
+    if node is None or node.op != "affine_index" or node.attributes["step"] < 0:
+        return 0
+    return int(node.attributes["start"])
+
+
+_WORTH = 0.5
+_LONG = 8
+"""Only slices that leave at most so much of a long axis move: cutting a few rows off costs a copy of all others, and
+taking two rows apart makes two products of one.
+"""
+_ON_LAST_AXIS = {"linear", "layer_norm", "softmax", "norm", "magnitude"}
+RULES: Mapping[str, Rule] = {
+    **{op: _rowwise("x") for op in ("linear", "layer_norm", "activation", "norm", "magnitude")},
+    **{op: _rowwise("a") for op in ("add_scalar", "scale", "log", "tanh", "softmax", "ones_like")},
+    **dict.fromkeys(("add", "multiply", "divide"), _elementwise),
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "attention": _attention,
+    "concat": _concat,
+    "slice": _slice,
+    "split": _split,
+    "take": _take,
+    "merge_rows": _merge_rows,
+}
+"""How rows of a result follow from rows of operands; an operation without a rule is computed whole."""
