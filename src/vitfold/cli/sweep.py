@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.making import load_model, require_optimize
+from vitfold.cli.making import given_images, judged_images, load_model, require_optimize
 from vitfold.cli.terminal import command, note, out, print_json, working
 from vitfold.errors import RecipeError, VitfoldError, nearest
 from vitfold.recipe import Rule
@@ -50,6 +50,7 @@ def sweep(
     calibration_size: options.CalibrationSize = 128,
     calibration_seed: options.CalibrationSeed = 0,
     limit: options.Limit = None,
+    exif: options.Exif = None,
     protocol: Annotated[
         Literal["quick", "report"] | None, typer.Option(help="How every recipe is timed beside the float model.")
     ] = None,
@@ -70,14 +71,14 @@ def sweep(
     )
     require_optimize()
     from vitfold.bench.environment import environment
-    from vitfold.images import find_images
     from vitfold.pipeline.sweep import Sweep, begin_sweep, run_sweep
     from vitfold.report.tables import sweep_table
 
-    found = find_images(images)
-    drawn = None if calibration_images is None else find_images(calibration_images)
+    found = given_images(images)
+    drawn = None if calibration_images is None else given_images(calibration_images)
     with working("sweep") as (say, _):
-        model = load_model(source, say, arch, num_classes, image_size, weights, seed)
+        model = load_model(source, say, arch, num_classes, image_size, weights, seed, exif=exif)
+        found = judged_images(found, model.spec, model.labels)
         wanted = Sweep(
             merges=tuple(chosen["merge"]),
             rules=tuple(chosen["rules"]),

@@ -101,7 +101,7 @@ def _fidelity(folded: Folded, session: Session, images: ImageSet, digest: str) -
         outputs,
         images,
         labels=model.labels,
-        classifies=model.spec.output == "logits",
+        head=model.spec.head,
         reference=reference_outputs(digest, images, model.preprocess, lambda: Reference(model=model)),
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitfold.errors import SourceError, nearest
 from vitfold.model import Preprocess, ViTSpec
-from vitfold.model.spec import Activation, Mlp
+from vitfold.model.spec import Activation, Mlp, Problem
 from vitfold.sources.reader import (
     PLAIN,
     REFUSED,
@@ -59,6 +59,11 @@ CLASSES = (
     *MODELS,
     *(f"transformers.{s}{part}" for family, parts in PARTS.items() for s in STEMS[family] for part in parts),
 )
+PROBLEMS: dict[str, Problem] = {
+    "single_label_classification": "single_label",
+    "multi_label_classification": "multi_label",
+    "regression": "regression",
+}
 # Family -> names of the block's first norm, attention, output projection and second norm.
 LAYOUT = {
     "vit": ("layernorm_before", "attention", "o_proj", "layernorm_after"),
@@ -192,6 +197,8 @@ def translate(module: Any) -> Translation:
             reader.layer_scale(f"blocks.{i}.ls1", layer.layer_scale1, "lambda1", shape["width"])
             reader.layer_scale(f"blocks.{i}.ls2", layer.layer_scale2, "lambda1", shape["width"])
     tail = _tail(reader, module, encoder, family, head)
+    if tail.get("output") == "logits":
+        tail["problem"] = _problem(module.config)
     reader.finish()
     spec = ViTSpec(
         **shape,
@@ -206,6 +213,16 @@ def translate(module: Any) -> Translation:
         norm_eps=reader.eps(),
     )
     return Translation(spec=spec, params=reader.params, forward=_forward(module, spec), blocks=tuple(layers))
+
+
+def _problem(config: Any) -> Problem:
+    """What the logits stand for, as transformers' own loss and pipeline read it; without a word, one class."""
+    found = getattr(config, "problem_type", None)
+    if found is None:
+        return "single_label"
+    if found not in PROBLEMS:
+        raise refuse(f"the problem_type {found!r}", f"set one of {', '.join(PROBLEMS)} in config.json")
+    return PROBLEMS[found]
 
 
 def _forward(module: Any, spec: ViTSpec) -> Any:
