@@ -91,6 +91,7 @@ def load_source(
                 _refuse_diffusion(folder)
                 name, source = str(folder), f"hf:{folder}"
                 arguments.update(_digests(folder / "model.safetensors"))
+                arguments.update({f"adapter_{k}": v for k, v in _digests(folder / "adapter_model.safetensors").items()})
             module, facts = translator.build(
                 name, num_classes=num_classes, image_size=image_size, pretrained=weights == "pretrained"
             )

@@ -31,6 +31,7 @@ from vitfold.sources.reader import (
     with_register_rows,
 )
 from vitfold.sources.transformers_preprocess import default_processor, preprocess_from_processor, read_processor
+from vitfold.sources.transformers_weights import base_of, find_adapter, load_adapted, load_weights
 
 # Top-level class -> (family, attribute of the encoder within it, attribute of the head).
 MODELS = {
@@ -81,16 +82,25 @@ def build(name: str, *, num_classes: int | None, image_size: int | None, pretrai
     folder = Path(name)
     if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise SourceError(f"hf: no folder {name}; pass a folder with config.json or the name of a repository")
+    adapter = find_adapter(name) if pretrained else None
+    base = name if adapter is None else base_of(adapter)
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(base)
     except Exception as error:  # the hub's clients raise a dozen unrelated types
-        raise download_error(f"hf:{name}", error) from error
-    kind = _class_of(transformers, config, name)
+        raise download_error(f"hf:{name}" if base == name else f"{base}, the base of hf:{name},", error) from error
+    if getattr(config, "quantization_config", None):
+        raise refuse(
+            f"hf:{base}, whose weights are quantized already (quantization_config in its config.json),",
+            "give the repository or folder that it was quantized from",
+        )
+    kind = _class_of(transformers, config, base, classifies=adapter is not None and adapter.classes is not None)
     family = MODELS[f"transformers.{kind.__name__}"][0]
-    processor = read_processor(name)
+    processor = read_processor(name) or (None if base == name else read_processor(base))
     _check_classes(name, kind.__name__, config, num_classes, pretrained)
-    if pretrained:
-        module = _pretrained(kind, name)
+    if adapter is not None:
+        module = load_adapted(kind, base, adapter)
+    elif pretrained:
+        module = load_weights(kind, name)
     else:
         config = kind.config_class.from_pretrained(name)
         if num_classes is not None:
@@ -104,9 +114,11 @@ def build(name: str, *, num_classes: int | None, image_size: int | None, pretrai
     return module, {"processor": processor}
 
 
-def _class_of(transformers: Any, config: Any, name: str) -> Any:
+def _class_of(transformers: Any, config: Any, name: str, *, classifies: bool = False) -> Any:
     found = (getattr(config, "architectures", None) or [""])[0]
     wanted = INSTEAD.get(found, found)
+    if classifies and f"transformers.{wanted.removesuffix('Model')}ForImageClassification" in MODELS:
+        wanted = f"{wanted.removesuffix('Model')}ForImageClassification"
     if f"transformers.{wanted}" not in MODELS:
         known = [full.partition(".")[2] for full in MODELS]
         reason = REFUSED.get(f"transformers.{found}")
@@ -129,25 +141,6 @@ def _check_classes(name: str, kind: str, config: Any, num_classes: int | None, p
             f"the pretrained head of hf:{name} has {config.num_labels} classes, {num_classes} were asked for, and a "
             "new head would be random; leave out --num-classes, or use --weights random"
         )
-
-
-def _pretrained(kind: Any, name: str) -> nn.Module:
-    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-    try:
-        module, info = kind.from_pretrained(name, **options)
-        missing = sorted(info["missing_keys"])
-        if missing and all(key.startswith("pooler.") for key in missing):
-            module, info = kind.from_pretrained(name, add_pooling_layer=False, **options)
-            missing = sorted(info["missing_keys"])
-    except Exception as error:  # the hub's clients raise a dozen unrelated types
-        raise download_error(f"hf:{name}", error) from error
-    if missing:
-        raise SourceError(
-            f"the weights of hf:{name} lack {missing[:4]}, which {kind.__name__} needs and would leave random; "
-            "fix 'architectures' in its config.json, or use another checkpoint"
-        )
-    result: nn.Module = module
-    return result
 
 
 def set_image_size(module: nn.Module, size: int) -> None:
