@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -135,7 +135,7 @@ def _check_regular(path: str | Path) -> None:
         raise ImageError(f"{path} is {kind}, not an image file; save the image to a file and give that")
 
 
-def _decoded(source: str | Path | IO[bytes], name: str, exif: Exif) -> Image.Image:
+def _decoded(source: Any, name: str, exif: Exif) -> Image.Image:
     _add_heif()
     try:
         with _OPENING, warnings.catch_warnings():
@@ -162,6 +162,8 @@ def _loaded(image: Image.Image, name: str, exif: Exif) -> Image.Image:
     """Decode what Pillow has only opened."""
     try:
         image.load()
+        if 0 in image.size:
+            raise ImageError(f"its size is {image.width} x {image.height}; give an image with pixels")
         if exif == "apply":
             image = ImageOps.exif_transpose(image)
         return rgb_from_image(image)

@@ -7,6 +7,7 @@ the pixels `model.preprocess`'; what the model says about them is `bench`.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from jaxtyping import Float
 
 from vitfold.decoding import HEIF, prepared, suffixes
 from vitfold.decoding import read_image as read_image  # noqa: PLC0414 (exported clients look here)
-from vitfold.errors import ImageError, nearest
+from vitfold.errors import ArgumentError, ImageError, nearest
 from vitfold.model import Preprocess
 
 A = TypeVar("A")
@@ -118,7 +119,15 @@ def find_images(root: str | Path) -> ImageSet:
     Raises:
         ImageError: if the folder is missing, not a folder, may not be read, or holds no image.
     """
+    if not isinstance(root, str | os.PathLike):
+        raise ArgumentError(f"find_images takes the path of a folder, found {type(root).__name__}")
     folder = Path(root)
+    try:
+        folder.lstat()  # says what is wrong with a path that cannot be one
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{str(root)!r} cannot be read as a folder ({error}); check the path") from None
     try:
         return _found(folder)
     except PermissionError as error:

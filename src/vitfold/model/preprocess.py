@@ -107,7 +107,7 @@ def rgb_from_image(image: Image.Image) -> Image.Image:
     """
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         deep = np.asarray(image)
         _warn_of_unused_bits(int(deep.max(initial=0)))
         return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")

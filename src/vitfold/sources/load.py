@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from vitfold.digest import file_sha256
-from vitfold.errors import SourceError, missing_extra, nearest
+from vitfold.errors import ArgumentError, SourceError, missing_extra, nearest
 from vitfold.model import Model, Origin, Preprocess, ViTSpec
 from vitfold.model.spec import Problem
 
@@ -72,6 +72,8 @@ def load_source(
         SourceError: if the source is unknown, unreadable, or has a feature that vitfold does not run.
         ParityError: if the program differs from the original.
     """
+    if not isinstance(source, str):
+        raise ArgumentError(f"a source is text, {FORMS}; found {type(source).__name__}")
     _check_arguments(source, arch, num_classes, image_size, weights)
     torch = import_package("torch", "optimize", "loading a model")
     arguments: dict[str, Any] = {
