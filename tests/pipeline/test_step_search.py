@@ -177,6 +177,9 @@ def test_bounds_that_cannot_be_measured(model: DiTModel) -> None:
         search_steps(model, replace(ASKED, sampler="ddpm"), Bounds(max_psnr_drop_db=1.0), [Compression()], TORCH)
     with pytest.raises(RecipeError, match="--max-fid-rise needs --real and --features"):
         search_steps(model, ASKED, Bounds(max_fid_rise=1.0), [Compression()], TORCH)
+    judged = replace(TORCH, judge=Judge(model=build_tiny_model(), real=moments(np.random.default_rng(0).normal(size=(40, 8)))))
+    with pytest.raises(RecipeError, match="--samples 10 are too few for a Frechet distance; give at least 30"):
+        search_steps(model, ASKED, Bounds(max_fid_rise=1.0), [Compression()], judged, samples=10)
     with pytest.raises(ValueError, match="needs a bound"):
         Bounds()
 

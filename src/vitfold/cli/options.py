@@ -150,7 +150,8 @@ StepCount = Annotated[
     typer.Option("--steps", help="Denoising steps; default: 50, or the bundle's.", rich_help_panel=DIFFUSION),
 ]
 Sampler = Annotated[
-    str | None, typer.Option(help="ddim, dpm++ or ddpm; default: ddim, or the bundle's.", rich_help_panel=DIFFUSION)
+    str | None,
+    typer.Option(help="ddim, dpm++ or ddpm; default: the folder's own, or the bundle's.", rich_help_panel=DIFFUSION),
 ]
 Guidance = Annotated[
     float | None,
