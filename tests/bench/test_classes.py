@@ -75,7 +75,7 @@ def test_position_is_the_last_resort_and_warns_with_the_pairs(labels):
 def test_many_pairs_are_cut_short():
     warning = map_classes([f"n{i:03}" for i in range(100)], None, 100).warning
     assert warning is not None
-    assert "n003 = output 3, and 96 more" in warning
+    assert "n009 = output 9, and 90 more" in warning
 
 
 def test_targets_follow_the_folders_of_the_images():

@@ -15,7 +15,7 @@ from vitfold.errors import ImageError, nearest
 from vitfold.images import ImageSet
 
 How = Literal["names", "indices", "position"]
-_SHOWN = 4
+_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

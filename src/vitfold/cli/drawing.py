@@ -61,8 +61,11 @@ class Asking:
     def _sampler(self, model: Drawn, plan: StepPlan | None) -> str:
         """The sampler asked for, else the bundle's, else the folder's own; say where that one is replaced."""
         from vitfold.model.schedule import own_sampler
+        from vitfold.reuse import find_method
 
         if plan is not None:
+            if self.sampler is not None and self.sampler != plan.sampler and not find_method(plan.reuse).reuses:
+                return self.sampler
             if self.sampler not in (None, plan.sampler):
                 raise RecipeError(
                     f"the plan of this bundle ({plan.reuse}) was chosen for the sampler {plan.sampler}, not for "

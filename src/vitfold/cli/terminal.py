@@ -88,12 +88,14 @@ def command(function: F) -> F:
 def _remarks_on_images() -> Iterator[None]:
     """Print what is odd about images as remarks, each once, and not as Python prints warnings."""
     with warnings.catch_warnings():
-        warnings.simplefilter("once", ImageWarning)
-        usual = warnings.showwarning
+        warnings.simplefilter("always", ImageWarning)
+        usual, said = warnings.showwarning, set[str]()
 
         def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
             if issubclass(category, ImageWarning):
-                note(f"warning: {message}")
+                if str(message) not in said:
+                    note(f"warning: {message}")
+                said.add(str(message))
             else:
                 usual(message, category, *args, **kwargs)
 
