@@ -98,9 +98,11 @@ def _fidelity(folded: Folded, session: Session, images: ImageSet, digest: str) -
     model = folded.model
     half = folded.target.float_type == "float16"
     with simulation(folded) if half else contextlib.nullcontext(session) as judged:
-        outputs = run_over(judged, images, model.preprocess)
-        if isinstance(judged, SimulationSession):
-            judged.check_half()
+        try:
+            outputs = run_over(judged, images, model.preprocess)
+        finally:
+            if isinstance(judged, SimulationSession):
+                judged.check_half()  # names the layer where half precision ends, also where outputs are not finite
     return compare_outputs(
         outputs,
         images,
