@@ -104,7 +104,7 @@ def sweep(
         rows = begin_sweep(output, head, beside)
 
         def again(attempt: Attempt) -> str:
-            return _command(source, images, attempt, calibration_size, calibration_seed)
+            return _command(source, images, attempt, calibration_size, calibration_seed, exif)
 
         def trying() -> Trying:
             return _trying(model, calibration, reported, head, say)
@@ -196,10 +196,11 @@ def _planned(path: Path | None, given: Mapping[str, str | None]) -> dict[str, An
     return values
 
 
-def _command(source: str, images: Path, attempt: Attempt, size: int, seed: int) -> str:
+def _command(source: str, images: Path, attempt: Attempt, size: int, seed: int, exif: str | None) -> str:
     """Return the command that makes one bundle of the sweep again."""
     words = ["vitfold", "optimize", source, "--merge", ",".join(map(str, attempt.r)), "--target", attempt.target]
     words += ["--merge-rule", attempt.rule] if attempt.rule != "tome" else []
+    words += ["--exif", exif] if exif is not None else []
     if attempt.method is not None:
         words += ["--quant", attempt.quant, "--method", attempt.method, "--images", str(images)]
         words += ["--calibration-size", str(size), "--calibration-seed", str(seed), "--keep-slower"]
