@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from vitfold import find_images, load
+from vitfold.bench.classes import class_targets
 from vitfold.bench.environment import environment
 from vitfold.bench.statistics import paired_drop
-from vitfold.images import batches, class_targets
+from vitfold.images import batches
 from vitfold.model import Model, ViTSpec
 from vitfold.ops.run import Run
 from vitfold.pipeline import count_costs

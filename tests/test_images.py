@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from vitfold.errors import ImageError
-from vitfold.images import Batch, ImageSet, batches, class_targets, find_images, read_image
+from vitfold.images import Batch, ImageSet, batches, find_images, read_image
 from vitfold.model import Preprocess
 
 SIZE = 8
@@ -273,45 +273,6 @@ def test_leaving_early_ends_the_threads(tmp_path):
     next(iterator)
     iterator.close()
     assert [t.name for t in threading.enumerate() if t.name.startswith("decode")] == []
-
-
-# Classes.
-
-
-def classes_of(tmp_path: Path, *names: str) -> ImageSet:
-    for name in names:
-        write(tmp_path / name / "1.png")
-    return find_images(tmp_path)
-
-
-def test_class_folders_match_labels_by_name(tmp_path):
-    images = classes_of(tmp_path, "dog", "ant")
-    assert class_targets(images, ("cat", "dog", "ant"), 3) == [2, 1]
-
-
-def test_class_folders_match_the_first_of_several_synonyms(tmp_path):
-    images = classes_of(tmp_path, "tench", "goldfish")
-    labels = ("tench, Tinca tinca", "goldfish, Carassius auratus", "great white shark")
-    assert class_targets(images, labels, 3) == [1, 0]
-
-
-@pytest.mark.parametrize("labels", [None, ("cat", "dog", "ant")])
-def test_class_folders_match_by_position_where_there_are_as_many(tmp_path, labels):
-    images = classes_of(tmp_path, "n02", "n01", "n03")
-    assert class_targets(images, labels, 3) == [0, 1, 2]
-
-
-def test_class_folders_that_fit_neither_way_are_refused(tmp_path):
-    images = classes_of(tmp_path, "dog", "unicorn")
-    with pytest.raises(ImageError, match=r"2 class folders .* do not fit the model's 3 outputs .*'unicorn'"):
-        class_targets(images, ("cat", "dog", "ant"), 3)
-    with pytest.raises(ImageError, match=r"do not fit the model's 3 outputs .*'dog'"):
-        class_targets(images, None, 3)
-
-
-def test_images_without_classes_have_no_targets(tmp_path):
-    with pytest.raises(ImageError, match="has no class folders"):
-        class_targets(folder_of(tmp_path, 1), None, 3)
 
 
 def test_loose_images_beside_class_folders_are_an_error(tmp_path):

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from vitfold import pipeline
-from vitfold.errors import BundleError, ImageError
+from vitfold.engines import open_graph
+from vitfold.errors import BundleError, EngineError, ImageError, VitfoldError
 from vitfold.model import Array, Model
-from vitfold.predictor import Prediction, open_predictor
+from vitfold.predictor import Prediction, Predictor, open_predictor
 
 LABELS = tuple("abcdefghij")
 
@@ -88,3 +89,87 @@ def test_serving_imports_no_torch(bundle: Path, photo: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in LABELS
+
+
+# Heads.
+
+
+def saved(model: Model, folder: Path) -> Path:
+    return pipeline.save(pipeline.optimize(model), folder / "a.fold").path
+
+
+def test_labels_of_their_own_have_sigmoids(tiny_model: Callable[..., Model], tmp_path: Path, photo: Path) -> None:
+    model = replace(tiny_model(problem="multi_label"), labels=LABELS)
+    with open_predictor(saved(model, tmp_path)) as vit:
+        assert vit.head == "multi_label"
+        assert vit.classifies
+        (found,) = vit(photo)
+    expected = 1 / (1 + np.exp(-found.output))
+    np.testing.assert_allclose(found.probabilities, expected, rtol=1e-6)
+    chosen = found.top(10, threshold=0.5)
+    assert {label for label, _ in chosen} == {LABELS[i] for i in np.flatnonzero(expected >= 0.5)}
+    assert abs(found.probabilities.sum() - 1) > 0.1, "no softmax"
+
+
+def test_one_logit_is_a_probability_of_its_own(tiny_model: Callable[..., Model], tmp_path: Path, photo: Path) -> None:
+    with open_predictor(saved(tiny_model(outputs=1), tmp_path)) as vit:
+        assert vit.head == "multi_label"
+        ((_, probability),) = vit(photo)[0].top()
+    assert 0 < probability < 1
+
+
+def test_a_regression_gives_its_numbers(tiny_model: Callable[..., Model], tmp_path: Path, photo: Path) -> None:
+    model = replace(tiny_model(outputs=2, problem="regression"), labels=("age", "height"))
+    with open_predictor(saved(model, tmp_path)) as vit:
+        assert not vit.classifies
+        (found,) = vit(photo)
+    assert found.values() == [("age", pytest.approx(found.output[0])), ("height", pytest.approx(found.output[1]))]
+    with pytest.raises(VitfoldError, match="numbers of a regression and has no probabilities"):
+        found.top()
+
+
+def test_arrays_tensors_and_bytes_give_what_the_file_gives(bundle: Path, photo: Path) -> None:
+    import torch
+
+    pixels = np.asarray(Image.open(photo))
+    with open_predictor(bundle) as vit:
+        (expected,) = vit(photo)
+        for item in (pixels, torch.from_numpy(pixels.copy()).permute(2, 0, 1), photo.read_bytes()):
+            np.testing.assert_array_equal(vit(item)[0].output, expected.output)
+        assert len(vit(np.stack([pixels] * 3), batch=2)) == 3
+
+
+def test_orientation_is_followed_as_the_bundle_says(
+    tiny_model: Callable[..., Model], tmp_path: Path, photo: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(photo).save(tmp_path / "turned.png", exif=exif)
+    Image.open(photo).transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    model = tiny_model()
+    follows = replace(model, preprocess=replace(model.preprocess, exif="apply"))
+    with open_predictor(saved(follows, tmp_path)) as vit:
+        np.testing.assert_array_equal(vit(tmp_path / "turned.png")[0].output, vit(tmp_path / "upright.png")[0].output)
+    ignores = pipeline.save(pipeline.optimize(model), tmp_path / "b.fold").path
+    with open_predictor(ignores) as vit:
+        np.testing.assert_array_equal(vit(tmp_path / "turned.png")[0].output, vit(photo)[0].output)
+
+
+def overflowing(model: Model) -> Model:
+    """A model whose logits are beyond float32."""
+    return replace(model, params={**model.params, "head.weight": model.params["head.weight"] * np.float32(3e38)})
+
+
+def test_infinite_outputs_are_an_error_that_names_the_image(
+    tiny_model: Callable[..., Model], tmp_path: Path, photo: Path
+) -> None:
+    from vitfold.bundle import open_bundle
+
+    sound = pipeline.save(pipeline.optimize(tiny_model()), tmp_path / "a.fold").path
+    folded = pipeline.optimize(overflowing(tiny_model()))
+    pipeline.writing.write_graph(folded, tmp_path / "broken.onnx")
+    with Predictor(open_bundle(sound)) as vit:
+        vit.session.close()
+        vit.session = open_graph(tmp_path / "broken.onnx", "onnxruntime")
+        with pytest.raises(EngineError, match=r"output for .*photo\.png is NaN or infinite"):
+            vit(photo)

@@ -66,7 +66,8 @@ __all__ = [
 def load(source: str, **options: Any) -> Model:
     """Load a pretrained model: "timm:vit_base_patch16_224", "hf:FOLDER", "FILE.safetensors" with arch=..., ...
 
-    Options are those of `vitfold.sources.load_source`: arch, num_classes, image_size, weights, seed.
+    Options are those of `vitfold.sources.load_source`: arch, num_classes, image_size, weights, seed,
+    problem.
 
     Raises:
         SourceError: if it cannot be loaded, or has a feature that vitfold does not run.
@@ -78,7 +79,7 @@ def load(source: str, **options: Any) -> Model:
 
 
 def adapt(module: torch.nn.Module, **options: Any) -> Model:
-    """Take over a torch module of a supported class; options: preprocess, labels.
+    """Take over a torch module of a supported class; options: preprocess, labels, problem.
 
     Raises:
         SourceError: if its class or one of its features is not supported.

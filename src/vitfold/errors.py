@@ -46,6 +46,10 @@ class ImageError(VitfoldError):
     """An image or a folder of images cannot be read."""
 
 
+class ImageWarning(UserWarning):
+    """An image can be read, but hardly means what it says."""
+
+
 class EngineError(VitfoldError):
     """A runtime is missing or refused the graph."""
 
@@ -62,6 +66,10 @@ class ReportError(VitfoldError):
     """Measurements cannot be read or shown."""
 
 
+class ArgumentError(VitfoldError, ValueError):
+    """A value handed to the Python interface is none of those that it takes."""
+
+
 class GateError(VitfoldError):
     """A measured result misses the bound that the user set; the command line exits with 3."""
 
@@ -74,6 +82,17 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
         return "did you mean " + " or ".join(close) + "?"
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return f"known: {shown}"
+
+
+def check_whole(name: str, value: object, *, least: int) -> None:
+    """Check that an argument is a whole number of at least `least`.
+
+    Raises:
+        ArgumentError: saying what was expected and what was found.
+    """
+    whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    if not whole or value < least:  # type: ignore[operator]
+        raise ArgumentError(f"{name} must be a whole number of at least {least}, found {value!r}")
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> str:

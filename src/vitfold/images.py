@@ -1,14 +1,13 @@
-"""Images on disk: folders, decoding, batches that are prepared while the model runs.
+"""Images on disk: folders, and batches that are prepared while the model runs.
 
-Owns what can be wrong with image files. What happens to the pixels is `model.preprocess`; what the
-model says about them is `bench`.
+Owns which files of a folder are taken. What can be wrong with one of them is `decoding`'s business, what happens to
+the pixels `model.preprocess`'; what the model says about them is `bench`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import threading
-import warnings
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,28 +17,40 @@ from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
 
-from vitfold.errors import ImageError, nearest
+from vitfold.decoding import HEIF, prepared, suffixes
+from vitfold.decoding import read_image as read_image  # noqa: PLC0414 (exported clients look here)
+from vitfold.errors import ArgumentError, ImageError, nearest
 from vitfold.model import Preprocess
-from vitfold.model.preprocess import rgb_from_image
 
 A = TypeVar("A")
 B = TypeVar("B")
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"})
-# Filters of warnings belong to the process, so only one thread at a time may change them.
-_OPENING = threading.Lock()
+_COMMON = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".bmp", ".gif")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSet:
-    """Image files, sorted; `classes[classes_index[i]]` is the class folder of `paths[i]`, if there are any."""
+    """Image files, sorted; `classes[class_index[i]]` is the class folder of `paths[i]`, if there are any.
+
+    `left_out` are the other files and folders that stand where images are looked for, relative to the root.
+    """
 
     root: str
     paths: tuple[Path, ...]
     classes: tuple[str, ...] | None
     class_index: tuple[int, ...] | None
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def remark(self) -> str | None:
+        """Say how many files were left out, which, and what would make images of them; None if none was."""
+        if not self.left_out:
+            return None
+        names = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
+        heic = any(Path(name).suffix.lower() in HEIF for name in self.left_out)
+        cure = "; for HEIC run: pip install 'vitfold[heif]'" if heic else ""
+        return f"left out of {self.root}, as no image files: {len(self.left_out)} ({names}){cure}"
 
     def digest(self) -> str:
         """Return the sha256 over the names, class folders and contents of all files."""
@@ -90,6 +101,7 @@ class ImageSet:
             paths=tuple(self.paths[i] for i in keep),
             classes=self.classes,
             class_index=None if self.class_index is None else tuple(self.class_index[i] for i in keep),
+            left_out=self.left_out,
         )
 
 
@@ -105,9 +117,26 @@ def find_images(root: str | Path) -> ImageSet:
     """List the images of a folder: class folders if it has any with images, else the files in it.
 
     Raises:
-        ImageError: if the folder is missing, not a folder, or holds no image.
+        ImageError: if the folder is missing, not a folder, may not be read, or holds no image.
     """
+    if not isinstance(root, str | os.PathLike):
+        raise ArgumentError(f"find_images takes the path of a folder, found {type(root).__name__}")
     folder = Path(root)
+    try:
+        folder.lstat()  # says what is wrong with a path that cannot be one
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{str(root)!r} cannot be read as a folder ({error}); check the path") from None
+    try:
+        return _found(folder)
+    except PermissionError as error:
+        raise ImageError(f"{error.filename} may not be read by this user; change its permissions") from None
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{str(root)!r} cannot be read as a folder ({error}); check the path") from None
+
+
+def _found(folder: Path) -> ImageSet:
     if not folder.exists():
         parent = folder.parent
         beside = [p.name for p in parent.iterdir()] if parent.is_dir() else []
@@ -115,59 +144,48 @@ def find_images(root: str | Path) -> ImageSet:
         raise ImageError(f"no such folder: {folder} ({hint})")
     if not folder.is_dir():
         raise ImageError(f"{folder} is a file; give a folder of images or of class folders")
-    children = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    by_class = {p.name: _image_files(p) for p in children}
-    by_class = {name: files for name, files in by_class.items() if files}
-    files = _image_files(folder)
+    files, others, children = _listed(folder)
+    inside = {child.name: _listed(child) for child in children}
+    by_class = {name: images for name, (images, _, _) in inside.items() if images}
     if by_class and files:
         raise ImageError(
             f"{folder} holds both images ({files[0].name}, {len(files)} in all) and folders of images "
             f"({next(iter(by_class))}, ...); move the loose images into class folders or elsewhere"
         )
+    for name, (_, rest, deeper) in inside.items():
+        others += [*rest, *deeper] if name in by_class else [folder / name]
+    left_out = tuple(path.relative_to(folder).as_posix() for path in others)
     if by_class:
-        classes = tuple(by_class)
-        paths = tuple(p for group in by_class.values() for p in group)
-        index = tuple(i for i, group in enumerate(by_class.values()) for _ in group)
-        return ImageSet(root=str(folder), paths=paths, classes=classes, class_index=index)
-    if not files:
-        raise ImageError(
-            f"no images in {folder}; expected files ending in {', '.join(sorted(SUFFIXES))}, "
-            "or one sub-folder of images per class"
+        return ImageSet(
+            root=str(folder),
+            paths=tuple(p for group in by_class.values() for p in group),
+            classes=tuple(by_class),
+            class_index=tuple(i for i, group in enumerate(by_class.values()) for _ in group),
+            left_out=left_out,
         )
-    return ImageSet(root=str(folder), paths=tuple(files), classes=None, class_index=None)
-
-
-def _image_files(folder: Path) -> list[Path]:
-    files = (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    return sorted(p for p in files if p.is_file())
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """Decode one file completely, as RGB.
-
-    Raises:
-        ImageError: if it is missing, not an image, cut short, or too large to be one.
-    """
-    try:
-        with _OPENING, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(path)
-        with opened as image:
-            image.load()
-            return rgb_from_image(image)
-    except ImageError as error:
-        raise ImageError(f"{path}: {error}") from None
-    except FileNotFoundError:
-        raise ImageError(f"no such image: {path}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    found = ImageSet(root=str(folder), paths=tuple(files), classes=None, class_index=None, left_out=left_out)
+    if not files:
+        more = f"; {found.remark}" if left_out else ""
         raise ImageError(
-            f"{path} would decode to more than {Image.MAX_IMAGE_PIXELS} pixels and looks like a decompression bomb; "
-            "remove it, or scale it down first"
-        ) from None
-    except UnidentifiedImageError:
-        raise ImageError(f"{path} is not an image that Pillow can read; remove it or convert it") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError(f"{path} is damaged or cut short ({error}); fetch it again or remove it") from None
+            f"no images in {folder}; expected files that Pillow reads ({', '.join(sorted(_COMMON))}, ...), "
+            f"or one sub-folder of images per class{more}"
+        )
+    return found
+
+
+def _listed(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """Return images, other files and folders in a folder, sorted; hidden ones are none of these."""
+    images: list[Path] = []
+    others: list[Path] = []
+    folders: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            folders.append(path)
+        else:
+            (images if path.suffix.lower() in suffixes() and path.is_file() else others).append(path)
+    return images, others, folders
 
 
 def batches(
@@ -192,7 +210,7 @@ def batches(
         kept, pixels, bad = [], [], []
         for i in group:
             try:
-                pixels.append(preprocess(read_image(images.paths[i])))
+                pixels.append(prepared(images.paths[i], preprocess))
                 kept.append(i)
             except ImageError as error:
                 if not skip_bad:
@@ -200,12 +218,12 @@ def batches(
                 bad.append(str(error))
         return Batch(pixel_values=np.stack(pixels), index=tuple(kept)) if kept else None, bad
 
-    for prepared, bad in prepared_ahead(groups, prepare, workers=workers):
+    for ready, bad in prepared_ahead(groups, prepare, workers=workers):
         for message in bad:
             if on_skip is not None:
                 on_skip(message)
-        if prepared is not None:
-            yield prepared
+        if ready is not None:
+            yield ready
 
 
 def prepared_ahead(items: Iterable[A], prepare: Callable[[A], B], *, workers: int = 2) -> Iterator[B]:
@@ -224,29 +242,3 @@ def prepared_ahead(items: Iterable[A], prepare: Callable[[A], B], *, workers: in
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def class_targets(images: ImageSet, labels: Sequence[str] | None, outputs: int) -> list[int]:
-    """Return the model's output index of every image's class folder.
-
-    Folders are matched by name where the model has labels (also by the first of several synonyms),
-    else by sorted position where there are as many folders as outputs.
-
-    Raises:
-        ImageError: if neither fits.
-    """
-    if images.classes is None or images.class_index is None:
-        raise ImageError(f"{images.root} has no class folders; accuracy needs one sub-folder per class")
-    if labels is not None:
-        position = {name: i for i, name in enumerate(labels)}
-        position |= {name.split(",")[0].strip(): i for i, name in enumerate(labels)}
-        if set(images.classes) <= set(position):
-            return [position[images.classes[i]] for i in images.class_index]
-    if len(images.classes) == outputs:
-        return list(images.class_index)
-    unknown = [c for c in images.classes if labels is None or c not in labels]
-    raise ImageError(
-        f"the {len(images.classes)} class folders of {images.root} do not fit the model's {outputs} outputs "
-        f"(first folder without a class: {unknown[0]!r}); name the folders after the model's labels, "
-        "or give one folder per output in label order"
-    )

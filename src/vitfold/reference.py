@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vitfold.bench.classes import class_targets
 from vitfold.bench.evaluation import Outputs, run_over
 from vitfold.bench.fidelity import Fidelity, measure_fidelity
 from vitfold.bundle import Bundle
 from vitfold.cache import keep_arrays, key_of, read_arrays
 from vitfold.engines import TENSORRT, Session, open_session
 from vitfold.errors import SourceError, VitfoldError
-from vitfold.images import ImageSet, class_targets
-from vitfold.model import Model
+from vitfold.images import ImageSet
+from vitfold.model import Model, Preprocess
+from vitfold.model.spec import Head
 from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe
 from vitfold.target import find_target
@@ -77,8 +79,14 @@ def reference_from_origin(bundle: Bundle) -> Reference:
     """
     from vitfold.sources.origin import load_origin
 
-    origin = bundle.manifest.origin
+    origin, manifest = bundle.manifest.origin, bundle.manifest
     model = load_origin(origin).model
+    # What an older vitfold did not read from this source changes how images and outputs are taken, not the weights.
+    model = replace(
+        model,
+        spec=replace(model.spec, problem=manifest.spec.problem),
+        preprocess=replace(model.preprocess, exif=manifest.preprocess.exif),
+    )
     if model.digest() != bundle.manifest.model_digest:
         raise SourceError(
             f"{origin['source']} has other weights now than when {bundle.path} was made; "
@@ -90,7 +98,7 @@ def reference_from_origin(bundle: Bundle) -> Reference:
 def reference_outputs(
     digest: str,
     images: ImageSet,
-    preprocess: Any,
+    preprocess: Preprocess,
     find: Callable[[], Reference],
     *,
     skip_bad: bool = False,
@@ -100,9 +108,9 @@ def reference_outputs(
 
     `find` is called only if they were not. Outputs in half precision are not kept.
     """
-    key = key_of(digest, images.digest())
+    key = key_of(digest, images.digest(), preprocess)
     kept = read_arrays("reference", key)
-    if kept is not None and {"values", "index"} <= set(kept):
+    if kept is not None and {"values", "index"} <= set(kept) and np.isfinite(kept["values"]).all():
         return Outputs(values=kept["values"], index=tuple(int(i) for i in kept["index"]), skipped=())
     reference = find()
     with tempfile.TemporaryDirectory(prefix="vitfold-") as folder, reference.open(Path(folder)) as session:
@@ -113,7 +121,7 @@ def reference_outputs(
 
 
 def compare_outputs(
-    outputs: Outputs, images: ImageSet, *, labels: tuple[str, ...] | None, classifies: bool, reference: Outputs | None
+    outputs: Outputs, images: ImageSet, *, labels: tuple[str, ...] | None, head: Head, reference: Outputs | None
 ) -> Fidelity:
     """Return accuracy and fidelity of outputs on images, over those that both could read."""
     values, index = outputs.values, outputs.index
@@ -124,7 +132,7 @@ def compare_outputs(
         values, index = values[rows], tuple(index[row] for row in rows)
         ref = reference.values[[position[image] for image in index]]
     targets = None
-    if images.classes is not None and classifies:
+    if images.classes is not None and head == "single_label":
         every = class_targets(images, labels, values.shape[1])
         targets = [every[image] for image in index]
     return measure_fidelity(
@@ -132,7 +140,7 @@ def compare_outputs(
         targets=targets,
         reference=ref,
         reference_name=None if ref is None else "unfolded float32",
-        classifies=classifies,
+        head=head,
     )
 
 

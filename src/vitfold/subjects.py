@@ -73,7 +73,7 @@ class Lineup:
             outputs,
             self._images,
             labels=manifest.labels,
-            classifies=manifest.spec.output == "logits",
+            head=manifest.spec.head,
             reference=self._expected[digest],
         )
 

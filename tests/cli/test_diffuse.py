@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from invoking import error, run, run_json
+from invoking import DEMO, error, run, run_json
 from PIL import Image
 
 from diffusing import write_folder
 from vitfold.model import Array
 
 QUICK = ("--steps", "5", "--trials", "1", "--classes", "2,0,1", "--batch", "2")
+MANY = ("--steps", "4", "--trials", "1", "--classes", "2,0,1", "--count", "30", "--batch", "10")
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"hf:{write_folder(tmp_path_factory.mktemp('dit'))}"
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty demo images, the least that a distance is taken of."""
+    made = tmp_path_factory.mktemp("real")
+    for i, path in enumerate(sorted((DEMO / "images").glob("*/*"))[::7][:30]):
+        shutil.copy(path, made / f"{i:02}{path.suffix}")
+    return made
 
 
 def pixels_of(path: Path) -> Array:
@@ -62,9 +73,9 @@ def test_compressed_steps_stand_beside_plain_ones(source: str) -> None:
     assert (found["merge"], found["quant"]) == (4, "w8a8")
 
 
-def test_a_distance_to_real_images_by_a_model_of_choice(source: str, few: Path) -> None:
+def test_a_distance_to_real_images_by_a_model_of_choice(source: str, real: Path) -> None:
     found = run_json(
-        "diffuse", source, *QUICK, "--engine", "torch", "--reuse", "stack:2", "--real", few, "--features", "demo"
+        "diffuse", source, *MANY, "--engine", "torch", "--reuse", "stack:2", "--real", real, "--features", "demo"
     )
     row = found["rows"][0]
     assert row["frechet"] > 0
@@ -77,7 +88,7 @@ def test_a_distance_to_real_images_by_a_model_of_choice(source: str, few: Path) 
     assert fewer["frechet_rise"]["rise"] == pytest.approx(fewer["frechet"] - row["frechet"])
     assert fewer["frechet_rise"]["low"] < fewer["frechet_rise"]["rise"] < fewer["frechet_rise"]["high"]
     assert found["features"] == "demo"
-    assert "give both --real DIR and --features" in error("diffuse", source, "--real", few, code=2)
+    assert "give both --real DIR and --features" in error("diffuse", source, "--real", real, code=2)
 
 
 def write_judge(folder: Path) -> Path:
@@ -95,12 +106,12 @@ def write_judge(folder: Path) -> Path:
     return folder
 
 
-def test_a_judge_beside_the_weights_is_taken_by_itself(source: str, few: Path, tmp_path: Path) -> None:
+def test_a_judge_beside_the_weights_is_taken_by_itself(source: str, real: Path, tmp_path: Path) -> None:
     for name in ("transformer", "scheduler"):
         (tmp_path / name).symlink_to(Path(source.partition(":")[2]) / name)
     judge = write_judge(tmp_path / "judge")
-    torch_engine, features = (*QUICK, "--engine", "torch"), ("--features", f"timm:local-dir:{judge}")
-    given = run_json("diffuse", source, *torch_engine, *features, "--real", few, "-o", tmp_path / "out")
+    torch_engine, features = (*MANY, "--engine", "torch"), ("--features", f"timm:local-dir:{judge}")
+    given = run_json("diffuse", source, *torch_engine, *features, "--real", real, "-o", tmp_path / "out")
     assert "no such folder" in error("diffuse", f"hf:{tmp_path}", *torch_engine)
     (tmp_path / "out" / "real.safetensors").rename(judge / "real.safetensors")
     found = run_json("diffuse", f"hf:{tmp_path}", *torch_engine, "-o", tmp_path / "again")
@@ -109,12 +120,13 @@ def test_a_judge_beside_the_weights_is_taken_by_itself(source: str, few: Path, t
     for key in ("frechet", "frechet_noise", "class_accuracy", "class_accuracy_interval"):
         assert found["rows"][0][key] == given["rows"][0][key] is not None
     assert "class %" in run("diffuse", f"hf:{tmp_path}", *torch_engine).stdout
-    other = run_json("diffuse", f"hf:{tmp_path}", *torch_engine, "--real", few)
+    other = run_json("diffuse", f"hf:{tmp_path}", *torch_engine, "--real", real)
     assert other["rows"][0]["frechet"] == given["rows"][0]["frechet"]
     assert "features by another model than demo" in error("diffuse", f"hf:{tmp_path}", *QUICK, "--features", "demo")
     alone = run_json("diffuse", f"hf:{tmp_path}", *QUICK, "--classes", "1", "--engine", "torch")
     assert alone["rows"][0]["frechet"] is None
-    assert "at least two images" in alone["rows"][0]["frechet_reason"]
+    assert "at least 30 real images and 30 drawn" in alone["rows"][0]["frechet_reason"]
+    assert alone["rows"][0]["class_accuracy"] in (0, 1)
 
 
 def test_auto_names_what_it_chose(source: str) -> None:

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from diffusing import build_tiny_dit
+from vitfold.bench.pictures import moments
 from vitfold.errors import JournalError, RecipeError
-from vitfold.model import Array, DiTModel
+from vitfold.model import Array, DiTModel, Model
 from vitfold.pipeline import step_search
 from vitfold.pipeline.diffusion import Asked, Row
+from vitfold.pipeline.judging import Judge
 from vitfold.pipeline.opening import Compression
 from vitfold.pipeline.step_search import Bounds, Setup, Tried, describe_bounds, fastest_method, screen, search_steps
 
@@ -172,11 +174,15 @@ def test_the_drop_is_towards_images_of_more_steps(model: DiTModel) -> None:
     assert not tried["none, 3 steps"].within(Bounds(max_psnr_drop_db=drops["none, 3 steps"] - 0.1))
 
 
-def test_bounds_that_cannot_be_measured(model: DiTModel) -> None:
+def test_bounds_that_cannot_be_measured(model: DiTModel, tiny_model: Callable[..., Model]) -> None:
     with pytest.raises(RecipeError, match="converges with more steps: --sampler ddim"):
         search_steps(model, replace(ASKED, sampler="ddpm"), Bounds(max_psnr_drop_db=1.0), [Compression()], TORCH)
     with pytest.raises(RecipeError, match="--max-fid-rise needs --real and --features"):
         search_steps(model, ASKED, Bounds(max_fid_rise=1.0), [Compression()], TORCH)
+    real = moments(np.random.default_rng(0).normal(size=(40, 8)))
+    judged = replace(TORCH, judge=Judge(model=tiny_model(), real=real))
+    with pytest.raises(RecipeError, match="--samples 10 are too few for a Frechet distance; give at least 30"):
+        search_steps(model, ASKED, Bounds(max_fid_rise=1.0), [Compression()], judged, samples=10)
     with pytest.raises(ValueError, match="needs a bound"):
         Bounds()
 

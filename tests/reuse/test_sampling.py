@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from diffusing import ORIGIN, SCHEDULE, build_module, build_tiny_dit
-from vitfold.errors import RecipeError
+from vitfold.errors import EngineError, RecipeError
 from vitfold.model import Array, DiTModel
 from vitfold.pipeline.diffusion import Asked, diffuse, draw, settled
 from vitfold.pipeline.opening import Compression, compress, open_parts, prepare_predictor
@@ -76,10 +77,67 @@ def test_an_image_depends_on_its_own_seed_alone(model: DiTModel) -> None:
         np.testing.assert_allclose(together[1:2], alone, rtol=1e-3, atol=1e-4)
 
 
-def test_a_learned_variance_is_used_by_ddpm_and_left_out_elsewhere() -> None:
-    learned = build_tiny_dit(out_channels=2)
-    assert drawn(learned).samples.shape == (3, 1, 16, 16)
-    assert drawn(learned, sampler="ddpm").samples.shape == (3, 1, 16, 16)
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # within diffusers
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_learned_variance_is_not_guided(sampler: str, guidance: float) -> None:
+    """Oracle: the steps of diffusers' DiTPipeline, which guides the first channels and leaves the others alone."""
+    import torch
+
+    from vitfold.reuse.schedulers import build_scheduler
+
+    module = build_module(out_channels=2)
+    found = drawn(translate(module, SCHEDULE, origin=ORIGIN), sampler=sampler, guidance=guidance).samples
+    for i, label in enumerate(ASKED["labels"]):
+        scheduler = build_scheduler(sampler, SCHEDULE, 7, learned_sigma=True)
+        generator = torch.Generator().manual_seed(3 + i)
+        x = torch.randn(1, 1, 16, 16, generator=generator)
+        for t in scheduler.timesteps:
+            with torch.inference_mode():
+                both = module(x.repeat(2, 1, 1, 1), t.expand(2), torch.tensor([label, 3]), return_dict=False)[0]
+            eps, rest = both[:, :1], both[:, 1:]
+            cond, uncond = eps.chunk(2)
+            noise = torch.cat([uncond + guidance * (cond - uncond), rest[:1]], dim=1)
+            if sampler == "ddim":
+                x = scheduler.step(noise[:, :1], t, x).prev_sample
+            else:
+                x = scheduler.step(noise, t, x, generator=generator).prev_sample
+        np.testing.assert_allclose(found[i : i + 1], x.numpy(), rtol=1e-3, atol=1e-3 * float(x.abs().max()))
+
+
+def test_the_first_block_decides_for_every_image_by_itself(model: DiTModel) -> None:
+    """At this threshold the three images differ in the steps that they compute."""
+    threshold, steps = "first-block:1.0", 12
+    labels = ASKED["labels"]
+    alone = [drawn(model, threshold, labels=(label,), seed=3 + i, steps=steps) for i, label in enumerate(labels)]
+    together = drawn(model, threshold, batch=3, steps=steps)
+    for i, one in enumerate(alone):
+        np.testing.assert_allclose(together.samples[i : i + 1], one.samples, rtol=1e-5, atol=1e-5)
+    assert len({one.full_steps for one in alone}) > 1
+    assert together.full_steps == max(one.full_steps for one in alone)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # within diffusers
+def test_a_solver_with_noise_of_its_own_draws_from_the_seed(model: DiTModel) -> None:
+    noisy = replace(model, schedule={**SCHEDULE, "algorithm_type": "sde-dpmsolver++"})
+    first, again = (drawn(noisy, sampler="dpm++").samples for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    alone = drawn(noisy, sampler="dpm++", labels=(2,), seed=4).samples
+    np.testing.assert_allclose(first[1:2], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_tokens_that_are_all_renewed_are_exactly_new(model: DiTModel) -> None:
+    found = drawn(model, "tokencache:0:2:2")
+    assert found.reused_steps > 0
+    np.testing.assert_allclose(found.samples, drawn(model).samples, rtol=1e-4, atol=1e-5)
+
+
+def test_samples_that_are_not_finite_are_an_error(model: DiTModel) -> None:
+    broken = replace(
+        model, params={**model.params, "head.proj.weight": model.params["head.proj.weight"] * np.float32(3e38)}
+    )
+    with pytest.raises(EngineError, match="NaN or infinite.*--sampler ddim"):
+        drawn(broken)
 
 
 @pytest.mark.parametrize(

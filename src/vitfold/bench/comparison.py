@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from vitfold.bench.evaluation import finite_outputs
 from vitfold.bench.fidelity import Fidelity
 from vitfold.bench.measurement import Measurement, Scope, speed_up
 from vitfold.bench.statistics import ratio_interval
 from vitfold.bench.timing import Progress, interleave
+from vitfold.decoding import prepared
 from vitfold.engines import Session
 from vitfold.errors import ImageError
-from vitfold.images import ImageSet, read_image
+from vitfold.images import ImageSet
 from vitfold.model import Preprocess
 
 
@@ -143,13 +145,15 @@ def _call(subject: Subject, scope: Scope, batch: int, images: ImageSet | None) -
     session = subject.session
     if scope == "engine":
         session.bind(pixels_for(subject.preprocess, batch, images))
+        session.run()
+        finite_outputs(session.fetch(), f"{subject.name} on {session.engine}")
         return session.run
     assert images is not None
     paths = itertools.cycle(images.paths)
 
     def end_to_end() -> None:
         chosen = [next(paths) for _ in range(batch)]
-        session.bind(np.stack([subject.preprocess(read_image(path)) for path in chosen]))
+        session.bind(np.stack([prepared(path, subject.preprocess) for path in chosen]))
         session.run()
         session.fetch().reshape(batch, -1).argmax(axis=1)
 
@@ -168,7 +172,7 @@ def pixels_for(preprocess: Preprocess, batch: int, images: ImageSet | None) -> F
     for path in images.paths:
         if len(readable) == batch:
             break
-        readable.append(preprocess(read_image(path)))
+        readable.append(prepared(path, preprocess))
     if not readable:
         raise ImageError(f"no image to time in {images.root}")
     return np.stack([readable[i % len(readable)] for i in range(batch)])

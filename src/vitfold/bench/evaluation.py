@@ -6,7 +6,7 @@ whatever the size of the folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vitfold.engines import Session
-from vitfold.errors import ImageError
+from vitfold.errors import EngineError, ImageError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Preprocess
 
@@ -26,6 +26,23 @@ class Outputs:
     values: Float[np.ndarray, "B ..."]
     index: tuple[int, ...]
     skipped: tuple[str, ...]
+
+
+def finite_outputs(values: Float[np.ndarray, "B ..."], of: str | Sequence[str]) -> Float[np.ndarray, "B ..."]:
+    """Return outputs as they are, none of which is NaN or infinite; `of` names them, or each row.
+
+    Raises:
+        EngineError: naming the first that is.
+    """
+    bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(1))
+    if len(bad):
+        name = of if isinstance(of, str) else str(of[bad[0]])
+        raise EngineError(
+            f"the model's output for {name} is NaN or infinite ({len(bad)} of {len(values)} in its batch); its values "
+            "overflow the type that the graph computes in, or its weights are damaged: make the bundle for a float32 "
+            "target (--target cpu), or use another checkpoint"
+        )
+    return values
 
 
 def run_over(
@@ -41,6 +58,7 @@ def run_over(
 
     Raises:
         ImageError: at the first unreadable image unless `skip_bad`, or if none is readable.
+        EngineError: if an output is NaN or infinite.
     """
     rows: list[Float[np.ndarray, "B ..."]] = []
     index: list[int] = []
@@ -48,7 +66,7 @@ def run_over(
     for group in batches(images, preprocess, batch=batch, skip_bad=skip_bad, on_skip=skipped.append):
         session.bind(group.pixel_values)
         session.run()
-        rows.append(session.fetch())
+        rows.append(finite_outputs(session.fetch(), [str(images.paths[i]) for i in group.index]))
         index.extend(group.index)
         if advance is not None:
             advance(len(group.index))

@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 LEAST_IMAGES = 2
+FRECHET_IMAGES = 30
+"""Of fewer images a covariance says nothing of hundreds of features, and the distance is that of chance."""
 _C1, _C2 = 0.01**2, 0.03**2
 _SIGMA, _WINDOW = 1.5, 11
 

@@ -12,6 +12,7 @@ import typer
 
 from vitfold.cli import options
 from vitfold.cli.drawing import Asking, draw_bundles
+from vitfold.cli.making import given_images, judged_images, turned
 from vitfold.cli.terminal import command, counting, note, out, print_json, skipped, steps, write_json
 from vitfold.errors import VitfoldError
 
@@ -51,6 +52,7 @@ def bench(
     ] = None,
     limit: options.TimedImages = 200,
     skip_bad: options.SkipBad = False,
+    exif: options.Exif = None,
     reference: options.ReferenceBundle = None,
     engine: options.Engine = None,
     threads: options.Threads = None,
@@ -72,7 +74,6 @@ def bench(
     from vitfold.bench.environment import environment
     from vitfold.bench.timing import PROTOCOLS
     from vitfold.bundle import open_bundle
-    from vitfold.images import find_images
     from vitfold.peers import CALIBRATED, check_peers
     from vitfold.subjects import Lineup
 
@@ -80,12 +81,15 @@ def bench(
     check_peers(names, calibrated=calibration_images is not None)
     if keep_peers is not None:
         _make_empty(keep_peers)
-    opened = [open_bundle(path) for path in bundles]
+    opened = [turned(open_bundle(path), exif) for path in bundles]
     given = None if reference is None else open_bundle(reference)
-    found = None if images is None else find_images(images).first(limit)
+    found = None if images is None else given_images(images).first(limit)
+    if found is not None:
+        for one in opened:
+            found = judged_images(found, one.manifest.spec, one.manifest.labels)
     if found is not None and skip_bad:
         found = found.readable(skipped)
-    calibration = None if calibration_images is None else find_images(calibration_images).first(calibration_size)
+    calibration = None if calibration_images is None else given_images(calibration_images).first(calibration_size)
     if calibration is not None and skip_bad:
         calibration = calibration.readable(skipped)
     before = environment(threads=threads)

@@ -15,6 +15,7 @@ from vitfold.cli.making import require_optimize
 from vitfold.cli.terminal import command, note, out, print_json, quiet_stdout, steps
 from vitfold.sealed import MANIFEST
 from vitfold.sources.dit import REAL
+from vitfold.step_bundle import open_step_bundle
 
 if TYPE_CHECKING:
     from vitfold.pipeline.judging import Judge
@@ -73,6 +74,8 @@ def diffuse(
     json: options.Json = False,
 ) -> None:
     """Draw images, unaccelerated, by --reuse, and by plainly fewer steps, timed in turn at equal seeds."""
+    if _names_a_bundle(source):
+        open_step_bundle(source)  # says what is wrong before anything is loaded
     if not latents:
         features, real = default_judge(source, features, real)
     if (real is None) != (features is None) or (real is not None and latents):
@@ -116,6 +119,12 @@ def diffuse(
         note(f"auto chose {drawing.document['chosen']} (at least {min_psnr:g} dB to the unaccelerated images)")
     if output is not None:
         note(f"images and sheet.png in {output}")
+
+
+def _names_a_bundle(source: str) -> bool:
+    """Whether a source can be nothing but a bundle, also where there is none."""
+    path = Path(source)
+    return (path / MANIFEST).is_file() or (path.suffix == ".fold" and ":" not in source)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

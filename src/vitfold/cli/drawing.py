@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitfold.cli.terminal import write_json
-from vitfold.errors import SourceError, VitfoldError, nearest
+from vitfold.cli.terminal import note, write_json
+from vitfold.errors import RecipeError, SourceError, VitfoldError, nearest
 from vitfold.sealed import MANIFEST, read_header
 from vitfold.sources.dit import REAL, judge_folder
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vitfold.reuse import Method
     from vitfold.step_bundle import StepPlan
 
-STEPS, SAMPLER, GUIDANCE = 50, "ddim", 1.5  # the guidance by which the paper measures DiT-XL
+STEPS, GUIDANCE = 50, 1.5  # the guidance by which the paper measures DiT-XL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class Asking:
 
         Raises:
             SourceError: if a class has no such name.
-            RecipeError: if a number is out of range.
+            RecipeError: if a number is out of range, or a plan was chosen for another sampler.
         """
         from vitfold.pipeline.diffusion import Asked
 
@@ -53,10 +53,32 @@ class Asking:
             labels=read_classes(self.classes, self.count, model),
             seed=self.seed,
             steps=self.steps if self.steps is not None else (STEPS if plan is None else plan.steps),
-            sampler=self.sampler or (SAMPLER if plan is None else plan.sampler),
+            sampler=self._sampler(model, plan),
             guidance=self.guidance if self.guidance is not None else (GUIDANCE if plan is None else plan.guidance),
             batch=self.batch,
         )
+
+    def _sampler(self, model: Drawn, plan: StepPlan | None) -> str:
+        """The sampler asked for, else the bundle's, else the folder's own; say where that one is replaced."""
+        from vitfold.model.schedule import own_sampler
+        from vitfold.reuse import find_method
+
+        if plan is not None:
+            if self.sampler is not None and self.sampler != plan.sampler and not find_method(plan.reuse).reuses:
+                return self.sampler
+            if self.sampler not in (None, plan.sampler):
+                raise RecipeError(
+                    f"the plan of this bundle ({plan.reuse}) was chosen for the sampler {plan.sampler}, not for "
+                    f"{self.sampler}; leave out --sampler, or make a bundle with: vitfold optimize "
+                    f"{model.origin.source} --reuse {plan.reuse} --sampler {self.sampler} -o OUT.fold"
+                )
+            return plan.sampler
+        if self.sampler is not None:
+            return self.sampler
+        own = own_sampler(model.schedule)
+        if own.replaced is not None:
+            note(f"the folder's {own.replaced} is replaced by {own.name}; choose another one with --sampler")
+        return own.name
 
     def decoder(self, model: Drawn) -> Callable[[Array], Array] | None:
         """Return what makes images in [0, 1] of samples, None where latents are wanted.

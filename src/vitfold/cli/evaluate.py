@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitfold.cli import options
+from vitfold.cli.making import given_images, judged_images, turned
 from vitfold.cli.terminal import command, counting, log, note, out, print_json
 from vitfold.errors import GateError, VitfoldError
 
@@ -49,34 +50,46 @@ def evaluate(
     min_top1: Annotated[float | None, typer.Option(min=0, max=1, help="Exit with 3 if top-1 is lower.")] = None,
     min_agreement: options.MinAgreement = None,
     min_cosine: Annotated[float | None, typer.Option(min=-1, max=1, help="Exit with 3 if cosine is lower.")] = None,
+    min_sqnr: Annotated[
+        float | None, typer.Option(metavar="DB", help="Exit with 3 if the SQNR of outputs is lower, in decibels.")
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Exit with 3 if the mean difference of probabilities (several labels), or the relative error of a "
+            "regression, is higher.",
+        ),
+    ] = None,
+    exif: options.Exif = None,
     json: options.Json = False,
 ) -> None:
     """Run a bundle over a folder and say how accurate and how faithful it is."""
     if images is None:
         raise typer.BadParameter("give --images DIR", param_hint="--images")
+    from vitfold.bench.classes import class_targets
     from vitfold.bench.evaluation import run_over
     from vitfold.bundle import open_bundle
     from vitfold.engines import open_session
-    from vitfold.images import class_targets, find_images
     from vitfold.reference import compare_outputs, optional_reference, reference_outputs
-    from vitfold.report.tables import percent
+    from vitfold.report.tables import fidelity_lines
 
     if texts is None and (class_names is not None or template):
         raise typer.BadParameter("--class-names and --template need --zero-shot TEXTS", param_hint="--zero-shot")
-    opened = open_bundle(bundle)
+    opened = turned(open_bundle(bundle), exif)
     given = None if reference is None else open_bundle(reference)
     manifest = opened.manifest
     if not manifest.has_trained_weights:
         note("random weights: these figures say nothing about accuracy, since outputs hardly depend on the image")
-    found = find_images(images)
+    found = given_images(images)
     if manifest.spec.output == "last_hidden_state" and len(found.paths) > DENSE_IMAGES:
         # Every output is kept for the comparison, and one of these is as large as an image.
         limit = min(limit or DENSE_IMAGES, DENSE_IMAGES)
         note(f"outputs are one vector per token: using {limit} of {len(found.paths)} images, spread evenly")
     chosen = found if limit is None else found.first(limit)
-    classifies = manifest.spec.output == "logits"
-    if chosen.classes is not None and classifies:
+    if chosen.classes is not None and manifest.spec.head == "single_label":
         class_targets(chosen, manifest.labels, manifest.spec.output_width)
+    chosen = judged_images(chosen, manifest.spec, manifest.labels)
     embeds = None if texts is None else _text_embeds(texts, chosen, manifest.spec, class_names, template)
     with (
         open_session(opened, engine=engine, threads=threads) as session,
@@ -96,10 +109,10 @@ def evaluate(
                 advance=advance,
             )
     except VitfoldError as error:
-        if chosen.classes is None or given is not None or min_agreement is not None or min_cosine is not None:
+        if _needs_reference(chosen, given, min_agreement, min_cosine, min_sqnr, max_error):
             raise
         note(f"agreement and cosine are not measured: {error}")
-    fidelity = compare_outputs(outputs, chosen, labels=manifest.labels, classifies=classifies, reference=expected)
+    fidelity = compare_outputs(outputs, chosen, labels=manifest.labels, head=manifest.spec.head, reference=expected)
     unfolded: float | None = None
     if embeds is not None:
         fidelity, unfolded = _classified(fidelity, outputs, expected, chosen, embeds)
@@ -111,19 +124,47 @@ def evaluate(
     else:
         out.print(f"[bold]{opened.name}[/] on {fidelity.images} images of {found.root}", highlight=False)
         out.print(f"  {'engine':10} {ran_on}", highlight=False)
-        for name, value in (("top-1", fidelity.top1), ("top-5", fidelity.top5), ("agreement", fidelity.agreement)):
-            out.print(f"  {name:10} {percent(value)}", highlight=False)
-        if unfolded is not None:
-            out.print(f"  {'unfolded':10} {percent(unfolded)} top-1", highlight=False)
-        out.print(f"  {'cosine':10} {'-' if fidelity.cosine is None else f'{fidelity.cosine:.5f}'}", highlight=False)
-    for name, value, least in (
-        ("top-1", fidelity.top1, min_top1),
-        ("agreement", fidelity.agreement, min_agreement),
-        ("cosine", fidelity.cosine, min_cosine),
-    ):
-        if least is not None and (value is None or value < least):
-            shown = "not measured" if value is None else f"{value:.4f}"
-            raise GateError(f"{name} is {shown}, the bound is {least}")
+        for name, shown in fidelity_lines(fidelity.to_dict(), head=manifest.spec.head, unfolded=unfolded):
+            out.print(f"  {name:10} {shown}", highlight=False)
+    _check_gates(
+        fidelity,
+        least={"top1": min_top1, "agreement": min_agreement, "cosine": min_cosine, "sqnr_db": min_sqnr},
+        most=max_error,
+    )
+
+
+def _needs_reference(images: ImageSet, *bounds: object) -> bool:
+    """Whether nothing can be said without the unfolded model, or what was asked for cannot."""
+    return images.classes is None or any(bound is not None for bound in bounds)
+
+
+_WORDS = {"top1": "top-1", "agreement": "agreement", "cosine": "cosine", "sqnr_db": "SQNR (dB)"}
+
+
+def _check_gates(fidelity: Fidelity, *, least: dict[str, float | None], most: float | None) -> None:
+    """Check figures against their bounds.
+
+    Raises:
+        GateError: at the first that misses its bound, or was not measured.
+    """
+    for name, bound in least.items():
+        value = getattr(fidelity, name)
+        if bound is None or (value is not None and value >= bound):
+            continue
+        if name == "sqnr_db" and value is None and fidelity.reference is not None:
+            continue  # outputs are equal
+        shown = "not measured" if value is None else f"{value:.4f}"
+        raise GateError(f"{_WORDS[name]} is {shown}, the bound is {bound}")
+    if most is None:
+        return
+    error = fidelity.relative_error if fidelity.probability_error is None else fidelity.probability_error
+    if error is None:
+        raise GateError(
+            "--max-error bounds the difference of probabilities or of a regression's numbers, and this model gives "
+            "neither; bound --min-agreement or --min-cosine"
+        )
+    if error > most:
+        raise GateError(f"the error is {error:.4f}, the bound is {most}")
 
 
 def _text_embeds(texts: str, images: ImageSet, spec: Any, class_names: Path | None, templates: list[str] | None) -> Any:
@@ -172,8 +213,10 @@ def _classified(
     from vitfold.reference import compare_outputs
 
     reference = None if expected is None else zero_shot(expected, embeds)
-    found = compare_outputs(zero_shot(outputs, embeds), images, labels=None, classifies=True, reference=reference)
+    found = compare_outputs(
+        zero_shot(outputs, embeds), images, labels=images.classes, head="single_label", reference=reference
+    )
     unfolded = None
     if reference is not None:
-        unfolded = compare_outputs(reference, images, labels=None, classifies=True, reference=None).top1
+        unfolded = compare_outputs(reference, images, labels=images.classes, head="single_label", reference=None).top1
     return replace(fidelity, top1=found.top1, top5=found.top5, agreement=found.agreement), unfolded

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.making import load_model, require_optimize
+from vitfold.cli.making import given_images, load_model, require_optimize
 from vitfold.cli.terminal import command, out, print_json, steps, write_json
 from vitfold.errors import TargetError, VitfoldError
 
@@ -19,6 +19,7 @@ BATCHES = "1,8,32,128"
 def forecast(
     source: options.Source,
     images: options.Images = None,
+    exif: options.Exif = None,
     target: Annotated[str, typer.Option(help="tensorrt-fp16, tensorrt-int8 or tensorrt-fp8.")] = "tensorrt-int8",
     like: Annotated[str, typer.Option(metavar="R", help="The schedule whose distortion is allowed.")] = "8",
     gpus: Annotated[str, typer.Option(help="GPUs, comma-separated.")] = GPUS,
@@ -40,11 +41,10 @@ def forecast(
     sizes = [int(part) for part in batches.split(",")]
     require_optimize()
     from vitfold import pipeline
-    from vitfold.images import find_images
 
-    found = find_images(images)
+    found = given_images(images)
     with steps("forecast") as say:
-        model = load_model(source, say, arch, num_classes, image_size, weights, seed)
+        model = load_model(source, say, arch, num_classes, image_size, weights, seed, exif=exif)
         able = [name for name in names if _runs(name, target)]
         if not able:
             raise TargetError(f"none of {gpus} runs {target}; choose others")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
     """Print a bundle's recipe, target, tokens per block, work, size and origin."""
     from vitfold.bundle import open_bundle
-    from vitfold.report.tables import describe_registers, percent
+    from vitfold.report.tables import describe_registers, fidelity_lines
     from vitfold.schedule import describe_r
     from vitfold.step_bundle import holds_steps
 
@@ -40,6 +40,7 @@ def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
                 "digest": opened.digest,
                 "model_digest": manifest.model_digest,
                 "output": manifest.spec.output,
+                "head": manifest.spec.head,
                 "labels": None if manifest.labels is None else list(manifest.labels),
                 "preprocess": manifest.preprocess.to_dict(),
                 "verified": dict(manifest.verified),
@@ -57,9 +58,13 @@ def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
             "model",
             f"{spec.depth} blocks, width {spec.width}, {spec.heads} heads, patch {spec.patch_size[0]}, "
             f"input {spec.image_size[0]} x {spec.image_size[1]}, "
-            f"pool {spec.pool}, {spec.output} of {spec.output_width}",
+            f"pool {spec.pool}, {spec.output} of {spec.output_width}, {spec.head.replace('_', ' ')}",
         ),
-        ("preprocess", f"{pre.resize} {pre.resize_size}, crop {pre.crop_size}, {pre.interpolation}"),
+        (
+            "preprocess",
+            f"{pre.resize} {pre.resize_size}, crop {pre.crop_size}, {pre.interpolation}, EXIF orientation "
+            f"{'applied' if pre.exif == 'apply' else 'ignored'}",
+        ),
         ("target", f"{manifest.target['name']} ({manifest.target['engine']})"),
         *([("needs", _needs(manifest))] if manifest.products else []),
         ("merge", describe_r(manifest.recipe.merge.r)),
@@ -76,8 +81,8 @@ def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
             "fidelity",
             "not measured; see vitfold evaluate"
             if fidelity is None
-            else f"{percent(fidelity['agreement'])} agree, top-1 {percent(fidelity['top1'])} "
-            f"on {fidelity['images']} images",
+            else "; ".join(f"{name} {figure}" for name, figure in fidelity_lines(fidelity, head=spec.head))
+            + f"; on {fidelity['images']} images",
         ),
         ("digest", opened.digest),
     ]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.making import load_model, require_optimize
+from vitfold.cli.making import given_images, judged_images, load_model, require_optimize
 from vitfold.cli.terminal import command, note, out, print_json, working, write_json
 from vitfold.errors import VitfoldError
 
@@ -20,6 +20,7 @@ METHODS = "vitfold,ptq4vit,repq,noisy,smooth,mse,percentile,minmax"
 def ladder(
     source: options.Source,
     images: options.Images = None,
+    exif: options.Exif = None,
     calibration_images: options.CalibrationImages = None,
     methods: Annotated[str, typer.Option(help="Methods, comma-separated.")] = METHODS,
     quant: Annotated[str, typer.Option(help="Bit widths, comma-separated.")] = "w8a8,w6a6,w4a4",
@@ -44,7 +45,6 @@ def ladder(
         raise typer.BadParameter("give --images DIR and --calibration-images DIR", param_hint="--images")
     require_optimize()
     from vitfold.bench.environment import environment
-    from vitfold.images import find_images
     from vitfold.pipeline.ladder import cell_from_dict, plan_cells, run_cells
     from vitfold.pipeline.plan import registers_from_name
     from vitfold.quant import find_method
@@ -63,10 +63,11 @@ def ladder(
         drawn = [int(seed) for seed in seeds.split(",")]
     except ValueError:
         raise typer.BadParameter(f"seeds are integers, found {seeds!r}", param_hint="--seeds") from None
-    found = find_images(images)
+    found = given_images(images)
     chosen = found if limit is None else found.first(limit)
     with working("ladder") as (say, bar):
-        model = load_model(source, say, arch, num_classes, image_size, "pretrained", 0)
+        model = load_model(source, say, arch, num_classes, image_size, "pretrained", 0, exif=exif)
+        chosen = judged_images(chosen, model.spec, model.labels)
         plan = MergeRecipe(r=resolve_r(merge, model.spec))
         head = {
             "source": source,
@@ -100,7 +101,7 @@ def ladder(
             plan,
             cells,
             chosen,
-            find_images(calibration_images),
+            given_images(calibration_images),
             size=calibration_size,
             step=step,
             advance=advance,

@@ -11,7 +11,7 @@ import typer
 
 from vitfold.cli import options
 from vitfold.cli.drawing import default_judge
-from vitfold.cli.making import Say, load_model, quant_recipe, require_optimize
+from vitfold.cli.making import Say, given_images, judged_images, load_model, quant_recipe, require_optimize
 from vitfold.cli.optimized import Made, check_agreement, print_solution, report_made
 from vitfold.cli.optimizing_steps import Steps, optimize_steps
 from vitfold.cli.searching import Wanted, run_search
@@ -54,6 +54,7 @@ def optimize(
     method: options.Method = None,
     registers: options.Registers = None,
     images: options.Images = None,
+    exif: options.Exif = None,
     calibration_size: options.CalibrationSize = 128,
     calibration_seed: options.CalibrationSeed = 0,
     keep_float: Annotated[
@@ -194,6 +195,7 @@ def optimize(
     arch: options.Arch = None,
     num_classes: options.NumClasses = None,
     image_size: options.ImageSize = None,
+    problem: options.Problem = None,
     weights: options.Weights = "pretrained",
     seed: options.Seed = 0,
     skip_bad: options.SkipBad = False,
@@ -266,10 +268,10 @@ def optimize(
             "--max-drop, --max-latency-ms",
         ),
         (searches and source is None, "a search needs SOURCE", "SOURCE"),
+        (exif is not None and repeat is not None, "--from reads images as its bundle does; leave it out", "--exif"),
     )
     require_optimize()
     from vitfold import pipeline
-    from vitfold.images import find_images
     from vitfold.sealed import check_destination
     from vitfold.target import find_target
 
@@ -278,13 +280,13 @@ def optimize(
         check_destination(destination.absolute(), overwrite=overwrite)
     base = "cpu" if target in (None, "fastest") else str(target)
     find_target(base)
-    found = None if images is None else find_images(images)
+    found = None if images is None else given_images(images)
     if searches:
         assert source is not None
         assert found is not None
         assert output is not None
         with steps("search") as say:
-            model = load_model(source, say, arch, num_classes, image_size, weights, seed)
+            model = load_model(source, say, arch, num_classes, image_size, weights, seed, exif=exif, problem=problem)
         wanted = Wanted(
             points=max_drop,
             latency_ms=max_latency_ms,
@@ -303,7 +305,8 @@ def optimize(
             plan = _repeated(repeat, images, found, say)
         else:
             assert source is not None
-            model = load_model(source, say, arch, num_classes, image_size, weights, seed)
+            model = load_model(source, say, arch, num_classes, image_size, weights, seed, exif=exif, problem=problem)
+            found = None if found is None else judged_images(found, model.spec, model.labels)
             read = None if recipe is None else pipeline.read_recipe(recipe, model.spec)
             implied = None if read is not None else find_target(base).implied_quant
             asked = quant_recipe(quant or implied, method, calibration_size, calibration_seed)
@@ -402,9 +405,10 @@ def _repeated(path: Path, images: Path | None, found: ImageSet | None, say: Say)
         batch=None if batch is None else tuple(batch),
     )
     if manifest.calibration is None:
+        found = None if found is None else judged_images(found, model.spec, model.labels)
         return _Plan(folded=folded, calibration=None, comparing=found)
     calibration = pipeline.recorded_images(manifest.calibration, images)
-    everything = found or find_images(calibration.root)
+    everything = judged_images(found or find_images(calibration.root), model.spec, model.labels)
     return _Plan(folded=folded, calibration=calibration, comparing=everything.without(calibration) or everything)
 
 

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from vitfold.pipeline import Folded, Race, Solution
     from vitfold.registers import Found
 
-_MEASURED = (("agreement", "agree with the unfolded model"), ("top1", "top-1"))
+_MEASURED = (
+    ("agreement", "agree with the unfolded model"),
+    ("top1", "top-1"),
+    ("probability_error", "mean difference of probabilities"),
+    ("relative_error", "relative error"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,9 +138,11 @@ def _print_bundle(values: dict[str, Any]) -> None:
     out.print(f"  verified  {values['verified']['engine']} within {error:.1e} of the reference", highlight=False)
     fidelity = values["fidelity"]
     if fidelity is not None:
-        parts = [f"{percent(fidelity[key])} {name}" for key, name in _MEASURED if fidelity[key] is not None]
+        parts = [f"{percent(fidelity[key])} {name}" for key, name in _MEASURED if fidelity.get(key) is not None]
         if fidelity["cosine"] is not None:
             parts.append(f"cosine {fidelity['cosine']:.4f}")
+        if not parts or fidelity.get("probability_error") is not None:
+            parts.append("equal" if fidelity["sqnr_db"] is None else f"SQNR {fidelity['sqnr_db']:.1f} dB")
         out.print(f"  fidelity  {', '.join(parts)}, on {fidelity['images']} images", highlight=False)
     if values["race"] is not None:
         ratio = values["race"]["speed_up"]
@@ -157,11 +164,11 @@ def check_agreement(fidelity: Any, least: float) -> None:
     agreement = None if fidelity is None else fidelity["agreement"]
     if agreement is None:
         raise GateError(
-            "agreement was not measured: random weights, or a model that gives embeddings; "
-            "for embeddings gate on cosine with: vitfold evaluate --min-cosine"
+            "agreement was not measured: random weights, or a model that gives embeddings or numbers; for embeddings "
+            "gate on cosine with: vitfold evaluate --min-cosine, for a regression with: vitfold evaluate --max-error"
         )
     if agreement < least:
-        raise GateError(f"top-1 agreement {agreement:.4f} is below --min-agreement {least}; lower --merge")
+        raise GateError(f"agreement {agreement:.4f} is below --min-agreement {least}; lower --merge")
 
 
 def print_solution(found: Solution) -> None:

@@ -36,6 +36,14 @@ NumClasses = Annotated[
 ImageSize = Annotated[
     int | None, typer.Option(min=1, help="Input pixels per side; positions are resampled.", rich_help_panel=SOURCE)
 ]
+Problem = Annotated[
+    Literal["single_label", "multi_label", "regression"] | None,
+    typer.Option(
+        help="What a classifier's outputs stand for: one class, a yes or no each, or numbers; default: what the source "
+        "says, else one class.",
+        rich_help_panel=SOURCE,
+    ),
+]
 Weights = Annotated[
     Literal["pretrained", "random"],
     typer.Option(help="random: seeded random weights, for timing without a download.", rich_help_panel=SOURCE),
@@ -117,6 +125,13 @@ QuantTarget = Annotated[str, typer.Option(help="As in optimize: decides what is 
 Trials = Annotated[int, typer.Option(min=1, help="Interleaved rounds.")]
 Seconds = Annotated[float, typer.Option(min=0.1, help="Recorded seconds per subject and scope.")]
 TimedImages = Annotated[int, typer.Option("--limit", min=1, help="Images used, spread evenly over --images.")]
+Exif = Annotated[
+    Literal["apply", "ignore"] | None,
+    typer.Option(
+        "--exif",
+        help="Whether images are turned by their EXIF orientation; default: as the source's own pipeline.",
+    ),
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use at most this many images, spread evenly.")]
 JsonFile = Annotated[
     Path | None,
@@ -135,7 +150,8 @@ StepCount = Annotated[
     typer.Option("--steps", help="Denoising steps; default: 50, or the bundle's.", rich_help_panel=DIFFUSION),
 ]
 Sampler = Annotated[
-    str | None, typer.Option(help="ddim, dpm++ or ddpm; default: ddim, or the bundle's.", rich_help_panel=DIFFUSION)
+    str | None,
+    typer.Option(help="ddim, dpm++ or ddpm; default: the folder's own, or the bundle's.", rich_help_panel=DIFFUSION),
 ]
 Guidance = Annotated[
     float | None,

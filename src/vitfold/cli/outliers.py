@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.making import load_model, quant_recipe, require_optimize
+from vitfold.cli.making import given_images, judged_images, load_model, quant_recipe, require_optimize
 from vitfold.cli.terminal import command, counted, note, out, print_json, skipped, working, write_json
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ SHOWN = 6
 def outliers(
     source: options.Source,
     images: options.Images = None,
+    exif: options.Exif = None,
     quant: options.Quant = "w8a8",
     method: Annotated[
         str | None, typer.Option(help="Confirm the best remedies under this method too; default: plain ranges only.")
@@ -51,13 +52,13 @@ def outliers(
     require_optimize()
     from vitfold import pipeline
     from vitfold.bench.environment import environment
-    from vitfold.images import find_images
     from vitfold.registers import measure_norms, measure_remedies
     from vitfold.report.sinks import advise
 
-    found = find_images(images)
+    found = given_images(images)
     with working("outliers") as (say, bar):
-        model = load_model(source, say, arch, num_classes, image_size, weights, seed)
+        model = load_model(source, say, arch, num_classes, image_size, weights, seed, exif=exif)
+        found = judged_images(found, model.spec, model.labels)
         folded = pipeline.optimize(model, merge=merge, quant=wanted, target=target)
         pool, _ = pipeline.split_images(folded, found)
         pool = pool.readable(skipped) if skip_bad else pool
@@ -125,13 +126,13 @@ def _draw(picture: Path, pool: ImageSet, norms: Norms, grid: tuple[int, int], pr
     """
     import numpy as np
 
+    from vitfold.decoding import prepared
     from vitfold.errors import VitfoldError
-    from vitfold.images import read_image
     from vitfold.report.sinks import draw_sinks
 
     def seen(path: Path) -> Any:
         """What the model sees of a photo, as pixels (H, W, 3)."""
-        pixels = preprocess(read_image(path)).transpose(1, 2, 0)
+        pixels = prepared(path, preprocess).transpose(1, 2, 0)
         return (255 * (pixels * preprocess.std + preprocess.mean)).clip(0, 255).round().astype(np.uint8)
 
     block = norms.rarest

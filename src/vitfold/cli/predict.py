@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from vitfold.cli import options
+from vitfold.cli.making import turned
 from vitfold.cli.terminal import command, out, print_json, steps
+
+if TYPE_CHECKING:
+    from vitfold.predictor import Prediction
 
 
 @command
@@ -17,35 +21,66 @@ def predict(
     bundle: options.BundlePath,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     top: Annotated[int, typer.Option(min=1, help="Labels per image.")] = 5,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Where several labels may be right: those at least so probable.")
+    ] = 0.5,
+    exif: options.Exif = None,
     engine: options.Engine = None,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
-    """Print the most probable labels of images, or their embeddings with --json."""
-    from vitfold.predictor import open_predictor
+    """Print the most probable labels of images, the numbers of a regression, or embeddings with --json."""
+    from vitfold.bundle import open_bundle
+    from vitfold.predictor import Predictor
 
-    with steps("predict") as say, open_predictor(bundle, engine=engine, threads=threads) as predictor:
+    opened = turned(open_bundle(bundle), exif)
+    with steps("predict") as say, Predictor(opened, engine=engine, threads=threads) as predictor:
         say(f"{len(images)} images")
         predictions = predictor(images)
-        classifies = predictor.classifies
-    results: list[dict[str, Any]] = []
-    for path, prediction in zip(images, predictions, strict=True):
-        if classifies:
-            ranked = [{"label": label, "probability": p} for label, p in prediction.top(top)]
-            results.append({"image": str(path), "top": ranked})
-        else:
-            results.append({"image": str(path), "embedding": [float(x) for x in prediction.output.reshape(-1)]})
+        head = predictor.head
+    results = [
+        {"image": str(path), **_result(prediction, top, threshold)}
+        for path, prediction in zip(images, predictions, strict=True)
+    ]
     if json:
         print_json(results)
         return
     table = Table(pad_edge=False)
     table.add_column("image", overflow="fold")
-    table.add_column("prediction" if classifies else "embedding")
+    table.add_column(_COLUMNS[head])
     for result in results:
-        if classifies:
-            shown = "\n".join(f"{entry['probability']:7.2%}  {entry['label']}" for entry in result["top"])
-        else:
-            head = " ".join(f"{x:+.3f}" for x in result["embedding"][:6])
-            shown = f"{head} ... ({len(result['embedding'])} values; --json prints all)"
-        table.add_row(result["image"], shown)
+        table.add_row(result["image"], _cell(result))
     out.print(table)
+
+
+_COLUMNS = {
+    "single_label": "prediction",
+    "multi_label": "labels, each by itself",
+    "regression": "values",
+    "features": "embedding",
+}
+
+
+def _result(prediction: Prediction, top: int, threshold: float) -> dict[str, Any]:
+    """What the JSON says of one image."""
+    if prediction.head == "single_label":
+        return {"top": [{"label": label, "probability": p} for label, p in prediction.top(top)]}
+    if prediction.head == "multi_label":
+        ranked = prediction.top(top)
+        return {"top": [{"label": label, "probability": p, "chosen": p >= threshold} for label, p in ranked]}
+    if prediction.head == "regression":
+        return {"values": [{"label": label, "value": value} for label, value in prediction.values()]}
+    return {"embedding": [float(x) for x in prediction.output.reshape(-1)]}
+
+
+def _cell(result: dict[str, Any]) -> str:
+    if "values" in result:
+        return "\n".join(f"{entry['value']:+.4g}  {entry['label']}" for entry in result["values"])
+    if "embedding" in result:
+        head = " ".join(f"{x:+.3f}" for x in result["embedding"][:6])
+        return f"{head} ... ({len(result['embedding'])} values; --json prints all)"
+    chosen = [entry for entry in result["top"] if entry.get("chosen", True)]
+    if not chosen:
+        best = result["top"][0]
+        return f"none; {best['probability']:.2%}  {best['label']} is the most probable"
+    return "\n".join(f"{entry['probability']:7.2%}  {entry['label']}" for entry in chosen)

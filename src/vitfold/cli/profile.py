@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vitfold.cli import options
+from vitfold.cli.making import given_images
 from vitfold.cli.terminal import command, note, out, print_json, steps, write_json
 from vitfold.errors import VitfoldError
 
@@ -31,7 +32,6 @@ def profile(
     from vitfold.bench.environment import environment
     from vitfold.bundle import open_bundle
     from vitfold.engines import open_session
-    from vitfold.images import find_images
     from vitfold.pipeline import count_costs
     from vitfold.profile import advise, ceiling_of, join, probes
     from vitfold.recipe import MergeRecipe
@@ -42,7 +42,7 @@ def profile(
         raise VitfoldError(
             f"{bundle} is simulated: no engine executes it, so it has no time to profile; make one with --quant w8a8"
         )
-    found = None if images is None else find_images(images)
+    found = None if images is None else given_images(images)
     before = environment(threads=threads)
     with steps("profile") as say, open_session(opened, engine=engine, threads=threads) as session:
         session.bind(pixels_for(manifest.preprocess, batch, found))

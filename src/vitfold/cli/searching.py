@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitfold.cli.making import judged_images
 from vitfold.cli.terminal import note, out, print_json, working
 from vitfold.errors import VitfoldError
 
@@ -50,16 +51,11 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Wanted, *, 
         VitfoldError: if the images are too few, or a latency bound is met by nothing.
     """
     from vitfold.bundle import copy_bundle
-    from vitfold.images import class_targets
+    from vitfold.pipeline.attempt import check_decides
     from vitfold.pipeline.search import check_enough, divided_for_search, find_arms, search
 
-    if model.spec.output != "logits":
-        raise VitfoldError(
-            "a search counts classes, and this model gives features; choose --merge and --quant, and compare cosines "
-            "with vitfold bench"
-        )
-    if images.classes is not None:
-        class_targets(images, model.labels, model.spec.output_width)
+    check_decides(model.spec.head)
+    images = judged_images(images, model.spec, model.labels)
     calibration = images.sample(wanted.calibration_size, seed=wanted.seed)
     others = images.without(calibration)
     if others is None:

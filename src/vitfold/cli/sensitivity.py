@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.making import load_model, quant_recipe, require_optimize
+from vitfold.cli.making import given_images, judged_images, load_model, quant_recipe, require_optimize
 from vitfold.cli.terminal import command, counted, note, out, print_json, skipped, working
 
 
@@ -15,6 +15,7 @@ from vitfold.cli.terminal import command, counted, note, out, print_json, skippe
 def sensitivity(
     source: options.Source,
     images: options.Images = None,
+    exif: options.Exif = None,
     quant: options.Quant = "w8a8",
     method: options.Method = None,
     merge: options.Merge = None,
@@ -38,11 +39,11 @@ def sensitivity(
         raise typer.BadParameter("give the bits to try, for example w8a8", param_hint="--quant")
     require_optimize()
     from vitfold import pipeline
-    from vitfold.images import find_images
 
-    found = find_images(images)
+    found = given_images(images)
     with working("sensitivity") as (say, advance):
-        model = load_model(source, say, arch, num_classes, image_size, weights, seed)
+        model = load_model(source, say, arch, num_classes, image_size, weights, seed, exif=exif)
+        found = judged_images(found, model.spec, model.labels)
         folded = pipeline.optimize(model, merge=merge, quant=wanted, target=target)
         calibration, others = pipeline.split_images(folded, found)
         others = others.first(limit)

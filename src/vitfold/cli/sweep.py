@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.making import load_model, require_optimize
+from vitfold.cli.making import given_images, judged_images, load_model, require_optimize
 from vitfold.cli.terminal import command, note, out, print_json, working
 from vitfold.errors import RecipeError, VitfoldError, nearest
 from vitfold.recipe import Rule
@@ -50,6 +50,7 @@ def sweep(
     calibration_size: options.CalibrationSize = 128,
     calibration_seed: options.CalibrationSeed = 0,
     limit: options.Limit = None,
+    exif: options.Exif = None,
     protocol: Annotated[
         Literal["quick", "report"] | None, typer.Option(help="How every recipe is timed beside the float model.")
     ] = None,
@@ -70,14 +71,14 @@ def sweep(
     )
     require_optimize()
     from vitfold.bench.environment import environment
-    from vitfold.images import find_images
     from vitfold.pipeline.sweep import Sweep, begin_sweep, run_sweep
     from vitfold.report.tables import sweep_table
 
-    found = find_images(images)
-    drawn = None if calibration_images is None else find_images(calibration_images)
+    found = given_images(images)
+    drawn = None if calibration_images is None else given_images(calibration_images)
     with working("sweep") as (say, _):
-        model = load_model(source, say, arch, num_classes, image_size, weights, seed)
+        model = load_model(source, say, arch, num_classes, image_size, weights, seed, exif=exif)
+        found = judged_images(found, model.spec, model.labels)
         wanted = Sweep(
             merges=tuple(chosen["merge"]),
             rules=tuple(chosen["rules"]),
@@ -103,7 +104,7 @@ def sweep(
         rows = begin_sweep(output, head, beside)
 
         def again(attempt: Attempt) -> str:
-            return _command(source, images, attempt, calibration_size, calibration_seed)
+            return _command(source, images, attempt, calibration_size, calibration_seed, exif)
 
         def trying() -> Trying:
             return _trying(model, calibration, reported, head, say)
@@ -195,10 +196,11 @@ def _planned(path: Path | None, given: Mapping[str, str | None]) -> dict[str, An
     return values
 
 
-def _command(source: str, images: Path, attempt: Attempt, size: int, seed: int) -> str:
+def _command(source: str, images: Path, attempt: Attempt, size: int, seed: int, exif: str | None) -> str:
     """Return the command that makes one bundle of the sweep again."""
     words = ["vitfold", "optimize", source, "--merge", ",".join(map(str, attempt.r)), "--target", attempt.target]
     words += ["--merge-rule", attempt.rule] if attempt.rule != "tome" else []
+    words += ["--exif", exif] if exif is not None else []
     if attempt.method is not None:
         words += ["--quant", attempt.quant, "--method", attempt.method, "--images", str(images)]
         words += ["--calibration-size", str(size), "--calibration-seed", str(seed), "--keep-slower"]

@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from vitfold.errors import GateError, VitfoldError
+from vitfold.errors import GateError, ImageWarning, VitfoldError
 
 if TYPE_CHECKING:
     from vitfold.quant import Progress as Report
@@ -66,7 +67,8 @@ def command(function: F) -> F:
         notes = _Notes()
         logging.getLogger("vitfold").addHandler(notes)
         try:
-            return function(*args, **kwargs)
+            with _remarks_on_images():
+                return function(*args, **kwargs)
         except GateError as error:
             fail(str(error), EXIT_GATE)
         except VitfoldError as error:
@@ -80,6 +82,25 @@ def command(function: F) -> F:
             logging.getLogger("vitfold").removeHandler(notes)
 
     return wrapped  # type: ignore[return-value]
+
+
+@contextmanager
+def _remarks_on_images() -> Iterator[None]:
+    """Print what is odd about images as remarks, each once, and not as Python prints warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ImageWarning)
+        usual, said = warnings.showwarning, set[str]()
+
+        def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+            if issubclass(category, ImageWarning):
+                if str(message) not in said:
+                    note(f"warning: {message}")
+                said.add(str(message))
+            else:
+                usual(message, category, *args, **kwargs)
+
+        warnings.showwarning = show
+        yield
 
 
 def fail(message: str, code: int) -> None:

@@ -225,7 +225,7 @@ import argparse
 import numpy as np
 import tritonclient.http as triton
 
-from vitfold.images import read_image
+from vitfold.decoding import prepared
 from vitfold.model import preprocess_from_dict
 
 MODEL = "$name"
@@ -239,7 +239,7 @@ $preprocess
 
 def ask(client, images, top):
     """Return the server's answers: classes as b"score:index:label", best first, or embeddings."""
-    pixels = np.stack([PREPROCESS(read_image(image)) for image in images])
+    pixels = np.stack([prepared(image, PREPROCESS) for image in images])
     tensor = triton.InferInput(INPUT, list(pixels.shape), "FP32")
     tensor.set_data_from_numpy(pixels)
     wanted = triton.InferRequestedOutput(OUTPUT, class_count=top if CLASSIFIES else 0)

@@ -103,7 +103,7 @@ def _served(bundle: Bundle, name: str, instances: int, max_batch: int | None) ->
         instances=instances,
         on_gpu=on_gpu,
         preprocess=manifest.preprocess,
-        classifies=manifest.spec.output == "logits",
+        classifies=manifest.spec.head in ("single_label", "multi_label"),
         trtexec=line if on_gpu else None,
     )
 

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from vitfold.errors import SourceError
 from vitfold.model.params import Array, Origin, check_arrays, params_digest
+from vitfold.model.schedule import own_sampler
 from vitfold.model.spec import Activation, Shape
 
 MODULATIONS = 6
@@ -150,6 +151,7 @@ class DiTModel:
     def __post_init__(self) -> None:
         required, optional = dit_param_shapes(self.spec)
         check_arrays(required, optional, self.params)
+        own_sampler(self.schedule)
         object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
         if self.labels is not None and len(self.labels) != self.spec.classes:
             raise SourceError(f"{len(self.labels)} labels for {self.spec.classes} classes; give one per class or none")

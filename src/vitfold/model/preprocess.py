@@ -6,6 +6,7 @@ it, without torch. Reading files is `images`' job.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -13,11 +14,12 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from vitfold.errors import ImageError, SourceError, nearest
+from vitfold.errors import ImageError, ImageWarning, SourceError, nearest
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 ResizeMode = Literal["shortest", "cover", "exact", "none"]
 CropOffset = Literal["round", "floor"]
+Exif = Literal["ignore", "apply"]
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -34,7 +36,8 @@ class Preprocess:
     `resize` is "shortest" (the short side becomes `resize_size[0]`, the long side is truncated, as
     torchvision does), "cover" (the smallest size with this aspect that covers `resize_size`, rounded,
     as timm does for oblong inputs), "exact" (aspect ignored) or "none". An odd surplus is cropped at the
-    rounded half (torchvision) or at its floor (transformers), as `crop_offset` says.
+    rounded half (torchvision) or at its floor (transformers), as `crop_offset` says. `exif` says whether whoever
+    decodes an image turns it first as its EXIF orientation says.
     """
 
     resize: ResizeMode
@@ -44,12 +47,15 @@ class Preprocess:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     crop_offset: CropOffset = "round"
+    exif: Exif = "ignore"
 
     def __post_init__(self) -> None:
         if self.resize not in get_args(ResizeMode):
             raise SourceError(f"unsupported resize mode {self.resize!r}; supported: {get_args(ResizeMode)}")
         if self.crop_offset not in get_args(CropOffset):
             raise SourceError(f"unsupported crop offset {self.crop_offset!r}; supported: {get_args(CropOffset)}")
+        if self.exif not in get_args(Exif):
+            raise SourceError(f"unsupported exif {self.exif!r}; supported: {get_args(Exif)}")
         if self.interpolation not in _RESAMPLING:
             raise SourceError(f"unsupported interpolation {self.interpolation!r}; supported: {sorted(_RESAMPLING)}")
         if min(*self.resize_size, *self.crop_size) <= 0:
@@ -58,8 +64,11 @@ class Preprocess:
             raise SourceError(f"std must be positive, found {self.std}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """Return plain JSON values; `exif` only where it is not the usual."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        if self.exif == "ignore":
+            del values["exif"]
+        return values
 
     def resized_shape(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) to which an image of this size is resized."""
@@ -91,18 +100,32 @@ def rgb_from_image(image: Image.Image) -> Image.Image:
     """Return the image as RGB with 8 bits; transparency is dropped, as the source libraries do.
 
     Differs from Pillow's own conversion for 16-bit grey images, which it saturates to white: here they
-    are scaled.
+    are scaled. One whose values need fewer bits is all but black then, and an `ImageWarning` says so.
 
     Raises:
         ImageError: for pixels whose white is not defined (32-bit integers and floats).
     """
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        deep = np.asarray(image)
+        _warn_of_unused_bits(int(deep.max(initial=0)))
+        return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError(f"pixels of mode {image.mode} have no defined white; convert the image to 8 or 16 bits first")
     return image.convert("RGB")
+
+
+def _warn_of_unused_bits(brightest: int) -> None:
+    """Cameras and scanners write 10, 12 or 14 bits into 16; taken as 16 bits such a picture is all but black."""
+    bits = next((bits for bits in (8, 10, 12, 14) if 0 < brightest < 2**bits), None)
+    if bits is not None:
+        warnings.warn(
+            f"a 16-bit picture has no value above {2**bits - 1}, as if it held {bits} bits; read as 16 bits it is "
+            f"{'all but black' if bits < 14 else 'dark'}: multiply its values by {2 ** (16 - bits)} first",
+            ImageWarning,
+            stacklevel=4,
+        )
 
 
 def _center_crop(image: Image.Image, size: tuple[int, int], offset: CropOffset) -> Image.Image:

@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+import numpy as np
+from jaxtyping import Float
+
 from vitfold.errors import SourceError
 from vitfold.model.sinks import Sinks, sinks_from_dict
 
@@ -18,6 +21,8 @@ PosEmbed = Literal["none", "all", "patches"]
 Pool = Literal["token", "avg", "map", "token_avg", "token_dist", "none"]
 HeadActivation = Literal["none", "tanh"]
 Output = Literal["logits", "image_embeds", "last_hidden_state"]
+Problem = Literal["single_label", "multi_label", "regression"]
+Head = Literal["single_label", "multi_label", "regression", "features"]
 
 Shape = tuple[int, ...]
 
@@ -26,7 +31,8 @@ Shape = tuple[int, ...]
 class ViTSpec:
     """A pre-norm Vision Transformer encoder with a pooling and a head.
 
-    Prefix tokens stand first: class token, distillation token, registers, in this order. `sinks` says what is
+    Prefix tokens stand first: class token, distillation token, registers, in this order. `problem` says what the
+    logits of a classifier stand for: one class among all, a yes or no each, or numbers. `sinks` says what is
     done about sink tokens, None as a model comes from its zoo.
     """
 
@@ -58,6 +64,7 @@ class ViTSpec:
     outputs: int = 0
     head_activation: HeadActivation = "none"
     output: Output = "logits"
+    problem: Problem = "single_label"
     sinks: Sinks | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +76,7 @@ class ViTSpec:
             ("pool", Pool),
             ("head_activation", HeadActivation),
             ("output", Output),
+            ("problem", Problem),
         ):
             value = getattr(self, name)
             if value not in get_args(kind):
@@ -106,6 +114,13 @@ class ViTSpec:
                 raise SourceError(f"block {block} cannot move the hidden unit {unit} to a register of the model")
 
     @property
+    def head(self) -> Head:
+        """What the outputs stand for: a single logit is a yes or no, since one class among one is always right."""
+        if self.output != "logits":
+            return "features"
+        return "multi_label" if self.problem == "single_label" and self.outputs == 1 else self.problem
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Whole patches down and across; pixels beyond the last one are not seen, as in every zoo."""
         return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
@@ -141,6 +156,13 @@ class ViTSpec:
         return self.outputs or self.pooled_width
 
 
+def sigmoid(x: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
+    """Return 1 / (1 + exp(-x)), without overflow."""
+    tail = np.exp(-np.abs(x))
+    result: Float[np.ndarray, ...] = np.where(x >= 0, 1 / (1 + tail), tail / (1 + tail))
+    return result
+
+
 def vit_spec_from_dict(values: dict[str, Any]) -> ViTSpec:
     """Rebuild a spec from `spec_to_dict`; an unknown key is an error, since it would change the function."""
     known = {f.name for f in fields(ViTSpec)}
@@ -156,9 +178,11 @@ def vit_spec_from_dict(values: dict[str, Any]) -> ViTSpec:
 
 
 def spec_to_dict(spec: ViTSpec) -> dict[str, Any]:
-    """Return the spec as plain JSON values; `sinks` only where there are some."""
+    """Return the spec as plain JSON values; `sinks` only where there are some, `problem` where it is not the usual."""
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(replace(spec, sinks=None)).items()}
     del values["sinks"]
+    if spec.problem == "single_label":
+        del values["problem"]
     return values if spec.sinks is None else {**values, "sinks": spec.sinks.to_dict()}
 
 

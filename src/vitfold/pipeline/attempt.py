@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from vitfold.bench.classes import class_targets
 from vitfold.bench.evaluation import Outputs, run_over
-from vitfold.bench.fidelity import Fidelity
+from vitfold.bench.fidelity import Fidelity, answers
 from vitfold.bench.measurement import Measurement
 from vitfold.bench.statistics import Drop, paired_drop, ratio_interval
 from vitfold.bench.timing import Protocol
 from vitfold.bundle import Bundle
 from vitfold.engines import open_session
 from vitfold.errors import VitfoldError
-from vitfold.images import ImageSet, class_targets
+from vitfold.images import ImageSet
 from vitfold.model import Model
+from vitfold.model.spec import Head
 from vitfold.pipeline.calibration import calibrate_folded, keep_float
 from vitfold.pipeline.plan import Folded, optimize
 from vitfold.pipeline.trial import SHORT, timed
@@ -32,6 +34,25 @@ from vitfold.reference import compare_outputs
 
 CHECKED_IMAGES = 16
 Say = Callable[[str], None]
+
+
+def decides(head: Head) -> bool:
+    """Return whether outputs are decisions, which can be counted as right or wrong."""
+    return head in ("single_label", "multi_label")
+
+
+def check_decides(head: Head) -> None:
+    """Check that outputs are decisions.
+
+    Raises:
+        VitfoldError: if they are features or numbers, which cannot be counted as right.
+    """
+    if not decides(head):
+        given = "numbers (a regression)" if head == "regression" else "features"
+        raise VitfoldError(
+            f"a drop is counted in classes, and this model gives {given}; choose --merge and --quant, and compare "
+            "cosine, SQNR and errors with vitfold bench or evaluate"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,19 +95,20 @@ class Trying:
     def right(self, outputs: Outputs) -> Bool[np.ndarray, " B"]:
         """Say of every image whether its top-1 class is its folder's, or, without folders, the float model's.
 
+        Where every label is a yes or no of its own, an image is right if all of them are the float model's.
+
         Raises:
-            VitfoldError: if the model has no classes.
+            VitfoldError: if the model decides nothing.
         """
-        if self.model.spec.output != "logits":
-            raise VitfoldError(
-                "accuracy is counted in classes, and this model gives features; compare cosines with vitfold bench"
-            )
-        if self.images.classes is None:
-            wanted = self.expected.values.argmax(1)
-        else:
-            wanted = np.array(class_targets(self.images, self.model.labels, outputs.values.shape[1]))
-        same: Bool[np.ndarray, " B"] = outputs.values.argmax(1) == wanted
-        return same
+        head = self.model.spec.head
+        check_decides(head)
+        if self.images.classes is None or head != "single_label":
+            same = answers(outputs.values, head) == answers(self.expected.values, head)
+            alike: Bool[np.ndarray, " B"] = same.all(1)
+            return alike
+        wanted = np.array(class_targets(self.images, self.model.labels, outputs.values.shape[1]))
+        right: Bool[np.ndarray, " B"] = outputs.values.argmax(1) == wanted
+        return right
 
     def fidelity(self, outputs: Outputs) -> Fidelity:
         """Compare with labels, where there are any, and with the float model."""
@@ -94,7 +116,7 @@ class Trying:
             outputs,
             self.images,
             labels=self.model.labels,
-            classifies=self.model.spec.output == "logits",
+            head=self.model.spec.head,
             reference=self.expected,
         )
 
@@ -161,7 +183,7 @@ def measure_attempt(
         "top1_agreement": fidelity.agreement,
         "cosine": fidelity.cosine,
         "sqnr_db": fidelity.sqnr_db,
-        "drop": trying.drop(outputs).to_dict() if trying.model.spec.output == "logits" else None,
+        "drop": trying.drop(outputs).to_dict() if decides(trying.model.spec.head) else None,
         **_timing(times),
         "error": None,
     }

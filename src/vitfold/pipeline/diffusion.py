@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vitfold.bench.measurement import Measurement, speed_up
-from vitfold.bench.pictures import LEAST_IMAGES, psnr_db, ssim
+from vitfold.bench.pictures import FRECHET_IMAGES, psnr_db, ssim
 from vitfold.bench.statistics import Rise
 from vitfold.bench.timing import interleave
 from vitfold.errors import RecipeError
@@ -21,11 +21,11 @@ from vitfold.model import Array, DiTModel, Drawn
 from vitfold.pipeline.judging import Judge, Verdict
 from vitfold.pipeline.opening import Compression, open_parts, prepare_predictor, reused_work
 from vitfold.reuse import Method, Sampled, find_method, sample, solve_steps
-from vitfold.reuse.sampling import Executor
+from vitfold.reuse.sampling import Executor, joined
 from vitfold.reuse.schedulers import build_scheduler
 
 VERDICT_KEYS = ("frechet", "frechet_noise", "class_accuracy", "class_accuracy_interval")
-NO_FRECHET = "it takes a model for features, real images, and at least two images drawn"
+NO_FRECHET = f"it takes a model for features, and at least {FRECHET_IMAGES} real images and {FRECHET_IMAGES} drawn"
 Say = Callable[[str], None]
 
 
@@ -101,7 +101,7 @@ class Row:
             "ssim": self.ssim,
             **(dict.fromkeys(VERDICT_KEYS) if self.verdict is None else self.verdict.to_dict()),
             "frechet_rise": None if self.rise is None else self.rise.to_dict(),
-            "frechet_reason": NO_FRECHET if self.verdict is None else None,
+            "frechet_reason": NO_FRECHET if self.verdict is None or self.verdict.frechet is None else None,
             "kept_bytes": self.sampled.kept_bytes,
         }
 
@@ -189,7 +189,7 @@ def compare(
     first = ways[0]
 
     def judged(images: Array) -> Verdict | None:
-        if judge is None or len(images) < LEAST_IMAGES:
+        if judge is None:
             return None
         return judge(images, first.asked.labels, model.spec.classes)
 
@@ -257,13 +257,7 @@ def draw(model: Drawn, executor: Executor, method: Method, asked: Asked) -> Samp
         found.append(
             sample(executor, model.spec, scheduler, method, labels, seed=asked.seed + start, guidance=asked.guidance)
         )
-    most = max(found, key=lambda batch: batch.full_steps)
-    return Sampled(
-        samples=np.concatenate([batch.samples for batch in found]),
-        full_ns=most.full_ns,
-        reused_ns=most.reused_ns,
-        kept_bytes=max(batch.kept_bytes for batch in found),
-    )
+    return joined(found)
 
 
 def _row(

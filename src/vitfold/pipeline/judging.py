@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from vitfold.bench.pictures import LEAST_IMAGES, Moments, frechet_distance, moments, resampled_distances
+from vitfold.bench.pictures import FRECHET_IMAGES, Moments, frechet_distance, moments, resampled_distances
 from vitfold.bench.statistics import Rise, paired_rise, resampled_places, share_interval
 from vitfold.errors import ImageError
 from vitfold.images import find_images, read_image
@@ -35,25 +35,28 @@ _HEAD = "real"
 class Verdict:
     """Distance to the real images, and which images the model gives the class asked for, or None.
 
-    `resampled` are distances of resamples, which take the same places in all sets of images of the same labels.
+    Of too few images there is no distance: `frechet` and `resampled` are None. `resampled` are distances of
+    resamples, which take the same places in all sets of images of the same labels.
     """
 
-    frechet: float
-    resampled: Float[np.ndarray, " R"]
+    frechet: float | None
+    resampled: Float[np.ndarray, " R"] | None
     right: Bool[np.ndarray, " B"] | None
 
     @property
-    def frechet_noise(self) -> float:
+    def frechet_noise(self) -> float | None:
         """By how much the distance would differ with other seeds: its standard deviation over resamples."""
-        return float(np.std(self.resampled, ddof=1))
+        return None if self.resampled is None else float(np.std(self.resampled, ddof=1))
 
     @property
     def class_accuracy(self) -> float | None:
         """The share of images that have the class asked for, by this model."""
         return None if self.right is None else float(np.mean(self.right))
 
-    def rise_from(self, baseline: Verdict) -> Rise:
-        """Return by how much the distance is larger than that of other images of the same labels."""
+    def rise_from(self, baseline: Verdict) -> Rise | None:
+        """Return by how much the distance is larger than that of other images of the same labels; None without one."""
+        if self.frechet is None or self.resampled is None or baseline.frechet is None or baseline.resampled is None:
+            return None
         return paired_rise(baseline.frechet, self.frechet, baseline.resampled, self.resampled)
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,11 +77,11 @@ class Judge:
     real: Moments
 
     def __call__(self, images: Float[np.ndarray, "B C Y X"], labels: tuple[int, ...], classes: int) -> Verdict:
-        """Judge generated images; classes are compared where the model has as many as the generator."""
-        if len(images) < LEAST_IMAGES:
-            raise ImageError(
-                f"a Frechet distance needs at least {LEAST_IMAGES} images, found {len(images)}; ask for more"
-            )
+        """Judge generated images; classes are compared where the model has as many as the generator.
+
+        Of fewer than thirty images there is no distance.
+        """
+        enough = min(len(images), self.real.count) >= FRECHET_IMAGES
         pixels = [Image.fromarray(_bytes(image)) for image in images]
         found = features(self.model, pixels)
         spec, right = self.model.spec, None
@@ -87,8 +90,8 @@ class Judge:
                 logits = head(Run(self.model.params), spec, torch.from_numpy(found)).numpy()
             right = logits.argmax(1) == np.array(labels)
         return Verdict(
-            frechet=frechet_distance(self.real, moments(found)),
-            resampled=resampled_distances(self.real, found, resampled_places(labels)),
+            frechet=frechet_distance(self.real, moments(found)) if enough else None,
+            resampled=resampled_distances(self.real, found, resampled_places(labels)) if enough else None,
             right=right,
         )
 
@@ -116,9 +119,9 @@ def open_judge(model: Model, real: Path) -> Judge:
     if real.is_file():
         return Judge(model=model, real=_read_moments(real, model))
     found = find_images(real)
-    if len(found.paths) < LEAST_IMAGES:
+    if len(found.paths) < FRECHET_IMAGES:
         raise ImageError(
-            f"{real} holds {len(found.paths)} images; a Frechet distance needs at least {LEAST_IMAGES}; give more"
+            f"{real} holds {len(found.paths)} images; a Frechet distance needs at least {FRECHET_IMAGES}; give more"
         )
     return Judge(model=model, real=moments(features(model, [read_image(path) for path in found.paths])))
 

@@ -96,9 +96,7 @@ def run_cells(
         except VitfoldError as error:
             yield {**cell.to_dict(), "fidelity": None, "error": str(error)}
             continue
-        fidelity = compare_outputs(
-            outputs, images, labels=model.labels, classifies=model.spec.output == "logits", reference=expected
-        )
+        fidelity = compare_outputs(outputs, images, labels=model.labels, head=model.spec.head, reference=expected)
         yield {
             **cell.to_dict(),
             "fidelity": fidelity.to_dict(),

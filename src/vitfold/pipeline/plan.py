@@ -14,7 +14,7 @@ from typing import Any
 
 from vitfold.audit.limits import check_attention
 from vitfold.engines import quantized_cpu_target, quantized_openvino_target
-from vitfold.errors import RecipeError, TargetError
+from vitfold.errors import ArgumentError, RecipeError, TargetError
 from vitfold.model import Model, ViTSpec, param_shapes
 from vitfold.model.folds import fold_layer_scale
 from vitfold.ops.count import Count, IntegerWork, SiteCost, integer_work
@@ -114,6 +114,8 @@ def optimize(
         RecipeError: if the schedule does not fit the model, or the method or a glob is unknown.
         TargetError: if the target is unknown or cannot execute the recipe.
     """
+    if not isinstance(model, Model):
+        raise ArgumentError(f"optimize takes a Model, as load and adapt return it, found {type(model).__name__}")
     if recipe is not None and not (merge is None and quant is None and registers is None):
         raise RecipeError("give either a recipe or a merge schedule, a quantization and registers, not both")
     if recipe is None:

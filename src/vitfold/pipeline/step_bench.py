@@ -44,6 +44,11 @@ def bench_steps(
                 f"{other.path} draws by another model than {bundles[0].path}, so that images at equal seeds say "
                 "nothing; compare bundles of one model"
             )
+        if other.manifest.plan.sampler != asked.sampler and method_of(other.manifest).reuses:
+            raise BundleError(
+                f"the plan of {other.path} was chosen for the sampler {other.manifest.plan.sampler}, that of "
+                f"{bundles[0].path} for {asked.sampler}; compare bundles of one sampler"
+            )
     if len({bundle.name for bundle in bundles}) < len(bundles):
         raise BundleError("two bundles have the same name; rename one of the folders")
     check_asked(first, asked)

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from vitfold.bench.pictures import psnr_db
+from vitfold.bench.pictures import FRECHET_IMAGES, psnr_db
 from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTModel
 from vitfold.pipeline.diffusion import (
@@ -147,6 +147,8 @@ def search_steps(
     """
     deadline = time.monotonic() + 60 * minutes
     check_bounds(model, asked, bounds, setup)
+    if bounds.max_fid_rise is not None and samples < FRECHET_IMAGES:
+        raise RecipeError(f"--samples {samples} are too few for a Frechet distance; give at least {FRECHET_IMAGES}")
     tried = screen(model, asked, bounds, compressions, unjudged(setup), deadline=deadline)
     able = sorted((one for one in tried if one.within(bounds)), key=lambda one: -one.speed_up)
     labels = tuple(i % model.spec.classes for i in range(samples))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from vitfold.bench.classes import class_targets
 from vitfold.bench.evaluation import run_over
 from vitfold.bench.fidelity import Fidelity
 from vitfold.bundle import MODEL, QUANTIZERS, WEIGHTS, Bundle, Manifest, has_trained_weights, write_bundle
@@ -47,12 +48,15 @@ def save(
 
     Raises:
         EngineError: if the engine's output is not that of the reference interpreter.
+        ImageError: if class folders do not fit the model's classes, or an image cannot be read.
         BundleError: if the bundle cannot be written.
     """
     if folded.needs_calibration:
         raise RecipeError("the recipe quantizes and the model is not calibrated; call calibrate_folded before save")
     say = step or (lambda _: None)
     model = folded.model
+    if images is not None and images.classes is not None and model.spec.head == "single_label":
+        class_targets(images, model.labels, model.spec.output_width)
     digest = model.digest()
 
     def write(onnx_path: Path) -> Manifest:
@@ -94,14 +98,16 @@ def _fidelity(folded: Folded, session: Session, images: ImageSet, digest: str) -
     model = folded.model
     half = folded.target.float_type == "float16"
     with simulation(folded) if half else contextlib.nullcontext(session) as judged:
-        outputs = run_over(judged, images, model.preprocess)
-        if isinstance(judged, SimulationSession):
-            judged.check_half()
+        try:
+            outputs = run_over(judged, images, model.preprocess)
+        finally:
+            if isinstance(judged, SimulationSession):
+                judged.check_half()  # names the layer where half precision ends, also where outputs are not finite
     return compare_outputs(
         outputs,
         images,
         labels=model.labels,
-        classifies=model.spec.output == "logits",
+        head=model.spec.head,
         reference=reference_outputs(digest, images, model.preprocess, lambda: Reference(model=model)),
     )
 

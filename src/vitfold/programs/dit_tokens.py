@@ -30,9 +30,9 @@ def scores(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T]) -> 
 
 
 def renewed(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T], kept: T, count: int) -> T:
-    """Return what a block adds to its tokens: as kept, but for the `count` tokens that score highest (B, N, D).
+    """Return what a block adds to its tokens: as kept, but anew for the `count` tokens that score highest (B, N, D).
 
-    Equation: f = kept + a (f_new - kept) on those tokens.
+    Equation: f = f_new on those tokens, kept on the others.
 
     They attend to all tokens as they are now; the others run neither attention's queries nor the MLP.
 
@@ -40,14 +40,25 @@ def renewed(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T], ke
     """
     if count == 0:
         return kept
-    weights = scores(ops, spec, block, x, given)
     if count == spec.tokens:
-        new = minus(ops, blocks(ops, spec, x, given, range(block, block + 1)), x)
-        return ops.add(kept, ops.multiply(weights, minus(ops, new, kept)))
+        return minus(ops, blocks(ops, spec, x, given, range(block, block + 1)), x)
+    weights = scores(ops, spec, block, x, given)
     ops.scope(f"blocks.{block}.chosen")
     index, _ = ops.rank_split(weights, count)
     moved = minus(ops, _new_rows(ops, spec, block, x, given, index, count), ops.take(kept, index))
-    return ops.scatter_add(f"blocks.{block}.renewed", kept, index, ops.multiply(ops.take(weights, index), moved))
+    return ops.scatter_add(f"blocks.{block}.renewed", kept, index, moved)
+
+
+def blended(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T], kept: T) -> T:
+    """Return what a block adds to its tokens where every token is renewed as far as its score says: for training.
+
+    Equation: f = kept + a (f_new - kept), which a gradient with respect to the scores can be taken of.
+
+    Source: TokenCache (2409.18523).
+    """
+    weights = scores(ops, spec, block, x, given)
+    new = minus(ops, blocks(ops, spec, x, given, range(block, block + 1)), x)
+    return ops.add(kept, ops.multiply(weights, minus(ops, new, kept)))
 
 
 def _new_rows(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T], index: T, count: int) -> T:

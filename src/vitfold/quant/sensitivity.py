@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitfold.images import ImageSet, batches
 from vitfold.model import Array
+from vitfold.model.spec import Head
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
 from vitfold.programs.vit import vit
@@ -28,7 +29,8 @@ class SiteSensitivity:
     """The noise that quantizing one site alone adds to the output.
 
     `sqnr_db` is 10 log10 (signal / noise) of the outputs in decibels (None if exact), `noise_ratio` the site's
-    share of the sum over all sites, `agreement` the share of images with the same top-1 (None for embeddings).
+    share of the sum over all sites, `agreement` the share of equal decisions (None for embeddings and
+    regressions).
     """
 
     site: str
@@ -64,8 +66,7 @@ def measure_sensitivity(
     for site, (params, quantizers) in _alone(calibrated).items():
         found = outputs(Simulate(params, quantizers))
         noises[site] = float((found - expected).double().square().sum())
-        same = (found.argmax(-1) == expected.argmax(-1)).float().mean()
-        agreements[site] = float(same) if model.spec.output == "logits" else None
+        agreements[site] = _agreement(found, expected, model.spec.head)
         if advance is not None:
             advance(1)
     total = sum(noises.values()) or 1.0
@@ -79,6 +80,15 @@ def measure_sensitivity(
         )
         for site in ranked
     )
+
+
+def _agreement(found: Tensor, expected: Tensor, head: Head) -> float | None:
+    """The share of equal decisions: of top-1 classes, or of every label; None where nothing is decided."""
+    if head == "multi_label":
+        return float(((found > 0) == (expected > 0)).float().mean())
+    if head == "single_label":
+        return float((found.argmax(-1) == expected.argmax(-1)).float().mean())
+    return None
 
 
 def _alone(calibrated: Calibrated) -> dict[str, tuple[Mapping[str, Array], Mapping[str, Quantizer]]]:

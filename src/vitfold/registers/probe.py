@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitfold.bench.classes import class_targets
 from vitfold.bench.statistics import paired_drop
-from vitfold.images import ImageSet, batches, class_targets
+from vitfold.images import ImageSet, batches
 from vitfold.model import Array, Model
 from vitfold.ops.record import Record
 from vitfold.ops.run import Run
@@ -81,7 +82,7 @@ class Probe:
     ) -> None:
         self._model, self._merge, self._quant = model, merge, quant
         self._targets: Sequence[int] | None = None
-        if images.classes is not None and model.spec.output == "logits":
+        if images.classes is not None and model.spec.head == "single_label":
             self._targets = class_targets(images, model.labels, model.spec.output_width)
         self._pixels = [
             torch.from_numpy(group.pixel_values) for group in batches(images, model.preprocess, batch=batch)

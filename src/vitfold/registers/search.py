@@ -88,7 +88,7 @@ class _Search:
     ) -> None:
         self._model, self._merge, self._quant, self._images = model, merge, quant, images
         self._progress = progress
-        labelled = images.classes is not None and model.spec.output == "logits"
+        labelled = images.classes is not None and model.spec.head == "single_label"
         self._few = images.first(LABELLED_IMAGES if labelled else PROBE_IMAGES)
         self._probe: Probe | None = None
         self._key = remedies_key(model, merge, quant, images)

@@ -6,6 +6,7 @@ measured.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -19,14 +20,46 @@ SCOPES = {"engine": "engine only", "end_to_end": "end to end, file to label"}
 
 
 def columns(rows: Sequence[RowDict]) -> list[str]:
-    """Return the header; encoders show cosine where classifiers show top-1."""
+    """Return the header; where classifiers show top-1, encoders show cosine, other heads their own errors."""
     return ["rung", "tok.", "GMACs", _quality(rows), "agree %", "latency ms", "img/s", "speed-up", "MB"]
 
 
 def _quality(rows: Sequence[RowDict]) -> str:
     measured = [row["fidelity"] for row in rows if row["fidelity"] is not None]
+    if measured and all(fidelity.get("probability_error") is not None for fidelity in measured):
+        return "diff p %"
+    if measured and all(fidelity.get("relative_error") is not None for fidelity in measured):
+        return "error %"
     embeds = measured and all(fidelity["agreement"] is None for fidelity in measured)
     return "cosine" if embeds else "top-1 %"
+
+
+def _quality_cell(fidelity: Mapping[str, Any], quality: str) -> str:
+    if quality == "cosine":
+        return number(fidelity.get("cosine"), ".4f")
+    key = {"diff p %": "probability_error", "error %": "relative_error"}.get(quality, "top1")
+    return percent(fidelity.get(key), unit="")
+
+
+def fidelity_lines(fidelity: Mapping[str, Any], *, head: str, unfolded: float | None = None) -> list[tuple[str, str]]:
+    """Return names and figures of a fidelity, those that a head of this kind has."""
+    lines = [("top-1", percent(fidelity["top1"])), ("top-5", percent(fidelity["top5"]))]
+    if head in ("multi_label", "regression"):
+        lines = []
+    if head != "regression":
+        lines.append(("agreement", percent(fidelity["agreement"]) + (" of labels" if head == "multi_label" else "")))
+    if unfolded is not None:
+        lines.append(("unfolded", f"{percent(unfolded)} top-1"))
+    if fidelity.get("probability_error") is not None:
+        lines.append(("diff p", f"{percent(fidelity['probability_error'])} mean difference of probabilities"))
+    if fidelity.get("relative_error") is not None:
+        lines.append(("error", f"{percent(fidelity['relative_error'])} of the mean absolute value"))
+    if fidelity["cosine"] is not None or head in ("single_label", "features"):
+        lines.append(("cosine", number(fidelity["cosine"], ".5f")))
+    if head in ("multi_label", "regression") and fidelity["reference"] is not None:
+        sqnr = fidelity["sqnr_db"]
+        lines.append(("SQNR", "equal" if sqnr is None else f"{sqnr:.1f} dB"))
+    return lines
 
 
 def cells(rows: Sequence[RowDict]) -> list[list[str]]:
@@ -34,12 +67,12 @@ def cells(rows: Sequence[RowDict]) -> list[list[str]]:
 
     A row that was not timed has dashes for its speed.
     """
-    embeds = _quality(rows) == "cosine"
+    shown = _quality(rows)
     result = []
     for row in rows:
         fidelity = row["fidelity"] or {}
         latency, rate, speed_up = row["latency_ms"], row["throughput_ips"], row["speed_up"]
-        quality = number(fidelity.get("cosine"), ".4f") if embeds else percent(fidelity.get("top1"), unit="")
+        quality = _quality_cell(fidelity, shown)
         result.append(
             [
                 str(row["bundle"]),
@@ -179,9 +212,11 @@ def _spread(fidelities: Sequence[Mapping[str, Any]]) -> str:
         return "-"
     top1 = [fidelity["top1"] for fidelity in fidelities]
     if None in top1:
-        values = [fidelity["sqnr_db"] for fidelity in fidelities]
-        cosine = sum(fidelity["cosine"] for fidelity in fidelities) / len(fidelities)
-        return f"{sum(values) / len(values):.1f} dB, {cosine:.4f}"
+        values = [math.inf if fidelity["sqnr_db"] is None else fidelity["sqnr_db"] for fidelity in fidelities]
+        mean_db = f"{sum(values) / len(values):.1f} dB"
+        if None in [fidelity["cosine"] for fidelity in fidelities]:
+            return mean_db
+        return f"{mean_db}, {sum(fidelity['cosine'] for fidelity in fidelities) / len(fidelities):.4f}"
     mean = 100 * sum(top1) / len(top1)
     return f"{mean:.2f} ±{50 * (max(top1) - min(top1)):.2f}" if len(top1) > 1 else f"{mean:.2f}"
 

@@ -19,7 +19,7 @@ from vitfold.model import Array, DiTModel, DiTSpec
 from vitfold.model.dit import class_rows, timestep_waves
 from vitfold.ops.run import Run
 from vitfold.programs.dit import blocks, condition, embed, head, minus, modulations
-from vitfold.programs.dit_tokens import renewed, scores
+from vitfold.programs.dit_tokens import blended, scores
 
 HIDDEN = 16
 ROWS = 8
@@ -129,7 +129,7 @@ def _loss(ops: Run, spec: DiTSpec, pair: _Pair) -> Tensor:
     x, held, total = pair.x, pair.x, torch.zeros(())
     for block, kept in enumerate(pair.kept):
         total = total + scores(ops, spec, block, x, pair.given).mean() / spec.depth
-        x = x + renewed(ops, spec, block, x, pair.given, kept, spec.tokens)
+        x = x + blended(ops, spec, block, x, pair.given, kept)
         held = held + kept
     scale = (held - pair.last).square().mean() + 1e-12
     return (x - pair.last).square().mean() / scale + _PENALTY * total
@@ -141,7 +141,7 @@ def _all_scores(ops: Run, spec: DiTSpec, pair: _Pair) -> Float[Tensor, "L N"]:
     for block, kept in enumerate(pair.kept):
         ranked = scores(ops, spec, block, x, pair.given)[:, :, 0].sort(dim=1, descending=True).values
         found.append(ranked.mean(0))
-        x = x + renewed(ops, spec, block, x, pair.given, kept, spec.tokens)
+        x = x + blended(ops, spec, block, x, pair.given, kept)
     return torch.stack(found)
 
 

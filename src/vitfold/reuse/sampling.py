@@ -6,6 +6,7 @@ reads and writes, so they are never copied.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from vitfold.errors import EngineError
 from vitfold.model import Array, DiTSpec
 from vitfold.model.dit import class_rows, timestep_waves
 from vitfold.programs.dit_parts import RESIDUAL, WEIGHTS
@@ -85,13 +87,21 @@ def sample(
 ) -> Sampled:
     """Draw one sample per label; sample i depends on seed + i alone, and not on what is drawn beside it.
 
-    `watch` is shown what all blocks added at every step, (2 B, N, D), by a method that keeps it and computes all steps.
+    A method that decides as it goes decides for every sample by itself, so its samples are drawn one by one.
+    `watch` is shown what all blocks added at every step, (2 B, N, D), by a method that keeps it and computes all.
 
     Equation: e = e_null + g (e_class - e_null), both from one batch of 2 B rows; with g = 1 only e_class is computed.
+    A learned variance is not guided: it is the one with the class.
 
     Source: classifier-free guidance (2207.12598).
+
+    Raises:
+        EngineError: if a sample is NaN or infinite.
     """
     count = len(labels)
+    if method.threshold is not None and count > 1:
+        again = {"seed": seed, "guidance": guidance, "watch": watch}
+        return _one_by_one(executor, spec, scheduler, method, labels, again)
     rows = 2 * count if guidance != 1.0 else count
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
     shape = (spec.channels, spec.image_size, spec.image_size)
@@ -100,7 +110,9 @@ def sample(
     conditions, row_of = _conditions(executor, spec, timesteps, labels, guided=rows > count)
     executor.prepare(rows)
     must = full_steps(method, len(timesteps))
-    state = _State(executor=executor, method=method, must=must, depth=spec.depth, count=count, rows=rows)
+    state = _State(
+        executor=executor, method=method, must=must, depth=spec.depth, channels=spec.channels, count=count, rows=rows
+    )
     extra: dict[str, Any] = {"generator": generators} if _is_stochastic(scheduler) else {}
     took: dict[bool, list[int]] = {True: [], False: []}
     for step, t in enumerate(scheduler.timesteps):
@@ -108,7 +120,7 @@ def sample(
         entering = scheduler.scale_model_input(x, t).float()
         executor.write("given", conditions[step][row_of])
         executor.write("image", np.tile(entering.numpy(), (rows // count, 1, 1, 1)))
-        predicted = torch.from_numpy(state.advance(step, guidance))
+        predicted = torch.from_numpy(_finite(state.advance(step, guidance), f"step {step + 1} of {len(timesteps)}"))
         if spec.learned_sigma and not _learned(scheduler):
             predicted = predicted[:, : spec.channels]
         if watch is not None:
@@ -116,10 +128,41 @@ def sample(
         x = scheduler.step(predicted, t, x, **extra).prev_sample
         took[state.full > full_before].append(time.perf_counter_ns() - began)
     return Sampled(
-        samples=x.float().numpy(),
+        samples=_finite(x.float().numpy(), "the last step"),
         full_ns=tuple(took[True]),
         reused_ns=tuple(took[False]),
         kept_bytes=executor.kept_bytes,
+    )
+
+
+def _finite(values: Array, where: str) -> Array:
+    if not np.isfinite(values).all():
+        raise EngineError(
+            f"{where} gives values that are NaN or infinite; the weights or the graphs overflow, or the sampler does "
+            "not go with the model: try --sampler ddim, or --engine torch to see whose fault it is"
+        )
+    return values
+
+
+def _one_by_one(
+    executor: Executor, spec: DiTSpec, scheduler: Any, method: Method, labels: Sequence[int], how: Mapping[str, Any]
+) -> Sampled:
+    """Draw every sample as if it were alone; steps are those of the sample that computed the most in full."""
+    found = []
+    for place, label in enumerate(labels):
+        mine = copy.deepcopy(scheduler)  # a solver of several steps remembers those that it has taken
+        found.append(sample(executor, spec, mine, method, [label], **{**how, "seed": how["seed"] + place}))
+    return joined(found)
+
+
+def joined(found: Sequence[Sampled]) -> Sampled:
+    """Return batches as one; steps are those of the batch that computed the most in full."""
+    most = max(found, key=lambda batch: batch.full_steps)
+    return Sampled(
+        samples=np.concatenate([batch.samples for batch in found]),
+        full_ns=most.full_ns,
+        reused_ns=most.reused_ns,
+        kept_bytes=max(batch.kept_bytes for batch in found),
     )
 
 
@@ -131,6 +174,7 @@ class _State:
     method: Method
     must: tuple[bool, ...]
     depth: int
+    channels: int
     count: int
     rows: int
     full: int = 0
@@ -152,7 +196,7 @@ class _State:
         if self.rows == self.count:
             return found.copy()
         with_class, without = found[: self.count], found[self.count :]
-        return _guided(with_class, without, guidance)
+        return _guided(with_class, without, guidance, self.channels)
 
     def _past_guidance(self, step: int, guidance: float) -> Array:
         if self.must[step] or self.difference is None:
@@ -163,7 +207,7 @@ class _State:
         else:
             self.executor.run("step", self.count)
         with_class = self.executor.read("prediction", self.count)
-        return _guided(with_class, with_class + self.difference, guidance)
+        return _guided(with_class, with_class + self.difference, guidance, self.channels)
 
     def _predict(self, step: int) -> None:
         cut, run = self.method.cut, self.executor.run
@@ -224,13 +268,17 @@ def _conditions(
     return found.reshape(len(timesteps), len(classes), spec.modulations, spec.width), row_of
 
 
-def _guided(with_class: Array, without: Array, guidance: float) -> Array:
-    guided: Array = without + np.float32(guidance) * (with_class - without)
+def _guided(with_class: Array, without: Array, guidance: float, channels: int) -> Array:
+    """Guide the first `channels`, the prediction itself; a variance behind it is the one with the class."""
+    guided: Array = with_class.copy()
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused where the step is known
+        guided[:, :channels] = without[:, :channels] + np.float32(guidance) * (with_class - without)[:, :channels]
     return guided
 
 
 def _is_stochastic(scheduler: Any) -> bool:
-    return type(scheduler).__name__ == "DDPMScheduler"
+    algorithm = str(scheduler.config.get("algorithm_type", ""))
+    return type(scheduler).__name__ == "DDPMScheduler" or algorithm.startswith("sde")
 
 
 def _learned(scheduler: Any) -> bool:

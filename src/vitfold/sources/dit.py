@@ -53,7 +53,7 @@ def load_dit(source: str, *, heads: int | None = None) -> DiTModel:
         return read_state_dict(path, heads, Origin(source=str(path), loader="torch", arguments=arguments))
     if path.is_dir():
         raise SourceError(f"{source} is a folder; for a folder of diffusers write hf:{source}")
-    raise SourceError(f"{source!r} names no Diffusion Transformer; a source is {FORMS}")
+    raise SourceError(f"{source!r} names no Diffusion Transformer, and there is no such bundle; a source is {FORMS}")
 
 
 def _from_diffusers(source: str, name: str) -> DiTModel:

@@ -1,7 +1,7 @@
 """Weights in a safetensors file, with the name of the timm architecture that they belong to.
 
 Owns the checks of the file and its sidecar FILE.json (arch, num_classes, image_size, labels,
-preprocess). The architecture is built and translated by `timm`.
+preprocess, problem). The architecture is built and translated by `timm`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vitfold.model import preprocess_from_dict
 from vitfold.sources import timm as timm_source
 from vitfold.sources.reader import Built, class_name
 
-SIDECAR_KEYS = ("arch", "num_classes", "image_size", "labels", "preprocess")
+SIDECAR_KEYS = ("arch", "num_classes", "image_size", "labels", "preprocess", "problem")
 
 
 def build(path: Path, *, arch: str | None, num_classes: int | None, image_size: int | None) -> Built:
@@ -46,6 +46,8 @@ def build(path: Path, *, arch: str | None, num_classes: int | None, image_size: 
         facts["labels"] = tuple(str(label) for label in sidecar["labels"])
     if sidecar.get("preprocess") is not None:
         facts["preprocess"] = preprocess_from_dict(sidecar["preprocess"])
+    if sidecar.get("problem") is not None:
+        facts["problem"] = sidecar["problem"]
     return module, facts
 
 

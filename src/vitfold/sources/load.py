@@ -9,14 +9,15 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from vitfold.digest import file_sha256
-from vitfold.errors import SourceError, missing_extra, nearest
-from vitfold.model import Model, Origin, Preprocess
+from vitfold.errors import ArgumentError, SourceError, missing_extra, nearest
+from vitfold.model import Model, Origin, Preprocess, ViTSpec
+from vitfold.model.spec import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,7 @@ def load_source(
     image_size: int | None = None,
     weights: Weights = "pretrained",
     seed: int = 0,
+    problem: Problem | None = None,
 ) -> Loaded:
     """Load a pretrained model and check that the program computes what the original computes.
 
@@ -63,16 +65,22 @@ def load_source(
         image_size: side of the square input in pixels; positions are resampled to it.
         weights: "random" builds the architecture from `seed` without a download of weights.
         seed: of random weights.
+        problem: what the logits of a classifier stand for, where the source does not say so: "single_label",
+            "multi_label" or "regression".
 
     Raises:
         SourceError: if the source is unknown, unreadable, or has a feature that vitfold does not run.
         ParityError: if the program differs from the original.
     """
+    if not isinstance(source, str):
+        raise ArgumentError(f"a source is text, {FORMS}; found {type(source).__name__}")
     _check_arguments(source, arch, num_classes, image_size, weights)
     torch = import_package("torch", "optimize", "loading a model")
     arguments: dict[str, Any] = {
         "arch": arch, "num_classes": num_classes, "image_size": image_size, "weights": weights, "seed": seed,
     }  # fmt: skip
+    if problem is not None:
+        arguments["problem"] = problem
     prefix, _, name = source.partition(":")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -85,6 +93,7 @@ def load_source(
                 _refuse_diffusion(folder)
                 name, source = str(folder), f"hf:{folder}"
                 arguments.update(_digests(folder / "model.safetensors"))
+                arguments.update({f"adapter_{k}": v for k, v in _digests(folder / "adapter_model.safetensors").items()})
             module, facts = translator.build(
                 name, num_classes=num_classes, image_size=image_size, pretrained=weights == "pretrained"
             )
@@ -99,6 +108,7 @@ def load_source(
     module = module.float().cpu().eval()
     origin = Origin(source=source, loader=_loader(zoo), arguments=arguments)
     preprocess, labels = facts.get("preprocess"), facts.get("labels")
+    facts = {**facts, "problem": problem or facts.get("problem")}
     model = _translate(translator, module, facts, origin, preprocess, labels, unnamed=weights == "random")
     if image_size is not None and any(image_size % patch for patch in model.spec.patch_size):
         raise SourceError(
@@ -114,6 +124,7 @@ def adapt(
     preprocess: Preprocess | None = None,
     labels: Sequence[str] | None = None,
     origin: str | None = None,
+    problem: Problem | None = None,
 ) -> Model:
     """Read a torch module in memory; it is left as it is, and its float32 weights are shared.
 
@@ -122,6 +133,7 @@ def adapt(
         preprocess: replaces what the zoo says about the module.
         labels: names of the classes, one per output.
         origin: where the weights came from, for the record.
+        problem: what the logits of a classifier stand for, where the module does not say so.
 
     Raises:
         SourceError: if the class or one of its parts is not supported.
@@ -142,7 +154,8 @@ def adapt(
     module.eval()
     try:
         where = Origin(source=origin or "memory", loader=_loader(zoo), arguments={})
-        return _translate(translator, module, {}, where, preprocess, tuple(labels) if labels is not None else None)
+        names = tuple(labels) if labels is not None else None
+        return _translate(translator, module, {"problem": problem}, where, preprocess, names)
     finally:
         for part in training:
             part.training = True
@@ -162,6 +175,7 @@ def _translate(
     from vitfold.sources.parity import check_parity
 
     found: Translation = translator.translate(module)
+    spec = _with_problem(found.spec, facts.get("problem"))
     if preprocess is None or labels is None:
         default, names = translator.describe(module, found.spec, facts)
         preprocess = preprocess or default
@@ -171,9 +185,22 @@ def _translate(
         raise SourceError(
             f"the preprocessing yields {size} pixels, the model takes {found.spec.image_size}; give a matching one"
         )
-    model = Model(spec=found.spec, params=found.params, preprocess=preprocess, labels=labels, origin=origin)
+    model = Model(spec=spec, params=found.params, preprocess=preprocess, labels=labels, origin=origin)
     check_parity(found.forward, model, blocks=found.blocks)
     return model
+
+
+def _with_problem(spec: ViTSpec, problem: Problem | None) -> ViTSpec:
+    """Return the spec with what its logits stand for, where somebody says so.
+
+    Raises:
+        SourceError: if the word is unknown, or there are no logits.
+    """
+    if problem is None:
+        return spec
+    if spec.output != "logits":
+        raise SourceError(f"the problem {problem!r} belongs to a classifier, and this model gives features")
+    return replace(spec, problem=problem)
 
 
 def _check_arguments(

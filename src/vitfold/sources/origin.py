@@ -11,7 +11,7 @@ from typing import Any
 from vitfold.errors import SourceError
 from vitfold.sources.load import Loaded, load_source
 
-_OPTIONS = ("arch", "num_classes", "image_size", "weights", "seed")
+_OPTIONS = ("arch", "num_classes", "image_size", "weights", "seed", "problem")
 
 
 def load_origin(origin: Mapping[str, Any]) -> Loaded:

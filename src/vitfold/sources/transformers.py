@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitfold.errors import SourceError, nearest
 from vitfold.model import Preprocess, ViTSpec
-from vitfold.model.spec import Activation, Mlp
+from vitfold.model.spec import Activation, Mlp, Problem
 from vitfold.sources.reader import (
     PLAIN,
     REFUSED,
@@ -31,6 +31,7 @@ from vitfold.sources.reader import (
     with_register_rows,
 )
 from vitfold.sources.transformers_preprocess import default_processor, preprocess_from_processor, read_processor
+from vitfold.sources.transformers_weights import base_of, find_adapter, load_adapted, load_weights
 
 # Top-level class -> (family, attribute of the encoder within it, attribute of the head).
 MODELS = {
@@ -59,6 +60,11 @@ CLASSES = (
     *MODELS,
     *(f"transformers.{s}{part}" for family, parts in PARTS.items() for s in STEMS[family] for part in parts),
 )
+PROBLEMS: dict[str, Problem] = {
+    "single_label_classification": "single_label",
+    "multi_label_classification": "multi_label",
+    "regression": "regression",
+}
 # Family -> names of the block's first norm, attention, output projection and second norm.
 LAYOUT = {
     "vit": ("layernorm_before", "attention", "o_proj", "layernorm_after"),
@@ -76,16 +82,25 @@ def build(name: str, *, num_classes: int | None, image_size: int | None, pretrai
     folder = Path(name)
     if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise SourceError(f"hf: no folder {name}; pass a folder with config.json or the name of a repository")
+    adapter = find_adapter(name) if pretrained else None
+    base = name if adapter is None else base_of(adapter)
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(base)
     except Exception as error:  # the hub's clients raise a dozen unrelated types
-        raise download_error(f"hf:{name}", error) from error
-    kind = _class_of(transformers, config, name)
+        raise download_error(f"hf:{name}" if base == name else f"{base}, the base of hf:{name},", error) from error
+    if getattr(config, "quantization_config", None):
+        raise refuse(
+            f"hf:{base}, whose weights are quantized already (quantization_config in its config.json),",
+            "give the repository or folder that it was quantized from",
+        )
+    kind = _class_of(transformers, config, base, classifies=adapter is not None and adapter.classes is not None)
     family = MODELS[f"transformers.{kind.__name__}"][0]
-    processor = read_processor(name)
+    processor = read_processor(name) or (None if base == name else read_processor(base))
     _check_classes(name, kind.__name__, config, num_classes, pretrained)
-    if pretrained:
-        module = _pretrained(kind, name)
+    if adapter is not None:
+        module = load_adapted(kind, base, adapter)
+    elif pretrained:
+        module = load_weights(kind, name)
     else:
         config = kind.config_class.from_pretrained(name)
         if num_classes is not None:
@@ -99,9 +114,11 @@ def build(name: str, *, num_classes: int | None, image_size: int | None, pretrai
     return module, {"processor": processor}
 
 
-def _class_of(transformers: Any, config: Any, name: str) -> Any:
+def _class_of(transformers: Any, config: Any, name: str, *, classifies: bool = False) -> Any:
     found = (getattr(config, "architectures", None) or [""])[0]
     wanted = INSTEAD.get(found, found)
+    if classifies and f"transformers.{wanted.removesuffix('Model')}ForImageClassification" in MODELS:
+        wanted = f"{wanted.removesuffix('Model')}ForImageClassification"
     if f"transformers.{wanted}" not in MODELS:
         known = [full.partition(".")[2] for full in MODELS]
         reason = REFUSED.get(f"transformers.{found}")
@@ -124,25 +141,6 @@ def _check_classes(name: str, kind: str, config: Any, num_classes: int | None, p
             f"the pretrained head of hf:{name} has {config.num_labels} classes, {num_classes} were asked for, and a "
             "new head would be random; leave out --num-classes, or use --weights random"
         )
-
-
-def _pretrained(kind: Any, name: str) -> nn.Module:
-    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-    try:
-        module, info = kind.from_pretrained(name, **options)
-        missing = sorted(info["missing_keys"])
-        if missing and all(key.startswith("pooler.") for key in missing):
-            module, info = kind.from_pretrained(name, add_pooling_layer=False, **options)
-            missing = sorted(info["missing_keys"])
-    except Exception as error:  # the hub's clients raise a dozen unrelated types
-        raise download_error(f"hf:{name}", error) from error
-    if missing:
-        raise SourceError(
-            f"the weights of hf:{name} lack {missing[:4]}, which {kind.__name__} needs and would leave random; "
-            "fix 'architectures' in its config.json, or use another checkpoint"
-        )
-    result: nn.Module = module
-    return result
 
 
 def set_image_size(module: nn.Module, size: int) -> None:
@@ -192,6 +190,8 @@ def translate(module: Any) -> Translation:
             reader.layer_scale(f"blocks.{i}.ls1", layer.layer_scale1, "lambda1", shape["width"])
             reader.layer_scale(f"blocks.{i}.ls2", layer.layer_scale2, "lambda1", shape["width"])
     tail = _tail(reader, module, encoder, family, head)
+    if tail.get("output") == "logits":
+        tail["problem"] = _problem(module.config)
     reader.finish()
     spec = ViTSpec(
         **shape,
@@ -206,6 +206,16 @@ def translate(module: Any) -> Translation:
         norm_eps=reader.eps(),
     )
     return Translation(spec=spec, params=reader.params, forward=_forward(module, spec), blocks=tuple(layers))
+
+
+def _problem(config: Any) -> Problem:
+    """What the logits stand for, as transformers' own loss and pipeline read it; without a word, one class."""
+    found = getattr(config, "problem_type", None)
+    if found is None:
+        return "single_label"
+    if found not in PROBLEMS:
+        raise refuse(f"the problem_type {found!r}", f"set one of {', '.join(PROBLEMS)} in config.json")
+    return PROBLEMS[found]
 
 
 def _forward(module: Any, spec: ViTSpec) -> Any:

@@ -6,6 +6,7 @@ Owns the meaning of preprocessor_config.json and the defaults of each model fami
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from vitfold.errors import SourceError
@@ -51,6 +52,34 @@ def default_processor(family: str, image_size: tuple[int, int]) -> dict[str, Any
     }
 
 
+# Processors that do what their file's keys say and nothing else; "" for a file that does not name one.
+KINDS = ("", "ViT", "DeiT", "Bit", "CLIP", "Siglip", "Beit", "MobileNetV1", "MobileNetV2", "Pvt")
+_READ = frozenset({
+    "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
+    "image_mean", "image_std", "do_pad", "default_to_square", "image_processor_type", "feature_extractor_type",
+})  # fmt: skip
+# Keys that change nothing of what a model is given: images are always RGB here, labels are no segmentations.
+_HARMLESS = frozenset({
+    "do_convert_rgb", "do_reduce_labels", "reduce_labels", "data_format", "input_data_format", "return_tensors",
+    "processor_class", "_processor_class", "_valid_processor_keys", "model_input_names", "device", "disable_grouping",
+    "use_fast", "image_seq_length", "_name_or_path", "_commit_hash", "patch_size", "num_channels",
+})  # fmt: skip
+
+
+def _check_keys(values: dict[str, Any], kind: str) -> None:
+    """Refuse what would be left undone: a processor of another kind, or a key that nobody here reads."""
+    stem = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
+    if stem not in KINDS:
+        raise refuse(f"the processor {kind}", "use a model with one of: " + ", ".join(name for name in KINDS if name))
+    others = sorted(name for name, value in values.items() if value and name not in _READ | _HARMLESS)
+    if others:
+        name = others[0]
+        raise refuse(
+            f"a processor with {name} = {values[name]!r}",
+            "set it to false in preprocessor_config.json if the model was not trained so",
+        )
+
+
 def preprocess_from_processor(values: dict[str, Any], image_size: tuple[int, int] | None) -> Preprocess:
     """Return a processor file as data, scaled to the model's `image_size` where the file's differs.
 
@@ -58,6 +87,7 @@ def preprocess_from_processor(values: dict[str, Any], image_size: tuple[int, int
         SourceError: if the file asks for something that `Preprocess` does not do, such as padding.
     """
     kind = str(values.get("image_processor_type") or values.get("feature_extractor_type") or "")
+    _check_keys(values, kind)
     resize, size = _resize(values, kind)
     crop = size
     if values.get("do_center_crop", False):
@@ -86,6 +116,7 @@ def preprocess_from_processor(values: dict[str, Any], image_size: tuple[int, int
         mean=_triple(mean),
         std=_triple(std),
         crop_offset="floor",
+        exif="apply",
     )
 
 
@@ -98,7 +129,8 @@ def _resize(values: dict[str, Any], kind: str) -> tuple[str, tuple[int, int]]:
             raise refuse("a processor that bounds the longest edge", "use one with a crop")
         edge = int(size["shortest_edge"])
         return "shortest", (edge, edge)
-    if isinstance(size, int) and any(stem in kind for stem in ("CLIP", "Bit")):
+    square = values.get("default_to_square", not any(stem in kind for stem in ("CLIP", "Bit")))
+    if isinstance(size, int) and not square:
         return "shortest", (size, size)
     return "exact", _size(size)
 
