@@ -17,6 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from vitfold.bench import environment
 from vitfold.cli import doctor
+from vitfold.program import program_from_dict
+from vitfold.program.queries import attention_of
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +178,15 @@ def test_bench_keeps_the_files_of_peers_in_a_new_folder(tiny: Path, tmp_path: Pa
 def test_bench_says_when_calibration_images_serve_no_peer(tiny: Path, few: Path) -> None:
     shown = run("bench", tiny, "--calibration-images", few, "--trials", "1", "--seconds", "0.1")
     assert "--calibration-images was not used" in " ".join(shown.stderr.split())
+
+
+def test_inspect_shows_the_program(merged: Path) -> None:
+    listing = run("inspect", merged, "--program")
+    assert "%0 = input pixel_values" in listing.stdout
+    assert "merge_rows(" in listing.stdout
+    program = program_from_dict(run_json("inspect", merged, "--program"))
+    assert str(program).strip() == listing.stdout.strip()
+    assert attention_of(program, 0)
 
 
 def test_inspect_prints_the_documented_fields(merged: Path) -> None:

@@ -27,8 +27,9 @@ from sinking import with_sinks
 from vitfold.model import Array, Model
 from vitfold.model.folds import fold_layer_scale
 from vitfold.ops.emit import emit_graph, emit_ports, write_onnx
+from vitfold.program import replay
+from vitfold.programs.deployed import deployed_program
 from vitfold.programs.dit_parts import parts
-from vitfold.programs.vit import vit
 from vitfold.quant.sites import find_sites
 from vitfold.quantizer import Quantizer
 from vitfold.recipe import MergeRecipe
@@ -142,7 +143,8 @@ def record(path: Path) -> dict[str, Any]:
 
 def vit_graph(model: Model, merge: Mapping[str, Any], target: Target, path: Path, quantizers: Any = None) -> None:
     recipe = MergeRecipe(**{"r": (), **merge})
-    write_onnx(emit_graph(lambda ops, image: vit(ops, model.spec, recipe, image), model, target, quantizers), path)
+    program = deployed_program(model.spec, recipe)
+    write_onnx(emit_graph(lambda ops, image: replay(program, ops, image)[0], model, target, quantizers), path)
 
 
 def emit_vit(name: str, tiny_model: Callable[..., Model], path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from vitfold.cli import options
 from vitfold.cli.terminal import command, out, print_json
-from vitfold.errors import EngineError
+from vitfold.errors import EngineError, VitfoldError
 
 if TYPE_CHECKING:
     from vitfold.bundle import Manifest
@@ -15,7 +17,11 @@ if TYPE_CHECKING:
 
 
 @command
-def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
+def inspect(
+    bundle: options.BundlePath,
+    program: Annotated[bool, typer.Option("--program", help="Print what the graph computes, node by node.")] = False,
+    json: options.Json = False,
+) -> None:
     """Print a bundle's recipe, target, tokens per block, work, size and origin."""
     from vitfold.bundle import open_bundle
     from vitfold.report.tables import describe_registers, fidelity_lines
@@ -23,10 +29,15 @@ def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
     from vitfold.step_bundle import holds_steps
 
     if holds_steps(bundle):
+        if program:
+            raise VitfoldError(f"{bundle} holds one graph per step; --program shows the graph of a Vision Transformer")
         _inspect_steps(bundle, json=json)
         return
     opened = open_bundle(bundle)
     manifest = opened.manifest
+    if program:
+        _print_program(manifest, json=json)
+        return
     if json:
         print_json(
             {
@@ -91,6 +102,16 @@ def inspect(bundle: options.BundlePath, json: options.Json = False) -> None:
     out.print(f"[bold]{opened.path}[/]", highlight=False, soft_wrap=True)
     for name, value in lines:
         out.print(f"  {name:11}{value}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _print_program(manifest: Manifest, *, json: bool) -> None:
+    from vitfold.programs.deployed import deployed_program
+
+    found = deployed_program(manifest.spec, manifest.recipe.merge)
+    if json:
+        print_json(found.to_dict())
+    else:
+        out.print(str(found), highlight=False, soft_wrap=True, markup=False)
 
 
 def _needs(manifest: Manifest) -> str:

@@ -18,7 +18,8 @@ from vitfold.errors import ArgumentError, RecipeError, TargetError
 from vitfold.model import Model, ViTSpec, param_shapes
 from vitfold.model.folds import fold_layer_scale
 from vitfold.ops.count import Count, IntegerWork, SiteCost, integer_work
-from vitfold.programs.vit import vit
+from vitfold.program import replay
+from vitfold.programs.deployed import deployed_program
 from vitfold.quantizer import Quantizer, QuantParams
 from vitfold.recipe import (
     FLOAT,
@@ -276,5 +277,5 @@ def count_costs(
     """Return the work per site for one image, without any weights; `quantizers` say what of it is integer."""
     required, optional = param_shapes(spec)
     count = Count(required | optional, quantizers, dequantize_first=dequantize_first)
-    vit(count, spec, recipe, (1, spec.channels, *spec.image_size))
+    replay(deployed_program(spec, recipe), count, (1, spec.channels, *spec.image_size))
     return tuple(count.costs)

@@ -25,7 +25,8 @@ from vitfold.errors import RecipeError
 from vitfold.images import ImageSet
 from vitfold.pipeline.plan import Folded
 from vitfold.pipeline.verifying import open_written, simulation, verification_images, verify
-from vitfold.programs.vit import vit
+from vitfold.program import replay
+from vitfold.programs.deployed import deployed_program
 from vitfold.reference import Reference, compare_outputs, reference_outputs
 from vitfold.version import __version__
 
@@ -138,8 +139,9 @@ def write_graph(folded: Folded, path: Path) -> int:
     """Write the ONNX graph alone; return MACs per image."""
     from vitfold.ops.emit import emit_graph, write_onnx
 
+    program = deployed_program(folded.folded.spec, folded.recipe.merge)
     graph = emit_graph(
-        lambda ops, image: vit(ops, folded.folded.spec, folded.recipe.merge, image),
+        lambda ops, image: replay(program, ops, image)[0],
         folded.folded,
         folded.target,
         folded.quantizers,

@@ -127,7 +127,7 @@ def transformer_block(
             order=recipe.order,
             trace=trace,
         )
-        ops.scope(f"{site}.merge", block, "merge")
+        ops.scope(f"{site}.attn", block, "merge")
         tokens = reduce_tokens(ops, recipe.rule, f"{site}.merge", here)
     ops.scope(f"{site}.mlp", block, "mlp")
     y = mlp(ops, spec, block, tokens, ops.layer_norm(f"{site}.norm2", tokens.x, spec.norm_eps))

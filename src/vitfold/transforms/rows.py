@@ -96,13 +96,14 @@ def _demand(program: Program, made_by: Mapping[Ref, Node]) -> tuple[set[Ref], li
             node = made_by.get(asked)
             if node is not None:
                 rows = _rows_of_slice(node)
-                waiting.extend(node.reads() if rows is None else [rows])
+                moves = rows is not None and _moved(program, made_by, rows) is not None
+                waiting.extend([rows] if rows is not None and moves else node.reads())
     return whole, list(some)
 
 
 def _place_whole(ops: Ops[Traced], node: Node, values: dict[Ref | Rows, Traced]) -> None:
     rows = _rows_of_slice(node)
-    if rows is not None:
+    if rows is not None and rows in values and rows.ref not in values:
         values[node.outputs[0]] = values[rows]
         return
     known = {ref: values[ref] for ref in node.reads()}
@@ -148,8 +149,8 @@ def _moved(program: Program, made_by: Mapping[Ref, Node], rows: Rows) -> Moved |
 
 
 def _rows_of_slice(node: Node) -> Rows | None:
-    """Return the rows that a slice without gaps takes; None for any other node."""
-    if node.op != "slice" or node.attributes["step"] != 1:
+    """Return the rows (B, start:stop, D) that a slice without gaps takes; None for any other node."""
+    if node.op != "slice" or node.attributes["step"] != 1 or (node.attributes["axis"], len(node.shapes[0])) != (1, 3):
         return None
     a = node.inputs["a"]
     assert isinstance(a, int)
