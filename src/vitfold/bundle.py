@@ -12,11 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vitfold.checked import ImplausibleError, Range, as_type, check_fields, entry, section
 from vitfold.errors import BundleError, VitfoldError
+from vitfold.manifest import COUNT, checked_origin, checked_target, checked_verified, sha256_entry
 from vitfold.model import Preprocess, ViTSpec, preprocess_from_dict, spec_to_dict, vit_spec_from_dict
+from vitfold.model.sinks import Sinks
+from vitfold.placing import Place
 from vitfold.products import Product, products_of_recipe
-from vitfold.recipe import Recipe, recipe_from_dict
-from vitfold.sealed import MANIFEST, check_files, read_header, write_sealed
+from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe, RegistersRecipe, recipe_from_dict, tokens_per_block
+from vitfold.sealed import MANIFEST, check_files, read_header, reserve_bundle, seal
 
 MODEL = "model.onnx"
 WEIGHTS = "weights.safetensors"
@@ -119,7 +123,17 @@ def write_bundle(path: str | Path, write: Callable[[Path], Manifest], *, overwri
         (folder / RECIPE).write_text(manifest.recipe.to_toml(), encoding="utf-8")
         return manifest.to_dict()
 
-    return open_bundle(write_sealed(path, fill, overwrite=overwrite))
+    with reserve_bundle(path, overwrite=overwrite) as place:
+        return publish_bundle(place, open_bundle(seal(place.draft(), fill)))
+
+
+def publish_bundle(place: Place, draft: Bundle) -> Bundle:
+    """Put a bundle that was made in a workshop at its destination; return it there.
+
+    Raises:
+        BundleError: if it cannot be written.
+    """
+    return replace(draft, path=place.publish(draft.path))
 
 
 def copy_bundle(
@@ -132,9 +146,8 @@ def copy_bundle(
     """
 
     def write(onnx_path: Path) -> Manifest:
-        for file in bundle.path.iterdir():
-            if file.name != MANIFEST:
-                shutil.copyfile(file, onnx_path.with_name(file.name))
+        for name in read_header(bundle.path).values["files"]:
+            shutil.copyfile(bundle.path / name, onnx_path.with_name(name))
         return replace(bundle.manifest, fidelity=fidelity)
 
     return write_bundle(path, write, overwrite=overwrite)
@@ -159,21 +172,112 @@ def open_bundle(path: str | Path) -> Bundle:
 
 
 def _read_manifest(folder: Path, values: Mapping[str, Any]) -> Manifest:
+    """Check every value and build the manifest.
+
+    Raises:
+        BundleError: naming the first that is wrong.
+    """
     try:
-        return Manifest(
-            vitfold=values["vitfold"],
-            spec=vit_spec_from_dict(values["spec"]),
-            preprocess=preprocess_from_dict(values["preprocess"]),
-            labels=None if values["labels"] is None else tuple(values["labels"]),
-            recipe=recipe_from_dict(values["recipe"], name=f"{folder}/{MANIFEST}"),
-            target=values["target"],
-            tokens=tuple(values["tokens"]),
-            macs=values["macs"],
-            origin=values["origin"],
-            model_digest=values["model_digest"],
-            verified=values["verified"],
-            fidelity=values["fidelity"],
-            calibration=values.get("calibration"),
-        )
-    except (KeyError, TypeError, AttributeError, VitfoldError) as error:
-        raise BundleError(f"{folder / MANIFEST} is damaged: {error!r}; make the bundle again") from None
+        return _manifest(values, name=f"{folder}/{MANIFEST}")
+    except (ImplausibleError, VitfoldError) as error:
+        raise BundleError(f"{folder / MANIFEST} is damaged: {error}; make the bundle again") from None
+
+
+_SIZE: Range = (1, 2**16)
+_WIDTH: Range = (1, 2**20)
+_SPEC: dict[str, Range] = {
+    **dict.fromkeys(("image_size", "patch_size"), _SIZE),
+    **dict.fromkeys(("channels", "depth", "heads", "head_width"), _SIZE),
+    **dict.fromkeys(("width", "mlp_width"), _WIDTH),
+    **dict.fromkeys(("registers", "map_heads", "map_mlp_width", "outputs"), (0, 2**24)),
+    "norm_eps": (0.0, 1.0),
+}
+_PREPROCESS: dict[str, Range] = {
+    **dict.fromkeys(("resize_size", "crop_size"), _SIZE),
+    "mean": (-1e3, 1e3),
+    "std": (1e-6, 1e3),
+}
+_RECIPE: dict[str, Range] = {"r": (0, 2**24), "calibration_size": (1, 2**31), "seed": (-(2**63), 2**63)}
+_SECTIONS = {"merge": MergeRecipe, "quant": QuantRecipe, "registers": RegistersRecipe}
+_FIDELITY: dict[str, Range] = {
+    **dict.fromkeys(("top1", "top5", "agreement"), (0.0, 1.0)),
+    "cosine": (-1.01, 1.01),
+    "sqnr_db": (-1e4, 1e4),
+}
+
+
+def _manifest(values: Mapping[str, Any], *, name: str) -> Manifest:
+    spec = _spec(values.get("spec"))
+    recipe = _recipe(values.get("recipe"), name)
+    check_fields(Preprocess, values.get("preprocess"), "preprocess", _PREPROCESS)
+    labels = entry(values, "labels", tuple[str, ...] | None)
+    if labels is not None and len(labels) != spec.output_width:
+        raise ImplausibleError(f"there are {len(labels)} labels for {spec.output_width} outputs")
+    fidelity = entry(values, "fidelity", Mapping[str, Any] | None)
+    if fidelity is not None:
+        entry(fidelity, "images", int, "fidelity", COUNT)
+        for key, within in _FIDELITY.items():
+            entry(fidelity, key, float | None, "fidelity", within)
+    return Manifest(
+        vitfold=entry(values, "vitfold", str),
+        spec=spec,
+        preprocess=preprocess_from_dict(values["preprocess"]),
+        labels=labels,
+        recipe=recipe,
+        target=checked_target(values.get("target")),
+        tokens=_tokens(values, spec, recipe),
+        macs=entry(values, "macs", int, within=COUNT),
+        origin=checked_origin(values.get("origin")),
+        model_digest=sha256_entry(values, "model_digest"),
+        verified=checked_verified(values.get("verified")),
+        fidelity=fidelity,
+        calibration=_calibration(entry(values, "calibration", Mapping[str, Any] | None)),
+    )
+
+
+def _spec(value: Any) -> ViTSpec:
+    values = check_fields(ViTSpec, value, "spec", _SPEC)
+    if values.get("sinks") is not None:
+        check_fields(Sinks, values["sinks"], "spec.sinks", {"tau": (0.0, 1e9), "rows": (0, 2**16)})
+    return vit_spec_from_dict(values)
+
+
+def _recipe(value: Any, name: str) -> Recipe:
+    values = section(value, "recipe")
+    for key, kind in _SECTIONS.items():
+        if key in values:
+            check_fields(kind, values[key], f"recipe.{key}", _RECIPE)
+    return recipe_from_dict(values, name=name)
+
+
+def _tokens(values: Mapping[str, Any], spec: ViTSpec, recipe: Recipe) -> tuple[int, ...]:
+    found: tuple[int, ...] = entry(values, "tokens", tuple[int, ...], within=(1, 2**32))
+    expected = tokens_per_block(spec, recipe.merge.r)
+    # Tokens that a remedy against sinks deletes are in the spec of simulated bundles only.
+    if recipe.registers is None and found != expected:
+        raise ImplausibleError(f"tokens are {_short(found)}, and the recipe gives {_short(expected)}")
+    if len(found) != len(expected):
+        raise ImplausibleError(f"tokens has {len(found)} entries for {spec.depth} blocks")
+    return found
+
+
+def _short(numbers: tuple[int, ...]) -> str:
+    return " ".join(map(str, numbers[:8])) + (" ..." if len(numbers) > 8 else "")
+
+
+def _calibration(values: dict[str, Any] | None) -> dict[str, Any] | None:
+    if values is None:
+        return None
+    entry(values, "method", str, "calibration")
+    entry(values, "seed", int, "calibration", _RECIPE["seed"])
+    entry(values, "root", str, "calibration")
+    images = values.get("images")
+    if not isinstance(images, list):
+        as_type(images, tuple[str, ...], "calibration.images")
+    for i, image in enumerate(images or ()):
+        where = f"calibration.images[{i}]"
+        name = entry(section(image, where), "path", str, where)
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ImplausibleError(f"{where}.path leads out of the folder of images")
+        sha256_entry(image, "sha256", where)
+    return values

@@ -6,15 +6,19 @@ Owns the file, how a sweep's folder calls it, and what can be wrong with it. Wha
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from vitfold.errors import JournalError
+from vitfold.locks import held
+from vitfold.ordinary import check_ordinary, read_ordinary
 
 HEAD = "sweep.json"
 """What was swept over, beside the rows."""
 ROWS = "rows.jsonl"
+MOST_BYTES = 2**30
 _CURE = "remove the line to have it measured again, or give another folder"
 
 
@@ -27,11 +31,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        text = path.read_text(encoding="utf-8")
+        content = read_ordinary(path, MOST_BYTES)
+        # What was cut short may end within a character.
+        whole = content[: content.rfind(b"\n") + 1].decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise JournalError(f"cannot read {path}: {error}; give another folder") from None
-    whole = text[: text.rfind("\n") + 1]
-    return [_row(path, number, line) for number, line in enumerate(whole.splitlines(), start=1) if line.strip()]
+    return [_row(path, number, line) for number, line in enumerate(whole.split("\n"), start=1) if line.strip()]
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
@@ -42,6 +47,8 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            check_ordinary(path)
         with path.open("a+b") as file:
             file.seek(0)
             content = file.read()
@@ -52,10 +59,28 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         raise JournalError(f"cannot write {path}: {error}; choose another folder") from None
 
 
+@contextmanager
+def alone(rows: Path) -> Iterator[None]:
+    """Be the only command that works in the folder of these rows.
+
+    Raises:
+        JournalError: if another one does, or the folder cannot be written.
+    """
+    busy = f"another command works in {rows.parent}; wait for it: the same command goes on from its rows"
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(rows, busy))
+        except BlockingIOError:
+            raise JournalError(busy) from None
+        except OSError as error:
+            raise JournalError(f"cannot write {rows}: {error}; choose another folder") from None
+        yield
+
+
 def _row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise JournalError(f"{path}, line {number} is not JSON ({error}); {_CURE}") from None
     if not isinstance(row, dict):
         raise JournalError(f"{path}, line {number} is no row but {type(row).__name__}; {_CURE}")

@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 
 from vitfold.errors import BundleError
 from vitfold.model import Array
+from vitfold.ordinary import check_ordinary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -314,6 +315,7 @@ def load_quant_params(path: Path) -> QuantParams:
         BundleError: if the file is missing or is something else.
     """
     try:
+        check_ordinary(path)
         with safe_open(path, framework="numpy") as file:
             head = json.loads((file.metadata() or {})["quantizers"])
             return QuantParams({site: _restore(entry, file.get_tensor) for site, entry in head.items()})

@@ -7,16 +7,21 @@ which step follows from the plan and is `reuse`'s.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from vitfold.errors import BundleError, SourceError
+from vitfold.checked import ImplausibleError, Range, check_fields, entry
+from vitfold.errors import BundleError, VitfoldError
+from vitfold.manifest import checked_origin, checked_target, checked_verified, sha256_entry
 from vitfold.model import DiTSpec, Origin
 from vitfold.model.dit import dit_spec_from_dict, dit_spec_to_dict
-from vitfold.sealed import MANIFEST, check_files, read_header, write_sealed
+from vitfold.placing import Place
+from vitfold.sealed import MANIFEST, check_files, read_header, reserve_bundle, seal
 
 KIND = "diffusion"
+PARTS = ("condition", "step", "full", "front", "rest", "resume", "refresh")
+"""Every graph that a method may have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +119,18 @@ def write_step_bundle(
     Raises:
         BundleError: if the destination cannot be written, or exists and may not be replaced.
     """
-    return open_step_bundle(write_sealed(path, lambda folder: write(folder).to_dict(), overwrite=overwrite))
+    with reserve_bundle(path, overwrite=overwrite) as place:
+        draft = seal(place.draft(), lambda folder: write(folder).to_dict())
+        return publish_steps(place, open_step_bundle(draft))
+
+
+def publish_steps(place: Place, draft: StepBundle) -> StepBundle:
+    """Put a bundle that was made in a workshop at its destination; return it there.
+
+    Raises:
+        BundleError: if it cannot be written.
+    """
+    return replace(draft, path=place.publish(draft.path))
 
 
 def open_step_bundle(path: str | Path) -> StepBundle:
@@ -135,24 +151,58 @@ def open_step_bundle(path: str | Path) -> StepBundle:
     return StepBundle(path=folder, manifest=manifest, size_bytes=size, digest=header.digest)
 
 
+_PLAN: dict[str, Range] = {"steps": (1, 10_000), "guidance": (-1e4, 1e4), "merge": (0, 2**20)}
+_SPEC: dict[str, Range] = {
+    **dict.fromkeys(("image_size", "patch_size", "channels", "outputs", "depth", "heads"), (1, 2**16)),
+    **dict.fromkeys(("width", "mlp_width", "classes"), (1, 2**20)),
+    "waves": (2, 2**16),
+    "wave_shift": (0, 2**16),
+    **dict.fromkeys(("norm_eps", "mlp_norm_eps"), (0.0, 1.0)),
+}
+
+
 def _read_manifest(folder: Path, values: Mapping[str, Any]) -> StepManifest:
+    """Check every value and build the manifest.
+
+    Raises:
+        BundleError: naming the first that is wrong.
+    """
     try:
-        return StepManifest(
-            vitfold=values["vitfold"],
-            spec=dit_spec_from_dict(values["spec"]),
-            schedule=values["schedule"],
-            labels=None if values["labels"] is None else tuple(values["labels"]),
-            origin=Origin(**values["origin"]),
-            latent=values["latent"],
-            decoder=values["decoder"],
-            model_digest=values["model_digest"],
-            plan=StepPlan(**values["plan"]),
-            parts=tuple(values["parts"]),
-            counts=tuple(values["counts"]),
-            mask=tuple(values["mask"]),
-            target=values["target"],
-            verified=values["verified"],
-            search=values["search"],
+        return _manifest(values)
+    except (ImplausibleError, VitfoldError) as error:
+        raise BundleError(f"{folder / MANIFEST} is damaged: {error}; make the bundle again") from None
+
+
+def _manifest(values: Mapping[str, Any]) -> StepManifest:
+    spec = dit_spec_from_dict(check_fields(DiTSpec, values.get("spec"), "spec", _SPEC))
+    plan = check_fields(StepPlan, values.get("plan"), "plan", _PLAN)
+    unknown = sorted(set(plan) - {field.name for field in fields(StepPlan)})
+    if unknown:
+        raise ImplausibleError(
+            f"unknown key plan.{unknown[0][:60]}; this vitfold is older than the file, upgrade vitfold"
         )
-    except (KeyError, TypeError, AttributeError, SourceError) as error:
-        raise BundleError(f"{folder / MANIFEST} is damaged: {error!r}; make the bundle again") from None
+    labels = entry(values, "labels", tuple[str, ...] | None)
+    if labels is not None and len(labels) != spec.classes:
+        raise ImplausibleError(f"there are {len(labels)} labels for {spec.classes} classes")
+    steps = int(plan["steps"])
+    parts: tuple[str, ...] = entry(values, "parts", tuple[str, ...])
+    if not parts or len(set(parts)) != len(parts) or not set(parts) <= set(PARTS):
+        raise ImplausibleError(f"parts are some of {', '.join(PARTS)}, each once")
+    origin = checked_origin(values.get("origin"))
+    return StepManifest(
+        vitfold=entry(values, "vitfold", str),
+        spec=spec,
+        schedule=entry(values, "schedule", Mapping[str, Any]),
+        labels=labels,
+        origin=Origin(source=origin["source"], loader=origin["loader"], arguments=origin["arguments"]),
+        latent=entry(values, "latent", bool),
+        decoder=entry(values, "decoder", str | None),
+        model_digest=sha256_entry(values, "model_digest"),
+        plan=StepPlan(**{**plan, "guidance": float(plan["guidance"])}),
+        parts=parts,
+        counts=entry(values, "counts", tuple[int, ...], within=(0, spec.tokens)),
+        mask=entry(values, "mask", tuple[int, ...], within=(0, steps - 1)),
+        target=checked_target(values.get("target")),
+        verified=checked_verified(values.get("verified")),
+        search=entry(values, "search", Mapping[str, Any] | None),
+    )

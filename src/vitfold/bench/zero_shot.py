@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from vitfold.bench.evaluation import Outputs
 from vitfold.errors import VitfoldError
+from vitfold.ordinary import check_ordinary
 
 SUFFIXES = (".npy", ".safetensors")
 
@@ -26,6 +27,7 @@ def read_embeds(path: Path) -> Float[np.ndarray, "C D"]:
         VitfoldError: if the file cannot be read or holds something else.
     """
     try:
+        check_ordinary(path)
         if path.suffix == ".npy":
             found = np.load(path, allow_pickle=False)
         else:

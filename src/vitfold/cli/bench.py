@@ -15,6 +15,7 @@ from vitfold.cli.drawing import Asking, draw_bundles
 from vitfold.cli.making import given_images, judged_images, turned
 from vitfold.cli.terminal import command, counting, note, out, print_json, skipped, steps, write_json
 from vitfold.errors import VitfoldError
+from vitfold.ordinary import read_text
 
 
 @command
@@ -201,7 +202,7 @@ def table(
     from vitfold.report import tables
 
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = json.loads(read_text(file))
         rows = [row for row in result["rows"] if scope in (None, row["scope"])]
         batch = {row["batch"] for row in rows}
         if markdown:

@@ -12,6 +12,7 @@ from vitfold.cli import options
 from vitfold.cli.making import given_images, judged_images, turned
 from vitfold.cli.terminal import command, counting, log, note, out, print_json
 from vitfold.errors import GateError, VitfoldError
+from vitfold.ordinary import read_text
 
 if TYPE_CHECKING:
     from vitfold.bench.evaluation import Outputs
@@ -197,7 +198,7 @@ def _class_names(path: Path | None, folders: tuple[str, ...]) -> list[str]:
     if path is None:
         return [folder.replace("_", " ") for folder in folders]
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise VitfoldError(f"cannot read {path}: {error}; give a text file with one class name a line") from None
     if len(names) != len(folders):

@@ -12,6 +12,7 @@ from vitfold.cli import options
 from vitfold.cli.making import given_images, judged_images, load_model, require_optimize
 from vitfold.cli.terminal import command, note, out, print_json, working, write_json
 from vitfold.errors import VitfoldError
+from vitfold.ordinary import read_text
 
 METHODS = "vitfold,ptq4vit,repq,noisy,smooth,mse,percentile,minmax"
 
@@ -123,7 +124,7 @@ def _kept(output: Path | None, head: dict[str, Any]) -> list[dict[str, Any]]:
     if output is None or not output.exists():
         return []
     try:
-        before = json_module.loads(output.read_text(encoding="utf-8"))
+        before = json_module.loads(read_text(output))
         rows: list[dict[str, Any]] = before["rows"]
         same = all(before[key] == value for key, value in head.items())
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,12 +12,13 @@ import typer
 
 from vitfold.cli import options
 from vitfold.cli.drawing import default_judge
+from vitfold.cli.finishing import check_room, make_bundle, publish
 from vitfold.cli.making import Say, given_images, judged_images, load_model, quant_recipe, require_optimize
-from vitfold.cli.optimized import Made, check_agreement, print_solution, report_made
+from vitfold.cli.optimized import Made, print_solution, report_made
 from vitfold.cli.optimizing_steps import Steps, optimize_steps
 from vitfold.cli.searching import Wanted, run_search
 from vitfold.cli.terminal import command, counted, note, quiet_stdout, skipped, steps, working
-from vitfold.errors import ImageError, VitfoldError
+from vitfold.errors import GateError, ImageError, VitfoldError
 
 if TYPE_CHECKING:
     from vitfold.images import ImageSet
@@ -272,12 +274,12 @@ def optimize(
     )
     require_optimize()
     from vitfold import pipeline
-    from vitfold.sealed import check_destination
+    from vitfold.sealed import check_destination, reserve_bundle
     from vitfold.target import find_target
 
     destination = None if dry_run else output
     if destination is not None:
-        check_destination(destination.absolute(), overwrite=overwrite)
+        check_destination(destination, overwrite=overwrite)
     base = "cpu" if target in (None, "fastest") else str(target)
     find_target(base)
     found = None if images is None else given_images(images)
@@ -300,7 +302,8 @@ def optimize(
         return
     solution: Solution | None = None
     measured: Found | None = None
-    with working("optimize") as (say, advance):
+    reserving = nullcontext() if destination is None else reserve_bundle(destination, overwrite=overwrite)
+    with reserving as place, working("optimize") as (say, advance):
         if repeat is not None:
             plan = _repeated(repeat, images, found, say)
         else:
@@ -327,14 +330,16 @@ def optimize(
             )
             plan = _divided(folded, found, dry_run=dry_run)
         made = Made(folded=plan.folded)
-        if destination is not None:
+        if place is not None:
+            check_room(place, plan.folded)
             plan = _decodable(plan, skip_bad=skip_bad)
             plan, measured = _calibrated(plan, keep_float, say, advance)
             if target == "fastest":
                 say("racing ONNX Runtime and OpenVINO")
                 plan = replace(plan, folded=pipeline.fastest(plan.folded))
             first = plan.calibration is not None and repeat is None
-            made = _saved(plan, destination, say, overwrite=overwrite, race=first, keep_slower=keep_slower)
+            made = make_bundle(plan.folded, plan.comparing, place, say, race=first, keep_slower=keep_slower)
+            made = publish(made, place, min_agreement)
     report_made(made, measured, json=json)
     if solution is not None:
         print_solution(solution)
@@ -342,8 +347,8 @@ def optimize(
         note(remark)
     if images is not None and weights == "random":
         note("random weights: no fidelity was measured, since their outputs hardly depend on the image")
-    if made.bundle is not None and min_agreement is not None:
-        check_agreement(made.bundle.manifest.fidelity, min_agreement)
+    if made.missed is not None:
+        raise GateError(made.missed)
 
 
 def _solved(
@@ -468,22 +473,6 @@ def _calibrated(
     if keep_float:
         folded = pipeline.keep_float(folded, calibration, keep_float, progress=progress)
     return replace(plan, folded=pipeline.calibrate_folded(folded, calibration, progress=progress)), measured
-
-
-def _saved(plan: _Plan, destination: Path, say: Say, *, overwrite: bool, race: bool, keep_slower: bool) -> Made:
-    """Write the bundle; after a race that it lost, and unless told to keep it, the float one in its place."""
-    from vitfold import pipeline
-
-    folded = plan.folded
-    bundle = pipeline.save(folded, destination, images=plan.comparing, overwrite=overwrite, step=say)
-    if not race:
-        return Made(folded=folded, bundle=bundle)
-    say("racing the float model")
-    result = pipeline.race(bundle, folded)
-    if result is not None and not result.faster and not keep_slower:
-        folded = pipeline.float_plan(folded)
-        bundle = pipeline.save(folded, destination, images=plan.comparing, overwrite=True, step=say)
-    return Made(folded=folded, bundle=bundle, race=result)
 
 
 def _batch(text: str | None) -> tuple[int, int, int] | None:

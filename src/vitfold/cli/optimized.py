@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vitfold.cli.terminal import note, out, print_json
-from vitfold.errors import GateError
 
 if TYPE_CHECKING:
     from vitfold.bundle import Bundle
@@ -23,11 +22,16 @@ _MEASURED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """What was made: no bundle by a dry run, no race where nothing was to be decided by one."""
+    """What was made: no bundle by a dry run, no race where nothing was to be decided by one.
+
+    `missed` says why a gate kept the bundle from its place, `kept` names the user's own files in the one it replaced.
+    """
 
     folded: Folded
     bundle: Bundle | None = None
     race: Race | None = None
+    missed: str | None = None
+    kept: tuple[str, ...] = ()
 
 
 def report_made(made: Made, measured: Found | None, *, json: bool) -> None:
@@ -42,7 +46,7 @@ def report_made(made: Made, measured: Found | None, *, json: bool) -> None:
     kept = "quantized" if made.folded.quantizers else "float"
     if made.bundle is not None:
         values |= {
-            "bundle": str(made.bundle.path),
+            "bundle": None if made.missed is not None else str(made.bundle.path),
             "size_bytes": made.bundle.size_bytes,
             "digest": made.bundle.digest,
             "verified": dict(made.bundle.manifest.verified),
@@ -53,6 +57,8 @@ def report_made(made: Made, measured: Found | None, *, json: bool) -> None:
         print_json(values)
     else:
         _print(values)
+    if made.kept:
+        note(f"not vitfold's, and left in the bundle: {', '.join(made.kept)}")
     if made.race is not None and not made.race.faster:
         ending = "kept all the same (--keep-slower)" if kept == "quantized" else "the float model was kept instead"
         note(f"not faster than float on this machine ({made.race.median:.2f}x): {made.race.reason}; {ending}")
@@ -150,25 +156,11 @@ def _print_bundle(values: dict[str, Any]) -> None:
             f"  race      {ratio['median']:.2f}x ± {ratio['iqr'] / 2:.2f} over the float graph, batch 1",
             highlight=False,
         )
+    if values["bundle"] is None:
+        return
     out.print(f"  bundle    {values['bundle']} ({values['size_bytes'] / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
     following = "audit" if values["target"].startswith("tensorrt") else "bench"
     note(f"next: vitfold {following} {values['bundle']}, or vitfold predict {values['bundle']} IMAGE")
-
-
-def check_agreement(fidelity: Any, least: float) -> None:
-    """Check a measured fidelity against --min-agreement.
-
-    Raises:
-        GateError: if it is lower, or was not measured.
-    """
-    agreement = None if fidelity is None else fidelity["agreement"]
-    if agreement is None:
-        raise GateError(
-            "agreement was not measured: random weights, or a model that gives embeddings or numbers; for embeddings "
-            "gate on cosine with: vitfold evaluate --min-cosine, for a regression with: vitfold evaluate --max-error"
-        )
-    if agreement < least:
-        raise GateError(f"agreement {agreement:.4f} is below --min-agreement {least}; lower --merge")
 
 
 def print_solution(found: Solution) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,13 +81,12 @@ def optimize_steps(source: str, output: Path, wanted: Steps, *, overwrite: bool,
     from vitfold.pipeline.opening import compress
     from vitfold.pipeline.step_writing import save_steps
     from vitfold.reuse import find_method
-    from vitfold.sealed import check_destination
+    from vitfold.sealed import reserve_bundle
     from vitfold.sources.dit import load_dit
-    from vitfold.step_bundle import StepPlan
+    from vitfold.step_bundle import StepPlan, publish_steps
 
-    check_destination(output.absolute(), overwrite=overwrite)
     method = None if wanted.reuse == AUTO else find_method(wanted.reuse)
-    with steps("optimize") as say, quiet_stdout():
+    with reserve_bundle(output, overwrite=overwrite) as place, steps("optimize") as say, quiet_stdout():
         say(f"loading {source}")
         model = load_dit(source, heads=wanted.heads)
         asked = Asking(classes="all", count=8, steps=wanted.steps, sampler=wanted.sampler, guidance=wanted.guidance)
@@ -113,7 +113,8 @@ def optimize_steps(source: str, output: Path, wanted: Steps, *, overwrite: bool,
             merge=chosen.r,
             quant=chosen.quant,
         )
-        bundle = save_steps(model, plan, method, chosen, output, search=searched, overwrite=overwrite, say=say)
+        draft = save_steps(model, plan, method, chosen, place.draft(), search=searched, say=say)
+        bundle = publish_steps(place, draft)
     values = {**(searched or {}), **_summary(bundle)}
     if json:
         print_json(values)
@@ -125,6 +126,7 @@ def optimize_steps(source: str, output: Path, wanted: Steps, *, overwrite: bool,
 def _search(
     model: DiTModel, few: Asked, able: list[Compression], wanted: Steps, say: Any
 ) -> tuple[Found, dict[str, Any]]:
+    from vitfold.journal import ROWS, alone
     from vitfold.pipeline.step_search import Setup, search_steps
 
     bounds = wanted.bounds()
@@ -133,8 +135,10 @@ def _search(
     if wanted.features is not None and wanted.real is not None:
         judge = open_features(wanted.features, wanted.real, say)
     samples = wanted.samples or (SAMPLES if wanted.max_fid_rise is None else FID_SAMPLES)
-    setup = Setup(decode=decode, judge=judge, folder=_search_folder(model, few, able, bounds), say=say)
-    found = search_steps(model, few, bounds, able, setup, samples=samples, minutes=wanted.minutes)
+    folder = _search_folder(model, few, able, bounds)
+    setup = Setup(decode=decode, judge=judge, folder=folder, say=say)
+    with nullcontext() if folder is None else alone(folder / ROWS):
+        found = search_steps(model, few, bounds, able, setup, samples=samples, minutes=wanted.minutes)
     rows = [found.plain, *(one.row for one in found.tried)]
     values = document(
         model,

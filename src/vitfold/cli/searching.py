@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,9 +51,12 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Wanted, *, 
     Raises:
         VitfoldError: if the images are too few, or a latency bound is met by nothing.
     """
-    from vitfold.bundle import copy_bundle
+    from vitfold.bundle import copy_bundle, publish_bundle
+    from vitfold.journal import ROWS, alone
     from vitfold.pipeline.attempt import check_decides
     from vitfold.pipeline.search import check_enough, divided_for_search, find_arms, search
+    from vitfold.placing import check_space
+    from vitfold.sealed import reserve_bundle
 
     check_decides(model.spec.head)
     images = judged_images(images, model.spec, model.labels)
@@ -66,18 +70,22 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Wanted, *, 
     chosen, held_out = divided_for_search(others, seed=wanted.seed)
     if wanted.points is not None:
         check_enough(len(held_out.paths), wanted.points / 100)
-    with working("search") as (say, _):
-        laboratory = _laboratory(model, calibration, chosen, held_out, wanted, say)
-        arms = find_arms(laboratory, wanted.quants(), wanted.targets())
-        goal = _goal(laboratory, wanted)
-        found = search(laboratory, arms, goal, minutes=wanted.minutes)
-        if found.winner is not None:
-            verdict = found.winner
-            copy_bundle(verdict.bundle, output, fidelity=verdict.fidelity.to_dict(), overwrite=overwrite)
-        elif wanted.points is not None:
-            copy_bundle(laboratory.plain, output, fidelity=laboratory.plain.manifest.fidelity, overwrite=overwrite)
-        else:
-            raise VitfoldError(_nothing(found, wanted))
+    with reserve_bundle(output, overwrite=overwrite) as place, working("search") as (say, _):
+        check_space(place.destination, model.size_bytes)
+        folder = _folder(model, calibration, chosen, held_out, wanted)
+        with alone(folder / ROWS):
+            laboratory = _laboratory(model, calibration, chosen, held_out, wanted, folder, say)
+            arms = find_arms(laboratory, wanted.quants(), wanted.targets())
+            goal = _goal(laboratory, wanted)
+            found = search(laboratory, arms, goal, minutes=wanted.minutes)
+            fidelity: Mapping[str, Any] | None
+            if found.winner is not None:
+                winner, fidelity = found.winner.bundle, found.winner.fidelity.to_dict()
+            elif wanted.points is not None:
+                winner, fidelity = laboratory.plain, laboratory.plain.manifest.fidelity
+            else:
+                raise VitfoldError(_nothing(found, wanted))
+            publish_bundle(place, copy_bundle(winner, place.draft(), fidelity=fidelity))
     document = {
         "bundle": str(output),
         "images": {"calibration": len(calibration.paths), "search": len(chosen.paths), "held_out": len(held_out.paths)},
@@ -93,10 +101,24 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Wanted, *, 
     _report(document, found, wanted)
 
 
-def _laboratory(
-    model: Model, calibration: ImageSet, chosen: ImageSet, held_out: ImageSet, wanted: Wanted, say: Any
-) -> Laboratory:
+def _folder(model: Model, calibration: ImageSet, chosen: ImageSet, held_out: ImageSet, wanted: Wanted) -> Path:
+    """Return where the rows and bundles of this search lie, for the same command to go on with."""
     from vitfold.cache import entry_folder, key_of
+
+    digests = [model.digest(), chosen.digest(), held_out.digest(), calibration.digest()]
+    settings = [*digests, processor(), wanted.targets(), wanted.calibration_size, wanted.seed]
+    return entry_folder("searches", key_of(*settings))
+
+
+def _laboratory(
+    model: Model,
+    calibration: ImageSet,
+    chosen: ImageSet,
+    held_out: ImageSet,
+    wanted: Wanted,
+    folder: Path,
+    say: Any,
+) -> Laboratory:
     from vitfold.pipeline.attempt import Trying
     from vitfold.pipeline.search import Laboratory
     from vitfold.pipeline.trial import SHORT
@@ -104,8 +126,6 @@ def _laboratory(
     from vitfold.reference import Reference, reference_outputs
 
     digest = model.digest()
-    digests = [digest, chosen.digest(), held_out.digest(), calibration.digest()]
-    settings = [*digests, processor(), wanted.targets(), wanted.calibration_size, wanted.seed]
 
     def trying(images: ImageSet) -> Trying:
         say("running the float model over the images, once")
@@ -119,7 +139,6 @@ def _laboratory(
             protocol=SHORT,
         )
 
-    folder = entry_folder("searches", key_of(*settings))
     return Laboratory(trying=trying(chosen), held_out=trying(held_out), folder=folder, say=say)
 
 

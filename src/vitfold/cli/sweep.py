@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -14,6 +15,8 @@ from vitfold.cli import options
 from vitfold.cli.making import given_images, judged_images, load_model, require_optimize
 from vitfold.cli.terminal import command, note, out, print_json, working
 from vitfold.errors import RecipeError, VitfoldError, nearest
+from vitfold.journal import ROWS, alone
+from vitfold.ordinary import read_text
 from vitfold.recipe import Rule
 
 if sys.version_info >= (3, 11):
@@ -76,7 +79,7 @@ def sweep(
 
     found = given_images(images)
     drawn = None if calibration_images is None else given_images(calibration_images)
-    with working("sweep") as (say, _):
+    with ExitStack() as stack, working("sweep") as (say, _):
         model = load_model(source, say, arch, num_classes, image_size, weights, seed, exif=exif)
         found = judged_images(found, model.spec, model.labels)
         wanted = Sweep(
@@ -101,6 +104,8 @@ def sweep(
             "protocol": chosen["protocol"],
         }
         beside = {"environment": environment()}
+        begin_sweep(output, head, beside)
+        stack.enter_context(alone(output / ROWS))
         rows = begin_sweep(output, head, beside)
 
         def again(attempt: Attempt) -> str:
@@ -176,7 +181,7 @@ def _planned(path: Path | None, given: Mapping[str, str | None]) -> dict[str, An
     values["protocol"] = "quick"
     if path is not None:
         try:
-            read = tomllib.loads(path.read_text(encoding="utf-8"))
+            read = tomllib.loads(read_text(path))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise RecipeError(f"cannot read the sweep {path}: {error}; see recipes/sweeps/ for examples") from None
         for key, value in read.items():

@@ -30,6 +30,7 @@ from rich.progress import (
 )
 
 from vitfold.errors import GateError, ImageWarning, VitfoldError
+from vitfold.ordinary import write_whole
 
 if TYPE_CHECKING:
     from vitfold.quant import Progress as Report
@@ -145,7 +146,7 @@ def write_text(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text.encode())
     except OSError as error:
         raise VitfoldError(f"cannot write {path}: {error}; choose another file") from None
 

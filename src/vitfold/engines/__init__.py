@@ -16,7 +16,7 @@ from vitfold.engines.exactness import (
     quantized_openvino_target,
     runs_here,
 )
-from vitfold.engines.session import PLAIN, Session, usable_cores
+from vitfold.engines.session import PLAIN, Session, check_threads, usable_cores
 from vitfold.errors import EngineError, nearest
 from vitfold.products import Product
 
@@ -33,6 +33,7 @@ __all__ = [
     "TENSORRT",
     "EngineName",
     "Session",
+    "check_threads",
     "describe_execution",
     "find_execution",
     "open_graph",
@@ -51,8 +52,10 @@ def open_session(bundle: Bundle, *, engine: str | None = None, threads: int | No
     Where this processor would compute its products wrongly, it runs in another, exact way, and a warning is logged.
 
     Raises:
-        EngineError: if the engine is unknown, not installed or refuses the graph, or can't compute it exactly here.
+        EngineError: if the engine is unknown, not installed or refuses the graph, or can't compute it exactly here, or
+            the threads are no number for this machine.
     """
+    check_threads(threads)
     if bundle.manifest.simulated:
         if engine not in (None, SIMULATION):
             raise EngineError(
@@ -99,8 +102,10 @@ def open_graph(
     the smallest, the optimal and the largest batch that it has to run (TensorRT only).
 
     Raises:
-        EngineError: if the engine is unknown, not installed or refuses the graph, or computes its products wrongly.
+        EngineError: if the engine is unknown, not installed or refuses the graph, or computes its products wrongly, or
+            the threads are no number for this machine.
     """
+    check_threads(threads)
     if engine == "onnxruntime":
         from vitfold.engines.onnxruntime import OnnxRuntimeSession
 

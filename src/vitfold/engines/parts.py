@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from vitfold.engines.onnxruntime import EXCEPTIONS, session_options
-from vitfold.engines.session import PLAIN, SHOWN
+from vitfold.engines.session import PLAIN, SHOWN, check_threads
 from vitfold.errors import EngineError
 from vitfold.model import Array
 from vitfold.ops.protocol import Port
@@ -34,6 +34,7 @@ class PartsSession:
         threads: int | None = None,
         execution: str = PLAIN,
     ) -> None:
+        check_threads(threads)
         self._ends, self.execution = ends, execution
         self._sessions = {part: _load(path, threads, execution) for part, path in paths.items()}
         self._kept: dict[str, Array] = {}

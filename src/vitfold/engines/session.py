@@ -6,7 +6,6 @@ imports another.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,21 @@ from typing import Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
+from vitfold.cores import check_threads, usable_cores
 from vitfold.errors import EngineError
+
+__all__ = [
+    "Call",
+    "EngineProfile",
+    "NodeTime",
+    "Session",
+    "Turns",
+    "check_threads",
+    "median_ns",
+    "profile_of",
+    "take_turns",
+    "usable_cores",
+]
 
 S = TypeVar("S", bound="Session")
 Call = Callable[[], None]
@@ -26,11 +39,6 @@ WIDE = "wide"
 FLOATING = "floating"
 SHOWN = {PLAIN: "", WIDE: " (u8 x u8)", FLOATING: " (float products)"}
 """How an engine executes integer products, and how tables call it: as it chooses, in wider kernels, in floats."""
-
-
-def usable_cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

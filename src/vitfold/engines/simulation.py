@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from vitfold.bundle import QUANTIZERS, WEIGHTS, Bundle
-from vitfold.engines.session import Session
+from vitfold.engines.session import Session, check_threads
 from vitfold.errors import BundleError, EngineError, missing_extra
 from vitfold.model import Array, ViTSpec
+from vitfold.ordinary import check_ordinary
 from vitfold.quantizer import Quantizer, load_quant_params
 from vitfold.recipe import MergeRecipe
 
@@ -47,7 +48,7 @@ class SimulationSession(Session):
         except ModuleNotFoundError:
             raise EngineError(missing_extra("torch", "optimize", "a simulated bundle")) from None
         if threads is not None:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(check_threads(threads))
         ops = Half(params, quantizers) if half else Simulate(params, quantizers, reordered=reordered)
         self._ops: Simulate | None = ops
         self._half = ops if isinstance(ops, Half) else None
@@ -127,7 +128,8 @@ def open_simulation(bundle: Bundle, *, threads: int | None = None) -> Simulation
 
 def _weights(path: Path) -> Mapping[str, Array]:
     try:
+        check_ordinary(path)
         weights: dict[str, Array] = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path} cannot be read ({error}); make the bundle again") from None
     return weights

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from vitfold.engines.session import Session
+from vitfold.engines.session import Session, check_threads
 from vitfold.errors import EngineError
 
 
@@ -18,7 +18,7 @@ class TorchSession(Session):
 
     def __init__(self, module: torch.nn.Module, *, compiled: bool = False, threads: int | None = None) -> None:
         if threads is not None:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(check_threads(threads))
         self._compiled = compiled
         self._call = torch.compile(module.eval()) if compiled else module.eval()
         self._input: torch.Tensor | None = None

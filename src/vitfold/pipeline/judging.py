@@ -24,6 +24,7 @@ from vitfold.errors import ImageError
 from vitfold.images import find_images, read_image
 from vitfold.model import Array, Model
 from vitfold.ops.run import Run
+from vitfold.ordinary import check_ordinary
 from vitfold.programs.vit import head, vit
 from vitfold.recipe import MergeRecipe
 
@@ -128,6 +129,7 @@ def open_judge(model: Model, real: Path) -> Judge:
 
 def _read_moments(path: Path, model: Model) -> Moments:
     try:
+        check_ordinary(path)
         with safe_open(path, framework="numpy") as file:
             head = json.loads((file.metadata() or {})[_HEAD])
             found = Moments(count=head["count"], mean=file.get_tensor("mean"), covariance=file.get_tensor("covariance"))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from vitfold.cache import keep_arrays, key_of, read_arrays
+from vitfold.cores import check_threads
 from vitfold.engines import find_execution, quantized_cpu_target
 from vitfold.errors import EngineError, RecipeError
 from vitfold.model import Array, DiTModel, DiTSpec
@@ -158,7 +159,7 @@ def open_parts(
     params = step_params(model, compression, predictor)
     if engine == "torch":
         if threads is not None:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(check_threads(threads))
         yield Eager(found, Simulate(params, compression.quantizers) if compression.quantizers else Run(params))
         return
     if engine != "onnxruntime":

@@ -18,6 +18,7 @@ from vitfold.errors import ArgumentError, RecipeError, TargetError
 from vitfold.model import Model, ViTSpec, param_shapes
 from vitfold.model.folds import fold_layer_scale
 from vitfold.ops.count import Count, IntegerWork, SiteCost, integer_work
+from vitfold.ordinary import read_text
 from vitfold.program import replay
 from vitfold.programs.deployed import deployed_program
 from vitfold.quantizer import Quantizer, QuantParams
@@ -251,7 +252,7 @@ def read_recipe(path: str | Path, spec: ViTSpec) -> Recipe:
         RecipeError: if the file is missing, not TOML, has unknown keys, or does not fit.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}; see recipes/ for examples") from None
     values = parse_recipe(text, name=str(path))

@@ -17,6 +17,7 @@ from vitfold.bundle import Bundle, open_bundle
 from vitfold.errors import BundleError, JournalError, RecipeError, VitfoldError
 from vitfold.journal import HEAD, ROWS, append_row, read_rows
 from vitfold.model import ViTSpec
+from vitfold.ordinary import read_text, write_whole
 from vitfold.pipeline.attempt import CHECKED_IMAGES, Attempt, Say, Trying, failed_row, measure_attempt
 from vitfold.pipeline.plan import optimize
 from vitfold.pipeline.writing import save
@@ -81,9 +82,11 @@ def begin_sweep(folder: Path, head: Mapping[str, Any], beside: Mapping[str, Any]
     path = folder / HEAD
     if path.exists():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            before = json.loads(read_text(path))
+        except (OSError, ValueError, RecursionError) as error:
             raise JournalError(f"cannot read {path}: {error}; give another folder") from None
+        if not isinstance(before, dict):
+            raise JournalError(f"{path} does not say what was swept over; give another folder")
         other = [key for key, value in head.items() if before.get(key) != value]
         if other:
             raise JournalError(
@@ -93,9 +96,9 @@ def begin_sweep(folder: Path, head: Mapping[str, Any], beside: Mapping[str, Any]
         return read_rows(folder / ROWS)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        if any(entry.name != f".{HEAD}.partial" for entry in folder.iterdir()):
             raise JournalError(f"{folder} is not empty and holds no sweep; give another folder")
-        path.write_text(json.dumps({**head, **beside}, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, (json.dumps({**head, **beside}, indent=1) + "\n").encode())
     except OSError as error:
         raise JournalError(f"cannot write {folder}: {error}; choose another folder") from None
     return []

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vitfold.errors import ReportError
-from vitfold.journal import HEAD, ROWS
+from vitfold.journal import HEAD, MOST_BYTES, ROWS
+from vitfold.ordinary import read_text
 from vitfold.report.sheet import SHEET
 from vitfold.report.sweeps import check_sweep_rows, read_sweep_rows
 
@@ -123,8 +124,8 @@ def _sheet(file: Path) -> Path | None:
 
 def _read(file: Path) -> Mapping[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(read_text(file, MOST_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
         raise ReportError(f"{file} cannot be read ({error}); write it again, or move it to another folder") from None
     if not isinstance(content, dict):
         raise ReportError(
