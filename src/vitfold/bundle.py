@@ -268,9 +268,11 @@ def _short(numbers: tuple[int, ...]) -> str:
 def _calibration(values: dict[str, Any] | None) -> dict[str, Any] | None:
     if values is None:
         return None
-    entry(values, "method", str, "calibration")
+    for key in ("method", "environment"):
+        section(values.get(key), f"calibration.{key}")
     entry(values, "seed", int, "calibration", _RECIPE["seed"])
-    entry(values, "root", str, "calibration")
+    for key in ("root", "quantizers"):
+        entry(values, key, str, "calibration")
     images = values.get("images")
     if not isinstance(images, list):
         as_type(images, tuple[str, ...], "calibration.images")

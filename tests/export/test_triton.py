@@ -17,7 +17,7 @@ from PIL import Image
 
 from vitfold import pipeline
 from vitfold.bundle import Bundle, open_bundle
-from vitfold.engines import open_session
+from vitfold.engines import open_session, usable_cores
 from vitfold.engines.trtexec import trtexec_command
 from vitfold.errors import BundleError, TargetError
 from vitfold.export.texts import Served, config_text, readme_text
@@ -148,6 +148,39 @@ def test_an_existing_model_is_refused_unless_told(bundles: Callable[[str], Bundl
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "vit"]
 
 
+@pytest.mark.parametrize(
+    ("instances", "threads", "each"), [(1, None, None), (1, 6, "6"), (4, 8, "2"), (4, 10, "2"), (4, 2, "1")]
+)
+def test_instances_divide_the_threads(
+    bundles: Callable[[str], Bundle], tmp_path: Path, instances: int, threads: int | None, each: str | None
+) -> None:
+    written = export_triton(bundles("cpu"), tmp_path, instances=instances, threads=threads)
+    parameters = {key: value.string_value for key, value in parsed(written).parameters.items()}
+    assert parameters == ({} if each is None else {"intra_op_thread_count": each, "inter_op_thread_count": "1"})
+    assert (f"{each} thread" in (written.path / "README.md").read_text()) == (each is not None)
+
+
+def test_instances_divide_the_usable_cores_by_default(bundles: Callable[[str], Bundle], tmp_path: Path) -> None:
+    written = export_triton(bundles("cpu"), tmp_path, instances=2)
+    assert parsed(written).parameters["intra_op_thread_count"].string_value == str(max(1, usable_cores() // 2))
+
+
+def test_other_versions_of_a_model_are_the_users(bundles: Callable[[str], Bundle], tmp_path: Path) -> None:
+    written = export_triton(bundles("cpu"), tmp_path, name="vit")
+    (written.path / "2").mkdir()
+    (written.path / "2/model.onnx").write_text("theirs")
+    export_triton(bundles("cpu"), tmp_path, name="vit", overwrite=True)
+    assert (written.path / "2/model.onnx").read_text() == "theirs"
+
+
+def test_a_model_of_somebody_else_is_left_alone(bundles: Callable[[str], Bundle], tmp_path: Path) -> None:
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit/config.pbtxt").write_text('name: "vit"')
+    with pytest.raises(BundleError, match=r"no model that vitfold exported.*left untouched"):
+        export_triton(bundles("cpu"), tmp_path, name="vit", overwrite=True)
+    assert (tmp_path / "vit/config.pbtxt").read_text() == 'name: "vit"'
+
+
 def test_what_is_no_model_is_left_alone(bundles: Callable[[str], Bundle], tmp_path: Path) -> None:
     (tmp_path / "vit").mkdir()
     (tmp_path / "vit/thesis.txt").write_text("years of work")
@@ -238,6 +271,7 @@ def served(preprocess: Preprocess) -> Served:
         optimum=1,
         max_batch=1,
         instances=1,
+        threads=None,
         on_gpu=False,
         preprocess=preprocess,
         classifies=True,

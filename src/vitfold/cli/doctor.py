@@ -6,13 +6,17 @@ import contextlib
 import json
 import subprocess
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from vitfold.cli import options
 from vitfold.cli.terminal import command, note, out, print_json, steps
+
+if TYPE_CHECKING:
+    from vitfold.workshop import Leftover
 
 _PARTS = (
     ("onnxruntime", "onnxruntime", "runs bundles", "vitfold"),
@@ -45,6 +49,7 @@ def doctor(as_json: options.Json = False) -> None:
     from vitfold.cache import cache_entries, cache_folder, cache_limit
     from vitfold.target import TARGETS
     from vitfold.version import __version__
+    from vitfold.workshop import leftovers
 
     facts = environment()
     parts: list[dict[str, Any]] = []
@@ -67,6 +72,7 @@ def doctor(as_json: options.Json = False) -> None:
     exact = _exactness()
     advice = _advice(exact)
     kept = sum(entry.size for entry in cache_entries())
+    partial = leftovers(Path.cwd())
     if as_json:
         print_json(
             {
@@ -78,6 +84,10 @@ def doctor(as_json: options.Json = False) -> None:
                 "cache": str(cache_folder()),
                 "cache_bytes": kept,
                 "cache_limit_bytes": cache_limit(),
+                "leftovers": [
+                    {"path": str(one.path), "bytes": one.size_bytes, "of": one.destination.name, "running": one.lives}
+                    for one in partial
+                ],
                 "advice": advice,
             }
         )
@@ -102,8 +112,16 @@ def doctor(as_json: options.Json = False) -> None:
     out.print(table)
     for name, target in TARGETS.items():
         out.print(f"  target {name:9} {target.why}", highlight=False)
-    for line in advice:
+    for line in (*advice, *map(_leftover, partial)):
         note(line)
+
+
+def _leftover(one: Leftover) -> str:
+    """Return a sentence about a workshop in the current folder."""
+    if one.lives:
+        return f"{one.path.name}: {one.destination.name} is being written"
+    cure = f"the next command that writes {one.destination.name} removes it, or remove it yourself"
+    return f"{one.path.name}: {one.size_bytes / 1e6:.1f} MB of an interrupted command; {cure}"
 
 
 def _version(package: str) -> str | None:

@@ -20,6 +20,12 @@ def export(
     ] = "triton",
     name: Annotated[str | None, typer.Option(help="Name of the model; default: that of the bundle.")] = None,
     instances: Annotated[int, typer.Option(min=1, help="Instances that the server runs side by side.")] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Cores of the machine that serves, which instances divide; default: those usable here."
+        ),
+    ] = None,
     max_batch: Annotated[
         int | None, typer.Option(min=1, help="Largest batch; default: the bundle's largest, else 64.")
     ] = None,
@@ -33,7 +39,13 @@ def export(
     with steps("export") as say:
         say(f"writing a {format} model")
         model = export_triton(
-            open_bundle(bundle), output, name=name, instances=instances, max_batch=max_batch, overwrite=overwrite
+            open_bundle(bundle),
+            output,
+            name=name,
+            instances=instances,
+            threads=threads,
+            max_batch=max_batch,
+            overwrite=overwrite,
         )
     if json:
         files = sorted(str(path.relative_to(model.path)) for path in model.path.rglob("*") if path.is_file())

@@ -19,6 +19,8 @@ SERVER = "nvcr.io/nvidia/tritonserver:25.10-py3"
 BUILDER = "nvcr.io/nvidia/tensorrt:25.10-py3"
 LABELS = "labels.txt"
 QUEUE_DELAY_MICROSECONDS = 1000
+WRITTEN = "A model for Triton Inference Server, written by `vitfold export`."
+"""How the README of every exported model begins, by which one is recognized."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,7 @@ class Served:
     optimum: int
     max_batch: int
     instances: int
+    threads: int | None
     on_gpu: bool
     preprocess: Preprocess
     classifies: bool
@@ -77,8 +80,23 @@ instance_group [
     kind: {kind}
   }}
 ]
-{warm}
+{_threads(served)}{warm}
 """
+
+
+def _threads(served: Served) -> str:
+    """Return the threads of each instance on a CPU, where there are several: else each would take all cores."""
+    if served.on_gpu or served.threads is None:
+        return ""
+    return "".join(
+        f"""\
+parameters {{
+  key: "{key}"
+  value {{ string_value: "{value}" }}
+}}
+"""
+        for key, value in (("intra_op_thread_count", served.threads), ("inter_op_thread_count", 1))
+    )
 
 
 def _sizes(served: Served, *more: int) -> list[int]:
@@ -118,7 +136,7 @@ def readme_text(served: Served) -> str:
     return f"""\
 # {served.name}
 
-A model for Triton Inference Server, written by `vitfold export`. Backend: {served.backend}. This folder is one model
+{WRITTEN} Backend: {served.backend}. This folder is one model
 of a repository; the commands below run in the folder that holds it.
 {_build_section(served)}
 ## Start
@@ -151,10 +169,10 @@ Output `{served.output_name}`: {served.output_type}, batch x {output}.
 def _cores(served: Served) -> str:
     if served.on_gpu:
         return ""
-    return (
-        "\nOne instance uses all cores: for more of them, set the parameter `intra_op_thread_count` in config.pbtxt\n"
-        "to the cores of each."
-    )
+    if served.threads is None:
+        return "\nIt computes with all cores."
+    each = f"{served.threads} thread" + ("s" if served.threads > 1 else "")
+    return f" Each computes with {each};\non a machine with other cores, set `intra_op_thread_count` in config.pbtxt."
 
 
 def _build_section(served: Served) -> str:

@@ -6,21 +6,22 @@ Owns which backend serves which target, and that a server never sees half a mode
 from __future__ import annotations
 
 import re
-import secrets
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from vitfold.bundle import MODEL, Bundle
-from vitfold.engines import TENSORRT
+from vitfold.engines import TENSORRT, usable_cores
 from vitfold.engines.onnxruntime import End, OnnxRuntimeSession
 from vitfold.engines.trtexec import DEFAULT_BATCH, trtexec_command
-from vitfold.errors import BundleError, TargetError
-from vitfold.export.texts import LABELS, Served, client_text, config_text, readme_text
+from vitfold.errors import BundleError, EngineError, TargetError
+from vitfold.export.texts import LABELS, WRITTEN, Served, client_text, config_text, readme_text
+from vitfold.ordinary import read_text
+from vitfold.placing import reserve
 
-CONFIG = "config.pbtxt"
+CONFIG, README, CLIENT = "config.pbtxt", "README.md", "client.py"
 VERSION = "1"
+_MOST = 4096
 _TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -41,6 +42,7 @@ def export_triton(
     *,
     name: str | None = None,
     instances: int = 1,
+    threads: int | None = None,
     max_batch: int | None = None,
     overwrite: bool = False,
 ) -> TritonModel:
@@ -49,10 +51,12 @@ def export_triton(
     Bundles for TensorRT are served by its backend, whose engine is built on the machine that serves; all others by ONNX
     Runtime on the CPU. `max_batch` is the bundle's own largest batch, or 64, unless it is given.
 
+    Several instances on a CPU divide `threads` among them: by default this machine's usable cores.
+
     Raises:
         TargetError: for a simulated bundle, which no engine runs.
         BundleError: if the name does not suit Triton, or the model cannot be written or may not be replaced.
-        EngineError: if ONNX Runtime does not read the graph.
+        EngineError: if ONNX Runtime does not read the graph, or threads or instances are no number for a machine.
     """
     if bundle.manifest.simulated:
         raise TargetError(
@@ -61,9 +65,15 @@ def export_triton(
         )
     chosen = _name(bundle.name, name)
     destination = Path(repository).absolute() / chosen
-    check_model(destination, overwrite=overwrite)
-    served = _served(bundle, chosen, instances, max_batch)
-    _write_in_place(destination, lambda folder: _write(bundle, served, folder))
+    with reserve(destination, overwrite=overwrite, standing=standing_model) as place:
+        served = _served(bundle, chosen, instances, threads, max_batch)
+        try:
+            _write(bundle, served, place.draft())
+        except OSError as error:
+            raise BundleError(
+                f"cannot write {destination}: {error}; free some space or choose another folder"
+            ) from None
+        destination = place.publish(place.draft())
     return TritonModel(path=destination, name=chosen, backend=served.backend, trtexec=served.trtexec)
 
 
@@ -77,7 +87,10 @@ def _name(bundle_name: str, wanted: str | None) -> str:
     return wanted
 
 
-def _served(bundle: Bundle, name: str, instances: int, max_batch: int | None) -> Served:
+def _served(bundle: Bundle, name: str, instances: int, threads: int | None, max_batch: int | None) -> Served:
+    for count, what in ((instances, "instances"), (threads, "threads"), (max_batch, "max_batch")):
+        if count is not None and (type(count) is not int or not 1 <= count <= _MOST):
+            raise EngineError(f"{what} has to be a whole number of 1 to {_MOST}, found {count!r}")
     manifest = bundle.manifest
     on_gpu = manifest.target.get("engine") == TENSORRT
     own = manifest.target.get("batch") or DEFAULT_BATCH
@@ -101,6 +114,7 @@ def _served(bundle: Bundle, name: str, instances: int, max_batch: int | None) ->
         optimum=optimum,
         max_batch=largest,
         instances=instances,
+        threads=None if threads is None and instances == 1 else max(1, (threads or usable_cores()) // instances),
         on_gpu=on_gpu,
         preprocess=manifest.preprocess,
         classifies=manifest.spec.head in ("single_label", "multi_label"),
@@ -116,51 +130,30 @@ def _shape(bundle: Bundle, end: End) -> tuple[int, ...]:
     return sizes
 
 
-def check_model(destination: Path, *, overwrite: bool) -> None:
-    """Check that a model may be written there.
+def standing_model(folder: Path) -> set[str]:
+    """Return what `export_triton` wrote of a model's folder; version folders that it did not write are the user's.
 
     Raises:
-        BundleError: if something else stands there, or a model that may not be replaced.
+        BundleError: if it wrote nothing there.
     """
-    if not destination.exists():
-        return
-    if not (destination / CONFIG).is_file():
+    try:
+        ours = WRITTEN in read_text(folder / README)
+    except (OSError, UnicodeDecodeError):
+        ours = False
+    if not ours or not (folder / CONFIG).is_file():
         raise BundleError(
-            f"{destination} exists and is no model of Triton; choose another --name, it is left untouched"
+            f"{folder} exists and is no model that vitfold exported; choose another --name, it is left untouched"
         )
-    if not overwrite:
-        raise BundleError(f"{destination} exists already; pass --overwrite to replace it, or choose another --name")
+    return {CONFIG, README, CLIENT, LABELS, VERSION}
 
 
 def _write(bundle: Bundle, served: Served, folder: Path) -> None:
     version = folder / VERSION
-    version.mkdir()
+    version.mkdir(parents=True)
     for source in sorted(bundle.path.glob(f"{MODEL}*")):
         shutil.copyfile(source, version / source.name)
-    texts = {CONFIG: config_text(served), "README.md": readme_text(served), "client.py": client_text(served)}
+    texts = {CONFIG: config_text(served), README: readme_text(served), CLIENT: client_text(served)}
     if bundle.manifest.labels is not None:
         texts[LABELS] = "".join(" ".join(label.split()) + "\n" for label in bundle.manifest.labels)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-
-
-def _write_in_place(destination: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder beside its destination and rename it; nothing is left behind when that fails."""
-    unique = f".{destination.name}.{secrets.token_hex(4)}"
-    work, old = destination.with_name(f"{unique}.partial"), destination.with_name(f"{unique}.old")
-    try:
-        work.mkdir(parents=True)
-        write(work)
-        if destination.exists():
-            destination.rename(old)
-        try:
-            work.rename(destination)
-        except OSError:
-            if old.exists():
-                old.rename(destination)
-            raise
-    except OSError as error:
-        raise BundleError(f"cannot write {destination}: {error}; free some space or choose another folder") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
