@@ -1,11 +1,13 @@
 """A bundle as a function of images.
 
-Owns what a caller may hand in and what comes back. Needs no torch.
+Owns what a caller may hand in and what comes back, and how threads and processes share it. Needs no torch.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from vitfold.bench.evaluation import finite_outputs
 from vitfold.bundle import Bundle, open_bundle
 from vitfold.decoding import listed, prepared
 from vitfold.engines import Session, open_session
-from vitfold.errors import ArgumentError, EngineError, VitfoldError, check_whole
+from vitfold.errors import ArgumentError, BundleError, EngineError, VitfoldError, check_whole
 from vitfold.images import prepared_ahead
 from vitfold.model.spec import Head, sigmoid
 
@@ -78,11 +80,33 @@ class Prediction:
 
 
 class Predictor:
-    """An open bundle: call it with one image or several; close it, or use it in `with`."""
+    """An open bundle: call it with one image or several; close it, or use it in `with`.
+
+    Threads may share it: they decode images side by side and take turns in the engine. A pickled one opens its bundle
+    again where it arrives, as spawned processes need it; a forked process opens it again by itself, on ONNX Runtime.
+    """
 
     def __init__(self, bundle: Bundle, *, engine: str | None = None, threads: int | None = None) -> None:
         self.bundle = bundle
-        self.session: Session = open_session(bundle, engine=engine, threads=threads)
+        self._engine, self._threads = engine, threads
+        self._turn = threading.Lock()
+        self._session: Session | None = open_session(bundle, engine=engine, threads=threads)
+        self._forked = False
+        _OPEN.add(self)
+
+    @property
+    def session(self) -> Session:
+        """The engine's session; it serves one caller at a time.
+
+        Raises:
+            EngineError: if the predictor is closed, or its engine does not outlive a fork.
+            BundleError: in a forked process, if the bundle is not the same any more.
+        """
+        if self._session is None and self._forked:
+            self._session, self._forked = self._opened_again(), False
+        if self._session is None:
+            raise EngineError("this predictor is closed; open the bundle again")
+        return self._session
 
     @property
     def head(self) -> Head:
@@ -105,7 +129,7 @@ class Predictor:
         Raises:
             ImageError: if an image cannot be read.
             ArgumentError: if `batch` is no number of images.
-            EngineError: if an output is NaN or infinite.
+            EngineError: if the predictor is closed, an output is NaN or infinite, or not what the bundle promises.
         """
         check_whole("batch", batch, least=1)
         items = listed(images)
@@ -118,15 +142,54 @@ class Predictor:
         predictions: list[Prediction] = []
         groups = (items[start : start + batch] for start in range(0, len(items), batch))
         for pixels in prepared_ahead(groups, prepare):
-            self.session.bind(pixels)
-            self.session.run()
-            rows = finite_outputs(self.session.fetch(), names[len(predictions) :])
+            rows = finite_outputs(self._run(pixels), names[len(predictions) :])
             predictions += [Prediction(output=row, labels=labels, head=head) for row in rows]
         return predictions
 
+    def _run(self, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[np.ndarray, "B ..."]:
+        with self._turn:
+            session = self.session
+            session.bind(pixels)
+            session.run()
+            rows = session.fetch()
+        spec = self.bundle.manifest.spec
+        last = spec.width if spec.output == "last_hidden_state" else spec.output_width
+        if rows.ndim < 2 or (len(rows), rows.shape[-1]) != (len(pixels), last):
+            raise EngineError(
+                f"{self.bundle.path}: the graph returned {rows.shape} for {len(pixels)} images, and its manifest "
+                f"promises {last} values each; make the bundle again"
+            )
+        return rows
+
     def close(self) -> None:
-        """Release the engine."""
-        self.session.close()
+        """Release the engine, when whoever is using it is done."""
+        with self._turn:
+            if self._session is not None:
+                self._session.close()
+            self._session, self._forked = None, False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle where the bundle lies and which it is."""
+        if self._session is None and not self._forked:
+            raise EngineError("this predictor is closed, so it cannot be handed on; open the bundle again")
+        return _reopen, (os.fspath(self.bundle.path.absolute()), self._engine, self._threads, self.bundle.digest)
+
+    def _opened_again(self) -> Session:
+        engine = self._engine or str(self.bundle.manifest.target.get("engine"))
+        if engine not in _FORKS:
+            raise EngineError(
+                f"{engine} does not work in a process that was forked behind it; start processes by "
+                "multiprocessing.get_context('spawn'), or open the bundle in each"
+            )
+        bundle = _same_bundle(self.bundle.path, self.bundle.digest)
+        return open_session(bundle, engine=self._engine, threads=self._threads)
+
+    def _leave_to_parent(self) -> None:
+        """In a forked process: forget the session and the lock, whose threads are those of the parent."""
+        self._turn = threading.Lock()
+        if self._session is not None:
+            _OF_PARENT.append(self._session)
+            self._session, self._forked = None, True
 
     def __enter__(self) -> Predictor:
         """Enter a context that closes the predictor."""
@@ -144,12 +207,44 @@ def _shown(item: ImageLike, place: int) -> str:
     return str(item) if isinstance(item, str | Path) else f"image {place}"
 
 
+_FORKS = ("onnxruntime",)
+"""Engines that start anew in a forked process."""
+_OPEN: weakref.WeakSet[Predictor] = weakref.WeakSet()
+_OF_PARENT: list[Session] = []
+"""Sessions of the process that this one was forked from: to release one would wait for threads that are not here."""
+
+
+def _after_fork() -> None:
+    for predictor in list(_OPEN):
+        predictor._leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _reopen(path: str, engine: str | None, threads: int | None, digest: str) -> Predictor:
+    """Open the bundle of a predictor that was pickled.
+
+    Raises:
+        BundleError: if it is missing, damaged or another one by now.
+    """
+    return Predictor(_same_bundle(Path(path), digest), engine=engine, threads=threads)
+
+
+def _same_bundle(path: Path, digest: str) -> Bundle:
+    bundle = open_bundle(path)
+    if bundle.digest != digest:
+        raise BundleError(f"{path} was replaced since this predictor was opened; open it anew with vitfold.open")
+    return bundle
+
+
 def open_predictor(path: str | Path, *, engine: str | None = None, threads: int | None = None) -> Predictor:
     """Open a bundle for prediction.
 
     Raises:
         BundleError: if it is missing or damaged.
-        EngineError: if the engine refuses it.
+        EngineError: if the engine refuses it, or threads is no number for this machine.
     """
     if not isinstance(path, str | os.PathLike):
         raise ArgumentError(f"open takes the path of a bundle, found {type(path).__name__}")
