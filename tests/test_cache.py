@@ -23,6 +23,10 @@ from vitfold.errors import CacheError
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
+A, B, C, D = (letter * 64 for letter in "abcd")
+"""Keys, as `key_of` gives them."""
+
+
 def age(path: Path, hours: float) -> None:
     then = time.time() - 3600 * hours
     for one in (path, *path.rglob("*")) if path.is_dir() else (path,):
@@ -30,78 +34,79 @@ def age(path: Path, hours: float) -> None:
 
 
 def names() -> list[str]:
-    return [entry.path.name for entry in cache_entries()]
+    """The entries, each by the first letter of its key and its suffix."""
+    return [entry.path.name[0] + entry.path.name[64:] for entry in cache_entries()]
 
 
 def test_what_was_used_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITFOLD_CACHE_GB", "3e-6")
-    for hours, key in enumerate("abc"):
+    for hours, key in enumerate((A, B, C)):
         keep_bytes("kind", key, ".bin", b"x" * 1000)
         age(cache_folder() / "kind" / f"{key}.bin", 10 - hours)
     assert names() == ["a.bin", "b.bin", "c.bin"]
-    assert read_bytes("kind", "a", ".bin") == b"x" * 1000
+    assert read_bytes("kind", A, ".bin") == b"x" * 1000
     assert names() == ["b.bin", "c.bin", "a.bin"]
-    keep_bytes("another", "d", ".bin", b"x" * 1500)
+    keep_bytes("another", D, ".bin", b"x" * 1500)
     assert names() == ["a.bin", "d.bin"]
-    assert find_file("kind", "b", ".bin") is None
+    assert find_file("kind", B, ".bin") is None
 
 
 def test_a_folder_is_one_entry_as_old_as_its_newest_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITFOLD_CACHE_GB", "3e-6")
-    used, idle = entry_folder("searches", "used"), entry_folder("searches", "idle")
+    used, idle = entry_folder("searches", A), entry_folder("searches", B)
     for folder in (used, idle):
         (folder / "inner").mkdir()
         (folder / "inner" / "rows").write_bytes(b"x" * 10)
         (folder / "big").write_bytes(b"x" * 1200)
         age(folder, 5)
-    assert entry_folder("searches", "used") == used
+    assert entry_folder("searches", A) == used
     age(used / "inner", 9)
-    keep_bytes("kind", "a", ".bin", b"x" * 1400)
+    keep_bytes("kind", A, ".bin", b"x" * 1400)
     assert not idle.exists()
     assert (used / "inner" / "rows").read_bytes() == b"x" * 10
 
 
 def test_what_is_larger_than_the_whole_cache_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITFOLD_CACHE_GB", "1e-6")
-    keep_bytes("kind", "small", ".bin", b"x" * 900)
-    keep_bytes("kind", "large", ".bin", b"x" * 1100)
-    assert names() == ["small.bin"]
+    keep_bytes("kind", A, ".bin", b"x" * 900)
+    keep_bytes("kind", B, ".bin", b"x" * 1100)
+    assert names() == ["a.bin"]
     monkeypatch.setenv("VITFOLD_CACHE_GB", "0")
-    keep_bytes("kind", "none", ".bin", b"x")
-    assert names() == ["small.bin"]
+    keep_bytes("kind", C, ".bin", b"x")
+    assert names() == ["a.bin"]
 
 
 def test_files_that_are_being_written_stay_and_abandoned_ones_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITFOLD_CACHE_GB", "1e-6")
-    keep_bytes("kind", "first", ".bin", b"x")
-    written, abandoned = cache_folder() / "kind" / "new.partial", cache_folder() / "kind" / "old.partial"
+    keep_bytes("kind", A, ".bin", b"x")
+    written, abandoned = (cache_folder() / "kind" / f"{key}.bin.00000000.partial" for key in (B, C))
     for path, hours in ((written, 1), (abandoned, 30)):
         path.write_bytes(b"x" * 800)
         age(path, hours)
-    keep_bytes("kind", "second", ".bin", b"x" * 500)
+    keep_bytes("kind", D, ".bin", b"x" * 500)
     assert written.exists()
     assert not abandoned.exists()
-    assert read_bytes("kind", "second", ".bin") == b"x" * 500
+    assert read_bytes("kind", D, ".bin") == b"x" * 500
 
 
 def test_a_folder_that_cannot_be_made_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("VITFOLD_CACHE", str(tmp_path / "file"))
     with pytest.raises(CacheError, match="set VITFOLD_CACHE to a folder that can be written"):
-        entry_folder("searches", "a")
+        entry_folder("searches", A)
     assert cache_entries() == []
 
 
 def test_strange_files_beside_the_kinds_are_no_entries() -> None:
-    keep_bytes("kind", "a", ".bin", b"x")
+    keep_bytes("kind", A, ".bin", b"x")
     (cache_folder() / "stray.txt").write_bytes(b"x")
     assert names() == ["a.bin"]
 
 
 def test_clearing_empties_the_folder_and_says_how_much() -> None:
     assert clear_cache() == 0
-    keep_bytes("kind", "a", ".bin", b"x" * 100)
-    (entry_folder("searches", "b") / "rows").write_bytes(b"x" * 50)
+    keep_bytes("kind", A, ".bin", b"x" * 100)
+    (entry_folder("searches", B) / "rows").write_bytes(b"x" * 50)
     assert clear_cache() >= 150
     assert cache_entries() == []
 

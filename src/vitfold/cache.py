@@ -1,17 +1,19 @@
 """Where vitfold keeps what it need not compute twice.
 
-Owns the folder, its bound and the atomic write. What is kept, and under which key, is the caller's choice.
+Owns the folder, its bound, the atomic write, and the marks by which its own entries are told from what else lies there:
+only those are counted and removed. What is kept, and under which key, is the caller's choice.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
+import secrets
 import shutil
 import stat
-import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from vitfold.errors import CacheError
+from vitfold.locks import try_lock
 from vitfold.model import Array
 from vitfold.version import __version__
 
@@ -31,6 +34,21 @@ _DEFAULT_GB = 8.0
 _ABANDONED_S = 24 * 3600.0
 """A partial file as old as this belongs to no writer that still runs."""
 _PARTIAL = ".partial"
+MARK = "CACHEDIR.TAG"
+"""Lies in a cache that vitfold made, and by it backups know one; never in a folder that held something before."""
+_MARK_TEXT = (
+    "Signature: 8a477f597d28d172789f06886806bc55\n"
+    "# A cache of vitfold (https://bford.info/cachedir/). Entries named by 64 digits can be computed again.\n"
+)
+KINDS = frozenset(
+    (
+        *("calibration", "exactness", "predictors", "reference", "registers", "remedies", "search", "searches"),
+        *("step-searches", "tensorrt", "texts"),
+    )
+)
+"""The folders of entries in a cache without the mark: an earlier one, or a folder with other things in it."""
+_OWN = re.compile(r"[0-9a-f]{64}(\.[a-z]+)?(\.[0-9a-f]{8}\.partial)?|tmp[a-z0-9_]{8}\.partial")
+_KEY = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -45,7 +63,7 @@ class Entry:
 
 def cache_folder() -> Path:
     """Return the cache folder: $VITFOLD_CACHE, or the system's place for caches."""
-    return Path(os.environ.get(FOLDER) or platformdirs.user_cache_dir("vitfold"))
+    return Path(os.environ.get(FOLDER) or platformdirs.user_cache_dir("vitfold")).expanduser()
 
 
 def cache_limit() -> int:
@@ -65,14 +83,14 @@ def cache_limit() -> int:
 
 
 def cache_entries() -> list[Entry]:
-    """Return what is kept, the least recently used first."""
-    found = (_entry(path) for path in cache_folder().glob("*/*"))
+    """Return what is kept, the least recently used first; nothing that vitfold did not make."""
+    found = (_entry(path) for kind in _kinds() for path in _listed(kind) if _is_own(path))
     return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.used)
 
 
 def clear_cache() -> int:
-    """Remove everything that is kept; return the bytes freed."""
-    return sum(entry.size for entry in cache_entries() if _remove(entry.path))
+    """Remove everything that is kept and that no command works in; return the bytes freed."""
+    return sum(entry.size for entry in cache_entries() if not _in_use(entry.path) and _remove(entry.path))
 
 
 def key_of(*parts: object) -> str:
@@ -125,9 +143,10 @@ def entry_folder(kind: str, key: str) -> Path:
     Raises:
         CacheError: if it cannot be made.
     """
-    path = cache_folder() / kind / key
+    path = _file(kind, key, "")
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        _make_kind(path.parent)
+        path.mkdir(exist_ok=True)
         os.utime(path)
     except OSError as error:
         raise CacheError(f"cannot write {path}: {error}; set {FOLDER} to a folder that can be written") from None
@@ -158,9 +177,8 @@ def keep_file(kind: str, key: str, write: Callable[[Path], object], suffix: str 
     limit = cache_limit()
     path = _file(kind, key, suffix)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=_PARTIAL, delete=False) as file:
-            partial = Path(file.name)
+        _make_kind(path.parent)
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
         try:
             write(partial)
             if partial.stat().st_size > limit:
@@ -207,7 +225,55 @@ def keep_arrays(kind: str, key: str, arrays: Mapping[str, Array]) -> None:
 
 
 def _file(kind: str, key: str, suffix: str) -> Path:
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"a key of the cache is a sha256, not {key!r}")
     return cache_folder() / kind / f"{key}{suffix}"
+
+
+def _make_kind(folder: Path) -> None:
+    """Make the folder of a kind of entries; mark the cache where there is none yet."""
+    root = folder.parent
+    root.mkdir(parents=True, exist_ok=True)
+    if not any(root.iterdir()):
+        (root / MARK).write_text(_MARK_TEXT, encoding="utf-8")
+    folder.mkdir(exist_ok=True)
+
+
+def _kinds() -> Iterator[Path]:
+    """Yield the folders of entries: all in a cache with the mark, else those of vitfold's names."""
+    root = cache_folder()
+    try:
+        marked = (root / MARK).read_text(encoding="utf-8", errors="replace") == _MARK_TEXT
+    except OSError:
+        marked = False
+    for folder in _listed(root):
+        if folder.is_dir() and (marked or folder.name in KINDS):
+            yield folder
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _is_own(path: Path) -> bool:
+    """Say whether an entry has a name that only vitfold gives; folders have keys without a suffix."""
+    return not path.is_symlink() and bool((_KEY if path.is_dir() else _OWN).fullmatch(path.name))
+
+
+def _in_use(path: Path) -> bool:
+    """Say whether a command works in a folder: it holds one of its journals."""
+    for rows in path.glob("*.jsonl") if path.is_dir() else ():
+        try:
+            descriptor = try_lock(rows)
+        except OSError:
+            continue
+        if descriptor is None:
+            return True
+        os.close(descriptor)
+    return False
 
 
 def _entry(path: Path) -> Entry | None:
@@ -233,7 +299,7 @@ def _make_room(limit: int, newest: Path) -> None:
             return
         if entry.path.suffix == _PARTIAL and time.time() - entry.used < _ABANDONED_S:
             continue
-        if _remove(entry.path):
+        if not _in_use(entry.path) and _remove(entry.path):
             total -= entry.size
 
 

@@ -122,6 +122,13 @@ def check_place(destination: Path, *, overwrite: bool, standing: Standing) -> No
     Raises:
         BundleError: if something else stands there, or something that may not be replaced.
     """
+    try:
+        _check_standing(destination, overwrite=overwrite, standing=standing)
+    except OSError as error:
+        raise BundleError(f"cannot write {destination}: {_words(error)}; choose another output") from None
+
+
+def _check_standing(destination: Path, *, overwrite: bool, standing: Standing) -> None:
     recover(destination)
     if not destination.exists():
         if destination.is_symlink():

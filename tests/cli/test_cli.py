@@ -206,7 +206,7 @@ def test_cache_says_what_is_kept_and_clears_it(tmp_path: Path, monkeypatch: pyte
         "kinds": {},
     }
     (tmp_path / "reference").mkdir()
-    (tmp_path / "reference" / "a.safetensors").write_bytes(b"x" * 3_000_000)
+    (tmp_path / "reference" / f"{'a' * 64}.safetensors").write_bytes(b"x" * 3_000_000)
     shown = run("cache").stdout
     assert "reference" in shown
     assert "3.0" in shown
