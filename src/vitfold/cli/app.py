@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -93,5 +95,10 @@ for _panel, _commands in _PANELS.items():
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; a polite request to end (SIGTERM) cleans up as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _ended)
     app()
+
+
+def _ended(number: int, _: FrameType | None) -> None:
+    raise SystemExit(128 + number)
