@@ -167,7 +167,8 @@ def open_bundle(path: str | Path) -> Bundle:
             "vitfold inspect"
         )
     manifest = _read_manifest(folder, header.values)
-    size = check_files(folder, header, (WEIGHTS, QUANTIZERS) if manifest.simulated else (MODEL,))
+    needed = (WEIGHTS, QUANTIZERS, RECIPE) if manifest.simulated else (MODEL, RECIPE)
+    size = check_files(folder, header, needed)
     return Bundle(path=folder, manifest=manifest, size_bytes=size, digest=header.digest)
 
 
@@ -209,6 +210,8 @@ _FIDELITY: dict[str, Range] = {
 def _manifest(values: Mapping[str, Any], *, name: str) -> Manifest:
     spec = _spec(values.get("spec"))
     recipe = _recipe(values.get("recipe"), name)
+    target = checked_target(values.get("target"))
+    _check_quantization(target, recipe)
     check_fields(Preprocess, values.get("preprocess"), "preprocess", _PREPROCESS)
     labels = entry(values, "labels", tuple[str, ...] | None)
     if labels is not None and len(labels) != spec.output_width:
@@ -224,7 +227,7 @@ def _manifest(values: Mapping[str, Any], *, name: str) -> Manifest:
         preprocess=preprocess_from_dict(values["preprocess"]),
         labels=labels,
         recipe=recipe,
-        target=checked_target(values.get("target")),
+        target=target,
         tokens=_tokens(values, spec, recipe),
         macs=entry(values, "macs", int, within=COUNT),
         origin=checked_origin(values.get("origin")),
@@ -233,6 +236,16 @@ def _manifest(values: Mapping[str, Any], *, name: str) -> Manifest:
         fidelity=fidelity,
         calibration=_calibration(entry(values, "calibration", Mapping[str, Any] | None)),
     )
+
+
+def _check_quantization(target: Mapping[str, Any], recipe: Recipe) -> None:
+    """Check that a target says of quantized products what decides how they run."""
+    if recipe.quant is None and target["engine"] == "simulation":
+        raise ImplausibleError("the bundle is simulated, and its recipe quantizes nothing")
+    if recipe.quant is not None:
+        for key in ("activation_type", "quantized_product", "weight_bits"):
+            if key not in target:
+                raise ImplausibleError(f"target.{key} is missing")
 
 
 def _spec(value: Any) -> ViTSpec:
@@ -268,11 +281,13 @@ def _short(numbers: tuple[int, ...]) -> str:
 def _calibration(values: dict[str, Any] | None) -> dict[str, Any] | None:
     if values is None:
         return None
-    for key in ("method", "environment"):
-        section(values.get(key), f"calibration.{key}")
+    method = section(values.get("method"), "calibration.method")
+    for key in ("name", "activations"):
+        entry(method, key, str, "calibration.method")
+    _check_environment(section(values.get("environment"), "calibration.environment"))
     entry(values, "seed", int, "calibration", _RECIPE["seed"])
-    for key in ("root", "quantizers"):
-        entry(values, key, str, "calibration")
+    entry(values, "root", str, "calibration")
+    sha256_entry(values, "quantizers", "calibration")
     images = values.get("images")
     if not isinstance(images, list):
         as_type(images, tuple[str, ...], "calibration.images")
@@ -283,3 +298,16 @@ def _calibration(values: dict[str, Any] | None) -> dict[str, Any] | None:
             raise ImplausibleError(f"{where}.path leads out of the folder of images")
         sha256_entry(image, "sha256", where)
     return values
+
+
+def _check_environment(values: dict[str, Any]) -> None:
+    where = "calibration.environment"
+    processor = section(values.get("processor"), f"{where}.processor")
+    for key, kind in (("name", str), ("architecture", str), ("instruction_sets", tuple[str, ...])):
+        entry(processor, key, kind, f"{where}.processor")
+    entry(values, "threads", int, where, (1, 2**20))
+    for key in ("system", "python"):
+        entry(values, key, str, where)
+    packages = section(values.get("packages"), f"{where}.packages")
+    for name in packages:
+        entry(packages, name, str | None, f"{where}.packages")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -23,9 +23,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from vitfold.checked import Range, entry, parse_json, section
 from vitfold.errors import BundleError
 from vitfold.model import Array
 from vitfold.ordinary import check_ordinary
+
+_AXES = (0, 1, -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,8 +55,8 @@ class Uniform:
             raise ValueError(f"scale {scale.shape} and zero point {zero_point.shape} do not fit axis {self.axis}")
         if not (np.isfinite(scale).all() and (scale > 0).all()):
             raise ValueError("scales must be positive and finite")
-        if self.axis is not None and not isinstance(self.axis, int):
-            raise ValueError(f"an axis is a number, found {self.axis!r}")
+        if self.axis is not None and (isinstance(self.axis, bool) or self.axis not in _AXES):
+            raise ValueError(f"an axis is one of {_AXES}, found {self.axis!r}")
         if not self.low < self.high or (zero_point < self.low).any() or (zero_point > self.high).any():
             raise ValueError(f"zero points must lie in the codes [{self.low}, {self.high}]")
         object.__setattr__(self, "scale", scale)
@@ -317,10 +320,14 @@ def load_quant_params(path: Path) -> QuantParams:
     try:
         check_ordinary(path)
         with safe_open(path, framework="numpy") as file:
-            head = json.loads((file.metadata() or {})["quantizers"])
-            return QuantParams({site: _restore(entry, file.get_tensor) for site, entry in head.items()})
-    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+            head = section(parse_json((file.metadata() or {}).get("quantizers", "")), "quantizers")
+            return QuantParams({site: _restore(values, file.get_tensor, site) for site, values in head.items()})
+    except SafetensorError:
+        raise BundleError(f"{path} holds no quantizers: it is no file of tensors; make the bundle again") from None
+    except (OSError, ValueError, OverflowError) as error:
         raise BundleError(f"{path} holds no quantizers ({error}); make the bundle again") from None
+    except TypeError:  # a number type that NumPy lacks
+        raise BundleError(f"{path} holds no quantizers of known types; make the bundle again") from None
 
 
 def _flatten(quantizers: Mapping[str, Quantizer]) -> tuple[str, dict[str, Array]]:
@@ -354,23 +361,45 @@ def _flatten(quantizers: Mapping[str, Quantizer]) -> tuple[str, dict[str, Array]
     return json.dumps(head, sort_keys=True), arrays
 
 
-def _restore(entry: Mapping[str, Any], tensor: Any) -> Quantizer:
-    if entry["kind"] == "twin":
-        inner, outer = (_restore(entry[part], tensor) for part in ("inner", "outer"))
+_CODES: Range = (-(2**16), 2**16)
+
+
+def _restore(found: Any, tensor: Callable[[str], Array], site: str, depth: int = 0) -> Quantizer:
+    values = section(found, site)
+    kind = entry(values, "kind", str, site)
+    if kind in ("twin", "shifted") and depth:
+        raise ValueError(f"{site} is a {kind} quantizer within another")
+    if kind == "twin":
+        parts = (entry(values, part, Mapping[str, Any], site) for part in ("inner", "outer"))
+        inner, outer = (_restore(part, tensor, site, 1) for part in parts)
         if not (isinstance(inner, Uniform) and isinstance(outer, Uniform)):
             raise ValueError("a twin quantizer holds two uniform ones")
-        return Twin(rule=entry["rule"], inner=inner, outer=outer)
-    if entry["kind"] == "shifted":
-        within = _restore(entry["inner"], tensor)
+        return Twin(rule=entry(values, "rule", Literal["sign", "magnitude"], site), inner=inner, outer=outer)
+    name = entry(values, "name", str, site)
+    if kind == "shifted":
+        within = _restore(entry(values, "inner", Mapping[str, Any], site), tensor, site, 1)
         if not isinstance(within, Uniform):
             raise ValueError("a shifted quantizer holds a uniform one")
-        return Shifted(offset=tensor(f"{entry['name']}.offset"), inner=within)
-    scale = tensor(f"{entry['name']}.scale")
-    if entry["kind"] == "log":
-        return Log(scale=scale, bits=entry["bits"], root=entry["root"])
-    if entry["kind"] == "float8":
-        return Float8(scale=scale, axis=entry["axis"])
-    if entry["kind"] != "uniform":
-        raise ValueError(f"unknown quantizer {entry['kind']!r}")
-    zero_point = tensor(f"{entry['name']}.zero_point")
-    return Uniform(scale=scale, zero_point=zero_point, low=entry["low"], high=entry["high"], axis=entry["axis"])
+        return Shifted(offset=_real(tensor(f"{name}.offset")), inner=within)
+    scale = _real(tensor(f"{name}.scale"))
+    if kind == "log":
+        bits, root = entry(values, "bits", int, site, (1, 16)), entry(values, "root", int, site, (1, 2))
+        return Log(scale=scale, bits=bits, root=root)
+    axis = entry(values, "axis", int | None, site, (-1, 1))
+    if kind == "float8":
+        return Float8(scale=scale, axis=axis)
+    if kind != "uniform":
+        raise ValueError(f"{site} has an unknown quantizer")
+    low, high = (entry(values, key, int, site, _CODES) for key in ("low", "high"))
+    return Uniform(scale=scale, zero_point=_real(tensor(f"{name}.zero_point")), low=low, high=high, axis=axis)
+
+
+def _real(array: Array) -> Array:
+    """Return real numbers of any type as they are.
+
+    Raises:
+        ValueError: if they are none.
+    """
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"scales are numbers, found {array.dtype}")
+    return array

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vitfold.checked import ImplausibleError, Range, check_fields, entry
 from vitfold.errors import BundleError, VitfoldError
@@ -192,7 +192,7 @@ def _manifest(values: Mapping[str, Any]) -> StepManifest:
     return StepManifest(
         vitfold=entry(values, "vitfold", str),
         spec=spec,
-        schedule=entry(values, "schedule", Mapping[str, Any]),
+        schedule=_schedule(entry(values, "schedule", Mapping[str, Any])),
         labels=labels,
         origin=Origin(source=origin["source"], loader=origin["loader"], arguments=origin["arguments"]),
         latent=entry(values, "latent", bool),
@@ -206,3 +206,30 @@ def _manifest(values: Mapping[str, Any]) -> StepManifest:
         verified=checked_verified(values.get("verified")),
         search=entry(values, "search", Mapping[str, Any] | None),
     )
+
+
+_STEPS: Range = (1, 1_000_000)
+_SCHEDULE: dict[str, tuple[Any, Range | None]] = {
+    "num_train_timesteps": (int, _STEPS),
+    "beta_start": (float, (0.0, 1.0)),
+    "beta_end": (float, (0.0, 1.0)),
+    "steps_offset": (int, (0, 1_000_000)),
+    "clip_sample_range": (float, (0.0, 1e6)),
+    "sample_max_value": (float, (0.0, 1e6)),
+    "dynamic_thresholding_ratio": (float, (0.0, 1.0)),
+    "beta_schedule": (Literal["linear", "scaled_linear", "squaredcos_cap_v2"], None),
+    "prediction_type": (Literal["epsilon", "sample", "v_prediction", "flow_prediction"], None),
+    "timestep_spacing": (Literal["linspace", "leading", "trailing"], None),
+    **dict.fromkeys(("clip_sample", "set_alpha_to_one", "thresholding", "rescale_betas_zero_snr"), (bool, None)),
+}
+
+
+def _schedule(values: dict[str, Any]) -> dict[str, Any]:
+    """Check what is known of diffusers' words; what else stands there is theirs, and plain."""
+    for key, value in values.items():
+        if key in _SCHEDULE:
+            kind, within = _SCHEDULE[key]
+            entry(values, key, kind, "schedule", within)
+        elif isinstance(value, dict):
+            raise ImplausibleError(f"schedule.{key[:60]} has to be a plain value")
+    return values

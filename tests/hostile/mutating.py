@@ -2,8 +2,8 @@
 
     python tests/hostile/mutating.py --count 20000
 
-A case is a number: it chooses the bundle, the kind of mutation and every byte of it. Children open thousands of bundles each; a
-parent notices signals, hangs and exceptions that no user should see.
+A case is a number: it chooses the bundle, the kind of mutation and every byte of it. Children open thousands of bundles
+each; a parent notices signals, hangs and exceptions that no user should see.
 """
 
 from __future__ import annotations
@@ -38,10 +38,33 @@ MEMORY_BYTES = 6 * 2**30
 HANG_S = 30.0
 NASTY: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 10**18, 0.5, -0.0, 1e308, 1e-320, "", "x", "\0", "é" * 50),
-    *("x" * 100_000, "../../etc/passwd", "/dev/zero", "nan", [], {}, [[]], [None], [1, 2, 3], {"": ""}, {"a": {"b": {}}}),
+    *(
+        "x" * 100_000,
+        "../../etc/passwd",
+        "/dev/zero",
+        "nan",
+        [],
+        {},
+        [[]],
+        [None],
+        [1, 2, 3],
+        {"": ""},
+        {"a": {"b": {}}},
+    ),
     *([0] * 5000, ["x"] * 5000, "C:\\a", "[red]x", "\x1b[31m", "\u202e", 255, 65536, 3.0),
 )
-RAW = ("NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "[" * 3000 + "]" * 3000, '"\\ud800"', '{"a":1,"a":2}', "00", "'a'")
+RAW = (
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e999",
+    "9" * 5000,
+    "[" * 3000 + "]" * 3000,
+    '"\\ud800"',
+    '{"a":1,"a":2}',
+    "00",
+    "'a'",
+)
 
 
 # --- what is mutated: bundles of every kind, of tiny models
@@ -50,9 +73,9 @@ RAW = ("NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "[" * 3000 + "]" * 3
 def build_seeds(folder: Path) -> None:
     """Write one bundle of each kind."""
     import numpy as np
-    from conftest import build_tiny_model  # noqa: PLC0415
     from PIL import Image
 
+    from conftest import build_tiny_model
     from vitfold import pipeline
     from vitfold.images import find_images
     from vitfold.recipe import quant_from_scheme
@@ -65,7 +88,11 @@ def build_seeds(folder: Path) -> None:
     images = find_images(photos)
     model = replace(build_tiny_model(), labels=tuple("abcdefghij"))
     pipeline.save(pipeline.optimize(model, merge=2), folder / "float.fold")
-    for name, scheme, target in (("int8", "w8a8", "cpu"), ("portable", "w8a8", "portable"), ("simulated", "w4a4", "cpu")):
+    for name, scheme, target in (
+        ("int8", "w8a8", "cpu"),
+        ("portable", "w8a8", "portable"),
+        ("simulated", "w4a4", "cpu"),
+    ):
         quant = quant_from_scheme(scheme)
         assert quant is not None
         folded = pipeline.optimize(
@@ -79,8 +106,8 @@ def build_seeds(folder: Path) -> None:
 
 def build_steps(path: Path) -> None:
     import diffusers  # noqa: F401
-    from diffusing import build_tiny_dit  # noqa: PLC0415
 
+    from diffusing import build_tiny_dit
     from vitfold.pipeline.opening import compress
     from vitfold.pipeline.step_writing import save_steps
     from vitfold.reuse import find_method
@@ -147,7 +174,9 @@ def values_of_manifest(draw: random.Random, work: Path, _: list[Path]) -> str:
         elif action == "rename" and isinstance(owner, dict):
             owner[f"{key}x"] = owner.pop(key)
         elif action == "number" and isinstance(owner[key], (int, float)) and not isinstance(owner[key], bool):
-            owner[key] = draw.choice((owner[key] + 1, owner[key] * 2, -owner[key], owner[key] * 10**6, 0, owner[key] / 3))
+            owner[key] = draw.choice(
+                (owner[key] + 1, owner[key] * 2, -owner[key], owner[key] * 10**6, 0, owner[key] / 3)
+            )
         elif action == "other":
             other: Any = values
             for step in draw.choice(found):
@@ -222,7 +251,9 @@ def hostile_bytes(draw: random.Random, work: Path, _: list[Path]) -> str:
     if choice < 0.1:
         path.write_bytes(b"")
     elif choice < 0.2:
-        path.write_bytes(draw.choice((b"\xff\xd8\xff\xe0" + draw.randbytes(500), b"PK\x03\x04" + draw.randbytes(99), b"\0" * 999)))
+        path.write_bytes(
+            draw.choice((b"\xff\xd8\xff\xe0" + draw.randbytes(500), b"PK\x03\x04" + draw.randbytes(99), b"\0" * 999))
+        )
     else:
         path.write_bytes(bytes_changed(draw, path.read_bytes()))
     seal_again(work)
@@ -362,7 +393,9 @@ def hostile_tensors(draw: random.Random, work: Path, _: list[Path]) -> str:
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
-    inner = json.loads(header["__metadata__"]["quantizers"]) if "__metadata__" in header and draw.random() < 0.7 else None
+    inner = (
+        json.loads(header["__metadata__"]["quantizers"]) if "__metadata__" in header and draw.random() < 0.7 else None
+    )
     values = header if inner is None else inner
     *above, key = draw.choice(list(places(values)))
     owner: Any = values
@@ -558,7 +591,7 @@ def make_seeds(folder: Path) -> None:
 
 def warm() -> None:
     """Import what children need, once."""
-    import vitfold.engines.simulation  # noqa: F401
+    import vitfold.engines.simulation
     import vitfold.pipeline.opening
     import vitfold.pipeline.step_bench
     import vitfold.predictor  # noqa: F401
@@ -578,7 +611,7 @@ def main() -> None:
         began = time.monotonic()
         cases = range(arguments.start, arguments.start + arguments.count)
         counts = run(cases, seeds, lambda text: print(text, flush=True))
-        print(f"{arguments.count} mutations in {time.monotonic() - began:.0f} s: {dict(counts)}")
+        print(f"{arguments.count} mutations in {time.monotonic() - began:.0f} s: {json.dumps(counts)}")
     sys.exit(1 if any(kind.startswith(("BUG", "HANG", "SIGNAL", "STRANGE")) for kind in counts) else 0)
 
 

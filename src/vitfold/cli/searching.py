@@ -104,6 +104,7 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Wanted, *, 
 def _folder(model: Model, calibration: ImageSet, chosen: ImageSet, held_out: ImageSet, wanted: Wanted) -> Path:
     """Return where the rows and bundles of this search lie, for the same command to go on with."""
     from vitfold.cache import entry_folder, key_of
+    from vitfold.processor import processor
 
     digests = [model.digest(), chosen.digest(), held_out.digest(), calibration.digest()]
     settings = [*digests, processor(), wanted.targets(), wanted.calibration_size, wanted.seed]
@@ -122,7 +123,6 @@ def _laboratory(
     from vitfold.pipeline.attempt import Trying
     from vitfold.pipeline.search import Laboratory
     from vitfold.pipeline.trial import SHORT
-    from vitfold.processor import processor
     from vitfold.reference import Reference, reference_outputs
 
     digest = model.digest()

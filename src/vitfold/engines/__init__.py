@@ -16,6 +16,7 @@ from vitfold.engines.exactness import (
     quantized_openvino_target,
     runs_here,
 )
+from vitfold.engines.graphs import check_graph
 from vitfold.engines.session import PLAIN, Session, check_threads, usable_cores
 from vitfold.errors import EngineError, nearest
 from vitfold.products import Product
@@ -104,8 +105,11 @@ def open_graph(
     Raises:
         EngineError: if the engine is unknown, not installed or refuses the graph, or computes its products wrongly, or
             the threads are no number for this machine.
+        BundleError: if the file is no graph, or one that vitfold does not write.
     """
     check_threads(threads)
+    if engine in ENGINES:
+        check_graph(path)
     if engine == "onnxruntime":
         from vitfold.engines.onnxruntime import OnnxRuntimeSession
 

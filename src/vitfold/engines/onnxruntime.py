@@ -41,7 +41,11 @@ EXCEPTIONS = (
     ort.capi.onnxruntime_pybind11_state.NoSuchFile,
     ort.capi.onnxruntime_pybind11_state.NotImplemented,
     ort.capi.onnxruntime_pybind11_state.RuntimeException,
+    RuntimeError,  # what its C++ throws of the standard library
+    ValueError,  # a message of its own that is no UTF-8, since a damaged graph is quoted in it
+    IndexError,
 )
+_REASON = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,30 @@ def session_options(threads: int | None, *, literal: bool = False, execution: st
     return options
 
 
+def load_graph(path: str | Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    """Load a graph on the CPU provider, quietly.
+
+    Raises:
+        EngineError: if the runtime refuses it.
+    """
+    try:
+        # Without a second try on the same provider, which would print a banner.
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    except EXCEPTIONS as error:
+        raise EngineError(
+            f"ONNX Runtime {ort.__version__} cannot load {path}: {reason_of(error)}; "
+            "check the file, or upgrade with: pip install -U onnxruntime"
+        ) from None
+
+
+def reason_of(error: Exception) -> str:
+    """Return what the runtime says, as one short line."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it holds names that are no text"
+    said = " ".join(str(error).split())
+    return said if len(said) <= _REASON else f"{said[:_REASON]} ..."
+
+
 class OnnxRuntimeSession(Session):
     """One ONNX graph on ONNX Runtime's CPU provider, with one input and one output, which `ends` describes.
 
@@ -109,13 +137,7 @@ class OnnxRuntimeSession(Session):
         return session_options(self._threads, literal=self._literal, execution=self.execution)
 
     def _load(self, options: ort.SessionOptions) -> ort.InferenceSession:
-        try:
-            return ort.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
-        except EXCEPTIONS as error:
-            raise EngineError(
-                f"ONNX Runtime {ort.__version__} cannot load {self._path}: {error}; "
-                "check the file, or upgrade with: pip install -U onnxruntime"
-            ) from None
+        return load_graph(self._path, options)
 
     @property
     def engine(self) -> str:
@@ -146,7 +168,7 @@ class OnnxRuntimeSession(Session):
         try:
             self._session.run_with_iobinding(binding)
         except EXCEPTIONS as error:
-            raise EngineError(f"ONNX Runtime failed while running: {error}") from None
+            raise EngineError(f"ONNX Runtime failed while running: {reason_of(error)}") from None
 
     def fetch(self) -> Float[np.ndarray, "B ..."]:
         """Copy the output out of the runtime's arena."""

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from vitfold.engines.onnxruntime import EXCEPTIONS, session_options
+from vitfold.engines.graphs import check_graph
+from vitfold.engines.onnxruntime import EXCEPTIONS, load_graph, reason_of, session_options
 from vitfold.engines.session import PLAIN, SHOWN, check_threads
-from vitfold.errors import EngineError
+from vitfold.errors import BundleError, EngineError
 from vitfold.model import Array
 from vitfold.ops.protocol import Port
 
@@ -36,7 +37,7 @@ class PartsSession:
     ) -> None:
         check_threads(threads)
         self._ends, self.execution = ends, execution
-        self._sessions = {part: _load(path, threads, execution) for part, path in paths.items()}
+        self._sessions = {part: _load(path, ends[part], threads, execution) for part, path in paths.items()}
         self._kept: dict[str, Array] = {}
         self._bindings: dict[tuple[str, int, tuple[tuple[str, str], ...]], ort.IOBinding] = {}
         self._rows = 0
@@ -49,7 +50,10 @@ class PartsSession:
     def call(self, part: str, *inputs: Array) -> Array:
         """Run a part once on arrays and return its first output."""
         names = [port.name for port in self._ends[part][0]]
-        result: Array = self._sessions[part].run(None, dict(zip(names, inputs, strict=True)))[0]
+        try:
+            result: Array = self._sessions[part].run(None, dict(zip(names, inputs, strict=True)))[0]
+        except EXCEPTIONS as error:
+            raise EngineError(f"ONNX Runtime failed while running {part}: {reason_of(error)}") from None
         return result
 
     def prepare(self, rows: int) -> None:
@@ -73,7 +77,7 @@ class PartsSession:
         try:
             self._sessions[part].run_with_iobinding(self._bindings[key])
         except EXCEPTIONS as error:
-            raise EngineError(f"ONNX Runtime failed while running {part}: {error}") from None
+            raise EngineError(f"ONNX Runtime failed while running {part}: {reason_of(error)}") from None
 
     def _bind(self, part: str, rows: int, renamed: Mapping[str, str]) -> ort.IOBinding:
         binding = self._sessions[part].io_binding()
@@ -104,9 +108,22 @@ class PartsSession:
         self._bindings, self._sessions, self._kept = {}, {}, {}
 
 
-def _load(path: Path, threads: int | None, execution: str) -> ort.InferenceSession:
-    options = session_options(threads, execution=execution)
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except EXCEPTIONS as error:
-        raise EngineError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from None
+def _load(path: Path, ends: Ends, threads: int | None, execution: str) -> ort.InferenceSession:
+    check_graph(path)
+    session = load_graph(path, session_options(threads, execution=execution))
+    for ports, found in zip(ends, (session.get_inputs(), session.get_outputs()), strict=True):
+        shapes = {end.name: (end.type, tuple(end.shape)) for end in found}
+        if {port.name for port in ports} != set(shapes):
+            raise _other_graph(path, f"it has the ends {', '.join(sorted(shapes))[:200]}")
+        for port in ports:
+            kind, shape = shapes[port.name]
+            fits = len(shape) == len(port.shape) + 1 and all(
+                not isinstance(size, int) or size == wanted for size, wanted in zip(shape[1:], port.shape, strict=True)
+            )
+            if kind != "tensor(float)" or not fits or (isinstance(shape[0], int) and shape[0] != port.batch):
+                raise _other_graph(path, f"its {port.name[:60]} is {kind} of shape {shape}")
+    return session
+
+
+def _other_graph(path: Path, found: str) -> BundleError:
+    return BundleError(f"{path} is not the graph that the plan needs: {found}; make the bundle again")

@@ -16,10 +16,11 @@ from safetensors.numpy import load_file
 
 from vitfold.bundle import QUANTIZERS, WEIGHTS, Bundle
 from vitfold.engines.session import Session, check_threads
-from vitfold.errors import BundleError, EngineError, missing_extra
+from vitfold.errors import BundleError, EngineError, SourceError, missing_extra
 from vitfold.model import Array, ViTSpec
+from vitfold.model.params import check_params
 from vitfold.ordinary import check_ordinary
-from vitfold.quantizer import Quantizer, load_quant_params
+from vitfold.quantizer import Float8, Quantizer, Shifted, Uniform, load_quant_params
 from vitfold.recipe import MergeRecipe
 
 
@@ -117,19 +118,42 @@ def open_simulation(bundle: Bundle, *, threads: int | None = None) -> Simulation
         EngineError: if torch is not installed.
     """
     manifest = bundle.manifest
-    return SimulationSession(
-        manifest.spec,
-        _weights(bundle.path / WEIGHTS),
-        load_quant_params(bundle.path / QUANTIZERS),
-        manifest.recipe.merge,
-        threads=threads,
-    )
+    weights, quantizers = _weights(bundle.path / WEIGHTS), load_quant_params(bundle.path / QUANTIZERS)
+    try:
+        check_params(manifest.spec, weights)
+    except SourceError as error:
+        raise BundleError(f"{bundle.path / WEIGHTS} does not fit the manifest: {error}") from None
+    for site, quantizer in quantizers.items():
+        if not _fits(site, quantizer, manifest.spec, weights):
+            raise BundleError(f"{bundle.path / QUANTIZERS} does not fit the weights at {site}; make the bundle again")
+    return SimulationSession(manifest.spec, weights, quantizers, manifest.recipe.merge, threads=threads)
+
+
+def _fits(site: str, quantizer: Quantizer, spec: ViTSpec, weights: Mapping[str, Array]) -> bool:
+    """Say whether a quantizer has one scale, or one per channel or head of what it rounds."""
+    layer, _, operand = site.rpartition(".")
+    if isinstance(quantizer, Shifted):
+        axis, count = -1, len(quantizer.offset)
+    elif isinstance(quantizer, Uniform | Float8) and quantizer.axis is not None:
+        axis, count = quantizer.axis, len(quantizer.scale)
+    else:
+        axis, count = None, 0
+    if operand in ("q", "k", "v", "softmax"):
+        return axis is None or (axis, count) == (1, spec.heads)
+    weight = weights.get(f"{layer}.weight", weights.get(f"{layer.rpartition('.')[0]}.weight"))
+    if weight is None or (operand == "w" and axis not in (None, 0)) or axis == 1:
+        return False
+    return axis is None or count == weight.shape[0 if axis == 0 else 1]
 
 
 def _weights(path: Path) -> Mapping[str, Array]:
     try:
         check_ordinary(path)
         weights: dict[str, Array] = load_file(path)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except SafetensorError:
+        raise BundleError(f"{path} is no whole file of tensors; make the bundle again") from None
+    except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read ({error}); make the bundle again") from None
+    except (KeyError, TypeError):  # a number type that NumPy lacks
+        raise BundleError(f"{path} holds weights of an unknown type; make the bundle again") from None
     return weights

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vitfold.bundle import MODEL, Bundle
 from vitfold.engines import TENSORRT, usable_cores
+from vitfold.engines.graphs import check_graph
 from vitfold.engines.onnxruntime import End, OnnxRuntimeSession
 from vitfold.engines.trtexec import DEFAULT_BATCH, trtexec_command
 from vitfold.errors import BundleError, EngineError, TargetError
@@ -96,6 +97,7 @@ def _served(bundle: Bundle, name: str, instances: int, threads: int | None, max_
     own = manifest.target.get("batch") or DEFAULT_BATCH
     largest = max_batch or own[2]
     optimum = min(own[1], largest)
+    check_graph(bundle.onnx_path)
     with OnnxRuntimeSession(bundle.onnx_path, threads=1, literal=True) as session:
         given, returned = session.ends
     height, width = manifest.spec.image_size
