@@ -28,8 +28,6 @@ from vitfold.errors import BundleError
 from vitfold.model import Array
 from vitfold.ordinary import check_ordinary
 
-_AXES = (0, 1, -1)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Uniform:
@@ -55,8 +53,8 @@ class Uniform:
             raise ValueError(f"scale {scale.shape} and zero point {zero_point.shape} do not fit axis {self.axis}")
         if not (np.isfinite(scale).all() and (scale > 0).all()):
             raise ValueError("scales must be positive and finite")
-        if self.axis is not None and (isinstance(self.axis, bool) or self.axis not in _AXES):
-            raise ValueError(f"an axis is one of {_AXES}, found {self.axis!r}")
+        if self.axis is not None and not isinstance(self.axis, int):
+            raise ValueError(f"an axis is a number, found {self.axis!r}")
         if not self.low < self.high or (zero_point < self.low).any() or (zero_point > self.high).any():
             raise ValueError(f"zero points must lie in the codes [{self.low}, {self.high}]")
         object.__setattr__(self, "scale", scale)

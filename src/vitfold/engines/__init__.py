@@ -55,6 +55,7 @@ def open_session(bundle: Bundle, *, engine: str | None = None, threads: int | No
     Raises:
         EngineError: if the engine is unknown, not installed or refuses the graph, or can't compute it exactly here, or
             the threads are no number for this machine.
+        BundleError: if the file is no graph, or one that vitfold does not write.
     """
     check_threads(threads)
     if bundle.manifest.simulated:
@@ -67,6 +68,8 @@ def open_session(bundle: Bundle, *, engine: str | None = None, threads: int | No
 
         return open_simulation(bundle, threads=threads)
     made_for, batch = str(bundle.manifest.target.get("engine")), bundle.manifest.target.get("batch")
+    if (engine or made_for) != TENSORRT:  # whose own parser looks first
+        check_graph(bundle.onnx_path)
     session = open_graph(
         bundle.onnx_path,
         engine or made_for,
@@ -105,11 +108,8 @@ def open_graph(
     Raises:
         EngineError: if the engine is unknown, not installed or refuses the graph, or computes its products wrongly, or
             the threads are no number for this machine.
-        BundleError: if the file is no graph, or one that vitfold does not write.
     """
     check_threads(threads)
-    if engine in ENGINES:
-        check_graph(path)
     if engine == "onnxruntime":
         from vitfold.engines.onnxruntime import OnnxRuntimeSession
 
