@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from vitfold import pipeline
-from vitfold.engines import open_graph
 from vitfold.errors import BundleError, EngineError, ImageError, VitfoldError
 from vitfold.model import Array, Model
 from vitfold.predictor import Prediction, Predictor, open_predictor
@@ -165,11 +164,7 @@ def test_infinite_outputs_are_an_error_that_names_the_image(
 ) -> None:
     from vitfold.bundle import open_bundle
 
-    sound = pipeline.save(pipeline.optimize(tiny_model()), tmp_path / "a.fold").path
-    folded = pipeline.optimize(overflowing(tiny_model()))
-    pipeline.writing.write_graph(folded, tmp_path / "broken.onnx")
-    with Predictor(open_bundle(sound)) as vit:
-        vit.session.close()
-        vit.session = open_graph(tmp_path / "broken.onnx", "onnxruntime")
-        with pytest.raises(EngineError, match=r"output for .*photo\.png is NaN or infinite"):
-            vit(photo)
+    opened = open_bundle(pipeline.save(pipeline.optimize(tiny_model()), tmp_path / "a.fold").path)
+    pipeline.writing.write_graph(pipeline.optimize(overflowing(tiny_model())), opened.onnx_path)
+    with Predictor(opened) as vit, pytest.raises(EngineError, match=r"output for .*photo\.png is NaN or infinite"):
+        vit(photo)

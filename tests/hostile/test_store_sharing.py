@@ -188,7 +188,10 @@ def test_values_that_are_none_are_no_prediction(tiny_model: Callable[..., Model]
     huge["head.weight"] = huge["head.weight"] * np.float32(1e38)
     bundle = pipeline.save(pipeline.optimize(model, merge=2), tmp_path / "a.fold")
     pipeline.writing.write_graph(pipeline.optimize(replace(model, params=huge), merge=2), bundle.onnx_path)
-    with Predictor(bundle) as predictor, pytest.raises(EngineError, match=r"image 0 is NaN or infinite \(1 of 1 in its batch\)"):
+    with (
+        Predictor(bundle) as predictor,
+        pytest.raises(EngineError, match=r"image 0 is NaN or infinite \(1 of 1"),
+    ):
         predictor(pictures(1))
 
 
