@@ -210,9 +210,10 @@ def test_cache_says_what_is_kept_and_clears_it(tmp_path: Path, monkeypatch: pyte
     shown = run("cache").stdout
     assert "reference" in shown
     assert "3.0" in shown
-    assert run_json("doctor")["cache_bytes"] == 3_000_000
+    held = run_json("doctor")["cache_bytes"]
+    assert 0 <= held - 3_000_000 < 100, "and what doctor itself measured and kept"
     cleared = run_json("cache", "--clear")
-    assert (cleared["freed_bytes"], cleared["bytes"]) == (3_000_000, 0)
+    assert (cleared["freed_bytes"], cleared["bytes"]) == (held, 0)
     monkeypatch.setenv("VITFOLD_CACHE_GB", "much")
     assert "VITFOLD_CACHE_GB='much' is no number of gigabytes" in error("cache")
 
