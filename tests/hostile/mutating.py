@@ -70,12 +70,11 @@ RAW = (
 # --- what is mutated: bundles of every kind, of tiny models
 
 
-def build_seeds(folder: Path) -> None:
-    """Write one bundle of each kind."""
+def build_seeds(folder: Path, tiny: Callable[[], Any]) -> None:
+    """Write one bundle of each kind of a tiny model."""
     import numpy as np
     from PIL import Image
 
-    from conftest import build_tiny_model
     from vitfold import pipeline
     from vitfold.images import find_images
     from vitfold.recipe import quant_from_scheme
@@ -86,7 +85,7 @@ def build_seeds(folder: Path) -> None:
         pixels = np.random.default_rng(i).integers(0, 255, (40, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(photos / f"{i}.png")
     images = find_images(photos)
-    model = replace(build_tiny_model(), labels=tuple("abcdefghij"))
+    model = replace(tiny(), labels=tuple("abcdefghij"))
     pipeline.save(pipeline.optimize(model, merge=2), folder / "float.fold")
     for name, scheme, target in (
         ("int8", "w8a8", "cpu"),
@@ -579,10 +578,16 @@ def run(cases: range, seeds: Path, say: Callable[[str], None] = lambda _: None) 
     return counts
 
 
+def build_seeds_alone(folder: Path) -> None:
+    from conftest import build_tiny_model
+
+    build_seeds(folder, build_tiny_model)
+
+
 def make_seeds(folder: Path) -> None:
     """Build the bundles in a process of its own: a parent of children must not have used a runtime."""
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=build_seeds, args=(folder,))
+    process = context.Process(target=build_seeds_alone, args=(folder,))
     process.start()
     process.join()
     if process.exitcode != 0:

@@ -22,6 +22,7 @@ import mutating  # noqa: E402
 
 from vitfold.bundle import open_bundle  # noqa: E402
 from vitfold.errors import BundleError, VitfoldError  # noqa: E402
+from vitfold.model import Model  # noqa: E402
 from vitfold.predictor import open_predictor  # noqa: E402
 from vitfold.step_bundle import open_step_bundle  # noqa: E402
 
@@ -29,9 +30,9 @@ SAMPLE = 350
 
 
 @pytest.fixture(scope="module")
-def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def seeds(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Model]) -> Path:
     folder = tmp_path_factory.mktemp("mutations") / "seeds"
-    mutating.build_seeds(folder)
+    mutating.build_seeds(folder, tiny_model)
     return folder
 
 
