@@ -13,10 +13,14 @@ import torch
 
 from vitfold import peers
 from vitfold.engines import onnxruntime as engine
+from vitfold.engines.exactness import SWITCH, exact_execution
+from vitfold.engines.session import PLAIN
 from vitfold.errors import EngineError, ImageError
 from vitfold.images import ImageSet
 from vitfold.model import Array, Preprocess
 from vitfold.peers import CALIBRATED, MODELOPT_PYTHON, PEERS, Calibration, check_peers, installed_version, open_peer
+from vitfold.products import products_of
+from vitfold.target import TARGETS
 
 SHAPE = (3, 8, 8)
 
@@ -109,16 +113,13 @@ def test_only_linear_layers_are_quantized_by_onnxruntime(
     assert not (tmp_path / "prepared.onnx").exists()
 
 
-def test_weights_lose_a_bit_only_where_the_processor_saturates(monkeypatch: pytest.MonkeyPatch) -> None:
-    def saturates(architecture: str, *sets: str) -> bool:
-        facts = {"name": "", "architecture": architecture, "instruction_sets": list(sets)}
-        monkeypatch.setattr(peers, "processor", lambda: facts)
-        return peers._saturates()
-
-    assert saturates("x86_64", "avx2", "avx512f")
-    assert not saturates("x86_64", "avx2", "avx_vnni")
-    assert not saturates("AMD64", "avx512_vnni")
-    assert not saturates("aarch64", "asimd")
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_weights_lose_a_bit_only_where_the_processor_saturates(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    monkeypatch.setenv(SWITCH, "0")
+    needed = products_of(TARGETS["openvino"].to_dict(), weight_bits=8, attention=False)
+    assert peers._saturates(engine) == (exact_execution(engine, needed) != PLAIN)
+    monkeypatch.setenv(SWITCH, "1")
+    assert peers._saturates(engine)
 
 
 def test_peers_run_on_as_many_threads_as_the_bundles(
