@@ -182,7 +182,7 @@ def print_ladders(result: Mapping[str, Any], *, title: str) -> None:
     """Print the environment and one table per scope."""
     from vitfold.report.tables import SCOPES, environment_line, ladder
 
-    out.print(environment_line(result["environment"]), highlight=False)
+    out.print(environment_line(result["environment"]))
     for scope, name in SCOPES.items():
         chosen = [row for row in result["rows"] if row["scope"] == scope]
         if chosen:
@@ -209,7 +209,8 @@ def table(
             for one in tables.SCOPES:
                 chosen = [row for row in rows if row["scope"] == one]
                 if chosen:
-                    out.print(tables.markdown(chosen), highlight=False, markup=False, soft_wrap=True)
+                    for line in tables.markdown(chosen).splitlines():
+                        out.print(line, soft_wrap=True)
             return
         print_ladders({**result, "rows": rows}, title=f"batch {', '.join(map(str, sorted(batch)))}")
     except OSError as error:

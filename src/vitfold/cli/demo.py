@@ -84,7 +84,7 @@ def demo(
         print_json(result)
         return
     print_ladders(result, title=f"ViT-S/14, {len(images.paths)} CIFAR-10 images, batch {batch}")
-    out.print(f"bundles: {output}", highlight=False, soft_wrap=True)
+    out.print(f"bundles: {output}", soft_wrap=True)
     example = images.paths[0]
     note(f"next: vitfold predict {bundles[-1].path} {example}")
     note("      vitfold optimize timm:vit_base_patch16_224 --merge 8 --quant w8a8 --images YOUR_PHOTOS -o vit.fold")

@@ -9,7 +9,7 @@ import typer
 
 from vitfold.cli import options
 from vitfold.cli.making import given_images, judged_images, load_model, quant_recipe, require_optimize
-from vitfold.cli.terminal import command, counted, note, out, print_json, skipped, working, write_json
+from vitfold.cli.terminal import command, counted, heading, note, out, print_json, skipped, working, write_json
 
 if TYPE_CHECKING:
     from vitfold.images import ImageSet
@@ -150,14 +150,13 @@ def _draw(picture: Path, pool: ImageSet, norms: Norms, grid: tuple[int, int], pr
 def _print(values: dict[str, Any]) -> None:
     from vitfold.report.sinks import norms_table, remedies_table, remedy_settings
 
-    def head(text: str) -> None:
-        out.print(text, style="bold", soft_wrap=True, highlight=False, markup=False)
-
-    head(f"{values['source']}, token norms over {values['images']} images")
+    heading(f"{values['source']}, token norms over {values['images']} images")
     out.print(norms_table(values))
-    out.print(f"most sensitive {values['sensitive_site']}, outlier tokens at {values['sink_site']}\n", highlight=False)
-    head(f"{values['source']}, {values['quantization']}: what helps (* chosen)")
+    out.print(f"most sensitive {values['sensitive_site']}, outlier tokens at {values['sink_site']}", soft_wrap=True)
+    out.print()
+    heading(f"{values['source']}, {values['quantization']}: what helps (* chosen)")
     out.print(remedies_table(values))
     for line in remedy_settings(values):
-        out.print(f"  {line}", style="dim", soft_wrap=True, highlight=False, markup=False)
-    out.print(f"\n{values['advice']}", highlight=False)
+        out.print(f"  {line}", style="dim", soft_wrap=True)
+    out.print()
+    out.print(values["advice"])

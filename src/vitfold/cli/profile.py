@@ -77,8 +77,8 @@ def profile(
         return
     from vitfold.report.profiles import block_table, kind_table, profile_heading
 
-    out.print(profile_heading(result), highlight=False)
+    out.print(profile_heading(result))
     out.print(kind_table(result))
     out.print(block_table(result))
     for sentence in result["advice"]:
-        out.print(sentence, highlight=False)
+        out.print(sentence)
