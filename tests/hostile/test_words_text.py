@@ -126,7 +126,7 @@ FULL = (("--help",), ("--version",), ("cache",), ("cache", "--json"), ("doctor",
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 @pytest.mark.parametrize("arguments", FULL, ids=" ".join)
 def test_a_full_disk_is_one_line_and_not_success(arguments):
-    with open("/dev/full", "wb") as full:
+    with Path("/dev/full").open("wb") as full:
         done = _vitfold(*arguments, stdout=full)
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if not line.startswith(b"doctor:")]

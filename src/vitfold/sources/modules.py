@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from vitfold.errors import SourceError
-from vitfold.sources.reader import PLAIN, REFUSED, class_name, refuse, same_body
+from vitfold.sources.reader import PLAIN, REFUSED, class_name, refuse, same_body, why_not
 
 # Package -> the file here that reads its classes.
 READERS = {package: package for package in ("timm", "transformers", "torchvision", "open_clip")}
@@ -93,7 +93,7 @@ def find_translator(module: nn.Module) -> tuple[Any, Any]:
     if _is_known(name):
         return importlib.import_module(f"vitfold.sources.{READERS[package]}"), importlib.import_module(package)
     if name in REFUSED:
-        raise refuse(f"{REFUSED[name]} ({name})", PLAIN)
+        raise refuse(f"{why_not(module)} ({name})", PLAIN)
     inner = next((at for at, part in module.named_modules() if at and _is_known(class_name(part))), None)
     if inner is not None:
         raise SourceError(

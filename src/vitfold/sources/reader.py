@@ -123,7 +123,7 @@ def refuse(found: str, instead: str) -> SourceError:
 PLAIN = "use a plain ViT such as timm:vit_base_patch16_224 or timm:vit_small_patch14_dinov2"
 
 
-def _reason(part: nn.Module) -> str:
+def why_not(part: nn.Module) -> str:
     """Return why a part is not run, in a user's words."""
     name = class_name(part)
     if name == "timm.Eva" and getattr(part, "rope", None) is None:
@@ -162,7 +162,7 @@ class Reader:
             name = class_name(part)
             if name not in allowed:
                 where = f" at {path}" if path else ""
-                raise refuse(f"{_reason(part)} ({name}{where})", PLAIN)
+                raise refuse(f"{why_not(part)} ({name}{where})", PLAIN)
         tensors = [*module.named_parameters(), *module.named_buffers()]
         self._names = {id(tensor): name for name, tensor in tensors}
         self._left = dict(self._names)

@@ -17,6 +17,7 @@ from vitfold.errors import SourceError, nearest
 from vitfold.model import Preprocess, ViTSpec
 from vitfold.model.spec import Activation, Mlp, Output
 from vitfold.sources.failures import load_error
+from vitfold.sources.hub import read_config
 from vitfold.sources.reader import (
     PLAIN,
     Built,
@@ -64,6 +65,9 @@ def build(name: str, *, num_classes: int | None, image_size: int | None, pretrai
             _check_pretrained(name, num_classes)
     if not pretrained:
         return timm.create_model(name, pretrained=False, **options), {}
+    if name.startswith("local-dir:"):
+        stated = read_config(Path(name.partition(":")[2]))
+        _check_head(name, stated.get("num_classes", num_classes), num_classes)
     try:
         module = timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # the hub's clients raise a dozen unrelated types
@@ -96,7 +100,7 @@ def _check_pretrained(name: str, num_classes: int | None) -> None:
     _check_head(name, config.num_classes, num_classes)
 
 
-def _check_head(name: str, classes: int, num_classes: int | None) -> None:
+def _check_head(name: str, classes: int | None, num_classes: int | None) -> None:
     if num_classes not in (None, 0, classes):
         raise SourceError(
             f"the pretrained head of timm:{name} has {classes} classes, {num_classes} were asked for, and a "
