@@ -274,6 +274,7 @@ def optimize(
     )
     require_optimize()
     from vitfold import pipeline
+    from vitfold.pipeline.foreseen import foreseen
     from vitfold.sealed import check_destination, reserve_bundle
     from vitfold.target import find_target
 
@@ -329,6 +330,8 @@ def optimize(
                 batch=batches,
             )
             plan = _divided(folded, found, dry_run=dry_run)
+            for remark in foreseen(folded, plan.calibration, keep_float=keep_float):
+                note(remark)
         made = Made(folded=plan.folded)
         if place is not None:
             check_room(place, plan.folded)

@@ -69,6 +69,18 @@ class Progress:
     advance: Callable[[int], Any] = lambda _: None
 
 
+def check_enough(count: int) -> None:
+    """Check that so many images give ranges.
+
+    Raises:
+        CalibrationError: if not.
+    """
+    if count < LEAST_IMAGES:
+        raise CalibrationError(
+            f"{count} calibration images are too few for ranges; give at least {LEAST_IMAGES}, better 128"
+        )
+
+
 def calibrate(
     model: Model,
     merge: MergeRecipe,
@@ -87,10 +99,7 @@ def calibrate(
     scheme, progress = scheme or Scheme(), progress or Progress()
     method = find_method(quant.method)
     check_globs(quant, model.spec)
-    if len(images.paths) < LEAST_IMAGES:
-        raise CalibrationError(
-            f"{len(images.paths)} calibration images are too few for ranges; give at least {LEAST_IMAGES}, better 128"
-        )
+    check_enough(len(images.paths))
     progress.step("collecting activations")
     samples = collect(model, merge, images, gradients=method.needs_gradients, seed=quant.seed, advance=progress.advance)
     check_samples(samples, quant)

@@ -20,7 +20,14 @@ _NETWORK = frozenset(
         "TimeoutError", "URLError", "gaierror",
     }
 )  # fmt: skip
-_NETWORK_WORDS = ("couldn't connect", "could not connect", "offline mode", "max retries exceeded", "timed out")
+_NETWORK_WORDS = (
+    "couldn't connect",
+    "could not connect",
+    "offline mode",
+    "max retries exceeded",
+    "timed out",
+    "cannot reach",
+)
 _ABSENT = frozenset({"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"})
 _ABSENT_WORDS = ("is not a local folder and is not a valid model identifier", "repo id must")
 _SHUT = frozenset({"GatedRepoError"})
@@ -41,6 +48,9 @@ def load_error(source: str, error: Exception, *, folder: Path | None = None) -> 
             f"the weights of {source} are given out after a login only ({said}); accept the terms on its page and run: "
             "hf auth login"
         )
+    where = source.partition(":")[2]
+    if where.startswith((".", "/", "~")):
+        return SourceError(f"there is no folder {where}; check the path")
     if names & _ABSENT or any(part in words for part in _ABSENT_WORDS):
         return SourceError(f"there is no {source}, or it is private ({said}); check the name, or run: hf auth login")
     if names & _NETWORK or any(part in words for part in _NETWORK_WORDS):
@@ -66,7 +76,10 @@ def _cure(source: str, error: Exception) -> str:
     if "model_type" in str(error):
         name = source.partition(":")[2]
         return f"its config.json names no model_type of transformers; for a repository of timm write timm:hf_hub:{name}"
-    return "it holds nothing that this loader reads; give another name, or a local file"
+    return (
+        "it holds nothing that this loader reads; give another name, pass a local file (FILE.safetensors with --arch, or "
+        "hf:FOLDER), or use --weights random"
+    )
 
 
 def _cure_of_folder(folder: Path, error: Exception) -> str:
