@@ -62,7 +62,7 @@ def test_a_plan_is_judged_before_the_work(case, images, tmp_path):
     assert not list(tmp_path.glob("*.fold"))
 
 
-USUAL = (("--merge", "4"), ("--merge", "8:-1"), (*QUANT, "--calibration-size", "4", "--keep-float", "2"), ())
+USUAL = (("--merge", "4"), ("--merge", "4:-1"), (*QUANT, "--calibration-size", "4", "--keep-float", "2"), ())
 
 
 @pytest.mark.parametrize("options", USUAL, ids=" ".join)

@@ -56,7 +56,7 @@ class Lines:
         if since >= SELDOM or (tenth > self._tenth and since >= OFTEN):
             self._tenth = tenth
             left = ""
-            if 0 < done < total:
+            if 0 < done < total and now > self._began:
                 left = f", {shown_seconds((now - self._began) / done * (total - done))} left"
             self._print(f"{self._step + ', ' if self._step else ''}{shown}{left}")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vitfold.cli.drawing import Asking, document, open_features
+from vitfold.cli.making import say_busy
 from vitfold.cli.terminal import heading, note, out, print_json, quiet_stdout, steps
 
 if TYPE_CHECKING:
@@ -120,16 +121,19 @@ def optimize_steps(source: str, output: Path, wanted: Steps, *, overwrite: bool,
         print_json(values)
     else:
         _print(values, found)
+    if searched is not None:
+        say_busy(searched["environment"])
     note(f"next: vitfold diffuse {output} --classes 0,1,2 -o images, or vitfold bench {output}")
 
 
 def _search(
     model: DiTModel, few: Asked, able: list[Compression], wanted: Steps, say: Any
 ) -> tuple[Found, dict[str, Any]]:
+    from vitfold.bench.environment import environment
     from vitfold.journal import ROWS, alone
     from vitfold.pipeline.step_search import Setup, search_steps
 
-    bounds = wanted.bounds()
+    before, bounds = environment(), wanted.bounds()
     decode = Asking(latents=model.latent and model.decoder is None).decoder(model)
     judge = None
     if wanted.features is not None and wanted.real is not None:
@@ -148,6 +152,7 @@ def _search(
         quant=able[-1].quant,
         features=wanted.features,
         chosen=None if found.winner is None else found.winner.row.method,
+        before=before,
     )
     values["rows"] = [found.plain.to_dict(), *(one.to_dict() for one in found.tried)]
     return found, {

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.making import given_images
+from vitfold.cli.making import given_images, say_busy
 from vitfold.cli.terminal import command, note, out, print_json, steps, write_json
 from vitfold.errors import VitfoldError
 
@@ -72,6 +72,7 @@ def profile(
     if output is not None:
         write_json(output, result)
         note(f"profile: {output}")
+    say_busy(before)
     if json:
         print_json(result)
         return

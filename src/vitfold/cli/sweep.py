@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.making import given_images, judged_images, load_model, require_optimize
+from vitfold.cli.making import given_images, judged_images, load_model, require_optimize, say_busy
 from vitfold.cli.terminal import command, note, out, print_json, working
 from vitfold.errors import RecipeError, VitfoldError, nearest
 from vitfold.journal import ROWS, alone
@@ -124,6 +124,7 @@ def sweep(
             rows.append(row)
     latest = {row["recipe"]: row for row in rows}
     result = [latest[attempt.name] for attempt in attempts if attempt.name in latest]
+    say_busy(beside["environment"])
     if json:
         print_json({**head, **beside, "rows": result})
         return

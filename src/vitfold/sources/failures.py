@@ -77,8 +77,8 @@ def _cure(source: str, error: Exception) -> str:
         name = source.partition(":")[2]
         return f"its config.json names no model_type of transformers; for a repository of timm write timm:hf_hub:{name}"
     return (
-        "it holds nothing that this loader reads; give another name, pass a local file (FILE.safetensors with --arch, or "
-        "hf:FOLDER), or use --weights random"
+        "it holds nothing that this loader reads; give another name, pass a local file (FILE.safetensors with "
+        "--arch, or hf:FOLDER), or use --weights random"
     )
 
 
