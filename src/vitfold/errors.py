@@ -74,12 +74,19 @@ class GateError(VitfoldError):
     """A measured result misses the bound that the user set; the command line exits with 3."""
 
 
+NEAR = 0.6
+"""How alike two names have to be for one to be a slip for the other: 1 is equal."""
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """Return a phrase that offers the nearest known names, or lists them when none is near."""
+    """Return a phrase that offers the nearest known names, or lists them when none is really near."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    if not names:
+        return "there is none"
+    written = {one.lower(): one for one in reversed(names)}
+    close = difflib.get_close_matches(name.lower(), written, n=count, cutoff=NEAR)
     if close:
-        return "did you mean " + " or ".join(close) + "?"
+        return "did you mean " + " or ".join(written[one] for one in close) + "?"
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return f"known: {shown}"
 

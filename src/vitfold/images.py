@@ -56,7 +56,7 @@ class ImageSet:
         """Return the sha256 over the names, class folders and contents of all files."""
         total = hashlib.sha256()
         for path in self.paths:
-            total.update(path.relative_to(self.root).as_posix().encode())
+            total.update(os.fsencode(path.relative_to(self.root).as_posix()))
             total.update(hashlib.sha256(path.read_bytes()).digest())
         return total.hexdigest()
 

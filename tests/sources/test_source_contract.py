@@ -17,7 +17,7 @@ from vitfold.recipe import MergeRecipe
 from vitfold.sources import adapt
 from vitfold.sources import open_clip as clip_source
 from vitfold.sources import timm as timm_source
-from vitfold.sources.load import _translator
+from vitfold.sources.modules import find_translator
 from vitfold.sources.parity import TOLERANCE, check_parity
 from vitfold.sources.reader import Reader, Translation
 
@@ -28,7 +28,7 @@ def build(name: str) -> torch.nn.Module:
 
 
 def translated(module: torch.nn.Module) -> Translation:
-    return _translator(module)[0].translate(module)
+    return find_translator(module)[0].translate(module)
 
 
 @pytest.mark.parametrize("name", CONTRACT)

@@ -78,7 +78,7 @@ REFUSALS = {
     "open_clip CoCa": (partial(tiny_open_clip, attentional_pool=True, output_dim=16), "CoCa"),
     "open_clip custom": (partial(tiny_open_clip, scale_attn=True), "custom"),
     "open_clip pool none": (partial(tiny_open_clip, pool_type="none"), "pooling 'none'"),
-    "plain torch": (partial(nn.Linear, 2, 2), "Supported: .*VisionTransformer"),
+    "plain torch": (partial(nn.Linear, 2, 2), "supported: .*VisionTransformer"),
 }
 
 

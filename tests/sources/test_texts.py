@@ -117,7 +117,7 @@ def test_texts_are_embedded_once_and_anew_when_the_folder_changes(clip_folder, m
         ("timm:vit", "no text tower 'timm:vit'; give open_clip:ARCH/TAG"),
         ("hf:", "no text tower 'hf:'"),
         ("open_clip:ViT-B-32", "names no weights; give open_clip:ViT-B-32/TAG"),
-        ("hf:/nowhere/at/all", "could not be fetched"),
+        ("hf:/nowhere/at/all", "there is no folder /nowhere/at/all"),
     ],
 )
 def test_what_has_no_text_tower_is_refused(source, message):

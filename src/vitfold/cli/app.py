@@ -30,6 +30,7 @@ from vitfold.cli import (
     sensitivity,
     sweep,
 )
+from vitfold.cli.terminal import any_character, end_of_output
 from vitfold.version import __version__
 
 app = typer.Typer(
@@ -97,7 +98,14 @@ for _panel, _commands in _PANELS.items():
 def main() -> None:
     """Run the command line; a polite request to end (SIGTERM) cleans up as Ctrl-C does."""
     signal.signal(signal.SIGTERM, _ended)
-    app()
+    any_character()
+    try:
+        app()
+    except OSError as error:  # --help and --version write outside any command
+        try:
+            end_of_output(error)
+        except typer.Exit as leaving:
+            raise SystemExit(leaving.exit_code) from None
 
 
 def _ended(number: int, _: FrameType | None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.terminal import command, note, out, print_json, steps, write_json, write_text
+from vitfold.cli.terminal import command, heading, note, out, print_json, steps, write_json, write_text
 
 if TYPE_CHECKING:
     from vitfold.audit.audit import Audit
@@ -82,10 +82,10 @@ def _print_findings(audit: dict[str, Any]) -> None:
         sites = finding["where"]
         where = f": {', '.join(sites[:4])}" if sites else ""
         more = f" and {len(sites) - 4} more" if len(sites) > 4 else ""
-        out.print(f"[bold yellow]{finding['kind']}[/] in {audit['name']}{where}{more}", highlight=False)
-        out.print(f"  {finding['cause']}", highlight=False, markup=False, soft_wrap=True)
-        out.print(f"  cure: {finding['cure']}", highlight=False, markup=False, soft_wrap=True)
+        heading(finding["kind"], f" in {audit['name']}{where}{more}", style="bold yellow")
+        out.print(f"  {finding['cause']}", soft_wrap=True)
+        out.print(f"  cure: {finding['cure']}", soft_wrap=True)
     if not audit["findings"]:
-        out.print(f"[green]nothing to mend[/] in {audit['name']}", highlight=False)
+        heading("nothing to mend", f" in {audit['name']}", style="green")
     if audit["not_understood"]:
         note(f"not understood in {audit['name']}: {'; '.join(audit['not_understood'][:5])}")

@@ -12,7 +12,7 @@ import typer
 
 from vitfold.cli import options
 from vitfold.cli.drawing import Asking, draw_bundles
-from vitfold.cli.making import given_images, judged_images, turned
+from vitfold.cli.making import given_images, judged_images, say_busy, turned
 from vitfold.cli.terminal import command, counting, note, out, print_json, skipped, steps, write_json
 from vitfold.errors import VitfoldError
 from vitfold.ordinary import read_text
@@ -129,6 +129,7 @@ def bench(
         note(f"raw samples: {output}")
     if json:
         print_json(result)
+        say_busy(before)
         return
     print_ladders(result, title=f"batch {batch}")
     if calibration is not None and not set(names) & CALIBRATED:
@@ -165,6 +166,7 @@ def _bench_steps(
         print_json(found)
     else:
         out.print(diffusion_table(found))
+    say_busy(found["environment"])
 
 
 def _make_empty(folder: Path) -> None:
@@ -180,9 +182,13 @@ def _make_empty(folder: Path) -> None:
 
 def print_ladders(result: Mapping[str, Any], *, title: str) -> None:
     """Print the environment and one table per scope."""
+    from vitfold.bench.environment import busy_remark
     from vitfold.report.tables import SCOPES, environment_line, ladder
 
-    out.print(environment_line(result["environment"]), highlight=False)
+    out.print(environment_line(result["environment"]))
+    busy = busy_remark(result["environment"])
+    if busy is not None:
+        out.print(busy, style="yellow", soft_wrap=True)
     for scope, name in SCOPES.items():
         chosen = [row for row in result["rows"] if row["scope"] == scope]
         if chosen:
@@ -209,7 +215,8 @@ def table(
             for one in tables.SCOPES:
                 chosen = [row for row in rows if row["scope"] == one]
                 if chosen:
-                    out.print(tables.markdown(chosen), highlight=False, markup=False, soft_wrap=True)
+                    for line in tables.markdown(chosen).splitlines():
+                        out.print(line, soft_wrap=True)
             return
         print_ladders({**result, "rows": rows}, title=f"batch {', '.join(map(str, sorted(batch)))}")
     except OSError as error:

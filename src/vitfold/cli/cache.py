@@ -39,7 +39,7 @@ def cache(
         return
     if clear:
         note(f"removed {freed / 1e6:.1f} MB")
-    out.print(str(cache_folder()), highlight=False, soft_wrap=True, markup=False)
+    out.print(str(cache_folder()), soft_wrap=True)
     table = Table(pad_edge=False)
     table.add_column("kind")
     for name in ("entries", "MB"):
@@ -48,6 +48,4 @@ def cache(
         table.add_row(kind, str(counts[kind]), f"{size / 1e6:.1f}")
     if sizes:
         out.print(table)
-    out.print(
-        f"{sum(sizes.values()) / 1e9:.2f} of at most {limit / 1e9:g} GB; {LIMIT} sets another bound", highlight=False
-    )
+    out.print(f"{sum(sizes.values()) / 1e9:.2f} of at most {limit / 1e9:g} GB; {LIMIT} sets another bound")

@@ -51,7 +51,7 @@ def compare(
         output=output,
         json=json,
     )
-    say = note if json else lambda line: out.print(line, highlight=False, markup=False, soft_wrap=True)
+    say = note if json else lambda line: out.print(line, soft_wrap=True)
     for name, reason in missing.items():
         say(f"not compared: {name}; {reason}")
 

@@ -11,7 +11,7 @@ import typer
 
 from vitfold.cli import options
 from vitfold.cli.bench import print_ladders
-from vitfold.cli.making import quant_recipe, require_optimize
+from vitfold.cli.making import quant_recipe, require_optimize, say_busy
 from vitfold.cli.terminal import command, counted, counting, note, out, print_json, steps, working, write_json
 
 CALIBRATION_IMAGES = 64
@@ -82,9 +82,10 @@ def demo(
         write_json(json_output, {**result, "measurements": raw_samples(rows)})
     if json:
         print_json(result)
+        say_busy(before)
         return
     print_ladders(result, title=f"ViT-S/14, {len(images.paths)} CIFAR-10 images, batch {batch}")
-    out.print(f"bundles: {output}", highlight=False, soft_wrap=True)
+    out.print(f"bundles: {output}", soft_wrap=True)
     example = images.paths[0]
     note(f"next: vitfold predict {bundles[-1].path} {example}")
     note("      vitfold optimize timm:vit_base_patch16_224 --merge 8 --quant w8a8 --images YOUR_PHOTOS -o vit.fold")

@@ -11,7 +11,7 @@ import typer
 
 from vitfold.cli import options
 from vitfold.cli.drawing import Asking, Drawing, default_judge, document, draw_bundles, open_features
-from vitfold.cli.making import require_optimize
+from vitfold.cli.making import require_optimize, say_busy
 from vitfold.cli.terminal import command, note, out, print_json, quiet_stdout, steps
 from vitfold.sealed import MANIFEST
 from vitfold.sources.dit import REAL
@@ -109,6 +109,7 @@ def diffuse(
         drawing.write(output)
         if judge is not None and real is not None and real.is_dir():
             judge.save(output / REAL)
+    say_busy(drawing.document["environment"])
     if json:
         print_json(drawing.document)
         return
@@ -142,6 +143,7 @@ class _How:
 def _draw_model(
     source: str, asking: Asking, how: _How, judge: Judge | None, features: str | None, say: Callable[[str], None]
 ) -> Drawing:
+    from vitfold.bench.environment import environment
     from vitfold.pipeline import diffusion, step_search
     from vitfold.pipeline.opening import compress
     from vitfold.reuse import find_method
@@ -149,6 +151,7 @@ def _draw_model(
 
     words = [word.strip() for word in (how.reuse or "none").split(",") if word.strip()]
     methods = [find_method(word) for word in words if word != AUTO]
+    before = environment()
     say(f"loading {source}")
     model = load_dit(source, heads=how.heads)
     decode = asking.decoder(model)
@@ -177,5 +180,7 @@ def _draw_model(
         judge=judge,
         say=say,
     )
-    found = document(model, asked, rows, merge=how.merge, quant=how.quant, features=features, chosen=chosen)
+    found = document(
+        model, asked, rows, merge=how.merge, quant=how.quant, features=features, chosen=chosen, before=before
+    )
     return Drawing(model=model, asked=asked, rows=rows, decode=decode, document=found)

@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from vitfold.cli import options
-from vitfold.cli.terminal import command, note, out, print_json, steps
+from vitfold.cli.terminal import command, heading, note, out, print_json, steps
 
 if TYPE_CHECKING:
     from vitfold.workshop import Leftover
@@ -93,12 +92,11 @@ def doctor(as_json: options.Json = False) -> None:
         )
         return
     processor = facts["processor"]
-    out.print(f"[bold]vitfold {__version__}[/] on Python {facts['python']}, {facts['system']}", highlight=False)
-    out.print(f"  processor   {processor['name']}, {facts['cores']} usable cores", highlight=False)
-    out.print(f"  sets        {' '.join(processor['instruction_sets']) or 'none known'}", highlight=False)
+    heading(f"vitfold {__version__}", f" on Python {facts['python']}, {facts['system']}")
+    out.print(f"  processor   {processor['name']}, {facts['cores']} usable cores")
+    out.print(f"  sets        {' '.join(processor['instruction_sets']) or 'none known'}")
     out.print(
         f"  cache       {cache_folder()}, {kept / 1e9:.1f} of at most {cache_limit() / 1e9:.1f} GB",
-        highlight=False,
         soft_wrap=True,
     )
     table = Table(pad_edge=False)
@@ -108,10 +106,10 @@ def doctor(as_json: options.Json = False) -> None:
         state = part["version"] or "-"
         if part["problem"] and part["version"]:
             state += f" ({part['problem']})"
-        table.add_row(*(escape(text) for text in (part["package"], state, part["purpose"], part["cure"] or "")))
+        table.add_row(part["package"], state, part["purpose"], part["cure"] or "")
     out.print(table)
     for name, target in TARGETS.items():
-        out.print(f"  target {name:9} {target.why}", highlight=False)
+        out.print(f"  target {name:9} {target.why}")
     for line in (*advice, *map(_leftover, partial)):
         note(line)
 

@@ -190,9 +190,11 @@ def draw_bundles(
     Raises:
         BundleError: if one cannot be opened, or they are not of one model.
     """
+    from vitfold.bench.environment import environment
     from vitfold.pipeline.step_bench import bench_steps
     from vitfold.step_bundle import open_step_bundle
 
+    before = environment()
     bundles = [open_step_bundle(path) for path in paths]
     first = bundles[0].manifest
     decode, asked = asking.decoder(first), asking.asked(first, first.plan)
@@ -200,7 +202,9 @@ def draw_bundles(
         bundles, asked, threads=asking.threads, trials=asking.trials, decode=decode, judge=judge, say=say
     )
     plan = bundles[-1].manifest.plan
-    found = document(first, asked, rows, merge=plan.merge, quant=plan.quant, features=features, chosen=None)
+    found = document(
+        first, asked, rows, merge=plan.merge, quant=plan.quant, features=features, chosen=None, before=before
+    )
     found["bundles"] = {bundle.name: {"digest": bundle.digest, **bundle.manifest.plan.to_dict()} for bundle in bundles}
     return Drawing(model=first, asked=asked, rows=rows, decode=decode, document=found)
 
@@ -214,10 +218,9 @@ def document(
     quant: str,
     features: str | None,
     chosen: Method | None,
+    before: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return what was asked for and what was measured, as plain JSON values."""
-    from vitfold.bench.environment import environment
-
+    """Return what was asked for and what was measured, as plain JSON values; `before` is the environment before it."""
     return {
         "source": model.origin.source,
         "classes": list(asked.labels),
@@ -231,7 +234,7 @@ def document(
         "features": _shown_features(model.origin.source, features),
         "engine": rows[0].measurement.engine,
         "chosen": None if chosen is None else chosen.text,
-        "environment": environment(),
+        "environment": dict(before),
         "rows": [row.to_dict() for row in rows],
         "measurements": [row.measurement.to_dict() for row in rows],
     }

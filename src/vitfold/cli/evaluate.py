@@ -10,7 +10,7 @@ import typer
 
 from vitfold.cli import options
 from vitfold.cli.making import given_images, judged_images, turned
-from vitfold.cli.terminal import command, counting, log, note, out, print_json
+from vitfold.cli.terminal import command, counting, heading, note, out, print_json
 from vitfold.errors import GateError, VitfoldError
 from vitfold.ordinary import read_text
 
@@ -118,15 +118,17 @@ def evaluate(
     if embeds is not None:
         fidelity, unfolded = _classified(fidelity, outputs, expected, chosen, embeds)
     if outputs.skipped:
-        log.print(f"skipped {len(outputs.skipped)} unreadable images:", *outputs.skipped[:10], sep="\n  ", markup=False)
+        note(f"skipped {len(outputs.skipped)} unreadable images:")
+        for one in outputs.skipped[:10]:
+            note(f"  {one}")
     if json:
         zero_shot = {} if texts is None else {"zero_shot": {"texts": texts, "unfolded_top1": unfolded}}
         print_json({**fidelity.to_dict(), **zero_shot, "engine": ran_on, "skipped": list(outputs.skipped)})
     else:
-        out.print(f"[bold]{opened.name}[/] on {fidelity.images} images of {found.root}", highlight=False)
-        out.print(f"  {'engine':10} {ran_on}", highlight=False)
+        heading(opened.name, f" on {fidelity.images} images of {found.root}")
+        out.print(f"  {'engine':10} {ran_on}")
         for name, shown in fidelity_lines(fidelity.to_dict(), head=manifest.spec.head, unfolded=unfolded):
-            out.print(f"  {name:10} {shown}", highlight=False)
+            out.print(f"  {name:10} {shown}")
     _check_gates(
         fidelity,
         least={"top1": min_top1, "agreement": min_agreement, "cosine": min_cosine, "sqnr_db": min_sqnr},

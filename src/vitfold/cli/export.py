@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.terminal import command, out, print_json, steps
+from vitfold.cli.terminal import command, heading, out, print_json, steps
 
 
 @command
@@ -52,7 +52,7 @@ def export(
         facts = {"name": model.name, "backend": model.backend, "trtexec": model.trtexec, "files": files}
         print_json({"path": str(model.path), **facts})
         return
-    out.print(f"[bold]{model.path}[/] for the backend {model.backend}", highlight=False, soft_wrap=True)
+    heading(str(model.path), f" for the backend {model.backend}")
     if model.trtexec is not None:
-        out.print(f"  build the engine on the GPU that serves: {model.trtexec}", highlight=False, soft_wrap=True)
-    out.print(f"  how to start and ask it: {model.path / 'README.md'}", highlight=False, soft_wrap=True)
+        out.print(f"  build the engine on the GPU that serves: {model.trtexec}", soft_wrap=True)
+    out.print(f"  how to start and ask it: {model.path / 'README.md'}", soft_wrap=True)

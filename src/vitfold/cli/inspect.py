@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.terminal import command, out, print_json
+from vitfold.cli.terminal import command, heading, out, print_json
 from vitfold.errors import EngineError, VitfoldError
 
 if TYPE_CHECKING:
@@ -99,9 +99,9 @@ def inspect(
     ]
     if "trtexec" in manifest.target:
         lines.append(("trtexec", str(manifest.target["trtexec"])))
-    out.print(f"[bold]{opened.path}[/]", highlight=False, soft_wrap=True)
+    heading(str(opened.path))
     for name, value in lines:
-        out.print(f"  {name:11}{value}", highlight=False, soft_wrap=True, markup=False)
+        out.print(f"  {name:11}{value}", soft_wrap=True)
 
 
 def _print_program(manifest: Manifest, *, json: bool) -> None:
@@ -111,7 +111,8 @@ def _print_program(manifest: Manifest, *, json: bool) -> None:
     if json:
         print_json(found.to_dict())
     else:
-        out.print(str(found), highlight=False, soft_wrap=True, markup=False)
+        for line in str(found).splitlines():
+            out.print(line, soft_wrap=True)
 
 
 def _needs(manifest: Manifest) -> str:
@@ -166,6 +167,6 @@ def _inspect_steps(path: Path, *, json: bool) -> None:
         ("verified", f"{manifest.verified['engine']}, {'equal' if db is None else f'{db:.0f} dB'} to the reference"),
         ("digest", opened.digest),
     ]
-    out.print(f"[bold]{opened.path}[/]", highlight=False, soft_wrap=True)
+    heading(str(opened.path))
     for name, value in lines:
-        out.print(f"  {name:11}{value}", highlight=False, soft_wrap=True, markup=False)
+        out.print(f"  {name:11}{value}", soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,15 @@ def turned(bundle: Bundle, exif: Exif | None) -> Bundle:
     if exif is None or exif == manifest.preprocess.exif:
         return bundle
     return replace(bundle, manifest=replace(manifest, preprocess=replace(manifest.preprocess, exif=exif)))
+
+
+def say_busy(environment: Mapping[str, Any]) -> None:
+    """Remark that a measurement was taken on a busy machine, where it was."""
+    from vitfold.bench.environment import busy_remark
+
+    remark = busy_remark(environment)
+    if remark is not None:
+        note(remark)
 
 
 def quant_recipe(quant: str | None, method: str | None, size: int, seed: int) -> QuantRecipe | None:

@@ -13,7 +13,7 @@ import typer
 from vitfold.cli import options
 from vitfold.cli.drawing import default_judge
 from vitfold.cli.finishing import check_room, make_bundle, publish
-from vitfold.cli.making import Say, given_images, judged_images, load_model, quant_recipe, require_optimize
+from vitfold.cli.making import Say, given_images, judged_images, load_model, quant_recipe, require_optimize, say_busy
 from vitfold.cli.optimized import Made, print_solution, report_made
 from vitfold.cli.optimizing_steps import Steps, optimize_steps
 from vitfold.cli.searching import Wanted, run_search
@@ -274,6 +274,8 @@ def optimize(
     )
     require_optimize()
     from vitfold import pipeline
+    from vitfold.bench.environment import environment
+    from vitfold.pipeline.foreseen import foreseen
     from vitfold.sealed import check_destination, reserve_bundle
     from vitfold.target import find_target
 
@@ -298,7 +300,9 @@ def optimize(
             seed=calibration_seed,
             minutes=search_minutes,
         )
+        before = environment()
         run_search(model, found, output, wanted, overwrite=overwrite, json=json)
+        say_busy(before)
         return
     solution: Solution | None = None
     measured: Found | None = None
@@ -329,6 +333,8 @@ def optimize(
                 batch=batches,
             )
             plan = _divided(folded, found, dry_run=dry_run)
+            for remark in foreseen(folded, plan.calibration, keep_float=keep_float):
+                note(remark)
         made = Made(folded=plan.folded)
         if place is not None:
             check_room(place, plan.folded)

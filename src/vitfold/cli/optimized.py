@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vitfold.cli.terminal import note, out, print_json
+from vitfold.cli.terminal import heading, note, out, print_json
 
 if TYPE_CHECKING:
     from vitfold.bundle import Bundle
@@ -96,29 +96,28 @@ def _print(values: dict[str, Any]) -> None:
     if "bundle" in values:
         _print_bundle(values)
     else:
-        out.print("  dry run: nothing was written", highlight=False)
+        out.print("  dry run: nothing was written")
 
 
 def _print_plan(values: dict[str, Any]) -> None:
     from vitfold.report.tables import percent
 
-    out.print(f"[bold]{values['source']}[/] for {values['target']}", highlight=False)
-    out.print(f"  merge     {values['schedule']}", highlight=False)
+    heading(values["source"], f" for {values['target']}")
+    out.print(f"  merge     {values['schedule']}")
     if values["quantization"]:
         shown = "simulated: no engine executes it" if values["simulated"] else "integer linear layers"
         if not values["simulated"] and values["recipe"]["quant"].get("attention"):
             shown += " and attention"
-        out.print(f"  quant     {values['quantization']} ({shown})", highlight=False)
+        out.print(f"  quant     {values['quantization']} ({shown})")
     if "registers" in values["recipe"] or "remedies" in values:
-        out.print(f"  registers {_registers(values)}", highlight=False)
+        out.print(f"  registers {_registers(values)}")
     if values["integer"] is not None:
         out.print(
             f"  integer   {percent(values['integer']['macs_ratio'])} of the multiply-accumulates, "
             f"{values['integer']['dequantized_operands']} operands dequantized before a product",
-            highlight=False,
         )
-    out.print(f"  tokens    {' '.join(map(str, values['tokens']))}", highlight=False)
-    out.print(f"  work      {values['macs'] / 1e9:.3g} GMACs per image", highlight=False)
+    out.print(f"  tokens    {' '.join(map(str, values['tokens']))}")
+    out.print(f"  work      {values['macs'] / 1e9:.3g} GMACs per image")
 
 
 def _registers(values: dict[str, Any]) -> str:
@@ -141,7 +140,7 @@ def _print_bundle(values: dict[str, Any]) -> None:
     from vitfold.report.tables import percent
 
     error = values["verified"]["median_relative_error"]
-    out.print(f"  verified  {values['verified']['engine']} within {error:.1e} of the reference", highlight=False)
+    out.print(f"  verified  {values['verified']['engine']} within {error:.1e} of the reference")
     fidelity = values["fidelity"]
     if fidelity is not None:
         parts = [f"{percent(fidelity[key])} {name}" for key, name in _MEASURED if fidelity.get(key) is not None]
@@ -149,16 +148,15 @@ def _print_bundle(values: dict[str, Any]) -> None:
             parts.append(f"cosine {fidelity['cosine']:.4f}")
         if not parts or fidelity.get("probability_error") is not None:
             parts.append("equal" if fidelity["sqnr_db"] is None else f"SQNR {fidelity['sqnr_db']:.1f} dB")
-        out.print(f"  fidelity  {', '.join(parts)}, on {fidelity['images']} images", highlight=False)
+        out.print(f"  fidelity  {', '.join(parts)}, on {fidelity['images']} images")
     if values["race"] is not None:
         ratio = values["race"]["speed_up"]
         out.print(
             f"  race      {ratio['median']:.2f}x ± {ratio['iqr'] / 2:.2f} over the float graph, batch 1",
-            highlight=False,
         )
     if values["bundle"] is None:
         return
-    out.print(f"  bundle    {values['bundle']} ({values['size_bytes'] / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
+    out.print(f"  bundle    {values['bundle']} ({values['size_bytes'] / 1e6:.1f} MB)", soft_wrap=True)
     following = "audit" if values["target"].startswith("tensorrt") else "bench"
     note(f"next: vitfold {following} {values['bundle']}, or vitfold predict {values['bundle']} IMAGE")
 

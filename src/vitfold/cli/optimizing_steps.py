@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vitfold.cli.drawing import Asking, document, open_features
-from vitfold.cli.terminal import note, out, print_json, quiet_stdout, steps
+from vitfold.cli.making import say_busy
+from vitfold.cli.terminal import heading, note, out, print_json, quiet_stdout, steps
 
 if TYPE_CHECKING:
     from vitfold.model import DiTModel
@@ -120,16 +121,19 @@ def optimize_steps(source: str, output: Path, wanted: Steps, *, overwrite: bool,
         print_json(values)
     else:
         _print(values, found)
+    if searched is not None:
+        say_busy(searched["environment"])
     note(f"next: vitfold diffuse {output} --classes 0,1,2 -o images, or vitfold bench {output}")
 
 
 def _search(
     model: DiTModel, few: Asked, able: list[Compression], wanted: Steps, say: Any
 ) -> tuple[Found, dict[str, Any]]:
+    from vitfold.bench.environment import environment
     from vitfold.journal import ROWS, alone
     from vitfold.pipeline.step_search import Setup, search_steps
 
-    bounds = wanted.bounds()
+    before, bounds = environment(), wanted.bounds()
     decode = Asking(latents=model.latent and model.decoder is None).decoder(model)
     judge = None
     if wanted.features is not None and wanted.real is not None:
@@ -148,6 +152,7 @@ def _search(
         quant=able[-1].quant,
         features=wanted.features,
         chosen=None if found.winner is None else found.winner.row.method,
+        before=before,
     )
     values["rows"] = [found.plain.to_dict(), *(one.to_dict() for one in found.tried)]
     return found, {
@@ -200,13 +205,13 @@ def _print(values: dict[str, Any], found: Found | None) -> None:
         out.print(diffusion_table(values))
         note(f"{describe_bounds(values['bounds'])}: {values['reason']}")
     plan = values["plan"]
-    out.print(f"[bold]{plan['reuse']}[/], {plan['steps']} steps of {plan['sampler']}", highlight=False)
+    heading(plan["reuse"], f", {plan['steps']} steps of {plan['sampler']}")
     if found is not None and found.winner is not None:
         row = found.winner.row
         shown = f"{row.speedup['median']:.2f}x, {number(row.psnr_db, '.1f')} dB"
-        out.print(f"  held out  {shown} on {values['held_out']['images']} seeds", highlight=False)
-    out.print(f"  quant     {plan['quant']}, {plan['merge']} tokens merged per block", highlight=False)
+        out.print(f"  held out  {shown} on {values['held_out']['images']} seeds")
+    out.print(f"  quant     {plan['quant']}, {plan['merge']} tokens merged per block")
     db = values["verified"]["psnr_db"]
     exact = "the same images as" if db is None else f"within {db:.0f} dB of"
-    out.print(f"  verified  {values['verified']['engine']} draws {exact} the reference", highlight=False)
-    out.print(f"  bundle    {values['bundle']} ({values['size_bytes'] / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
+    out.print(f"  verified  {values['verified']['engine']} draws {exact} the reference")
+    out.print(f"  bundle    {values['bundle']} ({values['size_bytes'] / 1e6:.1f} MB)", soft_wrap=True)

@@ -9,10 +9,11 @@ import typer
 
 from vitfold.cli import options
 from vitfold.cli.making import given_images, judged_images, load_model, quant_recipe, require_optimize
-from vitfold.cli.terminal import command, counted, note, out, print_json, skipped, working, write_json
+from vitfold.cli.terminal import command, counted, heading, note, out, print_json, skipped, working, write_json
 
 if TYPE_CHECKING:
     from vitfold.images import ImageSet
+    from vitfold.model import Model
     from vitfold.registers import Norms
 
 SHOWN = 6
@@ -31,6 +32,12 @@ def outliers(
     target: options.QuantTarget = "cpu",
     calibration_size: options.CalibrationSize = 128,
     calibration_seed: options.CalibrationSeed = 0,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Use so many of the calibration images; default: as many as take about three minutes."
+        ),
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw where the sinks lie on some of the photos.")
     ] = None,
@@ -62,6 +69,7 @@ def outliers(
         folded = pipeline.optimize(model, merge=merge, quant=wanted, target=target)
         pool, _ = pipeline.split_images(folded, found)
         pool = pool.readable(skipped) if skip_bad else pool
+        pool = _limited(folded.folded, pool, limit)
         progress = counted(say, bar, len(pool.paths))
         measured = measure_remedies(
             folded.folded,
@@ -101,6 +109,19 @@ def outliers(
         note("random weights: sinks are made by training, so these say nothing about the trained model")
     if picture is not None:
         note(f"sinks are drawn in {picture}")
+
+
+def _limited(model: Model, pool: ImageSet, limit: int | None) -> ImageSet:
+    """Take as many images as were asked for, or as answer within some three minutes, and say so."""
+    from vitfold.registers.sampling import sample_size
+
+    count = sample_size(model, pool) if limit is None else limit
+    if limit is None and count < len(pool.paths):
+        note(
+            f"measured on {count} of {len(pool.paths)} images, to answer within about three minutes here; "
+            f"--limit {len(pool.paths)} takes all, and an interrupted run goes on by the same command"
+        )
+    return pool.first(count)
 
 
 def _blocks(norms: Norms, noise: tuple[tuple[str, float], ...]) -> list[dict[str, Any]]:
@@ -150,14 +171,13 @@ def _draw(picture: Path, pool: ImageSet, norms: Norms, grid: tuple[int, int], pr
 def _print(values: dict[str, Any]) -> None:
     from vitfold.report.sinks import norms_table, remedies_table, remedy_settings
 
-    def head(text: str) -> None:
-        out.print(text, style="bold", soft_wrap=True, highlight=False, markup=False)
-
-    head(f"{values['source']}, token norms over {values['images']} images")
+    heading(f"{values['source']}, token norms over {values['images']} images")
     out.print(norms_table(values))
-    out.print(f"most sensitive {values['sensitive_site']}, outlier tokens at {values['sink_site']}\n", highlight=False)
-    head(f"{values['source']}, {values['quantization']}: what helps (* chosen)")
+    out.print(f"most sensitive {values['sensitive_site']}, outlier tokens at {values['sink_site']}", soft_wrap=True)
+    out.print()
+    heading(f"{values['source']}, {values['quantization']}: what helps (* chosen)")
     out.print(remedies_table(values))
     for line in remedy_settings(values):
-        out.print(f"  {line}", style="dim", soft_wrap=True, highlight=False, markup=False)
-    out.print(f"\n{values['advice']}", highlight=False)
+        out.print(f"  {line}", style="dim", soft_wrap=True)
+    out.print()
+    out.print(values["advice"])

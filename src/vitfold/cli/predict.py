@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from vitfold.cli import options
 from vitfold.cli.making import turned
 from vitfold.cli.terminal import command, out, print_json, steps
+from vitfold.visible import visible
 
 if TYPE_CHECKING:
     from vitfold.predictor import Prediction
@@ -73,9 +76,14 @@ def _result(prediction: Prediction, top: int, threshold: float) -> dict[str, Any
     return {"embedding": [float(x) for x in prediction.output.reshape(-1)]}
 
 
-def _cell(result: dict[str, Any]) -> str:
+def _lines(lines: Iterable[str]) -> Text:
+    """A cell of several lines; what a label holds breaks none of them."""
+    return Text("\n".join(map(visible, lines)))
+
+
+def _cell(result: dict[str, Any]) -> str | Text:
     if "values" in result:
-        return "\n".join(f"{entry['value']:+.4g}  {entry['label']}" for entry in result["values"])
+        return _lines(f"{entry['value']:+.4g}  {entry['label']}" for entry in result["values"])
     if "embedding" in result:
         head = " ".join(f"{x:+.3f}" for x in result["embedding"][:6])
         return f"{head} ... ({len(result['embedding'])} values; --json prints all)"
@@ -83,4 +91,4 @@ def _cell(result: dict[str, Any]) -> str:
     if not chosen:
         best = result["top"][0]
         return f"none; {best['probability']:.2%}  {best['label']} is the most probable"
-    return "\n".join(f"{entry['probability']:7.2%}  {entry['label']}" for entry in chosen)
+    return _lines(f"{entry['probability']:7.2%}  {entry['label']}" for entry in chosen)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.making import given_images
+from vitfold.cli.making import given_images, say_busy
 from vitfold.cli.terminal import command, note, out, print_json, steps, write_json
 from vitfold.errors import VitfoldError
 
@@ -72,13 +72,14 @@ def profile(
     if output is not None:
         write_json(output, result)
         note(f"profile: {output}")
+    say_busy(before)
     if json:
         print_json(result)
         return
     from vitfold.report.profiles import block_table, kind_table, profile_heading
 
-    out.print(profile_heading(result), highlight=False)
+    out.print(profile_heading(result))
     out.print(kind_table(result))
     out.print(block_table(result))
     for sentence in result["advice"]:
-        out.print(sentence, highlight=False)
+        out.print(sentence)

@@ -62,7 +62,7 @@ def report(
     write_text(output, page)
     for name in found.left_out:
         note(f"not shown: {name}")
-    out.print(f"{output} ({len(page.encode('utf-8')) / 1e6:.1f} MB)", highlight=False, soft_wrap=True)
+    out.print(f"{output} ({len(page.encode('utf-8')) / 1e6:.1f} MB)", soft_wrap=True)
 
 
 def _trace(path: Path, folder: Path, count: int, *, skip_bad: bool) -> Traced:

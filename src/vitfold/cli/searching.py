@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitfold.cli.making import judged_images
-from vitfold.cli.terminal import note, out, print_json, working
+from vitfold.cli.terminal import heading, note, out, print_json, working
 from vitfold.errors import VitfoldError
 
 if TYPE_CHECKING:
@@ -158,23 +158,19 @@ def _report(document: dict[str, Any], found: Found, wanted: Wanted) -> None:
     images = document["images"]
     out.print(
         f"calibrated on {images['calibration']} images, chosen on {images['search']}, verified on {images['held_out']}",
-        highlight=False,
     )
     if found.winner is None:
         note(_nothing(found, wanted))
     else:
         row, held_out = found.winner.row, found.winner.held_out
         ratio = row["speedup"]
-        out.print(f"[bold]{row['recipe']}[/]", highlight=False)
+        heading(row["recipe"])
         out.print(
             f"  {ratio['median']:.2f}x over float, 95 % interval {ratio['low']:.2f} to {ratio['high']:.2f}",
-            highlight=False,
         )
         noise = ", which chance alone explains" if held_out.is_noise else ""
-        out.print(
-            f"  drop on held-out images {drop_text(held_out.to_dict())} points{noise}", highlight=False, markup=False
-        )
-    out.print(f"  bundle    {document['bundle']}", highlight=False)
+        out.print(f"  drop on held-out images {drop_text(held_out.to_dict())} points{noise}")
+    out.print(f"  bundle    {document['bundle']}")
     note(f"search ended: {found.reason}; {found.verified} recipes were verified on held-out images")
 
 

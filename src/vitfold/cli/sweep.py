@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.making import given_images, judged_images, load_model, require_optimize
+from vitfold.cli.making import given_images, judged_images, load_model, require_optimize, say_busy
 from vitfold.cli.terminal import command, note, out, print_json, working
 from vitfold.errors import RecipeError, VitfoldError, nearest
 from vitfold.journal import ROWS, alone
@@ -108,8 +108,14 @@ def sweep(
         stack.enter_context(alone(output / ROWS))
         rows = begin_sweep(output, head, beside)
 
+        given = {
+            "--arch": arch, "--num-classes": num_classes, "--image-size": image_size, "--exif": exif,
+            "--weights": None if weights == "pretrained" else weights, "--seed": seed or None,
+        }  # fmt: skip
+        ranges = images if calibration_images is None else calibration_images
+
         def again(attempt: Attempt) -> str:
-            return _command(source, images, attempt, calibration_size, calibration_seed, exif)
+            return _command(source, ranges, attempt, calibration_size, calibration_seed, given)
 
         def trying() -> Trying:
             return _trying(model, calibration, reported, head, say)
@@ -118,6 +124,7 @@ def sweep(
             rows.append(row)
     latest = {row["recipe"]: row for row in rows}
     result = [latest[attempt.name] for attempt in attempts if attempt.name in latest]
+    say_busy(beside["environment"])
     if json:
         print_json({**head, **beside, "rows": result})
         return
@@ -201,11 +208,11 @@ def _planned(path: Path | None, given: Mapping[str, str | None]) -> dict[str, An
     return values
 
 
-def _command(source: str, images: Path, attempt: Attempt, size: int, seed: int, exif: str | None) -> str:
+def _command(source: str, images: Path, attempt: Attempt, size: int, seed: int, given: Mapping[str, Any]) -> str:
     """Return the command that makes one bundle of the sweep again."""
     words = ["vitfold", "optimize", source, "--merge", ",".join(map(str, attempt.r)), "--target", attempt.target]
     words += ["--merge-rule", attempt.rule] if attempt.rule != "tome" else []
-    words += ["--exif", exif] if exif is not None else []
+    words += [word for option, value in given.items() if value is not None for word in (option, str(value))]
     if attempt.method is not None:
         words += ["--quant", attempt.quant, "--method", attempt.method, "--images", str(images)]
         words += ["--calibration-size", str(size), "--calibration-seed", str(seed), "--keep-slower"]

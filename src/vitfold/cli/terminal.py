@@ -1,21 +1,24 @@
 """What commands share with the terminal: results on stdout, everything else on stderr.
 
-Owns exit codes (0 done, 1 the user can mend it, 2 usage, 3 a gate failed), progress bars and JSON.
+Owns exit codes (0 done, 1 the user can mend it, 2 usage, 3 a gate failed), progress and JSON. Text is printed as it
+is: nothing in it is markup, and what a terminal would act on is shown as an escape.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import io
 import json
 import logging
-import re
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -27,10 +30,14 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
+from rich.text import Text
 
+from vitfold.cli.lines import Lines
 from vitfold.errors import GateError, ImageWarning, VitfoldError
 from vitfold.ordinary import write_whole
+from vitfold.visible import visible
 
 if TYPE_CHECKING:
     from vitfold.quant import Progress as Report
@@ -40,8 +47,23 @@ EXIT_USAGE = 2
 EXIT_GATE = 3
 EXIT_INTERRUPTED = 130
 
-out = Console()
-log = Console(stderr=True)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+class PlainConsole(Console):
+    """A console that prints text as it is, without markup, and what is no printable character as an escape."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **kwargs: Any) -> Text:
+        """Return one line of text; called for all strings, those in tables and titles too."""
+        shown = visible(text).encode(self.encoding, "backslashreplace").decode(self.encoding)
+        return super().render_str(shown, **kwargs)
+
+
+out = PlainConsole()
+log = PlainConsole(stderr=True)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -65,6 +87,7 @@ def command(function: F) -> F:
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        any_character()
         notes = _Notes()
         logging.getLogger("vitfold").addHandler(notes)
         try:
@@ -76,9 +99,8 @@ def command(function: F) -> F:
             fail(str(error), EXIT_ERROR)
         except KeyboardInterrupt:
             fail("interrupted; nothing was left half-written", EXIT_INTERRUPTED)
-        except BrokenPipeError:
-            sys.stderr.close()
-            raise typer.Exit(EXIT_ERROR) from None
+        except OSError as error:
+            end_of_output(error)
         finally:
             logging.getLogger("vitfold").removeHandler(notes)
 
@@ -104,15 +126,54 @@ def _remarks_on_images() -> Iterator[None]:
         yield
 
 
-def fail(message: str, code: int) -> None:
-    """Print an error and leave with this code."""
-    log.print(f"[bold red]error:[/] {_escape(message)}", soft_wrap=True, highlight=False)
+def any_character() -> None:
+    """Let stdout and stderr take text that their encoding lacks: it is written as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def end_of_output(error: OSError) -> NoReturn:
+    """Leave where output cannot be written: quietly if nobody reads it, with one line if there is no room.
+
+    Raises:
+        OSError: the given error, if it is of another kind.
+    """
+    unread = isinstance(error, BrokenPipeError)
+    if not unread and (error.errno not in FULL or error.filename is not None):
+        raise error
+    for stream in (sys.stdout, sys.stderr) if unread else (sys.stdout,):
+        _drop(stream)
+    if not unread:
+        fail(f"cannot write: {error.strerror}; free space, or send the output elsewhere", EXIT_ERROR)
+    raise typer.Exit(EXIT_ERROR)
+
+
+def _drop(stream: Any) -> None:
+    """Send what a stream still holds to nowhere: Python would fail once more at the end."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print an error on one line and leave with this code."""
+    try:
+        log.print(Text.assemble(("error:", "bold red"), " ", visible(message)), soft_wrap=True)
+    except OSError:  # nobody can be told
+        _drop(sys.stderr)
     raise typer.Exit(code)
 
 
 def note(message: str) -> None:
-    """Print a remark on stderr."""
-    log.print(f"[dim]{_escape(message)}[/]", soft_wrap=True, highlight=False)
+    """Print a remark of one line on stderr."""
+    log.print(Text(visible(message), style="dim"), soft_wrap=True)
+
+
+def heading(name: str, rest: str = "", *, style: str = "bold") -> None:
+    """Print a line on stdout whose beginning stands out."""
+    out.print(Text.assemble((visible(name), style), visible(rest)), soft_wrap=True)
 
 
 def skipped(message: str) -> None:
@@ -120,13 +181,10 @@ def skipped(message: str) -> None:
     note(f"skipped: {message}")
 
 
-def _escape(message: str) -> str:
-    return message.replace("[", "\\[")
-
-
 def print_json(value: Any) -> None:
     """Print one JSON document on stdout, and nothing else."""
     sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    sys.stdout.flush()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -154,7 +212,7 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def steps(title: str) -> Iterator[Callable[[str], None]]:
     """Show a spinner with the current step and the time it takes; hand out the function that names it."""
-    with _naming(title, SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as (say, _):
+    with _naming(title, SpinnerColumn(), _described(), TimeElapsedColumn()) as (say, _):
         yield say
 
 
@@ -164,24 +222,32 @@ def working(title: str) -> Iterator[tuple[Callable[[str], None], Callable[[int, 
 
     The second takes how many items are done and of how many.
     """
-    with _naming(title, SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()) as both:
+    columns = (SpinnerColumn(), _described(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with _naming(title, *columns) as both:
         yield both
 
 
 @contextmanager
 def _naming(title: str, *columns: ProgressColumn) -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
     with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
-        task = progress.add_task(title, total=None)
-        last = [""]
+        task = progress.add_task(visible(title), total=None)
+        lines = None if log.is_terminal else Lines(title, say=note)
 
         def say(step: str) -> None:
-            progress.update(task, description=f"{title}: {step}", total=None)
-            kind = re.sub(r" \d+/\d+$", "", step.partition(": ")[0])
-            if not log.is_terminal and kind != last[0]:
-                last[0] = kind
-                note(f"{title}: {kind}")
+            progress.update(task, description=visible(f"{title}: {step}"), total=None)
+            if lines is not None:
+                lines.step(step)
 
-        yield say, lambda done, total: progress.update(task, completed=done, total=total)
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+            if lines is not None:
+                lines.advance(done, total)
+
+        yield say, advance
+
+
+def _described() -> TextColumn:
+    return TextColumn("{task.description}", markup=False)
 
 
 def counted(say: Callable[[str], None], bar: Callable[[int, int], None], total: int) -> Report:
@@ -211,7 +277,15 @@ def quiet_stdout() -> Iterator[None]:
 @contextmanager
 def counting(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar over `total` items; hand out the function that advances it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (_described(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda count: progress.advance(task, count)
+        task = progress.add_task(visible(title), total=total)
+        lines, done = None if log.is_terminal else Lines(title, say=note), [0]
+
+        def advance(count: int) -> None:
+            progress.advance(task, count)
+            done[0] += count
+            if lines is not None:
+                lines.advance(done[0], total)
+
+        yield advance

@@ -127,9 +127,9 @@ def rank_sites(
         raise RecipeError("sensitivity needs a quantization; add --quant w8a8")
     merge = folded.recipe.merge
     done = calibrate(folded.folded, merge, quant, calibration, scheme=scheme_of(folded.target), progress=progress)
-    if progress is not None:
-        progress.step("quantizing one site at a time")
-    return measure_sensitivity(done, merge, images, advance=None if progress is None else progress.advance)
+    if progress is None:
+        return measure_sensitivity(done, merge, images)
+    return measure_sensitivity(done, merge, images, step=progress.step)
 
 
 def keep_float(folded: Folded, calibration: ImageSet, count: int, *, progress: Progress | None = None) -> Folded:

@@ -69,6 +69,18 @@ class Progress:
     advance: Callable[[int], Any] = lambda _: None
 
 
+def check_enough(count: int) -> None:
+    """Check that so many images give ranges.
+
+    Raises:
+        CalibrationError: if not.
+    """
+    if count < LEAST_IMAGES:
+        raise CalibrationError(
+            f"{count} calibration images are too few for ranges; give at least {LEAST_IMAGES}, better 128"
+        )
+
+
 def calibrate(
     model: Model,
     merge: MergeRecipe,
@@ -87,10 +99,7 @@ def calibrate(
     scheme, progress = scheme or Scheme(), progress or Progress()
     method = find_method(quant.method)
     check_globs(quant, model.spec)
-    if len(images.paths) < LEAST_IMAGES:
-        raise CalibrationError(
-            f"{len(images.paths)} calibration images are too few for ranges; give at least {LEAST_IMAGES}, better 128"
-        )
+    check_enough(len(images.paths))
     progress.step("collecting activations")
     samples = collect(model, merge, images, gradients=method.needs_gradients, seed=quant.seed, advance=progress.advance)
     check_samples(samples, quant)
@@ -100,17 +109,18 @@ def calibrate(
     folded, samples, presets = fold_channels(model, samples, method, quant)
     quantizers: dict[str, Quantizer] = {}
     problems = _problems(folded, samples, quant, scheme)
-    for site, problem in problems.items():
-        progress.step(f"searching ranges: {site}")
+    for number, (site, problem) in enumerate(problems.items(), start=1):
+        progress.step(f"searching ranges: {site} {number}/{len(problems)}")
         preset = presets.get(f"{site}.x")
         quantizers |= search_once(
             (problem, method, preset), functools.partial(search_linear, problem, method, preset=preset)
         )
     if quant.attention:
-        for attention in find_sites(folded.spec)[1]:
+        attentions = find_sites(folded.spec)[1]
+        for number, attention in enumerate(attentions, start=1):
             bits = quant.bits(attention.site, weight=False)
             if bits is not None:
-                progress.step(f"searching ranges: {attention.site}")
+                progress.step(f"searching ranges: {attention.site} {number}/{len(attentions)}")
                 quantizers |= search_once(
                     (attention, samples.attentions[attention.site], bits, method, scheme),
                     functools.partial(
@@ -137,8 +147,7 @@ def calibrate(
     if method.rounding == "gptq" or method.correct:
         progress.step("collecting second moments")
         moments = collect_moments(folded, merge, images, quantizers, advance=progress.advance)
-        progress.step("rounding weights")
-        params |= round_weights(params, quantizers, moments, method)
+        params |= round_weights(params, quantizers, moments, method, step=progress.step)
     else:
         params |= _nearest(params, quantizers)
     return Calibrated(model=folded.with_params(folded.spec, params), folded=folded, quantizers=QuantParams(quantizers))
@@ -156,16 +165,17 @@ def _calibrate_float8(
     """Scales for 8-bit floats; the relative precision of the format leaves nothing for folds and rounding to win."""
     quantizers: dict[str, Quantizer] = {}
     problems = _problems(model, samples, quant, scheme)
-    for site, problem in problems.items():
-        progress.step(f"searching scales: {site}")
+    for number, (site, problem) in enumerate(problems.items(), start=1):
+        progress.step(f"searching scales: {site} {number}/{len(problems)}")
         quantizers |= search_linear_float8(problem)
         if problem.site.apart is not None:
             found = search_linear_float8(replace(problem, samples=samples.linears[problem.site.apart]))
             quantizers[f"{problem.site.apart}.x"] = found[f"{problem.site.layer}.x"]
     if quant.attention:
-        for attention in find_sites(model.spec)[1]:
+        attentions = find_sites(model.spec)[1]
+        for number, attention in enumerate(attentions, start=1):
             if quant.bits(attention.site, weight=False) is not None:
-                progress.step(f"searching scales: {attention.site}")
+                progress.step(f"searching scales: {attention.site} {number}/{len(attentions)}")
                 quantizers |= search_attention_float8(attention.site, samples.attentions[attention.site])
     if quant.outputs:
         quantizers |= search_outputs(problems.values(), quantizers, quantizers)

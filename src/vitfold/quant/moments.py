@@ -79,17 +79,23 @@ def collect_moments(
 
 
 def round_weights(
-    params: Mapping[str, Array], quantizers: Mapping[str, Quantizer], moments: Mapping[str, Moments], method: Method
+    params: Mapping[str, Array],
+    quantizers: Mapping[str, Quantizer],
+    moments: Mapping[str, Moments],
+    method: Method,
+    *,
+    step: Callable[[str], Any] = lambda _: None,
 ) -> dict[str, Array]:
     """Return weights on their grids and corrected biases of all quantized layers.
 
     b' = b + W E[x] - W' E[xq]: what is left of the mean error goes to the bias, exactly.
     """
     changed: dict[str, Array] = {}
-    for site, quantizer in quantizers.items():
+    for number, (site, quantizer) in enumerate(quantizers.items(), start=1):
         layer = site.removesuffix(".w")
         if layer == site or not isinstance(quantizer, Uniform):
             continue
+        step(f"rounding weights: {layer} {number}/{len(quantizers)}")
         one = moments[f"{layer}.x"]
         weight = torch.from_numpy(params[f"{layer}.weight"])
         mean, mean_hat = one.exact / one.count, one.rounded / one.count

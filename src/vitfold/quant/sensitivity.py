@@ -49,9 +49,9 @@ def measure_sensitivity(
     images: ImageSet,
     *,
     batch: int = 8,
-    advance: Callable[[int], Any] | None = None,
+    step: Callable[[str], Any] = lambda _: None,
 ) -> tuple[SiteSensitivity, ...]:
-    """Return every quantized site, the costliest first; `advance` is told of sites."""
+    """Return every quantized site, the costliest first; `step` is told of each as it is measured."""
     model = calibrated.folded
     pixels = [torch.from_numpy(group.pixel_values) for group in batches(images, model.preprocess, batch=batch)]
 
@@ -63,12 +63,12 @@ def measure_sensitivity(
     signal = float(expected.double().square().sum())
     noises: dict[str, float] = {}
     agreements: dict[str, float | None] = {}
-    for site, (params, quantizers) in _alone(calibrated).items():
+    sites = _alone(calibrated)
+    for number, (site, (params, quantizers)) in enumerate(sites.items(), start=1):
+        step(f"quantizing one site at a time: {site} {number}/{len(sites)}")
         found = outputs(Simulate(params, quantizers))
         noises[site] = float((found - expected).double().square().sum())
         agreements[site] = _agreement(found, expected, model.spec.head)
-        if advance is not None:
-            advance(1)
     total = sum(noises.values()) or 1.0
     ranked = sorted(noises, key=lambda site: noises[site], reverse=True)
     return tuple(

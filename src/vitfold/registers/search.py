@@ -115,8 +115,9 @@ class _Search:
         def measure() -> list[tuple[str, float, float]]:
             probe = self._probed()
             found = []
-            for site in probe.sites():
-                self._progress.step(f"quantizing one layer at a time: {site.layer}")
+            sites = probe.sites()
+            for number, site in enumerate(sites, start=1):
+                self._progress.step(f"quantizing one layer at a time: {site.layer} {number}/{len(sites)}")
                 found.append((site.layer, probe.alone(site), probe.rarity(site.layer)))
             return sorted(found, key=lambda row: -row[1])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from html import escape
 
 import plotly.graph_objects as go
 
@@ -63,7 +64,7 @@ def _draw(figure: go.Figure, samplers: Sequence[Sampler], field: str, *, noise: 
             x=[one.paired_seconds for one in shown],
             y=[getattr(one, field) for one in shown],
             mode="lines+markers" if family.startswith(FEWER) else "markers",
-            name=family,
+            name=escape(family),
             line={"color": colour, "width": 1.5, "dash": "dash"},
             marker=marker(place, colour),
             error_y={"array": spread, "thickness": 1.5, "width": 5, "color": GREY} if any(spread) else None,
@@ -82,7 +83,7 @@ def _groups(samplers: Sequence[Sampler]) -> list[list[Sampler]]:
 
 def _hover(one: Sampler) -> str:
     lines = [
-        f"<b>{one.name}</b>",
+        f"<b>{escape(one.name)}</b>",
         f"{one.full_steps} steps in full, {one.reused_steps} reused",
         f"{one.seconds_per_image:.3f} s per image{', noisy' if one.noisy else ''}",
         f"speed-up {one.speed_up:.2f}x",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
@@ -68,7 +69,7 @@ def pareto(points: Sequence[Point]) -> list[Plot]:
                 x=[getattr(p, measure) for p in chosen],
                 y=[scale * getattr(p, key) for p in chosen],
                 mode="markers",
-                name=family,
+                name=escape(family),
                 marker=marker(place, _colour(place, family)),
                 text=[_hover(p) for p in chosen],
                 hovertemplate="%{text}<extra></extra>",
@@ -86,7 +87,7 @@ def latencies(points: Sequence[Point]) -> list[Plot]:
     figure = go.Figure()
     figure.add_bar(
         x=[p.paired_ms for p in shown],
-        y=[p.name for p in shown],
+        y=[escape(p.name) for p in shown],
         orientation="h",
         marker={"color": [_colour(families.index(p.family), p.family) for p in shown]},
         error_x={"array": [p.spread_ms or 0.0 for p in shown], "thickness": 1, "width": 3, "color": GREY},
@@ -119,7 +120,7 @@ def against_r(points: Sequence[Point]) -> list[Plot]:
                     x=[p.r for p in chosen],
                     y=[scale * getattr(p, name) for p in chosen],
                     mode="lines+markers",
-                    name=family,
+                    name=escape(family),
                     line={"color": _colour(place, family), "width": 2},
                     marker={"size": 8, "symbol": SYMBOLS[place % len(SYMBOLS)]},
                     text=[_hover(p) for p in chosen],
@@ -231,7 +232,7 @@ def _colour(place: int, family: str) -> str:
 
 
 def _hover(point: Point) -> str:
-    lines = [f"<b>{point.name}</b>"]
+    lines = [f"<b>{escape(point.name)}</b>"]
     for key, label in (("top1", "top-1"), ("agreement", "agreement")):
         value = getattr(point, key)
         if value is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -21,8 +22,11 @@ from vitfold.report.loading import Folder
 from vitfold.report.mosaic import Traced
 from vitfold.report.sections import build_sections
 from vitfold.version import __version__
+from vitfold.visible import visible
 
 MOST_BYTES = 5_000_000
+_LONE = re.compile("[\ud800-\udfff]")
+"""How Python holds bytes of file names that are no UTF-8, and that no page can hold."""
 
 
 @dataclass(slots=True)
@@ -63,6 +67,7 @@ def render_page(folder: Folder, *, title: str, command: str, traced: Sequence[Tr
         script=_asset("page.js"),
         plotly=_packed_plotly() if found.specs else "",
     )
+    page = _LONE.sub(lambda found: visible(found[0]), page)
     size = len(page.encode("utf-8"))
     if size > MOST_BYTES:
         raise ReportError(
@@ -73,7 +78,7 @@ def render_page(folder: Folder, *, title: str, command: str, traced: Sequence[Tr
 
 def _safe_json(value: Any) -> str:
     """JSON that may stand in a script element."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _asset(name: str) -> str:

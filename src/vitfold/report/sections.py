@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitfold.bench.environment import busy_remark
 from vitfold.report import curves, figures
 from vitfold.report.loading import Document, Folder
 from vitfold.report.mosaic import Traced, strips
@@ -274,7 +275,8 @@ def _environment(folder: Folder) -> Section | None:
                 f"{environment_line(environment)}; {environment['cores']} cores, {environment['system']}, "
                 f"Python {environment['python']}"
             )
-            found.setdefault(line, []).append(document.name)
+            busy = busy_remark(environment)
+            found.setdefault(line, []).append(document.name if busy is None else f"{document.name} ({busy})")
             packages.update(environment["packages"])
     if not found:
         return None

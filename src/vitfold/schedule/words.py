@@ -5,6 +5,7 @@ Owns parsing, clamping and the short form for tables and logs.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ ACCEPTED = (
     "accepted: none, a number (8: as many in every block), one number per block (8,8,0,4), "
     "or number:inflection (8:-1 starts at 16 and ends at 0; the inflection lies in [-1, 1])"
 )
+_log = logging.getLogger("vitfold")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 
 
@@ -83,6 +85,9 @@ def _inflected(r: int, inflection: float, depth: int) -> tuple[int, ...]:
 def _literal(r: list[int], spec: ViTSpec) -> tuple[int, ...]:
     if len(r) > spec.depth:
         raise RecipeError(f"r has {len(r)} entries, the model has {spec.depth} blocks; give at most one per block")
+    if len(r) < spec.depth:
+        left = spec.depth - len(r)
+        _log.warning("r names %d of %d blocks; the last %d merge nothing", len(r), spec.depth, left)
     padded = (*r, *(0,) * (spec.depth - len(r)))
     tokens_per_block(spec, padded)
     return padded

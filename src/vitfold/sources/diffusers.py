@@ -23,10 +23,13 @@ from vitfold.model.dit import class_rows, sincos_positions, timestep_waves, unit
 from vitfold.model.spec import Activation
 from vitfold.ops.run import Run
 from vitfold.programs.dit import dit
+from vitfold.sources.failures import load_error
 from vitfold.sources.parity import TOLERANCE
-from vitfold.sources.reader import download_error, refuse
+from vitfold.sources.reader import refuse
 
 CLASS = "DiTTransformer2DModel"
+OLD_CLASS = "Transformer2DModel"
+"""What diffusers called a DiT before it had a class of its own; it still loads those folders as one."""
 _ACTIVATIONS: dict[str, Activation] = {"gelu-approximate": "gelu_tanh", "gelu": "gelu_erf"}
 _INSTEAD = "use a DiT such as hf:facebook/DiT-XL-2-256"
 
@@ -42,8 +45,9 @@ def read_folder(folder: Path, origin: Origin) -> DiTModel:
     inner = folder / "transformer" if (folder / "transformer").is_dir() else folder
     if not (inner / "config.json").is_file():
         raise SourceError(f"{inner} holds no config.json; give the folder that diffusers' save_pretrained wrote")
-    found = _json(inner / "config.json").get("_class_name")
-    if found != CLASS:
+    config = _json(inner / "config.json")
+    found = config.get("_class_name")
+    if found != CLASS and not (found == OLD_CLASS and config.get("norm_type") == "ada_norm_zero"):
         raise refuse(f"the transformer {found!r} ({inner / 'config.json'})", _INSTEAD)
     schedule = folder / "scheduler" / "scheduler_config.json"
     if not schedule.is_file():
@@ -72,7 +76,7 @@ def read_repository(name: str, origin: Origin) -> DiTModel:
     try:
         folder = DiTPipeline.download(name)
     except (OSError, ValueError) as error:
-        raise download_error(origin.source, error) from None
+        raise load_error(origin.source, error) from None
     return read_folder(Path(folder), origin)
 
 

@@ -6,6 +6,7 @@ number of heads, which follows from the width of the published models.
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ SCHEDULE: dict[str, Any] = {
     "prediction_type": "epsilon",
     "clip_sample": False,
 }
+_PREFIXES = ("module.", "_orig_mod.", "model.")
 _NAMES = (
     "x_embedder.proj.weight, pos_embed, t_embedder.mlp.0.weight, blocks.0.attn.qkv.weight, final_layer.linear.weight"
 )
@@ -59,14 +61,21 @@ def _load(path: Path) -> dict[str, Array]:
     from safetensors.torch import load_file
 
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        else:  # DiT's own trainer keeps its arguments beside the weights: plain values, which are not read
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                found = torch.load(path, "cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise SourceError(f"{path} cannot be read as weights alone ({reason}); save a state dict of tensors") from None
-    if isinstance(found, dict) and isinstance(found.get("ema"), dict):
-        found = found["ema"]
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise SourceError(f"{path} is no state dict: it has to map names to tensors; save model.state_dict()")
+    while found and (prefix := next((one for one in _PREFIXES if all(n.startswith(one) for n in found)), None)):
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
     return {name: np.ascontiguousarray(value.float().numpy()) for name, value in found.items()}
 
 

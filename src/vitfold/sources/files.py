@@ -20,6 +20,7 @@ from vitfold.errors import SourceError, nearest
 from vitfold.model import preprocess_from_dict
 from vitfold.sources import timm as timm_source
 from vitfold.sources.reader import Built, class_name
+from vitfold.sources.states import plain_names
 
 SIDECAR_KEYS = ("arch", "num_classes", "image_size", "labels", "preprocess", "problem")
 
@@ -30,7 +31,7 @@ def build(path: Path, *, arch: str | None, num_classes: int | None, image_size: 
     Raises:
         SourceError: if the file is missing, damaged, or does not hold this architecture's weights.
     """
-    state = read_state(path)
+    state = plain_names(read_state(path), path=path)
     sidecar = read_sidecar(path.with_suffix(".json"))
     arch = arch or sidecar.get("arch")
     if arch is None:

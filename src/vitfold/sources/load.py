@@ -18,6 +18,7 @@ from vitfold.digest import file_sha256
 from vitfold.errors import ArgumentError, SourceError, missing_extra, nearest
 from vitfold.model import Model, Origin, Preprocess, ViTSpec
 from vitfold.model.spec import Problem
+from vitfold.sources import hub
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +95,10 @@ def load_source(
                 name, source = str(folder), f"hf:{folder}"
                 arguments.update(_digests(folder / "model.safetensors"))
                 arguments.update({f"adapter_{k}": v for k, v in _digests(folder / "adapter_model.safetensors").items()})
+            of_timm = hub.timm_name(name) if prefix == "hf" else None
+            if of_timm is not None:
+                name, zoo = of_timm, import_package("timm", "optimize", f"loading {source}")
+                translator = importlib.import_module("vitfold.sources.timm")
             module, facts = translator.build(
                 name, num_classes=num_classes, image_size=image_size, pretrained=weights == "pretrained"
             )
@@ -129,7 +134,8 @@ def adapt(
     """Read a torch module in memory; it is left as it is, and its float32 weights are shared.
 
     Args:
-        module: one of the supported classes of timm, transformers, torchvision or open_clip.
+        module: one of the supported classes of timm, transformers, torchvision or open_clip, as it is or behind
+            torch.compile or DataParallel, or a subclass that overrides nothing of what it computes.
         preprocess: replaces what the zoo says about the module.
         labels: names of the classes, one per output.
         origin: where the weights came from, for the record.
@@ -142,7 +148,10 @@ def adapt(
     torch = import_package("torch", "optimize", "reading a model")
     if not isinstance(module, torch.nn.Module):
         raise SourceError(f"adapt needs a torch.nn.Module, found {type(module).__name__}; for a name use load_source")
-    translator, zoo = _translator(module)
+    from vitfold.sources.modules import bare_module, find_translator
+
+    module = bare_module(module)
+    translator, zoo = find_translator(module)
     tensors = [*module.parameters(), *module.buffers()]
     plain = all(
         t.device.type in ("cpu", "meta") and (t.dtype == torch.float32 or not t.is_floating_point()) for t in tensors
@@ -253,7 +262,7 @@ def _refuse_diffusion(folder: Path) -> None:
     """Raise for a folder of diffusers, which holds no model that maps an image to a vector."""
     configs = [path for path in (folder / "config.json", folder / "transformer" / "config.json") if path.is_file()]
     if (folder / "model_index.json").is_file() or any(
-        "DiTTransformer2DModel" in path.read_text(encoding="utf-8", errors="replace") for path in configs
+        "Transformer2DModel" in path.read_text(encoding="utf-8", errors="replace") for path in configs
     ):
         raise SourceError(f"{folder} holds a diffusion model of diffusers; {_STEPS} hf:{folder}")
 
@@ -297,29 +306,3 @@ def import_package(package: str, extra: str, purpose: str) -> Any:
 
 def _loader(zoo: ModuleType) -> str:
     return f"{zoo.__name__} {getattr(zoo, '__version__', 'unknown')}"
-
-
-def _translator(module: torch.nn.Module) -> tuple[Any, Any]:
-    """Return the file here that reads this class, and the zoo it comes from.
-
-    Raises:
-        SourceError: naming the class, and the supported ones.
-    """
-    from vitfold.sources.reader import PLAIN, REFUSED, class_name, refuse
-
-    name = class_name(module)
-    root = name.partition(".")[0]
-    here = {package: (prefix, at) for prefix, (package, _, at) in ZOOS.items()}
-    known: list[str] = ["timm.VisionTransformer", "timm.VisionTransformerDistilled", "torchvision.VisionTransformer"]
-    known += ["open_clip.VisionTransformer", "open_clip.TimmModel", "open_clip.CLIP", "open_clip.CustomTextCLIP"]
-    if root == "transformers":
-        known += importlib.import_module("vitfold.sources.transformers").MODELS
-    if name in known:
-        return importlib.import_module(f"vitfold.sources.{here[root][1]}"), importlib.import_module(root)
-    if name in REFUSED:
-        raise refuse(f"{REFUSED[name]} ({name})", PLAIN)
-    stems = [full.partition(".")[2] for full in known]
-    raise SourceError(
-        f"vitfold does not read {name} ({type(module).__module__}); {nearest(name, known)} "
-        f"Supported: {', '.join(sorted(set(stems)))}"
-    )

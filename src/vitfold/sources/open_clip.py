@@ -16,6 +16,7 @@ from vitfold.errors import SourceError, nearest
 from vitfold.model import Preprocess, ViTSpec
 from vitfold.model.spec import Activation
 from vitfold.sources import timm as timm_source
+from vitfold.sources.failures import load_error
 from vitfold.sources.reader import (
     PLAIN,
     REFUSED,
@@ -25,7 +26,6 @@ from vitfold.sources.reader import (
     Translation,
     activation_name,
     class_name,
-    download_error,
     refuse,
     same,
 )
@@ -57,7 +57,7 @@ def build(name: str, *, num_classes: int | None, image_size: int | None, pretrai
             force_image_size=image_size,
         )  # fmt: skip
     except Exception as error:  # the hub's clients raise a dozen unrelated types
-        raise download_error(f"open_clip:{name}", error) from error
+        raise load_error(f"open_clip:{name}", error) from error
     return model.visual, {}
 
 

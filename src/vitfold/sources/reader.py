@@ -6,6 +6,7 @@ parameter used once, one LayerNorm epsilon, and shared memory where possible. Kn
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from vitfold.model import Array, ViTSpec
 from vitfold.model.spec import Activation
 
 Value = TypeVar("Value")
+_BODY = re.compile(r"(For[A-Z]\w*|Model|ModelWithProjection|Backbone|PreTrainedModel)$")
 Facts = dict[str, Any]  # what a zoo said about a model beside its module: processor files, weight enums
 Built = tuple[nn.Module, Facts]
 
@@ -118,16 +120,32 @@ def refuse(found: str, instead: str) -> SourceError:
     return SourceError(f"this model has {found}, which vitfold does not run; {instead}")
 
 
-def download_error(source: str, error: Exception) -> SourceError:
-    """Return the error for weights that could not be fetched."""
-    reason = (str(error).strip().splitlines() or [""])[0][:200]
-    return SourceError(
-        f"the weights of {source} could not be fetched ({type(error).__name__}: {reason}); check the network, or pass "
-        "a local file (FILE.safetensors with --arch, or hf:FOLDER), or use --weights random"
-    )
-
-
 PLAIN = "use a plain ViT such as timm:vit_base_patch16_224 or timm:vit_small_patch14_dinov2"
+
+
+def why_not(part: nn.Module) -> str:
+    """Return why a part is not run, in a user's words."""
+    name = class_name(part)
+    if name == "timm.Eva" and getattr(part, "rope", None) is None:
+        return "EVA's own blocks, whose queries and values alone have a bias"
+    return REFUSED.get(name, "an unknown part")
+
+
+def same_body(name: str, known: Iterable[str]) -> str:
+    """Return a hint at classes of the same body with another head, such as ViTModel for ViTForMaskedImageModeling."""
+    body = _BODY.sub("", name)
+    near = [one for one in known if body and one != name and _BODY.sub("", one) == body]
+    return f"its body is read as {' or '.join(near)}; " if near else ""
+
+
+def single_linear(layer: nn.Module) -> nn.Module:
+    """Return the one layer of a Sequential whose others do nothing once trained, such as a dropout before a head."""
+    while class_name(layer) == "torch.Sequential":
+        parts = [part for part in layer.children() if class_name(part) not in INERT]
+        if len(parts) != 1:
+            return layer
+        layer = parts[0]
+    return layer
 
 
 class Reader:
@@ -144,7 +162,7 @@ class Reader:
             name = class_name(part)
             if name not in allowed:
                 where = f" at {path}" if path else ""
-                raise refuse(f"{REFUSED.get(name, 'an unknown part')} ({name}{where})", PLAIN)
+                raise refuse(f"{why_not(part)} ({name}{where})", PLAIN)
         tensors = [*module.named_parameters(), *module.named_buffers()]
         self._names = {id(tensor): name for name, tensor in tensors}
         self._left = dict(self._names)
@@ -180,7 +198,11 @@ class Reader:
 
     def linear(self, name: str, *layers: nn.Module) -> None:
         """Store one linear layer, or several that read the same input as one with stacked outputs."""
+        layers = tuple(single_linear(layer) for layer in layers)
         for layer in layers:
+            if class_name(layer) == "torch.Sequential":
+                shown = ", ".join(class_name(part) for part in layer.children())
+                raise refuse(f"several layers ({shown}) where one linear layer belongs ({name})", PLAIN)
             if class_name(layer) not in LINEARS:
                 raise refuse(f"{class_name(layer)} where a linear layer belongs ({name})", PLAIN)
         self.put(f"{name}.weight", *(self._weight(layer) for layer in layers))

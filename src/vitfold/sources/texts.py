@@ -16,7 +16,7 @@ from jaxtyping import Float
 from vitfold.cache import keep_arrays, key_of, read_arrays
 from vitfold.digest import file_sha256
 from vitfold.errors import SourceError, missing_extra
-from vitfold.sources.reader import download_error
+from vitfold.sources.failures import load_error
 
 ZOOS = ("open_clip", "hf")
 TEMPLATE = "a photo of a {}."
@@ -88,7 +88,7 @@ def _open_clip(name: str) -> Encode:
         model = open_clip.create_model(arch, pretrained=tag or None).eval()
         tokenizer = open_clip.get_tokenizer(arch)
     except Exception as error:  # the hub's clients raise a dozen unrelated types
-        raise download_error(f"open_clip:{name}", error) from error
+        raise load_error(f"open_clip:{name}", error) from error
     return lambda prompts: model.encode_text(tokenizer(prompts))
 
 
@@ -101,7 +101,7 @@ def _transformers(name: str) -> Encode:
         model: Any = transformers.AutoModel.from_pretrained(name).eval()
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the hub's clients raise a dozen unrelated types
-        raise download_error(f"hf:{name}", error) from error
+        raise load_error(f"hf:{name}", error, folder=_folder(name)) from error
     if not hasattr(model, "get_text_features"):
         raise SourceError(f"hf:{name} ({type(model).__name__}) has no text tower; give the whole CLIP or SigLIP model")
     length = model.config.text_config.max_position_embeddings
@@ -116,3 +116,8 @@ def _transformers(name: str) -> Encode:
         return getattr(found, "pooler_output", found)
 
     return encode
+
+
+def _folder(name: str) -> Path | None:
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else None

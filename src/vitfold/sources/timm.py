@@ -7,6 +7,7 @@ configurations say about preprocessing and labels. Files of timm weights are rea
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch import nn
 from vitfold.errors import SourceError, nearest
 from vitfold.model import Preprocess, ViTSpec
 from vitfold.model.spec import Activation, Mlp, Output
+from vitfold.sources.failures import load_error
+from vitfold.sources.hub import read_config
 from vitfold.sources.reader import (
     PLAIN,
     Built,
@@ -23,7 +26,6 @@ from vitfold.sources.reader import (
     Translation,
     activation_name,
     class_name,
-    download_error,
     refuse,
     require,
     same,
@@ -63,10 +65,17 @@ def build(name: str, *, num_classes: int | None, image_size: int | None, pretrai
             _check_pretrained(name, num_classes)
     if not pretrained:
         return timm.create_model(name, pretrained=False, **options), {}
+    if name.startswith("local-dir:"):
+        stated = read_config(Path(name.partition(":")[2]))
+        _check_head(name, stated.get("num_classes", num_classes), num_classes)
     try:
-        return timm.create_model(name, pretrained=True, **options), {}
+        module = timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # the hub's clients raise a dozen unrelated types
-        raise download_error(f"timm:{name}", error) from error
+        local = name.startswith("local-dir:")
+        folder = Path(name.partition(":")[2]) if local else None
+        raise load_error(f"hf:{folder}" if local else f"timm:{name}", error, folder=folder) from error
+    _check_head(name, module.pretrained_cfg["num_classes"], num_classes)
+    return module, {}
 
 
 def _check_name(name: str) -> None:
@@ -88,9 +97,13 @@ def _check_pretrained(name: str, num_classes: int | None) -> None:
         raise SourceError(
             f"timm has no pretrained weights for {name}; pass your own file with --arch {name}, or use --weights random"
         )
-    if num_classes not in (None, 0, config.num_classes):
+    _check_head(name, config.num_classes, num_classes)
+
+
+def _check_head(name: str, classes: int | None, num_classes: int | None) -> None:
+    if num_classes not in (None, 0, classes):
         raise SourceError(
-            f"the pretrained head of timm:{name} has {config.num_classes} classes, {num_classes} were asked for, and a "
+            f"the pretrained head of timm:{name} has {classes} classes, {num_classes} were asked for, and a "
             "new head would be random; pass your fine-tuned file with --arch, or use --weights random"
         )
 

@@ -13,6 +13,7 @@ from torch import nn
 from vitfold.errors import SourceError, nearest
 from vitfold.model import Preprocess, ViTSpec
 from vitfold.model.spec import Activation
+from vitfold.sources.failures import load_error
 from vitfold.sources.reader import (
     PLAIN,
     Built,
@@ -21,7 +22,6 @@ from vitfold.sources.reader import (
     Translation,
     activation_name,
     class_name,
-    download_error,
     refuse,
     same,
 )
@@ -67,7 +67,7 @@ def _pretrained(arch: str, weights: Any, image_size: int | None) -> nn.Module:
     try:
         state = weights.get_state_dict(check_hash=True)
     except Exception as error:  # urllib, ssl and the hash check raise unrelated types
-        raise download_error(f"torchvision:{arch}", error) from error
+        raise load_error(f"torchvision:{arch}", error) from error
     size = image_size or int(weights.meta["min_size"][0])
     module: Any = models.get_model(arch, weights=None, image_size=size, num_classes=len(weights.meta["categories"]))
     module.load_state_dict(interpolate_embeddings(size, module.patch_size, state))

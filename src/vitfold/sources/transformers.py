@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitfold.errors import SourceError, nearest
+from vitfold.errors import SourceError
 from vitfold.model import Preprocess, ViTSpec
 from vitfold.model.spec import Activation, Mlp, Problem
+from vitfold.sources.failures import load_error
+from vitfold.sources.hub import architecture
 from vitfold.sources.reader import (
     PLAIN,
     REFUSED,
@@ -25,9 +27,9 @@ from vitfold.sources.reader import (
     Translation,
     activation_name,
     class_name,
-    download_error,
     refuse,
     same,
+    same_body,
     with_register_rows,
 )
 from vitfold.sources.transformers_preprocess import default_processor, preprocess_from_processor, read_processor
@@ -87,7 +89,8 @@ def build(name: str, *, num_classes: int | None, image_size: int | None, pretrai
     try:
         config = transformers.AutoConfig.from_pretrained(base)
     except Exception as error:  # the hub's clients raise a dozen unrelated types
-        raise download_error(f"hf:{name}" if base == name else f"{base}, the base of hf:{name},", error) from error
+        source = f"hf:{name}" if base == name else f"{base}, the base of hf:{name},"
+        raise load_error(source, error, folder=Path(base) if Path(base).is_dir() else None) from error
     if getattr(config, "quantization_config", None):
         raise refuse(
             f"hf:{base}, whose weights are quantized already (quantization_config in its config.json),",
@@ -100,9 +103,9 @@ def build(name: str, *, num_classes: int | None, image_size: int | None, pretrai
     if adapter is not None:
         module = load_adapted(kind, base, adapter)
     elif pretrained:
-        module = load_weights(kind, name)
+        module = load_weights(kind, name, changed=_projection(kind, config))
     else:
-        config = kind.config_class.from_pretrained(name)
+        config = kind.config_class.from_pretrained(name, **_projection(kind, config))
         if num_classes is not None:
             config.num_labels = num_classes
         module = kind(config)
@@ -114,8 +117,14 @@ def build(name: str, *, num_classes: int | None, image_size: int | None, pretrai
     return module, {"processor": processor}
 
 
+def _projection(kind: Any, config: Any) -> dict[str, Any]:
+    """The width of a whole CLIP's projection, which its towers' own configurations may state otherwise."""
+    whole = kind.__name__ == "CLIPVisionModelWithProjection" and hasattr(config, "vision_config")
+    return {"projection_dim": config.projection_dim} if whole else {}
+
+
 def _class_of(transformers: Any, config: Any, name: str, *, classifies: bool = False) -> Any:
-    found = (getattr(config, "architectures", None) or [""])[0]
+    found = architecture(config, name)
     wanted = INSTEAD.get(found, found)
     if classifies and f"transformers.{wanted.removesuffix('Model')}ForImageClassification" in MODELS:
         wanted = f"{wanted.removesuffix('Model')}ForImageClassification"
@@ -125,7 +134,7 @@ def _class_of(transformers: Any, config: Any, name: str, *, classifies: bool = F
         if reason is not None:
             raise refuse(f"{reason} (transformers.{found})", PLAIN)
         raise SourceError(
-            f"hf:{name} is a {found or config.model_type}, which vitfold does not run; {nearest(wanted, known)}; "
+            f"hf:{name} is a {found or config.model_type}, which vitfold does not run; {same_body(wanted, known)}"
             f"supported: {', '.join(known)}"
         )
     return getattr(transformers, wanted)

@@ -7,7 +7,7 @@ adapter mean `lora`'s.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,27 @@ import torch
 from torch import nn
 
 from vitfold.errors import SourceError
+from vitfold.sources.failures import load_error
 from vitfold.sources.lora import CONFIG as ADAPTER
 from vitfold.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
 from vitfold.sources.lora import Adapter, merge_adapter, read_adapter
-from vitfold.sources.reader import download_error
 
 
 def load_weights(
-    kind: Any, name: str, *, shown: str | None = None, classes: int | None = None, given: Set[str] = frozenset()
+    kind: Any,
+    name: str,
+    *,
+    shown: str | None = None,
+    classes: int | None = None,
+    given: Set[str] = frozenset(),
+    changed: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Load weights; with `classes` a head of so many, whose parameters are `given` by somebody else."""
+    """Load weights; with `classes` a head of so many, whose parameters are `given` by somebody else.
+
+    `changed` are values of its configuration that another file states.
+    """
     shown = shown or name
-    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, **(changed or {})}
     if classes is not None:
         options |= {"num_labels": classes, "ignore_mismatched_sizes": True}
     try:
@@ -36,7 +45,8 @@ def load_weights(
             module, info = kind.from_pretrained(name, add_pooling_layer=False, **options)
             missing = sorted(info["missing_keys"])
     except Exception as error:  # the hub's clients raise a dozen unrelated types
-        raise download_error(f"hf:{shown}", error) from error
+        folder = Path(shown).expanduser()
+        raise load_error(f"hf:{shown}", error, folder=folder if folder.is_dir() else None) from error
     missing = [key for key in [*missing, *(str(entry[0]) for entry in info["mismatched_keys"])] if key not in given]
     if missing:
         raise SourceError(
