@@ -76,6 +76,8 @@ class GateError(VitfoldError):
 
 NEAR = 0.6
 """How alike two names have to be for one to be a slip for the other: 1 is equal."""
+_BEGUN = 3
+"""So many letters of the beginning of a name stand for it, too."""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
@@ -85,6 +87,8 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
         return "there is none"
     written = {one.lower(): one for one in reversed(names)}
     close = difflib.get_close_matches(name.lower(), written, n=count, cutoff=NEAR)
+    begun = [one for one in written if len(name) >= _BEGUN and one.startswith(name.lower())]
+    close = close or begun[:count]
     if close:
         return "did you mean " + " or ".join(written[one] for one in close) + "?"
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
