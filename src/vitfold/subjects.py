@@ -116,7 +116,7 @@ class Lineup:
         if self._calibration is not None:
             calibration = Calibration(images=self._calibration, preprocess=manifest.preprocess)
         peer = open_peer(name, self._original, shape, self._folder, threads=self._threads, calibration=calibration)
-        costs = count_costs(manifest.spec, MergeRecipe(r=()))
+        costs = count_costs(manifest.spec, MergeRecipe(r=()), every_row=True)
         self._peers.append(
             Subject(
                 name=name,

@@ -21,6 +21,7 @@ from vitfold.ops.count import Count, IntegerWork, SiteCost, integer_work
 from vitfold.ordinary import read_text
 from vitfold.program import replay
 from vitfold.programs.deployed import deployed_program
+from vitfold.programs.vit import vit
 from vitfold.quantizer import Quantizer, QuantParams
 from vitfold.recipe import (
     FLOAT,
@@ -274,9 +275,17 @@ def count_costs(
     quantizers: Mapping[str, Quantizer] | None = None,
     *,
     dequantize_first: bool = False,
+    every_row: bool = False,
 ) -> tuple[SiteCost, ...]:
-    """Return the work per site for one image, without any weights; `quantizers` say what of it is integer."""
+    """Return the work per site for one image, without any weights; `quantizers` say what of it is integer.
+
+    `every_row` counts rows that nothing reads too, as the original model computes them.
+    """
     required, optional = param_shapes(spec)
     count = Count(required | optional, quantizers, dequantize_first=dequantize_first)
-    replay(deployed_program(spec, recipe), count, (1, spec.channels, *spec.image_size))
+    shape = (1, spec.channels, *spec.image_size)
+    if every_row:
+        vit(count, spec, recipe, shape)
+    else:
+        replay(deployed_program(spec, recipe), count, shape)
     return tuple(count.costs)
