@@ -9,7 +9,6 @@ itself.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from vitfold.model.spec import Activation
 from vitfold.ops.run import Run
 from vitfold.programs.dit import dit
 from vitfold.sources.failures import load_error
+from vitfold.sources.hub import read_object
 from vitfold.sources.parity import TOLERANCE
 from vitfold.sources.reader import refuse
 
@@ -41,11 +41,11 @@ def read_folder(folder: Path, origin: Origin) -> DiTModel:
         SourceError: if files are missing or damaged, or the model has a feature that vitfold does not run.
         ParityError: if the program differs from diffusers' own module.
     """
-    index = _json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    index = read_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     inner = folder / "transformer" if (folder / "transformer").is_dir() else folder
     if not (inner / "config.json").is_file():
         raise SourceError(f"{inner} holds no config.json; give the folder that diffusers' save_pretrained wrote")
-    config = _json(inner / "config.json")
+    config = read_object(inner / "config.json")
     found = config.get("_class_name")
     if found != CLASS and not (found == OLD_CLASS and config.get("norm_type") == "ada_norm_zero"):
         raise refuse(f"the transformer {found!r} ({inner / 'config.json'})", _INSTEAD)
@@ -56,7 +56,7 @@ def read_folder(folder: Path, origin: Origin) -> DiTModel:
     labels = index.get("id2label")
     return translate(
         _module(inner, str(inner)),
-        _json(schedule),
+        read_object(schedule),
         origin=origin,
         labels=None if not labels else tuple(labels[key] for key in sorted(labels, key=int)),
         latent="vae" in index or decoder.is_dir(),
@@ -228,13 +228,3 @@ def _module(folder: Path, shown: str) -> Any:
     finally:
         logging.set_verbosity(before)
     return module.float().eval()
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path} cannot be read as JSON ({error}); fetch the folder again") from None
-    if not isinstance(found, dict):
-        raise SourceError(f"{path} holds no JSON object; fetch the folder again")
-    return found

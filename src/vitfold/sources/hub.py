@@ -49,13 +49,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path} cannot be read as JSON ({error}); fetch the folder again") from None
-    if not isinstance(found, dict):
-        raise SourceError(f"{path} holds no JSON object; fetch the folder again")
-    return found
+    return read_object(path)
 
 
 def architecture(config: Any, name: str) -> str:
@@ -90,3 +84,18 @@ def _tensor_names(path: Path) -> frozenset[str]:
             return frozenset(file.keys())
     except (OSError, SafetensorError) as error:
         raise SourceError(f"{path} is not a readable safetensors file ({error}); fetch it again") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file of a model's folder.
+
+    Raises:
+        SourceError: if it is no JSON object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path} cannot be read as JSON ({error}); fetch the folder again") from None
+    if not isinstance(found, dict):
+        raise SourceError(f"{path} holds no JSON object; fetch the folder again")
+    return found
