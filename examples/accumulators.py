@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitfold.architectures.vit import vit
+from vitfold.artifacts.bundle import QUANTIZERS, open_bundle
 from vitfold.bench.environment import environment
-from vitfold.bundle import QUANTIZERS, open_bundle
+from vitfold.bench.reference import reference_from_origin
 from vitfold.images import batches, find_images
 from vitfold.ops.simulate import Simulate
 from vitfold.pipeline import calibrate_folded, optimize, recorded_images
-from vitfold.programs.vit import vit
 from vitfold.quantizer import Quantizer, Uniform, load_quant_params
-from vitfold.reference import reference_from_origin
 
 LARGEST_HALF = 65504
 IMAGES = 64

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 
 from vitfold import find_images, load
+from vitfold.architectures.tokens import Tokens
+from vitfold.architectures.vit import embed, head, pool, transformer_block
 from vitfold.bench.classes import class_targets
 from vitfold.bench.environment import environment
 from vitfold.bench.statistics import paired_drop
@@ -26,8 +28,6 @@ from vitfold.images import batches
 from vitfold.model import Model, ViTSpec
 from vitfold.ops.run import Run
 from vitfold.pipeline import count_costs
-from vitfold.programs.tokens import Tokens
-from vitfold.programs.vit import embed, head, pool, transformer_block
 from vitfold.recipe import MergeRecipe, largest_r
 
 BUDGETS = (2, 3, 4, 5, 6)

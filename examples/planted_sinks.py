@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import vitfold
+from vitfold.architectures.vit import vit
 from vitfold.images import batches
 from vitfold.ops.run import Run
-from vitfold.programs.vit import vit
 
 WIDTH, DEPTH, HEADS, MLP, IMAGE, PATCH = 192, 8, 6, 768, 128, 16
 PATCHES = (IMAGE // PATCH) ** 2

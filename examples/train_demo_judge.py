@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from train_demo_dit import CLASSES, SIZE, read_images
 
 from vitfold.bench.pictures import moments
+from vitfold.diffusion.judge import Judge, features
 from vitfold.model import Array
-from vitfold.pipeline.judging import Judge, features
 from vitfold.sources import load_source
 from vitfold.sources.dit import REAL
 

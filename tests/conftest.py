@@ -104,8 +104,8 @@ def run_torch() -> Callable[..., Array]:
     """The reference: `run_torch(model, images, r, prop_attn)` executes the program with `Run`."""
     import torch
 
+    from vitfold.architectures.vit import vit
     from vitfold.ops.run import Run
-    from vitfold.programs.vit import vit
 
     def run(model: Model, images: Array, r: Sequence[int] = (), *, prop_attn: bool = True) -> Array:
         recipe = MergeRecipe(r=tuple(r), prop_attn=prop_attn)

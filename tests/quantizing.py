@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from onnxruntime import InferenceSession
 
+from vitfold.architectures.sinks import PREFIX_ROWS, SINK_ROWS
+from vitfold.architectures.vit import vit
 from vitfold.engines.exactness import find_execution
 from vitfold.engines.onnxruntime import session_options
 from vitfold.engines.session import PLAIN
@@ -17,8 +19,6 @@ from vitfold.model import Array, Model
 from vitfold.ops.emit import INPUT_NAME
 from vitfold.ops.run import Run
 from vitfold.products import Product, products_of
-from vitfold.programs.sinks import PREFIX_ROWS, SINK_ROWS
-from vitfold.programs.vit import vit
 from vitfold.quantizer import Quantizer, Twin, Uniform
 from vitfold.recipe import MergeRecipe
 from vitfold.target import Target

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitfold.cache import key_of
+from vitfold.artifacts.cache import key_of
 from vitfold.quant import Scheme, find_method
 from vitfold.quant.collect import samples_key
 from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe, RegistersRecipe

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vitfold.bundle import Bundle, open_bundle
+from vitfold.artifacts.bundle import Bundle, open_bundle
 from vitfold.errors import (
     BundleError,
     EngineError,
@@ -23,9 +23,9 @@ from vitfold.errors import (
 from vitfold.images import ImageSet, find_images
 from vitfold.model import Model, Preprocess, ViTSpec
 from vitfold.pipeline import Folded, optimize, read_recipe, save
-from vitfold.predictor import Prediction, Predictor
-from vitfold.predictor import open_predictor as open
 from vitfold.recipe import MergeRecipe, Recipe
+from vitfold.serve.predictor import Prediction, Predictor
+from vitfold.serve.predictor import open_predictor as open
 from vitfold.version import __version__
 
 if TYPE_CHECKING:

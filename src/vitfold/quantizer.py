@@ -23,10 +23,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from vitfold.checked import Range, entry, parse_json, section
 from vitfold.errors import BundleError
 from vitfold.model import Array
-from vitfold.ordinary import check_ordinary
+from vitfold.storage.checked import Range, entry, parse_json, section
+from vitfold.storage.ordinary import check_ordinary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

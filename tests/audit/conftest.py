@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vitfold.architectures.vit import vit
 from vitfold.model import Model
 from vitfold.ops.emit import emit_graph, write_onnx
-from vitfold.programs.vit import vit
 from vitfold.quant.sites import find_sites
 from vitfold.quantizer import Float8, Quantizer, Uniform
 from vitfold.recipe import MergeRecipe

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from invoking import error, run
 
-from vitfold import peers
+from vitfold.bench import peers
 from vitfold.bench.environment import installed_version
 from vitfold.cli.compare import TIMED
 

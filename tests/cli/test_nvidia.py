@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from invoking import error, run, run_json
 
-from vitfold.bundle import open_bundle
+from vitfold.artifacts.bundle import open_bundle
 
 pytest.importorskip("tensorrt_rtx", reason="NVIDIA's compiler is not installed: pip install 'vitfold[audit]'")
 

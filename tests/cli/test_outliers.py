@@ -11,7 +11,7 @@ import pytest
 from invoking import DEMO, error, run, run_json
 from PIL import Image
 
-from vitfold.bundle import open_bundle
+from vitfold.artifacts.bundle import open_bundle
 from vitfold.recipe import RegistersRecipe
 
 EXPLICIT = """

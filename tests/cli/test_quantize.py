@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from vitfold import pipeline
-from vitfold.bundle import open_bundle
+from vitfold.artifacts.bundle import open_bundle
 from vitfold.quantizer import load_quant_params
 
 QUICK = ("--method", "minmax", "--calibration-size", "8")

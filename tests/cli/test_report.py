@@ -11,8 +11,8 @@ import pytest
 from invoking import DEMO, error, run
 
 from diffusing import write_folder
+from vitfold.artifacts.bundle import open_bundle
 from vitfold.bench import environment
-from vitfold.bundle import open_bundle
 
 pytest.importorskip("plotly")
 pytest.importorskip("jinja2")

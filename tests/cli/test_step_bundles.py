@@ -91,7 +91,7 @@ def test_what_is_in_a_bundle(stack: Path) -> None:
 
 
 def test_a_search_writes_the_winner(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vitfold.pipeline import step_search
+    from vitfold.diffusion import search as step_search
 
     monkeypatch.setattr(step_search, "CANDIDATES", ("stack:2",))
     monkeypatch.setattr(step_search, "SOLVED", (0.8,))

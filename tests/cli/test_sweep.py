@@ -11,8 +11,8 @@ import pytest
 from invoking import ROOT, error, run, run_json
 
 from specs import vit_base
+from vitfold.artifacts.bundle import open_bundle
 from vitfold.bench.timing import Protocol
-from vitfold.bundle import open_bundle
 from vitfold.cli.sweep import _planned
 from vitfold.engines import quantized_cpu_target
 from vitfold.pipeline import search, trial

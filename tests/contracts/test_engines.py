@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from vitfold import pipeline
+from vitfold.artifacts.bundle import Bundle
 from vitfold.bench.environment import installed_version
-from vitfold.bundle import Bundle
 from vitfold.engines import ENGINES, TENSORRT, Session, open_session, tensorrt_obstacle
 from vitfold.errors import EngineError
 from vitfold.model import Array, Model

@@ -13,8 +13,8 @@ import onnx
 import pytest
 
 from vitfold import pipeline
+from vitfold.artifacts.bundle import Bundle
 from vitfold.bench.environment import installed_version
-from vitfold.bundle import Bundle
 from vitfold.engines import exactness, open_session
 from vitfold.engines.exactness import ENGINES, SWITCH, exact_execution, find_execution, is_exact
 from vitfold.engines.session import FLOATING, PLAIN, WIDE

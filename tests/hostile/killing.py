@@ -46,7 +46,7 @@ LONGEST_S = 240.0
 
 def graphs(path: Path) -> dict[str, str]:
     """Check a bundle and return the digests of its files."""
-    from vitfold.sealed import check_files, read_header
+    from vitfold.artifacts.sealed import check_files, read_header
 
     header = read_header(path)
     check_files(path, header, ["recipe.toml"] if "kind" not in header.values else [])
@@ -55,7 +55,7 @@ def graphs(path: Path) -> dict[str, str]:
 
 def rows(path: Path) -> list[dict[str, Any]]:
     """Return what is deterministic of a sweep's rows; each recipe has one, and its bundle is whole."""
-    from vitfold.journal import read_rows
+    from vitfold.artifacts.journal import read_rows
 
     found = read_rows(path / "rows.jsonl")
     names = [row["recipe"] for row in found]
@@ -210,9 +210,9 @@ def use(path: Path) -> None:
     """Open a bundle and run it."""
     from PIL import Image
 
-    from vitfold.pipeline.opening import open_steps
-    from vitfold.predictor import open_predictor
-    from vitfold.step_bundle import holds_steps, open_step_bundle
+    from vitfold.artifacts.step_bundle import holds_steps, open_step_bundle
+    from vitfold.diffusion.opening import open_steps
+    from vitfold.serve.predictor import open_predictor
 
     if holds_steps(path):
         open_steps(open_step_bundle(path), 1).close()
@@ -310,7 +310,7 @@ def main() -> None:
                 kills += found.startswith("killed")
                 counts[scene.name][found.partition(":")[0]] += 1
             print(f"{scene.name}: {json.dumps(counts[scene.name])}", flush=True)
-        from vitfold.cache import cache_entries, clear_cache
+        from vitfold.artifacts.cache import cache_entries, clear_cache
 
         entries = cache_entries()
         print(f"cache: {len(entries)} entries, {sum(e.path.suffix == '.partial' for e in entries)} of them partial")
@@ -355,10 +355,10 @@ def warm() -> None:
     import timm  # noqa: F401
 
     import vitfold.cli.app
+    import vitfold.diffusion.search
+    import vitfold.diffusion.writing
     import vitfold.engines.simulation
     import vitfold.pipeline.search
-    import vitfold.pipeline.step_search
-    import vitfold.pipeline.step_writing
     import vitfold.pipeline.sweep
     import vitfold.sources
 

@@ -107,10 +107,10 @@ def build_steps(path: Path) -> None:
     import diffusers  # noqa: F401
 
     from diffusing import build_tiny_dit
-    from vitfold.pipeline.opening import compress
-    from vitfold.pipeline.step_writing import save_steps
-    from vitfold.reuse import find_method
-    from vitfold.step_bundle import StepPlan
+    from vitfold.artifacts.step_bundle import StepPlan
+    from vitfold.diffusion import find_method
+    from vitfold.diffusion.opening import compress
+    from vitfold.diffusion.writing import save_steps
 
     model = build_tiny_dit()
     plan = StepPlan(reuse="stack:2", steps=4, sampler="ddim", guidance=1.5)
@@ -423,7 +423,7 @@ def hostile_tensors(draw: random.Random, work: Path, _: list[Path]) -> str:
 
 def use(path: Path) -> None:
     """Open a bundle, run it once, print what it is."""
-    from vitfold.step_bundle import holds_steps
+    from vitfold.artifacts.step_bundle import holds_steps
 
     if holds_steps(path):
         use_steps(path)
@@ -431,10 +431,10 @@ def use(path: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    from vitfold.bundle import open_bundle
+    from vitfold.artifacts.bundle import open_bundle
     from vitfold.engines import open_session
     from vitfold.errors import EngineError
-    from vitfold.predictor import Predictor
+    from vitfold.serve.predictor import Predictor
 
     bundle = open_bundle(path)
     if bundle.manifest.target["engine"] == "tensorrt":  # there is no GPU: what is checked is that it says so
@@ -453,9 +453,9 @@ def use(path: Path) -> None:
 
 
 def use_steps(path: Path) -> None:
-    from vitfold.pipeline.diffusion import Asked, check_asked, draw
-    from vitfold.pipeline.opening import method_of, open_steps
-    from vitfold.step_bundle import open_step_bundle
+    from vitfold.artifacts.step_bundle import open_step_bundle
+    from vitfold.diffusion.compare import Asked, check_asked, draw
+    from vitfold.diffusion.opening import method_of, open_steps
 
     bundle = open_step_bundle(path)
     manifest = bundle.manifest
@@ -596,10 +596,10 @@ def make_seeds(folder: Path) -> None:
 
 def warm() -> None:
     """Import what children need, once."""
+    import vitfold.diffusion.bench
+    import vitfold.diffusion.opening
     import vitfold.engines.simulation
-    import vitfold.pipeline.opening
-    import vitfold.pipeline.step_bench
-    import vitfold.predictor  # noqa: F401
+    import vitfold.serve.predictor  # noqa: F401
 
 
 def main() -> None:

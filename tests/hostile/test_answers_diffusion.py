@@ -12,13 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 from diffusing import SCHEDULE, build_tiny_dit, write_folder
+from vitfold.artifacts.step_bundle import StepPlan
 from vitfold.cli.app import app
+from vitfold.diffusion import find_method
+from vitfold.diffusion.opening import compress
+from vitfold.diffusion.writing import save_steps
 from vitfold.errors import SourceError
 from vitfold.model.schedule import OWN, REPLACED, own_sampler
-from vitfold.pipeline.opening import compress
-from vitfold.pipeline.step_writing import save_steps
-from vitfold.reuse import find_method
-from vitfold.step_bundle import StepPlan
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 QUICK = ("--steps", "5", "--trials", "1", "--engine", "torch")

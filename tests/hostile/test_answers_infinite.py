@@ -13,11 +13,11 @@ import pytest
 from vitfold import pipeline
 from vitfold.bench.comparison import Subject, compare
 from vitfold.bench.evaluation import finite_outputs, run_over
+from vitfold.bench.reference import Reference, reference_outputs
 from vitfold.engines import Session, open_graph
 from vitfold.errors import EngineError
 from vitfold.model import Model
 from vitfold.pipeline.writing import write_graph
-from vitfold.reference import Reference, reference_outputs
 
 
 @pytest.fixture

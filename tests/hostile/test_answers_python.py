@@ -14,7 +14,7 @@ from PIL import Image
 import vitfold
 from vitfold import pipeline
 from vitfold.errors import VitfoldError
-from vitfold.predictor import Prediction, Predictor
+from vitfold.serve.predictor import Prediction, Predictor
 
 PHOTO = Image.new("RGB", (40, 40), 90)
 LOGITS = Prediction(output=np.arange(4, dtype=np.float32), labels=None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vitfold.cache import (
+from vitfold.artifacts.cache import (
     MARK,
     cache_entries,
     cache_folder,
@@ -18,8 +18,8 @@ from vitfold.cache import (
     find_file,
     keep_bytes,
 )
+from vitfold.artifacts.journal import ROWS, alone
 from vitfold.cli.app import app
-from vitfold.journal import ROWS, alone
 
 KEY, OTHER = "ab" * 32, "cd" * 32
 
@@ -115,7 +115,7 @@ def test_a_folder_that_a_command_works_in_stays(own_cache: Path) -> None:
 def test_a_killed_writer_leaves_what_is_removed_later(own_cache: Path) -> None:
     script = (
         "import os, signal\n"
-        "from vitfold.cache import keep_file\n"
+        "from vitfold.artifacts.cache import keep_file\n"
         f"keep_file('reference', {KEY!r}, lambda p: (p.write_bytes(b'half'), os.kill(os.getpid(), signal.SIGKILL)))\n"
     )
     done = subprocess.run(

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from vitfold.bundle import open_bundle
+from vitfold.artifacts.bundle import open_bundle
 from vitfold.cli.app import app
 from vitfold.cores import most_threads
 

@@ -20,11 +20,11 @@ sys.path.append(str(HERE))
 
 import mutating  # noqa: E402
 
-from vitfold.bundle import open_bundle  # noqa: E402
+from vitfold.artifacts.bundle import open_bundle  # noqa: E402
+from vitfold.artifacts.step_bundle import open_step_bundle  # noqa: E402
 from vitfold.errors import BundleError, VitfoldError  # noqa: E402
 from vitfold.model import Model  # noqa: E402
-from vitfold.predictor import open_predictor  # noqa: E402
-from vitfold.step_bundle import open_step_bundle  # noqa: E402
+from vitfold.serve.predictor import open_predictor  # noqa: E402
 
 SAMPLE = 350
 
@@ -305,7 +305,7 @@ def test_tensors_that_are_none(seeds: Path, tmp_path: Path, name: str, content: 
 
 def test_steps_of_another_graph_are_noticed_on_opening(seeds: Path, tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="diffusers is not installed")
-    from vitfold.pipeline.opening import open_steps
+    from vitfold.diffusion.opening import open_steps
 
     work = tmp_path / "a.fold"
     shutil.copytree(seeds / "steps.fold", work)

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from vitfold.artifacts.journal import append_row, read_rows
+from vitfold.artifacts.sealed import MANIFEST, check_files, read_header, reserve_bundle, seal
 from vitfold.cli.app import app
 from vitfold.errors import BundleError, JournalError
-from vitfold.journal import append_row, read_rows
-from vitfold.locks import sign, try_lock
-from vitfold.ordinary import write_whole
-from vitfold.placing import check_space, two_renames
-from vitfold.sealed import MANIFEST, check_files, read_header, reserve_bundle, seal
-from vitfold.workshop import WRITER, leftovers, workshop_of
+from vitfold.storage.locks import sign, try_lock
+from vitfold.storage.ordinary import write_whole
+from vitfold.storage.placing import check_space, two_renames
+from vitfold.storage.workshop import WRITER, leftovers, workshop_of
 
 
 def fill(content: bytes = b"weights") -> Callable[[Path], dict[str, Any]]:
@@ -83,7 +83,11 @@ STANDING = (
     ("a list", folder_with(manifest_json="[]"), "is another program's"),
     ("half a manifest", folder_with(manifest_json='{"format": "vitfold.bun'), "cannot be read, so it is not known"),
     ("no text", folder_with(manifest_json="\udcff".encode(errors="replace").decode() + "\0"), "cannot be read"),
-    ("no list of files", folder_with(manifest_json='{"format": "vitfold.bundle"}'), "does not say which files are"),
+    (
+        "no list of files",
+        folder_with(manifest_json='{"format": "vitfold.bundle"}'),
+        "does not say which files are",
+    ),
     ("a manifest that is a pipe", with_manifest_pipe, "cannot be read, so it is not known to be a bundle"),
     ("a bundle with a pipe in it", with_pipe, "is neither a file nor a folder; move it elsewhere"),
 )
@@ -201,9 +205,9 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 WRITER_SCRIPT = """
     import os, signal, sys, time
     from pathlib import Path
-    from vitfold.placing import two_renames
-    from vitfold.sealed import reserve_bundle, seal
-    import vitfold.placing as placing
+    from vitfold.storage.placing import two_renames
+    from vitfold.artifacts.sealed import reserve_bundle, seal
+    import vitfold.storage.placing as placing
 
     def write(folder):
         (folder / "model.onnx").write_bytes(b"second")
@@ -332,7 +336,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     script = (
         "import os, pathlib, signal\n"
         "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "from vitfold.ordinary import write_whole\n"
+        "from vitfold.storage.ordinary import write_whole\n"
         f"write_whole(pathlib.Path({str(path)!r}), b'second')\n"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL

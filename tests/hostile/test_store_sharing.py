@@ -21,8 +21,8 @@ from vitfold.cores import most_threads
 from vitfold.engines import open_graph, open_session
 from vitfold.errors import BundleError, EngineError, VitfoldError
 from vitfold.model import Array, Model
-from vitfold.predictor import Predictor, open_predictor
 from vitfold.recipe import quant_from_scheme
+from vitfold.serve.predictor import Predictor, open_predictor
 
 THREADS = 8
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from vitfold.architectures.vit import vit
 from vitfold.model import ViTSpec, param_shapes
 from vitfold.ops.count import Count, integer_work
 from vitfold.ops.run import Run
-from vitfold.programs.vit import vit
 from vitfold.quantizer import Quantizer, Twin, Uniform
 from vitfold.recipe import MergeRecipe, tokens_per_block
 from vitfold.schedule import resolve_r

@@ -15,12 +15,12 @@ import onnxruntime
 import pytest
 import torch
 
+from vitfold.architectures.vit import vit
 from vitfold.model import Array, Model, param_shapes
 from vitfold.ops.count import Count
 from vitfold.ops.emit import INPUT_NAME, MICROSOFT, SITE_KEY, emit_graph, write_onnx
 from vitfold.ops.emit import graph as emission
 from vitfold.ops.run import Run
-from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe, largest_r, tokens_per_block
 from vitfold.target import TARGETS, Target
 

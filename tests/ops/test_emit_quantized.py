@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from quantizing import Ranges, affine, per_channel, products_in, quantized, run_exactly, single, symmetric, twin_sign
+from vitfold.architectures.tokens import Tokens
+from vitfold.architectures.vit import transformer_block, vit
 from vitfold.engines.exactness import exact_execution, find_execution
 from vitfold.engines.onnxruntime import session_options
 from vitfold.engines.session import WIDE
@@ -26,8 +28,6 @@ from vitfold.ops.count import integer_work
 from vitfold.ops.emit import SITE_KEY, emit_graph, write_onnx
 from vitfold.ops.emit.codes import place, place_weight
 from vitfold.ops.simulate import Simulate
-from vitfold.programs.tokens import Tokens
-from vitfold.programs.vit import transformer_block, vit
 from vitfold.quantizer import Log, Quantizer, QuantParams, Shifted, Twin, Uniform
 from vitfold.recipe import MergeRecipe
 from vitfold.target import TARGETS as KNOWN

@@ -16,12 +16,12 @@ from onnx import numpy_helper
 
 from oracles import reordered as oracle
 from quantizing import quantized, symmetric
+from vitfold.architectures.tokens import Tokens
+from vitfold.architectures.vit import transformer_block
 from vitfold.errors import TargetError
 from vitfold.model import Array, Model
 from vitfold.ops.emit import INPUT_NAME, SITE_KEY, emit_graph, write_onnx
 from vitfold.ops.emit.reordered import dyadic
-from vitfold.programs.tokens import Tokens
-from vitfold.programs.vit import transformer_block
 from vitfold.quantizer import Quantizer
 from vitfold.recipe import MergeRecipe
 from vitfold.target import TARGETS

@@ -19,10 +19,10 @@ from test_emit_quantized import (
 
 from quantizing import single
 from sinking import REMEDIES, with_sinks
+from vitfold.architectures.vit import vit
 from vitfold.ops.count import Count
 from vitfold.ops.emit import INPUT_NAME, emit_graph, write_onnx
 from vitfold.ops.run import Run
-from vitfold.programs.vit import vit
 from vitfold.quantizer import QuantParams
 from vitfold.recipe import MergeRecipe
 from vitfold.target import find_target

@@ -10,11 +10,11 @@ import torch
 
 from quantizing import quantized
 from vitfold import pipeline
+from vitfold.architectures.vit import vit
 from vitfold.errors import EngineError, TargetError
 from vitfold.ops.half import LARGEST, Half
 from vitfold.ops.run import Run
 from vitfold.pipeline.verifying import IMAGES
-from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe
 
 

@@ -67,7 +67,7 @@ def test_a_nameless_node_counts_to_the_one_behind_it() -> None:
 
 
 def test_every_counted_product_has_a_kind(tiny_model) -> None:
-    from vitfold.programs.vit import vit
+    from vitfold.architectures.vit import vit
     from vitfold.recipe import MergeRecipe
 
     model = tiny_model(pool="token")

@@ -12,6 +12,8 @@ import torch
 
 from diffusing import build_tiny_dit
 from sinking import REMEDIES, with_sinks
+from vitfold.architectures.vit import vit
+from vitfold.diffusion.parts import parts
 from vitfold.errors import ProgramError
 from vitfold.ops.count import Count
 from vitfold.ops.emit import emit_graph, write_onnx
@@ -19,8 +21,6 @@ from vitfold.ops.protocol import Ops, Port
 from vitfold.ops.run import Run
 from vitfold.program import VOCABULARY, Literal, Program, Ref, program_from_dict, replay, trace
 from vitfold.program.queries import attention_of, blocks_of, linears_of, norm_before
-from vitfold.programs.dit_parts import parts
-from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe
 from vitfold.target import TARGETS
 

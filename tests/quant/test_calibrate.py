@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from quantizing import run_exactly, single
-from vitfold.cache import cache_folder
+from vitfold.architectures.vit import vit
+from vitfold.artifacts.cache import cache_folder
 from vitfold.errors import CalibrationError, RecipeError
 from vitfold.images import ImageSet, batches, find_images
 from vitfold.model import Array, Model
@@ -22,7 +23,6 @@ from vitfold.ops.emit import emit_graph, write_onnx
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate, fake_quantize
 from vitfold.pipeline.calibration import scheme_of
-from vitfold.programs.vit import vit
 from vitfold.quant import METHODS, Calibrated, Scheme, calibrate, find_method
 from vitfold.quant.sites import find_sites
 from vitfold.quantizer import Float8, Log, Twin, Uniform

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vitfold.cache import cache_folder
+from vitfold.architectures.vit import vit
+from vitfold.artifacts.cache import cache_folder
 from vitfold.errors import CalibrationError
 from vitfold.images import ImageSet, batches, find_images
 from vitfold.model import Model
 from vitfold.ops.record import Record
-from vitfold.programs.vit import vit
 from vitfold.quant import calibrate
 from vitfold.quant.collect import Samples, collect
 from vitfold.quant.sites import find_sites

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from vitfold.architectures.vit import vit
 from vitfold.errors import RecipeError
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate, fake_quantize
-from vitfold.programs.vit import vit
 from vitfold.quant import METHODS, Method, Scheme, calibrate, find_method
 from vitfold.quant.attention import search_attention
 from vitfold.quant.collect import AttentionSamples, LinearSamples

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from quantizing import affine, per_channel, single
+from vitfold.architectures.tokens import Tokens
+from vitfold.architectures.vit import mlp, vit
 from vitfold.ops.emit import INPUT_NAME, emit_graph, write_onnx
 from vitfold.ops.simulate import Simulate
-from vitfold.programs.tokens import Tokens
-from vitfold.programs.vit import mlp, vit
 from vitfold.quant import METHODS
 from vitfold.quant.collect import collect
 from vitfold.quant.equalize import equalize_norm, equalize_values

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from quantizing import affine
+from vitfold.architectures.vit import vit
 from vitfold.images import ImageSet, batches
 from vitfold.ops.simulate import Simulate, fake_quantize
-from vitfold.programs.vit import vit
 from vitfold.quant import METHODS
 from vitfold.quant.moments import collect_moments, round_weights
 from vitfold.quant.ranges import symmetric_uniform

@@ -24,12 +24,12 @@ from onnx import numpy_helper
 from diffusing import build_tiny_dit
 from quantizing import affine, per_channel, symmetric
 from sinking import with_sinks
+from vitfold.architectures.deployed import deployed_program
+from vitfold.diffusion.parts import parts
 from vitfold.model import Array, Model
 from vitfold.model.folds import fold_layer_scale
 from vitfold.ops.emit import emit_graph, emit_ports, write_onnx
 from vitfold.program import replay
-from vitfold.programs.deployed import deployed_program
-from vitfold.programs.dit_parts import parts
 from vitfold.quant.sites import find_sites
 from vitfold.quantizer import Quantizer
 from vitfold.recipe import MergeRecipe

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from vitfold import pipeline
+from vitfold.architectures.vit import vit
 from vitfold.errors import RecipeError
 from vitfold.images import batches
 from vitfold.ops.record import Record
 from vitfold.ops.run import Run
-from vitfold.programs.vit import vit
 from vitfold.quant import Progress
 from vitfold.recipe import MergeRecipe, QuantRecipe, RegistersRecipe, tokens_per_block
 from vitfold.registers import REMEDIES, curate, fold_registers, measure_norms, measure_remedies

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from diffusing import build_module, write_folder
+from vitfold.architectures.dit import dit
 from vitfold.errors import SourceError
 from vitfold.model.dit import class_rows, timestep_waves
 from vitfold.ops.run import Run
-from vitfold.programs.dit import dit
 from vitfold.sources.dit import load_dit
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from zoo import CONTRACT, randomize
 
+from vitfold.architectures.vit import vit
 from vitfold.errors import ParityError, SourceError
 from vitfold.ops.run import Run
-from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe
 from vitfold.sources import adapt
 from vitfold.sources import open_clip as clip_source

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from sinking import REMEDIES, with_sinks
+from vitfold.architectures.vit import vit
 from vitfold.ops.count import Count
 from vitfold.ops.protocol import Port
 from vitfold.ops.run import Run
 from vitfold.program import Program, replay, trace
-from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe
 from vitfold.transforms import without_dead_nodes, without_dead_rows
 

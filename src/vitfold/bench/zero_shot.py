@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from vitfold.bench.evaluation import Outputs
 from vitfold.errors import VitfoldError
-from vitfold.ordinary import check_ordinary
+from vitfold.storage.ordinary import check_ordinary
 
 SUFFIXES = (".npy", ".safetensors")
 

@@ -65,8 +65,8 @@ def audit(
 
 
 def _audit(path: Path, gpu: str, batch: int) -> Audit:
+    from vitfold.artifacts.bundle import open_bundle
     from vitfold.audit.audit import audit_graph
-    from vitfold.bundle import open_bundle
     from vitfold.errors import BundleError
 
     if path.is_file():

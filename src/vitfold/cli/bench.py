@@ -15,7 +15,7 @@ from vitfold.cli.drawing import Asking, draw_bundles
 from vitfold.cli.making import given_images, judged_images, say_busy, turned
 from vitfold.cli.terminal import command, counting, note, out, print_json, skipped, steps, write_json
 from vitfold.errors import VitfoldError
-from vitfold.ordinary import read_text
+from vitfold.storage.ordinary import read_text
 
 
 @command
@@ -61,7 +61,7 @@ def bench(
     json: options.Json = False,
 ) -> None:
     """Time bundles, engine only and end to end, each with its fidelity; bundles of steps by drawing images."""
-    from vitfold.step_bundle import holds_steps
+    from vitfold.artifacts.step_bundle import holds_steps
 
     if any(holds_steps(path) for path in bundles):
         if any((images, peers, calibration_images, keep_peers, baseline, reference, engine, seconds)):
@@ -71,12 +71,12 @@ def bench(
             )
         _bench_steps(bundles, batch or 8, trials or 5, threads, output, json=json)
         return
+    from vitfold.artifacts.bundle import open_bundle
     from vitfold.bench.comparison import compare, raw_samples
     from vitfold.bench.environment import environment
+    from vitfold.bench.peers import CALIBRATED, check_peers
     from vitfold.bench.timing import PROTOCOLS
-    from vitfold.bundle import open_bundle
-    from vitfold.peers import CALIBRATED, check_peers
-    from vitfold.subjects import Lineup
+    from vitfold.pipeline.subjects import Lineup
 
     names = [name.strip() for name in (peers or "").split(",") if name.strip()]
     check_peers(names, calibrated=calibration_images is not None)
@@ -152,8 +152,8 @@ def _bench_steps(
     bundles: list[Path], batch: int, trials: int, threads: int | None, output: Path | None, *, json: bool
 ) -> None:
     """Draw one batch by every bundle; a model of latents is not decoded."""
+    from vitfold.artifacts.step_bundle import open_step_bundle
     from vitfold.report.tables import diffusion_table
-    from vitfold.step_bundle import open_step_bundle
 
     latent = open_step_bundle(bundles[0]).manifest.latent
     asking = Asking(classes="all", count=batch, batch=batch, threads=threads, trials=trials, latents=latent)

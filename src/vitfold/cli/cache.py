@@ -23,7 +23,7 @@ def cache(
     """
     from rich.table import Table
 
-    from vitfold.cache import LIMIT, cache_entries, cache_folder, cache_limit, clear_cache
+    from vitfold.artifacts.cache import LIMIT, cache_entries, cache_folder, cache_limit, clear_cache
 
     limit = cache_limit()
     freed = clear_cache() if clear else 0

@@ -62,7 +62,7 @@ def missing_peers(names: list[str], *, calibrated: bool) -> dict[str, str]:
     Raises:
         EngineError: for a name that is not a peer.
     """
-    from vitfold.peers import PEERS, check_peers
+    from vitfold.bench.peers import PEERS, check_peers
 
     missing = {}
     for name in names:

@@ -35,12 +35,12 @@ def demo(
     """Merge and quantize the bundled CIFAR-10 model at several r, and show speed beside accuracy."""
     require_optimize()
     from vitfold import pipeline
+    from vitfold.artifacts.bundle import Bundle
     from vitfold.bench.comparison import compare, raw_samples
     from vitfold.bench.environment import environment
-    from vitfold.bundle import Bundle
     from vitfold.images import find_images
+    from vitfold.pipeline.subjects import Lineup
     from vitfold.sources import demo_folder, load_source
-    from vitfold.subjects import Lineup
 
     merges = ["none", *(r.strip() for r in merge.split(",") if r.strip() not in ("", "0", "none"))]
     wanted = quant_recipe(quant, None, CALIBRATION_IMAGES, 0)

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from vitfold.artifacts.sealed import MANIFEST
+from vitfold.artifacts.step_bundle import open_step_bundle
 from vitfold.cli import options
 from vitfold.cli.drawing import Asking, Drawing, default_judge, document, draw_bundles, open_features
 from vitfold.cli.making import require_optimize, say_busy
 from vitfold.cli.terminal import command, note, out, print_json, quiet_stdout, steps
-from vitfold.sealed import MANIFEST
 from vitfold.sources.dit import REAL
-from vitfold.step_bundle import open_step_bundle
 
 if TYPE_CHECKING:
-    from vitfold.pipeline.judging import Judge
+    from vitfold.diffusion.judge import Judge
 
 AUTO = "auto"
 
@@ -144,9 +144,10 @@ def _draw_model(
     source: str, asking: Asking, how: _How, judge: Judge | None, features: str | None, say: Callable[[str], None]
 ) -> Drawing:
     from vitfold.bench.environment import environment
-    from vitfold.pipeline import diffusion, step_search
-    from vitfold.pipeline.opening import compress
-    from vitfold.reuse import find_method
+    from vitfold.diffusion import compare as comparing
+    from vitfold.diffusion import find_method
+    from vitfold.diffusion import search as searching
+    from vitfold.diffusion.opening import compress
     from vitfold.sources.dit import load_dit
 
     words = [word.strip() for word in (how.reuse or "none").split(",") if word.strip()]
@@ -156,19 +157,19 @@ def _draw_model(
     model = load_dit(source, heads=how.heads)
     decode = asking.decoder(model)
     asked = asking.asked(model)
-    diffusion.check_asked(model, asked)
+    comparing.check_asked(model, asked)
     if how.merge or how.quant != "none":
         say("compressing")
     compression = compress(model, r=how.merge, quant=how.quant, steps=asked.steps, guidance=asked.guidance)
     chosen = None
     if AUTO in words:
         few = replace(asked, labels=asked.labels[: asked.batch])
-        bounds = step_search.Bounds(min_psnr_db=how.min_psnr)
-        setup = step_search.Setup(engine=how.engine, threads=asking.threads, decode=decode, say=say)
-        tried = step_search.screen(model, few, bounds, [compression], setup, fewer=False)
-        chosen = step_search.fastest_method(tried, bounds)
+        bounds = searching.Bounds(min_psnr_db=how.min_psnr)
+        setup = searching.Setup(engine=how.engine, threads=asking.threads, decode=decode, say=say)
+        tried = searching.screen(model, few, bounds, [compression], setup, fewer=False)
+        chosen = searching.fastest_method(tried, bounds)
         methods.append(chosen)
-    rows = diffusion.diffuse(
+    rows = comparing.diffuse(
         model,
         methods,
         asked,

@@ -15,7 +15,7 @@ from vitfold.cli import options
 from vitfold.cli.terminal import command, heading, note, out, print_json, steps
 
 if TYPE_CHECKING:
-    from vitfold.workshop import Leftover
+    from vitfold.storage.workshop import Leftover
 
 _PARTS = (
     ("onnxruntime", "onnxruntime", "runs bundles", "vitfold"),
@@ -44,11 +44,11 @@ _ALSO = {
 @command
 def doctor(as_json: options.Json = False) -> None:
     """Say what is installed, which instruction sets the processor has, and how to mend what is missing."""
+    from vitfold.artifacts.cache import cache_entries, cache_folder, cache_limit
     from vitfold.bench.environment import environment
-    from vitfold.cache import cache_entries, cache_folder, cache_limit
+    from vitfold.storage.workshop import leftovers
     from vitfold.target import TARGETS
     from vitfold.version import __version__
-    from vitfold.workshop import leftovers
 
     facts = environment()
     parts: list[dict[str, Any]] = []

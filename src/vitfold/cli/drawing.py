@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitfold.artifacts.sealed import MANIFEST, read_header
 from vitfold.cli.terminal import note, write_json
 from vitfold.errors import RecipeError, SourceError, VitfoldError, nearest
-from vitfold.sealed import MANIFEST, read_header
 from vitfold.sources.dit import REAL, judge_folder
 
 if TYPE_CHECKING:
+    from vitfold.artifacts.step_bundle import StepPlan
+    from vitfold.diffusion import Method
+    from vitfold.diffusion.compare import Asked, Row
+    from vitfold.diffusion.judge import Judge
     from vitfold.model import Array, Drawn
-    from vitfold.pipeline.diffusion import Asked, Row
-    from vitfold.pipeline.judging import Judge
-    from vitfold.reuse import Method
-    from vitfold.step_bundle import StepPlan
 
 STEPS, GUIDANCE = 50, 1.5  # the guidance by which the paper measures DiT-XL
 
@@ -47,7 +47,7 @@ class Asking:
             SourceError: if a class has no such name.
             RecipeError: if a number is out of range, or a plan was chosen for another sampler.
         """
-        from vitfold.pipeline.diffusion import Asked
+        from vitfold.diffusion.compare import Asked
 
         return Asked(
             labels=read_classes(self.classes, self.count, model),
@@ -60,8 +60,8 @@ class Asking:
 
     def _sampler(self, model: Drawn, plan: StepPlan | None) -> str:
         """The sampler asked for, else the bundle's, else the folder's own; say where that one is replaced."""
+        from vitfold.diffusion import find_method
         from vitfold.model.schedule import own_sampler
-        from vitfold.reuse import find_method
 
         if plan is not None:
             if self.sampler is not None and self.sampler != plan.sampler and not find_method(plan.reuse).reuses:
@@ -171,7 +171,7 @@ def open_features(source: str, real: Path, say: Callable[[str], None]) -> Judge:
         SourceError: if the model cannot be loaded.
         ImageError: if there are too few real images, or one cannot be read.
     """
-    from vitfold.pipeline.judging import open_judge
+    from vitfold.diffusion.judge import open_judge
     from vitfold.sources import load_source
 
     say(f"features of real images by {source}")
@@ -190,9 +190,9 @@ def draw_bundles(
     Raises:
         BundleError: if one cannot be opened, or they are not of one model.
     """
+    from vitfold.artifacts.step_bundle import open_step_bundle
     from vitfold.bench.environment import environment
-    from vitfold.pipeline.step_bench import bench_steps
-    from vitfold.step_bundle import open_step_bundle
+    from vitfold.diffusion.bench import bench_steps
 
     before = environment()
     bundles = [open_step_bundle(path) for path in paths]

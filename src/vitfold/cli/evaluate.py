@@ -12,7 +12,7 @@ from vitfold.cli import options
 from vitfold.cli.making import given_images, judged_images, turned
 from vitfold.cli.terminal import command, counting, heading, note, out, print_json
 from vitfold.errors import GateError, VitfoldError
-from vitfold.ordinary import read_text
+from vitfold.storage.ordinary import read_text
 
 if TYPE_CHECKING:
     from vitfold.bench.evaluation import Outputs
@@ -68,11 +68,11 @@ def evaluate(
     """Run a bundle over a folder and say how accurate and how faithful it is."""
     if images is None:
         raise typer.BadParameter("give --images DIR", param_hint="--images")
+    from vitfold.artifacts.bundle import open_bundle
     from vitfold.bench.classes import class_targets
     from vitfold.bench.evaluation import run_over
-    from vitfold.bundle import open_bundle
+    from vitfold.bench.reference import compare_outputs, optional_reference, reference_outputs
     from vitfold.engines import open_session
-    from vitfold.reference import compare_outputs, optional_reference, reference_outputs
     from vitfold.report.tables import fidelity_lines
 
     if texts is None and (class_names is not None or template):
@@ -212,8 +212,8 @@ def _classified(
     fidelity: Fidelity, outputs: Outputs, expected: Outputs | None, images: ImageSet, embeds: Any
 ) -> tuple[Fidelity, float | None]:
     """Return the fidelity with the accuracy of the nearest text, and the top-1 of the unfolded model."""
+    from vitfold.bench.reference import compare_outputs
     from vitfold.bench.zero_shot import zero_shot
-    from vitfold.reference import compare_outputs
 
     reference = None if expected is None else zero_shot(expected, embeds)
     found = compare_outputs(

@@ -33,8 +33,8 @@ def export(
     json: options.Json = False,
 ) -> None:
     """Write a bundle as a model of Triton Inference Server: configuration, graph, README, client."""
-    from vitfold.bundle import open_bundle
-    from vitfold.export.triton import export_triton
+    from vitfold.artifacts.bundle import open_bundle
+    from vitfold.serve.triton import export_triton
 
     with steps("export") as say:
         say(f"writing a {format} model")

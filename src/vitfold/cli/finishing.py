@@ -15,7 +15,7 @@ from vitfold.errors import GateError
 if TYPE_CHECKING:
     from vitfold.images import ImageSet
     from vitfold.pipeline import Folded
-    from vitfold.placing import Place
+    from vitfold.storage.placing import Place
 
 Say = Callable[[str], None]
 _FLOAT_SHARE, _INTEGER_SHARE = 1.05, 0.35
@@ -28,7 +28,7 @@ def check_room(place: Place, folded: Folded) -> None:
     Raises:
         BundleError: saying how much is needed and how much is free.
     """
-    from vitfold.placing import check_space
+    from vitfold.storage.placing import check_space
 
     quantizes = folded.recipe.quant is not None and not folded.simulated
     # A race may end with the float graph in place of the quantized one; both stand in the workshop then.
@@ -55,7 +55,7 @@ def make_bundle(
 
 def publish(made: Made, place: Place, min_agreement: float | None) -> Made:
     """Put a bundle that passes its gate in its place; one that fails goes with the workshop."""
-    from vitfold.bundle import publish_bundle
+    from vitfold.artifacts.bundle import publish_bundle
 
     assert made.bundle is not None
     try:

@@ -12,7 +12,7 @@ from vitfold.cli.terminal import command, heading, out, print_json
 from vitfold.errors import EngineError, VitfoldError
 
 if TYPE_CHECKING:
-    from vitfold.bundle import Manifest
+    from vitfold.artifacts.bundle import Manifest
     from vitfold.recipe import QuantRecipe
 
 
@@ -23,10 +23,10 @@ def inspect(
     json: options.Json = False,
 ) -> None:
     """Print a bundle's recipe, target, tokens per block, work, size and origin."""
-    from vitfold.bundle import open_bundle
+    from vitfold.artifacts.bundle import open_bundle
+    from vitfold.artifacts.step_bundle import holds_steps
     from vitfold.report.tables import describe_registers, fidelity_lines
     from vitfold.schedule import describe_r
-    from vitfold.step_bundle import holds_steps
 
     if holds_steps(bundle):
         if program:
@@ -105,7 +105,7 @@ def inspect(
 
 
 def _print_program(manifest: Manifest, *, json: bool) -> None:
-    from vitfold.programs.deployed import deployed_program
+    from vitfold.architectures.deployed import deployed_program
 
     found = deployed_program(manifest.spec, manifest.recipe.merge)
     if json:
@@ -141,7 +141,7 @@ def _quant(quant: QuantRecipe | None, *, simulated: bool) -> str:
 
 
 def _inspect_steps(path: Path, *, json: bool) -> None:
-    from vitfold.step_bundle import open_step_bundle
+    from vitfold.artifacts.step_bundle import open_step_bundle
 
     opened = open_step_bundle(path)
     manifest = opened.manifest

@@ -12,7 +12,7 @@ from vitfold.cli import options
 from vitfold.cli.making import given_images, judged_images, load_model, require_optimize
 from vitfold.cli.terminal import command, note, out, print_json, working, write_json
 from vitfold.errors import VitfoldError
-from vitfold.ordinary import read_text
+from vitfold.storage.ordinary import read_text
 
 METHODS = "vitfold,ptq4vit,repq,noisy,smooth,mse,percentile,minmax"
 

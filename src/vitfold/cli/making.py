@@ -12,7 +12,7 @@ from vitfold.errors import VitfoldError, missing_extra
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vitfold.bundle import Bundle
+    from vitfold.artifacts.bundle import Bundle
     from vitfold.images import ImageSet
     from vitfold.model import Model, ViTSpec
     from vitfold.model.preprocess import Exif

@@ -274,9 +274,9 @@ def optimize(
     )
     require_optimize()
     from vitfold import pipeline
+    from vitfold.artifacts.sealed import check_destination, reserve_bundle
     from vitfold.bench.environment import environment
     from vitfold.pipeline.foreseen import foreseen
-    from vitfold.sealed import check_destination, reserve_bundle
     from vitfold.target import find_target
 
     destination = None if dry_run else output
@@ -398,9 +398,9 @@ def _refuse(*mistakes: tuple[bool, str, str]) -> None:
 def _repeated(path: Path, images: Path | None, found: ImageSet | None, say: Say) -> _Plan:
     """Plan what a bundle was made with: its model, its recipe, its target, its calibration images."""
     from vitfold import pipeline
-    from vitfold.bundle import open_bundle
+    from vitfold.artifacts.bundle import open_bundle
+    from vitfold.bench.reference import reference_from_origin
     from vitfold.images import find_images
-    from vitfold.reference import reference_from_origin
 
     given = open_bundle(path)
     manifest = given.manifest

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vitfold.cli.terminal import heading, note, out, print_json
 
 if TYPE_CHECKING:
-    from vitfold.bundle import Bundle
+    from vitfold.artifacts.bundle import Bundle
     from vitfold.pipeline import Folded, Race, Solution
     from vitfold.registers import Found
 

@@ -14,11 +14,11 @@ from vitfold.cli.making import say_busy
 from vitfold.cli.terminal import heading, note, out, print_json, quiet_stdout, steps
 
 if TYPE_CHECKING:
+    from vitfold.artifacts.step_bundle import StepBundle
+    from vitfold.diffusion.compare import Asked
+    from vitfold.diffusion.opening import Compression
+    from vitfold.diffusion.search import Bounds, Found
     from vitfold.model import DiTModel
-    from vitfold.pipeline.diffusion import Asked
-    from vitfold.pipeline.opening import Compression
-    from vitfold.pipeline.step_search import Bounds, Found
-    from vitfold.step_bundle import StepBundle
 
 AUTO = "auto"
 MIN_PSNR_DB = 30.0
@@ -62,7 +62,7 @@ class Steps:
 
     def bounds(self) -> Bounds:
         """Return the bounds of the search: 30 dB where none is named."""
-        from vitfold.pipeline.step_search import Bounds
+        from vitfold.diffusion.search import Bounds
 
         none = self.max_psnr_drop is None and self.max_fid_rise is None
         return Bounds(
@@ -78,13 +78,13 @@ def optimize_steps(source: str, output: Path, wanted: Steps, *, overwrite: bool,
     Raises:
         VitfoldError: if the source, the plan or the output is refused.
     """
-    from vitfold.pipeline.diffusion import check_asked
-    from vitfold.pipeline.opening import compress
-    from vitfold.pipeline.step_writing import save_steps
-    from vitfold.reuse import find_method
-    from vitfold.sealed import reserve_bundle
+    from vitfold.artifacts.sealed import reserve_bundle
+    from vitfold.artifacts.step_bundle import StepPlan, publish_steps
+    from vitfold.diffusion import find_method
+    from vitfold.diffusion.compare import check_asked
+    from vitfold.diffusion.opening import compress
+    from vitfold.diffusion.writing import save_steps
     from vitfold.sources.dit import load_dit
-    from vitfold.step_bundle import StepPlan, publish_steps
 
     method = None if wanted.reuse == AUTO else find_method(wanted.reuse)
     with reserve_bundle(output, overwrite=overwrite) as place, steps("optimize") as say, quiet_stdout():
@@ -129,9 +129,9 @@ def optimize_steps(source: str, output: Path, wanted: Steps, *, overwrite: bool,
 def _search(
     model: DiTModel, few: Asked, able: list[Compression], wanted: Steps, say: Any
 ) -> tuple[Found, dict[str, Any]]:
+    from vitfold.artifacts.journal import ROWS, alone
     from vitfold.bench.environment import environment
-    from vitfold.journal import ROWS, alone
-    from vitfold.pipeline.step_search import Setup, search_steps
+    from vitfold.diffusion.search import Setup, search_steps
 
     before, bounds = environment(), wanted.bounds()
     decode = Asking(latents=model.latent and model.decoder is None).decoder(model)
@@ -170,7 +170,7 @@ def _search(
 
 def _search_folder(model: DiTModel, few: Asked, able: list[Compression], bounds: Bounds) -> Path | None:
     """Where the rows of this search lie, for the same command to go on with, if they can lie anywhere."""
-    from vitfold.cache import entry_folder, key_of
+    from vitfold.artifacts.cache import entry_folder, key_of
     from vitfold.errors import CacheError
     from vitfold.processor import processor
     from vitfold.version import __version__
@@ -198,7 +198,7 @@ def _summary(bundle: StepBundle) -> dict[str, Any]:
 
 
 def _print(values: dict[str, Any], found: Found | None) -> None:
-    from vitfold.pipeline.step_search import describe_bounds
+    from vitfold.diffusion.search import describe_bounds
     from vitfold.report.tables import diffusion_table, number
 
     if found is not None:

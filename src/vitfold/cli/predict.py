@@ -16,7 +16,7 @@ from vitfold.cli.terminal import command, out, print_json, steps
 from vitfold.visible import visible
 
 if TYPE_CHECKING:
-    from vitfold.predictor import Prediction
+    from vitfold.serve.predictor import Prediction
 
 
 @command
@@ -33,8 +33,8 @@ def predict(
     json: options.Json = False,
 ) -> None:
     """Print the most probable labels of images, the numbers of a regression, or embeddings with --json."""
-    from vitfold.bundle import open_bundle
-    from vitfold.predictor import Predictor
+    from vitfold.artifacts.bundle import open_bundle
+    from vitfold.serve.predictor import Predictor
 
     opened = turned(open_bundle(bundle), exif)
     with steps("predict") as say, Predictor(opened, engine=engine, threads=threads) as predictor:

@@ -28,9 +28,9 @@ def profile(
     json: options.Json = False,
 ) -> None:
     """Time every block and every kind of operation by the engine's own profiler."""
+    from vitfold.artifacts.bundle import open_bundle
     from vitfold.bench.comparison import pixels_for
     from vitfold.bench.environment import environment
-    from vitfold.bundle import open_bundle
     from vitfold.engines import open_session
     from vitfold.pipeline import count_costs
     from vitfold.profile import advise, ceiling_of, join, probes

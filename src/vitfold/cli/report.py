@@ -72,7 +72,7 @@ def _trace(path: Path, folder: Path, count: int, *, skip_bad: bool) -> Traced:
     require_optimize()
     import numpy as np
 
-    from vitfold.bundle import open_bundle
+    from vitfold.artifacts.bundle import open_bundle
     from vitfold.images import batches, find_images
     from vitfold.pipeline import count_costs
     from vitfold.pipeline.tracing import trace_groups

@@ -51,12 +51,12 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Wanted, *, 
     Raises:
         VitfoldError: if the images are too few, or a latency bound is met by nothing.
     """
-    from vitfold.bundle import copy_bundle, publish_bundle
-    from vitfold.journal import ROWS, alone
+    from vitfold.artifacts.bundle import copy_bundle, publish_bundle
+    from vitfold.artifacts.journal import ROWS, alone
+    from vitfold.artifacts.sealed import reserve_bundle
     from vitfold.pipeline.attempt import check_decides
     from vitfold.pipeline.search import check_enough, divided_for_search, find_arms, search
-    from vitfold.placing import check_space
-    from vitfold.sealed import reserve_bundle
+    from vitfold.storage.placing import check_space
 
     check_decides(model.spec.head)
     images = judged_images(images, model.spec, model.labels)
@@ -103,7 +103,7 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Wanted, *, 
 
 def _folder(model: Model, calibration: ImageSet, chosen: ImageSet, held_out: ImageSet, wanted: Wanted) -> Path:
     """Return where the rows and bundles of this search lie, for the same command to go on with."""
-    from vitfold.cache import entry_folder, key_of
+    from vitfold.artifacts.cache import entry_folder, key_of
     from vitfold.processor import processor
 
     digests = [model.digest(), chosen.digest(), held_out.digest(), calibration.digest()]
@@ -120,10 +120,10 @@ def _laboratory(
     folder: Path,
     say: Any,
 ) -> Laboratory:
+    from vitfold.bench.reference import Reference, reference_outputs
     from vitfold.pipeline.attempt import Trying
     from vitfold.pipeline.search import Laboratory
     from vitfold.pipeline.trial import SHORT
-    from vitfold.reference import Reference, reference_outputs
 
     digest = model.digest()
 

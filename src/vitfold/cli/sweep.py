@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
+from vitfold.artifacts.journal import ROWS, alone
 from vitfold.cli import options
 from vitfold.cli.making import given_images, judged_images, load_model, require_optimize, say_busy
 from vitfold.cli.terminal import command, note, out, print_json, working
 from vitfold.errors import RecipeError, VitfoldError, nearest
-from vitfold.journal import ROWS, alone
-from vitfold.ordinary import read_text
 from vitfold.recipe import Rule
+from vitfold.storage.ordinary import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -154,10 +154,10 @@ def divided(images: ImageSet, calibration: ImageSet | None, size: int, seed: int
 
 
 def _trying(model: Model, calibration: ImageSet, images: ImageSet, head: Mapping[str, Any], say: Any) -> Trying:
+    from vitfold.bench.reference import Reference, reference_outputs
     from vitfold.bench.timing import PROTOCOLS
     from vitfold.pipeline.attempt import Trying
     from vitfold.pipeline.trial import SHORT
-    from vitfold.reference import Reference, reference_outputs
 
     say("running the float model over the images, once")
     expected = reference_outputs(head["model_digest"], images, model.preprocess, lambda: Reference(model=model))

@@ -36,7 +36,7 @@ from rich.text import Text
 
 from vitfold.cli.lines import Lines
 from vitfold.errors import GateError, ImageWarning, VitfoldError
-from vitfold.ordinary import write_whole
+from vitfold.storage.ordinary import write_whole
 from vitfold.visible import visible
 
 if TYPE_CHECKING:

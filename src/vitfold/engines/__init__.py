@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
-from vitfold.bundle import Bundle
+from vitfold.artifacts.bundle import Bundle
 from vitfold.engines.exactness import (
     cannot_be_exact,
     describe_execution,

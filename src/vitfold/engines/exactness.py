@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-from vitfold.cache import keep_bytes, key_of, read_bytes
+from vitfold.artifacts.cache import keep_bytes, key_of, read_bytes
 from vitfold.engines.session import FLOATING, PLAIN, WIDE, Session
 from vitfold.errors import EngineError
 from vitfold.processor import processor

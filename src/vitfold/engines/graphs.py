@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vitfold.errors import BundleError
-from vitfold.ordinary import check_ordinary
+from vitfold.storage.ordinary import check_ordinary
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MODEL = {1: _VARINT, 2: _BYTES, 3: _BYTES, 4: _BYTES, 5: _VARINT, 6: _BYTES, 7: _BYTES, 8: _BYTES, 14: _BYTES}

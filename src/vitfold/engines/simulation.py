@@ -14,14 +14,14 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from vitfold.bundle import QUANTIZERS, WEIGHTS, Bundle
+from vitfold.artifacts.bundle import QUANTIZERS, WEIGHTS, Bundle
 from vitfold.engines.session import Session, check_threads
 from vitfold.errors import BundleError, EngineError, SourceError, missing_extra
 from vitfold.model import Array, ViTSpec
 from vitfold.model.params import check_params
-from vitfold.ordinary import check_ordinary
 from vitfold.quantizer import Float8, Quantizer, Shifted, Uniform, load_quant_params
 from vitfold.recipe import MergeRecipe
+from vitfold.storage.ordinary import check_ordinary
 
 
 class SimulationSession(Session):
@@ -75,7 +75,7 @@ class SimulationSession(Session):
         """Execute without gradients."""
         import torch
 
-        from vitfold.programs.vit import vit
+        from vitfold.architectures.vit import vit
 
         if self._ops is None or self._input is None:
             raise EngineError("nothing is bound, or the session is closed; call bind before run")

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vitfold.cache import keep_bytes, key_of, read_bytes
-from vitfold.digest import file_sha256
+from vitfold.artifacts.cache import keep_bytes, key_of, read_bytes
 from vitfold.engines.cuda import FOR_ACCURACY, Buffer, Gpu
 from vitfold.engines.session import Call, EngineProfile, NodeTime, Session, median_ns, profile_of, take_turns
 from vitfold.errors import EngineError, TargetError
+from vitfold.storage.digest import file_sha256
 
 KEPT = "tensorrt"
 PLAN = ".plan"

@@ -1,6 +1,6 @@
 """The architecture of a Diffusion Transformer as data, and such a model as a value.
 
-Owns the features that the program `programs.dit` can run, the names and shapes of the parameters that it reads, and
+Owns the features that the program `architectures.dit` can run, the names and shapes of the parameters that it reads, and
 the tables that are computed and not learned: positions and the waves of a timestep. Knows no zoo, no sampler.
 """
 

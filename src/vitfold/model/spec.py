@@ -1,6 +1,6 @@
 """The architecture of a plain Vision Transformer as data.
 
-Owns the features that the program `programs.vit` can run and the names and shapes of the parameters
+Owns the features that the program `architectures.vit` can run and the names and shapes of the parameters
 that it reads. Knows no model zoo: sources translate into this.
 """
 

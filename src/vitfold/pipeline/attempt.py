@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from vitfold.artifacts.bundle import Bundle
 from vitfold.bench.classes import class_targets
 from vitfold.bench.evaluation import Outputs, run_over
 from vitfold.bench.fidelity import Fidelity, answers
 from vitfold.bench.measurement import Measurement
+from vitfold.bench.reference import compare_outputs
 from vitfold.bench.statistics import Drop, paired_drop, ratio_interval
 from vitfold.bench.timing import Protocol
-from vitfold.bundle import Bundle
 from vitfold.engines import open_session
 from vitfold.errors import VitfoldError
 from vitfold.images import ImageSet
@@ -30,7 +31,6 @@ from vitfold.pipeline.plan import Folded, optimize
 from vitfold.pipeline.trial import SHORT, timed
 from vitfold.pipeline.writing import save
 from vitfold.recipe import Rule, quant_from_scheme
-from vitfold.reference import compare_outputs
 
 CHECKED_IMAGES = 16
 Say = Callable[[str], None]

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitfold.bench.environment import environment
-from vitfold.digest import file_sha256
 from vitfold.errors import CalibrationError, RecipeError
 from vitfold.images import ImageSet
 from vitfold.pipeline.plan import Folded, keep_fusible
 from vitfold.recipe import FLOAT, tokens_per_block
+from vitfold.storage.digest import file_sha256
 from vitfold.target import Target
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from vitfold.artifacts.bundle import Bundle
 from vitfold.bench.environment import installed_version
 from vitfold.bench.measurement import speed_up
 from vitfold.bench.timing import Protocol
-from vitfold.bundle import Bundle
 from vitfold.engines import PLAIN, TENSORRT, open_session, quantized_openvino_target, runs_here, tensorrt_obstacle
 from vitfold.pipeline.plan import Folded
 from vitfold.pipeline.trial import SHORT, opened, timed

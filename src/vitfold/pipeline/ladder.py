@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vitfold.bench.evaluation import run_over
+from vitfold.bench.reference import Reference, compare_outputs, reference_outputs
 from vitfold.engines import ENGINES, SIMULATION, Session
 from vitfold.errors import VitfoldError
 from vitfold.images import ImageSet
@@ -22,7 +23,6 @@ from vitfold.pipeline.plan import Folded, optimize, registers_from_name
 from vitfold.pipeline.verifying import open_written, simulation
 from vitfold.pipeline.writing import write_graph
 from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe, bits_from_scheme
-from vitfold.reference import Reference, compare_outputs, reference_outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,16 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vitfold.architectures.deployed import deployed_program
+from vitfold.architectures.vit import vit
 from vitfold.audit.limits import check_attention
 from vitfold.engines import quantized_cpu_target, quantized_openvino_target
 from vitfold.errors import ArgumentError, RecipeError, TargetError
 from vitfold.model import Model, ViTSpec, param_shapes
 from vitfold.model.folds import fold_layer_scale
 from vitfold.ops.count import Count, IntegerWork, SiteCost, integer_work
-from vitfold.ordinary import read_text
 from vitfold.program import replay
-from vitfold.programs.deployed import deployed_program
-from vitfold.programs.vit import vit
 from vitfold.quantizer import Quantizer, QuantParams
 from vitfold.recipe import (
     FLOAT,
@@ -38,6 +37,7 @@ from vitfold.recipe import (
     tokens_per_block,
 )
 from vitfold.schedule import resolve_r
+from vitfold.storage.ordinary import read_text
 from vitfold.target import Target, find_target
 
 Merge = str | int | Sequence[int] | None

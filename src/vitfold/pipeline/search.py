@@ -13,15 +13,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vitfold.artifacts.bundle import Bundle, open_bundle
+from vitfold.artifacts.journal import ROWS, append_row, read_rows
 from vitfold.bench.evaluation import Outputs, run_over
 from vitfold.bench.fidelity import Fidelity
 from vitfold.bench.measurement import speed_up
 from vitfold.bench.statistics import Drop
-from vitfold.bundle import Bundle, open_bundle
 from vitfold.engines import open_session
 from vitfold.errors import BundleError, VitfoldError
 from vitfold.images import ImageSet
-from vitfold.journal import ROWS, append_row, read_rows
 from vitfold.pipeline.attempt import Attempt, Say, Trying, failed_row, measure_attempt
 from vitfold.pipeline.goals import CLOSE, Arm, Goal, LeastLatency, arm_from_dict
 from vitfold.pipeline.latency import PROBE, measure_latency, on_this_machine, roughly_calibrated

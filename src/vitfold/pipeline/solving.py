@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vitfold.architectures.vit import vit
 from vitfold.audit.canonical import BlockShape, block_kernels
 from vitfold.audit.roofline import Gpu, find_gpu, predict
 from vitfold.errors import RecipeError, TargetError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Array, Model, ViTSpec
-from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe, Order
 from vitfold.schedule import resolve_r
 from vitfold.schedule.solve import MOST_MERGES, STEP, Distortion, Seconds, Space, schedule_seconds, solve

@@ -13,16 +13,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from vitfold.bundle import Bundle, open_bundle
+from vitfold.artifacts.bundle import Bundle, open_bundle
+from vitfold.artifacts.journal import HEAD, ROWS, append_row, read_rows
 from vitfold.errors import BundleError, JournalError, RecipeError, VitfoldError
-from vitfold.journal import HEAD, ROWS, append_row, read_rows
 from vitfold.model import ViTSpec
-from vitfold.ordinary import read_text, write_whole
 from vitfold.pipeline.attempt import CHECKED_IMAGES, Attempt, Say, Trying, failed_row, measure_attempt
 from vitfold.pipeline.plan import optimize
 from vitfold.pipeline.writing import save
 from vitfold.recipe import Rule, quant_from_scheme
 from vitfold.schedule import resolve_r
+from vitfold.storage.ordinary import read_text, write_whole
 
 PLAIN = "float.fold"
 

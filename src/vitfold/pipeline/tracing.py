@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
+from vitfold.architectures.tokens import Tokens
+from vitfold.architectures.vit import vit
 from vitfold.model import Array, Model
 from vitfold.ops.run import Run
-from vitfold.programs.tokens import Tokens
-from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe
 
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from vitfold.architectures.vit import vit
 from vitfold.engines import TENSORRT, Session, describe_execution, open_graph
 from vitfold.errors import EngineError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model
 from vitfold.pipeline.plan import Folded
 from vitfold.products import products_of_recipe
-from vitfold.programs.vit import vit
 
 if TYPE_CHECKING:
     from vitfold.engines.simulation import SimulationSession

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from vitfold.architectures.deployed import deployed_program
+from vitfold.artifacts.bundle import MODEL, QUANTIZERS, WEIGHTS, Bundle, Manifest, has_trained_weights, write_bundle
 from vitfold.bench.classes import class_targets
 from vitfold.bench.evaluation import run_over
 from vitfold.bench.fidelity import Fidelity
-from vitfold.bundle import MODEL, QUANTIZERS, WEIGHTS, Bundle, Manifest, has_trained_weights, write_bundle
+from vitfold.bench.reference import Reference, compare_outputs, reference_outputs
 from vitfold.engines import TENSORRT, Session
 from vitfold.engines.simulation import SimulationSession
 from vitfold.engines.trtexec import DEFAULT_BATCH, trtexec_command
@@ -26,8 +28,6 @@ from vitfold.images import ImageSet
 from vitfold.pipeline.plan import Folded
 from vitfold.pipeline.verifying import open_written, simulation, verification_images, verify
 from vitfold.program import replay
-from vitfold.programs.deployed import deployed_program
-from vitfold.reference import Reference, compare_outputs, reference_outputs
 from vitfold.version import __version__
 
 _log = logging.getLogger(__name__)

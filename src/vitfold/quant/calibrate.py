@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitfold.architectures.sinks import PREFIX_ROWS
 from vitfold.errors import CalibrationError, RecipeError, nearest
 from vitfold.images import ImageSet
 from vitfold.model import Array, Model, ViTSpec
-from vitfold.programs.sinks import PREFIX_ROWS
 from vitfold.quant.attention import search_attention
 from vitfold.quant.collect import Samples, collect
 from vitfold.quant.float8 import search_attention_float8, search_linear_float8

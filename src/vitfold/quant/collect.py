@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitfold.cache import keep_arrays, key_of, read_arrays
+from vitfold.architectures.vit import vit
+from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
 from vitfold.errors import CalibrationError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model
 from vitfold.ops.record import Record
-from vitfold.programs.vit import vit
 from vitfold.quant.sites import find_sites
 from vitfold.recipe import MergeRecipe
 

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from vitfold.cache import find_file, keep_file, key_of
+from vitfold.artifacts.cache import find_file, keep_file, key_of
 from vitfold.errors import BundleError
 from vitfold.quantizer import Quantizer, QuantParams, load_quant_params
 

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitfold.architectures.vit import vit
 from vitfold.images import ImageSet, batches
 from vitfold.model import Array, Model
 from vitfold.ops.record import Record
 from vitfold.ops.simulate import fake_quantize
-from vitfold.programs.vit import vit
 from vitfold.quant.collect import ordinary_rows
 from vitfold.quant.methods import Method
 from vitfold.quant.rounding import gptq, ridge_weight

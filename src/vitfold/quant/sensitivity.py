@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitfold.architectures.vit import vit
 from vitfold.images import ImageSet, batches
 from vitfold.model import Array
 from vitfold.model.spec import Head
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
-from vitfold.programs.vit import vit
 from vitfold.quant.calibrate import Calibrated
 from vitfold.quant.sites import find_sites
 from vitfold.quantizer import Quantizer

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from vitfold.architectures.sinks import PREFIX_ROWS
+from vitfold.architectures.vit import vit
 from vitfold.model import ViTSpec, param_shapes
 from vitfold.ops.count import Count
-from vitfold.programs.sinks import PREFIX_ROWS
-from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe
 
 

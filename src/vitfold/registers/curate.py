@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitfold.cache import keep_arrays, key_of, read_arrays
+from vitfold.architectures.vit import vit
+from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
 from vitfold.errors import RecipeError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model
 from vitfold.ops.record import Record
-from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe
 
 CANDIDATES = 32

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitfold.architectures.vit import vit
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model
 from vitfold.ops.record import Record
-from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe
 
 SINKS = 4

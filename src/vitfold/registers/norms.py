@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitfold.architectures.vit import vit
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model
 from vitfold.ops.run import Run
-from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe
 
 KEPT = 128

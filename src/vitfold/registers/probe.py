@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitfold.architectures.tokens import Tokens
+from vitfold.architectures.vit import embed, resume
 from vitfold.bench.classes import class_targets
 from vitfold.bench.statistics import paired_drop
 from vitfold.images import ImageSet, batches
@@ -21,8 +23,6 @@ from vitfold.model import Array, Model
 from vitfold.ops.record import Record
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
-from vitfold.programs.tokens import Tokens
-from vitfold.programs.vit import embed, resume
 from vitfold.quant.collect import ordinary_rows
 from vitfold.quant.ranges import affine_uniform, rounded, symmetric_uniform
 from vitfold.quant.sites import LinearSite, find_sites

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from vitfold.architectures.sinks import PARTS
 from vitfold.model import ViTSpec
-from vitfold.programs.sinks import PARTS
 from vitfold.recipe import RegistersRecipe, Remedy
 
 Measure = Callable[[RegistersRecipe], float]

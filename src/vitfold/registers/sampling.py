@@ -10,11 +10,11 @@ import time
 
 import torch
 
-from vitfold.cache import keep_bytes, key_of, read_bytes
+from vitfold.architectures.vit import vit
+from vitfold.artifacts.cache import keep_bytes, key_of, read_bytes
 from vitfold.images import ImageSet
 from vitfold.model import Model
 from vitfold.ops.run import Run
-from vitfold.programs.vit import vit
 from vitfold.recipe import MergeRecipe
 from vitfold.registers.search import LABELLED_IMAGES, PROBE_IMAGES
 

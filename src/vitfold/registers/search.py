@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from vitfold.cache import keep_bytes, key_of, read_bytes
+from vitfold.architectures.vit import vit
+from vitfold.artifacts.cache import keep_bytes, key_of, read_bytes
 from vitfold.errors import RecipeError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
-from vitfold.programs.vit import vit
 from vitfold.quant import Progress, Scheme, calibrate
 from vitfold.recipe import MergeRecipe, QuantRecipe, RegistersRecipe, tokens_per_block
 from vitfold.registers.fold import fold_registers

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitfold.artifacts.journal import HEAD, MOST_BYTES, ROWS
 from vitfold.errors import ReportError
-from vitfold.journal import HEAD, MOST_BYTES, ROWS
-from vitfold.ordinary import read_text
 from vitfold.report.sheet import SHEET
 from vitfold.report.sweeps import check_sweep_rows, read_sweep_rows
+from vitfold.storage.ordinary import read_text
 
 SHOWN = ("sweep", "bench", "diffusion", "evaluate", "ladder", "sensitivity", "profile")
 _SIGNS: dict[str, frozenset[str]] = {

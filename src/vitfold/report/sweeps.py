@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vitfold.artifacts.journal import read_rows
 from vitfold.errors import ReportError
-from vitfold.journal import read_rows
 
 _NEEDED = ("recipe", "merge", "quant")
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitfold.architectures.dit import dit
 from vitfold.errors import ParityError, SourceError
 from vitfold.model import Array, DiTModel, DiTSpec, Origin
 from vitfold.model.dit import class_rows, sincos_positions, timestep_waves, unit_norm
 from vitfold.model.spec import Activation
 from vitfold.ops.run import Run
-from vitfold.programs.dit import dit
 from vitfold.sources.failures import load_error
 from vitfold.sources.hub import read_object
 from vitfold.sources.parity import TOLERANCE

@@ -10,10 +10,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vitfold.digest import file_sha256
 from vitfold.errors import SourceError
 from vitfold.model import DiTModel, Origin
 from vitfold.sources.load import import_package
+from vitfold.storage.digest import file_sha256
 
 DEMO_DIT = "demo-dit"
 REAL = "real.safetensors"

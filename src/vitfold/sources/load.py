@@ -14,11 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from vitfold.digest import file_sha256
 from vitfold.errors import ArgumentError, SourceError, missing_extra, nearest
 from vitfold.model import Model, Origin, Preprocess, ViTSpec
 from vitfold.model.spec import Problem
 from vitfold.sources import hub
+from vitfold.storage.digest import file_sha256
 
 if TYPE_CHECKING:
     import torch

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitfold.architectures.tokens import Tokens
+from vitfold.architectures.vit import embed, vit
 from vitfold.errors import ParityError
 from vitfold.model import Model
 from vitfold.ops.run import Run
-from vitfold.programs.tokens import Tokens
-from vitfold.programs.vit import embed, vit
 from vitfold.recipe import MergeRecipe
 
 TOLERANCE = 1e-5

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vitfold.cache import keep_arrays, key_of, read_arrays
-from vitfold.digest import file_sha256
+from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
 from vitfold.errors import SourceError, missing_extra
 from vitfold.sources.failures import load_error
+from vitfold.storage.digest import file_sha256
 
 ZOOS = ("open_clip", "hf")
 TEMPLATE = "a photo of a {}."

@@ -1,0 +1,1 @@
+"""What vitfold keeps: bundles, the cache, journals."""

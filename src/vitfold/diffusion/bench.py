@@ -1,0 +1,69 @@
+"""Bundles of steps side by side: each by its own plan, every step in full, and plainly fewer steps.
+
+Owns which rows a comparison of bundles has; how they are timed and judged is `diffusion`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from vitfold.artifacts.step_bundle import StepBundle
+from vitfold.diffusion import every_step
+from vitfold.diffusion.compare import Asked, Row, Say, Way, add_fewer_steps, check_asked, compare
+from vitfold.diffusion.judge import Judge
+from vitfold.diffusion.opening import method_of, open_steps, reused_work
+from vitfold.errors import BundleError
+from vitfold.model import Array
+
+
+def bench_steps(
+    bundles: Sequence[StepBundle],
+    asked: Asked,
+    *,
+    threads: int | None = None,
+    trials: int = 3,
+    decode: Callable[[Array], Array] | None = None,
+    judge: Judge | None = None,
+    say: Say = lambda _: None,
+) -> list[Row]:
+    """Draw by every bundle; the first one with all steps in full is what the others are compared with.
+
+    `asked.steps` are those of the first bundle; others take as many as their own plans say.
+
+    Raises:
+        BundleError: if the bundles are not of one model, or two have one name.
+        RecipeError: if what is asked for is out of range.
+        EngineError: if ONNX Runtime refuses a graph.
+    """
+    first = bundles[0].manifest
+    for other in bundles[1:]:
+        if other.manifest.model_digest != first.model_digest:
+            raise BundleError(
+                f"{other.path} draws by another model than {bundles[0].path}, so that images at equal seeds say "
+                "nothing; compare bundles of one model"
+            )
+        if other.manifest.plan.sampler != asked.sampler and method_of(other.manifest).reuses:
+            raise BundleError(
+                f"the plan of {other.path} was chosen for the sampler {other.manifest.plan.sampler}, that of "
+                f"{bundles[0].path} for {asked.sampler}; compare bundles of one sampler"
+            )
+    if len({bundle.name for bundle in bundles}) < len(bundles):
+        raise BundleError("two bundles have the same name; rename one of the folders")
+    check_asked(first, asked)
+    with contextlib.ExitStack() as stack:
+        ways: list[Way] = []
+        for bundle in bundles:
+            say(f"opening {bundle.name}")
+            executor = stack.enter_context(contextlib.closing(open_steps(bundle, threads)))
+            plan, method = bundle.manifest.plan, method_of(bundle.manifest)
+            own = asked if bundle is bundles[0] else replace(asked, steps=plan.steps)
+            if not ways and method.reuses:
+                ways.append(
+                    Way(name=f"{bundle.name}, every step", method=every_step(method), executor=executor, asked=own)
+                )
+            work = reused_work(first.spec, method, bundle.manifest.counts, plan.merge)
+            ways.append(Way(name=bundle.name, method=method, executor=executor, asked=own, reused_work=work))
+            add_fewer_steps(first, ways)
+        return compare(first, ways, engine="onnxruntime", trials=trials, decode=decode, judge=judge, say=say)

@@ -1,0 +1,280 @@
+"""The parts of a Diffusion Transformer made ready to run: compressed, written as graphs, opened.
+
+Owns what a method needs besides its plan: a trained predictor, merged attention, integer linear layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
+from vitfold.artifacts.step_bundle import StepBundle, StepManifest
+from vitfold.cores import check_threads
+from vitfold.diffusion import Method, find_method, sample
+from vitfold.diffusion.eager import Eager
+from vitfold.diffusion.parts import Part, parts
+from vitfold.diffusion.predictor import Predictor, predictor_shapes, train_predictor
+from vitfold.diffusion.sampling import Executor
+from vitfold.diffusion.schedulers import build_scheduler
+from vitfold.engines import find_execution, quantized_cpu_target
+from vitfold.errors import EngineError, RecipeError
+from vitfold.model import Array, DiTModel, DiTSpec
+from vitfold.model.dit import dit_param_shapes
+from vitfold.ops.count import Count
+from vitfold.ops.record import Record
+from vitfold.ops.run import Run
+from vitfold.ops.simulate import Simulate
+from vitfold.products import Product, products_of
+from vitfold.quant.ranges import affine_uniform, symmetric_uniform
+from vitfold.quantizer import Quantizer
+from vitfold.target import Target, find_target
+
+if TYPE_CHECKING:
+    from vitfold.engines.parts import PartsSession
+
+EXECUTORS = ("onnxruntime", "torch")
+SCHEMES = ("none", "w8a8")
+_LAYERS = (".attn.qkv", ".attn.proj", ".mlp.fc1", ".mlp.fc2")
+_LEAST_LABELS = 4
+_PREDICTOR_FORMAT = 1
+"""Counted up where training changes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Compression:
+    """What a step costs less by itself: `r` tokens merged before every attention, integer linear layers in blocks.
+
+    `params` are then the weights on the grids of `quantizers`.
+    """
+
+    r: int = 0
+    quantizers: Mapping[str, Quantizer] | None = None
+    params: Mapping[str, Array] | None = None
+
+    @property
+    def quant(self) -> str:
+        """The scheme that was asked for."""
+        return "w8a8" if self.quantizers else "none"
+
+    @property
+    def suffix(self) -> str:
+        """How tables call it, behind the name of a method."""
+        return (f", r={self.r}" if self.r else "") + (", w8a8" if self.quantizers else "")
+
+
+def compress(
+    model: DiTModel, *, r: int = 0, quant: str = "none", steps: int = 50, guidance: float = 1.5, seed: int = 0
+) -> Compression:
+    """Choose ranges on one trajectory of a few classes, over all its steps, with merging on.
+
+    Inputs of linear layers take one range per tensor, from the least to the largest value; weights one per output.
+
+    Raises:
+        RecipeError: if a block cannot merge that many tokens, or the scheme is unknown.
+    """
+    most = model.spec.tokens // 2
+    if not 0 <= r <= most:
+        raise RecipeError(f"--merge {r} is out of range; {model.spec.tokens} tokens can merge 0 to {most} per block")
+    if quant not in SCHEMES:
+        raise RecipeError(f"unknown quantization {quant!r} of a Diffusion Transformer; known: {', '.join(SCHEMES)}")
+    if quant == "none":
+        return Compression(r=r)
+    layers = [f"blocks.{block}{layer}" for block in range(model.spec.depth) for layer in _LAYERS]
+    ranges = _ranges(model, layers, r=r, steps=steps, guidance=guidance, seed=seed)
+    bits = quantized_cpu_target().weight_bits
+    quantizers: dict[str, Quantizer] = {}
+    params = dict(model.params)
+    for layer in layers:
+        low, high = ranges[layer]
+        weight = torch.from_numpy(model.params[f"{layer}.weight"])
+        quantizers[f"{layer}.x"] = affine_uniform(low, high, 8)
+        quantizers[f"{layer}.w"] = symmetric_uniform(weight.abs().amax(1), bits, axis=0)
+        params[f"{layer}.weight"] = quantizers[f"{layer}.w"](params[f"{layer}.weight"])
+    return Compression(r=r, quantizers=quantizers, params=params)
+
+
+def _ranges(
+    model: DiTModel, layers: Sequence[str], *, r: int, steps: int, guidance: float, seed: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    wanted = {f"{layer}.x": layer for layer in layers}
+
+    def see(site: str, x: torch.Tensor) -> None:
+        layer = wanted.get(site)
+        if layer is not None:
+            low, high = x.amin(), x.amax()
+            before = found.get(layer, (low, high))
+            found[layer] = torch.minimum(before[0], low), torch.maximum(before[1], high)
+
+    executor = Eager(parts(model.spec, "whole", r=r), Record(model.params, see))
+    labels = np.linspace(0, model.spec.classes - 1, _LEAST_LABELS).round().astype(int).tolist()
+    scheduler = build_scheduler("ddim", model.schedule, steps)
+    sample(executor, model.spec, scheduler, find_method("none"), labels, seed=seed, guidance=guidance)
+    return found
+
+
+def prepare_predictor(
+    model: DiTModel, method: Method, steps: int, seed: int, say: Callable[[str], None] = lambda _: None
+) -> Predictor:
+    """Train what a method with a token budget needs, along as many steps as will be drawn; kept for the next run."""
+    assert method.ratio is not None
+    key = key_of(_PREDICTOR_FORMAT, model.digest(), method.ratio, steps, seed)
+    kept = read_arrays("predictors", key)
+    if kept is not None and set(kept) == {*predictor_shapes(model.spec), "counts", "losses"}:
+        counts, (first, last) = kept.pop("counts"), kept.pop("losses")
+        return Predictor(params=kept, counts=tuple(map(int, counts)), losses=(float(first), float(last)))
+    scheduler = build_scheduler("ddim", model.schedule, steps)
+    found = train_predictor(model, scheduler, ratio=method.ratio, seed=seed, say=say)
+    keep_arrays("predictors", key, {**found.params, "counts": np.array(found.counts), "losses": np.array(found.losses)})
+    return found
+
+
+@contextlib.contextmanager
+def open_parts(
+    model: DiTModel,
+    method: Method,
+    *,
+    compression: Compression | None = None,
+    predictor: Predictor | None = None,
+    engine: str = "onnxruntime",
+    threads: int | None = None,
+) -> Iterator[Executor]:
+    """Make the parts that a method needs ready to run: as graphs in a temporary folder, or eagerly in torch.
+
+    Raises:
+        EngineError: if the engine is unknown or refuses a graph.
+    """
+    if (method.ratio is not None) != (predictor is not None):
+        raise ValueError(f"{method.text} goes with a trained predictor, and no other method does")
+    compression = compression or Compression()
+    found = plan_parts(model.spec, method, () if predictor is None else predictor.counts, compression.r)
+    params = step_params(model, compression, predictor)
+    if engine == "torch":
+        if threads is not None:
+            torch.set_num_threads(check_threads(threads))
+        yield Eager(found, Simulate(params, compression.quantizers) if compression.quantizers else Run(params))
+        return
+    if engine != "onnxruntime":
+        raise EngineError(f"diffusion runs on {' or '.join(EXECUTORS)}, found {engine!r}")
+    with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
+        write_parts(found, params, Path(folder), compression.quantizers)
+        with contextlib.closing(open_graphs(found, Path(folder), threads)) as session:
+            yield session
+
+
+def plan_parts(spec: DiTSpec, method: Method, counts: tuple[int, ...], r: int) -> dict[str, Part]:
+    """Return the parts that a method runs."""
+    found = parts(spec, method.cut, history=method.history, counts=counts, r=r)
+    if method.cut != "whole":
+        del found["step"]
+    return found
+
+
+def reused_work(spec: DiTSpec, method: Method, counts: tuple[int, ...] = (), r: int = 0) -> float | None:
+    """Return the multiply-accumulates of a step that reuses as a share of one in full, None where none does."""
+    if not method.reuses:
+        return None
+    if method.guidance:
+        return 0.5
+    required, optional = dit_param_shapes(spec)
+    macs = {}
+    for name, part in plan_parts(spec, method, counts, r).items():
+        count = Count({**required, **optional, **predictor_shapes(spec)})
+        part.run(count, *((1, *port.shape) for port in part.inputs))
+        macs[name] = count.macs
+    full = sum(macs[name] for name in ("full", "front", "rest") if name in macs)
+    return sum(macs[name] for name in ("front", "resume", "refresh") if name in macs) / full
+
+
+def step_params(model: DiTModel, compression: Compression, predictor: Predictor | None) -> dict[str, Array]:
+    """Return all weights that the parts read."""
+    return {**(compression.params or model.params), **(predictor.params if predictor is not None else {})}
+
+
+def write_parts(
+    found: Mapping[str, Part],
+    params: Mapping[str, Array],
+    folder: Path,
+    quantizers: Mapping[str, Quantizer] | None = None,
+) -> None:
+    """Write parts as ONNX graphs for ONNX Runtime on this processor, their weights once for all."""
+    from vitfold.ops.emit import emit_ports, write_together
+
+    target = step_target(quantized=quantizers is not None)
+    graphs = {
+        name: emit_ports(
+            part.run,
+            params,
+            target,
+            quantizers,
+            inputs=part.inputs,
+            outputs=[port.name for port in part.outputs],
+        )
+        for name, part in found.items()
+    }
+    write_together(graphs, folder)
+
+
+def open_graphs(
+    found: Mapping[str, Part], folder: Path, threads: int | None, products: Iterable[Product] = ()
+) -> PartsSession:
+    """Open the graphs of parts that were written to a folder; `products` are the integer products that they hold.
+
+    Raises:
+        EngineError: if ONNX Runtime refuses one, or computes its products wrongly on this processor.
+    """
+    from vitfold.engines.parts import PartsSession
+
+    return PartsSession(
+        {name: folder / f"{name}.onnx" for name in found},
+        {name: (part.inputs, part.outputs) for name, part in found.items()},
+        threads=threads,
+        execution=find_execution("onnxruntime", products),
+    )
+
+
+def method_of(manifest: StepManifest) -> Method:
+    """Return the method of a bundle.
+
+    Raises:
+        RecipeError: if this vitfold does not know it.
+    """
+    return replace(find_method(manifest.plan.reuse), mask=manifest.mask or None)
+
+
+def open_steps(bundle: StepBundle, threads: int | None = None) -> PartsSession:
+    """Open the graphs of a bundle.
+
+    Raises:
+        RecipeError: if this vitfold does not know its method.
+        EngineError: if ONNX Runtime refuses a graph.
+    """
+    manifest = bundle.manifest
+    method = method_of(manifest)
+    found = plan_parts(manifest.spec, method, manifest.counts, manifest.plan.merge)
+    return open_graphs(found, bundle.path, threads, products_of_steps(manifest))
+
+
+def products_of_steps(manifest: StepManifest) -> tuple[Product, ...]:
+    """Return the integer products of the graphs of a bundle.
+
+    Raises:
+        TargetError: if this vitfold does not know its target.
+    """
+    if manifest.plan.quant == "none":
+        return ()
+    target = find_target(str(manifest.target["name"]))
+    return products_of(target.to_dict(), weight_bits=8, attention=False)
+
+
+def step_target(*, quantized: bool) -> Target:
+    """Return what graphs of steps are written for: this processor, where they hold integers."""
+    return quantized_cpu_target() if quantized else find_target("cpu")

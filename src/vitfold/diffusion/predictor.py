@@ -1,0 +1,180 @@
+"""TokenCache's predictor: trained on trajectories of the frozen model, and how many tokens each block renews.
+
+Owns training data, loss and budget. The model's weights never change; an article on the method calls it free of
+training, the paper trains this part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitfold.architectures.dit import blocks, condition, embed, head, minus, modulations
+from vitfold.diffusion.tokens import blended, scores
+from vitfold.model import Array, DiTModel, DiTSpec
+from vitfold.model.dit import class_rows, timestep_waves
+from vitfold.ops.run import Run
+
+HIDDEN = 16
+ROWS = 8
+"""Rows of a training batch: half with a class, half without."""
+PAIRS = 12
+"""Pairs of steps along one trajectory that are learned from."""
+_PENALTY = 0.05
+_RATE = 1e-2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Predictor:
+    """Trained weights, tokens to renew per block, and the loss before and after training."""
+
+    params: Mapping[str, Array]
+    counts: tuple[int, ...]
+    losses: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pair:
+    """A step, what every block added at an earlier one, and what leaves the last block."""
+
+    x: Tensor
+    given: tuple[Tensor, ...]
+    kept: tuple[Tensor, ...]
+    last: Tensor
+
+
+class _Trainable(Run):
+    """`Run`, with some parameters that gradients reach."""
+
+    def __init__(self, params: Mapping[str, Array], learned: Mapping[str, Tensor]) -> None:
+        super().__init__(params)
+        self._params.update(learned)
+
+
+def train_predictor(
+    model: DiTModel, scheduler: Any, *, ratio: float, rounds: int = 6, seed: int = 0, say: Callable[[str], None]
+) -> Predictor:
+    """Train on steps that are one to three after the one that is kept, and share a budget of tokens among blocks.
+
+    Equation: |x_L - x_L'|^2 / |x_L'' - x_L'|^2 + 0.05 mean a, x_L' of the whole step, x_L'' all from what is kept.
+
+    Source: TokenCache (2409.18523); scores are soft in training, the best ones are taken at inference.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pairs = _pairs(model, scheduler, generator)
+    learned = {name: value.requires_grad_() for name, value in _initial(model.spec, generator).items()}
+    ops = _Trainable(model.params, learned)
+    optimizer = torch.optim.Adam(list(learned.values()), lr=_RATE)
+    losses = []
+    for turn in range(rounds):
+        say(f"training the predictor: round {turn + 1}/{rounds}")
+        total = 0.0
+        for place in torch.randperm(len(pairs), generator=generator).tolist():
+            loss = _loss(ops, model.spec, pairs[place])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            total += loss.item() / len(pairs)
+        losses.append(total)
+    with torch.no_grad():
+        found = torch.stack([_all_scores(ops, model.spec, pair) for pair in pairs])
+    return Predictor(
+        params={name: value.detach().numpy() for name, value in learned.items()},
+        counts=share_budget(found.mean(0).numpy(), ratio),
+        losses=(losses[0], losses[-1]),
+    )
+
+
+def share_budget(ranked: Float[np.ndarray, "L N"], ratio: float) -> tuple[int, ...]:
+    """Return how many tokens each block renews, if all blocks together leave out `ratio` of theirs.
+
+    The best cells of all blocks are taken; `ranked` are mean scores of each block's best token, its second best, ...
+
+    Source: TokenCache (2409.18523), its block selection.
+    """
+    depth, tokens = ranked.shape
+    keep = round((1 - ratio) * depth * tokens)
+    order = np.argsort(-ranked.reshape(-1), kind="stable")[:keep]
+    return tuple(int(count) for count in np.bincount(order // tokens, minlength=depth))
+
+
+def predictor_shapes(spec: DiTSpec) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of a predictor's weights."""
+    found: dict[str, tuple[int, ...]] = {}
+    for block in range(spec.depth):
+        site = f"blocks.{block}.predictor"
+        found |= {f"{site}.fc1.weight": (HIDDEN, spec.width), f"{site}.fc1.bias": (HIDDEN,)}
+        found |= {f"{site}.fc2.weight": (1, HIDDEN), f"{site}.fc2.bias": (1,)}
+    return found
+
+
+def _initial(spec: DiTSpec, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random first layers; second ones that score every token alike, at three quarters."""
+    found = {name: torch.zeros(shape) for name, shape in predictor_shapes(spec).items()}
+    for name, value in found.items():
+        if name.endswith("fc1.weight"):
+            value.copy_(torch.randn(value.shape, generator=generator) / spec.width**0.5)
+        elif name.endswith("fc2.bias"):
+            value.fill_(1.0)
+    return found
+
+
+def _loss(ops: Run, spec: DiTSpec, pair: _Pair) -> Tensor:
+    x, held, total = pair.x, pair.x, torch.zeros(())
+    for block, kept in enumerate(pair.kept):
+        total = total + scores(ops, spec, block, x, pair.given).mean() / spec.depth
+        x = x + blended(ops, spec, block, x, pair.given, kept)
+        held = held + kept
+    scale = (held - pair.last).square().mean() + 1e-12
+    return (x - pair.last).square().mean() / scale + _PENALTY * total
+
+
+def _all_scores(ops: Run, spec: DiTSpec, pair: _Pair) -> Float[Tensor, "L N"]:
+    """Mean scores over rows, every block's best token first."""
+    x, found = pair.x, []
+    for block, kept in enumerate(pair.kept):
+        ranked = scores(ops, spec, block, x, pair.given)[:, :, 0].sort(dim=1, descending=True).values
+        found.append(ranked.mean(0))
+        x = x + blended(ops, spec, block, x, pair.given, kept)
+    return torch.stack(found)
+
+
+def _pairs(model: DiTModel, scheduler: Any, generator: torch.Generator) -> list[_Pair]:
+    """Follow one trajectory of a few images without guidance and take pairs of steps along it."""
+    spec, run = model.spec, Run(model.params)
+    labels = torch.randint(spec.classes, (ROWS // 2,), generator=generator).tolist()
+    rows = torch.from_numpy(class_rows(spec, np.array([*labels, *([spec.null_class] * (ROWS // 2))])))
+    x = torch.randn(ROWS, spec.channels, spec.image_size, spec.image_size, generator=generator)
+    timesteps = scheduler.timesteps
+    stride = max(1, len(timesteps) // PAIRS)
+    found: list[_Pair] = []
+    held: list[tuple[Tensor, ...]] = []
+    for step, t in enumerate(timesteps):
+        waves = torch.from_numpy(timestep_waves(spec, np.full(ROWS, int(t))))
+        with torch.no_grad():
+            given = modulations(run, spec, condition(run, spec, waves, rows))
+            entering = embed(run, scheduler.scale_model_input(x, t).float())
+            added, last = _follow(run, spec, entering, given)
+            back = 1 + len(found) % 3
+            if step % stride == stride - 1 and len(held) >= back:
+                found.append(_Pair(x=entering, given=given, kept=held[-back], last=last))
+            held = [*held[-2:], added]
+            predicted = head(run, spec, last, given)[:, : spec.channels]
+            x = scheduler.step(predicted, t, x).prev_sample
+    return found
+
+
+def _follow(run: Run, spec: DiTSpec, x: Tensor, given: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What every block adds, and what leaves the last one."""
+    added = []
+    for block in range(spec.depth):
+        y = blocks(run, spec, x, given, range(block, block + 1))
+        added.append(minus(run, y, x))
+        x = y
+    return tuple(added), x

@@ -1,0 +1,285 @@
+"""The sampling loop: which part of a model runs at which step, with classifier-free guidance in one batch.
+
+Owns seeds, guidance and the order of parts. Caches live with the executor under names; the loop says which name a part
+reads and writes, so they are never copied.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from vitfold.diffusion.methods import Method, full_steps
+from vitfold.diffusion.parts import RESIDUAL, WEIGHTS
+from vitfold.errors import EngineError
+from vitfold.model import Array, DiTSpec
+from vitfold.model.dit import class_rows, timestep_waves
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Where the parts of a model run, on tensors that it keeps under names."""
+
+    def call(self, part: str, *inputs: Array) -> Array:
+        """Run a part once on arrays, past everything kept, and return its first output."""
+        ...
+
+    def prepare(self, rows: int) -> None:
+        """Make room for batches of `rows` and fill it with zeros."""
+        ...
+
+    def write(self, name: str, values: Array) -> None:
+        """Set a tensor, or its first rows."""
+        ...
+
+    def run(self, part: str, rows: int, renamed: Mapping[str, str] | None = None) -> None:
+        """Run a part on the first `rows` of what is kept; `renamed` are ends that are kept under another name."""
+        ...
+
+    def read(self, name: str, rows: int) -> Array:
+        """Return the first rows of a tensor."""
+        ...
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of all tensors that it keeps."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sampled:
+    """Samples in [-1, 1] (or latents), and how long every step took: those computed in full, and those that reused."""
+
+    samples: Float[np.ndarray, "B C Y X"]
+    full_ns: tuple[int, ...]
+    reused_ns: tuple[int, ...]
+    kept_bytes: int
+
+    @property
+    def full_steps(self) -> int:
+        """Steps that were computed in full."""
+        return len(self.full_ns)
+
+    @property
+    def reused_steps(self) -> int:
+        """Steps that reused something."""
+        return len(self.reused_ns)
+
+
+def sample(
+    executor: Executor,
+    spec: DiTSpec,
+    scheduler: Any,
+    method: Method,
+    labels: Sequence[int],
+    *,
+    seed: int,
+    guidance: float,
+    watch: Callable[[Array], None] | None = None,
+) -> Sampled:
+    """Draw one sample per label; sample i depends on seed + i alone, and not on what is drawn beside it.
+
+    A method that decides as it goes decides for every sample by itself, so its samples are drawn one by one.
+    `watch` is shown what all blocks added at every step, (2 B, N, D), by a method that keeps it and computes all.
+
+    Equation: e = e_null + g (e_class - e_null), both from one batch of 2 B rows; with g = 1 only e_class is computed.
+    A learned variance is not guided: it is the one with the class.
+
+    Source: classifier-free guidance (2207.12598).
+
+    Raises:
+        EngineError: if a sample is NaN or infinite.
+    """
+    count = len(labels)
+    if method.threshold is not None and count > 1:
+        again = {"seed": seed, "guidance": guidance, "watch": watch}
+        return _one_by_one(executor, spec, scheduler, method, labels, again)
+    rows = 2 * count if guidance != 1.0 else count
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+    shape = (spec.channels, spec.image_size, spec.image_size)
+    x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]) * scheduler.init_noise_sigma
+    timesteps = [int(t) for t in scheduler.timesteps]
+    conditions, row_of = _conditions(executor, spec, timesteps, labels, guided=rows > count)
+    executor.prepare(rows)
+    must = full_steps(method, len(timesteps))
+    state = _State(
+        executor=executor, method=method, must=must, depth=spec.depth, channels=spec.channels, count=count, rows=rows
+    )
+    extra: dict[str, Any] = {"generator": generators} if _is_stochastic(scheduler) else {}
+    took: dict[bool, list[int]] = {True: [], False: []}
+    for step, t in enumerate(scheduler.timesteps):
+        began, full_before = time.perf_counter_ns(), state.full
+        entering = scheduler.scale_model_input(x, t).float()
+        executor.write("given", conditions[step][row_of])
+        executor.write("image", np.tile(entering.numpy(), (rows // count, 1, 1, 1)))
+        predicted = torch.from_numpy(_finite(state.advance(step, guidance), f"step {step + 1} of {len(timesteps)}"))
+        if spec.learned_sigma and not _learned(scheduler):
+            predicted = predicted[:, : spec.channels]
+        if watch is not None:
+            watch(executor.read(state.newest, rows))
+        x = scheduler.step(predicted, t, x, **extra).prev_sample
+        took[state.full > full_before].append(time.perf_counter_ns() - began)
+    return Sampled(
+        samples=_finite(x.float().numpy(), "the last step"),
+        full_ns=tuple(took[True]),
+        reused_ns=tuple(took[False]),
+        kept_bytes=executor.kept_bytes,
+    )
+
+
+def _finite(values: Array, where: str) -> Array:
+    if not np.isfinite(values).all():
+        raise EngineError(
+            f"{where} gives values that are NaN or infinite; the weights or the graphs overflow, or the sampler does "
+            "not go with the model: try --sampler ddim, or --engine torch to see whose fault it is"
+        )
+    return values
+
+
+def _one_by_one(
+    executor: Executor, spec: DiTSpec, scheduler: Any, method: Method, labels: Sequence[int], how: Mapping[str, Any]
+) -> Sampled:
+    """Draw every sample as if it were alone; steps are those of the sample that computed the most in full."""
+    found = []
+    for place, label in enumerate(labels):
+        mine = copy.deepcopy(scheduler)  # a solver of several steps remembers those that it has taken
+        found.append(sample(executor, spec, mine, method, [label], **{**how, "seed": how["seed"] + place}))
+    return joined(found)
+
+
+def joined(found: Sequence[Sampled]) -> Sampled:
+    """Return batches as one; steps are those of the batch that computed the most in full."""
+    most = max(found, key=lambda batch: batch.full_steps)
+    return Sampled(
+        samples=np.concatenate([batch.samples for batch in found]),
+        full_ns=most.full_ns,
+        reused_ns=most.reused_ns,
+        kept_bytes=max(batch.kept_bytes for batch in found),
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class _State:
+    """What the loop remembers between steps: where full steps were, and under which names their tensors are kept."""
+
+    executor: Executor
+    method: Method
+    must: tuple[bool, ...]
+    depth: int
+    channels: int
+    count: int
+    rows: int
+    full: int = 0
+    places: tuple[int, ...] = ()
+    own: tuple[str, str] = ("own.0", "own.1")
+    difference: Array | None = None
+
+    @property
+    def newest(self) -> str:
+        """The name under which the residual of the newest full step is kept."""
+        return f"{RESIDUAL}.{(self.full - 1) % self.method.history}"
+
+    def advance(self, step: int, guidance: float) -> Array:
+        """Return the guided prediction of this step."""
+        if self.method.guidance and self.rows > self.count:
+            return self._past_guidance(step, guidance)
+        self._predict(step)
+        found = self.executor.read("prediction", self.rows)
+        if self.rows == self.count:
+            return found.copy()
+        with_class, without = found[: self.count], found[self.count :]
+        return _guided(with_class, without, guidance, self.channels)
+
+    def _past_guidance(self, step: int, guidance: float) -> Array:
+        if self.must[step] or self.difference is None:
+            self.executor.run("step", self.rows)
+            found = self.executor.read("prediction", self.rows)
+            self.difference = found[self.count :] - found[: self.count]
+            self.full += 1
+        else:
+            self.executor.run("step", self.count)
+        with_class = self.executor.read("prediction", self.count)
+        return _guided(with_class, with_class + self.difference, guidance, self.channels)
+
+    def _predict(self, step: int) -> None:
+        cut, run = self.method.cut, self.executor.run
+        if cut == "whole":
+            run("step", self.rows)
+            self.full += 1
+            return
+        whole = self.must[step]
+        if cut == "tokens":
+            self._renew(whole=whole)
+            return
+        if cut == "first":
+            before, own = self.own
+            run("front", self.rows, {"before": before, "own": own})
+            whole = whole or self._moved()
+        if whole:
+            kept = f"{RESIDUAL}.{self.full % self.method.history}"
+            run("rest" if cut == "first" else "full", self.rows, {RESIDUAL: kept})
+            self.full += 1
+            self.places = (*self.places, step)[-self.method.history :]
+            self.own = self.own[::-1]
+            return
+        if cut != "modules":
+            self.executor.write(WEIGHTS, self._weights(step))
+        run("resume", self.rows)
+
+    def _renew(self, *, whole: bool) -> None:
+        """A refreshed step reads what one side keeps and writes the other."""
+        depth, (before, now) = self.depth, self.own
+        names = {f"{RESIDUAL}.{block}": f"{now}.{block}" for block in range(depth)}
+        kept = {f"kept.{block}": f"{before}.{block}" for block in range(depth)}
+        self.executor.run("full" if whole else "refresh", self.rows, names if whole else {**names, **kept})
+        self.full += whole
+        self.own = self.own[::-1]
+
+    def _moved(self) -> bool:
+        assert self.method.threshold is not None
+        change = math.sqrt(float(np.mean(self.executor.read("change", self.rows))))
+        return change > self.method.threshold
+
+    def _weights(self, step: int) -> Float[np.ndarray, "1 K 1"]:
+        """The forecast's weights in the order of the names under which full steps were kept."""
+        weights = np.zeros((1, self.method.history, 1), np.float32)
+        first = self.full - len(self.places)
+        for k, weight in enumerate(self.method.forecast(self.places, step)):
+            weights[0, (first + k) % self.method.history, 0] = weight
+        return weights
+
+
+def _conditions(
+    executor: Executor, spec: DiTSpec, timesteps: Sequence[int], labels: Sequence[int], *, guided: bool
+) -> tuple[Float[np.ndarray, "T U M D"], Array]:
+    """Return what every step and every class asked for do to the model, and the row of each sample."""
+    asked = [*labels, *([spec.null_class] * len(labels) if guided else [])]
+    classes, row_of = np.unique(np.array(asked), return_inverse=True)
+    waves = timestep_waves(spec, np.repeat(np.array(timesteps), len(classes)))
+    found = executor.call("condition", waves, class_rows(spec, np.tile(classes, len(timesteps))))
+    return found.reshape(len(timesteps), len(classes), spec.modulations, spec.width), row_of
+
+
+def _guided(with_class: Array, without: Array, guidance: float, channels: int) -> Array:
+    """Guide the first `channels`, the prediction itself; a variance behind it is the one with the class."""
+    guided: Array = with_class.copy()
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused where the step is known
+        guided[:, :channels] = without[:, :channels] + np.float32(guidance) * (with_class - without)[:, :channels]
+    return guided
+
+
+def _is_stochastic(scheduler: Any) -> bool:
+    algorithm = str(scheduler.config.get("algorithm_type", ""))
+    return type(scheduler).__name__ == "DDPMScheduler" or algorithm.startswith("sde")
+
+
+def _learned(scheduler: Any) -> bool:
+    return str(scheduler.config.get("variance_type", "")).startswith("learned")

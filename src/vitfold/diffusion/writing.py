@@ -1,0 +1,123 @@
+"""From a Diffusion Transformer and a plan to a verified bundle of steps.
+
+Owns what is written and how it is checked; which plan is worth writing is `step_search`'s business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vitfold.artifacts.step_bundle import StepBundle, StepManifest, StepPlan, write_step_bundle
+from vitfold.bench.environment import environment
+from vitfold.bench.pictures import psnr_db
+from vitfold.diffusion import Method
+from vitfold.diffusion.compare import Asked, draw, settled
+from vitfold.diffusion.eager import Eager
+from vitfold.diffusion.opening import (
+    Compression,
+    open_graphs,
+    plan_parts,
+    prepare_predictor,
+    step_params,
+    step_target,
+    write_parts,
+)
+from vitfold.diffusion.sampling import Executor
+from vitfold.errors import EngineError
+from vitfold.model import DiTModel
+from vitfold.ops.run import Run
+from vitfold.ops.simulate import Simulate
+from vitfold.version import __version__
+
+if TYPE_CHECKING:
+    from vitfold.engines.parts import PartsSession
+
+LEAST_DB = 60.0
+LEAST_INTEGER_DB = 30.0
+"""Sums of integers are rounded elsewhere than in the reference, and steps add up what that makes of an image."""
+_STEPS = 8
+
+
+def save_steps(
+    model: DiTModel,
+    plan: StepPlan,
+    method: Method,
+    compression: Compression,
+    path: Path,
+    *,
+    search: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> StepBundle:
+    """Write the graphs of a plan and its method, and keep them if they draw what the reference interpreter draws.
+
+    Raises:
+        BundleError: if the destination cannot be written, or exists and may not be replaced.
+        EngineError: if the graphs draw something else.
+    """
+    predictor = None if method.ratio is None else prepare_predictor(model, method, plan.steps, 0, say)
+    counts = () if predictor is None else predictor.counts
+    params = step_params(model, compression, predictor)
+    found = plan_parts(model.spec, method, counts, compression.r)
+
+    def write(folder: Path) -> StepManifest:
+        say("writing graphs")
+        write_parts(found, params, folder, compression.quantizers)
+        say("verifying")
+        simulate = Simulate(params, compression.quantizers) if compression.quantizers else Run(params)
+        with contextlib.closing(open_graphs(found, folder, None)) as session:
+            chosen = settled(model, session, method, _asked(model, plan, plan.steps))
+            verified = _verify(model, plan, chosen, Eager(found, simulate), session)
+        target = step_target(quantized=compression.quantizers is not None)
+        return StepManifest(
+            vitfold=__version__,
+            spec=model.spec,
+            schedule=model.schedule,
+            labels=model.labels,
+            origin=model.origin,
+            latent=model.latent,
+            decoder=model.decoder,
+            model_digest=model.digest(),
+            plan=plan,
+            parts=tuple(found),
+            counts=counts,
+            mask=chosen.mask or (),
+            target={"name": target.name, "engine": "onnxruntime"},
+            verified=verified,
+            search=None if search is None else {**search, "environment": environment()},
+        )
+
+    return write_step_bundle(path, write, overwrite=overwrite)
+
+
+def _asked(model: DiTModel, plan: StepPlan, steps: int) -> Asked:
+    return Asked(
+        labels=(0, model.spec.classes - 1),
+        seed=0,
+        steps=steps,
+        sampler=plan.sampler,
+        guidance=plan.guidance,
+        batch=2,
+    )
+
+
+def _verify(
+    model: DiTModel, plan: StepPlan, method: Method, reference: Executor, session: PartsSession
+) -> dict[str, Any]:
+    """Draw an image of the first and one of the last class by both, in so few steps that each kind comes up."""
+    steps = plan.steps if method.budget is not None else min(plan.steps, _STEPS)
+    asked = _asked(model, plan, steps)
+    drawn, expected = (draw(model, executor, method, asked).samples for executor in (session, reference))
+    found_db = psnr_db(expected, drawn, peak=float(np.ptp(expected)))
+    least = LEAST_DB if plan.quant == "none" else LEAST_INTEGER_DB
+    if not np.isfinite(drawn).all() or (found_db is not None and not found_db >= least):
+        raise EngineError(
+            f"the graphs draw other images than the reference ({found_db} dB, at least {least:g} needed); "
+            "this is a bug in the runtime or in vitfold: upgrade onnxruntime"
+        )
+    return {"engine": session.engine, "images": len(asked.labels), "steps": steps, "psnr_db": found_db}

@@ -1,0 +1,251 @@
+"""A bundle as a function of images.
+
+Owns what a caller may hand in and what comes back, and how threads and processes share it. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from vitfold.artifacts.bundle import Bundle, open_bundle
+from vitfold.bench.evaluation import finite_outputs
+from vitfold.decoding import listed, prepared
+from vitfold.engines import Session, open_session
+from vitfold.errors import ArgumentError, BundleError, EngineError, VitfoldError, check_whole
+from vitfold.images import prepared_ahead
+from vitfold.model.spec import Head, sigmoid
+
+ImageLike = Any
+"""A path, a Pillow image, the bytes of a file, an open binary file, an array or a tensor of 8 bits; see `decoding`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prediction:
+    """The output row of one image: logits of a classifier, numbers of a regression, or an embedding.
+
+    `head` says which of them.
+    """
+
+    output: Float[np.ndarray, ...]
+    labels: tuple[str, ...] | None
+    head: Head = "single_label"
+
+    @property
+    def probabilities(self) -> Float[np.ndarray, " C"]:
+        """The softmax of the logits; where every label is a yes or no of its own, the sigmoid of each.
+
+        Raises:
+            VitfoldError: if the output is numbers or an embedding, or not finite.
+        """
+        if self.head not in ("single_label", "multi_label"):
+            kind = "the numbers of a regression" if self.head == "regression" else "an embedding"
+            raise VitfoldError(f"this output is {kind} and has no probabilities; use .output or .values()")
+        if not np.isfinite(self.output).all():
+            raise EngineError("the output is NaN or infinite, so that no class is probable; make the bundle again")
+        if self.head == "multi_label":
+            return sigmoid(self.output)
+        shifted = np.exp(self.output - self.output.max())
+        softmax: Float[np.ndarray, " C"] = shifted / shifted.sum()
+        return softmax
+
+    def top(self, k: int = 5, *, threshold: float | None = None) -> list[tuple[str, float]]:
+        """Return the k most probable labels with their probabilities, best first; those from `threshold` on, if given.
+
+        Raises:
+            VitfoldError: if k is less than 1, the threshold no probability, or the model no classifier.
+        """
+        check_whole("k", k, least=1)
+        if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
+            raise ArgumentError(f"threshold must be a probability from 0 to 1, found {threshold!r}")
+        found = self.probabilities
+        best = [i for i in np.argsort(-found, kind="stable")[:k] if threshold is None or found[i] >= threshold]
+        return [(self._name(int(i)), float(found[i])) for i in best]
+
+    def values(self) -> list[tuple[str, float]]:
+        """Return every output with its name, in order: what a regression says."""
+        return [(self._name(i), float(value)) for i, value in enumerate(self.output.reshape(-1))]
+
+    def _name(self, i: int) -> str:
+        return self.labels[i] if self.labels else str(i)
+
+
+class Predictor:
+    """An open bundle: call it with one image or several; close it, or use it in `with`.
+
+    Threads may share it: they decode images side by side and take turns in the engine. A pickled one opens its bundle
+    again where it arrives, as spawned processes need it; a forked process opens it again by itself, on ONNX Runtime.
+    """
+
+    def __init__(self, bundle: Bundle, *, engine: str | None = None, threads: int | None = None) -> None:
+        self.bundle = bundle
+        self._engine, self._threads = engine, threads
+        self._turn = threading.Lock()
+        self._session: Session | None = open_session(bundle, engine=engine, threads=threads)
+        self._forked = False
+        _OPEN.add(self)
+
+    @property
+    def session(self) -> Session:
+        """The engine's session; it serves one caller at a time.
+
+        Raises:
+            EngineError: if the predictor is closed, or its engine does not outlive a fork.
+            BundleError: in a forked process, if the bundle is not the same any more.
+        """
+        if self._session is None and self._forked:
+            self._session, self._forked = self._opened_again(), False
+        if self._session is None:
+            raise EngineError("this predictor is closed; open the bundle again")
+        return self._session
+
+    @property
+    def head(self) -> Head:
+        """What outputs are: one class, several labels, numbers, or features."""
+        return self.bundle.manifest.spec.head
+
+    @property
+    def classifies(self) -> bool:
+        """True if outputs are logits over classes or labels."""
+        return self.head in ("single_label", "multi_label")
+
+    def __call__(self, images: ImageLike, *, batch: int = 8) -> list[Prediction]:
+        """Return one prediction per image; the next ones are decoded while the engine runs.
+
+        Args:
+            images: one image or several: paths, Pillow images, bytes or open files, NumPy arrays (H, W, C) or torch
+                tensors (C, H, W) of uint8; an array or tensor of four dimensions is a batch.
+            batch: images per call of the engine.
+
+        Raises:
+            ImageError: if an image cannot be read.
+            ArgumentError: if `batch` is no number of images.
+            EngineError: if the predictor is closed, an output is NaN or infinite, or not what the bundle promises.
+        """
+        check_whole("batch", batch, least=1)
+        items = listed(images)
+        preprocess, labels, head = self.bundle.manifest.preprocess, self.bundle.manifest.labels, self.head
+
+        def prepare(group: Sequence[ImageLike]) -> Float[np.ndarray, "B 3 H W"]:
+            return np.stack([prepared(item, preprocess) for item in group])
+
+        names = [_shown(item, place) for place, item in enumerate(items)]
+        predictions: list[Prediction] = []
+        groups = (items[start : start + batch] for start in range(0, len(items), batch))
+        for pixels in prepared_ahead(groups, prepare):
+            rows = finite_outputs(self._run(pixels), names[len(predictions) :])
+            predictions += [Prediction(output=row, labels=labels, head=head) for row in rows]
+        return predictions
+
+    def _run(self, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[np.ndarray, "B ..."]:
+        with self._turn:
+            session = self.session
+            session.bind(pixels)
+            session.run()
+            rows = session.fetch()
+        spec = self.bundle.manifest.spec
+        last = spec.width if spec.output == "last_hidden_state" else spec.output_width
+        if rows.ndim < 2 or (len(rows), rows.shape[-1]) != (len(pixels), last):
+            raise EngineError(
+                f"{self.bundle.path}: the graph returned {rows.shape} for {len(pixels)} images, and its manifest "
+                f"promises {last} values each; make the bundle again"
+            )
+        return rows
+
+    def close(self) -> None:
+        """Release the engine, when whoever is using it is done."""
+        with self._turn:
+            if self._session is not None:
+                self._session.close()
+            self._session, self._forked = None, False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle where the bundle lies and which it is."""
+        if self._session is None and not self._forked:
+            raise EngineError("this predictor is closed, so it cannot be handed on; open the bundle again")
+        return _reopen, (os.fspath(self.bundle.path.absolute()), self._engine, self._threads, self.bundle.digest)
+
+    def _opened_again(self) -> Session:
+        engine = self._engine or str(self.bundle.manifest.target.get("engine"))
+        if engine not in _FORKS:
+            raise EngineError(
+                f"{engine} does not work in a process that was forked behind it; start processes by "
+                "multiprocessing.get_context('spawn'), or open the bundle in each"
+            )
+        bundle = _same_bundle(self.bundle.path, self.bundle.digest)
+        return open_session(bundle, engine=self._engine, threads=self._threads)
+
+    def _leave_to_parent(self) -> None:
+        """In a forked process: forget the session and the lock, whose threads are those of the parent."""
+        self._turn = threading.Lock()
+        if self._session is not None:
+            _OF_PARENT.append(self._session)
+            self._session, self._forked = None, True
+
+    def __enter__(self) -> Predictor:
+        """Enter a context that closes the predictor."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+def _shown(item: ImageLike, place: int) -> str:
+    """Name an image in a message."""
+    return str(item) if isinstance(item, str | Path) else f"image {place}"
+
+
+_FORKS = ("onnxruntime",)
+"""Engines that start anew in a forked process."""
+_OPEN: weakref.WeakSet[Predictor] = weakref.WeakSet()
+_OF_PARENT: list[Session] = []
+"""Sessions of the process that this one was forked from: to release one would wait for threads that are not here."""
+
+
+def _after_fork() -> None:
+    for predictor in list(_OPEN):
+        predictor._leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _reopen(path: str, engine: str | None, threads: int | None, digest: str) -> Predictor:
+    """Open the bundle of a predictor that was pickled.
+
+    Raises:
+        BundleError: if it is missing, damaged or another one by now.
+    """
+    return Predictor(_same_bundle(Path(path), digest), engine=engine, threads=threads)
+
+
+def _same_bundle(path: Path, digest: str) -> Bundle:
+    bundle = open_bundle(path)
+    if bundle.digest != digest:
+        raise BundleError(f"{path} was replaced since this predictor was opened; open it anew with vitfold.open")
+    return bundle
+
+
+def open_predictor(path: str | Path, *, engine: str | None = None, threads: int | None = None) -> Predictor:
+    """Open a bundle for prediction.
+
+    Raises:
+        BundleError: if it is missing or damaged.
+        EngineError: if the engine refuses it, or threads is no number for this machine.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentError(f"open takes the path of a bundle, found {type(path).__name__}")
+    return Predictor(open_bundle(path), engine=engine, threads=threads)

@@ -1,0 +1,1 @@
+"""Files on a disk that others share: locks, workshops, atomic placing, digests, checked reading."""

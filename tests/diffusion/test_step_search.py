@@ -1,0 +1,193 @@
+"""Which way to draw a search takes, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffusing import build_tiny_dit
+from vitfold.bench.pictures import moments
+from vitfold.diffusion import search as step_search
+from vitfold.diffusion.compare import Asked, Row
+from vitfold.diffusion.judge import Judge
+from vitfold.diffusion.opening import Compression
+from vitfold.diffusion.search import Bounds, Setup, Tried, describe_bounds, fastest_method, screen, search_steps
+from vitfold.errors import JournalError, RecipeError
+from vitfold.model import Array, DiTModel, Model
+
+ASKED = Asked(labels=(0, 2), seed=0, steps=6, sampler="ddim", guidance=2.0, batch=2)
+TORCH = Setup(engine="torch")
+
+
+@pytest.fixture(scope="module")
+def model() -> DiTModel:
+    return build_tiny_dit()
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_search, "CANDIDATES", ("stack:2", "stack:3", "guidance:2"))
+    monkeypatch.setattr(step_search, "SOLVED", (0.1,))  # fewer than its least number: none
+    monkeypatch.setattr(step_search, "FEWER", (0.5,))
+
+
+def faster(monkeypatch: pytest.MonkeyPatch, speed_of: Callable[[Row], float]) -> None:
+    """Let speed-ups be what a test says, since times of a tiny model mean nothing."""
+    compare = step_search.compare
+
+    def told(*args: Any, **kwargs: Any) -> list[Row]:
+        rows = compare(*args, **kwargs)
+        return [rows[0], *(replace(row, speedup={"median": speed_of(row), "iqr": 0.0}) for row in rows[1:])]
+
+    monkeypatch.setattr(step_search, "compare", told)
+
+
+def full(row: Row) -> float:
+    return ASKED.steps / row.sampled.full_steps
+
+
+@pytest.mark.usefixtures("few")
+def test_every_candidate_and_plain_steps_are_measured_beside_the_plain_sampler(model: DiTModel) -> None:
+    tried = screen(model, ASKED, Bounds(min_psnr_db=10.0), [Compression(), Compression(r=4)], TORCH)
+    names = {"stack:2", "stack:3", "guidance:2", "none, 3 steps"}
+    merged = {f"{name}, r=4" for name in names}
+    assert {one.row.name for one in tried} == names | merged | {"none, r=4"}
+    assert all(one.psnr_drop_db is None for one in tried)
+    assert {
+        one.row.name for one in screen(model, ASKED, Bounds(min_psnr_db=1.0), [Compression()], TORCH, fewer=False)
+    } == (names - {"none, 3 steps"})
+
+
+@pytest.mark.usefixtures("few")
+def test_the_fastest_that_keeps_the_bound_is_confirmed_on_other_seeds(
+    model: DiTModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faster(monkeypatch, full)
+    seeds: list[int] = []
+    drawn = step_search.compare
+
+    def seen(model: DiTModel, ways: Any, **kwargs: Any) -> list[Row]:
+        seeds.append(ways[0].asked.seed)
+        return drawn(model, ways, **kwargs)
+
+    monkeypatch.setattr(step_search, "compare", seen)
+    found = search_steps(model, ASKED, Bounds(min_psnr_db=0.0), [Compression()], TORCH, samples=4)
+    assert found.winner is not None
+    assert found.winner.row.name == "none, 3 steps"
+    assert len(found.winner.row.sampled.samples) == 4
+    assert seeds[-1] == step_search.HELD_OUT_SEED
+    assert 0 in seeds
+    strict = search_steps(model, ASKED, Bounds(min_psnr_db=200.0), [Compression()], TORCH, samples=2)
+    assert strict.winner is None
+    assert "nothing that keeps the bounds" in strict.reason
+
+
+@pytest.mark.usefixtures("few")
+def test_nothing_slower_than_the_plain_sampler_wins(model: DiTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    faster(monkeypatch, lambda row: 0.9)
+    found = search_steps(model, ASKED, Bounds(min_psnr_db=0.0), [Compression()], TORCH, samples=2)
+    assert found.winner is None
+    assert found.plain.name == "none"
+    assert fastest_method(found.tried, Bounds(min_psnr_db=0.0)).text == "none"
+
+
+@pytest.mark.usefixtures("few")
+def test_one_that_breaks_the_bound_on_held_out_seeds_gives_way(
+    model: DiTModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faster(monkeypatch, full)
+    tried = step_search._tried
+
+    def told(row: Row, plain: Row, compression: Compression, goal: Array | None, setup: Setup) -> Tried:
+        found = tried(row, plain, compression, goal, setup)
+        confirmed = len(row.sampled.samples) == 3
+        bad = confirmed and row.sampled.full_steps <= 3
+        return replace(found, row=replace(row, psnr_db=1.0 if bad else 50.0))
+
+    monkeypatch.setattr(step_search, "_tried", told)
+    found = search_steps(model, ASKED, Bounds(min_psnr_db=40.0), [Compression()], TORCH, samples=3)
+    assert found.winner is not None
+    assert found.winner.row.sampled.full_steps > 3
+    assert [one.row.sampled.full_steps <= 3 for one in found.refused] == [True] * len(found.refused)
+    assert found.refused
+
+
+@pytest.mark.usefixtures("few")
+def test_an_interrupted_screening_goes_on_where_it_was(
+    model: DiTModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(step_search, "SOLVED", (0.7,))
+    setup, bounds = replace(TORCH, folder=tmp_path), Bounds(max_psnr_drop_db=3.0)
+    compare, made = step_search.compare, []
+
+    def counted(*args: Any, **kwargs: Any) -> list[Row]:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(compare(*args, **kwargs))
+        return made[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step_search, "compare", counted)
+        with pytest.raises(KeyboardInterrupt):
+            screen(model, ASKED, bounds, [Compression()], setup)
+    first = [row for rows in made for row in rows[1:]]
+    made.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(step_search, "compare", lambda *args, **kwargs: made.append(1) or compare(*args, **kwargs))
+        found = screen(model, ASKED, bounds, [Compression()], setup)
+        assert made, "what was not measured yet is"
+        made.clear()
+        again = screen(model, ASKED, bounds, [Compression()], setup)
+        assert not made, "nothing is measured twice"
+    assert [one.row.to_dict() for one in found[: len(first)]] == [row.to_dict() for row in first]
+    assert [one.to_dict() for one in again] == [one.to_dict() for one in found]
+    assert [one.row.method.mask for one in again] == [one.row.method.mask for one in found]
+    assert any(one.row.method.mask for one in again), "with the steps that were chosen"
+    fresh = screen(model, ASKED, bounds, [Compression()], TORCH)
+    assert {one.row.name: one.psnr_drop_db for one in again} == {one.row.name: one.psnr_drop_db for one in fresh}
+    (tmp_path / "screened.jsonl").write_text('{"group": "x"}\n')
+    with pytest.raises(JournalError, match="screened.jsonl holds a line that is no group of rows"):
+        screen(model, ASKED, bounds, [Compression()], setup)
+
+
+def test_chosen_steps_are_candidates(model: DiTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_search, "CANDIDATES", ())
+    monkeypatch.setattr(step_search, "SOLVED", (0.7,))
+    tried = screen(model, ASKED, Bounds(min_psnr_db=1.0), [Compression()], TORCH, fewer=False)
+    assert [one.row.name for one in tried] == ["solved:4"]
+    assert tried[0].row.method.mask is not None
+
+
+@pytest.mark.usefixtures("few")
+def test_the_drop_is_towards_images_of_more_steps(model: DiTModel) -> None:
+    bounds = Bounds(max_psnr_drop_db=3.0)
+    tried = {one.row.name: one for one in screen(model, ASKED, bounds, [Compression()], TORCH)}
+    drops = {name: one.psnr_drop_db for name, one in tried.items()}
+    assert all(drop is not None and np.isfinite(drop) for drop in drops.values())
+    assert drops["none, 3 steps"] > 0
+    assert tried["none, 3 steps"].within(Bounds(max_psnr_drop_db=drops["none, 3 steps"] + 0.1))
+    assert not tried["none, 3 steps"].within(Bounds(max_psnr_drop_db=drops["none, 3 steps"] - 0.1))
+
+
+def test_bounds_that_cannot_be_measured(model: DiTModel, tiny_model: Callable[..., Model]) -> None:
+    with pytest.raises(RecipeError, match="converges with more steps: --sampler ddim"):
+        search_steps(model, replace(ASKED, sampler="ddpm"), Bounds(max_psnr_drop_db=1.0), [Compression()], TORCH)
+    with pytest.raises(RecipeError, match="--max-fid-rise needs --real and --features"):
+        search_steps(model, ASKED, Bounds(max_fid_rise=1.0), [Compression()], TORCH)
+    real = moments(np.random.default_rng(0).normal(size=(40, 8)))
+    judged = replace(TORCH, judge=Judge(model=tiny_model(), real=real))
+    with pytest.raises(RecipeError, match="--samples 10 are too few for a Frechet distance; give at least 30"):
+        search_steps(model, ASKED, Bounds(max_fid_rise=1.0), [Compression()], judged, samples=10)
+    with pytest.raises(ValueError, match="needs a bound"):
+        Bounds()
+
+
+def test_bounds_in_words() -> None:
+    assert describe_bounds(Bounds(min_psnr_db=30.0, max_fid_rise=0.5).to_dict()) == (
+        "at least 30 dB to the unaccelerated images, a Frechet distance at most 0.5 larger"
+    )

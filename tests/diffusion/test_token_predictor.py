@@ -1,0 +1,122 @@
+"""TokenCache: what its token operations compute, how it is trained, and how a budget is shared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusing import build_tiny_dit
+from vitfold.diffusion import find_method
+from vitfold.diffusion.opening import prepare_predictor
+from vitfold.diffusion.predictor import Predictor, share_budget, train_predictor
+from vitfold.diffusion.schedulers import build_scheduler
+from vitfold.model import DiTModel
+
+
+@pytest.fixture(scope="module")
+def model() -> DiTModel:
+    return build_tiny_dit()
+
+
+@pytest.fixture(scope="module")
+def predictor(model: DiTModel) -> Predictor:
+    scheduler = build_scheduler("ddim", model.schedule, 20)
+    return train_predictor(model, scheduler, ratio=0.5, say=lambda _: None)
+
+
+def test_training_lowers_the_loss_and_leaves_the_model_alone(model: DiTModel, predictor: Predictor) -> None:
+    before, after = predictor.losses
+    assert after < before
+    assert not set(predictor.params) & set(model.params)
+    assert all(np.isfinite(array).all() for array in predictor.params.values())
+    again = build_tiny_dit()
+    for name, array in model.params.items():
+        np.testing.assert_array_equal(array, again.params[name])
+    assert sum(predictor.counts) == model.spec.depth * model.spec.tokens // 2
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_predictor_is_trained_once(model: DiTModel) -> None:
+    said: list[str] = []
+    method = find_method("tokencache:0.5:2:4")
+    first = prepare_predictor(model, method, 10, 0, said.append)
+    assert any("training the predictor" in text for text in said)
+    said.clear()
+    again = prepare_predictor(model, method, 10, 0, said.append)
+    assert not said
+    assert (again.counts, again.losses) == (first.counts, first.losses)
+    assert set(again.params) == set(first.params)
+    for name, array in first.params.items():
+        np.testing.assert_array_equal(again.params[name], array)
+    prepare_predictor(model, method, 11, 0, said.append)
+    assert said, "other steps are another trajectory"
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 15, 16])
+def test_the_best_tokens_get_what_the_whole_block_adds(model: DiTModel, predictor: Predictor, count: int) -> None:
+    """Oracle: the whole block for all tokens, then a loop over the tokens of every image."""
+    import torch
+
+    from vitfold.architectures.dit import blocks
+    from vitfold.diffusion.tokens import renewed, scores
+    from vitfold.ops.run import Run
+
+    spec, ops = model.spec, Run({**model.params, **predictor.params})
+    generator = torch.Generator().manual_seed(count)
+    x, kept = (torch.randn(3, spec.tokens, spec.width, generator=generator) for _ in range(2))
+    given = tuple(0.3 * torch.randn(3, 1, spec.width, generator=generator) for _ in range(spec.modulations))
+    found = renewed(ops, spec, 1, x, given, kept, count).numpy()
+    new = (blocks(ops, spec, x, given, range(1, 2)) - x).numpy()
+    weights = scores(ops, spec, 1, x, given).numpy()
+    assert 0 < weights.min() <= weights.max() < 1
+    expected = kept.numpy().copy()
+    for image in range(3):
+        best = sorted(range(spec.tokens), key=lambda token: -weights[image, token, 0])[:count]
+        for token in best:
+            expected[image, token] = new[image, token]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.floats(0, 1), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_a_budget_is_spent_on_the_best_cells(depth: int, tokens: int, ratio: float, seed: int) -> None:
+    ranked = -np.sort(-np.random.default_rng(seed).uniform(size=(depth, tokens)), axis=1)
+    counts = share_budget(ranked, ratio)
+    assert sum(counts) == round((1 - ratio) * depth * tokens)
+    taken = [ranked[block, place] for block, count in enumerate(counts) for place in range(count)]
+    left = [ranked[block, place] for block, count in enumerate(counts) for place in range(count, tokens)]
+    assert not taken or not left or min(taken) >= max(left)
+
+
+def test_no_predictor_is_a_bug_where_one_is_needed(model: DiTModel) -> None:
+    from vitfold.diffusion.opening import open_parts
+
+    with pytest.raises(ValueError, match="goes with a trained predictor"), open_parts(model, find_method("tokencache")):
+        pass
+
+
+def test_a_graph_hands_an_input_on(model: DiTModel, predictor: Predictor) -> None:
+    """A block that renews nothing returns what it was given."""
+    from dataclasses import replace
+
+    from vitfold.diffusion.opening import open_parts
+
+    drawn: dict[str, Any] = {}
+    for engine in ("torch", "onnxruntime"):
+        none = replace(predictor, counts=(0, 3))
+        with open_parts(model, find_method("tokencache"), predictor=none, engine=engine) as executor:
+            executor.prepare(2)
+            draw, tokens = np.random.default_rng(0), (16, 32)
+            shapes = {"image": (1, 16, 16), "given": (14, 32), "kept.0": tokens, "kept.1": tokens}
+            for name, shape in shapes.items():
+                executor.write(name, draw.standard_normal((2, *shape)).astype(np.float32))
+            executor.run("refresh", 2)
+            ends = ("prediction", "residual.0", "residual.1", "kept.0")
+            drawn[engine] = [executor.read(name, 2).copy() for name in ends]
+    for a, b in zip(*drawn.values(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(drawn["onnxruntime"][1], drawn["onnxruntime"][3])
