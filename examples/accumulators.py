@@ -22,7 +22,7 @@ from vitfold.bench.environment import environment
 from vitfold.bench.reference import reference_from_origin
 from vitfold.images import batches, find_images
 from vitfold.ops.simulate import Simulate
-from vitfold.pipeline import calibrate_folded, optimize, recorded_images
+from vitfold.pipeline import calibrate_plan, optimize, recorded_images
 from vitfold.quantizer import Quantizer, Uniform, load_quant_params
 
 LARGEST_HALF = 65504
@@ -59,7 +59,7 @@ def main() -> None:
     assert model is not None
     assert manifest.calibration is not None
     planned = optimize(model, recipe=manifest.recipe, target="tensorrt-int8")
-    done = calibrate_folded(planned, recorded_images(manifest.calibration, None))
+    done = calibrate_plan(planned, recorded_images(manifest.calibration, None))
     ops = Accumulators(done.folded.params, load_quant_params(bundle.path / QUANTIZERS))
     images = find_images(folder).first(IMAGES)
     with torch.inference_mode():

@@ -38,9 +38,9 @@ Choose = Callable[[int, np.ndarray], int]
 
 def run_image(ops: Run, spec: ViTSpec, image: torch.Tensor, choose: Choose) -> tuple[torch.Tensor, tuple[int, ...]]:
     """Return the output for one image, and how many tokens each block merged: `choose(block, similarities)`."""
-    recipe = MergeRecipe(r=(0,) * spec.depth)
+    recipe = MergeRecipe(r=(0,) * spec.num_layers)
     tokens, counts = embed(ops, spec, image), []
-    for block in range(spec.depth):
+    for block in range(spec.num_layers):
         best = best_similarities(ops, spec, block, tokens)
         r = min(choose(block, best), largest_r(tokens.count, tokens.prefix), len(best))
         tokens = transformer_block(ops, spec, block, tokens, r=r, recipe=recipe, trace=False)
@@ -51,7 +51,7 @@ def run_image(ops: Run, spec: ViTSpec, image: torch.Tensor, choose: Choose) -> t
 def best_similarities(ops: Run, spec: ViTSpec, block: int, tokens: Tokens[torch.Tensor]) -> np.ndarray:
     """The similarity of every token of A to its nearest of B; the keys are computed twice here."""
     x = ops.layer_norm(f"blocks.{block}.norm1", tokens.x, spec.norm_eps)
-    k = ops.heads(f"blocks.{block}.attn.qkv", x, 3, spec.heads)[1].mean(1)
+    k = ops.heads(f"blocks.{block}.attn.qkv", x, 3, spec.num_heads)[1].mean(1)
     prefix, count = tokens.prefix, tokens.count
     a, b = range(prefix + prefix % 2, count, 2), range(prefix + 1 - prefix % 2, count, 2)
     if min(len(a), len(b)) == 0:
@@ -62,7 +62,7 @@ def best_similarities(ops: Run, spec: ViTSpec, block: int, tokens: Tokens[torch.
 def calibrate(ops: Run, spec: ViTSpec, images: list[torch.Tensor], budget: int) -> list[float]:
     """Thresholds, block by block, above which `budget` pairs lie on average, given those of the blocks before."""
     thresholds: list[float] = []
-    for block in range(spec.depth):
+    for block in range(spec.num_layers):
         seen: list[np.ndarray] = []
 
         def choose(at: int, best: np.ndarray, block: int = block, seen: list[np.ndarray] = seen) -> int:

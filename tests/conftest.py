@@ -26,11 +26,11 @@ from vitfold.recipe import MergeRecipe  # noqa: E402
 TINY: dict[str, Any] = {
     "image_size": (32, 32),
     "patch_size": (8, 8),
-    "width": 32,
-    "depth": 2,
-    "heads": 4,
-    "head_width": 8,
-    "mlp_width": 48,
+    "embed_dim": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "head_dim": 8,
+    "mlp_dim": 48,
     "outputs": 10,
 }
 _TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed", "pool.latent")

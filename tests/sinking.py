@@ -15,10 +15,10 @@ def with_sinks(model: Model, **fields: Any) -> Model:
     sinks, spec = Sinks(**fields), model.spec
     draw = np.random.default_rng(7)
     params = dict(model.params)
-    for block in range(spec.depth):
+    for block in range(spec.num_layers):
         if sinks.cached(block):
             for name in ("cached_k", "cached_v"):
-                rows = draw.standard_normal((1, spec.heads, sinks.rows, spec.head_width))
+                rows = draw.standard_normal((1, spec.num_heads, sinks.rows, spec.head_dim))
                 params[f"blocks.{block}.attn.{name}"] = rows.astype(np.float32)
     return model.with_params(replace(spec, sinks=sinks), params)
 

@@ -12,11 +12,11 @@ def vit_base(**overrides: Any) -> ViTSpec:
     values = {
         "image_size": (224, 224),
         "patch_size": (16, 16),
-        "width": 768,
-        "depth": 12,
-        "heads": 12,
-        "head_width": 64,
-        "mlp_width": 3072,
+        "embed_dim": 768,
+        "num_layers": 12,
+        "num_heads": 12,
+        "head_dim": 64,
+        "mlp_dim": 3072,
         "outputs": 1000,
     }
     return ViTSpec(**{**values, **overrides})

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vitfold.artifacts.cache import key_of
-from vitfold.quant import Scheme, find_method
+from vitfold.quant import QuantConstraints, find_method
 from vitfold.quant.collect import samples_key
 from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe, RegistersRecipe
 from vitfold.registers.search import remedies_key
@@ -34,7 +34,7 @@ CONTENTS: tuple[tuple[object, ...], ...] = (
     (X, {"a": {"b": 1}}),
     (X, find_method("mse")),
     (X, find_method("minmax")),
-    (X, Scheme()),
+    (X, QuantConstraints()),
 )
 
 MERGE = MergeRecipe(r=(2, 2), order="index")

@@ -22,7 +22,7 @@ from vitfold.errors import (
 )
 from vitfold.images import ImageSet, find_images
 from vitfold.model import Model, Preprocess, ViTSpec
-from vitfold.pipeline import Folded, optimize, read_recipe, save
+from vitfold.pipeline import Plan, optimize, read_recipe, save
 from vitfold.recipe import MergeRecipe, Recipe
 from vitfold.serve.predictor import Prediction, Predictor
 from vitfold.serve.predictor import open_predictor as open
@@ -35,13 +35,13 @@ __all__ = [
     "Bundle",
     "BundleError",
     "EngineError",
-    "Folded",
     "GateError",
     "ImageError",
     "ImageSet",
     "MergeRecipe",
     "Model",
     "ParityError",
+    "Plan",
     "Prediction",
     "Predictor",
     "Preprocess",

@@ -362,11 +362,11 @@ def tokens_per_block(spec: ViTSpec, r: tuple[int, ...]) -> tuple[int, ...]:
         RecipeError: if a block cannot remove as many tokens, naming it and the largest allowed r; if no token is left
             beside those apart.
     """
-    if len(r) not in (0, spec.depth):
-        raise RecipeError(f"merge.r has {len(r)} entries, the model has {spec.depth} blocks; give one per block")
-    deleted = [0 if spec.sinks is None else spec.sinks.deleted(block) for block in range(spec.depth)] + [0]
+    if len(r) not in (0, spec.num_layers):
+        raise RecipeError(f"merge.r has {len(r)} entries, the model has {spec.num_layers} blocks; give one per block")
+    deleted = [0 if spec.sinks is None else spec.sinks.deleted(block) for block in range(spec.num_layers)] + [0]
     counts = [spec.tokens - deleted[0]]
-    for block, removed in enumerate(r or (0,) * spec.depth):
+    for block, removed in enumerate(r or (0,) * spec.num_layers):
         allowed = largest_r(counts[-1], spec.prefix)
         if removed > allowed:
             raise RecipeError(

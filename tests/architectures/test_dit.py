@@ -10,7 +10,7 @@ import pytest
 from diffusing import ORIGIN, SCHEDULE, build_module, build_tiny_dit
 from vitfold.diffusion.parts import parts
 from vitfold.errors import ParityError, SourceError
-from vitfold.model.dit import DiTSpec, dit_param_shapes, sincos_positions, timestep_waves
+from vitfold.model.dit import DiTSpec, dit_param_shapes, sincos_positions, timestep_frequencies
 from vitfold.ops.count import Count
 from vitfold.sources.diffusers import check_dit_parity, translate
 
@@ -53,7 +53,7 @@ def test_tables_are_those_of_diffusers() -> None:
     spec = build_tiny_dit().spec
     timesteps = np.arange(0, 1000, 37)
     waves = embeddings.get_timestep_embedding(torch.from_numpy(timesteps), 256, True, 1)
-    np.testing.assert_allclose(timestep_waves(spec, timesteps), waves, atol=2e-4)
+    np.testing.assert_allclose(timestep_frequencies(spec, timesteps), waves, atol=2e-4)
 
 
 def test_an_unknown_part_is_refused() -> None:
@@ -65,7 +65,7 @@ def test_an_unknown_part_is_refused() -> None:
     ("wrong", "said"),
     [
         ({"patch_size": 5}, "does not divide"),
-        ({"heads": 5}, "multiple of the 5 heads"),
+        ({"num_heads": 5}, "multiple of the 5 heads"),
         ({"outputs": 3}, "as many, or twice"),
         ({"classes": 0}, "classes must be positive"),
         ({"activation": "geglu"}, "unsupported activation"),
@@ -74,8 +74,8 @@ def test_an_unknown_part_is_refused() -> None:
 )
 def test_a_half_made_spec_is_refused(wrong: dict[str, Any], said: str, without_type_checks: None) -> None:
     sound: dict[str, Any] = {
-        "image_size": 16, "patch_size": 4, "channels": 1, "outputs": 1, "width": 32, "depth": 2, "heads": 4,
-        "mlp_width": 64, "classes": 3,
+        "image_size": 16, "patch_size": 4, "channels": 1, "outputs": 1, "embed_dim": 32,
+        "num_layers": 2, "num_heads": 4, "mlp_dim": 64, "classes": 3,
     }  # fmt: skip
     DiTSpec(**sound)
     with pytest.raises(SourceError, match=said):
@@ -91,8 +91,8 @@ def test_merging_equal_tokens_changes_nothing() -> None:
 
     model = build_tiny_dit()
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(2, model.spec.tokens // 2, model.spec.width, generator=generator).repeat_interleave(2, 1)
-    given = tuple(0.3 * torch.randn(2, 1, model.spec.width, generator=generator) for _ in range(14))
+    x = torch.randn(2, model.spec.tokens // 2, model.spec.embed_dim, generator=generator).repeat_interleave(2, 1)
+    given = tuple(0.3 * torch.randn(2, 1, model.spec.embed_dim, generator=generator) for _ in range(14))
     whole, merged = (attention(Run(model.params), model.spec, 1, x, given, r=r) for r in (0, model.spec.tokens // 2))
     np.testing.assert_allclose(merged, whole, atol=1e-5)
 
@@ -105,7 +105,9 @@ def test_a_resumed_step_multiplies_embedding_and_head_alone() -> None:
         count = Count({**required, **optional})
         part.run(count, *((1, *port.shape) for port in part.inputs))
         macs[name] = count.macs
-    patches = spec.tokens * spec.width * spec.patch_size**2 * (spec.channels + spec.outputs)
-    per_block = spec.tokens * (4 * spec.width**2 + 2 * spec.width * spec.mlp_width) + 2 * spec.tokens**2 * spec.width
+    patches = spec.tokens * spec.embed_dim * spec.patch_size**2 * (spec.channels + spec.outputs)
+    per_block = (
+        spec.tokens * (4 * spec.embed_dim**2 + 2 * spec.embed_dim * spec.mlp_dim) + 2 * spec.tokens**2 * spec.embed_dim
+    )
     assert macs["resume"] == patches
-    assert macs["step"] == macs["full"] == patches + spec.depth * per_block
+    assert macs["step"] == macs["full"] == patches + spec.num_layers * per_block

@@ -100,7 +100,7 @@ def test_tofu_merges_late_in_the_direction_of_the_mean_and_keeps_the_norm():
 
 def test_pruning_leaves_the_mean_over_patches_a_mean(tiny_model):
     """With equal tokens everywhere the mean is that token, however many were pruned and merged."""
-    model = tiny_model(pool="avg", class_token=False, pos_embed="none", depth=4)
+    model = tiny_model(pool="avg", class_token=False, pos_embed="none", num_layers=4)
     image = torch.full((1, 3, 32, 32), 0.3)
     with torch.inference_mode():
         plain, pruned = (

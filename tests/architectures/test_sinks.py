@@ -31,7 +31,7 @@ POOLS = {
 @pytest.mark.parametrize("r", MERGES)
 @pytest.mark.parametrize("pool", POOLS)
 def test_a_register_that_hardly_counts_changes_nothing(tiny_model, random_images, run_torch, pool, r):
-    model = tiny_model(depth=3, **POOLS[pool])
+    model = tiny_model(num_layers=3, **POOLS[pool])
     images = random_images(model.spec, 2)
     plain = run_torch(model, images, r)
     silent = run_torch(with_sinks(model, start=1, rows=1, tau=1e-30), images, r)
@@ -43,7 +43,7 @@ def test_a_register_that_hardly_counts_changes_nothing(tiny_model, random_images
 @pytest.mark.parametrize("r", MERGES)
 @pytest.mark.parametrize("copies", [1, 2, 7])
 def test_copies_of_a_row_are_one_with_the_logarithm_of_their_number(tiny_model, random_images, run_torch, copies, r):
-    model = with_sinks(tiny_model(depth=3), start=1, rows=1, tau=float(copies))
+    model = with_sinks(tiny_model(num_layers=3), start=1, rows=1, tau=float(copies))
     params = dict(model.params)
     for name in [name for name in params if "cached" in name]:
         params[name] = np.repeat(params[name], copies, axis=2)
@@ -107,7 +107,7 @@ def test_the_largest_patches_go_and_no_prefix_token(tiny_model, order, prefix):
 
 @pytest.mark.parametrize("r", MERGES)
 def test_deleted_places_of_a_dense_output_get_the_mean_of_their_neighbours(tiny_model, random_images, r):
-    model = with_sinks(tiny_model(depth=3, **POOLS["dense"]), block=1, deletions=4)
+    model = with_sinks(tiny_model(num_layers=3, **POOLS["dense"]), block=1, deletions=4)
     seen = []
     with torch.inference_mode():
         found = vit(
@@ -143,7 +143,7 @@ def test_the_neighbours_of_a_corner_are_three_and_of_a_prefix_token_no_patch(tin
 
 def test_a_mean_counts_the_tokens_that_are_left(tiny_model, random_images):
     model = with_sinks(
-        tiny_model(depth=3, pool="avg", final_norm=False, outputs=0, output="image_embeds"), block=1, deletions=3
+        tiny_model(num_layers=3, pool="avg", final_norm=False, outputs=0, output="image_embeds"), block=1, deletions=3
     )
     seen = []
     with torch.inference_mode():
@@ -181,7 +181,7 @@ def test_moved_neurons_leave_their_maximum_in_the_last_register(tiny_model):
 
 
 def test_deletions_count_in_the_tokens_of_every_block(tiny_model):
-    spec = replace(tiny_model(depth=3).spec, sinks=Sinks(block=1, deletions=5))
+    spec = replace(tiny_model(num_layers=3).spec, sinks=Sinks(block=1, deletions=5))
     assert tokens_per_block(spec, ()) == (17, 12, 12, 12)
     assert tokens_per_block(spec, (4, 3, 0)) == (17, 8, 5, 5)
     with pytest.raises(RecipeError, match="r = 4 is too large for block 2: 6 tokens enter it"):

@@ -28,7 +28,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("r", [(0, 0, 0), (3, 2, 1), (8, 4, 2), (0, 5, 0)])
 def test_forward_equals_the_oracle(tiny_model, random_images, run_torch, prefix, r, prop_attn):
-    model = tiny_model(depth=3, **PREFIXES[prefix])
+    model = tiny_model(num_layers=3, **PREFIXES[prefix])
     spec = model.spec
     images = random_images(spec, 2)
     found = run_torch(model, images, r, prop_attn=prop_attn)
@@ -37,7 +37,7 @@ def test_forward_equals_the_oracle(tiny_model, random_images, run_torch, prefix,
             model.params,
             image,
             patch=spec.patch_size,
-            heads=spec.heads,
+            heads=spec.num_heads,
             prefix=spec.prefix,
             r=r,
             prop_attn=prop_attn,
@@ -46,11 +46,11 @@ def test_forward_equals_the_oracle(tiny_model, random_images, run_torch, prefix,
 
 
 def test_observed_tokens_equal_the_oracle_after_every_block(tiny_model, random_images):
-    model = tiny_model(depth=3)
+    model = tiny_model(num_layers=3)
     image = random_images(model.spec, 1)
     expected: list[tome.Rows] = []
     spec = model.spec
-    arguments = {"patch": spec.patch_size, "heads": spec.heads, "prefix": spec.prefix}
+    arguments = {"patch": spec.patch_size, "heads": spec.num_heads, "prefix": spec.prefix}
     tome.forward(model.params, image[0], r=(4, 3, 2), observe=expected.append, **arguments)
     seen = []
     recipe = MergeRecipe(r=(4, 3, 2))
@@ -96,7 +96,7 @@ def test_r_zero_changes_nothing(tiny_model, random_images, run_torch, pool):
 @pytest.mark.parametrize("pool", POOLS)
 def test_merging_identical_patches_changes_nothing(tiny_model, random_images, run_torch, pool):
     """Duplicated tokens and + log size are the same thing, in the blocks and in every pooling."""
-    model = tiny_model(depth=3, pos_embed="none", **POOLS[pool])
+    model = tiny_model(num_layers=3, pos_embed="none", **POOLS[pool])
     tile = random_images(model.spec, 2)[:, :, :8, :8]
     images = np.tile(tile, (1, 1, 4, 4))
     plain = run_torch(model, images)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vitfold.artifacts.bundle import MODEL, Bundle, Manifest, open_bundle, write_bundle
-from vitfold.artifacts.sealed import MANIFEST, VERSION
+from vitfold.artifacts.digested import MANIFEST, VERSION
 from vitfold.errors import BundleError
 from vitfold.model import Model
 from vitfold.recipe import MergeRecipe, Recipe

@@ -19,11 +19,11 @@ from vitfold.target import TARGETS, Target
 WIDE: dict[str, Any] = {
     "image_size": (224, 224),
     "patch_size": (16, 16),
-    "width": 384,
-    "depth": 3,
-    "heads": 6,
-    "head_width": 64,
-    "mlp_width": 768,
+    "embed_dim": 384,
+    "num_layers": 3,
+    "num_heads": 6,
+    "head_dim": 64,
+    "mlp_dim": 768,
 }
 
 

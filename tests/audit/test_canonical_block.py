@@ -102,7 +102,7 @@ def test_attention_that_is_partly_quantized_is_explained(tiny_model, written, le
 
 
 def test_attention_beyond_512_tokens_is_explained_before_and_after_the_build(tiny_model, written):
-    model = tiny_model(**{**WIDE, "image_size": (384, 384), "depth": 1})
+    model = tiny_model(**{**WIDE, "image_size": (384, 384), "num_layers": 1})
     foretold = check_attention(64, [577])
     assert foretold is not None
     assert foretold.where == ("blocks.0.attn",)

@@ -10,7 +10,7 @@ import pytest
 
 from diffusing import ORIGIN, SCHEDULE, build_module, build_tiny_dit
 from vitfold.diffusion import METHODS, find_method
-from vitfold.diffusion.compare import Asked, diffuse, draw, settled
+from vitfold.diffusion.compare import SamplingConfig, diffuse, draw, settled
 from vitfold.diffusion.opening import Compression, compress, open_parts, prepare_predictor
 from vitfold.errors import EngineError, RecipeError
 from vitfold.model import Array, DiTModel
@@ -32,7 +32,7 @@ def drawn(
     compression: Compression | None = None,
     **changed: Any,
 ) -> Any:
-    found, asked = find_method(method), Asked(**{**ASKED, **changed})
+    found, asked = find_method(method), SamplingConfig(**{**ASKED, **changed})
     predictor = None if found.ratio is None else prepare_predictor(model, found, asked.steps, asked.seed)
     with open_parts(model, found, predictor=predictor, compression=compression, engine=engine) as executor:
         return draw(model, executor, settled(model, executor, found, asked), asked)
@@ -166,13 +166,13 @@ def test_the_stack_method_adds_the_kept_residual(model: DiTModel) -> None:
     import torch
 
     from vitfold.architectures.dit import blocks, condition, embed, head, modulations
-    from vitfold.model.dit import class_rows, timestep_waves
+    from vitfold.model.dit import class_rows, timestep_frequencies
     from vitfold.ops.run import Run
 
     ops, spec = Run(model.params), model.spec
     draw_image = np.random.default_rng(0)
     images = [torch.from_numpy(draw_image.standard_normal((2, 1, 16, 16)).astype(np.float32)) for _ in range(2)]
-    waves = torch.from_numpy(timestep_waves(spec, np.array([900, 900])))
+    waves = torch.from_numpy(timestep_frequencies(spec, np.array([900, 900])))
     given = condition(ops, spec, waves, torch.from_numpy(class_rows(spec, np.array([0, 3]))))
     vectors = modulations(ops, spec, given)
     residual = blocks(ops, spec, embed(ops, images[0]), vectors, range(2)) - embed(ops, images[0])
@@ -197,7 +197,7 @@ def test_graphs_draw_what_torch_draws(model: DiTModel, name: str) -> None:
 
 def test_fewer_steps_stand_beside_every_method(model: DiTModel) -> None:
     methods = [find_method(text) for text in ("stack:3", "guidance:2", "none", "stack:3")]
-    rows = diffuse(model, methods, Asked(**ASKED), engine="torch", trials=1)
+    rows = diffuse(model, methods, SamplingConfig(**ASKED), engine="torch", trials=1)
     assert [row.name for row in rows] == ["none", "stack:3", "none, 4 steps", "guidance:2", "none, 6 steps"]
     first, second = rows[0].to_dict(), rows[1].to_dict()
     assert (first["psnr_db"], first["speedup"]) == (None, 1.0)
@@ -240,7 +240,12 @@ def test_what_cannot_be_compressed(model: DiTModel) -> None:
 
 def test_a_compressed_sampler_stands_beside_the_plain_one(model: DiTModel) -> None:
     rows = diffuse(
-        model, [find_method("stack:3")], Asked(**ASKED), compression=compress(model, r=4), engine="torch", trials=1
+        model,
+        [find_method("stack:3")],
+        SamplingConfig(**ASKED),
+        compression=compress(model, r=4),
+        engine="torch",
+        trials=1,
     )
     assert [row.name for row in rows] == ["none", "none, r=4", "stack:3, r=4", "none, 4 steps"]
     assert rows[1].psnr_db is not None
@@ -262,4 +267,4 @@ def test_a_compressed_sampler_stands_beside_the_plain_one(model: DiTModel) -> No
 )
 def test_what_cannot_be_drawn(model: DiTModel, changed: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
-        diffuse(model, [], Asked(**{**ASKED, **changed}), engine="torch", trials=1)
+        diffuse(model, [], SamplingConfig(**{**ASKED, **changed}), engine="torch", trials=1)

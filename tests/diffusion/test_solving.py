@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from diffusing import build_tiny_dit
 from vitfold.diffusion import find_method, full_steps, solve_steps
-from vitfold.diffusion.compare import Asked, diffuse
+from vitfold.diffusion.compare import SamplingConfig, diffuse
 from vitfold.diffusion.forecast import taylor
 from vitfold.diffusion.opening import open_parts
 from vitfold.diffusion.solving import best_steps, step_weights
@@ -80,13 +80,13 @@ def test_a_model_chooses_its_steps(model: DiTModel, guidance: float) -> None:
 
 
 def test_more_steps_in_full_than_there_are(model: DiTModel) -> None:
-    asked = Asked(labels=(0,), seed=0, steps=5, sampler="ddim", guidance=2.0, batch=1)
+    asked = SamplingConfig(labels=(0,), seed=0, steps=5, sampler="ddim", guidance=2.0, batch=1)
     with pytest.raises(RecipeError, match="solved:18 computes 18 steps in full, and there are 5; name fewer"):
         diffuse(model, [find_method("solved")], asked, engine="torch", trials=1)
 
 
 def test_chosen_steps_draw_beside_plain_ones(model: DiTModel) -> None:
-    asked = Asked(labels=(0, 2), seed=0, steps=8, sampler="ddim", guidance=2.0, batch=2)
+    asked = SamplingConfig(labels=(0, 2), seed=0, steps=8, sampler="ddim", guidance=2.0, batch=2)
     rows = diffuse(model, [find_method("solved:5")], asked, engine="torch", trials=1)
     assert [row.name for row in rows] == ["none", "solved:5", "none, 5 steps"]
     assert (rows[1].sampled.full_steps, rows[1].sampled.reused_steps) == (5, 3)

@@ -13,14 +13,14 @@ import pytest
 from diffusing import build_tiny_dit
 from vitfold.bench.pictures import moments
 from vitfold.diffusion import search as step_search
-from vitfold.diffusion.compare import Asked, Row
+from vitfold.diffusion.compare import SamplerRow, SamplingConfig
 from vitfold.diffusion.judge import Judge
 from vitfold.diffusion.opening import Compression
 from vitfold.diffusion.search import Bounds, Setup, Tried, describe_bounds, fastest_method, screen, search_steps
 from vitfold.errors import JournalError, RecipeError
 from vitfold.model import Array, DiTModel, Model
 
-ASKED = Asked(labels=(0, 2), seed=0, steps=6, sampler="ddim", guidance=2.0, batch=2)
+ASKED = SamplingConfig(labels=(0, 2), seed=0, steps=6, sampler="ddim", guidance=2.0, batch=2)
 TORCH = Setup(engine="torch")
 
 
@@ -36,18 +36,18 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_search, "FEWER", (0.5,))
 
 
-def faster(monkeypatch: pytest.MonkeyPatch, speed_of: Callable[[Row], float]) -> None:
+def faster(monkeypatch: pytest.MonkeyPatch, speed_of: Callable[[SamplerRow], float]) -> None:
     """Let speed-ups be what a test says, since times of a tiny model mean nothing."""
     compare = step_search.compare
 
-    def told(*args: Any, **kwargs: Any) -> list[Row]:
+    def told(*args: Any, **kwargs: Any) -> list[SamplerRow]:
         rows = compare(*args, **kwargs)
         return [rows[0], *(replace(row, speedup={"median": speed_of(row), "iqr": 0.0}) for row in rows[1:])]
 
     monkeypatch.setattr(step_search, "compare", told)
 
 
-def full(row: Row) -> float:
+def full(row: SamplerRow) -> float:
     return ASKED.steps / row.sampled.full_steps
 
 
@@ -71,7 +71,7 @@ def test_the_fastest_that_keeps_the_bound_is_confirmed_on_other_seeds(
     seeds: list[int] = []
     drawn = step_search.compare
 
-    def seen(model: DiTModel, ways: Any, **kwargs: Any) -> list[Row]:
+    def seen(model: DiTModel, ways: Any, **kwargs: Any) -> list[SamplerRow]:
         seeds.append(ways[0].asked.seed)
         return drawn(model, ways, **kwargs)
 
@@ -103,7 +103,7 @@ def test_one_that_breaks_the_bound_on_held_out_seeds_gives_way(
     faster(monkeypatch, full)
     tried = step_search._tried
 
-    def told(row: Row, plain: Row, compression: Compression, goal: Array | None, setup: Setup) -> Tried:
+    def told(row: SamplerRow, plain: SamplerRow, compression: Compression, goal: Array | None, setup: Setup) -> Tried:
         found = tried(row, plain, compression, goal, setup)
         confirmed = len(row.sampled.samples) == 3
         bad = confirmed and row.sampled.full_steps <= 3
@@ -125,7 +125,7 @@ def test_an_interrupted_screening_goes_on_where_it_was(
     setup, bounds = replace(TORCH, folder=tmp_path), Bounds(max_psnr_drop_db=3.0)
     compare, made = step_search.compare, []
 
-    def counted(*args: Any, **kwargs: Any) -> list[Row]:
+    def counted(*args: Any, **kwargs: Any) -> list[SamplerRow]:
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(compare(*args, **kwargs))

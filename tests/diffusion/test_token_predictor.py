@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from diffusing import build_tiny_dit
 from vitfold.diffusion import find_method
 from vitfold.diffusion.opening import prepare_predictor
-from vitfold.diffusion.predictor import Predictor, share_budget, train_predictor
 from vitfold.diffusion.schedulers import build_scheduler
+from vitfold.diffusion.token_predictor import TokenPredictor, share_budget, train_predictor
 from vitfold.model import DiTModel
 
 
@@ -23,12 +23,12 @@ def model() -> DiTModel:
 
 
 @pytest.fixture(scope="module")
-def predictor(model: DiTModel) -> Predictor:
+def predictor(model: DiTModel) -> TokenPredictor:
     scheduler = build_scheduler("ddim", model.schedule, 20)
     return train_predictor(model, scheduler, ratio=0.5, say=lambda _: None)
 
 
-def test_training_lowers_the_loss_and_leaves_the_model_alone(model: DiTModel, predictor: Predictor) -> None:
+def test_training_lowers_the_loss_and_leaves_the_model_alone(model: DiTModel, predictor: TokenPredictor) -> None:
     before, after = predictor.losses
     assert after < before
     assert not set(predictor.params) & set(model.params)
@@ -36,7 +36,7 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone(model: DiTModel, pr
     again = build_tiny_dit()
     for name, array in model.params.items():
         np.testing.assert_array_equal(array, again.params[name])
-    assert sum(predictor.counts) == model.spec.depth * model.spec.tokens // 2
+    assert sum(predictor.counts) == model.spec.num_layers * model.spec.tokens // 2
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -57,18 +57,18 @@ def test_a_predictor_is_trained_once(model: DiTModel) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 15, 16])
-def test_the_best_tokens_get_what_the_whole_block_adds(model: DiTModel, predictor: Predictor, count: int) -> None:
+def test_the_best_tokens_get_what_the_whole_block_adds(model: DiTModel, predictor: TokenPredictor, count: int) -> None:
     """Oracle: the whole block for all tokens, then a loop over the tokens of every image."""
     import torch
 
     from vitfold.architectures.dit import blocks
-    from vitfold.diffusion.tokens import renewed, scores
+    from vitfold.diffusion.token_refresh import renewed, scores
     from vitfold.ops.run import Run
 
     spec, ops = model.spec, Run({**model.params, **predictor.params})
     generator = torch.Generator().manual_seed(count)
-    x, kept = (torch.randn(3, spec.tokens, spec.width, generator=generator) for _ in range(2))
-    given = tuple(0.3 * torch.randn(3, 1, spec.width, generator=generator) for _ in range(spec.modulations))
+    x, kept = (torch.randn(3, spec.tokens, spec.embed_dim, generator=generator) for _ in range(2))
+    given = tuple(0.3 * torch.randn(3, 1, spec.embed_dim, generator=generator) for _ in range(spec.modulations))
     found = renewed(ops, spec, 1, x, given, kept, count).numpy()
     new = (blocks(ops, spec, x, given, range(1, 2)) - x).numpy()
     weights = scores(ops, spec, 1, x, given).numpy()
@@ -99,7 +99,7 @@ def test_no_predictor_is_a_bug_where_one_is_needed(model: DiTModel) -> None:
         pass
 
 
-def test_a_graph_hands_an_input_on(model: DiTModel, predictor: Predictor) -> None:
+def test_a_graph_hands_an_input_on(model: DiTModel, predictor: TokenPredictor) -> None:
     """A block that renews nothing returns what it was given."""
     from dataclasses import replace
 

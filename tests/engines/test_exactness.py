@@ -144,9 +144,9 @@ def quantized(tiny_model: Callable[..., Model], tmp_path_factory: pytest.TempPat
 
     def make(target: str) -> Bundle:
         if target not in made:
-            model = tiny_model(width=64, head_width=16, mlp_width=128)
+            model = tiny_model(embed_dim=64, head_dim=16, mlp_dim=128)
             folded = pipeline.optimize(model, merge=2, quant=QuantRecipe(method="minmax"), target=target)
-            done = pipeline.calibrate_folded(folded, images)
+            done = pipeline.calibrate_plan(folded, images)
             made[target] = pipeline.save(done, folder / f"{target}.fold", images=images)
         return made[target]
 
@@ -188,7 +188,7 @@ def test_a_bundle_from_another_processor_answers_the_same_and_says_how(
 def test_a_graph_that_cannot_be_widened_is_refused_with_the_cure(tiny_model, photos, tmp_path, monkeypatch):
     """ONNX Runtime fails to make weights unsigned that two products share, as those of a twin quantizer do."""
     folded = pipeline.optimize(tiny_model(), quant=QuantRecipe(method="ptq4vit"), target="cpu-vnni")
-    done = pipeline.calibrate_folded(folded, photos)
+    done = pipeline.calibrate_plan(folded, photos)
     monkeypatch.setenv(SWITCH, "1")
     with pytest.raises(EngineError, match=r"uint8 x int8 with 8-bit weights.*--target cpu-avx2"):
         pipeline.save(done, tmp_path / "a.fold", images=photos)

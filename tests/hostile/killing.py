@@ -46,7 +46,7 @@ LONGEST_S = 240.0
 
 def graphs(path: Path) -> dict[str, str]:
     """Check a bundle and return the digests of its files."""
-    from vitfold.artifacts.sealed import check_files, read_header
+    from vitfold.artifacts.digested import check_files, read_header
 
     header = read_header(path)
     check_files(path, header, ["recipe.toml"] if "kind" not in header.values else [])

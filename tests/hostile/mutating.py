@@ -97,7 +97,7 @@ def build_seeds(folder: Path, tiny: Callable[[], Any]) -> None:
         folded = pipeline.optimize(
             model, merge=2, quant=replace(quant, method="minmax", calibration_size=4), target=target
         )
-        pipeline.save(pipeline.calibrate_folded(folded, images), folder / f"{name}.fold")
+        pipeline.save(pipeline.calibrate_plan(folded, images), folder / f"{name}.fold")
     pipeline.save(pipeline.optimize(model, target="tensorrt-fp16"), folder / "half.fold")
     with contextlib.suppress(ModuleNotFoundError):
         build_steps(folder / "steps.fold")
@@ -454,13 +454,13 @@ def use(path: Path) -> None:
 
 def use_steps(path: Path) -> None:
     from vitfold.artifacts.step_bundle import open_step_bundle
-    from vitfold.diffusion.compare import Asked, check_asked, draw
+    from vitfold.diffusion.compare import SamplingConfig, check_asked, draw
     from vitfold.diffusion.opening import method_of, open_steps
 
     bundle = open_step_bundle(path)
     manifest = bundle.manifest
     plan = manifest.plan
-    asked = Asked(labels=(0,), seed=0, steps=plan.steps, sampler=plan.sampler, guidance=plan.guidance, batch=1)
+    asked = SamplingConfig(labels=(0,), seed=0, steps=plan.steps, sampler=plan.sampler, guidance=plan.guidance, batch=1)
     check_asked(manifest, asked)
     method = method_of(manifest)
     with contextlib.closing(open_steps(bundle, 1)) as executor:

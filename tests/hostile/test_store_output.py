@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from vitfold.artifacts.digested import MANIFEST, check_files, read_header, reserve_bundle, seal
 from vitfold.artifacts.journal import append_row, read_rows
-from vitfold.artifacts.sealed import MANIFEST, check_files, read_header, reserve_bundle, seal
 from vitfold.cli.app import app
 from vitfold.errors import BundleError, JournalError
 from vitfold.storage.locks import sign, try_lock
@@ -206,7 +206,7 @@ WRITER_SCRIPT = """
     import os, signal, sys, time
     from pathlib import Path
     from vitfold.storage.placing import two_renames
-    from vitfold.artifacts.sealed import reserve_bundle, seal
+    from vitfold.artifacts.digested import reserve_bundle, seal
     import vitfold.storage.placing as placing
 
     def write(folder):

@@ -140,7 +140,7 @@ def test_engines_that_do_not_survive_a_fork_say_so(model: Model, photos: Any, tm
     quant = quant_from_scheme("w4a4")
     assert quant is not None
     folded = pipeline.optimize(model, quant=replace(quant, method="minmax", calibration_size=4))
-    bundle = pipeline.save(pipeline.calibrate_folded(folded, photos), tmp_path / "simulated.fold")
+    bundle = pipeline.save(pipeline.calibrate_plan(folded, photos), tmp_path / "simulated.fold")
     with Predictor(bundle) as predictor:
         assert len(predictor(pictures(1))) == 1
         assert "get_context('spawn')" in in_a_process("fork", predictor)

@@ -431,7 +431,7 @@ def dit_state() -> State:
 def test_checkpoints_of_dits_trainer_load_and_run_no_code(case, dit_state, tmp_path):
     torch.save(case.around(dit_state), tmp_path / "ckpt.pt")
     if case.said is None:
-        assert load_dit(str(tmp_path / "ckpt.pt"), heads=2).spec.depth == 1
+        assert load_dit(str(tmp_path / "ckpt.pt"), heads=2).spec.num_layers == 1
         return
     with pytest.raises(SourceError, match=case.said):
         load_dit(str(tmp_path / "ckpt.pt"), heads=2)

@@ -15,7 +15,7 @@ BIASES = [f"blocks.{i}.{layer}.bias" for i in range(3) for layer in ("attn.proj"
 @pytest.mark.parametrize("features", [{}, {"mlp": "swiglu", "pool": "avg"}], ids=["plain", "swiglu"])
 @pytest.mark.parametrize("r", [(), (5, 3, 1)], ids=["r=0", "merging"])
 def test_fold_layer_scale_is_an_identity(tiny_model, random_images, run_torch, without, features, r):
-    model = tiny_model(depth=3, layer_scale=True, without=without, **features)
+    model = tiny_model(num_layers=3, layer_scale=True, without=without, **features)
     folded = fold_layer_scale(model)
     images = random_images(model.spec, 2)
     before = run_torch(model, images, r)

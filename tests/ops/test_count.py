@@ -23,11 +23,11 @@ def vit_spec(width: int, depth: int, heads: int, size: int = 224) -> ViTSpec:
     return ViTSpec(
         image_size=(size, size),
         patch_size=(16, 16),
-        width=width,
-        depth=depth,
-        heads=heads,
-        head_width=width // heads,
-        mlp_width=4 * width,
+        embed_dim=width,
+        num_layers=depth,
+        num_heads=heads,
+        head_dim=width // heads,
+        mlp_dim=4 * width,
         outputs=1000,
     )
 
@@ -185,7 +185,7 @@ MISFITS = {
         "one value per key",
     ),
     "concat": (lambda c: c.concat(((1, 4, 7), (1, 4, 6)), 1), "cannot concatenate"),
-    "rank_split": (lambda c: c.rank_split((1, 4, 1), 5), "the 5 largest"),
+    "topk_split": (lambda c: c.topk_split((1, 4, 1), 5), "the 5 largest"),
     "row of indices": (lambda c: c.take((1, 4, 7), (1, 2)), "expected a column"),
     "scatter_add": (lambda c: c.scatter_add("s", (1, 4, 7), (1, 2, 1), (1, 3, 7)), "one row"),
     "matmul of two batches": (lambda c: c.matmul("m", (2, 4, 7), (3, 7, 4)), "do not broadcast"),
@@ -205,11 +205,11 @@ SPLIT = Twin(rule="sign", inner=replace(INT8, high=0), outer=replace(INT8, low=0
 
 def quantizers_of(spec: ViTSpec, *, attention: bool, twin: bool = False) -> dict[str, Quantizer]:
     layers = [
-        f"blocks.{i}.{name}" for i in range(spec.depth) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+        f"blocks.{i}.{name}" for i in range(spec.num_layers) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     ]
     found: dict[str, Quantizer] = {f"{layer}.{side}": INT8 for layer in (*layers, "head") for side in ("x", "w")}
     if attention:
-        sites = [f"blocks.{i}.attn.{name}" for i in range(spec.depth) for name in ("q", "k", "v", "softmax")]
+        sites = [f"blocks.{i}.attn.{name}" for i in range(spec.num_layers) for name in ("q", "k", "v", "softmax")]
         found |= dict.fromkeys(sites, INT8)
     if twin:
         found |= {site: SPLIT for site in found if site.endswith("fc2.x")}

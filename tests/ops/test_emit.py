@@ -49,7 +49,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "pos_embed none": {"pos_embed": "none"},
     "layer_scale": {"layer_scale": True},
     "oblong": {"image_size": (24, 40), "patch_size": (8, 4)},
-    "one channel, narrow heads": {"channels": 1, "heads": 3, "head_width": 4},
+    "one channel, narrow heads": {"channels": 1, "num_heads": 3, "head_dim": 4},
     "tanh head": {"head_activation": "tanh", "output": "image_embeds"},
     "no head": {"outputs": 0, "output": "image_embeds"},
 }
@@ -164,11 +164,11 @@ def test_every_lowering_equals_run(tiny_model, random_images, run_torch, tmp_pat
 @pytest.mark.parametrize("lowering", ["contrib-gather_nd-one_hot-gemm", "standard-one_hot-scatter_elements-add"])
 def test_the_largest_r_in_every_block(tiny_model, random_images, run_torch, tmp_path, lowering, image_size, prefix):
     """Nothing of A may remain; odd and even lengths, every prefix parity, until one patch is left."""
-    model = tiny_model(depth=5, image_size=image_size, **prefix)
+    model = tiny_model(num_layers=5, image_size=image_size, **prefix)
     spec = model.spec
     r: tuple[int, ...] = ()
     count = spec.tokens
-    for _ in range(spec.depth):
+    for _ in range(spec.num_layers):
         r += (largest_r(count, spec.prefix),)
         count -= r[-1]
     assert count == spec.prefix + 1
@@ -184,7 +184,7 @@ def test_linear_layers_without_bias(tiny_model, random_images, run_torch, tmp_pa
 
 @pytest.mark.parametrize("target", FLOAT_TARGETS)
 def test_without_proportional_attention(tiny_model, random_images, run_torch, tmp_path, target):
-    model = tiny_model(depth=3)
+    model = tiny_model(num_layers=3)
     images = random_images(model.spec, 3)
     session = session_of(written(model, TARGETS[target], (5, 3, 2), tmp_path, prop_attn=False))
     (found,) = session.run(None, {INPUT_NAME: images})

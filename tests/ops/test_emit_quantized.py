@@ -149,7 +149,7 @@ def a_linear(ops: Any, image: Any) -> Any:
 
 def flat_model(tiny_model: Any, *, bias: bool = True) -> Model:
     """A model whose patch embedding only rearranges pixels: patches of 2 x 2 pixels, width 4."""
-    model = tiny_model(width=4, channels=1, image_size=(6, 8), patch_size=(2, 2), heads=1, head_width=4)
+    model = tiny_model(embed_dim=4, channels=1, image_size=(6, 8), patch_size=(2, 2), num_heads=1, head_dim=4)
     params = dict(model.params)
     params["patch_embed.weight"] = np.eye(4, dtype=np.float32).reshape(4, 1, 2, 2)
     params["patch_embed.bias"] = np.zeros(4, np.float32)
@@ -477,7 +477,7 @@ def test_every_node_of_a_quantized_graph_names_its_site(tiny_model, random_image
 def test_a_quantized_graph_stores_weights_in_one_byte_and_is_emitted_twice_the_same(
     tiny_model, random_images, tmp_path
 ):
-    model = tiny_model(width=64, mlp_width=256, head_width=16)
+    model = tiny_model(embed_dim=64, mlp_dim=256, head_dim=16)
     model, quantizers = quantized(model, random_images(model.spec, 2))
     paths = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
     for path in paths:

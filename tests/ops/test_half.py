@@ -71,7 +71,7 @@ def test_a_graph_that_overflows_never_becomes_a_bundle(tiny_model, photos, tmp_p
     quant = None if target == "tensorrt-fp16" else "w8a8"
     folded = pipeline.optimize(hot_model(tiny_model), target=target, quant=quant)
     if folded.needs_calibration:
-        folded = pipeline.calibrate_folded(folded, photos)
+        folded = pipeline.calibrate_plan(folded, photos)
     with pytest.raises((EngineError, TargetError), match=r"half precision .*blocks\.1\.mlp.*--target portable"):
         pipeline.save(folded, tmp_path / "a.fold", images=photos)
     assert not (tmp_path / "a.fold").exists()

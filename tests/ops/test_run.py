@@ -37,7 +37,7 @@ WRONG = {
         "a", torch.ones(2, 2, 3, 4), torch.ones(2, 2, 3, 4), torch.ones(2, 2, 5, 4), None
     ),
     "a bias per query": lambda: ops().attention("a", *[torch.ones(2, 2, 3, 4)] * 3, torch.ones(2, 1, 3, 3)),
-    "scores with a width": lambda: ops().rank_split(torch.ones(2, 3, 4), 1),
+    "scores with a width": lambda: ops().topk_split(torch.ones(2, 3, 4), 1),
     "a vector for an identity": lambda: ops().identity_like(torch.ones(2, 3)),
     "a grey batch": lambda: Batch(pixel_values=np.ones((2, 1, 4, 4), np.float32), index=(0, 1)),
     "a program over no operations": lambda: log_size(object(), None),
@@ -71,7 +71,7 @@ def test_parameters_are_shared_and_not_copied():
 
 def test_rank_split_orders_the_largest_descending_and_the_others_ascending():
     scores = torch.tensor([[3.0, 9.0, 1.0, 9.0, 4.0]])[..., None]
-    first, rest = ops().rank_split(scores, 3)
+    first, rest = ops().topk_split(scores, 3)
     assert (first[..., 0].tolist(), rest[..., 0].tolist()) == ([[1, 3, 4]], [[0, 2]])
 
 

@@ -17,7 +17,7 @@ from vitfold.engines.trtexec import trtexec_command
 from vitfold.errors import EngineError, RecipeError, TargetError
 from vitfold.images import ImageSet
 from vitfold.model import Model
-from vitfold.pipeline import gate, trial
+from vitfold.pipeline import racing, trial
 from vitfold.quantizer import load_quant_params
 from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe
 
@@ -80,7 +80,7 @@ def test_a_quantized_model_becomes_a_bundle(
     assert folded.needs_calibration
     with pytest.raises(RecipeError, match="not calibrated"):
         pipeline.save(folded, tmp_path / "a.fold", images=photos)
-    done = pipeline.calibrate_folded(folded, photos)
+    done = pipeline.calibrate_plan(folded, photos)
     assert not done.needs_calibration
     bundle = open_bundle(pipeline.save(done, tmp_path / "a.fold", images=photos).path)
     assert done.quantizers is not None
@@ -111,22 +111,22 @@ def test_a_bundle_for_tensorrt_says_how_its_engine_is_built(
 
 
 @pytest.fixture
-def int8(tiny_model: Callable[..., Model], tmp_path: Path, photos: ImageSet) -> tuple[Bundle, pipeline.Folded]:
+def int8(tiny_model: Callable[..., Model], tmp_path: Path, photos: ImageSet) -> tuple[Bundle, pipeline.Plan]:
     quant = QuantRecipe(method="minmax")
     folded = pipeline.optimize(tiny_model(), recipe=Recipe(quant=quant), target="tensorrt-int8", batch=(1, 2, 4))
-    done = pipeline.calibrate_folded(folded, photos)
+    done = pipeline.calibrate_plan(folded, photos)
     return pipeline.save(done, tmp_path / "int8.fold"), done
 
 
 def test_where_tensorrt_does_not_start_there_is_no_race(
-    int8: tuple[Bundle, pipeline.Folded], monkeypatch: pytest.MonkeyPatch
+    int8: tuple[Bundle, pipeline.Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "tensorrt_obstacle", lambda: "no GPU")
+    monkeypatch.setattr(racing, "tensorrt_obstacle", lambda: "no GPU")
     assert pipeline.race(*int8) is None
 
 
 def test_where_tensorrt_starts_it_races_half_precision(
-    int8: tuple[Bundle, pipeline.Folded], monkeypatch: pytest.MonkeyPatch
+    int8: tuple[Bundle, pipeline.Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ONNX Runtime stands in for TensorRT; the float graph covers the same batches."""
     asked: list[tuple[str, object]] = []
@@ -135,9 +135,9 @@ def test_where_tensorrt_starts_it_races_half_precision(
         asked.append((engine, batch))
         return open_graph(path, "onnxruntime", literal=True)
 
-    monkeypatch.setattr(gate, "tensorrt_obstacle", lambda: None)
+    monkeypatch.setattr(racing, "tensorrt_obstacle", lambda: None)
     monkeypatch.setattr(trial, "open_graph", stand_in)
-    monkeypatch.setattr(gate, "open_session", lambda bundle: open_session(bundle, engine="onnxruntime"))
+    monkeypatch.setattr(racing, "open_session", lambda bundle: open_session(bundle, engine="onnxruntime"))
     found = pipeline.race(*int8, protocol=Protocol(trials=3, seconds=0.05))
     assert found is not None
     assert asked == [("tensorrt", (1, 2, 4))]

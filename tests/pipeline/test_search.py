@@ -22,7 +22,7 @@ def drop(value: float, images: int = 1000) -> Drop:
 
 
 @dataclass
-class Laboratory:
+class SearchContext:
     """Merging drops as much as it distorts / 10; quantizing adds `quantizing`, on OpenVINO everything takes half.
 
     Screening sees `hidden` more, with an interval as wide as that.
@@ -74,11 +74,11 @@ def arms() -> list[Arm]:
     return [arm(), arm("w8a8", factor=0.5), arm("none", "openvino", 0.5), arm("w8a8", "openvino", 0.25)]
 
 
-def least_latency(laboratory: Laboratory, max_drop: float = 0.0315) -> LeastLatency:
+def least_latency(laboratory: SearchContext, max_drop: float = 0.0315) -> LeastLatency:
     return LeastLatency(max_drop=max_drop, screen=laboratory.screen)
 
 
-def run(laboratory: Any, arms: list[Arm], goal: Any, minutes: float = 1.0) -> search_module.Found:
+def run(laboratory: Any, arms: list[Arm], goal: Any, minutes: float = 1.0) -> search_module.SearchResult:
     return search(laboratory, arms, goal, minutes=minutes)
 
 
@@ -88,7 +88,7 @@ def _untyped(without_type_checks: None) -> None:
 
 
 def test_the_fastest_arm_is_tried_first_and_nothing_that_promises_less_after_it() -> None:
-    laboratory = Laboratory()
+    laboratory = SearchContext()
     found = run(laboratory, arms(), least_latency(laboratory))
     assert found.winner is not None
     assert found.winner.row["recipe"] == "w8a8-openvino-r30_0_0"
@@ -96,13 +96,13 @@ def test_the_fastest_arm_is_tried_first_and_nothing_that_promises_less_after_it(
 
 
 def test_merging_alone_is_screened_by_bisection() -> None:
-    laboratory = Laboratory()
+    laboratory = SearchContext()
     assert least_latency(laboratory).start(arm()) == 6
     assert len(laboratory.screened) <= 4
 
 
 def test_where_quantization_costs_sensitive_sites_go_back_to_float_before_less_is_merged() -> None:
-    laboratory = Laboratory(quantizing=0.031)
+    laboratory = SearchContext(quantizing=0.031)
     found = run(laboratory, [arm("w8a8", "openvino", 0.25)], least_latency(laboratory))
     assert laboratory.tried[:2] == ["w8a8-openvino-r30_0_0", "w8a8-openvino-float4-r30_0_0"]
     assert found.winner is not None
@@ -110,7 +110,7 @@ def test_where_quantization_costs_sensitive_sites_go_back_to_float_before_less_i
 
 
 def test_what_meets_the_bound_is_followed_by_bolder_recipes_until_none_can() -> None:
-    laboratory = Laboratory(hidden=0.015)
+    laboratory = SearchContext(hidden=0.015)
     found = run(laboratory, [arm()], least_latency(laboratory))
     assert [name.rpartition("-r")[2] for name in laboratory.tried] == ["10_0_0", "20_0_0", "30_0_0"]
     assert found.winner is not None
@@ -118,7 +118,7 @@ def test_what_meets_the_bound_is_followed_by_bolder_recipes_until_none_can() -> 
 
 
 def test_what_fails_on_held_out_images_does_not_win() -> None:
-    laboratory = Laboratory(held_out=0.005)
+    laboratory = SearchContext(held_out=0.005)
     found = run(laboratory, [arm()], least_latency(laboratory))
     assert found.verified == 2
     assert found.winner is not None
@@ -126,21 +126,21 @@ def test_what_fails_on_held_out_images_does_not_win() -> None:
 
 
 def test_nothing_slower_than_the_float_model_wins() -> None:
-    laboratory = Laboratory(slower=frozenset({"cpu"}))
+    laboratory = SearchContext(slower=frozenset({"cpu"}))
     found = run(laboratory, [arm()], least_latency(laboratory))
     assert found.winner is None
     assert found.nearest is not None
 
 
 def test_when_time_is_over_the_best_so_far_wins() -> None:
-    laboratory = Laboratory()
+    laboratory = SearchContext()
     found = run(laboratory, arms(), least_latency(laboratory), minutes=-1)
     assert found.winner is None
     assert "minutes were over" in found.reason
 
 
 def test_least_drop_merges_no_more_than_it_takes() -> None:
-    laboratory = Laboratory()
+    laboratory = SearchContext()
     goal = LeastDrop(max_latency_ms=4.0, plain_ms=10.0)
     found = run(laboratory, arms(), goal)
     assert found.winner is not None
@@ -150,7 +150,7 @@ def test_least_drop_merges_no_more_than_it_takes() -> None:
 
 
 def test_a_latency_that_nothing_reaches_has_a_nearest_miss() -> None:
-    laboratory = Laboratory()
+    laboratory = SearchContext()
     found = run(laboratory, [arm()], LeastDrop(max_latency_ms=0.5, plain_ms=10.0))
     assert found.winner is None
     assert found.nearest is not None

@@ -78,7 +78,7 @@ def test_the_bound_follows_what_rounding_costs_under_a_ceiling(rounding: float, 
 def test_thirteen_per_cent_of_error_never_pass(tiny_model: Callable[..., Model], photos: ImageSet) -> None:
     """What products that saturate come to."""
     folded = pipeline.optimize(tiny_model(), quant="w8a8", target="portable")
-    done = pipeline.calibrate_folded(folded, photos)
+    done = pipeline.calibrate_plan(folded, photos)
     pixels = verification_images(done.model, photos)
     with simulation(done) as session:
         session.bind(pixels)

@@ -70,7 +70,7 @@ def cases(tiny_model):
 
 
 def test_the_vocabulary_is_that_of_the_protocol():
-    assert {"linear", "attention", "merge_rows", "rank_split"} <= set(VOCABULARY)
+    assert {"linear", "attention", "merge_rows", "topk_split"} <= set(VOCABULARY)
     assert "scope" not in VOCABULARY
     assert all(hasattr(Run, op) for op in VOCABULARY)
     assert isinstance(Run({}), Ops)

@@ -22,15 +22,15 @@ from vitfold.model import Array, Model
 from vitfold.ops.emit import emit_graph, write_onnx
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate, fake_quantize
-from vitfold.pipeline.calibration import scheme_of
-from vitfold.quant import METHODS, Calibrated, Scheme, calibrate, find_method
+from vitfold.pipeline.calibration import constraints_of
+from vitfold.quant import METHODS, Calibrated, QuantConstraints, calibrate, find_method
 from vitfold.quant.sites import find_sites
 from vitfold.quantizer import Float8, Log, Twin, Uniform
 from vitfold.recipe import MergeRecipe, QuantRecipe
 from vitfold.target import TARGETS
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-FREE = Scheme(uniform_only=False)
+FREE = QuantConstraints(uniform_only=False)
 MERGE = MergeRecipe(r=(5, 3))
 
 
@@ -81,7 +81,7 @@ def calibrated(wide, images) -> Callable[..., Calibrated]:
     """The factory `calibrated(bits, method, scheme, attention=True)` on the wide model; each is made once."""
 
     @cache
-    def make(bits: int, method: str, scheme: Scheme, attention: bool = True) -> Calibrated:
+    def make(bits: int, method: str, scheme: QuantConstraints, attention: bool = True) -> Calibrated:
         return calibrate(wide, MERGE, recipe(bits, method, attention=attention), images, scheme=scheme)
 
     return make
@@ -162,7 +162,7 @@ def assert_follows(found: Array, done: Calibrated, model: Model, name: str, pixe
 @pytest.mark.parametrize("name", EXECUTED)
 def test_what_vitfold_finds_for_a_target_runs_there(wide, calibrated, others, tmp_path, name):
     target = TARGETS[name]
-    done = calibrated(8, "vitfold", scheme_of(target))
+    done = calibrated(8, "vitfold", constraints_of(target))
     assert all(isinstance(q, Uniform) and q.axis in (None, 0) for q in done.quantizers.values())
     assert {q.bits for s, q in done.quantizers.items() if s.endswith(".w")} == {target.weight_bits}
     assert_follows(executed(done, name, others, tmp_path), done, wide, name, others)
@@ -170,7 +170,7 @@ def test_what_vitfold_finds_for_a_target_runs_there(wide, calibrated, others, tm
 
 def test_eight_bit_floats_run_as_they_are_simulated(wide, images, others, tmp_path):
     quant = QuantRecipe(format="float8", attention=True)
-    done = calibrate(wide, MERGE, quant, images, scheme=scheme_of(TARGETS["tensorrt-fp8"]))
+    done = calibrate(wide, MERGE, quant, images, scheme=constraints_of(TARGETS["tensorrt-fp8"]))
     linears, attentions = find_sites(wide.spec)
     assert set(done.quantizers) == {name for site in (*linears, *attentions) for name in site.names}
     assert all(isinstance(q, Float8) for q in done.quantizers.values())
@@ -183,7 +183,7 @@ def test_eight_bit_floats_run_as_they_are_simulated(wide, images, others, tmp_pa
 
 def test_a_target_for_tensorrt_keeps_its_attention_in_one_kernel(calibrated):
     """Nothing may stand between the attention and the codes that the projection reads."""
-    done = calibrated(8, "vitfold", scheme_of(TARGETS["tensorrt-int8"]))
+    done = calibrated(8, "vitfold", constraints_of(TARGETS["tensorrt-int8"]))
     for block in range(2):
         assert done.quantizers[f"blocks.{block}.attn.proj.x"].symmetric
         assert all(done.quantizers[f"blocks.{block}.attn.{name}"].symmetric for name in ("q", "k", "v", "softmax"))
@@ -192,7 +192,7 @@ def test_a_target_for_tensorrt_keeps_its_attention_in_one_kernel(calibrated):
 @pytest.mark.parametrize("name", ["tensorrt-int8", "integer"])
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "vitfold"])
 def test_what_other_methods_find_runs_too(wide, calibrated, others, tmp_path, name, method):
-    done = calibrated(8, method, scheme_of(TARGETS[name]), find_method(method).runs_softmax)
+    done = calibrated(8, method, constraints_of(TARGETS[name]), find_method(method).runs_softmax)
     assert_follows(executed(done, name, others, tmp_path), done, wide, name, others)
 
 
@@ -236,7 +236,9 @@ def test_attention_stays_float_unless_asked_for(tiny_model, images):
 
 
 def test_schemes_are_kept(tiny_model, images):
-    done = calibrate(tiny_model(), MERGE, recipe(8, "mse"), images, scheme=Scheme(symmetric=True, weight_bits=7))
+    done = calibrate(
+        tiny_model(), MERGE, recipe(8, "mse"), images, scheme=QuantConstraints(symmetric=True, weight_bits=7)
+    )
     behind_norms = ("attn.qkv.x", "mlp.fc1.x")
     for site, quantizer in done.quantizers.items():
         assert isinstance(quantizer, Uniform)
@@ -323,10 +325,14 @@ def test_a_damaged_search_is_repeated(tiny_model, images, searches):
 
 def test_only_what_changed_is_searched_again(tiny_model, images, searches):
     calibrate(tiny_model(), MERGE, recipe(), images)
-    changes: list[tuple[QuantRecipe, Scheme, set[str]]] = [
-        (recipe(sites={"blocks.1.mlp.fc2": "w8a6"}), Scheme(), {"blocks.1.mlp.fc2"}),
-        (recipe(), Scheme(weight_bits=7), {s.layer for s in find_sites(tiny_model().spec)[0]} | ATTENTIONS),
-        (recipe(6, head_bits=8), Scheme(), {s.layer for s in find_sites(tiny_model().spec)[0]} - {"head"} | ATTENTIONS),
+    changes: list[tuple[QuantRecipe, QuantConstraints, set[str]]] = [
+        (recipe(sites={"blocks.1.mlp.fc2": "w8a6"}), QuantConstraints(), {"blocks.1.mlp.fc2"}),
+        (recipe(), QuantConstraints(weight_bits=7), {s.layer for s in find_sites(tiny_model().spec)[0]} | ATTENTIONS),
+        (
+            recipe(6, head_bits=8),
+            QuantConstraints(),
+            {s.layer for s in find_sites(tiny_model().spec)[0]} - {"head"} | ATTENTIONS,
+        ),
     ]
     for quant, scheme, expected in changes:
         searches.found.clear()

@@ -13,7 +13,7 @@ from vitfold.architectures.vit import vit
 from vitfold.errors import RecipeError
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate, fake_quantize
-from vitfold.quant import METHODS, Method, Scheme, calibrate, find_method
+from vitfold.quant import METHODS, QuantConstraints, QuantMethod, calibrate, find_method
 from vitfold.quant.attention import search_attention
 from vitfold.quant.collect import AttentionSamples, LinearSamples
 from vitfold.quant.linear import LinearProblem, search_linear
@@ -49,7 +49,9 @@ def sqnr_db(exact: torch.Tensor, found: torch.Tensor) -> float:
     return float(10 * torch.log10(exact.square().sum() / (found - exact).square().sum()))
 
 
-def linear_sqnr_db(method: Method, problem: LinearProblem, x: torch.Tensor) -> tuple[float, Mapping[str, Quantizer]]:
+def linear_sqnr_db(
+    method: QuantMethod, problem: LinearProblem, x: torch.Tensor
+) -> tuple[float, Mapping[str, Quantizer]]:
     """Of the layer's output on rows that the search has not seen."""
     found = search_linear(problem, method, preset=None)
     weight = fake_quantize(problem.weight, found["l.w"])
@@ -85,7 +87,7 @@ def test_folds_beat_minmax_where_layer_norms_have_outlier_channels(tiny_model, p
         exact = vit(Run(model.params), model.spec, merge, pixels)
         for name in ("minmax", "repq", "smooth", "vitfold"):
             quant = QuantRecipe(weights=6, activations=6, method=name, attention=False)
-            done = calibrate(model, merge, quant, photos, scheme=Scheme(uniform_only=False))
+            done = calibrate(model, merge, quant, photos, scheme=QuantConstraints(uniform_only=False))
             found[name] = sqnr_db(exact, vit(Simulate(done.model.params, done.quantizers), model.spec, merge, pixels))
     for name in ("repq", "smooth", "vitfold"):
         assert found[name] > found["minmax"] + 3, found
@@ -118,7 +120,7 @@ def attention_of(seed: int = 0, keys: int = 30) -> AttentionSamples:
 
 
 def attention_sqnr_db(
-    method: Method, bits: int, *, exact_operands: bool = False, uniform_only: bool = False, keys: int = 30
+    method: QuantMethod, bits: int, *, exact_operands: bool = False, uniform_only: bool = False, keys: int = 30
 ) -> tuple[float, Mapping[str, Quantizer]]:
     found = search_attention("a", attention_of(0, keys), bits, method, symmetric=False, uniform_only=uniform_only)
     kept = {"a.softmax": found["a.softmax"]} if exact_operands else found

@@ -56,7 +56,7 @@ def test_equalizing_layer_norms_is_an_identity(tiny_model, random_images, run_to
 @pytest.mark.parametrize("r", R.values(), ids=R)
 def test_equalizing_values_is_an_identity(tiny_model, random_images, run_torch, without, r):
     """The width of all heads need not be the model's."""
-    model = tiny_model(without=without, head_width=6)
+    model = tiny_model(without=without, head_dim=6)
     params = dict(model.params)
     for i in range(2):
         params |= equalize_values(params, f"blocks.{i}.attn.qkv", f"blocks.{i}.attn.proj", **change(24, i))

@@ -38,7 +38,7 @@ from vitfold.target import TARGETS, Target
 RECORDED = Path(__file__).with_name("graphs.json")
 MAP_HEAD = {"pool": "map", "class_token": False, "map_heads": 2, "map_mlp_width": 24}
 DENSE = {"pool": "none", "registers": 2, "outputs": 0, "output": "last_hidden_state"}
-WIDE = {"width": 64, "mlp_width": 128, "head_width": 16}
+WIDE = {"embed_dim": 64, "mlp_dim": 128, "head_dim": 16}
 
 VITS: dict[str, tuple[dict[str, Any], dict[str, Any], str, bool]] = {
     # name: features of the model, fields of the merge recipe, target, whether it is quantized

@@ -227,7 +227,7 @@ def test_every_remedy_goes_with_methods_and_merging(tiny_model, photos, remedy, 
     folded = pipeline.optimize(
         model, merge="2,2", quant=QuantRecipe(method=method, calibration_size=6), registers=recipe, target="portable"
     )
-    done = pipeline.calibrate_folded(folded, photos)
+    done = pipeline.calibrate_plan(folded, photos)
     assert done.tokens == ((17, 13, 11) if remedy == "regcache" else (17, 15, 13))
     assert done.folded.spec.sinks is not None
     pixels = next(iter(batches(photos, model.preprocess, batch=6))).pixel_values
@@ -255,7 +255,7 @@ def test_registers_without_quantization_and_wrong_names_are_refused(tiny_model):
 
 
 def test_a_register_that_makes_attention_too_long_for_one_kernel_keeps_it_in_half_precision(tiny_model, photos):
-    model = tiny_model(image_size=(112, 288), class_token=False, pool="avg", head_width=32)
+    model = tiny_model(image_size=(112, 288), class_token=False, pool="avg", head_dim=32)
     sizes = {"resize": "exact", "resize_size": (112, 288), "crop_size": (112, 288)}
     model = replace(model, preprocess=replace(model.preprocess, **sizes))
     assert model.spec.tokens == 504
@@ -287,8 +287,8 @@ def test_bundles_with_remedies_are_verified_on_every_engine(tiny_model, photos, 
         layers=("blocks.*.mlp.fc*",),
     )
     quant = QuantRecipe(method="minmax", calibration_size=6, format="float8" if target.endswith("fp8") else "integer")
-    model = tiny_model(head_width=32)
+    model = tiny_model(head_dim=32)
     folded = pipeline.optimize(model, merge="2,0", quant=quant, registers=recipe, target=target)
-    bundle = pipeline.save(pipeline.calibrate_folded(folded, photos), tmp_path / "a.fold", images=photos)
+    bundle = pipeline.save(pipeline.calibrate_plan(folded, photos), tmp_path / "a.fold", images=photos)
     assert bundle.manifest.recipe.registers == recipe
     assert bundle.manifest.fidelity["cosine"] > 0.9

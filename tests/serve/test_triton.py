@@ -21,9 +21,9 @@ from vitfold.engines import open_session, usable_cores
 from vitfold.engines.trtexec import trtexec_command
 from vitfold.errors import BundleError, TargetError
 from vitfold.model import Model, Preprocess
-from vitfold.serve.export_texts import Served, config_text, readme_text
 from vitfold.serve.predictor import Predictor
 from vitfold.serve.triton import TritonModel, export_triton
+from vitfold.serve.triton_templates import Served, config_text, readme_text
 
 LABELS = ("tabby cat", "dog: the friend", 'the "odd"\none', *(f"class {i}" for i in range(3, 10)))
 SHAPE = "pixel_values:{}x3x32x32"
@@ -124,7 +124,7 @@ def test_outputs_without_classes_have_no_labels(tiny_model: Callable[..., Model]
     config = parsed(written)
     assert config.output[0].name == bundle.manifest.spec.output
     assert config.output[0].label_filename == ""
-    assert list(config.output[0].dims)[-1] == bundle.manifest.spec.width
+    assert list(config.output[0].dims)[-1] == bundle.manifest.spec.embed_dim
     assert "labels.txt" not in files(written.path)
 
 

@@ -12,7 +12,7 @@ import pytest
 from diffusing import build_module, write_folder
 from vitfold.architectures.dit import dit
 from vitfold.errors import SourceError
-from vitfold.model.dit import class_rows, timestep_waves
+from vitfold.model.dit import class_rows, timestep_frequencies
 from vitfold.ops.run import Run
 from vitfold.sources.dit import load_dit
 
@@ -93,7 +93,10 @@ def test_a_state_dict_of_the_original_repository(form: str, tmp_path: Path) -> N
     timesteps, labels = np.array([0, 437, 999]), np.array([0, 2, 3])
     with torch.inference_mode():
         (expected,) = module(image, torch.from_numpy(timesteps), torch.from_numpy(labels), return_dict=False)
-        waves, rows = torch.from_numpy(timestep_waves(spec, timesteps)), torch.from_numpy(class_rows(spec, labels))
+        waves, rows = (
+            torch.from_numpy(timestep_frequencies(spec, timesteps)),
+            torch.from_numpy(class_rows(spec, labels)),
+        )
         found = dit(Run(model.params), spec, image, waves, rows)
     np.testing.assert_allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
 

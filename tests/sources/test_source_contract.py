@@ -136,7 +136,7 @@ def test_parity_notices_a_hook_that_changes_the_forward():
     with pytest.raises(ParityError, match="block 1"):
         adapt(module)
     handle.remove()
-    assert adapt(module).spec.depth == 2
+    assert adapt(module).spec.num_layers == 2
 
 
 def test_parity_refuses_an_original_that_is_not_finite():

@@ -161,7 +161,8 @@ def test_torchvision_weights_say_preset_and_labels():
     from torchvision.models import ViT_B_16_Weights
 
     weights = ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1
-    spec = ViTSpec(image_size=(384, 384), patch_size=(16, 16), width=32, depth=1, heads=2, head_width=16, mlp_width=8,
+    spec = ViTSpec(image_size=(384, 384), patch_size=(16, 16), embed_dim=32, num_layers=1, num_heads=2, head_dim=16,
+                   mlp_dim=8,
                    outputs=1000)  # fmt: skip
     preprocess, labels = tv_source.describe(tiny_timm(), spec, {"weights": weights})
     assert (preprocess.resize_size, preprocess.crop_size, preprocess.interpolation) == (

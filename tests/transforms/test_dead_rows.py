@@ -94,8 +94,8 @@ def test_outputs_stay_what_they_were(tiny_model, random_images, feature, recipe)
         return
     rows = 2 if features.get("pool") == "token_dist" else 1
     spec = model.spec
-    assert after["blocks.1.mlp.fc1"] == rows * spec.width * len(model.params["blocks.1.mlp.fc1.weight"])
-    assert after["blocks.1.attn.proj"] == rows * spec.width**2
+    assert after["blocks.1.mlp.fc1"] == rows * spec.embed_dim * len(model.params["blocks.1.mlp.fc1.weight"])
+    assert after["blocks.1.attn.proj"] == rows * spec.embed_dim**2
     assert after["blocks.1.attn.qkv"] == before["blocks.1.attn.qkv"], "keys and values of every token are needed"
     assert after["blocks.1.attn.qk"] < before["blocks.1.attn.qk"]
     assert after["blocks.0.mlp.fc1"] == before["blocks.0.mlp.fc1"]

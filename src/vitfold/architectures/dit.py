@@ -17,12 +17,12 @@ from vitfold.ops.protocol import Ops, T
 def dit(ops: Ops[T], spec: DiTSpec, image: T, waves: T, label: T) -> T:
     """Return the model's prediction (B, O, Y, X) for noisy images (B, C, Y, X) at a timestep, of a class.
 
-    `waves` (B, W) are those of `timestep_waves`, `label` (B, classes + 1) is one-hot.
+    `waves` (B, W) are those of `timestep_frequencies`, `label` (B, classes + 1) is one-hot.
 
     Source: DiT (2212.09748), section 3.2.
     """
     given = modulations(ops, spec, condition(ops, spec, waves, label))
-    return head(ops, spec, blocks(ops, spec, embed(ops, image), given, range(spec.depth)), given)
+    return head(ops, spec, blocks(ops, spec, embed(ops, image), given, range(spec.num_layers)), given)
 
 
 def condition(ops: Ops[T], spec: DiTSpec, waves: T, label: T) -> T:
@@ -35,14 +35,14 @@ def condition(ops: Ops[T], spec: DiTSpec, waves: T, label: T) -> T:
     shared = spec.condition == "shared"
     vectors = []
     first = given = None
-    for block in range(spec.depth):
+    for block in range(spec.num_layers):
         if given is None or not shared:
             given = _embedding(ops, "condition" if shared else f"blocks.{block}.condition", waves, label)
         first = given if first is None else first
         rows = ops.linear(f"blocks.{block}.modulation", given)
-        vectors.append(ops.reshape(rows, (MODULATIONS, spec.width)))
+        vectors.append(ops.reshape(rows, (MODULATIONS, spec.embed_dim)))
     assert first is not None
-    vectors.append(ops.reshape(ops.linear("head.modulation", first), (2, spec.width)))
+    vectors.append(ops.reshape(ops.linear("head.modulation", first), (2, spec.embed_dim)))
     return ops.concat(tuple(vectors), 1)
 
 
@@ -88,9 +88,9 @@ def attention(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T], 
         pairs = match(ops, f"{site}.merge", tokens.x, count=tokens.count, prefix=0, r=r)
         tokens = merge(ops, f"{site}.merge", tokens, pairs, r=r, trace=True)
         ops.scope(site)
-    q, k, v = ops.heads(f"{site}.qkv", tokens.x, 3, spec.heads)
+    q, k, v = ops.heads(f"{site}.qkv", tokens.x, 3, spec.num_heads)
     y = ops.transpose(ops.attention(site, q, k, v, log_size(ops, tokens)), (0, 2, 1, 3))
-    y = ops.linear(f"{site}.proj", ops.reshape(y, (tokens.count, spec.width)))
+    y = ops.linear(f"{site}.proj", ops.reshape(y, (tokens.count, spec.embed_dim)))
     return unmerge(ops, f"{site}.unmerge", replace(tokens, x=y))
 
 

@@ -67,9 +67,9 @@ def delete_sinks(
     if not deleted:
         return tokens
     ops.scope(f"blocks.{block}.delete", block, "merge")
-    norms = ops.magnitude(ops.slice(tokens.x, 1, tokens.prefix, tokens.count))
-    _, kept = ops.rank_split(norms, deleted, by_score=order == "score")
-    survivors = ops.surround_index(ops.affine_index(kept, 1, tokens.prefix), range(tokens.prefix), range(0))
+    norms = ops.abs_max(ops.slice(tokens.x, 1, tokens.prefix, tokens.count))
+    _, kept = ops.topk_split(norms, deleted, by_score=order == "score")
+    survivors = ops.pad_index(ops.affine_index(kept, 1, tokens.prefix), range(tokens.prefix), range(0))
     source = tokens.source
     if trace:
         source = source if source is not None else ops.identity_like(ops.slice(tokens.x, 2, 0, 1))
@@ -95,7 +95,7 @@ def linear_apart(ops: Ops[T], spec: ViTSpec, layer: str, x: T, *, count: int, pr
         front = ops.linear(layer, ops.slice(x, 1, 0, prefix), PREFIX_ROWS)
         return ops.concat((front, ops.linear(layer, ops.slice(x, 1, prefix, count))), 1)
     site = f"{layer}.{SINK_ROWS}"
-    largest, _ = ops.rank_split(ops.magnitude(x), sinks.apart)
+    largest, _ = ops.topk_split(ops.abs_max(x), sinks.apart)
     rows = ops.take(x, largest)
     y = ops.linear(layer, ops.scatter_add(site, x, largest, ops.scale(rows, -1.0)))
     change = ops.add(ops.linear(layer, rows, SINK_ROWS), ops.scale(ops.take(y, largest), -1.0))
@@ -110,9 +110,9 @@ def move_neurons(ops: Ops[T], spec: ViTSpec, block: int, hidden: T, *, count: in
     units = () if spec.sinks is None else spec.sinks.moved(block)
     if not units:
         return hidden
-    moved, register = np.zeros((1, 1, spec.mlp_width), np.float32), np.zeros((1, count, 1), np.float32)
+    moved, register = np.zeros((1, 1, spec.mlp_dim), np.float32), np.zeros((1, count, 1), np.float32)
     moved[..., list(units)], register[:, prefix - 1] = 1.0, 1.0
-    top = ops.reshape(ops.largest(hidden, 1), (1, spec.mlp_width))
+    top = ops.reshape(ops.reduce_max(hidden, 1), (1, spec.mlp_dim))
     onto = ops.multiply(ops.constant(register), ops.multiply(top, ops.constant(moved)))
     return ops.add(ops.multiply(hidden, ops.constant(1.0 - moved)), onto)
 

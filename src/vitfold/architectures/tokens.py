@@ -58,11 +58,11 @@ def match(
     a = range(prefix + prefix % 2, count, 2)
     b = range(prefix + 1 - prefix % 2, count, 2)
     best, nearest = ops.argmax(ops.similarity(f"{site}.scores", metric, a, b))
-    moved, kept = ops.rank_split(best, r, by_score=order == "score")
+    moved, kept = ops.topk_split(best, r, by_score=order == "score")
     return Match(
         moved=ops.affine_index(moved, a.step, a.start),
         into=ops.affine_index(ops.take(nearest, moved), 1, prefix + len(a) - r),
-        survivors=ops.surround_index(ops.affine_index(kept, a.step, a.start), range(prefix), b),
+        survivors=ops.pad_index(ops.affine_index(kept, a.step, a.start), range(prefix), b),
     )
 
 

@@ -60,7 +60,7 @@ def resume(
     """
     tokens_per_block(spec, recipe.r)
     trace = trace or spec.pool == "none"
-    for block in range(first, spec.depth):
+    for block in range(first, spec.num_layers):
         r = recipe.r[block] if recipe.r else 0
         tokens = delete_sinks(ops, spec, block, tokens, order=recipe.order, trace=trace)
         tokens = transformer_block(ops, spec, block, tokens, r=r, recipe=recipe, trace=trace)
@@ -109,7 +109,7 @@ def transformer_block(
     bias = log_size(ops, tokens) if recipe.prop_attn else None
     keys, values, bias = attend_registers(ops, spec, block, k, v, bias, count=count)
     y = ops.attention(f"{site}.attn", q, keys, values, bias)
-    y = ops.reshape(ops.transpose(y, (0, 2, 1, 3)), (count, spec.attention_width))
+    y = ops.reshape(ops.transpose(y, (0, 2, 1, 3)), (count, spec.attention_dim))
     y = ops.linear(f"{site}.attn.proj", y)
     if spec.layer_scale:
         y = ops.multiply(y, ops.param(f"{site}.ls1"))
@@ -120,10 +120,10 @@ def transformer_block(
             q=q,
             k=k,
             r=r,
-            width=spec.width,
-            head_width=spec.head_width,
+            width=spec.embed_dim,
+            head_width=spec.head_dim,
             originals=spec.tokens,
-            depth_ratio=block / spec.depth,
+            depth_ratio=block / spec.num_layers,
             order=recipe.order,
             trace=trace,
         )
@@ -139,9 +139,9 @@ def transformer_block(
 def _qkv(ops: Ops[T], spec: ViTSpec, layer: str, x: T, tokens: Tokens[T]) -> tuple[T, ...]:
     """Queries, keys and values (B, H, N, K), also where some tokens go apart."""
     if spec.sinks is None or layer not in spec.sinks.layers:
-        return ops.heads(layer, x, 3, spec.heads)
+        return ops.heads(layer, x, 3, spec.num_heads)
     y = linear_apart(ops, spec, layer, x, count=tokens.count, prefix=tokens.prefix)
-    rows = ops.reshape(y, (tokens.count, 3 * spec.heads, spec.head_width))
+    rows = ops.reshape(y, (tokens.count, 3 * spec.num_heads, spec.head_dim))
     return ops.split(ops.transpose(rows, (0, 2, 1, 3)), 3, 1)
 
 
@@ -193,7 +193,7 @@ def attention_pool(ops: Ops[T], spec: ViTSpec, tokens: Tokens[T], *, prop_attn: 
 
     Source: SigLIP (2303.15343) and its MAP head (2106.04560, section 3).
     """
-    heads, head_width = spec.map_heads, spec.width // spec.map_heads
+    heads, head_width = spec.map_heads, spec.embed_dim // spec.map_heads
     if tokens.prefix and not spec.pool_prefix:
         tokens = without_prefix(ops, tokens)
     bias = log_size(ops, tokens) if prop_attn else None
@@ -201,11 +201,11 @@ def attention_pool(ops: Ops[T], spec: ViTSpec, tokens: Tokens[T], *, prop_attn: 
     q = ops.transpose(ops.reshape(q, (1, heads, head_width)), (0, 2, 1, 3))
     k, v = ops.heads("pool.kv", tokens.x, 2, heads)
     y = ops.attention("pool.attn", q, k, v, bias)
-    y = ops.linear("pool.proj", ops.reshape(ops.transpose(y, (0, 2, 1, 3)), (1, spec.width)))
+    y = ops.linear("pool.proj", ops.reshape(ops.transpose(y, (0, 2, 1, 3)), (1, spec.embed_dim)))
     if spec.map_mlp_width:
         hidden = ops.linear("pool.mlp.fc1", ops.layer_norm("pool.norm", y, spec.norm_eps))
         y = ops.add(y, ops.linear("pool.mlp.fc2", ops.activation(spec.map_activation, hidden, "pool.mlp.act")))
-    return ops.reshape(y, (spec.width,))
+    return ops.reshape(y, (spec.embed_dim,))
 
 
 def head(ops: Ops[T], spec: ViTSpec, x: T) -> T:
@@ -223,4 +223,4 @@ def head(ops: Ops[T], spec: ViTSpec, x: T) -> T:
 
 
 def _row(ops: Ops[T], spec: ViTSpec, x: T, row: int) -> T:
-    return ops.reshape(ops.slice(x, 1, row, row + 1), (spec.width,))
+    return ops.reshape(ops.slice(x, 1, row, row + 1), (spec.embed_dim,))

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vitfold.artifacts.digested import MANIFEST, check_files, read_header, reserve_bundle, seal
 from vitfold.artifacts.manifest import COUNT, checked_origin, checked_target, checked_verified, sha256_entry
-from vitfold.artifacts.sealed import MANIFEST, check_files, read_header, reserve_bundle, seal
 from vitfold.errors import BundleError, VitfoldError
 from vitfold.model import Preprocess, ViTSpec, preprocess_from_dict, spec_to_dict, vit_spec_from_dict
 from vitfold.model.sinks import Sinks
+from vitfold.model.spec import with_names_of_today
 from vitfold.products import Product, products_of_recipe
 from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe, RegistersRecipe, recipe_from_dict, tokens_per_block
 from vitfold.storage.checked import ImplausibleError, Range, as_type, check_fields, entry, section
@@ -188,8 +189,8 @@ _SIZE: Range = (1, 2**16)
 _WIDTH: Range = (1, 2**20)
 _SPEC: dict[str, Range] = {
     **dict.fromkeys(("image_size", "patch_size"), _SIZE),
-    **dict.fromkeys(("channels", "depth", "heads", "head_width"), _SIZE),
-    **dict.fromkeys(("width", "mlp_width"), _WIDTH),
+    **dict.fromkeys(("channels", "num_layers", "num_heads", "head_dim"), _SIZE),
+    **dict.fromkeys(("embed_dim", "mlp_dim"), _WIDTH),
     **dict.fromkeys(("registers", "map_heads", "map_mlp_width", "outputs"), (0, 2**24)),
     "norm_eps": (0.0, 1.0),
 }
@@ -208,7 +209,7 @@ _FIDELITY: dict[str, Range] = {
 
 
 def _manifest(values: Mapping[str, Any], *, name: str) -> Manifest:
-    spec = _spec(values.get("spec"))
+    spec = _spec(with_names_of_today(values.get("spec")))
     recipe = _recipe(values.get("recipe"), name)
     target = checked_target(values.get("target"))
     _check_quantization(target, recipe)
@@ -270,7 +271,7 @@ def _tokens(values: Mapping[str, Any], spec: ViTSpec, recipe: Recipe) -> tuple[i
     if recipe.registers is None and found != expected:
         raise ImplausibleError(f"tokens are {_short(found)}, and the recipe gives {_short(expected)}")
     if len(found) != len(expected):
-        raise ImplausibleError(f"tokens has {len(found)} entries for {spec.depth} blocks")
+        raise ImplausibleError(f"tokens has {len(found)} entries for {spec.num_layers} blocks")
     return found
 
 

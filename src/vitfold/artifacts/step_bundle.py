@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from vitfold.artifacts.digested import MANIFEST, check_files, read_header, reserve_bundle, seal
 from vitfold.artifacts.manifest import checked_origin, checked_target, checked_verified, sha256_entry
-from vitfold.artifacts.sealed import MANIFEST, check_files, read_header, reserve_bundle, seal
 from vitfold.errors import BundleError, VitfoldError
 from vitfold.model import DiTSpec, Origin
 from vitfold.model.dit import dit_spec_from_dict, dit_spec_to_dict
+from vitfold.model.spec import with_names_of_today
 from vitfold.storage.checked import ImplausibleError, Range, check_fields, entry
 from vitfold.storage.placing import Place
 
@@ -153,9 +154,9 @@ def open_step_bundle(path: str | Path) -> StepBundle:
 
 _PLAN: dict[str, Range] = {"steps": (1, 10_000), "guidance": (-1e4, 1e4), "merge": (0, 2**20)}
 _SPEC: dict[str, Range] = {
-    **dict.fromkeys(("image_size", "patch_size", "channels", "outputs", "depth", "heads"), (1, 2**16)),
-    **dict.fromkeys(("width", "mlp_width", "classes"), (1, 2**20)),
-    "waves": (2, 2**16),
+    **dict.fromkeys(("image_size", "patch_size", "channels", "outputs", "num_layers", "num_heads"), (1, 2**16)),
+    **dict.fromkeys(("embed_dim", "mlp_dim", "classes"), (1, 2**20)),
+    "freq_dim": (2, 2**16),
     "wave_shift": (0, 2**16),
     **dict.fromkeys(("norm_eps", "mlp_norm_eps"), (0.0, 1.0)),
 }
@@ -174,7 +175,7 @@ def _read_manifest(folder: Path, values: Mapping[str, Any]) -> StepManifest:
 
 
 def _manifest(values: Mapping[str, Any]) -> StepManifest:
-    spec = dit_spec_from_dict(check_fields(DiTSpec, values.get("spec"), "spec", _SPEC))
+    spec = dit_spec_from_dict(check_fields(DiTSpec, with_names_of_today(values.get("spec")), "spec", _SPEC))
     plan = check_fields(StepPlan, values.get("plan"), "plan", _PLAN)
     unknown = sorted(set(plan) - {field.name for field in fields(StepPlan)})
     if unknown:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.drawing import Asking, draw_bundles
+from vitfold.cli.drawing import SamplingArgs, draw_bundles
 from vitfold.cli.making import given_images, judged_images, say_busy, turned
 from vitfold.cli.terminal import command, counting, note, out, print_json, skipped, steps, write_json
 from vitfold.errors import VitfoldError
@@ -156,7 +156,7 @@ def _bench_steps(
     from vitfold.report.tables import diffusion_table
 
     latent = open_step_bundle(bundles[0]).manifest.latent
-    asking = Asking(classes="all", count=batch, batch=batch, threads=threads, trials=trials, latents=latent)
+    asking = SamplingArgs(classes="all", count=batch, batch=batch, threads=threads, trials=trials, latents=latent)
     with steps("bench") as say:
         found = draw_bundles(bundles, asking, None, None, say).document
     if output is not None:

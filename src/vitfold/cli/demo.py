@@ -60,7 +60,7 @@ def demo(
             folded = pipeline.optimize(model, merge=r, quant=recipe)
             if folded.needs_calibration:
                 progress = counted(say, bar, CALIBRATION_IMAGES)
-                folded = pipeline.calibrate_folded(folded, calibration, progress=progress)
+                folded = pipeline.calibrate_plan(folded, calibration, progress=progress)
             say(f"{name}: folding, emitting, verifying")
             bundles.append(pipeline.save(folded, output / f"{name}.fold", overwrite=True))
     with contextlib.ExitStack() as stack:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from vitfold.artifacts.sealed import MANIFEST
+from vitfold.artifacts.digested import MANIFEST
 from vitfold.artifacts.step_bundle import open_step_bundle
 from vitfold.cli import options
-from vitfold.cli.drawing import Asking, Drawing, default_judge, document, draw_bundles, open_features
+from vitfold.cli.drawing import Drawing, SamplingArgs, default_judge, document, draw_bundles, open_features
 from vitfold.cli.making import require_optimize, say_busy
 from vitfold.cli.terminal import command, note, out, print_json, quiet_stdout, steps
 from vitfold.sources.dit import REAL
@@ -81,7 +81,7 @@ def diffuse(
     if (real is None) != (features is None) or (real is not None and latents):
         raise typer.BadParameter("give both --real DIR and --features SOURCE, and images", param_hint="--real")
     require_optimize()
-    asking = Asking(
+    asking = SamplingArgs(
         classes=classes,
         count=count,
         seed=seed,
@@ -141,7 +141,7 @@ class _How:
 
 
 def _draw_model(
-    source: str, asking: Asking, how: _How, judge: Judge | None, features: str | None, say: Callable[[str], None]
+    source: str, asking: SamplingArgs, how: _How, judge: Judge | None, features: str | None, say: Callable[[str], None]
 ) -> Drawing:
     from vitfold.bench.environment import environment
     from vitfold.diffusion import compare as comparing

@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitfold.artifacts.sealed import MANIFEST, read_header
+from vitfold.artifacts.digested import MANIFEST, read_header
 from vitfold.cli.terminal import note, write_json
 from vitfold.errors import RecipeError, SourceError, VitfoldError, nearest
 from vitfold.sources.dit import REAL, judge_folder
 
 if TYPE_CHECKING:
     from vitfold.artifacts.step_bundle import StepPlan
-    from vitfold.diffusion import Method
-    from vitfold.diffusion.compare import Asked, Row
+    from vitfold.diffusion import ReuseMethod
+    from vitfold.diffusion.compare import SamplerRow, SamplingConfig
     from vitfold.diffusion.judge import Judge
-    from vitfold.model import Array, Drawn
+    from vitfold.model import Array, DiffusionModelInfo
 
 STEPS, GUIDANCE = 50, 1.5  # the guidance by which the paper measures DiT-XL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asking:
+class SamplingArgs:
     """What options ask for; None takes what a bundle was made with, or the default."""
 
     classes: str = "0"
@@ -40,16 +40,16 @@ class Asking:
     trials: int = 3
     latents: bool = False
 
-    def asked(self, model: Drawn, plan: StepPlan | None = None) -> Asked:
+    def asked(self, model: DiffusionModelInfo, plan: StepPlan | None = None) -> SamplingConfig:
         """Return it for a model, or for a bundle of its steps.
 
         Raises:
             SourceError: if a class has no such name.
             RecipeError: if a number is out of range, or a plan was chosen for another sampler.
         """
-        from vitfold.diffusion.compare import Asked
+        from vitfold.diffusion.compare import SamplingConfig
 
-        return Asked(
+        return SamplingConfig(
             labels=read_classes(self.classes, self.count, model),
             seed=self.seed,
             steps=self.steps if self.steps is not None else (STEPS if plan is None else plan.steps),
@@ -58,7 +58,7 @@ class Asking:
             batch=self.batch,
         )
 
-    def _sampler(self, model: Drawn, plan: StepPlan | None) -> str:
+    def _sampler(self, model: DiffusionModelInfo, plan: StepPlan | None) -> str:
         """The sampler asked for, else the bundle's, else the folder's own; say where that one is replaced."""
         from vitfold.diffusion import find_method
         from vitfold.model.schedule import own_sampler
@@ -80,7 +80,7 @@ class Asking:
             note(f"the folder's {own.replaced} is replaced by {own.name}; choose another one with --sampler")
         return own.name
 
-    def decoder(self, model: Drawn) -> Callable[[Array], Array] | None:
+    def decoder(self, model: DiffusionModelInfo) -> Callable[[Array], Array] | None:
         """Return what makes images in [0, 1] of samples, None where latents are wanted.
 
         Raises:
@@ -104,9 +104,9 @@ class Asking:
 class Drawing:
     """What was drawn, and the document about it."""
 
-    model: Drawn
-    asked: Asked
-    rows: Sequence[Row]
+    model: DiffusionModelInfo
+    asked: SamplingConfig
+    rows: Sequence[SamplerRow]
     decode: Callable[[Array], Array] | None
     document: Mapping[str, Any]
 
@@ -133,7 +133,7 @@ class Drawing:
         write_images(folder, {row.name: self.decode(row.sampled.samples) for row in self.rows}, words)
 
 
-def read_classes(words: str, count: int | None, model: Drawn) -> tuple[int, ...]:
+def read_classes(words: str, count: int | None, model: DiffusionModelInfo) -> tuple[int, ...]:
     """Return one class per image: numbers or names separated by commas, or `all`; repeated up to `count` images.
 
     Raises:
@@ -180,7 +180,7 @@ def open_features(source: str, real: Path, say: Callable[[str], None]) -> Judge:
 
 def draw_bundles(
     paths: Sequence[Path],
-    asking: Asking,
+    asking: SamplingArgs,
     judge: Judge | None,
     features: str | None,
     say: Callable[[str], None],
@@ -210,14 +210,14 @@ def draw_bundles(
 
 
 def document(
-    model: Drawn,
-    asked: Asked,
-    rows: Sequence[Row],
+    model: DiffusionModelInfo,
+    asked: SamplingConfig,
+    rows: Sequence[SamplerRow],
     *,
     merge: int,
     quant: str,
     features: str | None,
-    chosen: Method | None,
+    chosen: ReuseMethod | None,
     before: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return what was asked for and what was measured, as plain JSON values; `before` is the environment before it."""

@@ -187,7 +187,7 @@ def _text_embeds(texts: str, images: ImageSet, spec: Any, class_names: Path | No
             raise VitfoldError(f"{texts} holds embeddings already; leave --class-names and --template out")
         embeds = read_embeds(Path(texts))
     else:
-        from vitfold.sources.texts import TEMPLATE, text_embeds
+        from vitfold.sources.text_towers import TEMPLATE, text_embeds
 
         names = _class_names(class_names, images.classes)
         note(f"embedding {len(names)} class names by {texts}, once")

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vitfold.cli.optimized import Made
+from vitfold.cli.optimized import OptimizeResult
 from vitfold.errors import GateError
 
 if TYPE_CHECKING:
     from vitfold.images import ImageSet
-    from vitfold.pipeline import Folded
+    from vitfold.pipeline import Plan
     from vitfold.storage.placing import Place
 
 Say = Callable[[str], None]
@@ -22,7 +22,7 @@ _FLOAT_SHARE, _INTEGER_SHARE = 1.05, 0.35
 """What a graph takes of the bytes of its weights in float32."""
 
 
-def check_room(place: Place, folded: Folded) -> None:
+def check_room(place: Place, folded: Plan) -> None:
     """Check that the disk has room for what is going to be written, before the work.
 
     Raises:
@@ -37,23 +37,23 @@ def check_room(place: Place, folded: Folded) -> None:
 
 
 def make_bundle(
-    folded: Folded, comparing: ImageSet | None, place: Place, say: Say, *, race: bool, keep_slower: bool
-) -> Made:
+    folded: Plan, comparing: ImageSet | None, place: Place, say: Say, *, race: bool, keep_slower: bool
+) -> OptimizeResult:
     """Write the bundle in the workshop, and, after a race that it lost and unless told to keep it, the float one."""
     from vitfold import pipeline
 
     bundle = pipeline.save(folded, place.draft("made"), images=comparing, step=say)
     if not race:
-        return Made(folded=folded, bundle=bundle)
+        return OptimizeResult(folded=folded, bundle=bundle)
     say("racing the float model")
     result = pipeline.race(bundle, folded)
     if result is not None and not result.faster and not keep_slower:
         folded = pipeline.float_plan(folded)
         bundle = pipeline.save(folded, place.draft("float"), images=comparing, step=say)
-    return Made(folded=folded, bundle=bundle, race=result)
+    return OptimizeResult(folded=folded, bundle=bundle, race=result)
 
 
-def publish(made: Made, place: Place, min_agreement: float | None) -> Made:
+def publish(made: OptimizeResult, place: Place, min_agreement: float | None) -> OptimizeResult:
     """Put a bundle that passes its gate in its place; one that fails goes with the workshop."""
     from vitfold.artifacts.bundle import publish_bundle
 

@@ -67,7 +67,7 @@ def inspect(
         ("origin", f"{manifest.origin['source']} ({manifest.origin['loader']})"),
         (
             "model",
-            f"{spec.depth} blocks, width {spec.width}, {spec.heads} heads, patch {spec.patch_size[0]}, "
+            f"{spec.num_layers} blocks, width {spec.embed_dim}, {spec.num_heads} heads, patch {spec.patch_size[0]}, "
             f"input {spec.image_size[0]} x {spec.image_size[1]}, "
             f"pool {spec.pool}, {spec.output} of {spec.output_width}, {spec.head.replace('_', ' ')}",
         ),
@@ -153,7 +153,7 @@ def _inspect_steps(path: Path, *, json: bool) -> None:
         ("origin", f"{manifest.origin.source} ({manifest.origin.loader})"),
         (
             "model",
-            f"{spec.depth} blocks, width {spec.width}, {spec.heads} heads, patch {spec.patch_size}, "
+            f"{spec.num_layers} blocks, width {spec.embed_dim}, {spec.num_heads} heads, patch {spec.patch_size}, "
             f"{'latents' if manifest.latent else 'images'} of {spec.image_size} x {spec.image_size}, "
             f"{spec.classes} classes",
         ),

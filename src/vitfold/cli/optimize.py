@@ -14,25 +14,25 @@ from vitfold.cli import options
 from vitfold.cli.drawing import default_judge
 from vitfold.cli.finishing import check_room, make_bundle, publish
 from vitfold.cli.making import Say, given_images, judged_images, load_model, quant_recipe, require_optimize, say_busy
-from vitfold.cli.optimized import Made, print_solution, report_made
+from vitfold.cli.optimized import OptimizeResult, print_solution, report_made
 from vitfold.cli.optimizing_steps import Steps, optimize_steps
-from vitfold.cli.searching import Wanted, run_search
+from vitfold.cli.searching import SearchArgs, run_search
 from vitfold.cli.terminal import command, counted, note, quiet_stdout, skipped, steps, working
 from vitfold.errors import GateError, ImageError, VitfoldError
 
 if TYPE_CHECKING:
     from vitfold.images import ImageSet
     from vitfold.model import Model
-    from vitfold.pipeline import Folded, Solution
+    from vitfold.pipeline import Plan, Solution
     from vitfold.recipe import QuantRecipe
-    from vitfold.registers import Found
+    from vitfold.registers import RemedySearchResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
     """What is to be made, the images that its ranges come from, and those that it is compared on."""
 
-    folded: Folded
+    folded: Plan
     calibration: ImageSet | None
     comparing: ImageSet | None
 
@@ -274,7 +274,7 @@ def optimize(
     )
     require_optimize()
     from vitfold import pipeline
-    from vitfold.artifacts.sealed import check_destination, reserve_bundle
+    from vitfold.artifacts.digested import check_destination, reserve_bundle
     from vitfold.bench.environment import environment
     from vitfold.pipeline.foreseen import foreseen
     from vitfold.target import find_target
@@ -291,7 +291,7 @@ def optimize(
         assert output is not None
         with steps("search") as say:
             model = load_model(source, say, arch, num_classes, image_size, weights, seed, exif=exif, problem=problem)
-        wanted = Wanted(
+        wanted = SearchArgs(
             points=max_drop,
             latency_ms=max_latency_ms,
             quant=quant,
@@ -305,7 +305,7 @@ def optimize(
         say_busy(before)
         return
     solution: Solution | None = None
-    measured: Found | None = None
+    measured: RemedySearchResult | None = None
     reserving = nullcontext() if destination is None else reserve_bundle(destination, overwrite=overwrite)
     with reserving as place, working("optimize") as (say, advance):
         if repeat is not None:
@@ -335,7 +335,7 @@ def optimize(
             plan = _divided(folded, found, dry_run=dry_run)
             for remark in foreseen(folded, plan.calibration, keep_float=keep_float):
                 note(remark)
-        made = Made(folded=plan.folded)
+        made = OptimizeResult(folded=plan.folded)
         if place is not None:
             check_room(place, plan.folded)
             plan = _decodable(plan, skip_bad=skip_bad)
@@ -423,7 +423,7 @@ def _repeated(path: Path, images: Path | None, found: ImageSet | None, say: Say)
     return _Plan(folded=folded, calibration=calibration, comparing=everything.without(calibration) or everything)
 
 
-def _divided(folded: Folded, found: ImageSet | None, *, dry_run: bool) -> _Plan:
+def _divided(folded: Plan, found: ImageSet | None, *, dry_run: bool) -> _Plan:
     """Divide the images between calibration and comparison.
 
     Raises:
@@ -467,7 +467,7 @@ def _decodable(plan: _Plan, *, skip_bad: bool) -> _Plan:
 
 def _calibrated(
     plan: _Plan, keep_float: int, say: Say, advance: Callable[[int, int], None]
-) -> tuple[_Plan, Found | None]:
+) -> tuple[_Plan, RemedySearchResult | None]:
     """Find registers and quantize, where the plan asks for it, all but the `keep_float` most sensitive sites."""
     from vitfold import pipeline
 
@@ -478,7 +478,7 @@ def _calibrated(
     folded, measured = pipeline.find_registers(folded, calibration, progress=progress)
     if keep_float:
         folded = pipeline.keep_float(folded, calibration, keep_float, progress=progress)
-    return replace(plan, folded=pipeline.calibrate_folded(folded, calibration, progress=progress)), measured
+    return replace(plan, folded=pipeline.calibrate_plan(folded, calibration, progress=progress)), measured
 
 
 def _batch(text: str | None) -> tuple[int, int, int] | None:

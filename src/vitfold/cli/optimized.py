@@ -9,8 +9,8 @@ from vitfold.cli.terminal import heading, note, out, print_json
 
 if TYPE_CHECKING:
     from vitfold.artifacts.bundle import Bundle
-    from vitfold.pipeline import Folded, Race, Solution
-    from vitfold.registers import Found
+    from vitfold.pipeline import Plan, Race, Solution
+    from vitfold.registers import RemedySearchResult
 
 _MEASURED = (
     ("agreement", "agree with the unfolded model"),
@@ -21,20 +21,20 @@ _MEASURED = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
+class OptimizeResult:
     """What was made: no bundle by a dry run, no race where nothing was to be decided by one.
 
     `missed` says why a gate kept the bundle from its place, `kept` names the user's own files in the one it replaced.
     """
 
-    folded: Folded
+    folded: Plan
     bundle: Bundle | None = None
     race: Race | None = None
     missed: str | None = None
     kept: tuple[str, ...] = ()
 
 
-def report_made(made: Made, measured: Found | None, *, json: bool) -> None:
+def report_made(made: OptimizeResult, measured: RemedySearchResult | None, *, json: bool) -> None:
     """Print what was made, and why quantization was given up or should have been."""
     values = _planned(made.folded)
     if measured is not None:
@@ -64,7 +64,7 @@ def report_made(made: Made, measured: Found | None, *, json: bool) -> None:
         note(f"not faster than float on this machine ({made.race.median:.2f}x): {made.race.reason}; {ending}")
 
 
-def _planned(folded: Folded) -> dict[str, Any]:
+def _planned(folded: Plan) -> dict[str, Any]:
     from vitfold.schedule import describe_r
 
     macs = sum(cost.macs for cost in folded.costs())
@@ -84,7 +84,7 @@ def _planned(folded: Folded) -> dict[str, Any]:
     }
 
 
-def _integer(folded: Folded) -> dict[str, Any] | None:
+def _integer(folded: Plan) -> dict[str, Any] | None:
     if folded.quantizers is None:
         return None
     work = folded.integer_work()

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vitfold.cli.drawing import Asking, document, open_features
+from vitfold.cli.drawing import SamplingArgs, document, open_features
 from vitfold.cli.making import say_busy
 from vitfold.cli.terminal import heading, note, out, print_json, quiet_stdout, steps
 
 if TYPE_CHECKING:
     from vitfold.artifacts.step_bundle import StepBundle
-    from vitfold.diffusion.compare import Asked
+    from vitfold.diffusion.compare import SamplingConfig
     from vitfold.diffusion.opening import Compression
-    from vitfold.diffusion.search import Bounds, Found
+    from vitfold.diffusion.search import Bounds, StepSearchResult
     from vitfold.model import DiTModel
 
 AUTO = "auto"
@@ -78,7 +78,7 @@ def optimize_steps(source: str, output: Path, wanted: Steps, *, overwrite: bool,
     Raises:
         VitfoldError: if the source, the plan or the output is refused.
     """
-    from vitfold.artifacts.sealed import reserve_bundle
+    from vitfold.artifacts.digested import reserve_bundle
     from vitfold.artifacts.step_bundle import StepPlan, publish_steps
     from vitfold.diffusion import find_method
     from vitfold.diffusion.compare import check_asked
@@ -90,7 +90,9 @@ def optimize_steps(source: str, output: Path, wanted: Steps, *, overwrite: bool,
     with reserve_bundle(output, overwrite=overwrite) as place, steps("optimize") as say, quiet_stdout():
         say(f"loading {source}")
         model = load_dit(source, heads=wanted.heads)
-        asked = Asking(classes="all", count=8, steps=wanted.steps, sampler=wanted.sampler, guidance=wanted.guidance)
+        asked = SamplingArgs(
+            classes="all", count=8, steps=wanted.steps, sampler=wanted.sampler, guidance=wanted.guidance
+        )
         few = asked.asked(model)
         check_asked(model, few)
         merge = int(wanted.merge or 0)
@@ -127,14 +129,14 @@ def optimize_steps(source: str, output: Path, wanted: Steps, *, overwrite: bool,
 
 
 def _search(
-    model: DiTModel, few: Asked, able: list[Compression], wanted: Steps, say: Any
-) -> tuple[Found, dict[str, Any]]:
+    model: DiTModel, few: SamplingConfig, able: list[Compression], wanted: Steps, say: Any
+) -> tuple[StepSearchResult, dict[str, Any]]:
     from vitfold.artifacts.journal import ROWS, alone
     from vitfold.bench.environment import environment
     from vitfold.diffusion.search import Setup, search_steps
 
     before, bounds = environment(), wanted.bounds()
-    decode = Asking(latents=model.latent and model.decoder is None).decoder(model)
+    decode = SamplingArgs(latents=model.latent and model.decoder is None).decoder(model)
     judge = None
     if wanted.features is not None and wanted.real is not None:
         judge = open_features(wanted.features, wanted.real, say)
@@ -168,7 +170,7 @@ def _search(
     }
 
 
-def _search_folder(model: DiTModel, few: Asked, able: list[Compression], bounds: Bounds) -> Path | None:
+def _search_folder(model: DiTModel, few: SamplingConfig, able: list[Compression], bounds: Bounds) -> Path | None:
     """Where the rows of this search lie, for the same command to go on with, if they can lie anywhere."""
     from vitfold.artifacts.cache import entry_folder, key_of
     from vitfold.errors import CacheError
@@ -197,7 +199,7 @@ def _summary(bundle: StepBundle) -> dict[str, Any]:
     }
 
 
-def _print(values: dict[str, Any], found: Found | None) -> None:
+def _print(values: dict[str, Any], found: StepSearchResult | None) -> None:
     from vitfold.diffusion.search import describe_bounds
     from vitfold.report.tables import diffusion_table, number
 

@@ -76,7 +76,7 @@ def outliers(
             folded.recipe.merge,
             wanted,
             pool,
-            confirm=None if method is None else pipeline.scheme_of(folded.target),
+            confirm=None if method is None else pipeline.constraints_of(folded.target),
             progress=progress,
         )
         progress.step("token norms")

@@ -92,7 +92,7 @@ def _trace(path: Path, folder: Path, count: int, *, skip_bad: bool) -> Traced:
         raise ImageError(f"no image in {folder} can be read; give another folder")
     pixels = np.concatenate([one.pixel_values for one in found])
     model = load_origin(manifest.origin).model
-    flops = [0] * manifest.spec.depth
+    flops = [0] * manifest.spec.num_layers
     for cost in count_costs(manifest.spec, merge):
         if cost.site.startswith("blocks."):
             flops[int(cost.site.split(".")[1])] += 2 * cost.macs

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from vitfold.images import ImageSet
     from vitfold.model import Model
     from vitfold.pipeline.goals import Goal
-    from vitfold.pipeline.search import Found, Laboratory
+    from vitfold.pipeline.search import SearchContext, SearchResult
 
 ENGINES = ("cpu", "openvino")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class SearchArgs:
     """What the search is for and what it may try; `points` are percentage points of top-1 or agreement."""
 
     points: float | None
@@ -45,17 +45,19 @@ class Wanted:
         return [name for name in ENGINES if name != "openvino" or installed_version("openvino") is not None]
 
 
-def run_search(model: Model, images: ImageSet, output: Path, wanted: Wanted, *, overwrite: bool, json: bool) -> None:
+def run_search(
+    model: Model, images: ImageSet, output: Path, wanted: SearchArgs, *, overwrite: bool, json: bool
+) -> None:
     """Search, write the winner's bundle, and say what was tried.
 
     Raises:
         VitfoldError: if the images are too few, or a latency bound is met by nothing.
     """
     from vitfold.artifacts.bundle import copy_bundle, publish_bundle
+    from vitfold.artifacts.digested import reserve_bundle
     from vitfold.artifacts.journal import ROWS, alone
-    from vitfold.artifacts.sealed import reserve_bundle
-    from vitfold.pipeline.attempt import check_decides
     from vitfold.pipeline.search import check_enough, divided_for_search, find_arms, search
+    from vitfold.pipeline.trials import check_decides
     from vitfold.storage.placing import check_space
 
     check_decides(model.spec.head)
@@ -101,7 +103,7 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Wanted, *, 
     _report(document, found, wanted)
 
 
-def _folder(model: Model, calibration: ImageSet, chosen: ImageSet, held_out: ImageSet, wanted: Wanted) -> Path:
+def _folder(model: Model, calibration: ImageSet, chosen: ImageSet, held_out: ImageSet, wanted: SearchArgs) -> Path:
     """Return where the rows and bundles of this search lie, for the same command to go on with."""
     from vitfold.artifacts.cache import entry_folder, key_of
     from vitfold.processor import processor
@@ -116,20 +118,20 @@ def _laboratory(
     calibration: ImageSet,
     chosen: ImageSet,
     held_out: ImageSet,
-    wanted: Wanted,
+    wanted: SearchArgs,
     folder: Path,
     say: Any,
-) -> Laboratory:
+) -> SearchContext:
     from vitfold.bench.reference import Reference, reference_outputs
-    from vitfold.pipeline.attempt import Trying
-    from vitfold.pipeline.search import Laboratory
+    from vitfold.pipeline.search import SearchContext
     from vitfold.pipeline.trial import SHORT
+    from vitfold.pipeline.trials import EvalContext
 
     digest = model.digest()
 
-    def trying(images: ImageSet) -> Trying:
+    def trying(images: ImageSet) -> EvalContext:
         say("running the float model over the images, once")
-        return Trying(
+        return EvalContext(
             model=model,
             calibration=calibration,
             calibration_size=wanted.calibration_size,
@@ -139,10 +141,10 @@ def _laboratory(
             protocol=SHORT,
         )
 
-    return Laboratory(trying=trying(chosen), held_out=trying(held_out), folder=folder, say=say)
+    return SearchContext(trying=trying(chosen), held_out=trying(held_out), folder=folder, say=say)
 
 
-def _goal(laboratory: Laboratory, wanted: Wanted) -> Goal:
+def _goal(laboratory: SearchContext, wanted: SearchArgs) -> Goal:
     from vitfold.pipeline.goals import LeastDrop, LeastLatency
 
     if wanted.points is not None:
@@ -151,7 +153,7 @@ def _goal(laboratory: Laboratory, wanted: Wanted) -> Goal:
     return LeastDrop(max_latency_ms=wanted.latency_ms, plain_ms=laboratory.plain_ms())
 
 
-def _report(document: dict[str, Any], found: Found, wanted: Wanted) -> None:
+def _report(document: dict[str, Any], found: SearchResult, wanted: SearchArgs) -> None:
     from vitfold.report.tables import drop_text, sweep_table
 
     out.print(sweep_table(found.rows))
@@ -174,7 +176,7 @@ def _report(document: dict[str, Any], found: Found, wanted: Wanted) -> None:
     note(f"search ended: {found.reason}; {found.verified} recipes were verified on held-out images")
 
 
-def _nothing(found: Found, wanted: Wanted) -> str:
+def _nothing(found: SearchResult, wanted: SearchArgs) -> str:
     """Say that nothing met the bound, and what came nearest."""
     bound = f"at most {wanted.points:g} points" if wanted.points is not None else f"{wanted.latency_ms:g} ms"
     missed = "nothing was measured" if found.nearest is None else f"the nearest miss is {_summary(found.nearest)}"

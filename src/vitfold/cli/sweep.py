@@ -27,7 +27,7 @@ else:
 if TYPE_CHECKING:
     from vitfold.images import ImageSet
     from vitfold.model import Model
-    from vitfold.pipeline.attempt import Attempt, Trying
+    from vitfold.pipeline.trials import EvalContext, Trial
 
 _PLAN = ("merge", "rules", "quant", "methods", "target", "protocol")
 
@@ -114,10 +114,10 @@ def sweep(
         }  # fmt: skip
         ranges = images if calibration_images is None else calibration_images
 
-        def again(attempt: Attempt) -> str:
+        def again(attempt: Trial) -> str:
             return _command(source, ranges, attempt, calibration_size, calibration_seed, given)
 
-        def trying() -> Trying:
+        def trying() -> EvalContext:
             return _trying(model, calibration, reported, head, say)
 
         for row in run_sweep(output, attempts, rows, trying, retry=retry, command=again, say=say):
@@ -153,15 +153,15 @@ def divided(images: ImageSet, calibration: ImageSet | None, size: int, seed: int
     return chosen, others
 
 
-def _trying(model: Model, calibration: ImageSet, images: ImageSet, head: Mapping[str, Any], say: Any) -> Trying:
+def _trying(model: Model, calibration: ImageSet, images: ImageSet, head: Mapping[str, Any], say: Any) -> EvalContext:
     from vitfold.bench.reference import Reference, reference_outputs
     from vitfold.bench.timing import PROTOCOLS
-    from vitfold.pipeline.attempt import Trying
     from vitfold.pipeline.trial import SHORT
+    from vitfold.pipeline.trials import EvalContext
 
     say("running the float model over the images, once")
     expected = reference_outputs(head["model_digest"], images, model.preprocess, lambda: Reference(model=model))
-    return Trying(
+    return EvalContext(
         model=model,
         calibration=calibration,
         calibration_size=head["calibration_size"],
@@ -208,7 +208,7 @@ def _planned(path: Path | None, given: Mapping[str, str | None]) -> dict[str, An
     return values
 
 
-def _command(source: str, images: Path, attempt: Attempt, size: int, seed: int, given: Mapping[str, Any]) -> str:
+def _command(source: str, images: Path, attempt: Trial, size: int, seed: int, given: Mapping[str, Any]) -> str:
     """Return the command that makes one bundle of the sweep again."""
     words = ["vitfold", "optimize", source, "--merge", ",".join(map(str, attempt.r)), "--target", attempt.target]
     words += ["--merge-rule", attempt.rule] if attempt.rule != "tome" else []

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from vitfold.artifacts.step_bundle import StepBundle
 from vitfold.diffusion import every_step
-from vitfold.diffusion.compare import Asked, Row, Say, Way, add_fewer_steps, check_asked, compare
+from vitfold.diffusion.compare import SamplerRow, SamplingConfig, Say, Variant, add_fewer_steps, check_asked, compare
 from vitfold.diffusion.judge import Judge
 from vitfold.diffusion.opening import method_of, open_steps, reused_work
 from vitfold.errors import BundleError
@@ -20,14 +20,14 @@ from vitfold.model import Array
 
 def bench_steps(
     bundles: Sequence[StepBundle],
-    asked: Asked,
+    asked: SamplingConfig,
     *,
     threads: int | None = None,
     trials: int = 3,
     decode: Callable[[Array], Array] | None = None,
     judge: Judge | None = None,
     say: Say = lambda _: None,
-) -> list[Row]:
+) -> list[SamplerRow]:
     """Draw by every bundle; the first one with all steps in full is what the others are compared with.
 
     `asked.steps` are those of the first bundle; others take as many as their own plans say.
@@ -53,7 +53,7 @@ def bench_steps(
         raise BundleError("two bundles have the same name; rename one of the folders")
     check_asked(first, asked)
     with contextlib.ExitStack() as stack:
-        ways: list[Way] = []
+        ways: list[Variant] = []
         for bundle in bundles:
             say(f"opening {bundle.name}")
             executor = stack.enter_context(contextlib.closing(open_steps(bundle, threads)))
@@ -61,9 +61,9 @@ def bench_steps(
             own = asked if bundle is bundles[0] else replace(asked, steps=plan.steps)
             if not ways and method.reuses:
                 ways.append(
-                    Way(name=f"{bundle.name}, every step", method=every_step(method), executor=executor, asked=own)
+                    Variant(name=f"{bundle.name}, every step", method=every_step(method), executor=executor, asked=own)
                 )
             work = reused_work(first.spec, method, bundle.manifest.counts, plan.merge)
-            ways.append(Way(name=bundle.name, method=method, executor=executor, asked=own, reused_work=work))
+            ways.append(Variant(name=bundle.name, method=method, executor=executor, asked=own, reused_work=work))
             add_fewer_steps(first, ways)
         return compare(first, ways, engine="onnxruntime", trials=trials, decode=decode, judge=judge, say=say)

@@ -16,13 +16,13 @@ from vitfold.bench.measurement import Measurement, speed_up
 from vitfold.bench.pictures import FRECHET_IMAGES, psnr_db, ssim
 from vitfold.bench.statistics import Rise
 from vitfold.bench.timing import interleave
-from vitfold.diffusion import Method, Sampled, find_method, sample, solve_steps
+from vitfold.diffusion import ReuseMethod, Sampled, find_method, sample, solve_steps
 from vitfold.diffusion.judge import Judge, Verdict
 from vitfold.diffusion.opening import Compression, open_parts, prepare_predictor, reused_work
 from vitfold.diffusion.sampling import Executor, joined
 from vitfold.diffusion.schedulers import build_scheduler
 from vitfold.errors import RecipeError
-from vitfold.model import Array, DiTModel, Drawn
+from vitfold.model import Array, DiffusionModelInfo, DiTModel
 
 VERDICT_KEYS = ("frechet", "frechet_noise", "class_accuracy", "class_accuracy_interval")
 NO_FRECHET = f"it takes a model for features, and at least {FRECHET_IMAGES} real images and {FRECHET_IMAGES} drawn"
@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class SamplingConfig:
     """What to draw: one image per label, and how."""
 
     labels: tuple[int, ...]
@@ -50,22 +50,22 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Way:
+class Variant:
     """One way to draw what was asked for; `reused_work` is what a step that reuses computes of one in full."""
 
     name: str
-    method: Method
+    method: ReuseMethod
     executor: Executor
-    asked: Asked
+    asked: SamplingConfig
     reused_work: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Row:
+class SamplerRow:
     """One way to sample, beside the unaccelerated one: `samples` are as the model makes them, pixels or latents."""
 
     name: str
-    method: Method
+    method: ReuseMethod
     steps: int
     sampled: Sampled
     reused_work: float | None
@@ -108,8 +108,8 @@ class Row:
 
 def diffuse(
     model: DiTModel,
-    methods: Sequence[Method],
-    asked: Asked,
+    methods: Sequence[ReuseMethod],
+    asked: SamplingConfig,
     *,
     compression: Compression | None = None,
     engine: str = "onnxruntime",
@@ -118,7 +118,7 @@ def diffuse(
     decode: Callable[[Array], Array] | None = None,
     judge: Judge | None = None,
     say: Say = lambda _: None,
-) -> list[Row]:
+) -> list[SamplerRow]:
     """Draw by the unaccelerated sampler, every method, and for each of them by as few plain steps as it computes.
 
     `compression` is what methods run with besides; then it also stands alone, with every step computed. `decode` turns
@@ -133,7 +133,7 @@ def diffuse(
     none = find_method("none")
     with contextlib.ExitStack() as stack:
 
-        def opened(method: Method, how: Compression) -> Way:
+        def opened(method: ReuseMethod, how: Compression) -> Variant:
             say(f"writing the graphs of {method.text}{how.suffix}")
             predictor = None if method.ratio is None else prepare_predictor(model, method, asked.steps, asked.seed, say)
             executor = stack.enter_context(
@@ -142,7 +142,7 @@ def diffuse(
             work = reused_work(model.spec, method, () if predictor is None else predictor.counts, how.r)
             name = f"{method.text}{how.suffix}"
             method = settled(model, executor, method, asked)
-            return Way(name=name, method=method, executor=executor, asked=asked, reused_work=work)
+            return Variant(name=name, method=method, executor=executor, asked=asked, reused_work=work)
 
         ways = [opened(none, Compression())]
         own = [none, *methods] if compression.suffix else [method for method in methods if method.reuses]
@@ -153,19 +153,19 @@ def diffuse(
 
 
 def compare(
-    model: Drawn,
-    ways: Sequence[Way],
+    model: DiffusionModelInfo,
+    ways: Sequence[Variant],
     *,
     engine: str,
     trials: int,
     decode: Callable[[Array], Array] | None,
     judge: Judge | None = None,
     say: Say = lambda _: None,
-) -> list[Row]:
+) -> list[SamplerRow]:
     """Draw by every way, timed in turn; the first is what the others are compared with, in time and in images."""
     results: dict[str, Sampled] = {}
 
-    def subject(way: Way) -> Callable[[], None]:
+    def subject(way: Variant) -> Callable[[], None]:
         def run() -> None:
             results[way.name] = draw(model, way.executor, way.method, way.asked)
 
@@ -198,7 +198,7 @@ def compare(
     return [_row(way, first.name, results[way.name], measured, shown, verdicts) for way in ways]
 
 
-def settled(model: Drawn, executor: Executor, method: Method, asked: Asked) -> Method:
+def settled(model: DiffusionModelInfo, executor: Executor, method: ReuseMethod, asked: SamplingConfig) -> ReuseMethod:
     """Return the method with its full steps chosen, where it leaves that to the model and nobody has yet."""
     if method.budget is None or method.mask is not None:
         return method
@@ -213,7 +213,7 @@ def settled(model: Drawn, executor: Executor, method: Method, asked: Asked) -> M
     )
 
 
-def add_fewer_steps(model: Drawn, ways: list[Way]) -> None:
+def add_fewer_steps(model: DiffusionModelInfo, ways: list[Variant]) -> None:
     """Add the plain alternative to the last way: the first one, in as few steps as that one computes.
 
     Steps are counted on the first batch; a pass without guidance is half of one.
@@ -233,7 +233,7 @@ def fewer_name(steps: int) -> str:
     return f"none, {steps} steps"
 
 
-def check_asked(model: Drawn, asked: Asked) -> None:
+def check_asked(model: DiffusionModelInfo, asked: SamplingConfig) -> None:
     """Check what was asked for against the model.
 
     Raises:
@@ -248,7 +248,7 @@ def check_asked(model: Drawn, asked: Asked) -> None:
     build_scheduler(asked.sampler, model.schedule, asked.steps, learned_sigma=model.spec.learned_sigma)
 
 
-def draw(model: Drawn, executor: Executor, method: Method, asked: Asked) -> Sampled:
+def draw(model: DiffusionModelInfo, executor: Executor, method: ReuseMethod, asked: SamplingConfig) -> Sampled:
     """Draw all images, batch by batch."""
     found = []
     for start in range(0, len(asked.labels), asked.batch):
@@ -261,16 +261,16 @@ def draw(model: Drawn, executor: Executor, method: Method, asked: Asked) -> Samp
 
 
 def _row(
-    way: Way,
+    way: Variant,
     first: str,
     sampled: Sampled,
     measured: Mapping[str, Measurement],
     shown: Mapping[str, Array],
     verdicts: Mapping[str, Verdict | None],
-) -> Row:
+) -> SamplerRow:
     reference, verdict, baseline = shown[first], verdicts[way.name], verdicts[first]
     peak = peak_of(reference)
-    return Row(
+    return SamplerRow(
         name=way.name,
         method=way.method,
         steps=way.asked.steps,

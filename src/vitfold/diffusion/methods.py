@@ -18,7 +18,7 @@ WARM_UP = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
+class ReuseMethod:
     """A way to reuse steps: `text` is its name with its numbers, as users write it.
 
     Every `interval`-th step is computed; where `threshold` is set, the first block of every step is, and the rest only
@@ -46,12 +46,12 @@ class Method:
         return self.interval > 1 or self.threshold is not None or self.budget is not None
 
 
-def every_step(method: Method) -> Method:
+def every_step(method: ReuseMethod) -> ReuseMethod:
     """Return what computes all steps in full with the graphs of a method."""
     return replace(method, text="none", interval=1, late_interval=None, threshold=None, guidance=False, budget=None)
 
 
-def full_steps(method: Method, steps: int) -> tuple[bool, ...]:
+def full_steps(method: ReuseMethod, steps: int) -> tuple[bool, ...]:
     """Return which steps are computed in full: the first two, every interval-th behind them, and the last.
 
     Methods that decide as they go compute at least the first two and the last.
@@ -104,34 +104,34 @@ class Number:
 class Form:
     """How a method is written: NAME[:NUMBER[:NUMBER]]; `build` takes that text and the numbers."""
 
-    build: Callable[..., Method]
+    build: Callable[..., ReuseMethod]
     numbers: tuple[Number, ...] = ()
 
 
-def _none(text: str) -> Method:
+def _none(text: str) -> ReuseMethod:
     """Compute every step."""
-    return Method(text=text, cut="whole", interval=1)
+    return ReuseMethod(text=text, cut="whole", interval=1)
 
 
-def _fora(text: str, interval: int) -> Method:
+def _fora(text: str, interval: int) -> ReuseMethod:
     """Keep the outputs of every attention and MLP.
 
     Source: FORA (2407.01425).
     """
-    return Method(text=text, cut="modules", interval=interval)
+    return ReuseMethod(text=text, cut="modules", interval=interval)
 
 
-def _stack(text: str, interval: int) -> Method:
+def _stack(text: str, interval: int) -> ReuseMethod:
     """Keep what all blocks add: one tensor."""
-    return Method(text=text, cut="stack", interval=interval)
+    return ReuseMethod(text=text, cut="stack", interval=interval)
 
 
-def _taylor(text: str, interval: int, order: int) -> Method:
+def _taylor(text: str, interval: int, order: int) -> ReuseMethod:
     """Forecast what all blocks add by a Taylor series.
 
     Source: TaylorSeer (2503.06923), which forecasts every attention and MLP instead.
     """
-    return Method(
+    return ReuseMethod(
         text=text,
         cut="stack",
         interval=interval,
@@ -140,14 +140,14 @@ def _taylor(text: str, interval: int, order: int) -> Method:
     )
 
 
-def _solved(text: str, count: int) -> Method:
+def _solved(text: str, count: int) -> ReuseMethod:
     """Forecast what all blocks add by a line, from `count` full steps that are chosen for the model."""
     return replace(_taylor(text, 1, 1), budget=count)
 
 
-def _chebyshev(text: str, interval: int, degree: int) -> Method:
+def _chebyshev(text: str, interval: int, degree: int) -> ReuseMethod:
     """Forecast what all blocks add by a polynomial through one full step more than it needs."""
-    return Method(
+    return ReuseMethod(
         text=text,
         cut="stack",
         interval=interval,
@@ -156,30 +156,30 @@ def _chebyshev(text: str, interval: int, degree: int) -> Method:
     )
 
 
-def _first_block(text: str, threshold: float) -> Method:
+def _first_block(text: str, threshold: float) -> ReuseMethod:
     """Let the first block decide whether the others run.
 
     Source: FBCache and DBCache of cache-dit, which compare mean absolute changes where this takes root mean squares.
     """
-    return Method(text=text, cut="first", interval=1, threshold=threshold)
+    return ReuseMethod(text=text, cut="first", interval=1, threshold=threshold)
 
 
-def _tokencache(text: str, ratio: float, interval: int, late_interval: int) -> Method:
+def _tokencache(text: str, ratio: float, interval: int, late_interval: int) -> ReuseMethod:
     """Keep what every block adds to every token, and compute anew the tokens that a trained predictor scores highest.
 
     The intervals of both phases are not published; these are numbers of ours.
 
     Source: TokenCache (2409.18523).
     """
-    return Method(text=text, cut="tokens", interval=interval, late_interval=late_interval, ratio=ratio)
+    return ReuseMethod(text=text, cut="tokens", interval=interval, late_interval=late_interval, ratio=ratio)
 
 
-def _guidance(text: str, interval: int) -> Method:
+def _guidance(text: str, interval: int) -> ReuseMethod:
     """Keep the difference that the class makes to the prediction, so that most steps run the pass with a class alone.
 
     Source: FasterCache (2410.19355), without its weights per frequency.
     """
-    return Method(text=text, cut="whole", interval=interval, guidance=True)
+    return ReuseMethod(text=text, cut="whole", interval=interval, guidance=True)
 
 
 METHODS: Mapping[str, Form] = {
@@ -204,7 +204,7 @@ METHODS: Mapping[str, Form] = {
 }
 
 
-def find_method(text: str) -> Method:
+def find_method(text: str) -> ReuseMethod:
     """Return the method that a user names, as `taylor`, `taylor:3` or `taylor:3:2`.
 
     Raises:

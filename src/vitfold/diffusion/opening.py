@@ -18,12 +18,12 @@ import torch
 from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
 from vitfold.artifacts.step_bundle import StepBundle, StepManifest
 from vitfold.cores import check_threads
-from vitfold.diffusion import Method, find_method, sample
+from vitfold.diffusion import ReuseMethod, find_method, sample
 from vitfold.diffusion.eager import Eager
 from vitfold.diffusion.parts import Part, parts
-from vitfold.diffusion.predictor import Predictor, predictor_shapes, train_predictor
 from vitfold.diffusion.sampling import Executor
 from vitfold.diffusion.schedulers import build_scheduler
+from vitfold.diffusion.token_predictor import TokenPredictor, predictor_shapes, train_predictor
 from vitfold.engines import find_execution, quantized_cpu_target
 from vitfold.errors import EngineError, RecipeError
 from vitfold.model import Array, DiTModel, DiTSpec
@@ -87,7 +87,7 @@ def compress(
         raise RecipeError(f"unknown quantization {quant!r} of a Diffusion Transformer; known: {', '.join(SCHEMES)}")
     if quant == "none":
         return Compression(r=r)
-    layers = [f"blocks.{block}{layer}" for block in range(model.spec.depth) for layer in _LAYERS]
+    layers = [f"blocks.{block}{layer}" for block in range(model.spec.num_layers) for layer in _LAYERS]
     ranges = _ranges(model, layers, r=r, steps=steps, guidance=guidance, seed=seed)
     bits = quantized_cpu_target().weight_bits
     quantizers: dict[str, Quantizer] = {}
@@ -122,15 +122,15 @@ def _ranges(
 
 
 def prepare_predictor(
-    model: DiTModel, method: Method, steps: int, seed: int, say: Callable[[str], None] = lambda _: None
-) -> Predictor:
+    model: DiTModel, method: ReuseMethod, steps: int, seed: int, say: Callable[[str], None] = lambda _: None
+) -> TokenPredictor:
     """Train what a method with a token budget needs, along as many steps as will be drawn; kept for the next run."""
     assert method.ratio is not None
     key = key_of(_PREDICTOR_FORMAT, model.digest(), method.ratio, steps, seed)
     kept = read_arrays("predictors", key)
     if kept is not None and set(kept) == {*predictor_shapes(model.spec), "counts", "losses"}:
         counts, (first, last) = kept.pop("counts"), kept.pop("losses")
-        return Predictor(params=kept, counts=tuple(map(int, counts)), losses=(float(first), float(last)))
+        return TokenPredictor(params=kept, counts=tuple(map(int, counts)), losses=(float(first), float(last)))
     scheduler = build_scheduler("ddim", model.schedule, steps)
     found = train_predictor(model, scheduler, ratio=method.ratio, seed=seed, say=say)
     keep_arrays("predictors", key, {**found.params, "counts": np.array(found.counts), "losses": np.array(found.losses)})
@@ -140,10 +140,10 @@ def prepare_predictor(
 @contextlib.contextmanager
 def open_parts(
     model: DiTModel,
-    method: Method,
+    method: ReuseMethod,
     *,
     compression: Compression | None = None,
-    predictor: Predictor | None = None,
+    predictor: TokenPredictor | None = None,
     engine: str = "onnxruntime",
     threads: int | None = None,
 ) -> Iterator[Executor]:
@@ -170,7 +170,7 @@ def open_parts(
             yield session
 
 
-def plan_parts(spec: DiTSpec, method: Method, counts: tuple[int, ...], r: int) -> dict[str, Part]:
+def plan_parts(spec: DiTSpec, method: ReuseMethod, counts: tuple[int, ...], r: int) -> dict[str, Part]:
     """Return the parts that a method runs."""
     found = parts(spec, method.cut, history=method.history, counts=counts, r=r)
     if method.cut != "whole":
@@ -178,7 +178,7 @@ def plan_parts(spec: DiTSpec, method: Method, counts: tuple[int, ...], r: int) -
     return found
 
 
-def reused_work(spec: DiTSpec, method: Method, counts: tuple[int, ...] = (), r: int = 0) -> float | None:
+def reused_work(spec: DiTSpec, method: ReuseMethod, counts: tuple[int, ...] = (), r: int = 0) -> float | None:
     """Return the multiply-accumulates of a step that reuses as a share of one in full, None where none does."""
     if not method.reuses:
         return None
@@ -194,7 +194,7 @@ def reused_work(spec: DiTSpec, method: Method, counts: tuple[int, ...] = (), r: 
     return sum(macs[name] for name in ("front", "resume", "refresh") if name in macs) / full
 
 
-def step_params(model: DiTModel, compression: Compression, predictor: Predictor | None) -> dict[str, Array]:
+def step_params(model: DiTModel, compression: Compression, predictor: TokenPredictor | None) -> dict[str, Array]:
     """Return all weights that the parts read."""
     return {**(compression.params or model.params), **(predictor.params if predictor is not None else {})}
 
@@ -241,7 +241,7 @@ def open_graphs(
     )
 
 
-def method_of(manifest: StepManifest) -> Method:
+def method_of(manifest: StepManifest) -> ReuseMethod:
     """Return the method of a bundle.
 
     Raises:

@@ -21,7 +21,7 @@ from vitfold.architectures.dit import (
     mlp,
     modulations,
 )
-from vitfold.diffusion.tokens import renewed
+from vitfold.diffusion.token_refresh import renewed
 from vitfold.model.dit import MODULATIONS, DiTSpec
 from vitfold.ops.protocol import Ops, Port, T
 
@@ -53,9 +53,9 @@ def parts(spec: DiTSpec, cut: Cut, *, history: int = 1, counts: tuple[int, ...] 
     Where whole blocks run, `r` tokens less enter their attention.
     """
     image = Port(name="image", shape=(spec.channels, spec.image_size, spec.image_size))
-    given = Port(name="given", shape=(spec.modulations, spec.width))
+    given = Port(name="given", shape=(spec.modulations, spec.embed_dim))
     prediction = Port(name="prediction", shape=(spec.outputs, spec.image_size, spec.image_size))
-    tokens = (spec.tokens, spec.width)
+    tokens = (spec.tokens, spec.embed_dim)
     weights = Port(name=WEIGHTS, shape=(history, 1), batch=1)
     kept = tuple(Port(name=f"{RESIDUAL}.{k}", shape=tokens) for k in range(history))
     residual = Port(name=RESIDUAL, shape=tokens)
@@ -74,7 +74,7 @@ def parts(spec: DiTSpec, cut: Cut, *, history: int = 1, counts: tuple[int, ...] 
     elif cut == "modules":
         modules = tuple(
             Port(name=f"{RESIDUAL}.{kind}.{block}", shape=tokens)
-            for block in range(spec.depth)
+            for block in range(spec.num_layers)
             for kind in ("attn", "mlp")
         )
         found["full"] = Part(
@@ -102,8 +102,8 @@ def parts(spec: DiTSpec, cut: Cut, *, history: int = 1, counts: tuple[int, ...] 
             run=lambda ops, x, m, w, *r: _resumed(ops, spec, x, m, w, r),
         )
     elif cut == "tokens":
-        added = tuple(Port(name=f"{RESIDUAL}.{block}", shape=tokens) for block in range(spec.depth))
-        kept = tuple(Port(name=f"kept.{block}", shape=tokens) for block in range(spec.depth))
+        added = tuple(Port(name=f"{RESIDUAL}.{block}", shape=tokens) for block in range(spec.num_layers))
+        kept = tuple(Port(name=f"kept.{block}", shape=tokens) for block in range(spec.num_layers))
         found["full"] = Part(
             inputs=(image, given), outputs=(prediction, *added), run=lambda ops, x, m: _added(ops, spec, x, m, r)
         )
@@ -117,7 +117,7 @@ def parts(spec: DiTSpec, cut: Cut, *, history: int = 1, counts: tuple[int, ...] 
 
 def _condition(spec: DiTSpec, given: Port) -> Part:
     return Part(
-        inputs=(Port(name="waves", shape=(spec.waves,)), Port(name="label", shape=(spec.classes + 1,))),
+        inputs=(Port(name="waves", shape=(spec.freq_dim,)), Port(name="label", shape=(spec.classes + 1,))),
         outputs=(given,),
         run=lambda ops, waves, label: (condition(ops, spec, waves, label),),
     )
@@ -126,7 +126,7 @@ def _condition(spec: DiTSpec, given: Port) -> Part:
 def _step(spec: DiTSpec, image: Port, given: Port, prediction: Port, r: int) -> Part:
     def run(ops: Ops[T], x: T, m: T) -> tuple[T, ...]:
         vectors = modulations(ops, spec, m)
-        return (head(ops, spec, blocks(ops, spec, embed(ops, x), vectors, range(spec.depth), r=r), vectors),)
+        return (head(ops, spec, blocks(ops, spec, embed(ops, x), vectors, range(spec.num_layers), r=r), vectors),)
 
     return Part(inputs=(image, given), outputs=(prediction,), run=run)
 
@@ -134,7 +134,7 @@ def _step(spec: DiTSpec, image: Port, given: Port, prediction: Port, r: int) -> 
 def _rest(ops: Ops[T], spec: DiTSpec, x: T, m: T, first: int, r: int) -> tuple[T, T]:
     """The blocks from `first` on and the head; the residual is what those blocks add to x."""
     vectors = modulations(ops, spec, m)
-    y = blocks(ops, spec, x, vectors, range(first, spec.depth), r=r)
+    y = blocks(ops, spec, x, vectors, range(first, spec.num_layers), r=r)
     ops.scope("residual")
     return head(ops, spec, y, vectors), minus(ops, y, x)
 
@@ -152,7 +152,7 @@ def _resumed(ops: Ops[T], spec: DiTSpec, x: T, m: T, weights: T, kept: tuple[T, 
 def _modules(ops: Ops[T], spec: DiTSpec, image: T, m: T, r: int) -> tuple[T, ...]:
     vectors, found = modulations(ops, spec, m), []
     x = embed(ops, image)
-    for block in range(spec.depth):
+    for block in range(spec.num_layers):
         found.append(attention(ops, spec, block, x, vectors, r=r))
         x = add_gated(ops, x, found[-1], vectors[MODULATIONS * block + 2])
         found.append(mlp(ops, spec, block, x, vectors))
@@ -164,7 +164,7 @@ def _from_modules(ops: Ops[T], spec: DiTSpec, image: T, m: T, kept: tuple[T, ...
     vectors = modulations(ops, spec, m)
     x = embed(ops, image)
     ops.scope("reused")
-    for block in range(spec.depth):
+    for block in range(spec.num_layers):
         x = add_gated(ops, x, kept[2 * block], vectors[MODULATIONS * block + 2])
         x = add_gated(ops, x, kept[2 * block + 1], vectors[MODULATIONS * block + 5])
     return (head(ops, spec, x, vectors),)
@@ -173,7 +173,7 @@ def _from_modules(ops: Ops[T], spec: DiTSpec, image: T, m: T, kept: tuple[T, ...
 def _added(ops: Ops[T], spec: DiTSpec, image: T, m: T, r: int) -> tuple[T, ...]:
     vectors, found = modulations(ops, spec, m), []
     x = embed(ops, image)
-    for block in range(spec.depth):
+    for block in range(spec.num_layers):
         y = blocks(ops, spec, x, vectors, range(block, block + 1), r=r)
         found.append(minus(ops, y, x))
         x = y
@@ -204,4 +204,4 @@ def _front(ops: Ops[T], spec: DiTSpec, image: T, m: T, before: T, r: int) -> tup
 
 
 def _energy(ops: Ops[T], spec: DiTSpec, x: T) -> T:
-    return ops.reshape(ops.sum(ops.reshape(ops.multiply(x, x), (spec.tokens * spec.width,)), 1), (1, 1))
+    return ops.reshape(ops.sum(ops.reshape(ops.multiply(x, x), (spec.tokens * spec.embed_dim,)), 1), (1, 1))

@@ -15,13 +15,13 @@ import numpy as np
 from vitfold.artifacts.journal import append_row, read_rows
 from vitfold.bench.measurement import Measurement
 from vitfold.diffusion import Sampled, find_method
-from vitfold.diffusion.compare import Row
+from vitfold.diffusion.compare import SamplerRow
 from vitfold.errors import JournalError
 
 SCREENED = "screened.jsonl"
 
 
-def read_groups(folder: Path | None) -> dict[str, list[tuple[Row, float | None]]]:
+def read_groups(folder: Path | None) -> dict[str, list[tuple[SamplerRow, float | None]]]:
     """Return by its name every group that was measured: rows, and by how many dB each is further from the goal.
 
     Raises:
@@ -36,7 +36,7 @@ def read_groups(folder: Path | None) -> dict[str, list[tuple[Row, float | None]]
         raise JournalError(f"{path} holds a line that is no group of rows ({error!r}); remove the file") from None
 
 
-def append_group(folder: Path | None, group: str, rows: Sequence[tuple[Row, float | None]]) -> None:
+def append_group(folder: Path | None, group: str, rows: Sequence[tuple[SamplerRow, float | None]]) -> None:
     """Append what was measured of a group.
 
     Raises:
@@ -46,7 +46,7 @@ def append_group(folder: Path | None, group: str, rows: Sequence[tuple[Row, floa
         append_row(folder / SCREENED, {"group": group, "rows": [_line(row, drop) for row, drop in rows]})
 
 
-def _line(row: Row, psnr_drop_db: float | None) -> dict[str, Any]:
+def _line(row: SamplerRow, psnr_drop_db: float | None) -> dict[str, Any]:
     sampled, measurement = row.sampled, row.measurement
     return {
         "name": row.name,
@@ -67,9 +67,9 @@ def _line(row: Row, psnr_drop_db: float | None) -> dict[str, Any]:
     }
 
 
-def _row(line: Mapping[str, Any]) -> tuple[Row, float | None]:
+def _row(line: Mapping[str, Any]) -> tuple[SamplerRow, float | None]:
     mask, images = line["mask"], int(line["images"])
-    row = Row(
+    row = SamplerRow(
         name=line["name"],
         method=replace(find_method(line["method"]), mask=None if mask is None else tuple(mask)),
         steps=line["steps"],

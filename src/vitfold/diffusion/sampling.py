@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from vitfold.diffusion.methods import Method, full_steps
+from vitfold.diffusion.methods import ReuseMethod, full_steps
 from vitfold.diffusion.parts import RESIDUAL, WEIGHTS
 from vitfold.errors import EngineError
 from vitfold.model import Array, DiTSpec
-from vitfold.model.dit import class_rows, timestep_waves
+from vitfold.model.dit import class_rows, timestep_frequencies
 
 
 @runtime_checkable
@@ -78,7 +78,7 @@ def sample(
     executor: Executor,
     spec: DiTSpec,
     scheduler: Any,
-    method: Method,
+    method: ReuseMethod,
     labels: Sequence[int],
     *,
     seed: int,
@@ -111,7 +111,13 @@ def sample(
     executor.prepare(rows)
     must = full_steps(method, len(timesteps))
     state = _State(
-        executor=executor, method=method, must=must, depth=spec.depth, channels=spec.channels, count=count, rows=rows
+        executor=executor,
+        method=method,
+        must=must,
+        depth=spec.num_layers,
+        channels=spec.channels,
+        count=count,
+        rows=rows,
     )
     extra: dict[str, Any] = {"generator": generators} if _is_stochastic(scheduler) else {}
     took: dict[bool, list[int]] = {True: [], False: []}
@@ -145,7 +151,12 @@ def _finite(values: Array, where: str) -> Array:
 
 
 def _one_by_one(
-    executor: Executor, spec: DiTSpec, scheduler: Any, method: Method, labels: Sequence[int], how: Mapping[str, Any]
+    executor: Executor,
+    spec: DiTSpec,
+    scheduler: Any,
+    method: ReuseMethod,
+    labels: Sequence[int],
+    how: Mapping[str, Any],
 ) -> Sampled:
     """Draw every sample as if it were alone; steps are those of the sample that computed the most in full."""
     found = []
@@ -171,7 +182,7 @@ class _State:
     """What the loop remembers between steps: where full steps were, and under which names their tensors are kept."""
 
     executor: Executor
-    method: Method
+    method: ReuseMethod
     must: tuple[bool, ...]
     depth: int
     channels: int
@@ -263,9 +274,9 @@ def _conditions(
     """Return what every step and every class asked for do to the model, and the row of each sample."""
     asked = [*labels, *([spec.null_class] * len(labels) if guided else [])]
     classes, row_of = np.unique(np.array(asked), return_inverse=True)
-    waves = timestep_waves(spec, np.repeat(np.array(timesteps), len(classes)))
+    waves = timestep_frequencies(spec, np.repeat(np.array(timesteps), len(classes)))
     found = executor.call("condition", waves, class_rows(spec, np.tile(classes, len(timesteps))))
-    return found.reshape(len(timesteps), len(classes), spec.modulations, spec.width), row_of
+    return found.reshape(len(timesteps), len(classes), spec.modulations, spec.embed_dim), row_of
 
 
 def _guided(with_class: Array, without: Array, guidance: float, channels: int) -> Array:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from vitfold.bench.pictures import FRECHET_IMAGES, psnr_db
-from vitfold.diffusion import Method, find_method
+from vitfold.diffusion import ReuseMethod, find_method
 from vitfold.diffusion.compare import (
-    Asked,
-    Row,
+    SamplerRow,
+    SamplingConfig,
     Say,
-    Way,
+    Variant,
     check_asked,
     compare,
     draw,
@@ -81,7 +81,7 @@ class Bounds:
 class Tried:
     """One candidate as it was measured beside the unaccelerated sampler."""
 
-    row: Row
+    row: SamplerRow
     compression: Compression
     psnr_drop_db: float | None
 
@@ -106,10 +106,10 @@ class Tried:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Found:
+class StepSearchResult:
     """What a search measured: the unaccelerated row, all candidates, and the winner on held-out seeds, if any."""
 
-    plain: Row
+    plain: SamplerRow
     tried: tuple[Tried, ...]
     refused: tuple[Tried, ...]
     winner: Tried | None
@@ -130,14 +130,14 @@ class Setup:
 
 def search_steps(
     model: DiTModel,
-    asked: Asked,
+    asked: SamplingConfig,
     bounds: Bounds,
     compressions: Sequence[Compression],
     setup: Setup,
     *,
     samples: int = 64,
     minutes: float = 20.0,
-) -> Found:
+) -> StepSearchResult:
     """Time every candidate on a few images; then take the fastest one that keeps the bounds on `samples` others.
 
     The distance of features needs many images, so it is measured on those only.
@@ -154,10 +154,10 @@ def search_steps(
     labels = tuple(i % model.spec.classes for i in range(samples))
     held_out = replace(asked, labels=labels, seed=asked.seed + HELD_OUT_SEED)
     refused: list[Tried] = []
-    plain: Row | None = None
+    plain: SamplerRow | None = None
     winner, reason = None, "nothing that keeps the bounds is faster than the unaccelerated sampler"
     with _opened(model, find_method("none"), Compression(), setup) as executor:
-        first = Way(name="none", method=find_method("none"), executor=executor, asked=held_out)
+        first = Variant(name="none", method=find_method("none"), executor=executor, asked=held_out)
         goal = _converged(model, first, bounds, setup) if able else None
         best_psnr = float("-inf")
         for one in able:
@@ -177,7 +177,7 @@ def search_steps(
             refused.append(again)
         if plain is None:
             (plain,) = compare(model, [first], engine=setup.engine, trials=1, decode=setup.decode, judge=setup.judge)
-    return Found(plain=plain, tried=tuple(tried), refused=tuple(refused), winner=winner, reason=reason)
+    return StepSearchResult(plain=plain, tried=tuple(tried), refused=tuple(refused), winner=winner, reason=reason)
 
 
 def unjudged(setup: Setup) -> Setup:
@@ -185,7 +185,7 @@ def unjudged(setup: Setup) -> Setup:
     return replace(setup, judge=None)
 
 
-def check_bounds(model: DiTModel, asked: Asked, bounds: Bounds, setup: Setup) -> None:
+def check_bounds(model: DiTModel, asked: SamplingConfig, bounds: Bounds, setup: Setup) -> None:
     """Check what is asked for before anything slow starts.
 
     Raises:
@@ -200,7 +200,7 @@ def check_bounds(model: DiTModel, asked: Asked, bounds: Bounds, setup: Setup) ->
 
 def screen(
     model: DiTModel,
-    asked: Asked,
+    asked: SamplingConfig,
     bounds: Bounds,
     compressions: Sequence[Compression],
     setup: Setup,
@@ -219,7 +219,7 @@ def screen(
     found: list[Tried] = []
     kept = read_groups(setup.folder)
     with _opened(model, none, Compression(), setup) as plain:
-        first = Way(name="none", method=none, executor=plain, asked=asked)
+        first = Variant(name="none", method=none, executor=plain, asked=asked)
         goal = _converged(model, first, bounds, setup)
         for compression in compressions:
             for method, group in _groups(none, asked.steps):
@@ -232,7 +232,7 @@ def screen(
                 setup.say(f"measuring {called}")
                 with _opened(model, method, compression, setup) as executor:
                     ways = [
-                        Way(
+                        Variant(
                             name=f"{one.text}{compression.suffix}",
                             method=settled(model, executor, one, asked),
                             executor=executor,
@@ -251,7 +251,7 @@ def screen(
     return found
 
 
-def _groups(none: Method, steps: int) -> list[tuple[Method, list[Method]]]:
+def _groups(none: ReuseMethod, steps: int) -> list[tuple[ReuseMethod, list[ReuseMethod]]]:
     """Candidates by the graphs that they run; no two in a group need others."""
     solved = sorted({count for share in SOLVED if LEAST_SOLVED <= (count := round(share * steps)) < steps})
     methods = [none, *map(find_method, CANDIDATES), *(find_method(f"solved:{count}") for count in solved)]
@@ -259,15 +259,17 @@ def _groups(none: Method, steps: int) -> list[tuple[Method, list[Method]]]:
     return [(group[0], group) for group in found]
 
 
-def _graphs(method: Method) -> tuple[str, int]:
+def _graphs(method: ReuseMethod) -> tuple[str, int]:
     """What decides which graphs a candidate runs."""
     return method.cut, method.history
 
 
-def _fewer_steps(executor: Executor, none: Method, asked: Asked, compression: Compression) -> list[Way]:
+def _fewer_steps(
+    executor: Executor, none: ReuseMethod, asked: SamplingConfig, compression: Compression
+) -> list[Variant]:
     counts = sorted({max(1, round(share * asked.steps)) for share in FEWER} - {asked.steps}, reverse=True)
     return [
-        Way(
+        Variant(
             name=f"{fewer_name(steps)}{compression.suffix}",
             method=none,
             executor=executor,
@@ -277,29 +279,29 @@ def _fewer_steps(executor: Executor, none: Method, asked: Asked, compression: Co
     ]
 
 
-def _again(model: DiTModel, first: Way, one: Tried, goal: Array | None, setup: Setup) -> tuple[Row, Tried]:
+def _again(model: DiTModel, first: Variant, one: Tried, goal: Array | None, setup: Setup) -> tuple[SamplerRow, Tried]:
     """Measure one candidate on held-out seeds, beside the plain sampler."""
     with _opened(model, one.row.method, one.compression, setup) as executor:
         asked = replace(first.asked, steps=one.row.steps)
         work = one.row.reused_work
-        way = Way(name=one.row.name, method=one.row.method, executor=executor, asked=asked, reused_work=work)
+        way = Variant(name=one.row.name, method=one.row.method, executor=executor, asked=asked, reused_work=work)
         plain, row = _measured(model, [first, way], setup)
     return plain, _tried(row, plain, one.compression, goal, setup)
 
 
-def _measured(model: DiTModel, ways: Sequence[Way], setup: Setup) -> list[Row]:
+def _measured(model: DiTModel, ways: Sequence[Variant], setup: Setup) -> list[SamplerRow]:
     return compare(
         model, ways, engine=setup.engine, trials=1, decode=setup.decode, judge=setup.judge, say=lambda _: None
     )
 
 
 def _opened(
-    model: DiTModel, method: Method, compression: Compression, setup: Setup
+    model: DiTModel, method: ReuseMethod, compression: Compression, setup: Setup
 ) -> contextlib.AbstractContextManager[Executor]:
     return open_parts(model, method, compression=compression, engine=setup.engine, threads=setup.threads)
 
 
-def _converged(model: DiTModel, first: Way, bounds: Bounds, setup: Setup) -> Array | None:
+def _converged(model: DiTModel, first: Variant, bounds: Bounds, setup: Setup) -> Array | None:
     """The images that the sampler converges to, if a bound asks how near they are."""
     if bounds.max_psnr_drop_db is None:
         return None
@@ -309,7 +311,7 @@ def _converged(model: DiTModel, first: Way, bounds: Bounds, setup: Setup) -> Arr
     return shown_by(draw(model, first.executor, first.method, asked).samples, setup.decode)
 
 
-def _tried(row: Row, plain: Row, compression: Compression, goal: Array | None, setup: Setup) -> Tried:
+def _tried(row: SamplerRow, plain: SamplerRow, compression: Compression, goal: Array | None, setup: Setup) -> Tried:
     drop = None
     if goal is not None:
         peak = peak_of(goal)
@@ -318,7 +320,7 @@ def _tried(row: Row, plain: Row, compression: Compression, goal: Array | None, s
     return Tried(row=row, compression=compression, psnr_drop_db=drop)
 
 
-def fastest_method(tried: Sequence[Tried], bounds: Bounds) -> Method:
+def fastest_method(tried: Sequence[Tried], bounds: Bounds) -> ReuseMethod:
     """Return the method of the fastest candidate that keeps the bounds and beats the plain sampler, or none."""
     able = [one for one in tried if one.row.method.reuses and one.within(bounds) and one.speed_up > 1]
     best = max(able, key=lambda one: one.speed_up, default=None)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from vitfold.diffusion.methods import WARM_UP, Method, every_step
+from vitfold.diffusion.methods import WARM_UP, ReuseMethod, every_step
 from vitfold.diffusion.sampling import Executor, sample
 from vitfold.diffusion.schedulers import build_scheduler
 from vitfold.errors import RecipeError
@@ -28,12 +28,12 @@ def solve_steps(
     executor: Executor,
     spec: DiTSpec,
     schedule: Mapping[str, Any],
-    method: Method,
+    method: ReuseMethod,
     *,
     steps: int,
     sampler: str,
     guidance: float,
-) -> Method:
+) -> ReuseMethod:
     """Return the method with its full steps chosen for as many steps; of eight images, drawn in full once.
 
     Raises:

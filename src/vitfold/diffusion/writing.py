@@ -15,8 +15,8 @@ import numpy as np
 from vitfold.artifacts.step_bundle import StepBundle, StepManifest, StepPlan, write_step_bundle
 from vitfold.bench.environment import environment
 from vitfold.bench.pictures import psnr_db
-from vitfold.diffusion import Method
-from vitfold.diffusion.compare import Asked, draw, settled
+from vitfold.diffusion import ReuseMethod
+from vitfold.diffusion.compare import SamplingConfig, draw, settled
 from vitfold.diffusion.eager import Eager
 from vitfold.diffusion.opening import (
     Compression,
@@ -46,7 +46,7 @@ _STEPS = 8
 def save_steps(
     model: DiTModel,
     plan: StepPlan,
-    method: Method,
+    method: ReuseMethod,
     compression: Compression,
     path: Path,
     *,
@@ -95,8 +95,8 @@ def save_steps(
     return write_step_bundle(path, write, overwrite=overwrite)
 
 
-def _asked(model: DiTModel, plan: StepPlan, steps: int) -> Asked:
-    return Asked(
+def _asked(model: DiTModel, plan: StepPlan, steps: int) -> SamplingConfig:
+    return SamplingConfig(
         labels=(0, model.spec.classes - 1),
         seed=0,
         steps=steps,
@@ -107,7 +107,7 @@ def _asked(model: DiTModel, plan: StepPlan, steps: int) -> Asked:
 
 
 def _verify(
-    model: DiTModel, plan: StepPlan, method: Method, reference: Executor, session: PartsSession
+    model: DiTModel, plan: StepPlan, method: ReuseMethod, reference: Executor, session: PartsSession
 ) -> dict[str, Any]:
     """Draw an image of the first and one of the last class by both, in so few steps that each kind comes up."""
     steps = plan.steps if method.budget is not None else min(plan.steps, _STEPS)

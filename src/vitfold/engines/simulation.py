@@ -139,7 +139,7 @@ def _fits(site: str, quantizer: Quantizer, spec: ViTSpec, weights: Mapping[str, 
     else:
         axis, count = None, 0
     if operand in ("q", "k", "v", "softmax"):
-        return axis is None or (axis, count) == (1, spec.heads)
+        return axis is None or (axis, count) == (1, spec.num_heads)
     weight = weights.get(f"{layer}.weight", weights.get(f"{layer.rpartition('.')[0]}.weight"))
     if weight is None or (operand == "w" and axis not in (None, 0)) or axis == 1:
         return False

@@ -1,6 +1,6 @@
 """Models as plain data: spec, parameters, preprocessing, labels, origin. No torch here."""
 
-from vitfold.model.dit import DiTModel, DiTSpec, Drawn
+from vitfold.model.dit import DiffusionModelInfo, DiTModel, DiTSpec
 from vitfold.model.params import Array, Model, Origin, check_params
 from vitfold.model.preprocess import Preprocess, preprocess_from_dict
 from vitfold.model.sinks import Sinks
@@ -10,7 +10,7 @@ __all__ = [
     "Array",
     "DiTModel",
     "DiTSpec",
-    "Drawn",
+    "DiffusionModelInfo",
     "Model",
     "Origin",
     "Preprocess",

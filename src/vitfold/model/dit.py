@@ -1,6 +1,6 @@
 """The architecture of a Diffusion Transformer as data, and such a model as a value.
 
-Owns the features that the program `architectures.dit` can run, the names and shapes of the parameters that it reads, and
+Owns the features that the program `architectures.dit` can run, the names and shapes of its parameters, and
 the tables that are computed and not learned: positions and the waves of a timestep. Knows no zoo, no sampler.
 """
 
@@ -39,12 +39,12 @@ class DiTSpec:
     patch_size: int
     channels: int
     outputs: int
-    width: int
-    depth: int
-    heads: int
-    mlp_width: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
     classes: int
-    waves: int = 256
+    freq_dim: int = 256
     wave_shift: int = 0
     condition: Condition = "shared"
     activation: Activation = "gelu_tanh"
@@ -56,20 +56,29 @@ class DiTSpec:
             value = getattr(self, name)
             if value not in get_args(kind):
                 raise SourceError(f"unsupported {name} {value!r}; supported: {', '.join(get_args(kind))}")
-        for name in ("image_size", "patch_size", "channels", "width", "depth", "heads", "mlp_width", "classes"):
+        for name in (
+            "image_size",
+            "patch_size",
+            "channels",
+            "embed_dim",
+            "num_layers",
+            "num_heads",
+            "mlp_dim",
+            "classes",
+        ):
             if getattr(self, name) <= 0:
                 raise SourceError(f"{name} must be positive, found {getattr(self, name)}")
         if self.image_size % self.patch_size:
             raise SourceError(f"the patch size {self.patch_size} does not divide the sample size {self.image_size}")
-        if self.width % self.heads or self.width % 4:
-            raise SourceError(f"the width {self.width} must be a multiple of the {self.heads} heads and of 4")
+        if self.embed_dim % self.num_heads or self.embed_dim % 4:
+            raise SourceError(f"the width {self.embed_dim} must be a multiple of the {self.num_heads} heads and of 4")
         if self.outputs not in (self.channels, 2 * self.channels):
             raise SourceError(
                 f"{self.outputs} output channels for {self.channels} input channels; a model predicts as many, or "
                 "twice as many with a learned variance"
             )
-        if self.waves % 2 or self.waves // 2 <= self.wave_shift:
-            raise SourceError(f"the embedding of a timestep takes an even number of waves, found {self.waves}")
+        if self.freq_dim % 2 or self.freq_dim // 2 <= self.wave_shift:
+            raise SourceError(f"the embedding of a timestep takes an even number of waves, found {self.freq_dim}")
 
     @property
     def grid(self) -> int:
@@ -94,11 +103,11 @@ class DiTSpec:
     @property
     def modulations(self) -> int:
         """Vectors that condition one evaluation: those of every block, then shift and scale of the head."""
-        return MODULATIONS * self.depth + 2
+        return MODULATIONS * self.num_layers + 2
 
 
 @runtime_checkable
-class Drawn(Protocol):
+class DiffusionModelInfo(Protocol):
     """What drawing asks of a model besides what runs it: a `DiTModel` has it, and a bundle of its steps."""
 
     @property
@@ -168,7 +177,7 @@ def dit_param_shapes(spec: DiTSpec) -> tuple[dict[str, Shape], dict[str, Shape]]
     """
     required: dict[str, Shape] = {}
     optional: dict[str, Shape] = {}
-    width, pixels = spec.width, spec.patch_size**2
+    width, pixels = spec.embed_dim, spec.patch_size**2
 
     def linear(layer: str, outputs: int, inputs: int) -> None:
         required[f"{layer}.weight"] = (outputs, inputs)
@@ -179,16 +188,16 @@ def dit_param_shapes(spec: DiTSpec) -> tuple[dict[str, Shape], dict[str, Shape]]
     required["pos_embed"] = (1, spec.tokens, width)
     required["unit_norm.weight"] = required["unit_norm.bias"] = (width,)
     for site in condition_sites(spec):
-        linear(f"{site}.time.fc1", width, spec.waves)
+        linear(f"{site}.time.fc1", width, spec.freq_dim)
         linear(f"{site}.time.fc2", width, width)
         required[f"{site}.label.weight"] = (width, spec.classes + 1)
-    for block in range(spec.depth):
+    for block in range(spec.num_layers):
         site = f"blocks.{block}"
         linear(f"{site}.modulation", MODULATIONS * width, width)
         linear(f"{site}.attn.qkv", 3 * width, width)
         linear(f"{site}.attn.proj", width, width)
-        linear(f"{site}.mlp.fc1", spec.mlp_width, width)
-        linear(f"{site}.mlp.fc2", width, spec.mlp_width)
+        linear(f"{site}.mlp.fc1", spec.mlp_dim, width)
+        linear(f"{site}.mlp.fc2", width, spec.mlp_dim)
     linear("head.modulation", 2 * width, width)
     linear("head.proj", pixels * spec.outputs, width)
     return required, optional
@@ -198,7 +207,7 @@ def condition_sites(spec: DiTSpec) -> tuple[str, ...]:
     """Return where timestep and class are embedded: once, or in every block."""
     if spec.condition == "shared":
         return ("condition",)
-    return tuple(f"blocks.{block}.condition" for block in range(spec.depth))
+    return tuple(f"blocks.{block}.condition" for block in range(spec.num_layers))
 
 
 def unit_norm(width: int) -> dict[str, Array]:
@@ -219,14 +228,14 @@ def sincos_positions(grid: int, width: int) -> Float[np.ndarray, "1 N D"]:
     return np.concatenate([f(w) for w in waves for f in (np.sin, np.cos)], axis=1, dtype=np.float32)[None]
 
 
-def timestep_waves(spec: DiTSpec, timesteps: Int[np.ndarray, " T"]) -> Float[np.ndarray, "T W"]:
+def timestep_frequencies(spec: DiTSpec, timesteps: Int[np.ndarray, " T"]) -> Float[np.ndarray, "T W"]:
     """Return the waves by which a timestep enters the model.
 
     Equation: w_i = 10000^(-i / (W/2 - s)); (cos t w, sin t w), with s = `wave_shift`.
 
     Source: DDPM (2006.11239), appendix B; in float32, as the models were trained.
     """
-    half = spec.waves // 2
+    half = spec.freq_dim // 2
     exponents = np.float32(-np.log(_LONGEST_PERIOD)) * np.arange(half, dtype=np.float32)
     exponents = exponents / np.float32(half - spec.wave_shift)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)

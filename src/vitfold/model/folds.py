@@ -19,7 +19,7 @@ def fold_layer_scale(model: Model) -> Model:
     if not model.spec.layer_scale:
         return model
     params = dict(model.params)
-    for i in range(model.spec.depth):
+    for i in range(model.spec.num_layers):
         for gamma_name, layer in ((f"blocks.{i}.ls1", "attn.proj"), (f"blocks.{i}.ls2", "mlp.fc2")):
             gamma = params.pop(gamma_name)
             weight, bias = f"blocks.{i}.{layer}.weight", f"blocks.{i}.{layer}.bias"

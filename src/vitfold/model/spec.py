@@ -39,11 +39,11 @@ class ViTSpec:
     image_size: tuple[int, int]
     patch_size: tuple[int, int]
     channels: int = 3
-    width: int
-    depth: int
-    heads: int
-    head_width: int
-    mlp_width: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
     class_token: bool = True
     dist_token: bool = False
     registers: int = 0
@@ -87,7 +87,7 @@ class ViTSpec:
                     f"image size {image} (axis {axis}) is smaller than the patch size {patch}; "
                     "choose a larger image size"
                 )
-        for name in ("channels", "width", "depth", "heads", "head_width", "mlp_width"):
+        for name in ("channels", "embed_dim", "num_layers", "num_heads", "head_dim", "mlp_dim"):
             if getattr(self, name) <= 0:
                 raise SourceError(f"{name} must be positive, found {getattr(self, name)}")
         if self.pool in ("token", "token_avg", "token_dist") and not self.class_token:
@@ -96,21 +96,23 @@ class ViTSpec:
             raise SourceError("pool 'token_dist' needs a distillation token, which this model does not have")
         if self.output == "logits" and not self.outputs:
             raise SourceError("a classifier needs outputs; a model without a head has the output 'image_embeds'")
-        if self.pool == "map" and (self.map_heads <= 0 or self.width % self.map_heads):
-            raise SourceError(f"attention pooling needs map_heads that divide the width {self.width}")
+        if self.pool == "map" and (self.map_heads <= 0 or self.embed_dim % self.map_heads):
+            raise SourceError(f"attention pooling needs map_heads that divide the width {self.embed_dim}")
         if self.sinks is not None:
             self._check_sinks(self.sinks)
 
     def _check_sinks(self, sinks: Sinks) -> None:
         for name in ("start", "block"):
-            if getattr(sinks, name) >= self.depth:
-                raise SourceError(f"there is no block {getattr(sinks, name)}: the model has {self.depth}, from 0 on")
+            if getattr(sinks, name) >= self.num_layers:
+                raise SourceError(
+                    f"there is no block {getattr(sinks, name)}: the model has {self.num_layers}, from 0 on"
+                )
         if sinks.deletions >= self.patches:
             raise SourceError(f"{sinks.deletions} of {self.patches} patch tokens cannot be deleted; delete fewer")
         if sinks.split_prefix and not self.prefix:
             raise SourceError("the model has no prefix tokens, so they cannot have a range of their own")
         for block, unit in sinks.neurons:
-            if block >= self.depth or unit >= self.mlp_width or not self.registers:
+            if block >= self.num_layers or unit >= self.mlp_dim or not self.registers:
                 raise SourceError(f"block {block} cannot move the hidden unit {unit} to a register of the model")
 
     @property
@@ -141,14 +143,14 @@ class ViTSpec:
         return self.prefix + self.patches
 
     @property
-    def attention_width(self) -> int:
+    def attention_dim(self) -> int:
         """Width of the concatenated heads, H * K."""
-        return self.heads * self.head_width
+        return self.num_heads * self.head_dim
 
     @property
     def pooled_width(self) -> int:
         """Width of what pooling hands to the head."""
-        return 2 * self.width if self.pool == "token_avg" else self.width
+        return 2 * self.embed_dim if self.pool == "token_avg" else self.embed_dim
 
     @property
     def output_width(self) -> int:
@@ -161,6 +163,23 @@ def sigmoid(x: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
     tail = np.exp(-np.abs(x))
     result: Float[np.ndarray, ...] = np.where(x >= 0, 1 / (1 + tail), tail / (1 + tail))
     return result
+
+
+_EARLIER_NAMES = {
+    "width": "embed_dim",
+    "depth": "num_layers",
+    "heads": "num_heads",
+    "head_width": "head_dim",
+    "mlp_width": "mlp_dim",
+    "waves": "freq_dim",
+}
+
+
+def with_names_of_today(values: Any) -> Any:
+    """Return a spec's values under the names of today; bundles of vitfold 0.1 have earlier ones."""
+    if not isinstance(values, dict):
+        return values
+    return {_EARLIER_NAMES.get(name, name): value for name, value in values.items()}
 
 
 def vit_spec_from_dict(values: dict[str, Any]) -> ViTSpec:
@@ -193,7 +212,7 @@ def param_shapes(spec: ViTSpec) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """
     required: dict[str, Shape] = {}
     optional: dict[str, Shape] = {}
-    width = spec.width
+    width = spec.embed_dim
 
     def linear(layer: str, outputs: int, inputs: int) -> None:
         required[f"{layer}.weight"] = (outputs, inputs)
@@ -215,23 +234,23 @@ def param_shapes(spec: ViTSpec) -> tuple[dict[str, Shape], dict[str, Shape]]:
         required["pos_embed"] = (1, spec.tokens if spec.pos_embed == "all" else spec.patches, width)
     if spec.pre_norm:
         norm("pre_norm", width)
-    for i in range(spec.depth):
+    for i in range(spec.num_layers):
         block = f"blocks.{i}"
         norm(f"{block}.norm1", width)
-        linear(f"{block}.attn.qkv", 3 * spec.attention_width, width)
+        linear(f"{block}.attn.qkv", 3 * spec.attention_dim, width)
         if spec.qk_norm:
-            norm(f"{block}.attn.q_norm", spec.head_width)
-            norm(f"{block}.attn.k_norm", spec.head_width)
-        linear(f"{block}.attn.proj", width, spec.attention_width)
+            norm(f"{block}.attn.q_norm", spec.head_dim)
+            norm(f"{block}.attn.k_norm", spec.head_dim)
+        linear(f"{block}.attn.proj", width, spec.attention_dim)
         norm(f"{block}.norm2", width)
-        linear(f"{block}.mlp.fc1", spec.mlp_width * (2 if spec.mlp == "swiglu" else 1), width)
-        linear(f"{block}.mlp.fc2", width, spec.mlp_width)
+        linear(f"{block}.mlp.fc1", spec.mlp_dim * (2 if spec.mlp == "swiglu" else 1), width)
+        linear(f"{block}.mlp.fc2", width, spec.mlp_dim)
         if spec.layer_scale:
             required[f"{block}.ls1"] = (width,)
             required[f"{block}.ls2"] = (width,)
         if spec.sinks is not None and spec.sinks.cached(i):
             for name in ("cached_k", "cached_v"):
-                required[f"{block}.attn.{name}"] = (1, spec.heads, spec.sinks.rows, spec.head_width)
+                required[f"{block}.attn.{name}"] = (1, spec.num_heads, spec.sinks.rows, spec.head_dim)
     if spec.final_norm:
         norm("norm", width)
     if spec.pool == "map":

@@ -273,13 +273,13 @@ class Count:
         """One copy."""
         return self.concat((rows, x), len(x) - 2)
 
-    def magnitude(self, x: Shape) -> Shape:
+    def abs_max(self, x: Shape) -> Shape:
         """Reduction."""
         output = (*x[:-1], 1)
         self._note(self._scope, "reduction", (x,), output)
         return output
 
-    def largest(self, a: Shape, axis: int) -> Shape:
+    def reduce_max(self, a: Shape, axis: int) -> Shape:
         """Reduction."""
         return self.mean(a, axis)
 
@@ -289,7 +289,7 @@ class Count:
         self._note(self._scope, "reduction", (a,), output)
         return output, output
 
-    def rank_split(self, scores: Shape, count: int, *, by_score: bool = False) -> tuple[Shape, Shape]:
+    def topk_split(self, scores: Shape, count: int, *, by_score: bool = False) -> tuple[Shape, Shape]:
         """A sort of one short column."""
         batch, rows, _ = _column(scores)
         _require(0 <= count <= rows, f"cannot take the {count} largest of {scores}")
@@ -300,7 +300,7 @@ class Count:
         """Free: a few integers."""
         return _column(index)
 
-    def surround_index(self, index: Shape, before: range, after: range) -> Shape:
+    def pad_index(self, index: Shape, before: range, after: range) -> Shape:
         """Free: a few integers."""
         batch, rows, _ = _column(index)
         return (batch, len(before) + rows + len(after), 1)

@@ -150,11 +150,11 @@ class Ops(Protocol[T]):
         """Put rows (1, P, D) in front of every image's: (B, N, D) -> (B, P+N, D), also with axes between B and N."""
         ...
 
-    def magnitude(self, x: T) -> T:
+    def abs_max(self, x: T) -> T:
         """Return the largest absolute value of each row: (B, N, D) -> (B, N, 1)."""
         ...
 
-    def largest(self, a: T, axis: int) -> T:
+    def reduce_max(self, a: T, axis: int) -> T:
         """Maximum over one axis, which disappears."""
         ...
 
@@ -162,7 +162,7 @@ class Ops(Protocol[T]):
         """Return the largest value of the last axis and its index (the first, on ties): (B, N, M) -> 2 x (B, N, 1)."""
         ...
 
-    def rank_split(self, scores: T, count: int, *, by_score: bool = False) -> tuple[T, T]:
+    def topk_split(self, scores: T, count: int, *, by_score: bool = False) -> tuple[T, T]:
         """Split rows by score (B, N, 1): indices of the `count` largest (descending), of the others (ascending).
 
         On ties the smaller index counts as larger. `by_score` leaves both in ascending order of their scores, and
@@ -174,7 +174,7 @@ class Ops(Protocol[T]):
         """start + step * index, on integers (B, R, 1)."""
         ...
 
-    def surround_index(self, index: T, before: range, after: range) -> T:
+    def pad_index(self, index: T, before: range, after: range) -> T:
         """Put constant indices in front of and behind those of every image, along axis 1."""
         ...
 

@@ -167,11 +167,11 @@ class Run:
         """Rows in front of every image's."""
         return torch.cat((rows.expand(x.shape[0], *rows.shape[1:]), x), -2)
 
-    def magnitude(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N 1"]:
+    def abs_max(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N 1"]:
         """Largest absolute value of each row."""
         return x.abs().amax(-1, keepdim=True)
 
-    def largest(self, a: Tensor, axis: int) -> Tensor:
+    def reduce_max(self, a: Tensor, axis: int) -> Tensor:
         """Maximum over one axis."""
         return a.amax(axis)
 
@@ -180,7 +180,7 @@ class Run:
         values, index = a.max(-1, keepdim=True)
         return values, index
 
-    def rank_split(
+    def topk_split(
         self, scores: Float[Tensor, "B N 1"], count: int, *, by_score: bool = False
     ) -> tuple[Int[Tensor, "B R 1"], Int[Tensor, "B K 1"]]:
         """Indices of the `count` largest, and of the others."""
@@ -195,7 +195,7 @@ class Run:
         """start + step * index."""
         return start + step * index
 
-    def surround_index(self, index: Int[Tensor, "B R 1"], before: range, after: range) -> Int[Tensor, "B M 1"]:
+    def pad_index(self, index: Int[Tensor, "B R 1"], before: range, after: range) -> Int[Tensor, "B M 1"]:
         """Constant indices in front and behind."""
         ends = (torch.tensor(tuple(end), dtype=index.dtype, device=index.device) for end in (before, after))
         front, back = (end[None, :, None].expand(index.shape[0], -1, -1) for end in ends)

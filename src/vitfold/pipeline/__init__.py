@@ -1,17 +1,17 @@
 """From a model to a verified bundle: plan, calibrate, emit, verify, compare, write."""
 
 from vitfold.pipeline.calibration import (
-    calibrate_folded,
+    calibrate_plan,
+    constraints_of,
     find_registers,
     keep_float,
     rank_sites,
     recorded_images,
-    scheme_of,
     split_images,
 )
-from vitfold.pipeline.gate import Race, fastest, float_plan, race
 from vitfold.pipeline.latency import measure_latency, on_this_machine, roughly_calibrated
-from vitfold.pipeline.plan import Folded, count_costs, optimize, read_recipe
+from vitfold.pipeline.plan import Plan, count_costs, optimize, read_recipe
+from vitfold.pipeline.racing import Race, fastest, float_plan, race
 from vitfold.pipeline.solving import (
     LIKE,
     USUAL_BATCH,
@@ -28,11 +28,12 @@ __all__ = [
     "FIDELITY_IMAGES",
     "LIKE",
     "USUAL_BATCH",
-    "Folded",
+    "Plan",
     "Race",
     "Solution",
-    "calibrate_folded",
+    "calibrate_plan",
     "check_forecast",
+    "constraints_of",
     "count_costs",
     "fastest",
     "find_registers",
@@ -49,7 +50,6 @@ __all__ = [
     "roughly_calibrated",
     "run_reference",
     "save",
-    "scheme_of",
     "solve_measured",
     "solve_merge",
     "split_images",

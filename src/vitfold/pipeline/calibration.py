@@ -14,24 +14,24 @@ from typing import TYPE_CHECKING, Any
 from vitfold.bench.environment import environment
 from vitfold.errors import CalibrationError, RecipeError
 from vitfold.images import ImageSet
-from vitfold.pipeline.plan import Folded, keep_fusible
+from vitfold.pipeline.plan import Plan, keep_fusible
 from vitfold.recipe import FLOAT, tokens_per_block
 from vitfold.storage.digest import file_sha256
 from vitfold.target import Target
 
 if TYPE_CHECKING:
-    from vitfold.quant import Progress, Scheme
+    from vitfold.quant import Progress, QuantConstraints
     from vitfold.quant.sensitivity import SiteSensitivity
-    from vitfold.registers import Found
+    from vitfold.registers import RemedySearchResult
 
 RANKING_IMAGES = 24
 
 
-def scheme_of(target: Target) -> Scheme:
+def constraints_of(target: Target) -> QuantConstraints:
     """Return what calibration has to respect on a target."""
-    from vitfold.quant import Scheme
+    from vitfold.quant import QuantConstraints
 
-    return Scheme(
+    return QuantConstraints(
         symmetric=target.symmetric,
         weight_bits=target.weight_bits,
         uniform_only=target.engine != "simulation",
@@ -39,7 +39,7 @@ def scheme_of(target: Target) -> Scheme:
     )
 
 
-def split_images(folded: Folded, images: ImageSet) -> tuple[ImageSet, ImageSet]:
+def split_images(folded: Plan, images: ImageSet) -> tuple[ImageSet, ImageSet]:
     """Return the calibration images that the recipe draws, and the others for comparing; all, if none are left."""
     quant = folded.recipe.quant
     assert quant is not None
@@ -48,8 +48,8 @@ def split_images(folded: Folded, images: ImageSet) -> tuple[ImageSet, ImageSet]:
 
 
 def find_registers(
-    folded: Folded, images: ImageSet, *, progress: Progress | None = None
-) -> tuple[Folded, Found | None]:
+    folded: Plan, images: ImageSet, *, progress: Progress | None = None
+) -> tuple[Plan, RemedySearchResult | None]:
     """Fold what the recipe says about sink tokens, found by measurement on the images where it leaves that open.
 
     Also returns what was measured, None where nothing had to be. A recipe without registers, or a plan that has them
@@ -65,10 +65,10 @@ def find_registers(
 
     quant = folded.recipe.quant
     assert quant is not None
-    found: Found | None = None
+    found: RemedySearchResult | None = None
     if not wanted.resolved:
         names = None if wanted.remedy == "auto" else (wanted.remedy,)
-        scheme = scheme_of(folded.target)
+        scheme = constraints_of(folded.target)
         found = measure_remedies(
             folded.folded, folded.recipe.merge, quant, images, names=names, confirm=scheme, progress=progress
         )
@@ -86,7 +86,7 @@ def find_registers(
     return done, found
 
 
-def calibrate_folded(folded: Folded, images: ImageSet, *, progress: Progress | None = None) -> Folded:
+def calibrate_plan(folded: Plan, images: ImageSet, *, progress: Progress | None = None) -> Plan:
     """Quantize a planned model on exactly these images, after doing something about its sinks where it says so.
 
     Raises:
@@ -99,7 +99,7 @@ def calibrate_folded(folded: Folded, images: ImageSet, *, progress: Progress | N
     if quant is None:
         return folded
     done = calibrate(
-        folded.folded, folded.recipe.merge, quant, images, scheme=scheme_of(folded.target), progress=progress
+        folded.folded, folded.recipe.merge, quant, images, scheme=constraints_of(folded.target), progress=progress
     )
     settings = environment()
     record = {
@@ -116,7 +116,7 @@ def calibrate_folded(folded: Folded, images: ImageSet, *, progress: Progress | N
 
 
 def rank_sites(
-    folded: Folded, calibration: ImageSet, images: ImageSet, *, progress: Progress | None = None
+    folded: Plan, calibration: ImageSet, images: ImageSet, *, progress: Progress | None = None
 ) -> tuple[SiteSensitivity, ...]:
     """Return every site that the plan quantizes, the costliest first, measured on `images`."""
     from vitfold.quant import calibrate
@@ -126,13 +126,13 @@ def rank_sites(
     if quant is None:
         raise RecipeError("sensitivity needs a quantization; add --quant w8a8")
     merge = folded.recipe.merge
-    done = calibrate(folded.folded, merge, quant, calibration, scheme=scheme_of(folded.target), progress=progress)
+    done = calibrate(folded.folded, merge, quant, calibration, scheme=constraints_of(folded.target), progress=progress)
     if progress is None:
         return measure_sensitivity(done, merge, images)
     return measure_sensitivity(done, merge, images, step=progress.step)
 
 
-def keep_float(folded: Folded, calibration: ImageSet, count: int, *, progress: Progress | None = None) -> Folded:
+def keep_float(folded: Plan, calibration: ImageSet, count: int, *, progress: Progress | None = None) -> Plan:
     """Return the plan with its `count` most sensitive sites left float.
 
     They are found on calibration images: what they cost is a property of the model, not of these images.

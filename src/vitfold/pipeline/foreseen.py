@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from vitfold.errors import RecipeError
 from vitfold.images import ImageSet
-from vitfold.pipeline.plan import Folded
+from vitfold.pipeline.plan import Plan
 
 FEW_PATCHES = 2
 FEW_PATCHES_RATIO = 0.02
 
 
-def foreseen(folded: Folded, calibration: ImageSet | None, *, keep_float: int = 0) -> tuple[str, ...]:
+def foreseen(folded: Plan, calibration: ImageSet | None, *, keep_float: int = 0) -> tuple[str, ...]:
     """Return remarks on a plan and its calibration images, None where they are not known yet.
 
     Raises:
@@ -25,7 +25,7 @@ def foreseen(folded: Folded, calibration: ImageSet | None, *, keep_float: int = 
     return tuple(one for one in found if one is not None)
 
 
-def quantized_sites(folded: Folded) -> int:
+def quantized_sites(folded: Plan) -> int:
     """Return how many sites a plan quantizes: linear layers, and attentions."""
     from vitfold.quant.sites import find_sites
 
@@ -39,7 +39,7 @@ def quantized_sites(folded: Folded) -> int:
     return count
 
 
-def check_keep_float(folded: Folded, count: int) -> None:
+def check_keep_float(folded: Plan, count: int) -> None:
     """Check that --keep-float leaves something to quantize.
 
     Raises:
@@ -57,7 +57,7 @@ def check_keep_float(folded: Folded, count: int) -> None:
         )
 
 
-def _few_tokens(folded: Folded) -> str | None:
+def _few_tokens(folded: Plan) -> str | None:
     tokens, prefix = folded.tokens, folded.folded.spec.prefix
     before, after = tokens[0] - prefix, tokens[-1] - prefix
     if after == before or after > max(FEW_PATCHES, FEW_PATCHES_RATIO * before):
@@ -69,7 +69,7 @@ def _few_tokens(folded: Folded) -> str | None:
     )
 
 
-def _few_images(folded: Folded, calibration: ImageSet) -> str | None:
+def _few_images(folded: Plan, calibration: ImageSet) -> str | None:
     from vitfold.quant.calibrate import check_enough
 
     quant, found = folded.recipe.quant, len(calibration.paths)

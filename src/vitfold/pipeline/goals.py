@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitfold.bench.statistics import Drop
-from vitfold.pipeline.attempt import Attempt
+from vitfold.pipeline.trials import Trial
 from vitfold.schedule.solve import Point
 
 CLOSE = 1.03
@@ -34,13 +34,13 @@ class Arm:
         points = [[seconds, distortion, list(r)] for seconds, distortion, r in self.points]
         return {"quant": self.quant, "target": self.target, "points": points}
 
-    def attempt(self, index: int, float_sites: int = 0) -> Attempt:
+    def attempt(self, index: int, float_sites: int = 0) -> Trial:
         """Return the recipe of a point."""
         r = self.points[index][2]
         kept = f"-float{float_sites}" if float_sites else ""
         name = f"{self.quant}-{self.target}{kept}-r{'_'.join(map(str, r))}"
         method = None if self.quant == "none" else "vitfold"
-        return Attempt(name=name, r=r, quant=self.quant, method=method, target=self.target, float_sites=float_sites)
+        return Trial(name=name, r=r, quant=self.quant, method=method, target=self.target, float_sites=float_sites)
 
 
 def arm_from_dict(values: Mapping[str, Any]) -> Arm:

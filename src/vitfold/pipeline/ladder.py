@@ -18,8 +18,8 @@ from vitfold.engines import ENGINES, SIMULATION, Session
 from vitfold.errors import VitfoldError
 from vitfold.images import ImageSet
 from vitfold.model import Model
-from vitfold.pipeline.calibration import calibrate_folded
-from vitfold.pipeline.plan import Folded, optimize, registers_from_name
+from vitfold.pipeline.calibration import calibrate_plan
+from vitfold.pipeline.plan import Plan, optimize, registers_from_name
 from vitfold.pipeline.verifying import open_written, simulation
 from vitfold.pipeline.writing import write_graph
 from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe, bits_from_scheme
@@ -106,22 +106,22 @@ def run_cells(
         }
 
 
-def _registers(folded: Folded) -> dict[str, Any] | None:
+def _registers(folded: Plan) -> dict[str, Any] | None:
     """What a remedy was resolved to; None where "auto" found that nothing is worth doing."""
     return None if folded.recipe.registers is None else folded.recipe.registers.to_dict()
 
 
-def _calibrated(model: Model, merge: MergeRecipe, cell: Cell, calibration: ImageSet, size: int) -> Folded:
+def _calibrated(model: Model, merge: MergeRecipe, cell: Cell, calibration: ImageSet, size: int) -> Plan:
     weights, activations = bits_from_scheme(cell.scheme)
     quant = QuantRecipe(
         weights=weights, activations=activations, method=cell.method, calibration_size=size, seed=cell.seed
     )
     registers = registers_from_name(cell.registers)
     folded = optimize(model, recipe=Recipe(merge=merge, quant=quant, registers=registers))
-    return calibrate_folded(folded, calibration.sample(size, seed=cell.seed))
+    return calibrate_plan(folded, calibration.sample(size, seed=cell.seed))
 
 
-def _open(folded: Folded, cell: Cell, folder: Path) -> Session:
+def _open(folded: Plan, cell: Cell, folder: Path) -> Session:
     if cell.engine == SIMULATION:
         return simulation(folded)
     path = folder / "model.onnx"

@@ -15,8 +15,8 @@ from vitfold.bench.timing import Protocol
 from vitfold.errors import RecipeError, TargetError
 from vitfold.images import ImageSet
 from vitfold.model import Model
-from vitfold.pipeline.calibration import calibrate_folded
-from vitfold.pipeline.plan import Folded, count_costs, optimize
+from vitfold.pipeline.calibration import calibrate_plan
+from vitfold.pipeline.plan import Plan, count_costs, optimize
 from vitfold.pipeline.trial import opened, timed
 from vitfold.recipe import MergeRecipe, QuantRecipe
 from vitfold.schedule.table import LatencyTable, Schedule, fit_table, probe_schedules
@@ -30,7 +30,7 @@ _ATTENTION = ".attn"
 
 
 def measure_latency(
-    plan: Folded,
+    plan: Plan,
     *,
     protocol: Protocol = PROBE,
     say: Say = lambda _: None,
@@ -44,7 +44,7 @@ def measure_latency(
     """
     spec = plan.model.spec
     try:
-        probes = probe_schedules(spec.depth, spec.tokens, spec.prefix)
+        probes = probe_schedules(spec.num_layers, spec.tokens, spec.prefix)
     except ValueError as error:
         raise RecipeError(f"no latency table for this model: {error}; give the tokens to merge") from None
     times: dict[Schedule, float] = {}
@@ -59,7 +59,7 @@ def measure_latency(
     return fit_table(times, tokens=spec.tokens, attention_ratio=_attention_ratio(plan))
 
 
-def roughly_calibrated(model: Model, quant: QuantRecipe | None, target: str, images: ImageSet) -> Folded:
+def roughly_calibrated(model: Model, quant: QuantRecipe | None, target: str, images: ImageSet) -> Plan:
     """Return a plan that can be timed, not one to keep: few images, the quickest method.
 
     Raises:
@@ -69,10 +69,10 @@ def roughly_calibrated(model: Model, quant: QuantRecipe | None, target: str, ima
     plan = optimize(model, quant=rough or "none", target=target)
     if plan.simulated:
         raise TargetError("what no engine executes has no time to solve for; give the tokens to merge")
-    return calibrate_folded(plan, images.sample(ROUGH_IMAGES, seed=0))
+    return calibrate_plan(plan, images.sample(ROUGH_IMAGES, seed=0))
 
 
-def on_this_machine(plan: Folded) -> dict[str, Any]:
+def on_this_machine(plan: Plan) -> dict[str, Any]:
     """Return how schedules for a plan look: their order, in which steps and how many merges there may be."""
     return {
         "order": plan.recipe.merge.order,
@@ -81,11 +81,11 @@ def on_this_machine(plan: Folded) -> dict[str, Any]:
     }
 
 
-def _merging(plan: Folded, r: Schedule) -> Folded:
+def _merging(plan: Plan, r: Schedule) -> Plan:
     return replace(plan, recipe=replace(plan.recipe, merge=replace(plan.recipe.merge, r=r)))
 
 
-def _attention_ratio(plan: Folded) -> float:
+def _attention_ratio(plan: Plan) -> float:
     """Return the share of a block's work that is done on the tokens that enter it."""
     costs = [cost for cost in count_costs(plan.model.spec, MergeRecipe(r=())) if cost.site.startswith("blocks.")]
     attention = sum(cost.macs for cost in costs if _ATTENTION in cost.site)

@@ -44,12 +44,12 @@ Merge = str | int | Sequence[int] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Folded:
+class Plan:
     """A model with a resolved recipe and a target, ready to be saved.
 
     `model` is the one that was loaded; `folded` went through the exact folds. Where the recipe quantizes,
     `quantizers` and `calibration` (what it was done with, plain JSON values) are None until
-    `calibration.calibrate_folded` has run; then the weights of `folded` lie on their grids. `batch` is the least, the
+    `calibration.calibrate_plan` has run; then the weights of `folded` lie on their grids. `batch` is the least, the
     usual and the largest batch that an engine is to be built for, where one is built. `remarks` say what the target
     made of the recipe.
     """
@@ -100,7 +100,7 @@ def optimize(
     recipe: Recipe | None = None,
     target: str = "cpu",
     batch: tuple[int, int, int] | None = None,
-) -> Folded:
+) -> Plan:
     """Resolve the recipe for this model and apply the exact folds.
 
     Target "cpu" becomes the one for this processor's instruction set where the recipe quantizes, and
@@ -141,7 +141,7 @@ def optimize(
         order: Order = "index" if chosen.keeps_order else "score"
         recipe = replace(recipe, merge=replace(recipe.merge, order=order))
     folded = fold_layer_scale(model)
-    return Folded(model=model, folded=folded, recipe=recipe, target=chosen, batch=batch, remarks=remarks)
+    return Plan(model=model, folded=folded, recipe=recipe, target=chosen, batch=batch, remarks=remarks)
 
 
 def keep_fusible(recipe: Recipe, target: Target, spec: ViTSpec) -> tuple[Recipe, tuple[str, ...]]:
@@ -150,8 +150,10 @@ def keep_fusible(recipe: Recipe, target: Target, spec: ViTSpec) -> tuple[Recipe,
     if quant is None or target.engine != "tensorrt" or not quant.attention or quant.format != "integer":
         return recipe, ()
     tokens = tokens_per_block(spec, recipe.merge.r)[:-1]
-    cached = [0 if spec.sinks is None else spec.sinks.copies * spec.sinks.cached(block) for block in range(spec.depth)]
-    found = check_attention(spec.head_width, [count + rows for count, rows in zip(tokens, cached, strict=True)])
+    cached = [
+        0 if spec.sinks is None else spec.sinks.copies * spec.sinks.cached(block) for block in range(spec.num_layers)
+    ]
+    found = check_attention(spec.head_dim, [count + rows for count, rows in zip(tokens, cached, strict=True)])
     if found is None:
         return recipe, ()
     if not found.where:

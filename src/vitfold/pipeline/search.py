@@ -22,13 +22,13 @@ from vitfold.bench.statistics import Drop
 from vitfold.engines import open_session
 from vitfold.errors import BundleError, VitfoldError
 from vitfold.images import ImageSet
-from vitfold.pipeline.attempt import Attempt, Say, Trying, failed_row, measure_attempt
 from vitfold.pipeline.goals import CLOSE, Arm, Goal, LeastLatency, arm_from_dict
 from vitfold.pipeline.latency import PROBE, measure_latency, on_this_machine, roughly_calibrated
 from vitfold.pipeline.plan import optimize
 from vitfold.pipeline.solving import measure_merging
 from vitfold.pipeline.sweep import PLAIN, plain_bundle
 from vitfold.pipeline.trial import opened, timed
+from vitfold.pipeline.trials import EvalContext, Say, Trial, failed_row, measure_attempt
 from vitfold.recipe import quant_from_scheme
 from vitfold.schedule.solve import frontier
 from vitfold.schedule.table import LatencyTable
@@ -51,7 +51,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class SearchResult:
     """How a search ended: the winner, if any, every row, and the nearest miss where nothing met the bound."""
 
     winner: Verdict | None
@@ -62,11 +62,11 @@ class Found:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Laboratory:
+class SearchContext:
     """What a search measures with: images to choose by and images to verify on, a folder, a journal of rows."""
 
-    trying: Trying
-    held_out: Trying
+    trying: EvalContext
+    held_out: EvalContext
     folder: Path
     say: Say
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -102,7 +102,7 @@ class Laboratory:
             append_row(self.folder / SCREENED, {"merge": list(r), "drop": self._screened[r].to_dict()})
         return self._screened[r]
 
-    def measure(self, attempt: Attempt) -> dict[str, Any]:
+    def measure(self, attempt: Trial) -> dict[str, Any]:
         """Return the row of an attempt: a kept one whose bundle is still there, or a new one."""
         for row in self.rows:
             if row["recipe"] == attempt.name and (row["error"] is not None or self._kept(attempt) is not None):
@@ -126,14 +126,14 @@ class Laboratory:
         held_out = self.held_out
         return Verdict(row=row, bundle=bundle, held_out=held_out.drop(outputs), fidelity=held_out.fidelity(outputs))
 
-    def _kept(self, attempt: Attempt) -> Bundle | None:
+    def _kept(self, attempt: Trial) -> Bundle | None:
         try:
             return open_bundle(self.folder / f"{attempt.name}.fold")
         except BundleError:
             return None
 
 
-def find_arms(laboratory: Laboratory, quants: Sequence[str], targets: Sequence[str]) -> list[Arm]:
+def find_arms(laboratory: SearchContext, quants: Sequence[str], targets: Sequence[str]) -> list[Arm]:
     """Return the arms of an earlier run in the same folder, or build and keep them."""
     path = laboratory.folder / ARMS
     kept = read_rows(path)
@@ -146,7 +146,7 @@ def find_arms(laboratory: Laboratory, quants: Sequence[str], targets: Sequence[s
     return arms
 
 
-def build_arms(laboratory: Laboratory, quants: Sequence[str], targets: Sequence[str]) -> list[Arm]:
+def build_arms(laboratory: SearchContext, quants: Sequence[str], targets: Sequence[str]) -> list[Arm]:
     """Measure a latency table for every combination and the distortions once, and return the frontiers."""
     trying, say = laboratory.trying, laboratory.say
     plans = {
@@ -163,7 +163,7 @@ def build_arms(laboratory: Laboratory, quants: Sequence[str], targets: Sequence[
             table = measure_latency(plan, protocol=protocol)
             with opened(plan) as session:
                 beside = timed({"float": plain, "arm": session}, trying.model.spec, protocol=protocol)
-            none = (0,) * trying.model.spec.depth
+            none = (0,) * trying.model.spec.num_layers
             scale = 1 / speed_up(beside["float"], beside["arm"])["median"] / table.total(none, trying.model.spec.tokens)
 
             def seconds(tokens: int, merged: int, _: bool, table: LatencyTable = table, scale: float = scale) -> float:
@@ -174,7 +174,7 @@ def build_arms(laboratory: Laboratory, quants: Sequence[str], targets: Sequence[
     return arms
 
 
-def search(laboratory: Laboratory, arms: Sequence[Arm], goal: Goal, *, minutes: float) -> Found:
+def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minutes: float) -> SearchResult:
     """Try recipes in the order of what they promise until none left promises more than the best that met the bound.
 
     On every arm the trial starts where `goal` says; from what met the bound it goes on to bolder recipes, from what
@@ -221,7 +221,7 @@ def search(laboratory: Laboratory, arms: Sequence[Arm], goal: Goal, *, minutes: 
             heapq.heappush(waiting, (goal.cost(arm, following), number, following, 0))
     rows = [row for row in laboratory.rows if any((row["quant"], row["target"]) == (a.quant, a.target) for a in arms)]
     nearest = min((row for row in rows if row["error"] is None), key=goal.missed_by, default=None)
-    return Found(winner=best, rows=tuple(rows), verified=verified, nearest=nearest, reason=reason)
+    return SearchResult(winner=best, rows=tuple(rows), verified=verified, nearest=nearest, reason=reason)
 
 
 def divided_for_search(images: ImageSet, *, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -251,14 +251,14 @@ def _pays(row: Mapping[str, Any]) -> bool:
     return row["speedup"] is not None and row["speedup"]["low"] > 1.0
 
 
-def _quantization_costs(arm: Arm, index: int, row: Mapping[str, Any], laboratory: Laboratory) -> bool:
+def _quantization_costs(arm: Arm, index: int, row: Mapping[str, Any], laboratory: SearchContext) -> bool:
     if arm.quant == "none" or row["drop"] is None:
         return False
     merging = laboratory.screen(arm.points[index][2]).drop
     return bool(row["drop"]["drop"] - merging > max(merging, 0.0))
 
 
-def _only(trying: Trying, images: ImageSet) -> Outputs:
+def _only(trying: EvalContext, images: ImageSet) -> Outputs:
     """Return the float model's outputs on a subset of the images."""
     position = {path: row for row, path in enumerate(trying.images.paths)}
     rows = [position[path] for path in images.paths]

@@ -82,11 +82,11 @@ def measure_merging(
     pixels, spec = _pixels(model, images), model.spec
     measure = _measurer(model, pixels, order)
     single: list[dict[float, float]] = []
-    for block in range(spec.depth):
-        say(f"measuring single merges: block {block + 1}/{spec.depth}")
+    for block in range(spec.num_layers):
+        say(f"measuring single merges: block {block + 1}/{spec.num_layers}")
         single.append({share: measure(_one(spec, block, share)) for share in SHARES})
     space = Space(
-        depth=spec.depth, tokens=spec.tokens, prefix=spec.prefix, single=single, step=step, most_merges=most_merges
+        depth=spec.num_layers, tokens=spec.tokens, prefix=spec.prefix, single=single, step=step, most_merges=most_merges
     )
     return Measured(spec=spec, space=space, measure=measure, images=len(pixels))
 
@@ -104,7 +104,7 @@ def solve_merge(merging: Measured, *, target: str, gpu: str, batch: int, like: s
     device = find_gpu(gpu)
     seconds, half = (block_seconds(merging.spec, find_target(name), device, batch) for name in (target, _HALF))
     found = _solve(merging, seconds, like)
-    none = schedule_seconds((0,) * merging.spec.depth, merging.spec.tokens, half)
+    none = schedule_seconds((0,) * merging.spec.num_layers, merging.spec.tokens, half)
     return replace(found, gpu=device.key, batch=batch, ms_fp16=1e3 * none)
 
 
@@ -125,7 +125,7 @@ def _solve(merging: Measured, seconds: Seconds, like: str) -> Solution:
         raise RecipeError(f"--merge auto:{like} distorts nothing, so nothing may be merged; give --merge none")
     bound = merging.measure(allowed)
     found = solve(merging.space, seconds, merging.measure, bound)
-    none = (0,) * spec.depth
+    none = (0,) * spec.num_layers
     r = none if found is None else found.r
 
     def ms(schedule: tuple[int, ...]) -> float:
@@ -165,9 +165,9 @@ def block_seconds(spec: ViTSpec, target: Target, gpu: Gpu, batch: int) -> Second
     precision: Bits = {"w8a8": "int8", "fp8": "fp8"}.get(target.implied_quant, "fp16")  # type: ignore[assignment]
     if precision not in gpu.peak:
         raise TargetError(f"{gpu.name} does not multiply {precision}; choose another target or GPU")
-    hidden = spec.mlp_width * (2 if spec.mlp == "swiglu" else 1)
+    hidden = spec.mlp_dim * (2 if spec.mlp == "swiglu" else 1)
     shape = BlockShape(
-        width=spec.width, heads=spec.heads, head_width=spec.head_width, hidden=hidden, inner=spec.mlp_width
+        width=spec.embed_dim, heads=spec.num_heads, head_width=spec.head_dim, hidden=hidden, inner=spec.mlp_dim
     )
 
     @cache
@@ -182,7 +182,7 @@ def _one(spec: ViTSpec, block: int, share: float) -> tuple[int, ...]:
     """One merge of a share of the tokens in one block."""
     most = (spec.tokens - spec.prefix) // 2
     merged = max(1, min(most, round(share * spec.tokens)))
-    return tuple(merged if index == block else 0 for index in range(spec.depth))
+    return tuple(merged if index == block else 0 for index in range(spec.num_layers))
 
 
 def _pixels(model: Model, images: ImageSet) -> list[Array]:

@@ -17,8 +17,8 @@ from vitfold.artifacts.bundle import Bundle, open_bundle
 from vitfold.artifacts.journal import HEAD, ROWS, append_row, read_rows
 from vitfold.errors import BundleError, JournalError, RecipeError, VitfoldError
 from vitfold.model import ViTSpec
-from vitfold.pipeline.attempt import CHECKED_IMAGES, Attempt, Say, Trying, failed_row, measure_attempt
 from vitfold.pipeline.plan import optimize
+from vitfold.pipeline.trials import CHECKED_IMAGES, EvalContext, Say, Trial, failed_row, measure_attempt
 from vitfold.pipeline.writing import save
 from vitfold.recipe import Rule, quant_from_scheme
 from vitfold.schedule import resolve_r
@@ -37,7 +37,7 @@ class Sweep:
     methods: tuple[str, ...] = ("vitfold",)
     target: str = "cpu"
 
-    def attempts(self, spec: ViTSpec) -> list[Attempt]:
+    def attempts(self, spec: ViTSpec) -> list[Trial]:
         """Return one attempt per recipe, named by what it does.
 
         Raises:
@@ -54,7 +54,7 @@ class Sweep:
                 quantizes = quant_from_scheme(quant.lower()) is not None
                 methods: tuple[str | None, ...] = self.methods if quantizes else (None,)
                 found += [
-                    Attempt(
+                    Trial(
                         name=attempt_name(merge, quant.lower(), method, rule),
                         r=r,
                         rule=rule,
@@ -106,12 +106,12 @@ def begin_sweep(folder: Path, head: Mapping[str, Any], beside: Mapping[str, Any]
 
 def run_sweep(
     folder: Path,
-    attempts: Sequence[Attempt],
+    attempts: Sequence[Trial],
     rows: Sequence[Mapping[str, Any]],
-    trying: Callable[[], Trying],
+    trying: Callable[[], EvalContext],
     *,
     retry: bool = False,
-    command: Callable[[Attempt], str],
+    command: Callable[[Trial], str],
     say: Say = lambda _: None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the row of every attempt that has none yet, after it was appended to the folder's rows.
@@ -138,7 +138,7 @@ def run_sweep(
         yield row
 
 
-def plain_bundle(path: Path, trying: Trying, *, say: Say = lambda _: None) -> Bundle:
+def plain_bundle(path: Path, trying: EvalContext, *, say: Say = lambda _: None) -> Bundle:
     """Return the float bundle that merges nothing, made anew unless an earlier run left it whole."""
     try:
         found = open_bundle(path)

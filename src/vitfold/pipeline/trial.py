@@ -17,7 +17,7 @@ from vitfold.bench.measurement import Measurement
 from vitfold.bench.timing import Protocol, interleave
 from vitfold.engines import Session, open_graph
 from vitfold.model import ViTSpec
-from vitfold.pipeline.plan import Folded
+from vitfold.pipeline.plan import Plan
 from vitfold.pipeline.writing import write_graph
 from vitfold.products import products_of_recipe
 
@@ -25,7 +25,7 @@ SHORT = Protocol(trials=7, seconds=2.0)
 
 
 @contextmanager
-def opened(folded: Folded) -> Iterator[Session]:
+def opened(folded: Plan) -> Iterator[Session]:
     """Write the graph of a plan to a temporary folder and open it in the engine of its target."""
     with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
         path = Path(folder) / "model.onnx"

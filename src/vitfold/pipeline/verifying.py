@@ -18,7 +18,7 @@ from vitfold.engines import TENSORRT, Session, describe_execution, open_graph
 from vitfold.errors import EngineError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model
-from vitfold.pipeline.plan import Folded
+from vitfold.pipeline.plan import Plan
 from vitfold.products import products_of_recipe
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Verified:
         return values
 
 
-def open_written(folded: Folded, onnx_path: Path) -> Session:
+def open_written(folded: Plan, onnx_path: Path) -> Session:
     """Open what was written, where its products are exact; a graph for TensorRT runs on ONNX Runtime as it is written.
 
     Raises:
@@ -78,7 +78,7 @@ def open_written(folded: Folded, onnx_path: Path) -> Session:
     return open_graph(onnx_path, folded.target.engine, products=products)
 
 
-def simulation(folded: Folded) -> SimulationSession:
+def simulation(folded: Plan) -> SimulationSession:
     """Return the simulation of a plan as a session: of its quantizers, and of half precision if its target has it."""
     from vitfold.engines.simulation import SimulationSession
 
@@ -92,7 +92,7 @@ def simulation(folded: Folded) -> SimulationSession:
     )
 
 
-def run_float(folded: Folded, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[np.ndarray, "B ..."]:
+def run_float(folded: Plan, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[np.ndarray, "B ..."]:
     """Run the loaded model with the recipe's merging, nothing rounded."""
     import torch
 
@@ -104,7 +104,7 @@ def run_float(folded: Folded, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[np.
     return result
 
 
-def run_reference(folded: Folded, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[np.ndarray, "B ..."]:
+def run_reference(folded: Plan, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[np.ndarray, "B ..."]:
     """Run the recipe in the reference interpreter: the loaded model, or the simulation where anything is rounded."""
     if folded.quantizers is None and folded.target.float_type != "float16":
         return run_float(folded, pixels)
@@ -120,7 +120,7 @@ def verification_images(model: Model, images: ImageSet | None) -> Float[np.ndarr
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
-def verify(folded: Folded, pixels: Float[np.ndarray, "B 3 H W"], session: Session) -> Verified:
+def verify(folded: Plan, pixels: Float[np.ndarray, "B 3 H W"], session: Session) -> Verified:
     """Compare the engine with the reference, image by image; return how far it is.
 
     The median over images counts, so that one image may differ more, where rounding turned a tie in matching.

@@ -25,7 +25,7 @@ from vitfold.engines.simulation import SimulationSession
 from vitfold.engines.trtexec import DEFAULT_BATCH, trtexec_command
 from vitfold.errors import RecipeError
 from vitfold.images import ImageSet
-from vitfold.pipeline.plan import Folded
+from vitfold.pipeline.plan import Plan
 from vitfold.pipeline.verifying import open_written, simulation, verification_images, verify
 from vitfold.program import replay
 from vitfold.version import __version__
@@ -36,7 +36,7 @@ Step = Callable[[str], None]
 
 
 def save(
-    folded: Folded,
+    folded: Plan,
     path: str | Path,
     *,
     images: ImageSet | None = None,
@@ -53,7 +53,7 @@ def save(
         BundleError: if the bundle cannot be written.
     """
     if folded.needs_calibration:
-        raise RecipeError("the recipe quantizes and the model is not calibrated; call calibrate_folded before save")
+        raise RecipeError("the recipe quantizes and the model is not calibrated; call calibrate_plan before save")
     say = step or (lambda _: None)
     model = folded.model
     if images is not None and images.classes is not None and model.spec.head == "single_label":
@@ -90,7 +90,7 @@ def save(
     return write_bundle(path, write, overwrite=overwrite)
 
 
-def _fidelity(folded: Folded, session: Session, images: ImageSet, digest: str) -> Fidelity:
+def _fidelity(folded: Plan, session: Session, images: ImageSet, digest: str) -> Fidelity:
     """Compare with the unfolded model; a graph in half precision by its simulation, which rounds as a GPU does.
 
     Raises:
@@ -113,7 +113,7 @@ def _fidelity(folded: Folded, session: Session, images: ImageSet, digest: str) -
     )
 
 
-def _target(folded: Folded) -> dict[str, Any]:
+def _target(folded: Plan) -> dict[str, Any]:
     """The target; for TensorRT with the line that builds the engine, and the batches where they were chosen."""
     target = folded.target.to_dict()
     if folded.target.engine != TENSORRT:
@@ -123,7 +123,7 @@ def _target(folded: Folded) -> dict[str, Any]:
     return target | chosen | {"trtexec": line}
 
 
-def _write_files(folded: Folded, onnx_path: Path, say: Step) -> int:
+def _write_files(folded: Plan, onnx_path: Path, say: Step) -> int:
     """Write the graph, or weights where there is none, and the quantizers; return MACs per image."""
     if folded.quantizers is not None:
         folded.quantizers.save(onnx_path.with_name(QUANTIZERS))
@@ -135,7 +135,7 @@ def _write_files(folded: Folded, onnx_path: Path, say: Step) -> int:
     return write_graph(folded, onnx_path)
 
 
-def write_graph(folded: Folded, path: Path) -> int:
+def write_graph(folded: Plan, path: Path) -> int:
     """Write the ONNX graph alone; return MACs per image."""
     from vitfold.ops.emit import emit_graph, write_onnx
 

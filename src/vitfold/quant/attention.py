@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitfold.quant.collect import AttentionSamples
-from vitfold.quant.methods import Method
+from vitfold.quant.methods import QuantMethod
 from vitfold.quant.ranges import (
     affine_uniform,
     code_range,
@@ -30,7 +30,7 @@ _SPLITS = range(1, 20)
 
 
 def search_attention(
-    site: str, samples: AttentionSamples, bits: int, method: Method, *, symmetric: bool, uniform_only: bool
+    site: str, samples: AttentionSamples, bits: int, method: QuantMethod, *, symmetric: bool, uniform_only: bool
 ) -> dict[str, Quantizer]:
     """Return the quantizers of `{site}.q`, `.k`, `.v` and `.softmax`."""
     symmetric = symmetric or method.symmetric
@@ -69,14 +69,14 @@ def _logits(q: Float[Tensor, "S H N K"], k: Float[Tensor, "S H M K"]) -> Float[T
     return (q @ k.transpose(-1, -2)) * alpha
 
 
-def _weights(grad: Tensor | None, method: Method) -> Tensor:
+def _weights(grad: Tensor | None, method: QuantMethod) -> Tensor:
     if method.activations != "hessian" or grad is None:
         return torch.ones(())
     return grad.square()
 
 
 def _operand(
-    x: Float[Tensor, "S H N K"], *, error: Errors, bits: int, method: Method, symmetric: bool, per_head: bool
+    x: Float[Tensor, "S H N K"], *, error: Errors, bits: int, method: QuantMethod, symmetric: bool, per_head: bool
 ) -> Uniform:
     """One range per head, or one for all; the error of a candidate is summed per head."""
     axis = 1 if per_head else None
@@ -103,7 +103,7 @@ def _operand(
     return make(method.grid.search(low.numel(), found).reshape(low.shape))
 
 
-def _softmax_candidates(bits: int, method: Method, *, symmetric: bool, uniform_only: bool) -> list[Quantizer]:
+def _softmax_candidates(bits: int, method: QuantMethod, *, symmetric: bool, uniform_only: bool) -> list[Quantizer]:
     """Quantizers for numbers in [0, 1] that the method may choose from."""
     made: list[Quantizer] = []
     kinds = ("uniform",) if uniform_only and "uniform" in method.softmax else method.softmax

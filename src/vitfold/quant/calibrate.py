@@ -20,10 +20,10 @@ from vitfold.errors import CalibrationError, RecipeError, nearest
 from vitfold.images import ImageSet
 from vitfold.model import Array, Model, ViTSpec
 from vitfold.quant.attention import search_attention
+from vitfold.quant.calibration_cache import search_once
 from vitfold.quant.collect import Samples, collect
 from vitfold.quant.float8 import search_attention_float8, search_linear_float8
 from vitfold.quant.folding import center_norms, fold_channels
-from vitfold.quant.kept import search_once
 from vitfold.quant.linear import LinearProblem, search_apart, search_linear
 from vitfold.quant.methods import find_method
 from vitfold.quant.moments import collect_moments, round_weights
@@ -37,7 +37,7 @@ LEAST_IMAGES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scheme:
+class QuantConstraints:
     """What a target can execute.
 
     `symmetric` weights and attention operands have the zero point 0, and zero points of other activations fold into
@@ -87,7 +87,7 @@ def calibrate(
     quant: QuantRecipe,
     images: ImageSet,
     *,
-    scheme: Scheme | None = None,
+    scheme: QuantConstraints | None = None,
     progress: Progress | None = None,
 ) -> Calibrated:
     """Quantize a model by a method; the images are all used, in batches.
@@ -96,7 +96,7 @@ def calibrate(
         CalibrationError: on too few images, or activations that are constant, NaN or infinite, naming the site.
         RecipeError: if the method is unknown or a glob of `quant.sites` matches nothing.
     """
-    scheme, progress = scheme or Scheme(), progress or Progress()
+    scheme, progress = scheme or QuantConstraints(), progress or Progress()
     method = find_method(quant.method)
     check_globs(quant, model.spec)
     check_enough(len(images.paths))
@@ -160,7 +160,7 @@ def _nearest(params: Mapping[str, Array], quantizers: Mapping[str, Quantizer]) -
 
 
 def _calibrate_float8(
-    model: Model, samples: Samples, quant: QuantRecipe, scheme: Scheme, progress: Progress
+    model: Model, samples: Samples, quant: QuantRecipe, scheme: QuantConstraints, progress: Progress
 ) -> Calibrated:
     """Scales for 8-bit floats; the relative precision of the format leaves nothing for folds and rounding to win."""
     quantizers: dict[str, Quantizer] = {}
@@ -185,7 +185,9 @@ def _calibrate_float8(
     return Calibrated(model=model.with_params(model.spec, params), folded=model, quantizers=QuantParams(quantizers))
 
 
-def _problems(model: Model, samples: Samples, quant: QuantRecipe, scheme: Scheme) -> Mapping[str, LinearProblem]:
+def _problems(
+    model: Model, samples: Samples, quant: QuantRecipe, scheme: QuantConstraints
+) -> Mapping[str, LinearProblem]:
     problems = {}
     for site in find_sites(model.spec)[0]:
         weight_bits = quant.bits(site.layer, weight=True)

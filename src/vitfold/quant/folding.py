@@ -18,7 +18,7 @@ from torch import Tensor
 from vitfold.model import Array, Model
 from vitfold.quant.collect import LinearSamples, Samples
 from vitfold.quant.equalize import equalize_norm, equalize_values
-from vitfold.quant.methods import Method
+from vitfold.quant.methods import QuantMethod
 from vitfold.quant.ranges import PERCENTILES, Grid, affine_uniform, rounded, search_weight, symmetric_uniform
 from vitfold.quant.sites import LinearSite, find_sites
 from vitfold.quantizer import Quantizer, Uniform
@@ -32,7 +32,7 @@ _FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 def fold_channels(
     model: Model,
     samples: Samples,
-    method: Method,
+    method: QuantMethod,
     quant: QuantRecipe,
 ) -> tuple[Model, Samples, Mapping[str, Uniform]]:
     """Return the folded model, the samples that it would see, and input ranges that a fold fixed."""
@@ -112,7 +112,7 @@ def _choose(
     site: LinearSite,
     one: LinearSamples,
     params: Mapping[str, Array],
-    method: Method,
+    method: QuantMethod,
     bits: int,
     weight_bits: int,
 ) -> tuple[Tensor, Tensor, Uniform | None]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitfold.quant.activations import activation_minimum
 from vitfold.quant.collect import LinearSamples, Samples
-from vitfold.quant.methods import Method
+from vitfold.quant.methods import QuantMethod
 from vitfold.quant.ranges import (
     PERCENTILES,
     Error,
@@ -55,7 +55,7 @@ class LinearProblem:
     symmetric_inputs: bool = False
 
 
-def search_linear(problem: LinearProblem, method: Method, *, preset: Uniform | None) -> dict[str, Quantizer]:
+def search_linear(problem: LinearProblem, method: QuantMethod, *, preset: Uniform | None) -> dict[str, Quantizer]:
     """Return the quantizers of `{layer}.x` and `{layer}.w`; `preset` is an input range that a fold fixed already."""
     layer = problem.site.layer
     x, share = problem.samples.x, problem.samples.share
@@ -73,7 +73,7 @@ def search_linear(problem: LinearProblem, method: Method, *, preset: Uniform | N
     return {f"{layer}.x": inputs, f"{layer}.w": weight}
 
 
-def _initial_weight(problem: LinearProblem, method: Method) -> Uniform:
+def _initial_weight(problem: LinearProblem, method: QuantMethod) -> Uniform:
     return search_weight(
         problem.weight,
         problem.weight_bits,
@@ -84,11 +84,11 @@ def _initial_weight(problem: LinearProblem, method: Method) -> Uniform:
     )
 
 
-def _groups(problem: LinearProblem, method: Method) -> int | None:
+def _groups(problem: LinearProblem, method: QuantMethod) -> int | None:
     return None if method.granularity == "channel" else problem.site.groups
 
 
-def _search_weight(problem: LinearProblem, method: Method, x_hat: Tensor, exact: Tensor, grad: Tensor) -> Uniform:
+def _search_weight(problem: LinearProblem, method: QuantMethod, x_hat: Tensor, exact: Tensor, grad: Tensor) -> Uniform:
     weight = problem.weight
 
     def error(w: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def _search_weight(problem: LinearProblem, method: Method, x_hat: Tensor, exact:
 
 
 def _search_inputs(
-    problem: LinearProblem, method: Method, x: Tensor, exact: Tensor, grad: Tensor, weight: Tensor
+    problem: LinearProblem, method: QuantMethod, x: Tensor, exact: Tensor, grad: Tensor, weight: Tensor
 ) -> Quantizer:
 
     def error(quantizer: Quantizer) -> float:
@@ -145,7 +145,7 @@ def _search_inputs(
 def search_apart(
     problems: Iterable[LinearProblem],
     samples: Samples,
-    method: Method,
+    method: QuantMethod,
     before: Mapping[str, Quantizer],
     after: Mapping[str, Quantizer],
 ) -> dict[str, Quantizer]:
@@ -180,7 +180,7 @@ def search_apart(
 
 
 def search_range(
-    low: Tensor, high: Tensor, x: Tensor, bits: int, method: Method, *, symmetric: bool, error: Error
+    low: Tensor, high: Tensor, x: Tensor, bits: int, method: QuantMethod, *, symmetric: bool, error: Error
 ) -> Uniform:
     """Return a per-tensor quantizer by the method's way of choosing activation ranges."""
     if method.activations == "percentile":
@@ -200,7 +200,7 @@ def _from_range(low: Tensor, high: Tensor, bits: int, *, symmetric: bool) -> Uni
     return affine_uniform(low, high, bits)
 
 
-def _search_twin(activation: str, high: Tensor, bits: int, method: Method, error: Error) -> Twin:
+def _search_twin(activation: str, high: Tensor, bits: int, method: QuantMethod, error: Error) -> Twin:
     """The negative range spans the function's minimum exactly; the positive scale is searched.
 
     Source: PTQ4ViT (2111.12293), section 3.2, with the minimum of the activation function at hand.

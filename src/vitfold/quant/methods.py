@@ -22,7 +22,7 @@ _PUBLISHED = Grid(start=0.01, stop=1.2, count=100)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
+class QuantMethod:
     """The parts of one method.
 
     `weights` and `activations` name the error that a range is chosen by: none (minmax), a percentile of
@@ -68,10 +68,10 @@ class Method:
         return asdict(self)
 
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, QuantMethod] = {
     method.name: method
     for method in (
-        Method(
+        QuantMethod(
             name="vitfold",
             source="LayerNorm channels shifted and scaled (strength searched), V's channels folded into proj, ranges "
             "searched by the error of each layer's output, GPTQ rounding with a ridge correction",
@@ -85,7 +85,7 @@ METHODS: dict[str, Method] = {
             rounding="gptq",
             correct=True,
         ),
-        Method(
+        QuantMethod(
             name="ptq4vit",
             source="PTQ4ViT, Yuan et al., ECCV 2022 (2111.12293): twin uniform quantizers in the paper's disjoint "
             "form, Hessian-guided alternating search with Fisher samples",
@@ -100,7 +100,7 @@ METHODS: dict[str, Method] = {
             twin_gelu=True,
             softmax=("twin",),
         ),
-        Method(
+        QuantMethod(
             name="repq",
             source="RepQ-ViT, Li et al., ICCV 2023 (2212.08254): per-channel LayerNorm ranges folded into one, "
             "log-sqrt2 softmax, percentile ranges chosen by MSE",
@@ -110,7 +110,7 @@ METHODS: dict[str, Method] = {
             equalize="repq",
             softmax=("log_sqrt2",),
         ),
-        Method(
+        QuantMethod(
             name="noisy",
             source="NoisyQuant, Liu et al., CVPR 2023 (2211.16056): a fixed noise vector added before rounding and "
             "taken off again in the bias",
@@ -119,7 +119,7 @@ METHODS: dict[str, Method] = {
             activations="output",
             noise=True,
         ),
-        Method(
+        QuantMethod(
             name="smooth",
             source="SmoothQuant, Xiao et al., ICML 2023 (2211.10438): activation ranges moved into the weights, "
             "alpha = 0.5, after LayerNorm",
@@ -127,19 +127,19 @@ METHODS: dict[str, Method] = {
             activations="mse",
             equalize="smooth",
         ),
-        Method(name="mse", source="ranges of least squared rounding error", weights="mse", activations="mse"),
-        Method(
+        QuantMethod(name="mse", source="ranges of least squared rounding error", weights="mse", activations="mse"),
+        QuantMethod(
             name="percentile",
             source="0.9999 percentile of activations, minmax weights",
             weights="minmax",
             activations="percentile",
         ),
-        Method(name="minmax", source="observed minimum and maximum", weights="minmax", activations="minmax"),
+        QuantMethod(name="minmax", source="observed minimum and maximum", weights="minmax", activations="minmax"),
     )
 }
 
 
-def find_method(name: str) -> Method:
+def find_method(name: str) -> QuantMethod:
     """Return the method of this name.
 
     Raises:

@@ -20,7 +20,7 @@ from vitfold.model import Array, Model
 from vitfold.ops.record import Record
 from vitfold.ops.simulate import fake_quantize
 from vitfold.quant.collect import ordinary_rows
-from vitfold.quant.methods import Method
+from vitfold.quant.methods import QuantMethod
 from vitfold.quant.rounding import gptq, ridge_weight
 from vitfold.quantizer import Quantizer, Uniform
 from vitfold.recipe import MergeRecipe
@@ -82,7 +82,7 @@ def round_weights(
     params: Mapping[str, Array],
     quantizers: Mapping[str, Quantizer],
     moments: Mapping[str, Moments],
-    method: Method,
+    method: QuantMethod,
     *,
     step: Callable[[str], Any] = lambda _: None,
 ) -> dict[str, Array]:

@@ -122,7 +122,7 @@ def _largest(model: Model, pixels: Float[Tensor, "B 3 H W"], site: str, count: i
     token = patch + spec.prefix
 
     def rows(part: str) -> Tensor:
-        per_block = [seen[f"blocks.{block}.attn.{part}"][image, :, token] for block in range(spec.depth)]
+        per_block = [seen[f"blocks.{block}.attn.{part}"][image, :, token] for block in range(spec.num_layers)]
         return torch.stack(per_block, 1)
 
     return {"norm": norms[image, patch], "place": torch.stack((image, token), 1), "k": rows("k"), "v": rows("v")}

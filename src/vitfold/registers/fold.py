@@ -34,8 +34,8 @@ def fold_registers(
         raise ValueError("a recipe is resolved before it is folded")
     spec = model.spec
     for name in ("start", "block"):
-        if getattr(recipe, name) >= spec.depth:
-            raise RecipeError(f"registers.{name} = {getattr(recipe, name)}; the model has {spec.depth} blocks")
+        if getattr(recipe, name) >= spec.num_layers:
+            raise RecipeError(f"registers.{name} = {getattr(recipe, name)}; the model has {spec.num_layers} blocks")
     if recipe.deletions >= spec.patches:
         raise RecipeError(f"registers.deletions = {recipe.deletions}, the model has {spec.patches} patch tokens")
     if recipe.remedy in ("prefix", "regcache"):
@@ -65,7 +65,7 @@ def match_layers(spec: ViTSpec, globs: tuple[str, ...]) -> tuple[str, ...]:
     Raises:
         RecipeError: if a glob matches none, naming the nearest.
     """
-    names = [f"blocks.{block}.{part}" for block in range(spec.depth) for part in PARTS]
+    names = [f"blocks.{block}.{part}" for block in range(spec.num_layers) for part in PARTS]
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             raise RecipeError(f"registers.layers: no layer matches {glob!r}; {nearest(glob, names)}")
@@ -78,7 +78,7 @@ def _cached(
     k, v = curate(model, images, site, advance=advance).register(recipe.token, recipe.average)
     sinks = Sinks(start=recipe.start, rows=1, tau=recipe.tau, block=recipe.block, deletions=recipe.deletions)
     params: dict[str, Array] = dict(model.params)
-    for block in range(recipe.start, model.spec.depth):
+    for block in range(recipe.start, model.spec.num_layers):
         for name, rows in (("cached_k", k), ("cached_v", v)):
             params[f"blocks.{block}.attn.{name}"] = np.ascontiguousarray(rows[block][None, :, None])
     return model.with_params(replace(model.spec, sinks=sinks), params)
@@ -93,7 +93,7 @@ def _with_register(model: Model, neurons: tuple[tuple[int, int], ...]) -> Model:
     spec, params = model.spec, dict(model.params)
     if spec.pool == "avg" and spec.pool_prefix:
         raise RecipeError("neurons add a token, and this model averages all tokens; choose another remedy")
-    register = np.zeros((1, 1, spec.width), np.float32)
+    register = np.zeros((1, 1, spec.embed_dim), np.float32)
     params["reg_token"] = np.concatenate((params["reg_token"], register), 1) if spec.registers else register
     if spec.pos_embed == "all":
         front, back = params["pos_embed"][:, : spec.prefix], params["pos_embed"][:, spec.prefix :]

@@ -39,7 +39,7 @@ def find_neurons(
     spec = model.spec
     last = int(site.split(".")[1])
     hidden = [f"blocks.{block}.mlp.fc2.x" for block in range(last + 1)]
-    totals: dict[str, Tensor] = {name: torch.zeros(spec.mlp_width) for name in hidden}
+    totals: dict[str, Tensor] = {name: torch.zeros(spec.mlp_dim) for name in hidden}
     for group in batches(images, model.preprocess, batch=batch):
         seen: dict[str, Tensor] = {}
 
@@ -52,10 +52,10 @@ def find_neurons(
         norms = seen[f"{site}.x"].abs().amax(-1)[:, spec.prefix :]
         tokens = norms.topk(min(SINKS, norms.shape[1]), 1).indices + spec.prefix
         for name in hidden:
-            rows = seen[name].abs().gather(1, tokens[..., None].expand(-1, -1, spec.mlp_width))
+            rows = seen[name].abs().gather(1, tokens[..., None].expand(-1, -1, spec.mlp_dim))
             totals[name] += rows.sum((0, 1))
         if advance is not None:
             advance(len(group.index))
     scores = torch.stack([totals[name] for name in hidden]).flatten()
     order = scores.argsort(descending=True, stable=True)[:count]
-    return tuple(sorted((int(index) // spec.mlp_width, int(index) % spec.mlp_width) for index in order))
+    return tuple(sorted((int(index) // spec.mlp_dim, int(index) % spec.mlp_dim) for index in order))

@@ -53,9 +53,9 @@ def measure_norms(
 ) -> Norms:
     """Run the float model over the images and keep the norms of its tokens."""
     spec = model.spec
-    largest = np.zeros((3, spec.depth))
-    total, count = np.zeros(spec.depth), 0
-    patches: list[list[Tensor]] = [[] for _ in range(spec.depth)]
+    largest = np.zeros((3, spec.num_layers))
+    total, count = np.zeros(spec.num_layers), 0
+    patches: list[list[Tensor]] = [[] for _ in range(spec.num_layers)]
     ops = Run(model.params)
     for group in batches(images, model.preprocess, batch=batch):
 

@@ -101,7 +101,7 @@ class Probe:
 
     def alone(self, site: LinearSite) -> float:
         """Return the squared error of the outputs with this one layer quantized, as a share of their square."""
-        block = int(site.layer.split(".")[1]) if site.layer.startswith("blocks.") else self._model.spec.depth
+        block = int(site.layer.split(".")[1]) if site.layer.startswith("blocks.") else self._model.spec.num_layers
         weight = f"{site.layer}.weight"
         params = {**self._model.params, weight: self._params[weight]}
         quantizers = {name: q for name, q in self._quantizers(self._ranges).items() if name in site.names}
@@ -150,7 +150,7 @@ class Probe:
 
     def _run(self, model: Model, ops: Run, first: int, before: _Pass | None, *, keep: bool = True) -> _Pass:
         """Run from block `first` on, from the tokens of an earlier pass; from the images, where that is None or 0."""
-        made = _Pass([[] for _ in range(model.spec.depth + 1)])
+        made = _Pass([[] for _ in range(model.spec.num_layers + 1)])
         with torch.inference_mode():
             for number, pixels in enumerate(self._pixels):
                 if before is None or first == 0:

@@ -87,7 +87,7 @@ def _taus(best: RegistersRecipe, _: Case) -> list[RegistersRecipe]:
 
 
 def _deletions(case: Case, base: RegistersRecipe) -> list[RegistersRecipe]:
-    blocks = [block for block in (case.block, case.block + 1) if block < case.spec.depth]
+    blocks = [block for block in (case.block, case.block + 1) if block < case.spec.num_layers]
     fitting = [count for count in _DELETIONS if count <= case.spec.patches // 4]
     return [replace(base, block=block, deletions=count) for block in blocks for count in fitting]
 

@@ -20,7 +20,7 @@ from vitfold.images import ImageSet, batches
 from vitfold.model import Model
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
-from vitfold.quant import Progress, Scheme, calibrate
+from vitfold.quant import Progress, QuantConstraints, calibrate
 from vitfold.recipe import MergeRecipe, QuantRecipe, RegistersRecipe, tokens_per_block
 from vitfold.registers.fold import fold_registers
 from vitfold.registers.probe import Effect, Probe
@@ -62,7 +62,7 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class RemedySearchResult:
     """The case, with the noise that each layer makes alone, and the remedies; the first one is doing nothing."""
 
     case: Case
@@ -139,7 +139,7 @@ class _Search:
         right = kept["right"]
         return Effect(**{**kept, "right": None if right is None else tuple(right)})
 
-    def confirm(self, recipe: RegistersRecipe | None, scheme: Scheme) -> float:
+    def confirm(self, recipe: RegistersRecipe | None, scheme: QuantConstraints) -> float:
         """Return the SQNR of the recipe under the plan's own method, calibrated on a few images."""
 
         def measure() -> float:
@@ -183,9 +183,9 @@ def measure_remedies(
     *,
     names: Sequence[str] | None = None,
     site: str | None = None,
-    confirm: Scheme | None = None,
+    confirm: QuantConstraints | None = None,
     progress: Progress | None = None,
-) -> Found:
+) -> RemedySearchResult:
     """Measure remedies (all, or those named) on the images and choose one, or none where none is worth it.
 
     A remedy is worth it from 0.3 dB on. With `confirm` the two best and doing nothing are calibrated by the plan's own
@@ -222,7 +222,7 @@ def measure_remedies(
         if len(order) > 1 and (order[1].confirmed_db or 0.0) > (order[0].confirmed_db or 0.0) + WORTHWHILE_DB:
             order.reverse()
     chosen = order[0] if forced or _worth(order[0], nothing) else nothing
-    return Found(case=case, remedies=(nothing, *rows), chosen=chosen)
+    return RemedySearchResult(case=case, remedies=(nothing, *rows), chosen=chosen)
 
 
 def _best(

@@ -4,6 +4,6 @@ Owns the words of `merge.r` and `--r`. How many tokens a block may lose at most 
 arithmetic; choosing the schedule by cost or by accuracy builds on this.
 """
 
-from vitfold.schedule.words import describe_r, resolve_r
+from vitfold.schedule.parsing import describe_r, resolve_r
 
 __all__ = ["describe_r", "resolve_r"]

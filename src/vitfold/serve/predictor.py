@@ -153,7 +153,7 @@ class Predictor:
             session.run()
             rows = session.fetch()
         spec = self.bundle.manifest.spec
-        last = spec.width if spec.output == "last_hidden_state" else spec.output_width
+        last = spec.embed_dim if spec.output == "last_hidden_state" else spec.output_width
         if rows.ndim < 2 or (len(rows), rows.shape[-1]) != (len(pixels), last):
             raise EngineError(
                 f"{self.bundle.path}: the graph returned {rows.shape} for {len(pixels)} images, and its manifest "

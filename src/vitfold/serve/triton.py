@@ -16,7 +16,7 @@ from vitfold.engines.graphs import check_graph
 from vitfold.engines.onnxruntime import End, OnnxRuntimeSession
 from vitfold.engines.trtexec import DEFAULT_BATCH, trtexec_command
 from vitfold.errors import BundleError, EngineError, TargetError
-from vitfold.serve.export_texts import LABELS, WRITTEN, Served, client_text, config_text, readme_text
+from vitfold.serve.triton_templates import LABELS, WRITTEN, Served, client_text, config_text, readme_text
 from vitfold.storage.ordinary import read_text
 from vitfold.storage.placing import reserve
 

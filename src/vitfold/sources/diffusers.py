@@ -19,7 +19,7 @@ import torch
 from vitfold.architectures.dit import dit
 from vitfold.errors import ParityError, SourceError
 from vitfold.model import Array, DiTModel, DiTSpec, Origin
-from vitfold.model.dit import class_rows, sincos_positions, timestep_waves, unit_norm
+from vitfold.model.dit import class_rows, sincos_positions, timestep_frequencies, unit_norm
 from vitfold.model.spec import Activation
 from vitfold.ops.run import Run
 from vitfold.sources.failures import load_error
@@ -106,10 +106,10 @@ def translate(
         patch_size=config.patch_size,
         channels=config.in_channels,
         outputs=module.out_channels,
-        width=module.inner_dim,
-        depth=config.num_layers,
-        heads=config.num_attention_heads,
-        mlp_width=blocks[0].ff.net[0].proj.out_features,
+        embed_dim=module.inner_dim,
+        num_layers=config.num_layers,
+        num_heads=config.num_attention_heads,
+        mlp_dim=blocks[0].ff.net[0].proj.out_features,
         classes=config.num_embeds_ada_norm,
         wave_shift=1,
         condition="block",
@@ -164,7 +164,7 @@ def check_dit_parity(module: Any, model: DiTModel, *, seed: int = 0) -> float:
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(3, spec.channels, spec.image_size, spec.image_size, generator=generator)
     timesteps, labels = np.array([0, 437, 999]), np.array([0, spec.classes - 1, spec.null_class])
-    waves = torch.from_numpy(timestep_waves(spec, timesteps))
+    waves = torch.from_numpy(timestep_frequencies(spec, timesteps))
     with torch.inference_mode():
         (expected,) = module(image, torch.from_numpy(timesteps), torch.from_numpy(labels), return_dict=False)
         actual = dit(Run(model.params), spec, image, waves, torch.from_numpy(class_rows(spec, labels)))
@@ -179,7 +179,7 @@ def check_dit_parity(module: Any, model: DiTModel, *, seed: int = 0) -> float:
 
 def _params(spec: DiTSpec, state: dict[str, Array]) -> dict[str, Array]:
     """Rename and stack; every tensor is used once, or the model is refused."""
-    params: dict[str, Array] = {"pos_embed": sincos_positions(spec.grid, spec.width), **unit_norm(spec.width)}
+    params: dict[str, Array] = {"pos_embed": sincos_positions(spec.grid, spec.embed_dim), **unit_norm(spec.embed_dim)}
 
     def linear(name: str, *layers: str) -> None:
         for end in ("weight", "bias"):
@@ -188,7 +188,7 @@ def _params(spec: DiTSpec, state: dict[str, Array]) -> dict[str, Array]:
                 params[f"{name}.{end}"] = parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     linear("patch_embed", "pos_embed.proj")
-    for block in range(spec.depth):
+    for block in range(spec.num_layers):
         here, there = f"blocks.{block}", f"transformer_blocks.{block}"
         embedder = f"{there}.norm1.emb"
         linear(f"{here}.condition.time.fc1", f"{embedder}.timestep_embedder.linear_1")

@@ -94,12 +94,12 @@ def _spec(state: dict[str, Array], heads: int | None) -> DiTSpec:
         patch_size=patch,
         channels=channels,
         outputs=_shape(state, "final_layer.linear.weight", 2)[0] // patch**2,
-        width=width,
-        depth=depth,
-        heads=heads,
-        mlp_width=_shape(state, "blocks.0.mlp.fc1.weight", 2)[0],
+        embed_dim=width,
+        num_layers=depth,
+        num_heads=heads,
+        mlp_dim=_shape(state, "blocks.0.mlp.fc1.weight", 2)[0],
         classes=_shape(state, "y_embedder.embedding_table.weight", 2)[0] - 1,
-        waves=_shape(state, "t_embedder.mlp.0.weight", 2)[1],
+        freq_dim=_shape(state, "t_embedder.mlp.0.weight", 2)[1],
     )
 
 
@@ -111,7 +111,7 @@ def _shape(state: dict[str, Array], name: str, rank: int) -> tuple[int, ...]:
 
 
 def _params(spec: DiTSpec, state: dict[str, Array]) -> dict[str, Array]:
-    params: dict[str, Array] = {"pos_embed": state.pop("pos_embed"), **unit_norm(spec.width)}
+    params: dict[str, Array] = {"pos_embed": state.pop("pos_embed"), **unit_norm(spec.embed_dim)}
 
     def linear(name: str, layer: str) -> None:
         params[f"{name}.weight"] = state.pop(f"{layer}.weight")
@@ -122,7 +122,7 @@ def _params(spec: DiTSpec, state: dict[str, Array]) -> dict[str, Array]:
     linear("condition.time.fc1", "t_embedder.mlp.0")
     linear("condition.time.fc2", "t_embedder.mlp.2")
     params["condition.label.weight"] = np.ascontiguousarray(state.pop("y_embedder.embedding_table.weight").T)
-    for block in range(spec.depth):
+    for block in range(spec.num_layers):
         here = f"blocks.{block}"
         linear(f"{here}.modulation", f"{here}.adaLN_modulation.1")
         for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):

@@ -67,7 +67,7 @@ def _first_difference(
     forward: Callable[[Tensor], Tensor], model: Model, run: Run, image: Tensor, blocks: Sequence[nn.Module]
 ) -> str:
     """Return a phrase that names the first stage whose output differs."""
-    if len(blocks) != model.spec.depth:
+    if len(blocks) != model.spec.num_layers:
         return "the place is unknown since the blocks cannot be observed"
     entering: list[Tensor] = []
     leaving: list[Tensor] = []

@@ -115,7 +115,7 @@ def translate(
     reader = reader or Reader(module, classes=CLASSES)
     distilled = class_name(module) == "timm.VisionTransformerDistilled"
     shape = _embedding(reader, module, distilled)
-    width = shape["width"]
+    width = shape["embed_dim"]
     heads, head_width, mlp, mlp_width, activation, qk_norm = same(
         (_block(reader, f"blocks.{i}", block) for i, block in enumerate(module.blocks)),
         "heads, head width, MLP, MLP width, activation or QK norm",
@@ -134,11 +134,11 @@ def translate(
     spec = ViTSpec(
         **shape,
         **tail,
-        depth=len(module.blocks),
-        heads=heads,
-        head_width=head_width,
+        num_layers=len(module.blocks),
+        num_heads=heads,
+        head_dim=head_width,
         mlp=mlp,
-        mlp_width=mlp_width,
+        mlp_dim=mlp_width,
         activation=activation,
         qk_norm=qk_norm,
         layer_scale=layer_scale,
@@ -171,7 +171,7 @@ def _embedding(reader: Reader, module: Any, distilled: bool) -> dict[str, Any]:
     return {
         "image_size": tuple(int(n) for n in patch.img_size),
         "patch_size": tuple(int(n) for n in patch.patch_size),
-        "width": int(module.embed_dim),
+        "embed_dim": int(module.embed_dim),
         "class_token": module.cls_token is not None,
         "dist_token": distilled,
         "registers": registers,

@@ -196,8 +196,8 @@ def translate(module: Any) -> Translation:
     )
     if family == "dinov2":
         for i, layer in enumerate(layers):
-            reader.layer_scale(f"blocks.{i}.ls1", layer.layer_scale1, "lambda1", shape["width"])
-            reader.layer_scale(f"blocks.{i}.ls2", layer.layer_scale2, "lambda1", shape["width"])
+            reader.layer_scale(f"blocks.{i}.ls1", layer.layer_scale1, "lambda1", shape["embed_dim"])
+            reader.layer_scale(f"blocks.{i}.ls2", layer.layer_scale2, "lambda1", shape["embed_dim"])
     tail = _tail(reader, module, encoder, family, head)
     if tail.get("output") == "logits":
         tail["problem"] = _problem(module.config)
@@ -205,11 +205,11 @@ def translate(module: Any) -> Translation:
     spec = ViTSpec(
         **shape,
         **tail,
-        depth=len(layers),
-        heads=heads,
-        head_width=head_width,
+        num_layers=len(layers),
+        num_heads=heads,
+        head_dim=head_width,
         mlp=mlp,
-        mlp_width=mlp_width,
+        mlp_dim=mlp_width,
         activation=activation,
         layer_scale=family == "dinov2",
         norm_eps=reader.eps(),
@@ -272,7 +272,7 @@ def _embedding(reader: Reader, encoder: Any, family: str) -> dict[str, Any]:
     return {
         "image_size": _pair(patch.image_size),
         "patch_size": _pair(patch.patch_size),
-        "width": int(positions.shape[2]),
+        "embed_dim": int(positions.shape[2]),
         "dist_token": distilled,
         "registers": registers,
     }
@@ -290,7 +290,7 @@ def _clip_embedding(reader: Reader, encoder: Any, family: str) -> dict[str, Any]
     return {
         "image_size": _pair(embeddings.image_size),
         "patch_size": _pair(embeddings.patch_size),
-        "width": int(positions.shape[1]),
+        "embed_dim": int(positions.shape[1]),
         "class_token": family == "clip",
         "pre_norm": family == "clip",
     }

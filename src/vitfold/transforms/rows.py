@@ -270,7 +270,7 @@ def _merge_rows(program: Program, node: Node, rows: Rows) -> Moved | None:
 def _kept_in_front(program: Program, index: Ref) -> int:
     """Return how many leading indices are 0, 1, 2 ... whatever the image."""
     node = makers(program).get(index)
-    if node is not None and node.op == "surround_index":
+    if node is not None and node.op == "pad_index":
         before: range = node.attributes["before"]
         return len(before) if before == range(len(before)) else 0
     if node is not None and node.op == "concat":

@@ -68,14 +68,14 @@ class Rows(Reordered):
         below = self._node("Pad", rows.onnx, self._integers(*(after * (i == rank + axis) for i in range(2 * rank))))
         return Value(self._node("Add", padded, below), shape)
 
-    def magnitude(self, x: Value) -> Value:
+    def abs_max(self, x: Value) -> Value:
         """Abs and ReduceMax."""
-        shape = self.count.magnitude(x.shape)
+        shape = self.count.abs_max(x.shape)
         return Value(self._node("ReduceMax", self._node("Abs", x.onnx), self._integers(-1), keepdims=1), shape)
 
-    def largest(self, a: Value, axis: int) -> Value:
+    def reduce_max(self, a: Value, axis: int) -> Value:
         """ReduceMax."""
-        shape = self.count.largest(a.shape, axis)
+        shape = self.count.reduce_max(a.shape, axis)
         return Value(self._node("ReduceMax", a.onnx, self._integers(axis), keepdims=0), shape)
 
     def argmax(self, a: Value) -> tuple[Value, Value]:
@@ -121,9 +121,9 @@ class Rows(Reordered):
             scores = self._node("Div", scores, self._node("Reshape", norm, self._integers(*shape)), site=site)
         return scores
 
-    def rank_split(self, scores: Value, count: int, *, by_score: bool = False) -> tuple[Value, Value]:
+    def topk_split(self, scores: Value, count: int, *, by_score: bool = False) -> tuple[Value, Value]:
         """Sort by TopK, cut, and sort the rest by index: ONNX breaks ties by the smaller index."""
-        shapes = self.count.rank_split(scores.shape, count)
+        shapes = self.count.topk_split(scores.shape, count)
         total = scores.shape[1]
         if by_score:
             _, order = self._nodes("TopK", scores.onnx, self._integers(total), outputs=2, axis=1, largest=0)
@@ -144,9 +144,9 @@ class Rows(Reordered):
             onnx = self._node("Add", onnx, self._integers(start))
         return Value(onnx, self.count.affine_index(index.shape, step, start))
 
-    def surround_index(self, index: Value, before: range, after: range) -> Value:
+    def pad_index(self, index: Value, before: range, after: range) -> Value:
         """Pad with zeros and add the constants, so that the graph never asks for its batch size."""
-        shape = self.count.surround_index(index.shape, before, after)
+        shape = self.count.pad_index(index.shape, before, after)
         padded = self._node("Pad", index.onnx, self._integers(0, len(before), 0, 0, len(after), 0))
         ends = np.array([*before, *(0,) * index.shape[1], *after], np.int64)
         return Value(self._node("Add", padded, self._constant(ends.reshape(1, -1, 1))), shape)

@@ -43,12 +43,12 @@ def resolve_r(value: object, spec: ViTSpec) -> tuple[int, ...]:
     for the very first block is an error here, not silently less.
     """
     if value is None:
-        return (0,) * spec.depth
+        return (0,) * spec.num_layers
     if isinstance(value, str):
         return _from_text(value.strip(), spec)
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
         return _literal([_integer(n, value) for n in value], spec)
-    return _clamped((_integer(value, value),) * spec.depth, spec)
+    return _clamped((_integer(value, value),) * spec.num_layers, spec)
 
 
 def describe_r(r: Sequence[int]) -> str:
@@ -64,13 +64,13 @@ def describe_r(r: Sequence[int]) -> str:
 
 def _from_text(text: str, spec: ViTSpec) -> tuple[int, ...]:
     if text.lower() == "none":
-        return (0,) * spec.depth
+        return (0,) * spec.num_layers
     if "," in text:
         return _literal([_integer(part.strip(), text) for part in text.split(",")], spec)
     if ":" in text:
         r, inflection = text.split(":", 1)
-        return _clamped(_inflected(_integer(r.strip(), text), _inflection(inflection, text), spec.depth), spec)
-    return _clamped((_integer(text, text),) * spec.depth, spec)
+        return _clamped(_inflected(_integer(r.strip(), text), _inflection(inflection, text), spec.num_layers), spec)
+    return _clamped((_integer(text, text),) * spec.num_layers, spec)
 
 
 def _inflected(r: int, inflection: float, depth: int) -> tuple[int, ...]:
@@ -83,18 +83,18 @@ def _inflected(r: int, inflection: float, depth: int) -> tuple[int, ...]:
 
 
 def _literal(r: list[int], spec: ViTSpec) -> tuple[int, ...]:
-    if len(r) > spec.depth:
-        raise RecipeError(f"r has {len(r)} entries, the model has {spec.depth} blocks; give at most one per block")
-    if len(r) < spec.depth:
-        left = spec.depth - len(r)
-        _log.warning("r names %d of %d blocks; the last %d merge nothing", len(r), spec.depth, left)
-    padded = (*r, *(0,) * (spec.depth - len(r)))
+    if len(r) > spec.num_layers:
+        raise RecipeError(f"r has {len(r)} entries, the model has {spec.num_layers} blocks; give at most one per block")
+    if len(r) < spec.num_layers:
+        left = spec.num_layers - len(r)
+        _log.warning("r names %d of %d blocks; the last %d merge nothing", len(r), spec.num_layers, left)
+    padded = (*r, *(0,) * (spec.num_layers - len(r)))
     tokens_per_block(spec, padded)
     return padded
 
 
 def _clamped(wanted: tuple[int, ...], spec: ViTSpec) -> tuple[int, ...]:
-    tokens_per_block(spec, (*wanted[:1], *(0,) * (spec.depth - 1)))
+    tokens_per_block(spec, (*wanted[:1], *(0,) * (spec.num_layers - 1)))
     count, r = spec.tokens, []
     for removed in wanted:
         r.append(min(removed, largest_r(count, spec.prefix)))

@@ -20,11 +20,11 @@ def spec_of(depth: int = 12, image: int = 224, **overrides: object) -> ViTSpec:
     values = {
         "image_size": (image, image),
         "patch_size": (16, 16),
-        "width": 32,
-        "depth": depth,
-        "heads": 4,
-        "head_width": 8,
-        "mlp_width": 64,
+        "embed_dim": 32,
+        "num_layers": depth,
+        "num_heads": 4,
+        "head_dim": 8,
+        "mlp_dim": 64,
         "outputs": 10,
     }
     return ViTSpec(**{**values, **overrides})
@@ -79,13 +79,13 @@ def test_inflected_schedules(value, expected):
 
 @pytest.mark.parametrize("value", ["5:-1", "5:0.3", "5:1"])
 def test_an_inflection_needs_no_second_block(value):
-    assert resolve_r(value, spec_of(depth=1)) == (5,)
+    assert resolve_r(value, spec_of(num_layers=1)) == (5,)
 
 
 @small
 @given(r=st.integers(0, 45), inflection=st.sampled_from([-1, -0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75, 1]))
 def test_inflected_schedules_equal_the_published_formula(r, inflection):
-    deep = spec_of(depth=12, image=1024)
+    deep = spec_of(num_layers=12, image=1024)
     low = int(r * (1 - inflection))
     expected = tuple(int(low + (2 * r - 2 * low) * i / 11) for i in range(12))
     assert resolve_r(f"{r}:{inflection}", deep) == expected
@@ -107,7 +107,7 @@ def test_constants_remove_less_where_too_few_tokens_are_left():
     class_token=st.booleans(),
 )
 def test_every_resolved_schedule_fits_the_model(r, inflection, depth, registers, class_token):
-    spec = spec_of(depth=depth, registers=registers, class_token=class_token, pool="avg")
+    spec = spec_of(num_layers=depth, registers=registers, class_token=class_token, pool="avg")
     for value in (r, str(r), f"{r}:{inflection!r}"):
         low = int(r * (1 - inflection)) if ":" in str(value) and depth > 1 else r
         if low > largest_r(spec.tokens, spec.prefix):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vitfold.errors import SourceError
-from vitfold.sources import texts as module
-from vitfold.sources.texts import text_embeds
+from vitfold.sources import text_towers as module
+from vitfold.sources.text_towers import text_embeds
 
 WORDS = ("a", "photo", "of", "cat", "dog", "the", ".")
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -26,8 +26,8 @@ from vitfold.errors import VitfoldError
 from vitfold.images import ImageSet
 from vitfold.model import Model
 from vitfold.model.spec import Head
-from vitfold.pipeline.calibration import calibrate_folded, keep_float
-from vitfold.pipeline.plan import Folded, optimize
+from vitfold.pipeline.calibration import calibrate_plan, keep_float
+from vitfold.pipeline.plan import Plan, optimize
 from vitfold.pipeline.trial import SHORT, timed
 from vitfold.pipeline.writing import save
 from vitfold.recipe import Rule, quant_from_scheme
@@ -56,7 +56,7 @@ def check_decides(head: Head) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Attempt:
+class Trial:
     """One recipe by name: r per block by a rule, bits or "none", method, target, and how many sites stay float."""
 
     name: str
@@ -81,7 +81,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Trying:
+class EvalContext:
     """What all attempts share: the model, images to calibrate and to report on, and what the float model says there."""
 
     model: Model
@@ -125,7 +125,7 @@ class Trying:
         return paired_drop(self.right(self.expected), self.right(outputs))
 
 
-def plan_attempt(attempt: Attempt, trying: Trying, *, say: Say = lambda _: None) -> Folded:
+def plan_attempt(attempt: Trial, trying: EvalContext, *, say: Say = lambda _: None) -> Plan:
     """Resolve an attempt and calibrate it, where it quantizes."""
     quant = quant_from_scheme(attempt.quant)
     if quant is not None:
@@ -144,11 +144,11 @@ def plan_attempt(attempt: Attempt, trying: Trying, *, say: Say = lambda _: None)
     images = trying.calibration.sample(trying.calibration_size, seed=trying.calibration_seed)
     if attempt.float_sites:
         folded = keep_float(folded, images, attempt.float_sites)
-    return calibrate_folded(folded, images)
+    return calibrate_plan(folded, images)
 
 
 def measure_attempt(
-    attempt: Attempt, trying: Trying, folder: Path, plain: Bundle, *, say: Say = lambda _: None
+    attempt: Trial, trying: EvalContext, folder: Path, plain: Bundle, *, say: Say = lambda _: None
 ) -> dict[str, Any]:
     """Write an attempt's bundle, run it over the images, time it beside the plain float one; return its row.
 
@@ -189,7 +189,7 @@ def measure_attempt(
     }
 
 
-def failed_row(attempt: Attempt, error: VitfoldError) -> dict[str, Any]:
+def failed_row(attempt: Trial, error: VitfoldError) -> dict[str, Any]:
     """Return the row of an attempt that could not be made or run."""
     unknown = ("bundle", "macs", "size_bytes", "top1", "top1_agreement", "cosine", "sqnr_db", "drop")
     return {

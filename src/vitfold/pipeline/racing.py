@@ -16,7 +16,7 @@ from vitfold.bench.environment import installed_version
 from vitfold.bench.measurement import speed_up
 from vitfold.bench.timing import Protocol
 from vitfold.engines import PLAIN, TENSORRT, open_session, quantized_openvino_target, runs_here, tensorrt_obstacle
-from vitfold.pipeline.plan import Folded
+from vitfold.pipeline.plan import Plan
 from vitfold.pipeline.trial import SHORT, opened, timed
 from vitfold.recipe import Recipe
 from vitfold.target import find_target
@@ -42,7 +42,7 @@ class Race:
         return {"speed_up": {"median": self.median, "iqr": self.iqr}, "reason": self.reason}
 
 
-def float_plan(folded: Folded) -> Folded:
+def float_plan(folded: Plan) -> Plan:
     """Return the same plan without quantization, on the best float target of the same engine."""
     target = find_target(_FLOAT_TARGETS.get(folded.target.engine, folded.target.name))
     recipe = Recipe(merge=folded.recipe.merge)
@@ -53,7 +53,7 @@ def float_plan(folded: Folded) -> Folded:
     )
 
 
-def race(quantized: Bundle, folded: Folded, *, protocol: Protocol = SHORT) -> Race | None:
+def race(quantized: Bundle, folded: Plan, *, protocol: Protocol = SHORT) -> Race | None:
     """Time the bundle against the float graph of the same merging, interleaved; None where nothing can be timed.
 
     Simulated bundles have no time, those for TensorRT none on a machine where it does not start, and those for a
@@ -69,7 +69,7 @@ def race(quantized: Bundle, folded: Folded, *, protocol: Protocol = SHORT) -> Ra
     return Race(**ratio, reason=None if ratio["median"] > 1.0 else _reason(folded))
 
 
-def fastest(folded: Folded, *, protocol: Protocol = SHORT) -> Folded:
+def fastest(folded: Plan, *, protocol: Protocol = SHORT) -> Plan:
     """Return the plan for the engine that runs it fastest here: ONNX Runtime, or OpenVINO where it is installed.
 
     Both graphs hold the same codes; a simulated plan is returned as it is, and an engine that would compute these
@@ -87,7 +87,7 @@ def fastest(folded: Folded, *, protocol: Protocol = SHORT) -> Folded:
     return plans[min(measured, key=lambda engine: float(np.median(measured[engine].trial_medians_ms)))]
 
 
-def _reason(folded: Folded) -> str:
+def _reason(folded: Plan) -> str:
     if folded.target.engine == TENSORRT:
         return "on this GPU the conversions to 8 bit cost more than the products save"
     if folded.target.quantized_product == "integer":

@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitfold.architectures.dit import blocks, condition, embed, head, minus, modulations
-from vitfold.diffusion.tokens import blended, scores
+from vitfold.diffusion.token_refresh import blended, scores
 from vitfold.model import Array, DiTModel, DiTSpec
-from vitfold.model.dit import class_rows, timestep_waves
+from vitfold.model.dit import class_rows, timestep_frequencies
 from vitfold.ops.run import Run
 
 HIDDEN = 16
@@ -31,7 +31,7 @@ _RATE = 1e-2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Predictor:
+class TokenPredictor:
     """Trained weights, tokens to renew per block, and the loss before and after training."""
 
     params: Mapping[str, Array]
@@ -59,7 +59,7 @@ class _Trainable(Run):
 
 def train_predictor(
     model: DiTModel, scheduler: Any, *, ratio: float, rounds: int = 6, seed: int = 0, say: Callable[[str], None]
-) -> Predictor:
+) -> TokenPredictor:
     """Train on steps that are one to three after the one that is kept, and share a budget of tokens among blocks.
 
     Equation: |x_L - x_L'|^2 / |x_L'' - x_L'|^2 + 0.05 mean a, x_L' of the whole step, x_L'' all from what is kept.
@@ -84,7 +84,7 @@ def train_predictor(
         losses.append(total)
     with torch.no_grad():
         found = torch.stack([_all_scores(ops, model.spec, pair) for pair in pairs])
-    return Predictor(
+    return TokenPredictor(
         params={name: value.detach().numpy() for name, value in learned.items()},
         counts=share_budget(found.mean(0).numpy(), ratio),
         losses=(losses[0], losses[-1]),
@@ -107,9 +107,9 @@ def share_budget(ranked: Float[np.ndarray, "L N"], ratio: float) -> tuple[int, .
 def predictor_shapes(spec: DiTSpec) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of a predictor's weights."""
     found: dict[str, tuple[int, ...]] = {}
-    for block in range(spec.depth):
+    for block in range(spec.num_layers):
         site = f"blocks.{block}.predictor"
-        found |= {f"{site}.fc1.weight": (HIDDEN, spec.width), f"{site}.fc1.bias": (HIDDEN,)}
+        found |= {f"{site}.fc1.weight": (HIDDEN, spec.embed_dim), f"{site}.fc1.bias": (HIDDEN,)}
         found |= {f"{site}.fc2.weight": (1, HIDDEN), f"{site}.fc2.bias": (1,)}
     return found
 
@@ -119,7 +119,7 @@ def _initial(spec: DiTSpec, generator: torch.Generator) -> dict[str, Tensor]:
     found = {name: torch.zeros(shape) for name, shape in predictor_shapes(spec).items()}
     for name, value in found.items():
         if name.endswith("fc1.weight"):
-            value.copy_(torch.randn(value.shape, generator=generator) / spec.width**0.5)
+            value.copy_(torch.randn(value.shape, generator=generator) / spec.embed_dim**0.5)
         elif name.endswith("fc2.bias"):
             value.fill_(1.0)
     return found
@@ -128,7 +128,7 @@ def _initial(spec: DiTSpec, generator: torch.Generator) -> dict[str, Tensor]:
 def _loss(ops: Run, spec: DiTSpec, pair: _Pair) -> Tensor:
     x, held, total = pair.x, pair.x, torch.zeros(())
     for block, kept in enumerate(pair.kept):
-        total = total + scores(ops, spec, block, x, pair.given).mean() / spec.depth
+        total = total + scores(ops, spec, block, x, pair.given).mean() / spec.num_layers
         x = x + blended(ops, spec, block, x, pair.given, kept)
         held = held + kept
     scale = (held - pair.last).square().mean() + 1e-12
@@ -156,7 +156,7 @@ def _pairs(model: DiTModel, scheduler: Any, generator: torch.Generator) -> list[
     found: list[_Pair] = []
     held: list[tuple[Tensor, ...]] = []
     for step, t in enumerate(timesteps):
-        waves = torch.from_numpy(timestep_waves(spec, np.full(ROWS, int(t))))
+        waves = torch.from_numpy(timestep_frequencies(spec, np.full(ROWS, int(t))))
         with torch.no_grad():
             given = modulations(run, spec, condition(run, spec, waves, rows))
             entering = embed(run, scheduler.scale_model_input(x, t).float())
@@ -173,7 +173,7 @@ def _pairs(model: DiTModel, scheduler: Any, generator: torch.Generator) -> list[
 def _follow(run: Run, spec: DiTSpec, x: Tensor, given: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
     """What every block adds, and what leaves the last one."""
     added = []
-    for block in range(spec.depth):
+    for block in range(spec.num_layers):
         y = blocks(run, spec, x, given, range(block, block + 1))
         added.append(minus(run, y, x))
         x = y
