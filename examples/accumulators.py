@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.artifacts.bundle import QUANTIZERS, open_bundle
 from vitfold.bench.environment import environment
 from vitfold.bench.reference import reference_from_origin
@@ -64,7 +64,7 @@ def main() -> None:
     images = find_images(folder).first(IMAGES)
     with torch.inference_mode():
         for group in batches(images, model.preprocess, batch=8):
-            vit(ops, done.folded.spec, manifest.recipe.merge, torch.from_numpy(np.asarray(group.pixel_values)))
+            forward(ops, done.folded.spec, manifest.recipe.merge, torch.from_numpy(np.asarray(group.pixel_values)))
     rows = [
         {"layer": layer, "share_beyond_fp16": beyond / total, "largest": largest}
         for layer, (beyond, total, largest) in ops.seen.items()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import vitfold
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.images import batches
 from vitfold.ops.run import Run
 
@@ -143,7 +143,7 @@ def prototypes(folder: Path, images: Path) -> np.ndarray:
     ops, merge = Run(model.params), vitfold.MergeRecipe(r=())
     for group in batches(found, model.preprocess, batch=32):
         with torch.inference_mode():
-            embeds = vit(ops, model.spec, merge, torch.from_numpy(group.pixel_values))
+            embeds = forward(ops, model.spec, merge, torch.from_numpy(group.pixel_values))
         index = torch.tensor([found.class_index[i] for i in group.index])
         total.index_add_(0, index, torch.nn.functional.normalize(embeds, dim=-1))
     return torch.nn.functional.normalize(total, dim=-1).numpy()

@@ -104,13 +104,13 @@ def run_torch() -> Callable[..., Array]:
     """The reference: `run_torch(model, images, r, prop_attn)` executes the program with `Run`."""
     import torch
 
-    from vitfold.architectures.vit import vit
+    from vitfold.architectures.programs import forward
     from vitfold.ops.run import Run
 
     def run(model: Model, images: Array, r: Sequence[int] = (), *, prop_attn: bool = True) -> Array:
         recipe = MergeRecipe(r=tuple(r), prop_attn=prop_attn)
         with torch.inference_mode():
-            return vit(Run(model.params), model.spec, recipe, torch.from_numpy(images)).numpy()
+            return forward(Run(model.params), model.spec, recipe, torch.from_numpy(images)).numpy()
 
     return run
 

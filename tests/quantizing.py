@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from onnxruntime import InferenceSession
 
-from vitfold.architectures.sinks import PREFIX_ROWS, SINK_ROWS
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward, shapes_of
+from vitfold.architectures.vit import transformer_block
 from vitfold.engines.exactness import find_execution
 from vitfold.engines.onnxruntime import session_options
 from vitfold.engines.session import PLAIN
-from vitfold.model import Array, Model
+from vitfold.model import Array, Model, ViTSpec
 from vitfold.ops.emit import INPUT_NAME
+from vitfold.ops.protocol import Port
 from vitfold.ops.run import Run
 from vitfold.products import Product, products_of
+from vitfold.program import replay, trace
 from vitfold.quantizer import Quantizer, Twin, Uniform
 from vitfold.recipe import MergeRecipe
 from vitfold.target import Target
+from vitfold.transforms.merging import Layout, merged, stream_name
+from vitfold.transforms.sinks import PREFIX_ROWS, SINK_ROWS
 
 
 class Ranges(Run):
@@ -115,7 +120,7 @@ def quantized(
     """Return the model with its weights on their grids, and a quantizer for every site."""
     ranges = Ranges(model)
     with torch.inference_mode():
-        vit(ranges, model.spec, MergeRecipe(r=tuple(r)), torch.from_numpy(images))
+        forward(ranges, model.spec, MergeRecipe(r=tuple(r)), torch.from_numpy(images))
     quantizers: dict[str, Quantizer] = {}
     params = dict(model.params)
     for site, x in ranges.seen.items():
@@ -134,3 +139,19 @@ def quantized(
         elif attention:
             quantizers[site] = affine(x) if attention_zero_points else symmetric(x)
     return replace(model, params=params), quantizers
+
+
+def blocks_alone(spec: ViTSpec, r: tuple[int, ...]) -> Callable[[Any, Any], Any]:
+    """The first `len(r)` blocks on embedded patches, without prefix and positions, block l merging r[l] tokens."""
+    plain = replace(spec, class_token=False, dist_token=False, registers=0, pool="avg")
+
+    def written(ops: Any, image: Any) -> Any:
+        x = ops.patch_embed("patch_embed", image)
+        for block in range(len(r)):
+            x = transformer_block(ops, plain, block, x)
+        return x
+
+    inputs = (Port(name="pixel_values", shape=(spec.channels, *spec.image_size)),)
+    program = trace(written, shapes_of(plain), inputs=inputs, outputs=("y",))
+    program = merged(program, shapes_of(plain), MergeRecipe(r=r), Layout(prefix=0, grid=spec.grid), sources=True)
+    return lambda ops, image: replay(program, ops, image, only=(stream_name(len(r), "x"),))[0]

@@ -28,8 +28,27 @@ else:
 
 
 Order = Literal["index", "score"]
-Rule = Literal["tome", "tofu", "pitome", "evit"]
 Format = Literal["integer", "float8"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRule:
+    """What a merging rule asks of a model and promises: whether it needs a class token, and whether it conserves.
+
+    A rule conserves if the sizes of the rows that it leaves sum up to the number of original tokens.
+    """
+
+    class_token: bool = False
+    conserves: bool = True
+
+
+RULES: Mapping[str, MergeRule] = {
+    "tome": MergeRule(),
+    "tofu": MergeRule(conserves=False),
+    "pitome": MergeRule(),
+    "evit": MergeRule(class_token=True),
+}
+"""Merging rules by name; `transforms.rules` has the function of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +67,12 @@ class MergeRecipe:
     r: tuple[int, ...]
     prop_attn: bool = True
     order: Order | None = None
-    rule: Rule = "tome"
+    rule: str = "tome"
 
     def __post_init__(self) -> None:
         _check_r(self.r, name="merge.r")
-        if self.rule not in get_args(Rule):
-            raise RecipeError(f"merge.rule is {', '.join(get_args(Rule))}, found {self.rule!r}")
+        if self.rule not in RULES:
+            raise RecipeError(f"merge.rule is {', '.join(RULES)}, found {self.rule!r}")
         if self.order not in (None, *get_args(Order)):
             raise RecipeError(f"merge.order is index or score, found {self.order!r}")
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import numpy as np
 import pytest
 import torch
 
 from oracles import rules as oracle
-from vitfold.architectures.rules import RULES, Reduction, reduce_tokens
-from vitfold.architectures.tokens import Tokens
-from vitfold.architectures.vit import vit
+from vitfold import recipe
+from vitfold.architectures.programs import forward
 from vitfold.ops.run import Run
-from vitfold.recipe import MergeRecipe, Rule
+from vitfold.recipe import MergeRecipe
+from vitfold.transforms.rules import RULES, Reduction, reduce_tokens
+from vitfold.transforms.tokens import Tokens
 
 HEADS, HEAD_WIDTH, WIDTH, COUNT = 3, 8, 6, 14
 
@@ -43,7 +42,7 @@ def assert_reduced(found: Tokens, image: int, expected: oracle.Reduced) -> None:
     assert [set(np.flatnonzero(row)) for row in found.source[image].numpy()] == members
 
 
-@pytest.mark.parametrize("rule", get_args(Rule))
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("prefix", [1, 3])
 @pytest.mark.parametrize("r", [1, 3, 5])
 @pytest.mark.parametrize("depth_ratio", [0.0, 0.75])
@@ -104,7 +103,7 @@ def test_pruning_leaves_the_mean_over_patches_a_mean(tiny_model):
     image = torch.full((1, 3, 32, 32), 0.3)
     with torch.inference_mode():
         plain, pruned = (
-            vit(Run(model.params), model.spec, MergeRecipe(r=r, rule="tofu"), image) for r in ((), (3, 2, 2, 1))
+            forward(Run(model.params), model.spec, MergeRecipe(r=r, rule="tofu"), image) for r in ((), (3, 2, 2, 1))
         )
     torch.testing.assert_close(pruned, plain, rtol=1e-4, atol=1e-5)
 
@@ -112,6 +111,6 @@ def test_pruning_leaves_the_mean_over_patches_a_mean(tiny_model):
 def test_an_unknown_rule_is_refused(without_type_checks):
     from vitfold.errors import RecipeError
 
-    assert set(RULES) == set(get_args(Rule))
+    assert set(RULES) == set(recipe.RULES)
     with pytest.raises(RecipeError, match=r"merge\.rule is tome, tofu, pitome, evit"):
         MergeRecipe(r=(1,), rule="dynamic")  # type: ignore[arg-type]

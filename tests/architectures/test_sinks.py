@@ -11,13 +11,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sinking import with_sinks
-from vitfold.architectures.sinks import delete_sinks, move_neurons, neighbour_weights
-from vitfold.architectures.tokens import Tokens
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.errors import RecipeError, SourceError
 from vitfold.model import Sinks, ViTSpec, spec_to_dict, vit_spec_from_dict
 from vitfold.ops.run import Run
 from vitfold.recipe import MergeRecipe, tokens_per_block
+from vitfold.transforms.sinks import delete_largest, move_neurons, neighbour_weights
+from vitfold.transforms.tokens import Tokens
 
 MERGES = [(), (3, 2, 1)]
 POOLS = {
@@ -70,29 +70,22 @@ def test_attention_with_a_register_equals_the_slow_form(tiny_model, tau):
             values = [*v[0, head], cached[1][head]]
             expected[head, row] = sum(s * x for s, x in zip(scores, values, strict=True)) / sum(scores)
 
-    from vitfold.architectures.sinks import attend_registers
+    from vitfold.transforms.sinks import attend_registers
 
     ops = Run(model.params)
-    operands = attend_registers(ops, model.spec, 0, torch.from_numpy(k), torch.from_numpy(v), None, count=5)
+    operands = attend_registers(ops, model.spec.sinks, 0, torch.from_numpy(k), torch.from_numpy(v), None, count=5)
     found = ops.attention("blocks.0.attn", torch.from_numpy(q), *operands).numpy()
     assert np.abs(found[0] - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("order", ["index", "score"])
 @pytest.mark.parametrize("prefix", [0, 1, 3])
-def test_the_largest_patches_go_and_no_prefix_token(tiny_model, order, prefix):
-    spec = replace(
-        tiny_model().spec,
-        class_token=prefix > 0,
-        registers=max(prefix - 1, 0),
-        pool="avg",
-        sinks=Sinks(deletions=2),
-    )
+def test_the_largest_patches_go_and_no_prefix_token(order, prefix):
     x = torch.randn(2, prefix + 16, 32)
     x[:, :prefix] *= 100.0
     x[0, prefix + 5], x[0, prefix + 9], x[1, prefix], x[1, prefix + 15] = -50.0, 40.0, 30.0, -60.0
     tokens = Tokens(x=x, count=prefix + 16, prefix=prefix, size=torch.arange(1.0, prefix + 17).expand(2, -1)[..., None])
-    found = delete_sinks(Run({}), spec, 0, tokens, order=order, trace=True)
+    found = delete_largest(Run({}), tokens, 2, order=order, trace=True)
     assert found.count == prefix + 14
     for image, gone in enumerate(({5, 9}, {0, 15})):
         kept = [row for row in range(prefix + 16) if row - prefix not in gone]
@@ -102,7 +95,6 @@ def test_the_largest_patches_go_and_no_prefix_token(tiny_model, order, prefix):
         assert torch.equal(found.x[image], x[image, kept])
         assert torch.equal(found.size[image, :, 0], tokens.size[image, kept, 0])
         assert torch.equal(found.source[image].argmax(1), torch.tensor(kept))
-    assert delete_sinks(Run({}), spec, 1, tokens, order=order, trace=True) is tokens
 
 
 @pytest.mark.parametrize("r", MERGES)
@@ -110,17 +102,18 @@ def test_deleted_places_of_a_dense_output_get_the_mean_of_their_neighbours(tiny_
     model = with_sinks(tiny_model(num_layers=3, **POOLS["dense"]), block=1, deletions=4)
     seen = []
     with torch.inference_mode():
-        found = vit(
+        found = forward(
             Run(model.params),
             model.spec,
             MergeRecipe(r=r),
             torch.from_numpy(random_images(model.spec, 2)),
+            sources=True,
             observe=lambda _, tokens: seen.append(tokens),
         )
     last = seen[-1]
     params = {name: torch.from_numpy(model.params[f"norm.{name}"]) for name in ("weight", "bias")}
     rows = torch.nn.functional.layer_norm(last.x, (32,), params["weight"], params["bias"], 1e-6)
-    weights = neighbour_weights(model.spec)[0]
+    weights = neighbour_weights(model.spec.prefix, model.spec.grid)[0]
     for image in range(2):
         owner = last.source[image]
         alive = owner.sum(0) > 0
@@ -134,8 +127,8 @@ def test_deleted_places_of_a_dense_output_get_the_mean_of_their_neighbours(tiny_
             assert torch.allclose(found[image, token], expected, atol=1e-5)
 
 
-def test_the_neighbours_of_a_corner_are_three_and_of_a_prefix_token_no_patch(tiny_model):
-    weights = neighbour_weights(tiny_model().spec)[0]
+def test_the_neighbours_of_a_corner_are_three_and_of_a_prefix_token_no_patch():
+    weights = neighbour_weights(1, (4, 4))[0]
     assert [token - 1 for token in np.flatnonzero(weights[1] == 1.0)] == [1, 4, 5]
     assert not weights[0, 1:].any()
     assert not weights[1:, 0].any()
@@ -149,7 +142,7 @@ def test_a_mean_counts_the_tokens_that_are_left(tiny_model, random_images):
     with torch.inference_mode():
         images = torch.from_numpy(random_images(model.spec, 2))
         merge = MergeRecipe(r=(3, 2, 1))
-        found = vit(Run(model.params), model.spec, merge, images, observe=lambda _, tokens: seen.append(tokens))
+        found = forward(Run(model.params), model.spec, merge, images, observe=lambda _, tokens: seen.append(tokens))
     x, size = seen[-1].x[:, 1:], seen[-1].size[:, 1:]
     assert torch.allclose(found, (x * size).sum(1) / size.sum(1), atol=1e-5)
     assert torch.all(size.sum(1) < model.spec.patches)
@@ -170,10 +163,9 @@ def test_tokens_apart_change_nothing_in_float(tiny_model, random_images, run_tor
     assert np.abs(apart - plain).max() < 1e-5 * np.abs(plain).max()
 
 
-def test_moved_neurons_leave_their_maximum_in_the_last_register(tiny_model):
-    model = with_sinks(tiny_model(registers=2), neurons=((0, 3), (0, 7), (1, 1)))
+def test_moved_neurons_leave_their_maximum_in_the_last_register():
     hidden = torch.randn(2, 19, 48)
-    found = move_neurons(Run({}), model.spec, 0, hidden, count=19, prefix=3)
+    found = move_neurons(Run({}), (3, 7), hidden, count=19, width=48, register=2)
     expected = hidden.clone()
     expected[:, :, [3, 7]] = 0.0
     expected[:, 2, [3, 7]] = hidden[:, :, [3, 7]].amax(1)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracles import tome
-from vitfold.architectures.tokens import Match, Tokens, log_size, match, merge, unmerge, weighted_mean
 from vitfold.ops.run import Run
 from vitfold.recipe import largest_r
+from vitfold.transforms.tokens import Match, Tokens, log_size, match, merge, unmerge, weighted_mean
 
 WIDTH, METRIC_WIDTH = 6, 8
 PREFIXES = (0, 1, 2, 5)

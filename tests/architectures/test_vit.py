@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from oracles import tome
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.errors import RecipeError
 from vitfold.ops.run import Run
 from vitfold.recipe import MergeRecipe, tokens_per_block
@@ -55,17 +55,17 @@ def test_observed_tokens_equal_the_oracle_after_every_block(tiny_model, random_i
     seen = []
     recipe = MergeRecipe(r=(4, 3, 2))
     with torch.inference_mode():
-        vit(
+        forward(
             Run(model.params),
             spec,
             recipe,
             torch.from_numpy(image),
-            trace=True,
-            observe=lambda block, tokens: seen.append((block, tokens)),
+            sources=True,
+            observe=lambda boundary, tokens: seen.append((boundary, tokens)),
         )
-    assert [block for block, _ in seen] == [0, 1, 2]
-    assert [tokens.count for _, tokens in seen] == list(tokens_per_block(spec, recipe.r)[1:])
-    for (_, tokens), rows in zip(seen, expected, strict=True):
+    assert [boundary for boundary, _ in seen] == [0, 1, 2, 3]
+    assert [tokens.count for _, tokens in seen] == list(tokens_per_block(spec, recipe.r))
+    for (_, tokens), rows in zip(seen[1:], expected, strict=True):
         assert relative_error(tokens.x[0].numpy(), rows.x) < 1e-5
         np.testing.assert_array_equal(tokens.size[0, :, 0].numpy(), rows.size)
         np.testing.assert_array_equal(tokens.source[0].numpy(), rows.source)
@@ -134,7 +134,7 @@ def test_unmerging_returns_one_row_per_original_token(tiny_model, random_images,
 def test_gradients_reach_the_image_through_a_merge(tiny_model, random_images):
     model = tiny_model()
     image = torch.from_numpy(random_images(model.spec, 1)).requires_grad_(True)
-    vit(Run(model.params), model.spec, MergeRecipe(r=(4, 4)), image).square().sum().backward()
+    forward(Run(model.params), model.spec, MergeRecipe(r=(4, 4)), image).square().sum().backward()
     assert torch.isfinite(image.grad).all()
     assert (image.grad.abs().amax((0, 1)) > 0).all(), "every pixel counts, merged or not"
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.model import Model
 from vitfold.ops.emit import emit_graph, write_onnx
 from vitfold.quant.sites import find_sites
@@ -68,7 +68,9 @@ def written(tmp_path: Path):
         target = TARGETS[target] if isinstance(target, str) else target
         recipe = MergeRecipe(r=r, order="index" if target.keeps_order else "score")
         path = tmp_path / f"{name}.onnx"
-        write_onnx(emit_graph(lambda ops, image: vit(ops, model.spec, recipe, image), model, target, quantizers), path)
+        write_onnx(
+            emit_graph(lambda ops, image: forward(ops, model.spec, recipe, image), model, target, quantizers), path
+        )
         return path
 
     return write

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.model import ViTSpec, param_shapes
 from vitfold.ops.count import Count, integer_work
 from vitfold.ops.run import Run
@@ -39,7 +39,7 @@ BASE_384 = vit_spec(768, 12, 12, 384)
 def count_of(spec: ViTSpec, r: tuple[int, ...] = ()) -> Count:
     required, optional = param_shapes(spec)
     count = Count({**required, **optional})
-    vit(count, spec, MergeRecipe(r=r), (1, spec.channels, *spec.image_size))
+    forward(count, spec, MergeRecipe(r=r), (1, spec.channels, *spec.image_size))
     return count
 
 
@@ -154,14 +154,14 @@ def test_every_shape_agrees_with_execution(tiny_model, random_images, overrides,
     both = Both(Run(model.params), Count({name: array.shape for name, array in model.params.items()}))
     lengths: list[int] = []
     with torch.inference_mode():
-        vit(
+        forward(
             both,
             spec,
             MergeRecipe(r=r),
             (image, tuple(image.shape)),
             observe=lambda _, tokens: lengths.append(tokens.x[1][1]),
         )
-    assert tuple(lengths) == tokens_per_block(spec, r)[1:]
+    assert tuple(lengths) == tokens_per_block(spec, r)
     assert both.compared >= 30
 
 
@@ -219,7 +219,7 @@ def quantizers_of(spec: ViTSpec, *, attention: bool, twin: bool = False) -> dict
 def quantized_count(quantizers: dict[str, Quantizer], *, dequantize_first: bool) -> Count:
     required, optional = param_shapes(BASE)
     count = Count({**required, **optional}, quantizers, dequantize_first=dequantize_first)
-    vit(count, BASE, MergeRecipe(r=()), (1, 3, 224, 224))
+    forward(count, BASE, MergeRecipe(r=()), (1, 3, 224, 224))
     return count
 
 

@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 import torch
 
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.model import Array, Model, param_shapes
 from vitfold.ops.count import Count
 from vitfold.ops.emit import INPUT_NAME, MICROSOFT, SITE_KEY, emit_graph, write_onnx
@@ -71,7 +71,7 @@ LOWERINGS = {
 
 def program(model: Model, r: tuple[int, ...], *, prop_attn: bool = True) -> Callable[..., Any]:
     recipe = MergeRecipe(r=r, prop_attn=prop_attn)
-    return lambda ops, image: vit(ops, model.spec, recipe, image)
+    return lambda ops, image: forward(ops, model.spec, recipe, image)
 
 
 def written(model: Model, target: Target, r: tuple[int, ...], folder: Path, *, prop_attn: bool = True) -> Path:
@@ -142,12 +142,13 @@ def test_every_rule_equals_run(tiny_model, random_images, tmp_path, target, feat
     model = tiny_model(**FEATURES[feature])
     recipe = MergeRecipe(r=(4, 3), rule=rule, order=order)
     write_onnx(
-        emit_graph(lambda ops, image: vit(ops, model.spec, recipe, image), model, TARGETS[target]), tmp_path / "m.onnx"
+        emit_graph(lambda ops, image: forward(ops, model.spec, recipe, image), model, TARGETS[target]),
+        tmp_path / "m.onnx",
     )
     images = random_images(model.spec, 3)
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     with torch.inference_mode():
-        expected = vit(Run(model.params), model.spec, recipe, torch.from_numpy(images)).numpy()
+        expected = forward(Run(model.params), model.spec, recipe, torch.from_numpy(images)).numpy()
     np.testing.assert_allclose(session.run(None, {INPUT_NAME: images})[0], expected, rtol=2e-4, atol=2e-5)
 
 

@@ -16,9 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from quantizing import Ranges, affine, per_channel, products_in, quantized, run_exactly, single, symmetric, twin_sign
-from vitfold.architectures.tokens import Tokens
-from vitfold.architectures.vit import transformer_block, vit
+from quantizing import (
+    Ranges,
+    affine,
+    blocks_alone,
+    per_channel,
+    products_in,
+    quantized,
+    run_exactly,
+    single,
+    symmetric,
+    twin_sign,
+)
+from vitfold.architectures.programs import forward
 from vitfold.engines.exactness import exact_execution, find_execution
 from vitfold.engines.onnxruntime import session_options
 from vitfold.engines.session import WIDE
@@ -93,14 +103,7 @@ def errors_of_rows(found: Array, expected: Array) -> Array:
 
 def one_block(model: Model, r: int = 0) -> Any:
     """One transformer block on embedded patches: (B, N, D)."""
-    spec = model.spec
-
-    def program(ops: Any, image: Any) -> Any:
-        x = ops.patch_embed("patch_embed", image)
-        tokens = Tokens(x=x, count=spec.patches, prefix=0)
-        return transformer_block(ops, spec, 0, tokens, r=r, recipe=MergeRecipe(r=()), trace=False).x
-
-    return program
+    return blocks_alone(model.spec, (r,))
 
 
 @pytest.mark.parametrize("twin", [False, True], ids=["uniform", "twin"])
@@ -123,7 +126,7 @@ def test_a_block_equals_its_simulation(tiny_model, random_images, tmp_path, name
 
 
 def whole(model: Model, r: tuple[int, ...]) -> Any:
-    return lambda ops, image: vit(ops, model.spec, MergeRecipe(r=r), image)
+    return lambda ops, image: forward(ops, model.spec, MergeRecipe(r=r), image)
 
 
 @pytest.mark.parametrize("feature", [{}, {"pool": "map", "map_heads": 2, "map_mlp_width": 24}, {"mlp": "swiglu"}])

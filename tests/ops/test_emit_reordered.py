@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -15,15 +14,12 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from oracles import reordered as oracle
-from quantizing import quantized, symmetric
-from vitfold.architectures.tokens import Tokens
-from vitfold.architectures.vit import transformer_block
+from quantizing import blocks_alone, quantized, symmetric
 from vitfold.errors import TargetError
 from vitfold.model import Array, Model
 from vitfold.ops.emit import INPUT_NAME, SITE_KEY, emit_graph, write_onnx
 from vitfold.ops.emit.reordered import dyadic
 from vitfold.quantizer import Quantizer
-from vitfold.recipe import MergeRecipe
 from vitfold.target import TARGETS
 
 INTEGER = TARGETS["integer"]
@@ -31,15 +27,7 @@ INTEGER = TARGETS["integer"]
 
 def block_graph(model: Model, quantizers: dict[str, Quantizer], path: Path, r: int = 0) -> onnx.ModelProto:
     """Two blocks of which the first merges, so that the second has a log-size bias; all tensors are outputs."""
-    spec = model.spec
-
-    def program(ops: Any, image: Any) -> Any:
-        tokens = Tokens(x=ops.patch_embed("patch_embed", image), count=spec.patches, prefix=0)
-        for block, merged in enumerate((r, 0)):
-            tokens = transformer_block(ops, spec, block, tokens, r=merged, recipe=MergeRecipe(r=()), trace=False)
-        return tokens.x
-
-    write_onnx(emit_graph(program, model, INTEGER, quantizers), path)
+    write_onnx(emit_graph(blocks_alone(model.spec, (r, 0)), model, INTEGER, quantizers), path)
     return onnx.load(str(path))
 
 

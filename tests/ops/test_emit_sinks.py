@@ -19,7 +19,7 @@ from test_emit_quantized import (
 
 from quantizing import single
 from sinking import REMEDIES, with_sinks
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.ops.count import Count
 from vitfold.ops.emit import INPUT_NAME, emit_graph, write_onnx
 from vitfold.ops.run import Run
@@ -32,7 +32,7 @@ MERGES = [(), (3, 2)]
 
 
 def program_of(model, r):
-    return lambda ops, image: vit(ops, model.spec, MergeRecipe(r=r), image)
+    return lambda ops, image: forward(ops, model.spec, MergeRecipe(r=r), image)
 
 
 @pytest.mark.parametrize("r", MERGES)
@@ -70,7 +70,7 @@ def test_a_row_costs_one_key_per_query_and_a_deletion_saves_a_token(tiny_model):
     def macs(model):
         shapes = {name: array.shape for name, array in model.params.items()}
         count = Count(shapes)
-        vit(count, model.spec, MergeRecipe(r=()), (1, 3, 32, 32))
+        forward(count, model.spec, MergeRecipe(r=()), (1, 3, 32, 32))
         return {cost.site: cost.macs for cost in count.costs if cost.macs}
 
     plain = macs(tiny_model())

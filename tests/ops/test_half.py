@@ -10,7 +10,7 @@ import torch
 
 from quantizing import quantized
 from vitfold import pipeline
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.errors import EngineError, TargetError
 from vitfold.ops.half import LARGEST, Half
 from vitfold.ops.run import Run
@@ -20,7 +20,7 @@ from vitfold.recipe import MergeRecipe
 
 def outputs(ops, model, images, r=()):
     with torch.inference_mode():
-        return vit(ops, model.spec, MergeRecipe(r=r), torch.from_numpy(images)).numpy()
+        return forward(ops, model.spec, MergeRecipe(r=r), torch.from_numpy(images)).numpy()
 
 
 @pytest.mark.parametrize("feature", [{}, {"mlp": "swiglu"}, {"pool": "map", "map_heads": 2, "map_mlp_width": 24}])

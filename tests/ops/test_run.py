@@ -7,10 +7,10 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from vitfold.architectures.tokens import log_size
 from vitfold.images import Batch
 from vitfold.ops.protocol import Ops
 from vitfold.ops.run import Run
+from vitfold.transforms.tokens import log_size
 
 
 def ops() -> Run:

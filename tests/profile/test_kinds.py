@@ -67,12 +67,12 @@ def test_a_nameless_node_counts_to_the_one_behind_it() -> None:
 
 
 def test_every_counted_product_has_a_kind(tiny_model) -> None:
-    from vitfold.architectures.vit import vit
+    from vitfold.architectures.programs import forward
     from vitfold.recipe import MergeRecipe
 
     model = tiny_model(pool="token")
     count = Count({name: array.shape for name, array in model.params.items()})
-    vit(count, model.spec, MergeRecipe(r=(3, 3)), (1, 3, 32, 32))
+    forward(count, model.spec, MergeRecipe(r=(3, 3)), (1, 3, 32, 32))
     for cost in count.costs:
         if cost.macs and ".merge" not in cost.site:
             assert kind_of(cost.site, "") == ("linear" if cost.kind == "linear" else "attention"), cost.site

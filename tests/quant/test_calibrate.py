@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from quantizing import run_exactly, single
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.artifacts.cache import cache_folder
 from vitfold.errors import CalibrationError, RecipeError
 from vitfold.images import ImageSet, batches, find_images
@@ -56,7 +56,7 @@ def others(tmp_path_factory, tiny_model) -> Array:
 
 def outputs(ops: Any, model: Model, pixels: Array, merge: MergeRecipe = MERGE) -> Array:
     with torch.inference_mode():
-        return np.asarray(vit(ops, model.spec, merge, torch.from_numpy(pixels)))
+        return np.asarray(forward(ops, model.spec, merge, torch.from_numpy(pixels)))
 
 
 def sqnr_db(model: Model, done: Calibrated, pixels: Array, merge: MergeRecipe = MERGE) -> float:
@@ -143,7 +143,7 @@ EXECUTED = [name for name in TARGETS if name not in ("simulation", "tensorrt-fp1
 
 def executed(done: Calibrated, name: str, pixels: Array, folder: Path, merge: MergeRecipe = MERGE) -> Array:
     def program(ops: Any, image: Any) -> Any:
-        return vit(ops, done.model.spec, merge, image)
+        return forward(ops, done.model.spec, merge, image)
 
     write_onnx(emit_graph(program, done.model, single(TARGETS[name]), done.quantizers), folder / "model.onnx")
     return run_exactly(folder / "model.onnx", TARGETS[name], done.quantizers, pixels)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.artifacts.cache import cache_folder
 from vitfold.errors import CalibrationError
 from vitfold.images import ImageSet, batches, find_images
@@ -41,7 +41,7 @@ class Streams:
         ops = Record(model.params, lambda site, value: seen.setdefault(site, []).append(value))
         with torch.inference_mode():
             for group in batches(images, model.preprocess, batch=batch):
-                vit(ops, model.spec, merge, torch.from_numpy(group.pixel_values))
+                forward(ops, model.spec, merge, torch.from_numpy(group.pixel_values))
         self.seen = seen
 
     def rows(self, site: str) -> list[torch.Tensor]:
@@ -137,7 +137,7 @@ def test_gradients_stand_at_their_rows(tiny_model, photos, features):
     seen: dict[str, torch.Tensor] = {}
     ops = Record(model.params, seen.__setitem__)
     with torch.enable_grad():
-        output = vit(ops, model.spec, merge, torch.from_numpy(group.pixel_values).requires_grad_())
+        output = forward(ops, model.spec, merge, torch.from_numpy(group.pixel_values).requires_grad_())
         if model.spec.output != "logits":
             output = output / output.norm(dim=-1, keepdim=True)
         signs = torch.randint(0, 2, output.shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
@@ -182,13 +182,13 @@ def runs(monkeypatch) -> list[int]:
     from vitfold.quant import collect as module
 
     counted: list[int] = []
-    original = module.vit
+    original = module.forward
 
     def counting(*args, **kwargs):
         counted.append(1)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(module, "vit", counting)
+    monkeypatch.setattr(module, "forward", counting)
     return counted
 
 

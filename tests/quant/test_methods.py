@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.errors import RecipeError
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate, fake_quantize
@@ -84,11 +84,13 @@ def test_folds_beat_minmax_where_layer_norms_have_outlier_channels(tiny_model, p
     merge = MergeRecipe(r=())
     found = {}
     with torch.inference_mode():
-        exact = vit(Run(model.params), model.spec, merge, pixels)
+        exact = forward(Run(model.params), model.spec, merge, pixels)
         for name in ("minmax", "repq", "smooth", "vitfold"):
             quant = QuantRecipe(weights=6, activations=6, method=name, attention=False)
             done = calibrate(model, merge, quant, photos, scheme=QuantConstraints(uniform_only=False))
-            found[name] = sqnr_db(exact, vit(Simulate(done.model.params, done.quantizers), model.spec, merge, pixels))
+            found[name] = sqnr_db(
+                exact, forward(Simulate(done.model.params, done.quantizers), model.spec, merge, pixels)
+            )
     for name in ("repq", "smooth", "vitfold"):
         assert found[name] > found["minmax"] + 3, found
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from quantizing import affine, per_channel, single
-from vitfold.architectures.tokens import Tokens
-from vitfold.architectures.vit import mlp, vit
+from vitfold.architectures.programs import forward
+from vitfold.architectures.vit import mlp
 from vitfold.ops.emit import INPUT_NAME, emit_graph, write_onnx
 from vitfold.ops.simulate import Simulate
 from vitfold.quant import METHODS
@@ -158,7 +158,7 @@ def test_the_shift_of_gelu_goes_into_the_bias_of_fc2_where_zero_points_cannot(ti
 
     def program(ops: Any, image: Any) -> Any:
         x = ops.patch_embed("patch_embed", image)
-        return mlp(ops, model.spec, 0, Tokens(x=x, count=model.spec.patches, prefix=0), x)
+        return mlp(ops, model.spec, 0, x)
 
     inputs = np.array([-0.17, 2.5], np.float32)
     weights = {f"blocks.0.mlp.{n}.w": per_channel(model.params[f"blocks.0.mlp.{n}.weight"]) for n in ("fc1", "fc2")}
@@ -200,6 +200,6 @@ def test_zero_points_behind_layer_norms_fold_away(tiny_model, random_images, r):
     images = torch.from_numpy(random_images(model.spec, 3))
     merge = MergeRecipe(r=r)
     with torch.inference_mode():
-        expected = vit(Simulate(model.params, quantizers), model.spec, merge, images)
-        found = vit(Simulate(folded.params, centered), folded.spec, merge, images)
+        expected = forward(Simulate(model.params, quantizers), model.spec, merge, images)
+        found = forward(Simulate(folded.params, centered), folded.spec, merge, images)
     assert relative_error(found.numpy(), expected.numpy()) < 2e-3, "but for codes that round the other way"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantizing import affine
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.images import ImageSet, batches
 from vitfold.ops.simulate import Simulate, fake_quantize
 from vitfold.quant import METHODS
@@ -128,13 +128,13 @@ def test_moments_are_those_of_the_stream_and_biases_take_the_mean_error(tiny_mod
     seen: dict[str, list[torch.Tensor]] = {}
 
     class Inputs(Simulate):
-        def linear(self, layer, x):
+        def linear(self, layer, x, rows=""):
             seen.setdefault(layer, []).append(x.reshape(-1, x.shape[-1]))
             return super().linear(layer, x)
 
     with torch.inference_mode():
         for group in batches(photos, model.preprocess, batch=6):
-            vit(Inputs(model.params, {}), model.spec, merge, torch.from_numpy(group.pixel_values))
+            forward(Inputs(model.params, {}), model.spec, merge, torch.from_numpy(group.pixel_values))
     rows = {layer: torch.cat(parts) for layer, parts in seen.items()}
     quantizers = {}
     for layer, x in rows.items():

@@ -24,7 +24,7 @@ from onnx import numpy_helper
 from diffusing import build_tiny_dit
 from quantizing import affine, per_channel, symmetric
 from sinking import with_sinks
-from vitfold.architectures.deployed import deployed_program
+from vitfold.architectures.programs import deployed_program
 from vitfold.diffusion.parts import parts
 from vitfold.model import Array, Model
 from vitfold.model.folds import fold_layer_scale

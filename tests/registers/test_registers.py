@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vitfold import pipeline
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.errors import RecipeError
 from vitfold.images import batches
 from vitfold.ops.record import Record
@@ -32,7 +32,7 @@ def seen_on(model, images, names):
     ops = Record(model.params, lambda name, x: found.setdefault(name, []).append(x.clone()) if name in names else None)
     with torch.inference_mode():
         for group in batches(images, model.preprocess, batch=4):
-            vit(ops, model.spec, NONE, torch.from_numpy(group.pixel_values))
+            forward(ops, model.spec, NONE, torch.from_numpy(group.pixel_values))
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
@@ -62,8 +62,8 @@ def test_norms_are_those_of_the_tokens(planted, pictures):
     with torch.inference_mode():
         for group in batches(pictures, model.preprocess, batch=12):
             pixels = torch.from_numpy(group.pixel_values)
-            vit(Run(model.params), model.spec, NONE, pixels, observe=lambda _, tokens: seen.append(tokens.x))
-    norms = torch.stack(seen, 1).abs().amax(-1)
+            forward(Run(model.params), model.spec, NONE, pixels, observe=lambda _, tokens: seen.append(tokens.x))
+    norms = torch.stack(seen[1:], 1).abs().amax(-1)
     assert np.allclose(found.patches, norms[:, :, 1:], rtol=1e-3)
     assert np.allclose(found.mean_norm, norms.mean((0, 2)), rtol=1e-3)
     assert found.rarest == 3
@@ -234,7 +234,7 @@ def test_every_remedy_goes_with_methods_and_merging(tiny_model, photos, remedy, 
     found = pipeline.run_reference(done, pixels)
     with torch.inference_mode():
         sinks = fold_registers(model, recipe, photos)
-        exact = vit(Run(sinks.params), sinks.spec, done.recipe.merge, torch.from_numpy(pixels)).numpy()
+        exact = forward(Run(sinks.params), sinks.spec, done.recipe.merge, torch.from_numpy(pixels)).numpy()
     assert np.linalg.norm(found - exact) < 0.1 * np.linalg.norm(exact)
 
 

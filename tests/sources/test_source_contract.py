@@ -10,7 +10,7 @@ import pytest
 import torch
 from zoo import CONTRACT, randomize
 
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.errors import ParityError, SourceError
 from vitfold.ops.run import Run
 from vitfold.recipe import MergeRecipe
@@ -81,7 +81,7 @@ def test_every_weight_reaches_the_output(name):
 
     def run(params: Any) -> torch.Tensor:
         with torch.inference_mode():
-            return vit(Run(params), model.spec, MergeRecipe(r=()), image)
+            return forward(Run(params), model.spec, MergeRecipe(r=()), image)
 
     expected = run(model.params)
     silent = []

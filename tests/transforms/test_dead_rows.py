@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sinking import REMEDIES, with_sinks
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.ops.count import Count
 from vitfold.ops.protocol import Port
 from vitfold.ops.run import Run
@@ -54,7 +54,7 @@ def shapes_of(model):
 def program_of(model, recipe) -> Program:
     spec = model.spec
     return trace(
-        lambda ops, image: vit(ops, spec, recipe, image),
+        lambda ops, image: forward(ops, spec, recipe, image),
         shapes_of(model),
         inputs=(Port(name="pixel_values", shape=(spec.channels, *spec.image_size)),),
         outputs=(spec.output,),

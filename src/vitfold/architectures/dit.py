@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vitfold.architectures.tokens import Tokens, log_size, match, merge, unmerge
 from vitfold.model.dit import MODULATIONS, DiTSpec
 from vitfold.ops.protocol import Ops, T
+from vitfold.transforms.tokens import Tokens, log_size, match, merge, unmerge
 
 
 def dit(ops: Ops[T], spec: DiTSpec, image: T, waves: T, label: T) -> T:

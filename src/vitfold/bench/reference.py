@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import UNMERGED, forward
 from vitfold.artifacts.bundle import Bundle
 from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
 from vitfold.bench.classes import class_targets
@@ -25,7 +25,6 @@ from vitfold.errors import SourceError, VitfoldError
 from vitfold.images import ImageSet
 from vitfold.model import Model, Preprocess
 from vitfold.model.spec import Head
-from vitfold.recipe import MergeRecipe
 from vitfold.target import find_target
 
 Advance = Callable[[int], Any]
@@ -62,7 +61,7 @@ class Reference:
 
         model = self.model
         assert model is not None
-        graph = emit_graph(lambda ops, image: vit(ops, model.spec, MergeRecipe(r=()), image), model, find_target("cpu"))
+        graph = emit_graph(lambda ops, image: forward(ops, model.spec, UNMERGED, image), model, find_target("cpu"))
         write_onnx(graph, folder / "reference.onnx")
         return OnnxRuntimeSession(folder / "reference.onnx")
 

@@ -105,7 +105,7 @@ def inspect(
 
 
 def _print_program(manifest: Manifest, *, json: bool) -> None:
-    from vitfold.architectures.deployed import deployed_program
+    from vitfold.architectures.programs import deployed_program
 
     found = deployed_program(manifest.spec, manifest.recipe.merge)
     if json:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,7 +16,7 @@ from vitfold.cli import options
 from vitfold.cli.making import given_images, judged_images, load_model, require_optimize, say_busy
 from vitfold.cli.terminal import command, note, out, print_json, working
 from vitfold.errors import RecipeError, VitfoldError, nearest
-from vitfold.recipe import Rule
+from vitfold.recipe import RULES
 from vitfold.storage.ordinary import read_text
 
 if sys.version_info >= (3, 11):
@@ -202,9 +202,9 @@ def _planned(path: Path | None, given: Mapping[str, str | None]) -> dict[str, An
     for key, text in given.items():
         if text is not None:
             values[key] = [part.strip() for part in text.split(",")] if isinstance(values[key], list) else text
-    unknown = [rule for rule in values["rules"] if rule not in get_args(Rule)]
+    unknown = [rule for rule in values["rules"] if rule not in RULES]
     if unknown:
-        raise RecipeError(f"no merging rule is called {unknown[0]!r}; {nearest(unknown[0], get_args(Rule))}")
+        raise RecipeError(f"no merging rule is called {unknown[0]!r}; {nearest(unknown[0], RULES)}")
     return values
 
 

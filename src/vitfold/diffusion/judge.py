@@ -18,14 +18,14 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from vitfold.architectures.vit import head, vit
+from vitfold.architectures.programs import UNMERGED, forward
+from vitfold.architectures.vit import head
 from vitfold.bench.pictures import FRECHET_IMAGES, Moments, frechet_distance, moments, resampled_distances
 from vitfold.bench.statistics import Rise, paired_rise, resampled_places, share_interval
 from vitfold.errors import ImageError
 from vitfold.images import find_images, read_image
 from vitfold.model import Array, Model
 from vitfold.ops.run import Run
-from vitfold.recipe import MergeRecipe
 from vitfold.storage.ordinary import check_ordinary
 
 _BATCH = 32
@@ -151,7 +151,7 @@ def features(model: Model, images: list[Image.Image]) -> Float[np.ndarray, "B F"
     with torch.inference_mode():
         for start in range(0, len(images), _BATCH):
             batch = np.stack([model.preprocess(image) for image in images[start : start + _BATCH]])
-            pooled = vit(run, spec, MergeRecipe(r=()), torch.from_numpy(batch))
+            pooled = forward(run, spec, UNMERGED, torch.from_numpy(batch))
             found.append(pooled.flatten(1).numpy())
     return np.concatenate(found)
 

@@ -75,12 +75,12 @@ class SimulationSession(Session):
         """Execute without gradients."""
         import torch
 
-        from vitfold.architectures.vit import vit
+        from vitfold.architectures.programs import forward
 
         if self._ops is None or self._input is None:
             raise EngineError("nothing is bound, or the session is closed; call bind before run")
         with torch.inference_mode():
-            self._output = vit(self._ops, self._spec, self._merge, self._input)
+            self._output = forward(self._ops, self._spec, self._merge, self._input)
 
     def fetch(self) -> Float[np.ndarray, "B ..."]:
         """Copy the output."""

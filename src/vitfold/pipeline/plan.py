@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitfold.architectures.deployed import deployed_program
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import deployed_program, forward
 from vitfold.audit.limits import check_attention
 from vitfold.engines import quantized_cpu_target, quantized_openvino_target
 from vitfold.errors import ArgumentError, RecipeError, TargetError
@@ -24,12 +23,12 @@ from vitfold.program import replay
 from vitfold.quantizer import Quantizer, QuantParams
 from vitfold.recipe import (
     FLOAT,
+    RULES,
     MergeRecipe,
     Order,
     QuantRecipe,
     Recipe,
     RegistersRecipe,
-    Rule,
     check_quant,
     check_registers,
     parse_recipe,
@@ -95,7 +94,7 @@ def optimize(
     *,
     merge: Merge = None,
     quant: str | QuantRecipe | None = None,
-    rule: Rule = "tome",
+    rule: str = "tome",
     registers: str | RegistersRecipe | None = None,
     recipe: Recipe | None = None,
     target: str = "cpu",
@@ -126,8 +125,10 @@ def optimize(
         merged = MergeRecipe(r=resolve_r(merge, model.spec), rule=rule)
         recipe = Recipe(merge=merged, quant=found, registers=registers_from_name(registers))
     tokens_per_block(model.spec, recipe.merge.r)
-    if recipe.merge.rule == "evit" and not model.spec.class_token:
-        raise RecipeError("merge.rule evit asks the class token, which this model does not have; use tome or pitome")
+    if RULES[recipe.merge.rule].class_token and not model.spec.class_token:
+        raise RecipeError(
+            f"merge.rule {recipe.merge.rule} asks the class token, which this model does not have; use tome or pitome"
+        )
     if recipe.quant is None and quant is None:
         recipe = replace(recipe, quant=quant_from_scheme(find_target(target).implied_quant))
     chosen = resolve_target(target, recipe.quant)
@@ -287,7 +288,7 @@ def count_costs(
     count = Count(required | optional, quantizers, dequantize_first=dequantize_first)
     shape = (1, spec.channels, *spec.image_size)
     if every_row:
-        vit(count, spec, recipe, shape)
+        forward(count, spec, recipe, shape)
     else:
         replay(deployed_program(spec, recipe), count, shape)
     return tuple(count.costs)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.audit.canonical import BlockShape, block_kernels
 from vitfold.audit.roofline import Gpu, find_gpu, predict
 from vitfold.errors import RecipeError, TargetError
@@ -203,7 +203,7 @@ def _measurer(model: Model, pixels: list[Array], order: Order) -> Callable[[tupl
         recipe = MergeRecipe(r=r, order=order)
         with torch.inference_mode():
             rows = [
-                vit(ops, model.spec, recipe, torch.from_numpy(np.stack(pixels[start : start + _BATCH]))).flatten(1)
+                forward(ops, model.spec, recipe, torch.from_numpy(np.stack(pixels[start : start + _BATCH]))).flatten(1)
                 for start in range(0, len(pixels), _BATCH)
             ]
         return torch.cat(rows).numpy()

@@ -20,7 +20,7 @@ from vitfold.model import ViTSpec
 from vitfold.pipeline.plan import optimize
 from vitfold.pipeline.trials import CHECKED_IMAGES, EvalContext, Say, Trial, failed_row, measure_attempt
 from vitfold.pipeline.writing import save
-from vitfold.recipe import Rule, quant_from_scheme
+from vitfold.recipe import quant_from_scheme
 from vitfold.schedule import resolve_r
 from vitfold.storage.ordinary import read_text, write_whole
 
@@ -32,7 +32,7 @@ class Sweep:
     """What is tried: every schedule by every rule with every quantization and, where it quantizes, every method."""
 
     merges: tuple[str, ...]
-    rules: tuple[Rule, ...] = ("tome",)
+    rules: tuple[str, ...] = ("tome",)
     quants: tuple[str, ...] = ("none",)
     methods: tuple[str, ...] = ("vitfold",)
     target: str = "cpu"
@@ -150,7 +150,7 @@ def plain_bundle(path: Path, trying: EvalContext, *, say: Say = lambda _: None) 
     return save(optimize(trying.model), path, images=trying.images.first(CHECKED_IMAGES), overwrite=True)
 
 
-def attempt_name(merge: str, quant: str, method: str | None, rule: Rule = "tome") -> str:
+def attempt_name(merge: str, quant: str, method: str | None, rule: str = "tome") -> str:
     """Return a short name of a recipe that is also one for a file: r4-w8a8, r8~-1-pitome-w8a8-ptq4vit."""
     text = merge.strip().lower().replace(",", "_").replace(":", "~").replace(" ", "")
     parts = ["r0" if text == "none" else f"r{text}"]

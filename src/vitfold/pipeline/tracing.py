@@ -8,11 +8,11 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
-from vitfold.architectures.tokens import Tokens
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.model import Array, Model
 from vitfold.ops.run import Run
 from vitfold.recipe import MergeRecipe
+from vitfold.transforms.tokens import Tokens
 
 
 def trace_groups(
@@ -27,7 +27,9 @@ def trace_groups(
     rows: list[Array] = []
     prefix, tokens = model.spec.prefix, model.spec.tokens
 
-    def observe(_block: int, found: Tokens[torch.Tensor]) -> None:
+    def observe(boundary: int, found: Tokens[torch.Tensor]) -> None:
+        if boundary == 0:
+            return
         if found.source is None:
             held = np.broadcast_to(np.arange(tokens), (len(pixels), tokens))
         else:
@@ -35,5 +37,5 @@ def trace_groups(
         rows.append(held[:, prefix:])
 
     with torch.inference_mode():
-        vit(Run(model.params), model.spec, merge, torch.from_numpy(pixels), trace=True, observe=observe)
+        forward(Run(model.params), model.spec, merge, torch.from_numpy(pixels), sources=True, observe=observe)
     return np.stack(rows)

@@ -30,7 +30,7 @@ from vitfold.pipeline.calibration import calibrate_plan, keep_float
 from vitfold.pipeline.plan import Plan, optimize
 from vitfold.pipeline.trial import SHORT, timed
 from vitfold.pipeline.writing import save
-from vitfold.recipe import Rule, quant_from_scheme
+from vitfold.recipe import quant_from_scheme
 
 CHECKED_IMAGES = 16
 Say = Callable[[str], None]
@@ -61,7 +61,7 @@ class Trial:
 
     name: str
     r: tuple[int, ...]
-    rule: Rule = "tome"
+    rule: str = "tome"
     quant: str = "none"
     method: str | None = None
     target: str = "cpu"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.engines import TENSORRT, Session, describe_execution, open_graph
 from vitfold.errors import EngineError
 from vitfold.images import ImageSet, batches
@@ -99,7 +99,7 @@ def run_float(folded: Plan, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[np.nd
     from vitfold.ops.run import Run
 
     with torch.inference_mode():
-        output = vit(Run(folded.model.params), folded.model.spec, folded.recipe.merge, torch.from_numpy(pixels))
+        output = forward(Run(folded.model.params), folded.model.spec, folded.recipe.merge, torch.from_numpy(pixels))
     result: Float[np.ndarray, "B ..."] = output.numpy()
     return result
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from vitfold.architectures.deployed import deployed_program
+from vitfold.architectures.programs import deployed_program
 from vitfold.artifacts.bundle import MODEL, QUANTIZERS, WEIGHTS, Bundle, Manifest, has_trained_weights, write_bundle
 from vitfold.bench.classes import class_targets
 from vitfold.bench.evaluation import run_over

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from vitfold.errors import ProgramError
 from vitfold.program.program import Node, Program, Ref
 
 
@@ -26,9 +27,21 @@ def blocks_of(program: Program) -> int:
     return 1 + max((node.block for node in program.nodes if node.block is not None), default=-1)
 
 
-def attention_of(program: Program, block: int) -> tuple[Node, ...]:
-    """Return the attentions of a block."""
-    return tuple(node for node in program.nodes if node.op == "attention" and node.block == block)
+def attentions_of(program: Program) -> tuple[Node, ...]:
+    """Return all attentions, in order."""
+    return tuple(node for node in program.nodes if node.op == "attention")
+
+
+def attention_of(program: Program, block: int) -> Node | None:
+    """Return the attention of a block, None if it has none.
+
+    Raises:
+        ProgramError: if it has several.
+    """
+    found = [node for node in attentions_of(program) if node.block == block]
+    if len(found) > 1:
+        raise ProgramError(f"block {block} has {len(found)} attentions; only blocks of one can be changed")
+    return found[0] if found else None
 
 
 def linears_of(program: Program) -> tuple[Node, ...]:
@@ -43,3 +56,48 @@ def norm_before(program: Program, node: Node) -> Node | None:
     if maker is None or maker.op != "layer_norm" or source in program.outputs.values():
         return None
     return maker if readers(program)[source] == (node,) else None
+
+
+def streams(program: Program) -> tuple[Ref, ...]:
+    """Return the residual stream (B, N, D) that enters every block, and what leaves the last one.
+
+    It is what a block reads from before it and its residual addition behind attention adds to.
+
+    Raises:
+        ProgramError: if a block has no such addition.
+    """
+    found = []
+    blocks = blocks_of(program)
+    for block in range(blocks):
+        attention = attention_of(program, block)
+        added = None if attention is None else residual_behind(program, attention)
+        if added is None:
+            raise ProgramError(f"block {block} has no attention with a residual addition behind it")
+        found.append(added[1])
+    last = [node for node in program.nodes if node.block == blocks - 1]
+    return (*found, last[-1].outputs[0]) if last else ()
+
+
+def residual_behind(program: Program, attention: Node) -> tuple[Node, Ref] | None:
+    """Return the addition that puts an attention's result onto the residual stream, and that stream; None if none does.
+
+    Between them stand only operations on single rows, as the projection, a scale or a norm.
+    """
+    read_by = readers(program)
+    (value,) = attention.outputs
+    while True:
+        following = read_by[value]
+        if len(following) != 1:
+            return None
+        (node,) = following
+        if node.op == "add":
+            other = next((Ref(ref) for ref in node.reads() if ref != value), None)
+            shape = node.shapes[0]
+            if other is not None and len(shape) == 3 and program.shapes[other] == shape:
+                return node, other
+        if node.op not in _ROWWISE or len(node.outputs) != 1:
+            return None
+        (value,) = node.outputs
+
+
+_ROWWISE = {"transpose", "reshape", "linear", "multiply", "layer_norm", "scale", "add", "add_scalar"}

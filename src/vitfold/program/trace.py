@@ -122,24 +122,67 @@ def trace(
     return recorder.program(dict(zip(outputs, named, strict=True)))
 
 
-def replay(program: Program, ops: Ops[T], *inputs: T) -> tuple[T, ...]:
+Observe = Callable[[str, T], None]
+
+
+def replay(
+    program: Program,
+    ops: Ops[T],
+    *inputs: T,
+    given: Mapping[str, T] | None = None,
+    only: Sequence[str] | None = None,
+    observe: Observe[T] | None = None,
+) -> tuple[T, ...]:
     """Run a program under an interpreter; return its outputs in order.
+
+    Args:
+        given: outputs of the program that are known already: what they follow from is not computed again.
+        only: the outputs to return, all if None.
+        observe: is shown every output that is made, `observe(name, value)`, returned or not, as soon as it is there.
 
     Raises:
         ValueError: if there are more or fewer inputs than the program has.
     """
-    if len(inputs) != len(program.inputs):
+    given = given or {}
+    if len(inputs) != len(program.inputs) and not given:
         raise ValueError(f"the program takes {len(program.inputs)} inputs, found {len(inputs)}")
     values: dict[Ref, Any] = {Ref(i): value for i, value in enumerate(inputs)}
-    last = None
-    for node in program.nodes:
+    values.update({program.outputs[name]: value for name, value in given.items()})
+    returned = [program.outputs[name] for name in (program.outputs if only is None else only)]
+    watched: dict[Ref, list[str]] = {}
+    if observe is not None:
+        for name, ref in program.outputs.items():
+            if name not in given:
+                watched.setdefault(ref, []).append(name)
+    nodes = _needed(program, {*returned, *watched}, values)
+    last_use = {ref: number for number, node in enumerate(nodes) for ref in (*node.reads(), *node.outputs)}
+    where = None
+    for number, node in enumerate(nodes):
         here = (node.scope, node.block, node.role)
-        if here != last:
+        if here != where:
             ops.scope(*here)
-            last = here
+            where = here
         results = call(ops, node, values)
         values.update(zip(node.outputs, results, strict=True))
-    return tuple(values[ref] for ref in program.outputs.values())
+        for ref in node.outputs:
+            for name in watched.get(ref, ()):
+                assert observe is not None
+                observe(name, values[ref])
+        for ref in {*node.reads(), *node.outputs}:
+            if last_use[ref] == number and ref not in returned:
+                del values[ref]
+    return tuple(values[ref] for ref in returned)
+
+
+def _needed(program: Program, wanted: set[Ref], known: Mapping[Ref, Any]) -> list[Node]:
+    """The nodes that lead from what is known to what is wanted, in order."""
+    needed = {ref for ref in wanted if ref not in known}
+    kept = []
+    for node in reversed(program.nodes):
+        if needed.intersection(node.outputs):
+            kept.append(node)
+            needed.update(ref for ref in node.reads() if ref not in known)
+    return kept[::-1]
 
 
 def call(ops: Ops[T], node: Node, values: Mapping[Ref, T]) -> tuple[T, ...]:

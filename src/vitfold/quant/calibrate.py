@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitfold.architectures.sinks import PREFIX_ROWS
 from vitfold.errors import CalibrationError, RecipeError, nearest
 from vitfold.images import ImageSet
 from vitfold.model import Array, Model, ViTSpec
@@ -32,6 +31,7 @@ from vitfold.quant.ranges import rounded
 from vitfold.quant.sites import find_sites
 from vitfold.quantizer import Quantizer, QuantParams, in_half
 from vitfold.recipe import MergeRecipe, QuantRecipe
+from vitfold.transforms.sinks import PREFIX_ROWS
 
 LEAST_IMAGES = 2
 

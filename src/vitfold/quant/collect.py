@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
 from vitfold.errors import CalibrationError
 from vitfold.images import ImageSet, batches
@@ -212,7 +212,7 @@ def _pass(
         reservoir.watched = {}
         if gradients:
             with torch.enable_grad():
-                output = vit(ops, model.spec, merge, pixels.requires_grad_())
+                output = forward(ops, model.spec, merge, pixels.requires_grad_())
                 if model.spec.output != "logits":
                     output = torch.nn.functional.normalize(output, dim=-1)
                 loss = _gauss_newton_loss(output, generator)
@@ -226,7 +226,7 @@ def _pass(
             )
         else:
             with torch.inference_mode():
-                vit(ops, model.spec, merge, pixels)
+                forward(ops, model.spec, merge, pixels)
         if reservoir.first_bad is not None:
             raise CalibrationError(
                 f"the activations at {reservoir.first_bad} are NaN or infinite on images like "

@@ -58,7 +58,8 @@ def fold_channels(
             shift, scale = _search_strength(site, one, params, bits, weight_bits)
             params |= equalize_values(params, site.values, site.layer, shift=shift.numpy(), scale=scale.numpy())
             linears[site.layer] = _moved(one, shift, scale)
-            name = site.values.removesuffix(".qkv")
+            assert site.attention is not None
+            name = site.attention
             attention = attentions[name]
             heads = attention.v.shape[1]
             s, m = (t.reshape(1, heads, 1, -1) for t in (scale, shift))

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.images import ImageSet, batches
 from vitfold.model import Array, Model
 from vitfold.ops.record import Record
@@ -72,7 +72,7 @@ def collect_moments(
     ops = Record(model.params, see)
     with torch.inference_mode():
         for group in batches(images, model.preprocess, batch=batch):
-            vit(ops, model.spec, merge, torch.from_numpy(group.pixel_values))
+            forward(ops, model.spec, merge, torch.from_numpy(group.pixel_values))
             if advance is not None:
                 advance(len(group.index))
     return found

@@ -16,6 +16,7 @@ from torch import Tensor
 from vitfold.quant.float8 import search_scale
 from vitfold.quant.linear import LinearProblem
 from vitfold.quant.ranges import Grid, rounded, search_symmetric
+from vitfold.quant.sites import LinearSite
 from vitfold.quantizer import Float8, Quantizer, Uniform, normalized_scale
 
 _GRID = Grid(start=0.3, stop=1.0, count=36)
@@ -34,7 +35,7 @@ def search_outputs(
     for problem in problems:
         layer = problem.site.layer
         weight, inputs, given = after.get(f"{layer}.w"), after.get(f"{layer}.x"), before.get(f"{layer}.x")
-        if not _writes_wide(layer) or inputs is None or not isinstance(weight, Uniform | Float8):
+        if not _writes_wide(problem.site) or inputs is None or not isinstance(weight, Uniform | Float8):
             continue
         x = problem.samples.x
         if isinstance(inputs, Uniform) and isinstance(given, Uniform):
@@ -43,9 +44,9 @@ def search_outputs(
     return found
 
 
-def _writes_wide(layer: str) -> bool:
+def _writes_wide(site: LinearSite) -> bool:
     """Say whether a layer's output is several times as wide as the tokens: qkv and fc1 of a block."""
-    return layer.startswith("blocks.") and layer.endswith(("attn.qkv", "mlp.fc1"))
+    return site.block is not None and site.norm is not None and site.wide
 
 
 def _search(problem: LinearProblem, x_hat: Tensor, weight: Uniform | Float8) -> Quantizer:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.images import ImageSet, batches
 from vitfold.model import Array
 from vitfold.model.spec import Head
@@ -57,7 +57,7 @@ def measure_sensitivity(
 
     def outputs(ops: Run) -> Tensor:
         with torch.inference_mode():
-            return torch.cat([vit(ops, model.spec, merge, one) for one in pixels])
+            return torch.cat([forward(ops, model.spec, merge, one) for one in pixels])
 
     expected = outputs(Run(model.params))
     signal = float(expected.double().square().sum())

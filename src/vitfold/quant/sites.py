@@ -1,35 +1,41 @@
-"""The sites of a model that can be quantized, and what surrounds each.
+"""The sites of a program that can be quantized, and what surrounds each: questions to the program.
 
-Owns the list: which linear layers and attentions there are, which LayerNorm or activation function
-feeds a layer, and what can therefore be folded. Sites are named in `quantizer`.
+Sites are named in `quantizer`.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from vitfold.architectures.sinks import PREFIX_ROWS
-from vitfold.architectures.vit import vit
-from vitfold.model import ViTSpec, param_shapes
-from vitfold.ops.count import Count
-from vitfold.recipe import MergeRecipe
+from vitfold.architectures.programs import plain_program
+from vitfold.model import ViTSpec
+from vitfold.program import Node, Program, Ref
+from vitfold.program.queries import attentions_of, linears_of, makers, norm_before
+from vitfold.transforms.sinks import PREFIX_ROWS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearSite:
     """A linear layer whose input and weight can be rounded.
 
-    `norm` is the LayerNorm whose only consumer it is, `activation` the function whose output it takes,
-    `values` the layer whose last third of rows its input is a convex combination of (the V rows of qkv). `apart`
-    names the input of those tokens which have a range of their own there.
+    `block` and `role` say where in the program it stands. `norm` is the LayerNorm that feeds it and nothing else,
+    `activation` the function whose output it takes. Where its input is an average of values, `attention` is what
+    averages them, and `values` the layer whose last third of outputs they are. `groups` are the kinds of outputs that
+    it has: queries, keys and values. `wide` says whether it makes more channels than it reads. `apart` names the input
+    of those tokens which have a range of their own there.
     """
 
     layer: str
+    block: int | None = None
+    role: str | None = None
     norm: str | None = None
     activation: str | None = None
+    attention: str | None = None
     values: str | None = None
     groups: int = 1
-    is_head: bool = False
+    wide: bool = False
     apart: str | None = None
 
     @property
@@ -44,6 +50,7 @@ class AttentionSite:
     """An attention whose operands can be rounded."""
 
     site: str
+    block: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -51,53 +58,77 @@ class AttentionSite:
         return tuple(f"{self.site}.{operand}" for operand in ("q", "k", "v", "softmax"))
 
 
-class _Sites(Count):
-    """Lists layers in execution order, with the shapes of `Count`."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        super().__init__(shapes)
-        self.layers: list[str] = []
-        self.attentions: list[str] = []
-
-    def linear(self, layer: str, x: tuple[int, ...], rows: str = "") -> tuple[int, ...]:
-        if not rows:
-            self.layers.append(layer)
-        return super().linear(layer, x, rows)
-
-    def attention(
-        self, site: str, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], bias: tuple[int, ...] | None
-    ) -> tuple[int, ...]:
-        self.attentions.append(site)
-        return super().attention(site, q, k, v, bias)
+Sites = tuple[tuple[LinearSite, ...], tuple[AttentionSite, ...]]
 
 
-def find_sites(spec: ViTSpec) -> tuple[tuple[LinearSite, ...], tuple[AttentionSite, ...]]:
-    """Return the quantizable layers and attentions in execution order.
-
-    The patch embedding stays float (its input is the image, and it is under 1 % of the work), and so does the
-    query of attention pooling, which is a constant.
-    """
-    required, optional = param_shapes(spec)
-    walk = _Sites(dict(required | optional))
-    vit(walk, spec, MergeRecipe(r=()), (1, spec.channels, *spec.image_size))
-    found = tuple(_linear(spec, layer) for layer in walk.layers if layer != "pool.q")
+@functools.lru_cache(maxsize=64)
+def find_sites(spec: ViTSpec) -> Sites:
+    """Return the quantizable layers and attentions of a Vision Transformer in execution order."""
+    linears, attentions = sites_of(plain_program(spec))
     split = spec.sinks.layers if spec.sinks is not None and spec.sinks.split_prefix else ()
-    linears = tuple(replace(s, apart=f"{s.layer}.{PREFIX_ROWS}") if s.layer in split else s for s in found)
-    return linears, tuple(AttentionSite(site=site) for site in walk.attentions)
+    linears = tuple(replace(s, apart=f"{s.layer}.{PREFIX_ROWS}") if s.layer in split else s for s in linears)
+    return linears, attentions
 
 
-def _linear(spec: ViTSpec, layer: str) -> LinearSite:
-    block, _, part = layer.rpartition("attn.") if ".attn." in layer else layer.rpartition("mlp.")
-    if layer.startswith("blocks."):
-        if part == "qkv":
-            return LinearSite(layer=layer, norm=f"{block}norm1", groups=3)
-        if part == "proj":
-            return LinearSite(layer=layer, values=f"{block}attn.qkv")
-        if part == "fc1":
-            return LinearSite(layer=layer, norm=f"{block}norm2")
-        return LinearSite(layer=layer, activation=spec.activation if spec.mlp == "plain" else None)
-    if layer == "pool.mlp.fc1":
-        return LinearSite(layer=layer, norm="pool.norm")
-    if layer == "pool.mlp.fc2":
-        return LinearSite(layer=layer, activation=spec.map_activation)
-    return LinearSite(layer=layer, is_head=layer in ("head", "head_dist"))
+def sites_of(program: Program) -> Sites:
+    """Return the quantizable layers and attentions of a program in execution order.
+
+    The patch embedding stays float (its input is the image, and it is under 1 % of the work), and so does what does not
+    depend on an input, as the query of attention pooling.
+    """
+    made_by = makers(program)
+    varying = _depending_on_inputs(program)
+    linears = tuple(
+        _linear(program, made_by, node) for node in linears_of(program) if varying.intersection(node.reads())
+    )
+    attentions = tuple(AttentionSite(site=node.site, block=node.block) for node in attentions_of(program))
+    return linears, attentions
+
+
+def _linear(program: Program, made_by: Mapping[Ref, Node], node: Node) -> LinearSite:
+    norm, before = norm_before(program, node), made_by.get(_input(node))
+    averaging = _attention_before(made_by, node)
+    read = program.shapes[_input(node)][-1]
+    values = None if averaging is None else _values_of(made_by, averaging)
+    return LinearSite(
+        layer=node.site,
+        block=node.block,
+        role=node.role,
+        norm=None if norm is None else norm.site,
+        activation=before.attributes["kind"] if before is not None and before.op == "activation" else None,
+        attention=None if averaging is None or values is None else averaging.site,
+        values=values,
+        groups=node.attributes.get("parts", 1),
+        wide=sum(shape[1] * shape[3] if node.op == "heads" else shape[-1] for shape in node.shapes) > read,
+    )
+
+
+def _input(node: Node) -> Ref:
+    (ref,) = dict.fromkeys(node.reads())
+    return ref
+
+
+def _attention_before(made_by: Mapping[Ref, Node], node: Node) -> Node | None:
+    """The attention whose result a layer reads, through nothing but a change of shape."""
+    before = made_by.get(_input(node))
+    while before is not None and before.op in ("reshape", "transpose"):
+        before = made_by.get(_input(before))
+    return before if before is not None and before.op == "attention" else None
+
+
+def _values_of(made_by: Mapping[Ref, Node], attention: Node) -> str | None:
+    """The layer that makes queries, keys and values in this order."""
+    ref = attention.inputs["v"]
+    assert isinstance(ref, int)
+    maker = made_by.get(Ref(ref))
+    if maker is None or maker.op != "heads" or maker.attributes["parts"] != 3 or maker.outputs[2] != ref:
+        return None
+    return maker.site
+
+
+def _depending_on_inputs(program: Program) -> set[Ref]:
+    found = {Ref(i) for i in range(len(program.inputs))}
+    for node in program.nodes:
+        if found.intersection(node.reads()):
+            found.update(node.outputs)
+    return found

@@ -15,13 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import UNMERGED, forward
 from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
 from vitfold.errors import RecipeError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model
 from vitfold.ops.record import Record
-from vitfold.recipe import MergeRecipe
 
 CANDIDATES = 32
 _FORMAT = 1
@@ -115,7 +114,7 @@ def _largest(model: Model, pixels: Float[Tensor, "B 3 H W"], site: str, count: i
             seen[name] = value
 
     with torch.inference_mode():
-        vit(Record(model.params, see), spec, MergeRecipe(r=()), pixels)
+        forward(Record(model.params, see), spec, UNMERGED, pixels)
     norms = seen[f"{site}.x"].abs().amax(-1)[:, spec.prefix :]
     order = norms.flatten().argsort(descending=True, stable=True)[:count]
     image, patch = order // norms.shape[1], order % norms.shape[1]

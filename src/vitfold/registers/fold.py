@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from vitfold.architectures.sinks import PARTS
 from vitfold.errors import RecipeError, nearest
 from vitfold.images import ImageSet
 from vitfold.model import Array, Model, Sinks, ViTSpec
 from vitfold.recipe import RegistersRecipe
 from vitfold.registers.curate import curate
 from vitfold.registers.neurons import find_neurons
+from vitfold.transforms.sinks import PARTS
 
 
 def fold_registers(

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import UNMERGED, forward
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model
 from vitfold.ops.record import Record
-from vitfold.recipe import MergeRecipe
 
 SINKS = 4
 
@@ -48,7 +47,7 @@ def find_neurons(
                 seen[name] = value
 
         with torch.inference_mode():
-            vit(Record(model.params, see), spec, MergeRecipe(r=()), torch.from_numpy(group.pixel_values))
+            forward(Record(model.params, see), spec, UNMERGED, torch.from_numpy(group.pixel_values))
         norms = seen[f"{site}.x"].abs().amax(-1)[:, spec.prefix :]
         tokens = norms.topk(min(SINKS, norms.shape[1]), 1).indices + spec.prefix
         for name in hidden:

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import UNMERGED, forward
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model
 from vitfold.ops.run import Run
-from vitfold.recipe import MergeRecipe
+from vitfold.transforms.tokens import Tokens
 
 KEPT = 128
 
@@ -59,7 +59,10 @@ def measure_norms(
     ops = Run(model.params)
     for group in batches(images, model.preprocess, batch=batch):
 
-        def observe(block: int, tokens: Any) -> None:
+        def observe(boundary: int, tokens: Tokens[Tensor]) -> None:
+            block = boundary - 1
+            if block < 0:
+                return
             norms = tokens.x.abs().amax(-1)
             parts = (norms, norms[:, : spec.prefix], norms[:, spec.prefix :])
             for row, part in enumerate(parts):
@@ -70,7 +73,7 @@ def measure_norms(
 
         with torch.inference_mode():
             pixels = torch.from_numpy(group.pixel_values)
-            vit(ops, spec, MergeRecipe(r=()), pixels, observe=observe)
+            forward(ops, spec, UNMERGED, pixels, observe=observe)
         count += len(group.index)
         if advance is not None:
             advance(len(group.index))

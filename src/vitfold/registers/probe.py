@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitfold.architectures.tokens import Tokens
-from vitfold.architectures.vit import embed, resume
+from vitfold.architectures.programs import forward
 from vitfold.bench.classes import class_targets
 from vitfold.bench.statistics import paired_drop
 from vitfold.images import ImageSet, batches
@@ -28,6 +27,7 @@ from vitfold.quant.ranges import affine_uniform, rounded, symmetric_uniform
 from vitfold.quant.sites import LinearSite, find_sites
 from vitfold.quantizer import Quantizer
 from vitfold.recipe import MergeRecipe, QuantRecipe
+from vitfold.transforms.tokens import Tokens
 
 Ranges = dict[str, tuple[Tensor, Tensor]]
 
@@ -101,7 +101,7 @@ class Probe:
 
     def alone(self, site: LinearSite) -> float:
         """Return the squared error of the outputs with this one layer quantized, as a share of their square."""
-        block = int(site.layer.split(".")[1]) if site.layer.startswith("blocks.") else self._model.spec.num_layers
+        block = self._model.spec.num_layers if site.block is None else site.block
         weight = f"{site.layer}.weight"
         params = {**self._model.params, weight: self._params[weight]}
         quantizers = {name: q for name, q in self._quantizers(self._ranges).items() if name in site.names}
@@ -115,7 +115,7 @@ class Probe:
     def sites(self) -> list[LinearSite]:
         """Return the layers of the blocks that the plan quantizes."""
         linears = find_sites(self._model.spec)[0]
-        return [s for s in linears if s.layer.startswith("blocks.") and f"{s.layer}.w" in self._weights]
+        return [s for s in linears if s.block is not None and f"{s.layer}.w" in self._weights]
 
     def effect(self, model: Model, site: str) -> Effect:
         """Quantize a model with a remedy and compare it with the float model without; `site` is the sensitive layer."""
@@ -153,20 +153,15 @@ class Probe:
         made = _Pass([[] for _ in range(model.spec.num_layers + 1)])
         with torch.inference_mode():
             for number, pixels in enumerate(self._pixels):
-                if before is None or first == 0:
-                    tokens = embed(ops, model.spec, pixels)
-                else:
-                    tokens = before.tokens[first][number]
-                if keep:
-                    made.tokens[first].append(tokens)
+                given = None if before is None or first == 0 else (first, before.tokens[first][number])
 
-                def observe(block: int, seen: Tokens[Tensor]) -> None:
+                def observe(boundary: int, seen: Tokens[Tensor]) -> None:
                     if keep:
-                        made.tokens[block + 1].append(seen)
-                    if isinstance(ops, _Watch):
-                        ops.see_block(block, seen.x)
+                        made.tokens[boundary].append(seen)
+                    if isinstance(ops, _Watch) and boundary:
+                        ops.see_block(boundary - 1, seen.x)
 
-                made.outputs.append(resume(ops, model.spec, self._merge, tokens, first, observe=observe))
+                made.outputs.append(forward(ops, model.spec, self._merge, pixels, given=given, observe=observe))
         return made
 
     def _watching(

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from vitfold.architectures.sinks import PARTS
 from vitfold.model import ViTSpec
 from vitfold.recipe import RegistersRecipe, Remedy
+from vitfold.transforms.sinks import PARTS
 
 Measure = Callable[[RegistersRecipe], float]
 Grid = Callable[["Case"], Sequence[RegistersRecipe]]

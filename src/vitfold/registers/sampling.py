@@ -10,12 +10,11 @@ import time
 
 import torch
 
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import UNMERGED, forward
 from vitfold.artifacts.cache import keep_bytes, key_of, read_bytes
 from vitfold.images import ImageSet
 from vitfold.model import Model
 from vitfold.ops.run import Run
-from vitfold.recipe import MergeRecipe
 from vitfold.registers.search import LABELLED_IMAGES, PROBE_IMAGES
 
 SECONDS = 170.0
@@ -55,6 +54,6 @@ def _seconds_per_image(model: Model, batch: int = 4) -> float:
     with torch.inference_mode():
         for _ in range(2):
             start = time.perf_counter()
-            vit(ops, spec, MergeRecipe(r=()), pixels)
+            forward(ops, spec, UNMERGED, pixels)
             taken.append(time.perf_counter() - start)
     return min(taken) / batch

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vitfold.architectures.vit import vit
+from vitfold.architectures.programs import forward
 from vitfold.artifacts.cache import keep_bytes, key_of, read_bytes
 from vitfold.errors import RecipeError
 from vitfold.images import ImageSet, batches
@@ -153,8 +153,8 @@ class _Search:
             with torch.inference_mode():
                 for group in batches(self._few, self._model.preprocess, batch=8):
                     pixels = torch.from_numpy(group.pixel_values)
-                    expected = vit(Run(self._model.params), self._model.spec, self._merge, pixels).double()
-                    found = vit(ops, done.model.spec, self._merge, pixels).double()
+                    expected = forward(Run(self._model.params), self._model.spec, self._merge, pixels).double()
+                    found = forward(ops, done.model.spec, self._merge, pixels).double()
                     signal += float(expected.square().sum())
                     noise += float((found - expected).square().sum())
             return -10.0 * float(torch.log10(torch.tensor(max(noise / signal, 1e-12))))

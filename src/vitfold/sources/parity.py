@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitfold.architectures.tokens import Tokens
-from vitfold.architectures.vit import embed, vit
+from vitfold.architectures.programs import UNMERGED, forward
 from vitfold.errors import ParityError
 from vitfold.model import Model
 from vitfold.ops.run import Run
-from vitfold.recipe import MergeRecipe
+from vitfold.transforms.tokens import Tokens
 
 TOLERANCE = 1e-5
 
@@ -35,7 +34,7 @@ def check_parity(
     run = Run(model.params)
     with torch.inference_mode():
         expected = original_forward(image)
-        actual = vit(run, model.spec, MergeRecipe(r=()), image)
+        actual = forward(run, model.spec, UNMERGED, image)
         if not bool(torch.isfinite(expected).all()):
             raise ParityError(
                 "the original model's output is not finite on random input; its weights are damaged: "
@@ -64,7 +63,7 @@ def _relative_error(expected: Tensor, actual: Tensor) -> float:
 
 
 def _first_difference(
-    forward: Callable[[Tensor], Tensor], model: Model, run: Run, image: Tensor, blocks: Sequence[nn.Module]
+    original_forward: Callable[[Tensor], Tensor], model: Model, run: Run, image: Tensor, blocks: Sequence[nn.Module]
 ) -> str:
     """Return a phrase that names the first stage whose output differs."""
     if len(blocks) != model.spec.num_layers:
@@ -83,15 +82,15 @@ def _first_difference(
         handles += [block.register_forward_hook(after) for block in blocks]
         for handle in handles:
             hooks.callback(handle.remove)
-        forward(image)
+        original_forward(image)
     seen: list[Tensor] = []
 
     def observe(_: int, tokens: Tokens[Tensor]) -> None:
         seen.append(tokens.x)
 
-    vit(run, model.spec, MergeRecipe(r=()), image, observe=observe)
-    stages = [("the embedding", entering[0], embed(run, model.spec, image).x)]
-    stages += [(f"block {i}", a, b) for i, (a, b) in enumerate(zip(leaving, seen, strict=True))]
+    forward(run, model.spec, UNMERGED, image, observe=observe)
+    stages = [("the embedding", entering[0], seen[0])]
+    stages += [(f"block {i}", a, b) for i, (a, b) in enumerate(zip(leaving, seen[1:], strict=True))]
     for name, expected, actual in stages:
         if expected.shape != actual.shape:
             return f"first at {name}: shape {tuple(expected.shape)} became {tuple(actual.shape)}"

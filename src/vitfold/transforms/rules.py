@@ -1,7 +1,6 @@
 """Which tokens of a block become one, or go: merging rules behind one interface.
 
-Owns the rules other than bipartite soft matching itself, which is `tokens`'. A rule takes r rows away and leaves the
-count static; what it does to the rows is its own business.
+A rule takes r rows away, always as many, whatever the image. What it needs and promises stands in `recipe.RULES`.
 """
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
-from vitfold.architectures.tokens import Match, Tokens, match, merge
 from vitfold.ops.protocol import Ops, T
-from vitfold.recipe import Order, Rule
+from vitfold.recipe import Order
+from vitfold.transforms.tokens import Match, Tokens, match, merge
 
 _PRUNED_BLOCKS = 0.5
 _MARGIN = 0.9
@@ -37,7 +36,7 @@ class Reduction(Generic[T]):
     trace: bool
 
 
-def reduce_tokens(ops: Ops[T], rule: Rule, site: str, here: Reduction[T]) -> Tokens[T]:
+def reduce_tokens(ops: Ops[T], rule: str, site: str, here: Reduction[T]) -> Tokens[T]:
     """Take r tokens away by a rule."""
     reduced: Tokens[T] = RULES[rule](ops, site, here)
     return reduced
@@ -131,7 +130,7 @@ def evit(ops: Ops[T], site: str, here: Reduction[T]) -> Tokens[T]:
     )
 
 
-RULES: Mapping[Rule, Callable[..., Any]] = {"tome": tome, "tofu": tofu, "pitome": pitome, "evit": evit}
+RULES: Mapping[str, Callable[..., Any]] = {"tome": tome, "tofu": tofu, "pitome": pitome, "evit": evit}
 
 
 def _matched(ops: Ops[T], site: str, here: Reduction[T]) -> Match[T]:

@@ -1,0 +1,119 @@
+"""The programs of a Vision Transformer: plain, with what its recipe makes of it, and as it is written for a runtime."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from vitfold.architectures.vit import vit
+from vitfold.model import ViTSpec, param_shapes
+from vitfold.ops.protocol import Ops, Port, T
+from vitfold.program import Program, replay, trace
+from vitfold.program.program import Shape
+from vitfold.recipe import MergeRecipe, tokens_per_block
+from vitfold.transforms import without_dead_rows
+from vitfold.transforms.merging import Deletion, Layout, merged, stream_name
+from vitfold.transforms.rewriting import only_outputs
+from vitfold.transforms.sinks import with_sinks, without_row
+from vitfold.transforms.tokens import Tokens
+
+INPUT = "pixel_values"
+UNMERGED = MergeRecipe(r=())
+
+
+@functools.lru_cache(maxsize=64)
+def shapes_of(spec: ViTSpec) -> Mapping[str, Shape]:
+    """Return the shapes of all parameters that a model of this architecture may have."""
+    required, optional = param_shapes(spec)
+    return MappingProxyType(required | optional)
+
+
+@functools.lru_cache(maxsize=64)
+def plain_program(spec: ViTSpec) -> Program:
+    """Return the program of the architecture as its paper has it."""
+    return trace(
+        lambda ops, image: vit(ops, spec, image),
+        shapes_of(spec),
+        inputs=(Port(name=INPUT, shape=(spec.channels, *spec.image_size)),),
+        outputs=(spec.output,),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def program_of(spec: ViTSpec, merge: MergeRecipe = UNMERGED, *, sources: bool = False) -> Program:
+    """Return the program with merging and with what is done about sinks.
+
+    Its outputs are the model's own, `spec.output`, then the tokens in front of every block and behind the last one by
+    `transforms.merging.stream_name`; with `sources` also which original tokens each row holds.
+
+    Raises:
+        RecipeError: if more tokens shall merge than there are.
+    """
+    tokens_per_block(spec, merge.r)
+    shapes, sinks = shapes_of(spec), spec.sinks
+    deletion = Deletion(block=sinks.block, count=sinks.deletions) if sinks is not None and sinks.deletions else None
+    layout = Layout(prefix=spec.prefix, grid=spec.grid)
+    program = merged(plain_program(spec), shapes, merge, layout, deletion=deletion, sources=sources)
+    if sinks is None:
+        return program
+    program = with_sinks(program, shapes, sinks, spec.prefix)
+    if sinks.neurons and spec.pool == "none":
+        program = without_row(program, shapes, spec.output, spec.prefix - 1)
+    return program
+
+
+def forward(
+    ops: Ops[T],
+    spec: ViTSpec,
+    merge: MergeRecipe,
+    image: T | None,
+    *,
+    sources: bool = False,
+    given: tuple[int, Tokens[T]] | None = None,
+    observe: Callable[[int, Tokens[T]], None] | None = None,
+) -> T:
+    """Run a model under an interpreter: (B, 3, H, W) -> its output.
+
+    Args:
+        sources: whether `observe` sees which original tokens each row holds.
+        given: a block and the tokens in front of it; what stands before that block is not run, and needs no image.
+        observe: is shown the tokens in front of block l, `observe(l, tokens)`, and those that leave the last one. Where
+            tokens are given, it sees those behind.
+
+    Raises:
+        RecipeError: if more tokens shall merge than there are.
+    """
+    program = program_of(spec, merge, sources=sources)
+    known = {} if given is None else _named(program, *given)
+    seen: dict[str, T] = {}
+    last = {stream_name(block, "x"): block for block in range(spec.num_layers + 1)}
+
+    def see(name: str, value: T) -> None:
+        seen[name] = value
+        block = last.get(name)
+        if block is not None and observe is not None:
+            columns = {column: seen.pop(stream_name(block, column), None) for column in ("size", "source")}
+            count = program.shapes[program.outputs[name]][1]
+            observe(block, Tokens(x=value, count=count, prefix=spec.prefix, **columns))
+
+    inputs = () if image is None else (image,)
+    watching = see if observe is not None else None
+    outputs: tuple[T, ...] = replay(program, ops, *inputs, only=(spec.output,), given=known, observe=watching)
+    return outputs[0]
+
+
+def _named(program: Program, block: int, tokens: Tokens[T]) -> dict[str, T]:
+    columns = {column: getattr(tokens, column) for column in ("x", "size", "source")}
+    named = {stream_name(block, column): value for column, value in columns.items() if value is not None}
+    return {name: value for name, value in named.items() if name in program.outputs}
+
+
+@functools.lru_cache(maxsize=64)
+def deployed_program(spec: ViTSpec, merge: MergeRecipe) -> Program:
+    """Return the program that is written for a runtime: without the rows of its last block that pooling does not read.
+
+    Raises:
+        RecipeError: if more tokens shall merge than there are.
+    """
+    return without_dead_rows(only_outputs(program_of(spec, merge), spec.output), shapes_of(spec))

@@ -1,0 +1,424 @@
+"""Token merging, deletions and their undoing as a change of any program with a token axis.
+
+The program is replayed into a recorder. A merge makes a new generation of tokens: values that hold it are shorter along
+the token axis, and operations that treat rows alike go on with it. Attention counts merged keys by their size, a mean
+over tokens weights by it. Whatever needs the original tokens (an operation without a rule, values of two generations
+that meet, an output that promises all tokens) gets them back first: every original token takes the row that holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from vitfold.errors import ProgramError
+from vitfold.ops.protocol import Ops
+from vitfold.program import Node, Program, Ref
+from vitfold.program.axes import Span, token_spans
+from vitfold.program.program import Shape
+from vitfold.program.queries import attention_of, blocks_of, makers, readers, residual_behind, streams
+from vitfold.program.trace import Recorder, Traced, call
+from vitfold.recipe import RULES, MergeRecipe
+from vitfold.transforms.rules import Reduction, reduce_tokens
+from vitfold.transforms.sinks import delete_largest, refill
+from vitfold.transforms.tokens import Tokens, log_size, match, merge, unmerge
+
+ORIGINAL = 0
+"""The generation of the tokens that a model has by itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a program's tokens stand: `prefix` rows that never merge, then a raster of `grid` patches."""
+
+    prefix: int
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deletion:
+    """In front of block `block` the `count` patch tokens of largest norm go."""
+
+    block: int
+    count: int
+
+
+def stream_name(boundary: int, column: str) -> str:
+    """Name an output that holds a column ("x", "size" or "source") of the tokens in front of block `boundary`."""
+    return f"tokens.{boundary}.{column}"
+
+
+def merged(
+    program: Program,
+    shapes: Mapping[str, Shape],
+    recipe: MergeRecipe,
+    layout: Layout,
+    *,
+    deletion: Deletion | None = None,
+    sources: bool = False,
+) -> Program:
+    """Return the program in which block l merges `recipe.r[l]` tokens behind its attention.
+
+    The tokens in front of every block, and behind the last one, are outputs, too, by `stream_name`: `x` (B, N, D),
+    `size` (B, N, 1) where there was a merge, and `source` (B, N, N_0) with `sources`, or where an output needs it.
+
+    Args:
+        shapes: those of the parameters.
+
+    Raises:
+        ProgramError: if a block that shall merge has no attention with a residual addition behind it.
+    """
+    replaying = _Merging(program, shapes, recipe, layout, deletion, sources=sources)
+    try:
+        return replaying.run()
+    except _NeedsSources:
+        return _Merging(program, shapes, recipe, layout, deletion, sources=True).run()
+
+
+def merged_around_attention(program: Program, shapes: Mapping[str, Shape], r: int) -> Program:
+    """Return the program in which r tokens less enter every attention, given back their rows behind it.
+
+    They are matched by what the attention reads.
+
+    Source: ToMe (2210.09461) for the merge, ToMe for Stable Diffusion (2303.17604) for undoing it.
+
+    Raises:
+        ProgramError: if queries, keys and values of a block do not come from one value.
+    """
+    return _Around(program, shapes, r).run() if r else program
+
+
+class _NeedsSources(Exception):  # noqa: N818
+    """Rows have to be given back, and nobody kept whose they are."""
+
+
+class _Replay:
+    """A replay that knows where tokens are; subclasses say where they merge."""
+
+    def __init__(self, program: Program, shapes: Mapping[str, Shape]) -> None:
+        self._program, self._spans = program, token_spans(program)
+        self._recorder = Recorder(shapes, program.inputs)
+        self._made: dict[Ref, Traced] = dict(enumerate(self._recorder.enter()))  # type: ignore[arg-type]
+        self._generation: dict[Ref, int] = {}
+        self._tokens: dict[int, Tokens[Traced]] = {}
+        self._conserved = True
+        self._prop_attn = True
+
+    @property
+    def _ops(self) -> Ops[Traced]:
+        return self._recorder.ops
+
+    def run(self) -> Program:
+        """Replay and return what was recorded."""
+        for node in self._program.nodes:
+            self._recorder.scope(node.scope, node.block, node.role)
+            self._before(node)
+            self._recorder.scope(node.scope, node.block, node.role)
+            self._place(node)
+            self._after(node)
+        outputs = {name: self._original(ref) for name, ref in self._program.outputs.items()}
+        return self._recorder.program({**outputs, **self._columns()})
+
+    def _before(self, node: Node) -> None:
+        """Change what a node will read."""
+
+    def _after(self, node: Node) -> None:
+        """Change what a node made."""
+
+    def _columns(self) -> Mapping[str, Traced]:
+        return {}
+
+    def _place(self, node: Node) -> None:
+        """Record a node for whatever generation its operands are of."""
+        generations = {self._generation.get(ref, ORIGINAL) for ref in node.reads() if ref in self._spans}
+        generation = generations.pop() if len(generations) == 1 else ORIGINAL
+        results = None if generation == ORIGINAL else self._shorter(node, generation)
+        if results is None:
+            generation = ORIGINAL
+            operands = {ref: self._original(ref) for ref in node.reads()}
+            self._recorder.scope(node.scope, node.block, node.role)
+            results = call(self._ops, node, operands)
+        for ref, value in zip(node.outputs, results, strict=True):
+            self._made[ref] = value
+            if generation != ORIGINAL and ref in self._spans and self._spans[ref].stop > self._prefix:
+                self._generation[ref] = generation
+
+    def _shorter(self, node: Node, generation: int) -> tuple[Traced, ...] | None:
+        """Record a node on merged tokens; None where it needs the original ones."""
+        if node.op == "attention":
+            return self._attention(node, generation)
+        if node.op in ("mean", "sum"):
+            return self._reduced(node, generation)
+        if any(ref not in self._spans for ref in node.outputs):
+            return None
+        changed = self._resized(node, self._tokens[generation].count)
+        return None if changed is None else call(self._ops, changed, self._made)
+
+    def _resized(self, node: Node, count: int) -> Node | None:
+        """The node with attributes for `count` tokens; None if it does not treat rows alike."""
+        (ref, *_) = node.outputs
+        span = self._spans.get(ref)
+        if node.op == "reshape":
+            assert span is not None
+            shape = list(node.attributes["shape"])
+            shape[span.axis - 1] = self._length(span, count)
+            return replace(node, attributes={**node.attributes, "shape": tuple(shape)})
+        (operand, *_) = [self._spans[one] for one in node.reads() if one in self._spans]
+        if node.op == "slice" and node.attributes["axis"] == operand.axis:
+            first = operand.start + node.attributes["start"]
+            last = operand.start + node.attributes["stop"]
+            whole = Span(axis=operand.axis, start=first, stop=last)
+            if first > self._prefix or node.attributes["step"] != 1:
+                return None
+            stop = node.attributes["start"] + self._length(whole, count)
+            return replace(node, attributes={**node.attributes, "stop": stop})
+        along = node.attributes.get("axis")
+        if node.op in _ROWWISE or (node.op in ("split", "concat") and along != operand.axis):
+            return node if node.op not in _LAST_AXIS or operand.axis != self._rank(node) - 1 else None
+        return None
+
+    def _rank(self, node: Node) -> int:
+        return len(node.shapes[0])
+
+    @property
+    def _prefix(self) -> int:
+        return next(iter(self._tokens.values())).prefix
+
+    @property
+    def _originals(self) -> int:
+        return max(span.stop for span in self._spans.values())
+
+    def _length(self, span: Span, count: int) -> int:
+        """How many rows of a span are left where `count` of all are: those of the prefix are."""
+        if span.stop <= self._prefix:
+            return span.stop - span.start
+        return span.stop - span.start - (self._originals - count)
+
+    def _attention(self, node: Node, generation: int) -> tuple[Traced, ...] | None:
+        """Merged keys count by their size."""
+        if node.inputs["bias"] is not None:
+            return None
+        q, k, v = (self._made[self._ref(node, name)] for name in ("q", "k", "v"))
+        tokens = self._part(generation, self._spans[self._ref(node, "k")])
+        bias = log_size(self._ops, tokens) if self._prop_attn else None
+        return (self._ops.attention(node.attributes["site"], q, k, v, bias),)
+
+    def _reduced(self, node: Node, generation: int) -> tuple[Traced, ...] | None:
+        """A mean over tokens weights them by their size."""
+        a = self._ref(node, "a")
+        if self._spans[a].axis != node.attributes["axis"]:
+            return call(self._ops, node, self._made)
+        tokens = self._part(generation, self._spans[a])
+        x, size, axis = self._made[a], tokens.size, node.attributes["axis"]
+        if axis != 1 or len(x.shape) != 3 or node.op != "mean":
+            return None
+        if size is None:
+            return (self._ops.mean(x, axis),)
+        x = self._ops.sum(self._ops.multiply(x, size), axis)
+        if self._conserved:
+            return (self._ops.scale(x, 1.0 / (self._spans[a].stop - self._spans[a].start)),)
+        return (self._ops.divide(x, self._ops.sum(size, axis)),)
+
+    def _part(self, generation: int, span: Span) -> Tokens[Traced]:
+        """The columns of the tokens that a span has; `x` is not among them."""
+        tokens = self._tokens[generation]
+        if (span.start, span.stop) == (0, self._originals):
+            return tokens
+        rows = (span.start, span.start + self._length(span, tokens.count))
+        size = None if tokens.size is None else self._ops.slice(tokens.size, 1, *rows)
+        return replace(
+            tokens, size=size, source=None, count=rows[1] - rows[0], prefix=max(tokens.prefix - span.start, 0)
+        )
+
+    def _original(self, ref: Ref) -> Traced:
+        """The value with all its original tokens."""
+        generation = self._generation.get(ref, ORIGINAL)
+        if generation == ORIGINAL:
+            return self._made[ref]
+        span, tokens = self._spans[ref], self._tokens[generation]
+        if tokens.source is None:
+            raise _NeedsSources
+        whole = self._restored(ref, self._made[ref], span, tokens)
+        self._made[ref] = whole
+        del self._generation[ref]
+        return whole
+
+    def _restored(self, ref: Ref, value: Traced, span: Span, tokens: Tokens[Traced]) -> Traced:
+        """Give every original token the row that holds it."""
+        if (span.start, span.stop, span.axis) != (0, self._originals, 1) or len(value.shape) != 3:
+            raise ProgramError(
+                f"{self._name(ref)} needs the original tokens along axis {span.axis} of {len(value.shape)}, which "
+                "merged ones cannot give back there; use r = 0 in the blocks before it"
+            )
+        node = makers(self._program)[ref]
+        self._recorder.scope(node.scope, node.block, node.role)
+        return unmerge(self._ops, f"{node.scope}.unmerge", replace(tokens, x=value))
+
+    def _name(self, ref: Ref) -> str:
+        readings = readers(self._program)[ref]
+        return readings[0].site if readings else makers(self._program)[ref].site
+
+    @staticmethod
+    def _ref(node: Node, name: str) -> Ref:
+        ref = node.inputs[name]
+        assert isinstance(ref, int)
+        return Ref(ref)
+
+    def _begin(self, ref: Ref, tokens: Tokens[Traced]) -> None:
+        """Let a value be of a new generation."""
+        generation = len(self._tokens) + 1
+        self._tokens[generation], self._made[ref], self._generation[ref] = tokens, tokens.x, generation
+
+
+class _Merging(_Replay):
+    """Merges behind the attention of blocks, deletions in front of one."""
+
+    def __init__(
+        self,
+        program: Program,
+        shapes: Mapping[str, Shape],
+        recipe: MergeRecipe,
+        layout: Layout,
+        deletion: Deletion | None,
+        *,
+        sources: bool,
+    ) -> None:
+        super().__init__(program, shapes)
+        self._recipe, self._layout, self._deletion, self._keeps = recipe, layout, deletion, sources
+        self._prop_attn = recipe.prop_attn
+        self._blocks, self._streams = blocks_of(program), streams(program)
+        self._seen: dict[str, Traced] = {}
+        self._open = 0
+        self._merges: dict[int, tuple[int, Node]] = {}
+        for block, r in enumerate(recipe.r):
+            attention = attention_of(program, block)
+            behind = None if attention is None else residual_behind(program, attention)
+            if r and (attention is None or behind is None):
+                raise ProgramError(f"block {block} has no residual addition behind its attention; it cannot merge")
+            if r and attention is not None and behind is not None:
+                self._merges[id(behind[0])] = (r, attention)
+        self._deletes = deletion is not None and deletion.count > 0
+        self._conserved = not self._deletes and (not any(recipe.r) or RULES[recipe.rule].conserves)
+
+    @property
+    def _prefix(self) -> int:
+        return self._layout.prefix
+
+    def _stream(self, ref: Ref) -> Tokens[Traced]:
+        """The tokens that a value of the residual stream holds."""
+        generation = self._generation.get(ref, ORIGINAL)
+        if generation == ORIGINAL:
+            x = self._made[ref]
+            return Tokens(x=x, count=x.shape[1], prefix=self._prefix)
+        return replace(self._tokens[generation], x=self._made[ref])
+
+    def _before(self, node: Node) -> None:
+        if node.block != self._open - 1 and node.block is not None:
+            self._note(node.block)
+            self._open = node.block + 1
+            if self._deletion is not None and self._deletes and self._deletion.block == node.block:
+                self._delete(node.block, self._deletion.count)
+
+    def _note(self, boundary: int) -> None:
+        """Keep the tokens in front of a block as outputs."""
+        tokens = self._stream(self._streams[boundary])
+        for column in ("x", "size", "source"):
+            value = getattr(tokens, column)
+            if value is not None:
+                self._seen[stream_name(boundary, column)] = value
+
+    def _columns(self) -> Mapping[str, Traced]:
+        self._note(self._blocks)
+        return self._seen
+
+    def _delete(self, block: int, count: int) -> None:
+        self._recorder.scope(f"blocks.{block}.delete", block, "merge")
+        ref = self._streams[block]
+        left = delete_largest(self._ops, self._stream(ref), count, order=self._recipe.order, trace=self._keeps)
+        self._begin(ref, left)
+
+    def _after(self, node: Node) -> None:
+        r, attention = self._merges.get(id(node), (0, None))
+        if attention is None:
+            return
+        (ref,) = node.outputs
+        q, k = self._ref(attention, "q"), self._ref(attention, "k")
+        here = Reduction(
+            tokens=self._stream(ref),
+            q=self._made[q],
+            k=self._made[k],
+            r=r,
+            width=self._made[ref].shape[-1],
+            head_width=self._made[q].shape[-1],
+            originals=self._originals,
+            depth_ratio=(node.block or 0) / self._blocks,
+            order=self._recipe.order,
+            trace=self._keeps,
+        )
+        self._recorder.scope(node.scope, node.block, "merge")
+        self._begin(ref, reduce_tokens(self._ops, self._recipe.rule, f"blocks.{node.block}.merge", here))
+
+    def _restored(self, ref: Ref, value: Traced, span: Span, tokens: Tokens[Traced]) -> Traced:
+        whole = super()._restored(ref, value, span, tokens)
+        if not self._deletes or tokens.source is None:
+            return whole
+        return refill(self._ops, self._layout.prefix, self._layout.grid, tokens.source, whole)
+
+
+class _Around(_Replay):
+    """Merges in front of every attention, undone behind its projection."""
+
+    def __init__(self, program: Program, shapes: Mapping[str, Shape], r: int) -> None:
+        super().__init__(program, shapes)
+        self._r = r
+        self._sources: dict[int, Ref] = {}
+        made_by = makers(program)
+        for node in program.nodes:
+            if node.op == "attention" and node.block is not None:
+                found = {_read_by_linear(made_by, self._ref(node, name)) for name in ("q", "k", "v")}
+                if len(found) != 1 or None in found:
+                    raise ProgramError(f"{node.site} does not take queries, keys and values from one value; use r = 0")
+                (source,) = found
+                assert source is not None
+                self._sources[node.block] = source
+
+    @property
+    def _prefix(self) -> int:
+        return 0
+
+    def _before(self, node: Node) -> None:
+        if node.block is None or node.op not in ("linear", "heads"):
+            return
+        source = self._sources.get(node.block)
+        if source is None or source not in node.reads() or source in self._generation:
+            return
+        x = self._made[source]
+        tokens = Tokens(x=x, count=x.shape[1], prefix=0)
+        site = f"blocks.{node.block}.attn.merge"
+        pairs = match(self._ops, site, x, count=tokens.count, prefix=0, r=self._r)
+        self._begin(source, merge(self._ops, site, tokens, pairs, r=self._r, trace=True))
+
+    def _after(self, node: Node) -> None:
+        (ref, *_) = node.outputs
+        if node.op == "linear" and self._generation.get(ref, ORIGINAL) != ORIGINAL:
+            self._original(ref)
+
+
+def _read_by_linear(made_by: Mapping[Ref, Node], ref: Ref) -> Ref | None:
+    """The value that the linear layer reads which a query, key or value comes from."""
+    while True:
+        node = made_by.get(ref)
+        if node is None:
+            return None
+        (ref,) = dict.fromkeys(node.reads())
+        if node.op in ("linear", "heads"):
+            return ref
+
+
+_LAST_AXIS = {"linear", "layer_norm", "softmax", "norm", "abs_max"}
+_ROWWISE = {
+    *_LAST_AXIS,
+    *("heads", "activation", "scale", "add_scalar", "log", "tanh", "transpose", "add", "multiply", "divide", "split"),
+    *("slice", "concat", "ones_like"),
+}
+"""Operations that treat rows of tokens alike, where their attributes do not name the token axis."""
