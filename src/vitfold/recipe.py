@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import tomli_w
 
 from vitfold.errors import RecipeError, nearest
-from vitfold.model import ViTSpec
+from vitfold.model import ViTSpec, block_layers
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -398,9 +398,9 @@ def tokens_per_block(spec: ViTSpec, r: tuple[int, ...]) -> tuple[int, ...]:
                 f"{deleted[block + 1]} deletions in front of block {block + 1} leave no patch; merge or delete fewer"
             )
     if spec.sinks is not None and spec.sinks.apart:
-        apart = spec.sinks.apart
+        apart, owners = spec.sinks.apart, block_layers(spec)
         for layer in spec.sinks.layers:
-            left = counts[int(layer.split(".")[1]) + 1]
+            left = counts[owners[layer] + 1]
             if apart >= left:
                 raise RecipeError(
                     f"{apart} sinks apart at {layer} leave nothing to quantize of {left} tokens; give fewer"

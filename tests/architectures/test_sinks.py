@@ -73,7 +73,9 @@ def test_attention_with_a_register_equals_the_slow_form(tiny_model, tau):
     from vitfold.transforms.sinks import attend_registers
 
     ops = Run(model.params)
-    operands = attend_registers(ops, model.spec.sinks, 0, torch.from_numpy(k), torch.from_numpy(v), None, count=5)
+    operands = attend_registers(
+        ops, model.spec.sinks, 0, "blocks.0.attn", torch.from_numpy(k), torch.from_numpy(v), None, count=5
+    )
     found = ops.attention("blocks.0.attn", torch.from_numpy(q), *operands).numpy()
     assert np.abs(found[0] - expected).max() < 1e-5
 

@@ -111,8 +111,8 @@ class Both:
             raise AttributeError(name)
 
         def operation(*args: Any, **kwargs: Any) -> Any:
-            ran = getattr(self._run, name)(*[_side(a, 0) for a in args], **kwargs)
-            counted = getattr(self._count, name)(*[_side(a, 1) for a in args], **kwargs)
+            ran = getattr(self._run, name)(*(_side(a, 0) for a in args), **_sides(kwargs, 0))
+            counted = getattr(self._count, name)(*(_side(a, 1) for a in args), **_sides(kwargs, 1))
             if ran is None:
                 return None
             if isinstance(ran, torch.Tensor):
@@ -125,6 +125,10 @@ class Both:
         assert tuple(tensor.shape) == shape, f"{name} returns {tuple(tensor.shape)}, Count says {shape}"
         self.compared += 1
         return tensor, shape
+
+
+def _sides(values: dict[str, Any], side: int) -> dict[str, Any]:
+    return {name: _side(value, side) for name, value in values.items()}
 
 
 def _side(value: Any, side: int) -> Any:

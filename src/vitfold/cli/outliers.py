@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from vitfold.cli import options
 from vitfold.cli.making import given_images, judged_images, load_model, quant_recipe, require_optimize
 from vitfold.cli.terminal import command, counted, heading, note, out, print_json, skipped, working, write_json
+from vitfold.model import block_layers
 
 if TYPE_CHECKING:
     from vitfold.images import ImageSet
@@ -90,7 +92,7 @@ def outliers(
         "quantization": f"{wanted.scheme}, plain ranges",
         "method": method,
         "merge": list(folded.recipe.merge.r),
-        "blocks": _blocks(norms, measured.case.noise),
+        "blocks": _blocks(norms, measured.case.noise, block_layers(folded.model.spec)),
         "sensitive_site": measured.case.noisiest_site,
         "sink_site": measured.site,
         "layers": [{"layer": layer, "noise_to_signal": noise} for layer, noise in measured.case.noise],
@@ -124,7 +126,7 @@ def _limited(model: Model, pool: ImageSet, limit: int | None) -> ImageSet:
     return pool.first(count)
 
 
-def _blocks(norms: Norms, noise: tuple[tuple[str, float], ...]) -> list[dict[str, Any]]:
+def _blocks(norms: Norms, noise: tuple[tuple[str, float], ...], owners: Mapping[str, int]) -> list[dict[str, Any]]:
     """Norms behind every block, and the noise that its layers make, each quantized alone."""
     return [
         {
@@ -133,7 +135,7 @@ def _blocks(norms: Norms, noise: tuple[tuple[str, float], ...]) -> list[dict[str
             "mean_norm": float(norms.mean_norm[block]),
             "max_prefix_norm": float(norms.prefix_norm[block]),
             "max_patch_norm": float(norms.patch_norm[block]),
-            "noise_to_signal": sum(one for site, one in noise if site.startswith(f"blocks.{block}.")),
+            "noise_to_signal": sum(one for site, one in noise if owners.get(site) == block),
         }
         for block in range(len(norms.max_norm))
     ]

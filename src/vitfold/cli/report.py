@@ -94,8 +94,8 @@ def _trace(path: Path, folder: Path, count: int, *, skip_bad: bool) -> Traced:
     model = load_origin(manifest.origin).model
     flops = [0] * manifest.spec.num_layers
     for cost in count_costs(manifest.spec, merge):
-        if cost.site.startswith("blocks."):
-            flops[int(cost.site.split(".")[1])] += 2 * cost.macs
+        if cost.block is not None:
+            flops[cost.block] += 2 * cost.macs
     return Traced(
         title=bundle.name,
         names=tuple(chosen.paths[one.index[0]].name for one in found),

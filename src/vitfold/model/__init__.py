@@ -4,7 +4,7 @@ from vitfold.model.dit import DiffusionModelInfo, DiTModel, DiTSpec
 from vitfold.model.params import Array, Model, Origin, check_params
 from vitfold.model.preprocess import Preprocess, preprocess_from_dict
 from vitfold.model.sinks import Sinks
-from vitfold.model.spec import ViTSpec, param_shapes, spec_to_dict, vit_spec_from_dict
+from vitfold.model.spec import ViTSpec, block_layers, param_shapes, spec_to_dict, vit_spec_from_dict
 
 __all__ = [
     "Array",
@@ -16,6 +16,7 @@ __all__ = [
     "Preprocess",
     "Sinks",
     "ViTSpec",
+    "block_layers",
     "check_params",
     "param_shapes",
     "preprocess_from_dict",

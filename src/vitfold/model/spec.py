@@ -205,6 +205,12 @@ def spec_to_dict(spec: ViTSpec) -> dict[str, Any]:
     return values if spec.sinks is None else {**values, "sinks": spec.sinks.to_dict()}
 
 
+def block_layers(spec: ViTSpec) -> dict[str, int]:
+    """Return the linear layers of all blocks in order of execution, each with its block."""
+    parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    return {f"blocks.{block}.{part}": block for block in range(spec.num_layers) for part in parts}
+
+
 def param_shapes(spec: ViTSpec) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """Return (required, optional) parameter names and shapes; linear weights are (out, in).
 

@@ -32,6 +32,8 @@ class SiteCost:
     weight_bytes: int
     integer: bool = False
     dequantized_operands: int = 0
+    block: int | None = None
+    role: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,8 @@ class Count:
         self._quantizers = quantizers or {}
         self._dequantize_first = dequantize_first
         self._scope = ""
+        self._block: int | None = None
+        self._role: str | None = None
         self.costs: list[SiteCost] = []
 
     @property
@@ -108,6 +112,8 @@ class Count:
                 weight_bytes=weights * (1 if integer else FLOAT_BYTES),
                 integer=integer,
                 dequantized_operands=dequantized,
+                block=self._block,
+                role=self._role,
             )
         )
 
@@ -119,6 +125,8 @@ class Count:
     def scope(self, site: str, block: int | None = None, role: str | None = None) -> None:
         """Charge unnamed operations to `site`."""
         self._scope = site
+        if role is not None:
+            self._block, self._role = block, role
 
     def param(self, name: str) -> Shape:
         """The parameter's shape."""

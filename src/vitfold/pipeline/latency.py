@@ -26,7 +26,6 @@ ROUGH_IMAGES = 8
 MOST_MERGES = 6
 FINENESS = 32
 Say = Callable[[str], object]
-_ATTENTION = ".attn"
 
 
 def measure_latency(
@@ -87,6 +86,6 @@ def _merging(plan: Plan, r: Schedule) -> Plan:
 
 def _attention_ratio(plan: Plan) -> float:
     """Return the share of a block's work that is done on the tokens that enter it."""
-    costs = [cost for cost in count_costs(plan.model.spec, MergeRecipe(r=())) if cost.site.startswith("blocks.")]
-    attention = sum(cost.macs for cost in costs if _ATTENTION in cost.site)
+    costs = [cost for cost in count_costs(plan.model.spec, MergeRecipe(r=())) if cost.block is not None]
+    attention = sum(cost.macs for cost in costs if cost.role == "attention")
     return attention / sum(cost.macs for cost in costs)

@@ -250,14 +250,18 @@ def _work(costs: Sequence[SiteCost], batch: int, integer: frozenset[str]) -> _Pe
             moved_bytes=cost.activation_bytes * batch + weights,
             weight_bytes=weights,
         )
-        place = (part_of(cost.site), _kind_of_cost(cost))
+        place = (_part_of_cost(cost), _kind_of_cost(cost))
         total[place] = total.get(place, Work()).plus(one)
     return total
 
 
+def _part_of_cost(cost: SiteCost) -> str:
+    return part_of(cost.site) if cost.block is None else f"blocks.{cost.block}"
+
+
 def _kind_of_cost(cost: SiteCost) -> str:
     by_site = kind_of(cost.site, "")
-    if by_site == "merging" or (cost.kind == "reduction" and cost.site.endswith(".attn")):
+    if by_site == "merging" or (cost.kind == "reduction" and cost.role == "merge"):
         return "merging"
     if cost.kind == "matmul":
         return "attention"

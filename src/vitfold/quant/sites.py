@@ -70,6 +70,11 @@ def find_sites(spec: ViTSpec) -> Sites:
     return linears, attentions
 
 
+def apart_layers(spec: ViTSpec) -> tuple[str, ...]:
+    """Return the layers of blocks in which tokens can go apart: not those that see averages, which have no outliers."""
+    return tuple(site.layer for site in find_sites(spec)[0] if site.block is not None and site.attention is None)
+
+
 def sites_of(program: Program) -> Sites:
     """Return the quantizable layers and attentions of a program in execution order.
 

@@ -19,8 +19,9 @@ from vitfold.architectures.programs import UNMERGED, forward
 from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
 from vitfold.errors import RecipeError
 from vitfold.images import ImageSet, batches
-from vitfold.model import Model
+from vitfold.model import Model, block_layers
 from vitfold.ops.record import Record
+from vitfold.quant.sites import find_sites
 
 CANDIDATES = 32
 _FORMAT = 1
@@ -84,7 +85,7 @@ def curate(
 def _pass(
     model: Model, images: ImageSet, site: str, *, count: int, batch: int, advance: Callable[[int], Any] | None
 ) -> dict[str, np.ndarray]:
-    if not (site.startswith("blocks.") and f"{site}.weight" in model.params):
+    if site not in block_layers(model.spec):
         raise RecipeError(f"registers.site: no block has a linear layer {site!r}; give one such as blocks.6.mlp.fc2")
     best: dict[str, Tensor] | None = None
     seen = 0
@@ -108,9 +109,11 @@ def _largest(model: Model, pixels: Float[Tensor, "B 3 H W"], site: str, count: i
     spec = model.spec
     seen: dict[str, Tensor] = {}
 
+    attentions = [one.site for one in find_sites(spec)[1] if one.block is not None]
+    watched = {f"{site}.x", *(f"{attention}.{part}" for attention in attentions for part in ("k", "v"))}
+
     def see(name: str, value: Tensor) -> None:
-        part = name.rpartition(".")[2]
-        if name == f"{site}.x" or (part in ("k", "v") and name.startswith("blocks.")):
+        if name in watched:
             seen[name] = value
 
     with torch.inference_mode():
@@ -121,7 +124,7 @@ def _largest(model: Model, pixels: Float[Tensor, "B 3 H W"], site: str, count: i
     token = patch + spec.prefix
 
     def rows(part: str) -> Tensor:
-        per_block = [seen[f"blocks.{block}.attn.{part}"][image, :, token] for block in range(spec.num_layers)]
+        per_block = [seen[f"{attention}.{part}"][image, :, token] for attention in attentions]
         return torch.stack(per_block, 1)
 
     return {"norm": norms[image, patch], "place": torch.stack((image, token), 1), "k": rows("k"), "v": rows("v")}

@@ -16,10 +16,10 @@ import numpy as np
 from vitfold.errors import RecipeError, nearest
 from vitfold.images import ImageSet
 from vitfold.model import Array, Model, Sinks, ViTSpec
+from vitfold.quant.sites import apart_layers, find_sites
 from vitfold.recipe import RegistersRecipe
 from vitfold.registers.curate import curate
 from vitfold.registers.neurons import find_neurons
-from vitfold.transforms.sinks import PARTS
 
 
 def fold_registers(
@@ -65,7 +65,7 @@ def match_layers(spec: ViTSpec, globs: tuple[str, ...]) -> tuple[str, ...]:
     Raises:
         RecipeError: if a glob matches none, naming the nearest.
     """
-    names = [f"blocks.{block}.{part}" for block in range(spec.num_layers) for part in PARTS]
+    names = apart_layers(spec)
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             raise RecipeError(f"registers.layers: no layer matches {glob!r}; {nearest(glob, names)}")
@@ -78,9 +78,12 @@ def _cached(
     k, v = curate(model, images, site, advance=advance).register(recipe.token, recipe.average)
     sinks = Sinks(start=recipe.start, rows=1, tau=recipe.tau, block=recipe.block, deletions=recipe.deletions)
     params: dict[str, Array] = dict(model.params)
-    for block in range(recipe.start, model.spec.num_layers):
+    for attention in find_sites(model.spec)[1]:
+        block = attention.block
+        if block is None or block < recipe.start:
+            continue
         for name, rows in (("cached_k", k), ("cached_v", v)):
-            params[f"blocks.{block}.attn.{name}"] = np.ascontiguousarray(rows[block][None, :, None])
+            params[f"{attention.site}.{name}"] = np.ascontiguousarray(rows[block][None, :, None])
     return model.with_params(replace(model.spec, sinks=sinks), params)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from vitfold.architectures.programs import UNMERGED, forward
 from vitfold.images import ImageSet, batches
-from vitfold.model import Model
+from vitfold.model import Model, block_layers
 from vitfold.ops.record import Record
+from vitfold.quant.sites import find_sites
 
 SINKS = 4
 
@@ -36,8 +37,9 @@ def find_neurons(
     Source: test-time registers (2506.08010), algorithm 1; there the sinks are outliers of the last block.
     """
     spec = model.spec
-    last = int(site.split(".")[1])
-    hidden = [f"blocks.{block}.mlp.fc2.x" for block in range(last + 1)]
+    last = block_layers(spec)[site]
+    ends = {s.block: f"{s.layer}.x" for s in find_sites(spec)[0] if s.role == "mlp"}
+    hidden = [ends[block] for block in range(last + 1)]
     totals: dict[str, Tensor] = {name: torch.zeros(spec.mlp_dim) for name in hidden}
     for group in batches(images, model.preprocess, batch=batch):
         seen: dict[str, Tensor] = {}

@@ -18,7 +18,7 @@ from vitfold.architectures.programs import forward
 from vitfold.bench.classes import class_targets
 from vitfold.bench.statistics import paired_drop
 from vitfold.images import ImageSet, batches
-from vitfold.model import Array, Model
+from vitfold.model import Array, Model, block_layers
 from vitfold.ops.record import Record
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
@@ -135,10 +135,9 @@ class Probe:
         right = None
         if self._targets is not None:
             right = tuple((found.argmax(-1) == torch.tensor(self._targets)).tolist())
-        block = site.split(".")[1]
         return Effect(
             max_norm=norms[f"{site}.x"],
-            block_norm=norms[f"blocks.{block}"],
+            block_norm=norms[_behind(block_layers(model.spec)[site])],
             cosine=float(cosine.mean()),
             sqnr_db=-10.0 * float(np.log10(max(self._noise(found), 1e-12))),
             right=right,
@@ -235,9 +234,14 @@ class _Watch(Record):
 
     def see_block(self, block: int, x: Tensor) -> None:
         """Note the tokens behind a block."""
-        self._note(f"blocks.{block}", x)
+        self._note(_behind(block), x)
         if self._advance is not None and block == 0:
             self._advance(len(x))
+
+
+def _behind(block: int) -> str:
+    """The name under which the tokens behind a block are noted."""
+    return f"tokens behind block {block}"
 
 
 def _first_block(model: Model) -> int:
@@ -245,7 +249,7 @@ def _first_block(model: Model) -> int:
     sinks = model.spec.sinks
     if sinks is None or sinks.leave_out or sinks.neurons:
         return 0
-    touched = [int(layer.split(".")[1]) for layer in sinks.layers]
+    touched = [block_layers(model.spec)[layer] for layer in sinks.layers]
     touched += [sinks.start] if sinks.rows else []
     touched += [sinks.block] if sinks.deletions else []
     return min(touched, default=0)

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from vitfold.model import ViTSpec
+from vitfold.model import ViTSpec, block_layers
+from vitfold.quant.sites import apart_layers
 from vitfold.recipe import RegistersRecipe, Remedy
-from vitfold.transforms.sinks import PARTS
 
 Measure = Callable[[RegistersRecipe], float]
 Grid = Callable[["Case"], Sequence[RegistersRecipe]]
@@ -39,11 +39,12 @@ class Case:
     @property
     def block(self) -> int:
         """The block of the site."""
-        return int(self.site.split(".")[1])
+        return block_layers(self.spec)[self.site]
 
     def noisiest(self, share: float) -> tuple[str, ...]:
         """Return the fewest layers that make this share of the noise, among those whose tokens can go apart."""
-        able = [(layer, noise) for layer, noise in self.noise if layer.endswith(PARTS)]
+        parts = apart_layers(self.spec)
+        able = [(layer, noise) for layer, noise in self.noise if layer in parts]
         chosen: list[str] = []
         covered, whole = 0.0, sum(noise for _, noise in able)
         for layer, noise in able:

@@ -23,8 +23,6 @@ from vitfold.transforms.tokens import Tokens
 
 PREFIX_ROWS = "prefix"
 SINK_ROWS = "sinks"
-PARTS = ("attn.qkv", "mlp.fc1", "mlp.fc2")
-"""Layers of a block in which tokens can go apart. The projection sees averages of values, which have no outliers."""
 
 
 def with_sinks(program: Program, shapes: Mapping[str, Shape], sinks: Sinks, prefix: int) -> Program:
@@ -43,7 +41,7 @@ def with_sinks(program: Program, shapes: Mapping[str, Shape], sinks: Sinks, pref
             assert isinstance(k, Traced)
             assert isinstance(v, Traced)
             assert bias is None or isinstance(bias, Traced)
-            keys, values, bias = attend_registers(ops, sinks, node.block, k, v, bias, count=k.shape[2])
+            keys, values, bias = attend_registers(ops, sinks, node.block, node.site, k, v, bias, count=k.shape[2])
             return (ops.attention(node.attributes["site"], q, keys, values, bias),)
         units = sinks.moved(node.block) if node.block is not None and last.get(node.block) is node else ()
         apart = node.op in ("linear", "heads") and node.attributes["layer"] in sinks.layers
@@ -66,7 +64,7 @@ def with_sinks(program: Program, shapes: Mapping[str, Shape], sinks: Sinks, pref
 
 
 def attend_registers(
-    ops: Ops[T], sinks: Sinks, block: int, k: T, v: T, bias: T | None, *, count: int
+    ops: Ops[T], sinks: Sinks, block: int, site: str, k: T, v: T, bias: T | None, *, count: int
 ) -> tuple[T, T, T | None]:
     """Put the cached keys and values (1, H, R, K) in front of a block's own, each counted tau times.
 
@@ -76,7 +74,6 @@ def attend_registers(
     Source: RegCache (2510.04547), section 4.2; the single row is algebra and lets tau be any positive number.
     """
     rows = sinks.cached(block)
-    site = f"blocks.{block}.attn"
     copies = sinks.copies if bias is None else 1
     k, v = (
         ops.prepend_rows(cached if copies == 1 else ops.concat((cached,) * copies, 2), own)
