@@ -87,13 +87,28 @@ def test_merging_equal_tokens_changes_nothing() -> None:
     import torch
 
     from vitfold.architectures.dit import attention
+    from vitfold.ops.protocol import Port
     from vitfold.ops.run import Run
+    from vitfold.program import replay, trace
+    from vitfold.transforms.merging import merged_around_attention
 
     model = build_tiny_dit()
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(2, model.spec.tokens // 2, model.spec.embed_dim, generator=generator).repeat_interleave(2, 1)
     given = tuple(0.3 * torch.randn(2, 1, model.spec.embed_dim, generator=generator) for _ in range(14))
-    whole, merged = (attention(Run(model.params), model.spec, 1, x, given, r=r) for r in (0, model.spec.tokens // 2))
+    required, optional = dit_param_shapes(model.spec)
+    shapes = required | optional
+    vectors = tuple(Port(name=f"m{i}", shape=(1, model.spec.embed_dim)) for i in range(14))
+    program = trace(
+        lambda ops, x, *m: attention(ops, model.spec, 1, x, m),
+        shapes,
+        inputs=(Port(name="x", shape=(model.spec.tokens, model.spec.embed_dim)), *vectors),
+        outputs=("y",),
+    )
+    (whole,) = replay(program, Run(model.params), x, *given)
+    halved = merged_around_attention(program, shapes, model.spec.tokens // 2)
+    (merged,) = replay(halved, Run(model.params), x, *given)
+    assert halved != program
     np.testing.assert_allclose(merged, whole, atol=1e-5)
 
 

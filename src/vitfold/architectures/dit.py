@@ -1,17 +1,14 @@
-"""The forward pass of a Diffusion Transformer, written once over `Ops`, whole and in the parts that step reuse needs.
+"""The forward pass of a Diffusion Transformer with adaLN-Zero blocks, as its paper has it, written once over `Ops`.
 
-Owns the order of operations of adaLN-Zero blocks. What a step computes anew and what it takes from earlier steps is a
-plan's choice; what an operation does is the interpreter's.
+It comes in pieces, so that a step can take from earlier ones what it does not compute anew (`diffusion.parts`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from vitfold.model.dit import MODULATIONS, DiTSpec
 from vitfold.ops.protocol import Ops, T
-from vitfold.transforms.tokens import Tokens, log_size, match, merge, unmerge
 
 
 def dit(ops: Ops[T], spec: DiTSpec, image: T, waves: T, label: T) -> T:
@@ -47,7 +44,7 @@ def condition(ops: Ops[T], spec: DiTSpec, waves: T, label: T) -> T:
 
 
 def _embedding(ops: Ops[T], site: str, waves: T, label: T) -> T:
-    ops.scope(site)
+    ops.scope(site, role="condition")
     hidden = ops.activation("silu", ops.linear(f"{site}.time.fc1", waves), f"{site}.time.act")
     given = ops.add(ops.linear(f"{site}.time.fc2", hidden), ops.linear(f"{site}.label", label))
     return ops.activation("silu", given, f"{site}.act")
@@ -55,49 +52,38 @@ def _embedding(ops: Ops[T], site: str, waves: T, label: T) -> T:
 
 def modulations(ops: Ops[T], spec: DiTSpec, conditioned: T) -> tuple[T, ...]:
     """Part what `condition` returned into its vectors (B, 1, D)."""
-    ops.scope("modulations")
+    ops.scope("modulations", role="condition")
     return ops.split(conditioned, spec.modulations, 1)
 
 
 def embed(ops: Ops[T], image: T) -> T:
     """Patches and positions: (B, C, Y, X) -> (B, N, D)."""
-    ops.scope("embed")
+    ops.scope("embed", role="embed")
     return ops.add(ops.patch_embed("patch_embed", image), ops.param("pos_embed"))
 
 
-def blocks(ops: Ops[T], spec: DiTSpec, x: T, given: Sequence[T], which: range, *, r: int = 0) -> T:
-    """Run some of the blocks; their attention sees r tokens less."""
+def blocks(ops: Ops[T], spec: DiTSpec, x: T, given: Sequence[T], which: range) -> T:
+    """Run some of the blocks."""
     for block in which:
-        x = add_gated(ops, x, attention(ops, spec, block, x, given, r=r), given[MODULATIONS * block + 2])
+        x = add_gated(ops, x, attention(ops, spec, block, x, given), given[MODULATIONS * block + 2])
         x = add_gated(ops, x, mlp(ops, spec, block, x, given), given[MODULATIONS * block + 5])
     return x
 
 
-def attention(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T], *, r: int = 0) -> T:
-    """Self-attention of one block before its gate: (B, N, D).
-
-    The r most similar pairs of what it reads are merged before it, and given back their rows behind it.
-
-    Source: ToMe (2210.09461) for the merge, ToMe for Stable Diffusion (2303.17604) for undoing it.
-    """
+def attention(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T]) -> T:
+    """Self-attention of one block before its gate: (B, N, D)."""
     site = f"blocks.{block}.attn"
-    ops.scope(site)
+    ops.scope(site, block, "attention")
     shift, scale = given[MODULATIONS * block : MODULATIONS * block + 2]
-    tokens = Tokens(x=modulated(ops, x, shift, scale, spec.norm_eps), count=spec.tokens, prefix=0)
-    if r:
-        pairs = match(ops, f"{site}.merge", tokens.x, count=tokens.count, prefix=0, r=r)
-        tokens = merge(ops, f"{site}.merge", tokens, pairs, r=r, trace=True)
-        ops.scope(site)
-    q, k, v = ops.heads(f"{site}.qkv", tokens.x, 3, spec.num_heads)
-    y = ops.transpose(ops.attention(site, q, k, v, log_size(ops, tokens)), (0, 2, 1, 3))
-    y = ops.linear(f"{site}.proj", ops.reshape(y, (tokens.count, spec.embed_dim)))
-    return unmerge(ops, f"{site}.unmerge", replace(tokens, x=y))
+    q, k, v = ops.heads(f"{site}.qkv", modulated(ops, x, shift, scale, spec.norm_eps), 3, spec.num_heads)
+    y = ops.transpose(ops.attention(site, q, k, v, None), (0, 2, 1, 3))
+    return ops.linear(f"{site}.proj", ops.reshape(y, (spec.tokens, spec.embed_dim)))
 
 
 def mlp(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T]) -> T:
     """The MLP of one block before its gate: (B, N, D)."""
     site = f"blocks.{block}.mlp"
-    ops.scope(site)
+    ops.scope(site, block, "mlp")
     shift, scale = given[MODULATIONS * block + 3 : MODULATIONS * block + 5]
     hidden = ops.linear(f"{site}.fc1", modulated(ops, x, shift, scale, spec.mlp_norm_eps))
     return ops.linear(f"{site}.fc2", ops.activation(spec.activation, hidden, f"{site}.act"))
@@ -121,7 +107,7 @@ def minus(ops: Ops[T], a: T, b: T) -> T:
 
 def head(ops: Ops[T], spec: DiTSpec, x: T, given: Sequence[T]) -> T:
     """Final norm, projection, and patches back in their places: (B, N, D) -> (B, O, Y, X)."""
-    ops.scope("head")
+    ops.scope("head", role="head")
     shift, scale = given[-2:]
     pixels = ops.linear("head.proj", modulated(ops, x, shift, scale, spec.norm_eps))
     grid, patch = spec.grid, spec.patch_size

@@ -23,7 +23,8 @@ from vitfold.diffusion.eager import Eager
 from vitfold.diffusion.parts import Part, parts
 from vitfold.diffusion.sampling import Executor
 from vitfold.diffusion.schedulers import build_scheduler
-from vitfold.diffusion.token_predictor import TokenPredictor, predictor_shapes, train_predictor
+from vitfold.diffusion.token_predictor import TokenPredictor, train_predictor
+from vitfold.diffusion.token_refresh import predictor_shapes
 from vitfold.engines import find_execution, quantized_cpu_target
 from vitfold.errors import EngineError, RecipeError
 from vitfold.model import Array, DiTModel, DiTSpec
@@ -172,7 +173,7 @@ def open_parts(
 
 def plan_parts(spec: DiTSpec, method: ReuseMethod, counts: tuple[int, ...], r: int) -> dict[str, Part]:
     """Return the parts that a method runs."""
-    found = parts(spec, method.cut, history=method.history, counts=counts, r=r)
+    found = dict(parts(spec, method.cut, history=method.history, counts=counts, r=r))
     if method.cut != "whole":
         del found["step"]
     return found

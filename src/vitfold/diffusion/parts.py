@@ -6,8 +6,10 @@ runs is a plan's choice, where it runs an executor's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from vitfold.architectures.dit import (
@@ -21,9 +23,11 @@ from vitfold.architectures.dit import (
     mlp,
     modulations,
 )
-from vitfold.diffusion.token_refresh import renewed
-from vitfold.model.dit import MODULATIONS, DiTSpec
+from vitfold.diffusion.token_refresh import predictor_shapes, renewed
+from vitfold.model.dit import MODULATIONS, DiTSpec, dit_param_shapes
 from vitfold.ops.protocol import Ops, Port, T
+from vitfold.program import Program, replay, trace
+from vitfold.transforms.merging import merged_around_attention
 
 Cut = Literal["whole", "stack", "modules", "first", "tokens"]
 """What of a step is kept: nothing, the residual of all blocks, every module's output, of all blocks but the first; or
@@ -31,18 +35,33 @@ of every block, to be renewed token by token."""
 
 WEIGHTS = "weights"
 RESIDUAL = "residual"
+PREDICTION = "prediction"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A program `run(ops, *inputs) -> outputs`."""
+    """A program with named inputs and outputs, which are tensors that a sampler hands from part to part."""
 
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    run: Callable[..., tuple[Any, ...]]
+    program: Program
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        """What it reads."""
+        return self.program.inputs
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        """What it makes."""
+        shapes = self.program.shapes
+        return tuple(Port(name=name, shape=shapes[ref][1:]) for name, ref in self.program.outputs.items())
+
+    def run(self, ops: Ops[T], *inputs: T) -> tuple[T, ...]:
+        """Run it under an interpreter."""
+        return replay(self.program, ops, *inputs)
 
 
-def parts(spec: DiTSpec, cut: Cut, *, history: int = 1, counts: tuple[int, ...] = (), r: int = 0) -> dict[str, Part]:
+@functools.lru_cache(maxsize=32)
+def parts(spec: DiTSpec, cut: Cut, *, history: int = 1, counts: tuple[int, ...] = (), r: int = 0) -> Mapping[str, Part]:
     """Return the parts of a step: always `condition` and `step`, the whole of it, and others by what is kept.
 
     stack: `full` (also hands out the residual of all blocks) and `resume` (takes a weighted sum of `history` of them);
@@ -52,108 +71,148 @@ def parts(spec: DiTSpec, cut: Cut, *, history: int = 1, counts: tuple[int, ...] 
 
     Where whole blocks run, `r` tokens less enter their attention.
     """
+    written = {**_always(spec), **_CUTS[cut](spec, history, counts)}
+    required, optional = dit_param_shapes(spec)
+    shapes = {**required, **optional, **predictor_shapes(spec)}
+    found = {}
+    for name, (inputs, outputs, run) in written.items():
+        program = trace(run, shapes, inputs=inputs, outputs=outputs)
+        merges = name not in ("condition", "resume", "refresh")
+        found[name] = Part(program=merged_around_attention(program, shapes, r) if merges else program)
+    return MappingProxyType(found)
+
+
+Written = Mapping[str, tuple[Sequence[Port], Sequence[str], Callable[..., Any]]]
+"""Parts as they are written: inputs, names of outputs, and `run(ops, *inputs)`."""
+
+
+def _image(spec: DiTSpec) -> tuple[Port, Port]:
+    """What every part that embeds the image reads."""
     image = Port(name="image", shape=(spec.channels, spec.image_size, spec.image_size))
-    given = Port(name="given", shape=(spec.modulations, spec.embed_dim))
-    prediction = Port(name="prediction", shape=(spec.outputs, spec.image_size, spec.image_size))
-    tokens = (spec.tokens, spec.embed_dim)
+    return image, Port(name="given", shape=(spec.modulations, spec.embed_dim))
+
+
+def _of_tokens(spec: DiTSpec, *names: str) -> tuple[Port, ...]:
+    return tuple(Port(name=name, shape=(spec.tokens, spec.embed_dim)) for name in names)
+
+
+def _kept(spec: DiTSpec, history: int) -> tuple[Port, ...]:
+    """The weights of a forecast, and the residuals that it sums up."""
     weights = Port(name=WEIGHTS, shape=(history, 1), batch=1)
-    kept = tuple(Port(name=f"{RESIDUAL}.{k}", shape=tokens) for k in range(history))
-    residual = Port(name=RESIDUAL, shape=tokens)
-    found = {"condition": _condition(spec, given), "step": _step(spec, image, given, prediction, r)}
-    if cut == "stack":
-        found["full"] = Part(
-            inputs=(image, given),
-            outputs=(prediction, residual),
-            run=lambda ops, x, m: _rest(ops, spec, embed(ops, x), m, 0, r),
-        )
-        found["resume"] = Part(
-            inputs=(image, given, weights, *kept),
-            outputs=(prediction,),
-            run=lambda ops, x, m, w, *r: _resumed(ops, spec, embed(ops, x), m, w, r),
-        )
-    elif cut == "modules":
-        modules = tuple(
-            Port(name=f"{RESIDUAL}.{kind}.{block}", shape=tokens)
-            for block in range(spec.num_layers)
-            for kind in ("attn", "mlp")
-        )
-        found["full"] = Part(
-            inputs=(image, given), outputs=(prediction, *modules), run=lambda ops, x, m: _modules(ops, spec, x, m, r)
-        )
-        found["resume"] = Part(
-            inputs=(image, given, *modules),
-            outputs=(prediction,),
-            run=lambda ops, x, m, *y: _from_modules(ops, spec, x, m, y),
-        )
-    elif cut == "first":
-        x, change = Port(name="x", shape=tokens), Port(name="change", shape=(1, 1))
-        before = Port(name="before", shape=tokens)
-        found["front"] = Part(
-            inputs=(image, given, before),
-            outputs=(x, Port(name="own", shape=tokens), change),
-            run=lambda ops, x, m, before: _front(ops, spec, x, m, before, r),
-        )
-        found["rest"] = Part(
-            inputs=(x, given), outputs=(prediction, residual), run=lambda ops, x, m: _rest(ops, spec, x, m, 1, r)
-        )
-        found["resume"] = Part(
-            inputs=(x, given, weights, *kept),
-            outputs=(prediction,),
-            run=lambda ops, x, m, w, *r: _resumed(ops, spec, x, m, w, r),
-        )
-    elif cut == "tokens":
-        added = tuple(Port(name=f"{RESIDUAL}.{block}", shape=tokens) for block in range(spec.num_layers))
-        kept = tuple(Port(name=f"kept.{block}", shape=tokens) for block in range(spec.num_layers))
-        found["full"] = Part(
-            inputs=(image, given), outputs=(prediction, *added), run=lambda ops, x, m: _added(ops, spec, x, m, r)
-        )
-        found["refresh"] = Part(
-            inputs=(image, given, *kept),
-            outputs=(prediction, *added),
-            run=lambda ops, x, m, *f: _refreshed(ops, spec, counts, x, m, f),
-        )
-    return found
+    return (weights, *_of_tokens(spec, *(f"{RESIDUAL}.{k}" for k in range(history))))
 
 
-def _condition(spec: DiTSpec, given: Port) -> Part:
-    return Part(
-        inputs=(Port(name="waves", shape=(spec.freq_dim,)), Port(name="label", shape=(spec.classes + 1,))),
-        outputs=(given,),
-        run=lambda ops, waves, label: (condition(ops, spec, waves, label),),
-    )
+def _always(spec: DiTSpec) -> Written:
+    image, given = _image(spec)
 
-
-def _step(spec: DiTSpec, image: Port, given: Port, prediction: Port, r: int) -> Part:
-    def run(ops: Ops[T], x: T, m: T) -> tuple[T, ...]:
+    def step(ops: Ops[T], x: T, m: T) -> T:
         vectors = modulations(ops, spec, m)
-        return (head(ops, spec, blocks(ops, spec, embed(ops, x), vectors, range(spec.num_layers), r=r), vectors),)
+        return head(ops, spec, blocks(ops, spec, embed(ops, x), vectors, range(spec.num_layers)), vectors)
 
-    return Part(inputs=(image, given), outputs=(prediction,), run=run)
+    conditions = (Port(name="waves", shape=(spec.freq_dim,)), Port(name="label", shape=(spec.classes + 1,)))
+    return {
+        "condition": (conditions, ("given",), lambda ops, waves, label: condition(ops, spec, waves, label)),
+        "step": ((image, given), (PREDICTION,), step),
+    }
 
 
-def _rest(ops: Ops[T], spec: DiTSpec, x: T, m: T, first: int, r: int) -> tuple[T, T]:
+def _whole(spec: DiTSpec, history: int, counts: tuple[int, ...]) -> Written:  # noqa: ARG001
+    return {}
+
+
+def _stack(spec: DiTSpec, history: int, counts: tuple[int, ...]) -> Written:  # noqa: ARG001
+    image, given = _image(spec)
+    return {
+        "full": (
+            (image, given),
+            (PREDICTION, RESIDUAL),
+            lambda ops, x, m: _rest(ops, spec, embed(ops, x), m, 0),
+        ),
+        "resume": (
+            (image, given, *_kept(spec, history)),
+            (PREDICTION,),
+            lambda ops, x, m, w, *kept: _resumed(ops, spec, embed(ops, x), m, w, kept),
+        ),
+    }
+
+
+def _modules(spec: DiTSpec, history: int, counts: tuple[int, ...]) -> Written:  # noqa: ARG001
+    image, given = _image(spec)
+    names = [f"{RESIDUAL}.{kind}.{block}" for block in range(spec.num_layers) for kind in ("attn", "mlp")]
+    return {
+        "full": ((image, given), (PREDICTION, *names), lambda ops, x, m: _every_module(ops, spec, x, m)),
+        "resume": (
+            (image, given, *_of_tokens(spec, *names)),
+            (PREDICTION,),
+            lambda ops, x, m, *kept: _from_modules(ops, spec, x, m, kept),
+        ),
+    }
+
+
+def _first(spec: DiTSpec, history: int, counts: tuple[int, ...]) -> Written:  # noqa: ARG001
+    image, given = _image(spec)
+    (x,) = _of_tokens(spec, "x")
+    return {
+        "front": (
+            (image, given, *_of_tokens(spec, "before")),
+            ("x", "own", "change"),
+            lambda ops, x, m, before: _front(ops, spec, x, m, before),
+        ),
+        "rest": ((x, given), (PREDICTION, RESIDUAL), lambda ops, x, m: _rest(ops, spec, x, m, 1)),
+        "resume": (
+            (x, given, *_kept(spec, history)),
+            (PREDICTION,),
+            lambda ops, x, m, w, *kept: _resumed(ops, spec, x, m, w, kept),
+        ),
+    }
+
+
+def _tokens(spec: DiTSpec, history: int, counts: tuple[int, ...]) -> Written:  # noqa: ARG001
+    image, given = _image(spec)
+    added = [f"{RESIDUAL}.{block}" for block in range(spec.num_layers)]
+    kept = _of_tokens(spec, *(f"kept.{block}" for block in range(spec.num_layers)))
+    return {
+        "full": ((image, given), (PREDICTION, *added), lambda ops, x, m: _added(ops, spec, x, m)),
+        "refresh": (
+            (image, given, *kept),
+            (PREDICTION, *added),
+            lambda ops, x, m, *f: _refreshed(ops, spec, counts, x, m, f),
+        ),
+    }
+
+
+_CUTS: Mapping[Cut, Callable[[DiTSpec, int, tuple[int, ...]], Written]] = {
+    "whole": _whole,
+    "stack": _stack,
+    "modules": _modules,
+    "first": _first,
+    "tokens": _tokens,
+}
+
+
+def _rest(ops: Ops[T], spec: DiTSpec, x: T, m: T, first: int) -> tuple[T, T]:
     """The blocks from `first` on and the head; the residual is what those blocks add to x."""
     vectors = modulations(ops, spec, m)
-    y = blocks(ops, spec, x, vectors, range(first, spec.num_layers), r=r)
-    ops.scope("residual")
+    y = blocks(ops, spec, x, vectors, range(first, spec.num_layers))
+    ops.scope("residual", role="reuse")
     return head(ops, spec, y, vectors), minus(ops, y, x)
 
 
 def _resumed(ops: Ops[T], spec: DiTSpec, x: T, m: T, weights: T, kept: tuple[T, ...]) -> tuple[T]:
     """The head of x + sum_k w_k R_k: every forecast that is linear in what is kept."""
     vectors = modulations(ops, spec, m)
-    ops.scope("forecast")
+    ops.scope("forecast", role="reuse")
     terms = ops.split(weights, len(kept), 1) if len(kept) > 1 else (weights,)
     for weight, residual in zip(terms, kept, strict=True):
         x = ops.add(x, ops.multiply(weight, residual))
     return (head(ops, spec, x, vectors),)
 
 
-def _modules(ops: Ops[T], spec: DiTSpec, image: T, m: T, r: int) -> tuple[T, ...]:
+def _every_module(ops: Ops[T], spec: DiTSpec, image: T, m: T) -> tuple[T, ...]:
     vectors, found = modulations(ops, spec, m), []
     x = embed(ops, image)
     for block in range(spec.num_layers):
-        found.append(attention(ops, spec, block, x, vectors, r=r))
+        found.append(attention(ops, spec, block, x, vectors))
         x = add_gated(ops, x, found[-1], vectors[MODULATIONS * block + 2])
         found.append(mlp(ops, spec, block, x, vectors))
         x = add_gated(ops, x, found[-1], vectors[MODULATIONS * block + 5])
@@ -163,18 +222,18 @@ def _modules(ops: Ops[T], spec: DiTSpec, image: T, m: T, r: int) -> tuple[T, ...
 def _from_modules(ops: Ops[T], spec: DiTSpec, image: T, m: T, kept: tuple[T, ...]) -> tuple[T]:
     vectors = modulations(ops, spec, m)
     x = embed(ops, image)
-    ops.scope("reused")
+    ops.scope("reused", role="reuse")
     for block in range(spec.num_layers):
         x = add_gated(ops, x, kept[2 * block], vectors[MODULATIONS * block + 2])
         x = add_gated(ops, x, kept[2 * block + 1], vectors[MODULATIONS * block + 5])
     return (head(ops, spec, x, vectors),)
 
 
-def _added(ops: Ops[T], spec: DiTSpec, image: T, m: T, r: int) -> tuple[T, ...]:
+def _added(ops: Ops[T], spec: DiTSpec, image: T, m: T) -> tuple[T, ...]:
     vectors, found = modulations(ops, spec, m), []
     x = embed(ops, image)
     for block in range(spec.num_layers):
-        y = blocks(ops, spec, x, vectors, range(block, block + 1), r=r)
+        y = blocks(ops, spec, x, vectors, range(block, block + 1))
         found.append(minus(ops, y, x))
         x = y
     return (head(ops, spec, x, vectors), *found)
@@ -191,12 +250,12 @@ def _refreshed(
     return (head(ops, spec, x, vectors), *found)
 
 
-def _front(ops: Ops[T], spec: DiTSpec, image: T, m: T, before: T, r: int) -> tuple[T, T, T]:
+def _front(ops: Ops[T], spec: DiTSpec, image: T, m: T, before: T) -> tuple[T, T, T]:
     """The first block, its residual R, and |R - R'|^2 / |R'|^2 per row, (B, 1, 1), with R' of the last full step."""
     vectors = modulations(ops, spec, m)
     entering = embed(ops, image)
-    x = blocks(ops, spec, entering, vectors, range(1), r=r)
-    ops.scope("change")
+    x = blocks(ops, spec, entering, vectors, range(1))
+    ops.scope("change", role="reuse")
     own = minus(ops, x, entering)
     moved = minus(ops, own, before)
     ratio = ops.divide(_energy(ops, spec, moved), ops.add_scalar(_energy(ops, spec, before), 1e-12))

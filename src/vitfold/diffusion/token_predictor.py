@@ -16,12 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitfold.architectures.dit import blocks, condition, embed, head, minus, modulations
-from vitfold.diffusion.token_refresh import blended, scores
+from vitfold.diffusion.token_refresh import blended, predictor_shapes, scores
 from vitfold.model import Array, DiTModel, DiTSpec
 from vitfold.model.dit import class_rows, timestep_frequencies
 from vitfold.ops.run import Run
 
-HIDDEN = 16
 ROWS = 8
 """Rows of a training batch: half with a class, half without."""
 PAIRS = 12
@@ -102,16 +101,6 @@ def share_budget(ranked: Float[np.ndarray, "L N"], ratio: float) -> tuple[int, .
     keep = round((1 - ratio) * depth * tokens)
     order = np.argsort(-ranked.reshape(-1), kind="stable")[:keep]
     return tuple(int(count) for count in np.bincount(order // tokens, minlength=depth))
-
-
-def predictor_shapes(spec: DiTSpec) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of a predictor's weights."""
-    found: dict[str, tuple[int, ...]] = {}
-    for block in range(spec.num_layers):
-        site = f"blocks.{block}.predictor"
-        found |= {f"{site}.fc1.weight": (HIDDEN, spec.embed_dim), f"{site}.fc1.bias": (HIDDEN,)}
-        found |= {f"{site}.fc2.weight": (1, HIDDEN), f"{site}.fc2.bias": (1,)}
-    return found
 
 
 def _initial(spec: DiTSpec, generator: torch.Generator) -> dict[str, Tensor]:

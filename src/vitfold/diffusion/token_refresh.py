@@ -12,6 +12,18 @@ from vitfold.architectures.dit import add_gated, blocks, minus, modulated
 from vitfold.model.dit import MODULATIONS, DiTSpec
 from vitfold.ops.protocol import Ops, T
 
+HIDDEN = 16
+
+
+def predictor_shapes(spec: DiTSpec) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of a predictor's weights."""
+    found: dict[str, tuple[int, ...]] = {}
+    for block in range(spec.num_layers):
+        site = f"blocks.{block}.predictor"
+        found |= {f"{site}.fc1.weight": (HIDDEN, spec.embed_dim), f"{site}.fc1.bias": (HIDDEN,)}
+        found |= {f"{site}.fc2.weight": (1, HIDDEN), f"{site}.fc2.bias": (1,)}
+    return found
+
 
 def scores(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T]) -> T:
     """Return how far each token's part of the block should be computed anew, in (0, 1): (B, N, 1).
@@ -21,7 +33,7 @@ def scores(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T]) -> 
     Source: TokenCache (2409.18523); the network is ours.
     """
     site = f"blocks.{block}.predictor"
-    ops.scope(site)
+    ops.scope(site, block, "reuse")
     shift, scale = given[MODULATIONS * block : MODULATIONS * block + 2]
     read = modulated(ops, x, shift, scale, spec.norm_eps)
     hidden = ops.activation("silu", ops.linear(f"{site}.fc1", read), f"{site}.act")
@@ -43,7 +55,7 @@ def renewed(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T], ke
     if count == spec.tokens:
         return minus(ops, blocks(ops, spec, x, given, range(block, block + 1)), x)
     weights = scores(ops, spec, block, x, given)
-    ops.scope(f"blocks.{block}.chosen")
+    ops.scope(f"blocks.{block}.chosen", block, "reuse")
     index, _ = ops.topk_split(weights, count)
     moved = minus(ops, _new_rows(ops, spec, block, x, given, index, count), ops.take(kept, index))
     return ops.scatter_add(f"blocks.{block}.renewed", kept, index, moved)
@@ -64,14 +76,14 @@ def blended(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T], ke
 def _new_rows(ops: Ops[T], spec: DiTSpec, block: int, x: T, given: Sequence[T], index: T, count: int) -> T:
     """What the block adds to the rows at `index` (B, R, 1), computed for them alone: (B, R, D)."""
     site, first = f"blocks.{block}", MODULATIONS * block
-    ops.scope(f"{site}.attn")
+    ops.scope(f"{site}.attn", block, "attention")
     read = modulated(ops, x, given[first], given[first + 1], spec.norm_eps)
     q, k, v = ops.heads(f"{site}.attn.qkv", read, 3, spec.num_heads)
     q = ops.take(ops.reshape(ops.transpose(q, (0, 2, 1, 3)), (spec.tokens, spec.embed_dim)), index)
     q = ops.transpose(ops.reshape(q, (count, spec.num_heads, spec.embed_dim // spec.num_heads)), (0, 2, 1, 3))
     y = ops.transpose(ops.attention(f"{site}.attn", q, k, v, None), (0, 2, 1, 3))
     y = ops.linear(f"{site}.attn.proj", ops.reshape(y, (count, spec.embed_dim)))
-    ops.scope(f"{site}.mlp")
+    ops.scope(f"{site}.mlp", block, "mlp")
     before = ops.take(x, index)
     rows = add_gated(ops, before, y, given[first + 2])
     read = modulated(ops, rows, given[first + 3], given[first + 4], spec.mlp_norm_eps)
