@@ -16,12 +16,15 @@ from vitfold.architectures.vit import transformer_block
 from vitfold.engines.exactness import find_execution
 from vitfold.engines.onnxruntime import session_options
 from vitfold.engines.session import PLAIN
+from vitfold.images import ImageSet
 from vitfold.model import Array, Model, ViTSpec
 from vitfold.ops.emit import INPUT_NAME
 from vitfold.ops.protocol import Port
 from vitfold.ops.run import Run
 from vitfold.products import Product, products_of
 from vitfold.program import replay, trace
+from vitfold.quant.collect import Samples, collect
+from vitfold.quant.network import ImageExamples, Network, network_of
 from vitfold.quantizer import Quantizer, Twin, Uniform
 from vitfold.recipe import MergeRecipe
 from vitfold.target import Target
@@ -155,3 +158,13 @@ def blocks_alone(spec: ViTSpec, r: tuple[int, ...]) -> Callable[[Any, Any], Any]
     program = trace(written, shapes_of(plain), inputs=inputs, outputs=("y",))
     program = merged(program, shapes_of(plain), MergeRecipe(r=r), Layout(prefix=0, grid=spec.grid), sources=True)
     return lambda ops, image: replay(program, ops, image, only=(stream_name(len(r), "x"),))[0]
+
+
+def calibrating(model: Model, merge: MergeRecipe, images: ImageSet) -> tuple[Network, ImageExamples]:
+    """A Vision Transformer and its images, as quantization takes them."""
+    return network_of(model, merge), ImageExamples(images=images, preprocess=model.preprocess)
+
+
+def collected(model: Model, merge: MergeRecipe, images: ImageSet, **how: Any) -> Samples:
+    """Samples of every site of a Vision Transformer."""
+    return collect(*calibrating(model, merge, images), **how)

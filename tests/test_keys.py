@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from quantizing import calibrating
 from vitfold.artifacts.cache import key_of
 from vitfold.quant import QuantConstraints, find_method
 from vitfold.quant.collect import samples_key
@@ -110,7 +111,7 @@ def test_every_field_of_a_recipe_reaches_every_key(tiny_model, photos, kind, nam
     assert key_of(whole) != key_of(replace(whole, **{place: other}))
     model = tiny_model()
     if kind is MergeRecipe:
-        keys = {samples_key(model, merge, photos, True, 0, 8, 64) for merge in (base, other)}
+        keys = {samples_key(*calibrating(model, merge, photos), True, 0, 8, 64) for merge in (base, other)}
         assert len(keys) == 2
     if kind is not RegistersRecipe:
         changed = {place: other}
@@ -131,7 +132,7 @@ def test_every_choice_of_a_calibration_reaches_its_key(tiny_model, photos):
         (model, MERGE, photos, True, 0, 4, 64),
         (model, MERGE, photos, True, 0, 8, 65),
     ]
-    assert len({samples_key(*call) for call in calls}) == len(calls)
+    assert len({samples_key(*calibrating(*call[:3]), *call[3:]) for call in calls}) == len(calls)
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(TARGETS["cpu"]) if field.name != "why"])

@@ -14,8 +14,8 @@ from diffusing import build_tiny_dit
 from vitfold.bench.pictures import moments
 from vitfold.diffusion import search as step_search
 from vitfold.diffusion.compare import SamplerRow, SamplingConfig
+from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.judge import Judge
-from vitfold.diffusion.opening import Compression
 from vitfold.diffusion.search import Bounds, Setup, Tried, describe_bounds, fastest_method, screen, search_steps
 from vitfold.errors import JournalError, RecipeError
 from vitfold.model import Array, DiTModel, Model

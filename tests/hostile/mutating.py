@@ -109,7 +109,7 @@ def build_steps(path: Path) -> None:
     from diffusing import build_tiny_dit
     from vitfold.artifacts.step_bundle import StepPlan
     from vitfold.diffusion import find_method
-    from vitfold.diffusion.opening import compress
+    from vitfold.diffusion.compression import compress
     from vitfold.diffusion.writing import save_steps
 
     model = build_tiny_dit()

@@ -15,7 +15,7 @@ from diffusing import SCHEDULE, build_tiny_dit, write_folder
 from vitfold.artifacts.step_bundle import StepPlan
 from vitfold.cli.app import app
 from vitfold.diffusion import find_method
-from vitfold.diffusion.opening import compress
+from vitfold.diffusion.compression import compress
 from vitfold.diffusion.writing import save_steps
 from vitfold.errors import SourceError
 from vitfold.model.schedule import OWN, REPLACED, own_sampler

@@ -10,15 +10,15 @@ import onnxruntime
 import pytest
 import torch
 
-from quantizing import affine, per_channel, single
+from quantizing import affine, collected, per_channel, single
 from vitfold.architectures.programs import forward
 from vitfold.architectures.vit import mlp
 from vitfold.ops.emit import INPUT_NAME, emit_graph, write_onnx
 from vitfold.ops.simulate import Simulate
 from vitfold.quant import METHODS
-from vitfold.quant.collect import collect
 from vitfold.quant.equalize import equalize_norm, equalize_values
 from vitfold.quant.folding import center_norms, fold_channels
+from vitfold.quant.network import network_of
 from vitfold.recipe import MergeRecipe, QuantRecipe
 from vitfold.target import TARGETS
 
@@ -89,15 +89,16 @@ def test_the_folds_of_methods_are_identities_and_samples_follow(
         model.spec, {k: a * np.float32(3) if "norm1.weight" in k else a for k, a in model.params.items()}
     )
 
-    def collected(one):
-        return collect(one, merge, photos, gradients=method.needs_gradients, rows=10**6)
+    def samples_of(one):
+        return collected(one, merge, photos, gradients=method.needs_gradients, rows=10**6)
 
-    folded, samples, presets = fold_channels(model, collected(model), method, QuantRecipe())
+    folded, samples, presets = fold_channels(network_of(model, merge), samples_of(model), method, QuantRecipe())
+    folded = model.with_params(model.spec, folded.params)
     assert folded.digest() != model.digest()
     assert bool(presets) == (name == "repq")
     images = random_images(model.spec, 3)
     assert relative_error(run_torch(folded, images, r), run_torch(model, images, r)) < 1e-5
-    again = collected(folded)
+    again = samples_of(folded)
     for layer, one in samples.linears.items():
         for part in ("x", "low", "high", "grad"):
             found, expected = getattr(one, part), getattr(again.linears[layer], part)
@@ -118,8 +119,10 @@ def test_repq_gives_every_channel_one_scale(tiny_model, photos, own_cache):
     gamma = np.ones(32, np.float32)
     gamma[[3, 17]] = 40
     model = model.with_params(model.spec, {**model.params, "blocks.0.norm1.weight": gamma})
-    samples = collect(model, MergeRecipe(r=()), photos, gradients=False)
-    _, moved, presets = fold_channels(model, samples, METHODS["repq"], QuantRecipe(weights=6, activations=6))
+    samples = collected(model, MergeRecipe(r=()), photos, gradients=False)
+    _, moved, presets = fold_channels(
+        network_of(model, MergeRecipe(r=())), samples, METHODS["repq"], QuantRecipe(weights=6, activations=6)
+    )
     before, after = (s.linears["blocks.0.attn.qkv"] for s in (samples, moved))
     spread = [float((o.high - o.low).max() / (o.high - o.low).min()) for o in (before, after)]
     assert spread[0] > 20
@@ -130,9 +133,9 @@ def test_repq_gives_every_channel_one_scale(tiny_model, photos, own_cache):
 
 def test_layers_that_stay_float_are_not_folded(tiny_model, photos, own_cache):
     model = tiny_model()
-    samples = collect(model, MergeRecipe(r=()), photos, gradients=False)
+    samples = collected(model, MergeRecipe(r=()), photos, gradients=False)
     quant = QuantRecipe(sites={"blocks.0.*": "float"})
-    folded, _, _ = fold_channels(model, samples, METHODS["vitfold"], quant)
+    folded, _, _ = fold_channels(network_of(model, MergeRecipe(r=())), samples, METHODS["vitfold"], quant)
     changed = {name for name, array in model.params.items() if not np.array_equal(array, folded.params[name])}
     assert changed
     assert not {name for name in changed if name.startswith("blocks.0.")}
@@ -194,12 +197,12 @@ def test_zero_points_behind_layer_norms_fold_away(tiny_model, random_images, r):
         f"blocks.{i}.{layer}.x": affine(np.array([-1.5, 3.0])) for i in range(2) for layer in ("attn.qkv", "mlp.fc1")
     }
     quantizers["blocks.0.mlp.fc2.x"] = affine(np.array([-0.2, 4.0]))
-    folded, centered = center_norms(model, quantizers)
+    folded, centered = center_norms(network_of(model, MergeRecipe(r=())), quantizers)
     assert all(int(q.zero_point) == 128 for site, q in centered.items() if "fc2" not in site)
     assert centered["blocks.0.mlp.fc2.x"] is quantizers["blocks.0.mlp.fc2.x"], "no LayerNorm feeds it"
     images = torch.from_numpy(random_images(model.spec, 3))
     merge = MergeRecipe(r=r)
     with torch.inference_mode():
         expected = forward(Simulate(model.params, quantizers), model.spec, merge, images)
-        found = forward(Simulate(folded.params, centered), folded.spec, merge, images)
+        found = forward(Simulate(folded.params, centered), model.spec, merge, images)
     assert relative_error(found.numpy(), expected.numpy()) < 2e-3, "but for codes that round the other way"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantizing import affine
+from quantizing import affine, calibrating
 from vitfold.architectures.programs import forward
 from vitfold.images import ImageSet, batches
 from vitfold.ops.simulate import Simulate, fake_quantize
@@ -140,7 +140,7 @@ def test_moments_are_those_of_the_stream_and_biases_take_the_mean_error(tiny_mod
     for layer, x in rows.items():
         quantizers[f"{layer}.x"] = affine(x.numpy(), 0, 15)
         quantizers[f"{layer}.w"] = grid_of(torch.from_numpy(model.params[f"{layer}.weight"]), 4)
-    moments = collect_moments(model, merge, photos, quantizers, batch=4)
+    moments = collect_moments(*calibrating(model, merge, photos), quantizers, batch=4)
     layer = "blocks.0.mlp.fc1"
     one, x = moments[f"{layer}.x"], rows[layer]
     x_hat = fake_quantize(x, quantizers[f"{layer}.x"])

@@ -147,7 +147,7 @@ def _draw_model(
     from vitfold.diffusion import compare as comparing
     from vitfold.diffusion import find_method
     from vitfold.diffusion import search as searching
-    from vitfold.diffusion.opening import compress
+    from vitfold.diffusion.compression import compress
     from vitfold.sources.dit import load_dit
 
     words = [word.strip() for word in (how.reuse or "none").split(",") if word.strip()]

@@ -16,7 +16,7 @@ from vitfold.cli.terminal import heading, note, out, print_json, quiet_stdout, s
 if TYPE_CHECKING:
     from vitfold.artifacts.step_bundle import StepBundle
     from vitfold.diffusion.compare import SamplingConfig
-    from vitfold.diffusion.opening import Compression
+    from vitfold.diffusion.compression import Compression
     from vitfold.diffusion.search import Bounds, StepSearchResult
     from vitfold.model import DiTModel
 
@@ -82,7 +82,7 @@ def optimize_steps(source: str, output: Path, wanted: Steps, *, overwrite: bool,
     from vitfold.artifacts.step_bundle import StepPlan, publish_steps
     from vitfold.diffusion import find_method
     from vitfold.diffusion.compare import check_asked
-    from vitfold.diffusion.opening import compress
+    from vitfold.diffusion.compression import compress
     from vitfold.diffusion.writing import save_steps
     from vitfold.sources.dit import load_dit
 

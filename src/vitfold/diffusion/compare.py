@@ -17,8 +17,9 @@ from vitfold.bench.pictures import FRECHET_IMAGES, psnr_db, ssim
 from vitfold.bench.statistics import Rise
 from vitfold.bench.timing import interleave
 from vitfold.diffusion import ReuseMethod, Sampled, find_method, sample, solve_steps
+from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.judge import Judge, Verdict
-from vitfold.diffusion.opening import Compression, open_parts, prepare_predictor, reused_work
+from vitfold.diffusion.opening import open_parts, prepare_predictor, reused_work
 from vitfold.diffusion.sampling import Executor, joined
 from vitfold.diffusion.schedulers import build_scheduler
 from vitfold.errors import RecipeError

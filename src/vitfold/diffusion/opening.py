@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,8 @@ import torch
 from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
 from vitfold.artifacts.step_bundle import StepBundle, StepManifest
 from vitfold.cores import check_threads
-from vitfold.diffusion import ReuseMethod, find_method, sample
+from vitfold.diffusion import ReuseMethod, find_method
+from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.eager import Eager
 from vitfold.diffusion.parts import Part, parts
 from vitfold.diffusion.sampling import Executor
@@ -26,15 +27,13 @@ from vitfold.diffusion.schedulers import build_scheduler
 from vitfold.diffusion.token_predictor import TokenPredictor, train_predictor
 from vitfold.diffusion.token_refresh import predictor_shapes
 from vitfold.engines import find_execution, quantized_cpu_target
-from vitfold.errors import EngineError, RecipeError
+from vitfold.errors import EngineError
 from vitfold.model import Array, DiTModel, DiTSpec
 from vitfold.model.dit import dit_param_shapes
 from vitfold.ops.count import Count
-from vitfold.ops.record import Record
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
 from vitfold.products import Product, products_of
-from vitfold.quant.ranges import affine_uniform, symmetric_uniform
 from vitfold.quantizer import Quantizer
 from vitfold.target import Target, find_target
 
@@ -42,84 +41,8 @@ if TYPE_CHECKING:
     from vitfold.engines.parts import PartsSession
 
 EXECUTORS = ("onnxruntime", "torch")
-SCHEMES = ("none", "w8a8")
-_LAYERS = (".attn.qkv", ".attn.proj", ".mlp.fc1", ".mlp.fc2")
-_LEAST_LABELS = 4
 _PREDICTOR_FORMAT = 1
 """Counted up where training changes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Compression:
-    """What a step costs less by itself: `r` tokens merged before every attention, integer linear layers in blocks.
-
-    `params` are then the weights on the grids of `quantizers`.
-    """
-
-    r: int = 0
-    quantizers: Mapping[str, Quantizer] | None = None
-    params: Mapping[str, Array] | None = None
-
-    @property
-    def quant(self) -> str:
-        """The scheme that was asked for."""
-        return "w8a8" if self.quantizers else "none"
-
-    @property
-    def suffix(self) -> str:
-        """How tables call it, behind the name of a method."""
-        return (f", r={self.r}" if self.r else "") + (", w8a8" if self.quantizers else "")
-
-
-def compress(
-    model: DiTModel, *, r: int = 0, quant: str = "none", steps: int = 50, guidance: float = 1.5, seed: int = 0
-) -> Compression:
-    """Choose ranges on one trajectory of a few classes, over all its steps, with merging on.
-
-    Inputs of linear layers take one range per tensor, from the least to the largest value; weights one per output.
-
-    Raises:
-        RecipeError: if a block cannot merge that many tokens, or the scheme is unknown.
-    """
-    most = model.spec.tokens // 2
-    if not 0 <= r <= most:
-        raise RecipeError(f"--merge {r} is out of range; {model.spec.tokens} tokens can merge 0 to {most} per block")
-    if quant not in SCHEMES:
-        raise RecipeError(f"unknown quantization {quant!r} of a Diffusion Transformer; known: {', '.join(SCHEMES)}")
-    if quant == "none":
-        return Compression(r=r)
-    layers = [f"blocks.{block}{layer}" for block in range(model.spec.num_layers) for layer in _LAYERS]
-    ranges = _ranges(model, layers, r=r, steps=steps, guidance=guidance, seed=seed)
-    bits = quantized_cpu_target().weight_bits
-    quantizers: dict[str, Quantizer] = {}
-    params = dict(model.params)
-    for layer in layers:
-        low, high = ranges[layer]
-        weight = torch.from_numpy(model.params[f"{layer}.weight"])
-        quantizers[f"{layer}.x"] = affine_uniform(low, high, 8)
-        quantizers[f"{layer}.w"] = symmetric_uniform(weight.abs().amax(1), bits, axis=0)
-        params[f"{layer}.weight"] = quantizers[f"{layer}.w"](params[f"{layer}.weight"])
-    return Compression(r=r, quantizers=quantizers, params=params)
-
-
-def _ranges(
-    model: DiTModel, layers: Sequence[str], *, r: int, steps: int, guidance: float, seed: int
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    wanted = {f"{layer}.x": layer for layer in layers}
-
-    def see(site: str, x: torch.Tensor) -> None:
-        layer = wanted.get(site)
-        if layer is not None:
-            low, high = x.amin(), x.amax()
-            before = found.get(layer, (low, high))
-            found[layer] = torch.minimum(before[0], low), torch.maximum(before[1], high)
-
-    executor = Eager(parts(model.spec, "whole", r=r), Record(model.params, see))
-    labels = np.linspace(0, model.spec.classes - 1, _LEAST_LABELS).round().astype(int).tolist()
-    scheduler = build_scheduler("ddim", model.schedule, steps)
-    sample(executor, model.spec, scheduler, find_method("none"), labels, seed=seed, guidance=guidance)
-    return found
 
 
 def prepare_predictor(

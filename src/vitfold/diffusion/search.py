@@ -28,8 +28,9 @@ from vitfold.diffusion.compare import (
     settled,
     shown_by,
 )
+from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.judge import Judge
-from vitfold.diffusion.opening import Compression, open_parts, reused_work
+from vitfold.diffusion.opening import open_parts, reused_work
 from vitfold.diffusion.rows import append_group, read_groups
 from vitfold.diffusion.sampling import Executor
 from vitfold.errors import RecipeError

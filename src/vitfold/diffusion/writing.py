@@ -17,16 +17,9 @@ from vitfold.bench.environment import environment
 from vitfold.bench.pictures import psnr_db
 from vitfold.diffusion import ReuseMethod
 from vitfold.diffusion.compare import SamplingConfig, draw, settled
+from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.eager import Eager
-from vitfold.diffusion.opening import (
-    Compression,
-    open_graphs,
-    plan_parts,
-    prepare_predictor,
-    step_params,
-    step_target,
-    write_parts,
-)
+from vitfold.diffusion.opening import open_graphs, plan_parts, prepare_predictor, step_params, step_target, write_parts
 from vitfold.diffusion.sampling import Executor
 from vitfold.errors import EngineError
 from vitfold.model import DiTModel

@@ -7,7 +7,7 @@ this one; a method says which of them it uses.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -26,10 +26,11 @@ from vitfold.quant.folding import center_norms, fold_channels
 from vitfold.quant.linear import LinearProblem, search_apart, search_linear
 from vitfold.quant.methods import find_method
 from vitfold.quant.moments import collect_moments, round_weights
+from vitfold.quant.network import Examples, ImageExamples, Network, network_of
 from vitfold.quant.outputs import search_outputs
 from vitfold.quant.ranges import rounded
-from vitfold.quant.sites import find_sites
-from vitfold.quantizer import Quantizer, QuantParams, in_half
+from vitfold.quant.sites import AttentionSite, LinearSite, find_sites
+from vitfold.quantizer import Quantizer, QuantParams, Uniform, in_half
 from vitfold.recipe import MergeRecipe, QuantRecipe
 from vitfold.transforms.sinks import PREFIX_ROWS
 
@@ -90,55 +91,58 @@ def calibrate(
     scheme: QuantConstraints | None = None,
     progress: Progress | None = None,
 ) -> Calibrated:
-    """Quantize a model by a method; the images are all used, in batches.
+    """Quantize a Vision Transformer by a method; the images are all used, in batches.
 
     Raises:
         CalibrationError: on too few images, or activations that are constant, NaN or infinite, naming the site.
         RecipeError: if the method is unknown or a glob of `quant.sites` matches nothing.
     """
+    examples = ImageExamples(images=images, preprocess=model.preprocess)
+    done = calibrate_network(network_of(model, merge), quant, examples, scheme=scheme, progress=progress)
+    rounded, folded = (model.with_params(model.spec, params) for params in (done.params, done.folded))
+    return Calibrated(model=rounded, folded=folded, quantizers=done.quantizers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rounded:
+    """Parameters whose weights lie on their grids, and the quantizers. `folded` are the float ones, folds applied."""
+
+    params: Mapping[str, Array]
+    folded: Mapping[str, Array]
+    quantizers: QuantParams
+
+
+def calibrate_network(
+    network: Network,
+    quant: QuantRecipe,
+    examples: Examples,
+    *,
+    scheme: QuantConstraints | None = None,
+    progress: Progress | None = None,
+) -> Rounded:
+    """Quantize any network by a method; the examples are all used, in batches.
+
+    Raises:
+        CalibrationError: on too few examples, or activations that are constant, NaN or infinite, naming the site.
+        RecipeError: if the method is unknown or a glob of `quant.sites` matches nothing.
+    """
     scheme, progress = scheme or QuantConstraints(), progress or Progress()
     method = find_method(quant.method)
-    check_globs(quant, model.spec)
-    check_enough(len(images.paths))
+    _check_globs(quant, network.linears, network.attentions)
+    check_enough(examples.count)
     progress.step("collecting activations")
-    samples = collect(model, merge, images, gradients=method.needs_gradients, seed=quant.seed, advance=progress.advance)
+    samples = collect(network, examples, gradients=method.needs_gradients, seed=quant.seed, advance=progress.advance)
     check_samples(samples, quant)
     if quant.format == "float8":
-        return _calibrate_float8(model, samples, quant, scheme, progress)
+        return _calibrate_float8(network, samples, quant, scheme, progress)
     progress.step(f"folding channels ({method.name})")
-    folded, samples, presets = fold_channels(model, samples, method, quant)
-    quantizers: dict[str, Quantizer] = {}
+    folded, samples, presets = fold_channels(network, samples, method, quant)
     problems = _problems(folded, samples, quant, scheme)
-    for number, (site, problem) in enumerate(problems.items(), start=1):
-        progress.step(f"searching ranges: {site} {number}/{len(problems)}")
-        preset = presets.get(f"{site}.x")
-        quantizers |= search_once(
-            (problem, method, preset), functools.partial(search_linear, problem, method, preset=preset)
-        )
-    if quant.attention:
-        attentions = find_sites(folded.spec)[1]
-        for number, attention in enumerate(attentions, start=1):
-            bits = quant.bits(attention.site, weight=False)
-            if bits is not None:
-                progress.step(f"searching ranges: {attention.site} {number}/{len(attentions)}")
-                quantizers |= search_once(
-                    (attention, samples.attentions[attention.site], bits, method, scheme),
-                    functools.partial(
-                        search_attention,
-                        attention.site,
-                        samples.attentions[attention.site],
-                        bits,
-                        method,
-                        symmetric=scheme.symmetric,
-                        uniform_only=scheme.uniform_only,
-                    ),
-                )
-    if scheme.half_scales:
-        quantizers = {site: in_half(quantizer) for site, quantizer in quantizers.items()}
+    quantizers = _search(folded, problems, samples, presets, quant, scheme, progress)
     before = quantizers
     if scheme.symmetric:
         folded, quantizers = center_norms(folded, quantizers)
-    quantizers |= search_apart(problems.values(), samples, method, before, quantizers)
+    quantizers = {**quantizers, **search_apart(problems.values(), samples, method, before, quantizers)}
     if quant.outputs:
         quantizers |= search_outputs(problems.values(), before, quantizers)
     if scheme.half_scales:
@@ -146,11 +150,45 @@ def calibrate(
     params: dict[str, Array] = dict(folded.params)
     if method.rounding == "gptq" or method.correct:
         progress.step("collecting second moments")
-        moments = collect_moments(folded, merge, images, quantizers, advance=progress.advance)
+        moments = collect_moments(folded, examples, quantizers, advance=progress.advance)
         params |= round_weights(params, quantizers, moments, method, step=progress.step)
     else:
         params |= _nearest(params, quantizers)
-    return Calibrated(model=folded.with_params(folded.spec, params), folded=folded, quantizers=QuantParams(quantizers))
+    return Rounded(params=params, folded=folded.params, quantizers=QuantParams(quantizers))
+
+
+def _search(
+    network: Network,
+    problems: Mapping[str, LinearProblem],
+    samples: Samples,
+    presets: Mapping[str, Uniform],
+    quant: QuantRecipe,
+    scheme: QuantConstraints,
+    progress: Progress,
+) -> dict[str, Quantizer]:
+    """The ranges of all linear layers, and of attention products where they are rounded."""
+    method = find_method(quant.method)
+    quantizers: dict[str, Quantizer] = {}
+    for number, (site, problem) in enumerate(problems.items(), start=1):
+        progress.step(f"searching ranges: {site} {number}/{len(problems)}")
+        preset = presets.get(f"{site}.x")
+        quantizers |= search_once(
+            (problem, method, preset), functools.partial(search_linear, problem, method, preset=preset)
+        )
+    for number, attention in enumerate(network.attentions if quant.attention else (), start=1):
+        bits = quant.bits(attention.site, weight=False)
+        if bits is None:
+            continue
+        progress.step(f"searching ranges: {attention.site} {number}/{len(network.attentions)}")
+        found = samples.attentions[attention.site]
+        how = {"symmetric": scheme.symmetric, "uniform_only": scheme.uniform_only}
+        quantizers |= search_once(
+            (attention, found, bits, method, scheme),
+            functools.partial(search_attention, attention.site, found, bits, method, **how),
+        )
+    if scheme.half_scales:
+        return {site: in_half(quantizer) for site, quantizer in quantizers.items()}
+    return quantizers
 
 
 def _nearest(params: Mapping[str, Array], quantizers: Mapping[str, Quantizer]) -> dict[str, Array]:
@@ -160,36 +198,34 @@ def _nearest(params: Mapping[str, Array], quantizers: Mapping[str, Quantizer]) -
 
 
 def _calibrate_float8(
-    model: Model, samples: Samples, quant: QuantRecipe, scheme: QuantConstraints, progress: Progress
-) -> Calibrated:
+    network: Network, samples: Samples, quant: QuantRecipe, scheme: QuantConstraints, progress: Progress
+) -> Rounded:
     """Scales for 8-bit floats; the relative precision of the format leaves nothing for folds and rounding to win."""
     quantizers: dict[str, Quantizer] = {}
-    problems = _problems(model, samples, quant, scheme)
+    problems = _problems(network, samples, quant, scheme)
     for number, (site, problem) in enumerate(problems.items(), start=1):
         progress.step(f"searching scales: {site} {number}/{len(problems)}")
         quantizers |= search_linear_float8(problem)
         if problem.site.apart is not None:
             found = search_linear_float8(replace(problem, samples=samples.linears[problem.site.apart]))
             quantizers[f"{problem.site.apart}.x"] = found[f"{problem.site.layer}.x"]
-    if quant.attention:
-        attentions = find_sites(model.spec)[1]
-        for number, attention in enumerate(attentions, start=1):
-            if quant.bits(attention.site, weight=False) is not None:
-                progress.step(f"searching scales: {attention.site} {number}/{len(attentions)}")
-                quantizers |= search_attention_float8(attention.site, samples.attentions[attention.site])
+    for number, attention in enumerate(network.attentions if quant.attention else (), start=1):
+        if quant.bits(attention.site, weight=False) is not None:
+            progress.step(f"searching scales: {attention.site} {number}/{len(network.attentions)}")
+            quantizers |= search_attention_float8(attention.site, samples.attentions[attention.site])
     if quant.outputs:
         quantizers |= search_outputs(problems.values(), quantizers, quantizers)
     if scheme.half_scales:
         quantizers = {site: in_half(quantizer) for site, quantizer in quantizers.items()}
-    params: dict[str, Array] = {**model.params, **_nearest(model.params, quantizers)}
-    return Calibrated(model=model.with_params(model.spec, params), folded=model, quantizers=QuantParams(quantizers))
+    params: dict[str, Array] = {**network.params, **_nearest(network.params, quantizers)}
+    return Rounded(params=params, folded=network.params, quantizers=QuantParams(quantizers))
 
 
 def _problems(
-    model: Model, samples: Samples, quant: QuantRecipe, scheme: QuantConstraints
+    network: Network, samples: Samples, quant: QuantRecipe, scheme: QuantConstraints
 ) -> Mapping[str, LinearProblem]:
     problems = {}
-    for site in find_sites(model.spec)[0]:
+    for site in network.linears:
         weight_bits = quant.bits(site.layer, weight=True)
         bits = quant.bits(site.layer, weight=False)
         if weight_bits is None or bits is None:
@@ -197,7 +233,7 @@ def _problems(
         problems[site.layer] = LinearProblem(
             site=site,
             samples=samples.linears[site.layer],
-            weight=torch.from_numpy(model.params[f"{site.layer}.weight"]),
+            weight=torch.from_numpy(network.params[f"{site.layer}.weight"]),
             weight_bits=min(weight_bits, scheme.weight_bits),
             bits=bits,
             symmetric=scheme.symmetric,
@@ -213,7 +249,10 @@ def check_globs(quant: QuantRecipe, spec: ViTSpec) -> None:
     Raises:
         RecipeError: naming the nearest sites.
     """
-    linears, attentions = find_sites(spec)
+    _check_globs(quant, *find_sites(spec))
+
+
+def _check_globs(quant: QuantRecipe, linears: Sequence[LinearSite], attentions: Sequence[AttentionSite]) -> None:
     names = [site.layer for site in linears] + [site.site for site in attentions]
     for glob in quant.sites:
         if not any(fnmatchcase(name, glob) for name in names):

@@ -17,14 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitfold.architectures.programs import forward
 from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
 from vitfold.errors import CalibrationError
-from vitfold.images import ImageSet, batches
-from vitfold.model import Model
 from vitfold.ops.record import Record
-from vitfold.quant.sites import find_sites
-from vitfold.recipe import MergeRecipe
+from vitfold.quant.network import Examples, Network
 
 ROWS = 1024
 ATTENTION_IMAGES = 8
@@ -150,9 +146,8 @@ def ordinary_rows(x: Float[Tensor, "B *N D"], leave_out: int) -> Int[Tensor, " R
 
 
 def collect(
-    model: Model,
-    merge: MergeRecipe,
-    images: ImageSet,
+    network: Network,
+    examples: Examples,
     *,
     gradients: bool,
     seed: int = 0,
@@ -160,36 +155,33 @@ def collect(
     advance: Callable[[int], Any] | None = None,
     rows: int = ROWS,
 ) -> Samples:
-    """Run the model with merging over the images and sample every site; kept for the next call.
+    """Run a network over the examples and sample every site; kept for the next call.
 
     Args:
         gradients: also sample the gradient of the loss at every output, for the Hessian-guided search.
-        rows: rows per linear layer over all images, at least one per image.
+        rows: rows per linear layer over all examples, at least one per example.
 
     Raises:
         CalibrationError: if activations are NaN or infinite, naming the first site.
     """
-    key = samples_key(model, merge, images, gradients, seed, batch, rows)
+    key = samples_key(network, examples, gradients, seed, batch, rows)
     kept = read_arrays("calibration", key)
     if kept is None or "images" not in kept:
-        kept = _pass(model, merge, images, gradients=gradients, seed=seed, batch=batch, advance=advance, rows=rows)
+        kept = _pass(network, examples, gradients=gradients, seed=seed, batch=batch, advance=advance, rows=rows)
         keep_arrays("calibration", key, kept)
     elif advance is not None:
-        advance(len(images.paths))
-    return _samples(model, {name: torch.from_numpy(array) for name, array in kept.items()})
+        advance(examples.count)
+    return _samples(network, {name: torch.from_numpy(array) for name, array in kept.items()})
 
 
-def samples_key(
-    model: Model, merge: MergeRecipe, images: ImageSet, gradients: bool, seed: int, batch: int, rows: int
-) -> str:
+def samples_key(network: Network, examples: Examples, gradients: bool, seed: int, batch: int, rows: int) -> str:
     """Return the key of what `collect` keeps: everything that it looks at."""
-    return key_of(_FORMAT, model.digest(), merge, images.digest(), gradients, seed, batch, rows)
+    return key_of(_FORMAT, network.digest, examples.digest(), gradients, seed, batch, rows)
 
 
 def _pass(
-    model: Model,
-    merge: MergeRecipe,
-    images: ImageSet,
+    network: Network,
+    examples: Examples,
     *,
     gradients: bool,
     seed: int,
@@ -197,23 +189,21 @@ def _pass(
     advance: Callable[[int], Any] | None,
     rows: int,
 ) -> dict[str, np.ndarray]:
-    linears, attentions = find_sites(model.spec)
-    quota = max(1, rows // len(images.paths))
-    leave_out = 0 if model.spec.sinks is None else model.spec.sinks.leave_out
+    linears, attentions = network.linears, {site.site for site in network.attentions}
+    quota = max(1, rows // examples.count)
     layers = {s.layer for s in linears} | {s.apart for s in linears if s.apart is not None}
-    reservoir = _Reservoir(layers, {s.site for s in attentions}, quota, seed, leave_out)
-    ops = Record(model.params, reservoir.see)
+    reservoir = _Reservoir(layers, attentions, quota, seed, network.leave_out)
+    ops = Record(network.params, reservoir.see)
     seen = 0
     generator = torch.Generator().manual_seed(seed)
-    for group in batches(images, model.preprocess, batch=batch):
+    for group in examples.batches(batch):
         reservoir.batch += 1
         reservoir.take_attention = seen < ATTENTION_IMAGES
-        pixels = torch.from_numpy(group.pixel_values)
         reservoir.watched = {}
         if gradients:
             with torch.enable_grad():
-                output = forward(ops, model.spec, merge, pixels.requires_grad_())
-                if model.spec.output != "logits":
+                output = network.run(ops, tuple(value.requires_grad_() for value in group.inputs))
+                if network.embeds:
                     output = torch.nn.functional.normalize(output, dim=-1)
                 loss = _gauss_newton_loss(output, generator)
                 watched = reservoir.watched
@@ -226,16 +216,16 @@ def _pass(
             )
         else:
             with torch.inference_mode():
-                forward(ops, model.spec, merge, pixels)
+                network.run(ops, group.inputs)
         if reservoir.first_bad is not None:
             raise CalibrationError(
                 f"the activations at {reservoir.first_bad} are NaN or infinite on images like "
-                f"{images.paths[group.index[0]]}; check the preprocessing and the weights, or keep that site float "
+                f"{group.first}; check the preprocessing and the weights, or keep that site float "
                 "with --keep-float"
             )
-        seen += len(group.index)
+        seen += group.size
         if advance is not None:
-            advance(len(group.index))
+            advance(group.size)
     reservoir.watched = {}
     arrays = {site: torch.cat(parts).numpy() for site, parts in reservoir.arrays.items()}
     for layer, (low, high) in reservoir.ranges.items():
@@ -257,8 +247,8 @@ def _gauss_newton_loss(output: Tensor, generator: torch.Generator) -> Tensor:
     return (output * signs).sum()
 
 
-def _samples(model: Model, arrays: Mapping[str, Tensor]) -> Samples:
-    linears, attentions = find_sites(model.spec)
+def _samples(network: Network, arrays: Mapping[str, Tensor]) -> Samples:
+    linears, attentions = network.linears, network.attentions
     names = [name for s in linears for name in (s.layer, s.apart) if name is not None]
     return Samples(
         linears={

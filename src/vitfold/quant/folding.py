@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitfold.model import Array, Model
+from vitfold.model import Array
 from vitfold.quant.collect import LinearSamples, Samples
 from vitfold.quant.equalize import equalize_norm, equalize_values
 from vitfold.quant.methods import QuantMethod
+from vitfold.quant.network import Network
 from vitfold.quant.ranges import PERCENTILES, Grid, affine_uniform, rounded, search_weight, symmetric_uniform
-from vitfold.quant.sites import LinearSite, find_sites
+from vitfold.quant.sites import LinearSite
 from vitfold.quantizer import Quantizer, Uniform
 from vitfold.recipe import QuantRecipe
 
@@ -30,18 +31,18 @@ _FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 
 def fold_channels(
-    model: Model,
+    network: Network,
     samples: Samples,
     method: QuantMethod,
     quant: QuantRecipe,
-) -> tuple[Model, Samples, Mapping[str, Uniform]]:
-    """Return the folded model, the samples that it would see, and input ranges that a fold fixed."""
+) -> tuple[Network, Samples, Mapping[str, Uniform]]:
+    """Return the folded network, the samples that it would see, and input ranges that a fold fixed."""
     if method.equalize == "none" and not method.values:
-        return model, samples, {}
-    params: dict[str, Array] = dict(model.params)
+        return network, samples, {}
+    params: dict[str, Array] = dict(network.params)
     linears, attentions = dict(samples.linears), dict(samples.attentions)
     presets: dict[str, Uniform] = {}
-    for site in find_sites(model.spec)[0]:
+    for site in network.linears:
         bits, weight_bits = quant.bits(site.layer, weight=False), quant.bits(site.layer, weight=True)
         if bits is None or weight_bits is None:
             continue
@@ -72,11 +73,10 @@ def fold_channels(
                 grown = values.grad.clone()
                 grown[:, -len(scale) :] *= scale
                 linears[site.values] = replace(values, grad=grown)
-    folded = model.with_params(model.spec, params)
-    return folded, replace(samples, linears=linears, attentions=attentions), presets
+    return network.with_params(params), replace(samples, linears=linears, attentions=attentions), presets
 
 
-def center_norms(model: Model, quantizers: Mapping[str, Quantizer]) -> tuple[Model, dict[str, Quantizer]]:
+def center_norms(network: Network, quantizers: Mapping[str, Quantizer]) -> tuple[Network, dict[str, Quantizer]]:
     """Fold the zero points of inputs that a LayerNorm feeds into its shift and the layer's bias, exactly.
 
     x = s (q - z) becomes x' = x - s (m - z) with the zero point m in the middle of the codes, which is 0 in signed
@@ -84,9 +84,9 @@ def center_norms(model: Model, quantizers: Mapping[str, Quantizer]) -> tuple[Mod
 
     Source: reference 2.5, option 2, as RepQ-ViT (2212.08254) folds it.
     """
-    params: dict[str, Array] = dict(model.params)
+    params: dict[str, Array] = dict(network.params)
     centered = dict(quantizers)
-    for site in find_sites(model.spec)[0]:
+    for site in network.linears:
         found = quantizers.get(f"{site.layer}.x")
         if site.norm is None or not isinstance(found, Uniform) or found.axis is not None:
             continue
@@ -102,7 +102,7 @@ def center_norms(model: Model, quantizers: Mapping[str, Quantizer]) -> tuple[Mod
                 scale=np.ones(width, np.float32),
             )
             centered[f"{site.layer}.x"] = replace(found, zero_point=np.array(middle, np.int32))
-    return model.with_params(model.spec, params), centered
+    return network.with_params(params), centered
 
 
 def _moved(one: LinearSamples, shift: Tensor, scale: Tensor) -> LinearSamples:

@@ -14,16 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitfold.architectures.programs import forward
-from vitfold.images import ImageSet, batches
-from vitfold.model import Array, Model
+from vitfold.model import Array
 from vitfold.ops.record import Record
 from vitfold.ops.simulate import fake_quantize
 from vitfold.quant.collect import ordinary_rows
 from vitfold.quant.methods import QuantMethod
+from vitfold.quant.network import Examples, Network
 from vitfold.quant.rounding import gptq, ridge_weight
 from vitfold.quantizer import Quantizer, Uniform
-from vitfold.recipe import MergeRecipe
 
 DAMPING = 0.01
 
@@ -40,22 +38,20 @@ class Moments:
 
 
 def collect_moments(
-    model: Model,
-    merge: MergeRecipe,
-    images: ImageSet,
+    network: Network,
+    examples: Examples,
     quantizers: Mapping[str, Quantizer],
     *,
     batch: int = 8,
     advance: Callable[[int], Any] | None = None,
 ) -> dict[str, Moments]:
-    """Run the float model once more; each layer's input is rounded by its own quantizer, on the float stream."""
+    """Run the float network once more; each layer's input is rounded by its own quantizer, on the float stream."""
     found: dict[str, Moments] = {}
-    leave_out = 0 if model.spec.sinks is None else model.spec.sinks.leave_out
 
     def see(site: str, value: Tensor) -> None:
         if not site.endswith(".x") or site not in quantizers:
             return
-        x = value.reshape(-1, value.shape[-1])[ordinary_rows(value, leave_out)]
+        x = value.reshape(-1, value.shape[-1])[ordinary_rows(value, network.leave_out)]
         x_hat = fake_quantize(x, quantizers[site])
         width = x.shape[1]
         if site not in found:
@@ -69,12 +65,12 @@ def collect_moments(
         one.square.addmm_(x_hat.T, x_hat)
         one.cross.addmm_(x.T, x_hat)
 
-    ops = Record(model.params, see)
+    ops = Record(network.params, see)
     with torch.inference_mode():
-        for group in batches(images, model.preprocess, batch=batch):
-            forward(ops, model.spec, merge, torch.from_numpy(group.pixel_values))
+        for group in examples.batches(batch):
+            network.run(ops, group.inputs)
             if advance is not None:
-                advance(len(group.index))
+                advance(group.size)
     return found
 
 

@@ -1,0 +1,130 @@
+"""What makes every step of a Diffusion Transformer cheaper: merged attention and integer linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vitfold.diffusion.eager import Eager
+from vitfold.diffusion.methods import find_method
+from vitfold.diffusion.parts import Part, parts
+from vitfold.diffusion.sampling import sample
+from vitfold.diffusion.schedulers import build_scheduler
+from vitfold.engines import quantized_cpu_target
+from vitfold.errors import RecipeError
+from vitfold.model import Array, DiTModel
+from vitfold.ops.protocol import Ops
+from vitfold.ops.run import Run
+from vitfold.program import replay
+from vitfold.quant import Progress, QuantConstraints, calibrate_network
+from vitfold.quant import find_method as find_quant_method
+from vitfold.quant.network import ArrayExamples, Network
+from vitfold.quant.sites import sites_of
+from vitfold.quantizer import Quantizer
+from vitfold.recipe import QuantRecipe, quant_from_scheme
+
+_CLASSES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Compression:
+    """What a step costs less by itself: `r` tokens merged before every attention, integer linear layers in blocks.
+
+    `params` are then the weights on the grids of `quantizers`, found by `recipe`.
+    """
+
+    r: int = 0
+    recipe: QuantRecipe | None = None
+    quantizers: Mapping[str, Quantizer] | None = None
+    params: Mapping[str, Array] | None = None
+
+    @property
+    def quant(self) -> str:
+        """The bits that were asked for."""
+        return "none" if self.recipe is None else self.recipe.scheme.lower()
+
+    @property
+    def suffix(self) -> str:
+        """How tables call it, behind the name of a method."""
+        return (f", r={self.r}" if self.r else "") + (f", {self.quant}" if self.recipe is not None else "")
+
+
+def compress(
+    model: DiTModel,
+    *,
+    r: int = 0,
+    quant: str = "none",
+    method: str | None = None,
+    steps: int = 50,
+    guidance: float = 1.5,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Compression:
+    """Merge and quantize by any method of `quant`, calibrated along trajectories of a few classes, with merging on.
+
+    What stands around the blocks stays float, and so do the products of attention.
+
+    Args:
+        quant: "none", or bits of weights and activations such as "w8a8".
+        method: a method of `vitfold.quant`; None: the default one.
+
+    Raises:
+        RecipeError: if a block cannot merge that many tokens, or the bits or the method are unknown.
+    """
+    most = model.spec.tokens // 2
+    if not 0 <= r <= most:
+        raise RecipeError(f"--merge {r} is out of range; {model.spec.tokens} tokens can merge 0 to {most} per block")
+    recipe = quant_from_scheme(quant)
+    if recipe is None:
+        return Compression(r=r)
+    if recipe.format == "float8" or not recipe.executable:
+        raise RecipeError(f"{quant} does not run: integer kernels take activations of 8 bits; use w8a8, w6a8 or w4a8")
+    chosen = find_quant_method(method or recipe.method)
+    recipe = QuantRecipe(
+        weights=recipe.weights, activations=recipe.activations, method=chosen.name, attention=False, seed=seed
+    )
+    states = states_along(model, recipe.calibration_size, r=r, steps=steps, guidance=guidance, seed=seed)
+    limits = QuantConstraints(weight_bits=quantized_cpu_target().weight_bits)
+    done = calibrate_network(network_of_step(model, r), recipe, states, scheme=limits, progress=progress)
+    return Compression(r=r, recipe=recipe, quantizers=done.quantizers, params=done.params)
+
+
+def network_of_step(model: DiTModel, r: int) -> Network:
+    """Return one whole step, with merging; the linear layers and attentions of its blocks can be rounded."""
+    program = parts(model.spec, "whole", r=r)["step"].program
+    linears, attentions = sites_of(program)
+    return Network(
+        program=program,
+        params=model.params,
+        linears=tuple(site for site in linears if site.block is not None),
+        attentions=attentions,
+        digest=f"{model.digest()} {r}",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Watched(Part):
+    """A part that keeps what it is run on."""
+
+    seen: list[tuple[Array, ...]] = field(default_factory=list)
+
+    def run(self, ops: Ops[Any], *inputs: Any) -> tuple[Any, ...]:
+        """Keep the inputs, then run."""
+        self.seen.append(tuple(value.numpy().copy() for value in inputs))
+        return replay(self.program, ops, *inputs)
+
+
+def states_along(model: DiTModel, count: int, *, r: int, steps: int, guidance: float, seed: int) -> ArrayExamples:
+    """Return what whole steps read, from all over the trajectories of a few classes: `count` of them, drawn evenly."""
+    whole = parts(model.spec, "whole", r=r)
+    step = _Watched(program=whole["step"].program)
+    executor = Eager({**whole, "step": step}, Run(model.params))
+    labels = np.linspace(0, model.spec.classes - 1, _CLASSES).round().astype(int).tolist()
+    scheduler = build_scheduler("ddim", model.schedule, steps)
+    sample(executor, model.spec, scheduler, find_method("none"), labels, seed=seed, guidance=guidance)
+    every = [np.concatenate(kept) for kept in zip(*step.seen, strict=True)]
+    chosen = np.linspace(0, len(every[0]) - 1, min(count, len(every[0]))).round().astype(int)
+    return ArrayExamples(arrays=tuple(array[chosen] for array in every), name="state")
