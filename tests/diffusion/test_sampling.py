@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from diffusing import ORIGIN, SCHEDULE, build_module, build_tiny_dit
 from vitfold.diffusion import METHODS, find_method
 from vitfold.diffusion.compare import SamplingConfig, diffuse, draw, settled
-from vitfold.diffusion.compression import Compression, compress
+from vitfold.diffusion.compression import Compression, compress, network_of_step, states_along
 from vitfold.diffusion.opening import open_parts, prepare_predictor
 from vitfold.errors import EngineError, RecipeError
 from vitfold.model import Array, DiTModel
+from vitfold.ops.run import Run
+from vitfold.ops.simulate import Simulate
+from vitfold.quant import METHODS as QUANT_METHODS
 from vitfold.sources.diffusers import translate
 
 ASKED: dict[str, Any] = {"labels": (0, 2, 1), "seed": 3, "steps": 7, "sampler": "ddim", "guidance": 2.5, "batch": 2}
@@ -226,6 +230,36 @@ def test_integer_graphs_draw_what_the_simulation_draws(model: DiTModel) -> None:
     scale = float(np.abs(exact).max())
     assert np.abs(graph.samples - simulated.samples).max() < 0.02 * scale
     assert 0 < np.abs(simulated.samples - exact).mean() < 0.1 * scale
+
+
+def error_of_states(model: DiTModel, compression: Compression) -> float:
+    """Relative error of a step's prediction along a trajectory that calibration has not seen."""
+    network, states = network_of_step(model, 0), states_along(model, 24, r=0, steps=9, guidance=1.5, seed=5)
+    assert compression.params is not None
+    rounded = Simulate(compression.params, compression.quantizers or {})
+    with torch.inference_mode():
+        pairs = [
+            (network.run(rounded, one.inputs), network.run(Run(model.params), one.inputs)) for one in states.batches(8)
+        ]
+    found, exact = (torch.cat(side) for side in zip(*pairs, strict=True))
+    return float((found - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("method", QUANT_METHODS)
+def test_a_diffusion_transformer_takes_every_method(model: DiTModel, method: str) -> None:
+    found = compress(model, quant="w8a8", method=method, steps=7)
+    assert found.suffix == ", w8a8"
+    assert {site for site in found.quantizers or {} if site.endswith(".w")} == {
+        f"blocks.{block}.{layer}.w" for block in range(2) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    }
+    assert error_of_states(model, found) < 0.1
+
+
+def test_four_bits_need_rounding_by_second_moments(model: DiTModel) -> None:
+    nearest, rounded = (
+        error_of_states(model, compress(model, quant="w4a8", method=method, steps=7)) for method in ("minmax", "gptq")
+    )
+    assert rounded < 0.9 * nearest
 
 
 def test_what_cannot_be_compressed(model: DiTModel) -> None:

@@ -135,6 +135,15 @@ METHODS: dict[str, QuantMethod] = {
             activations="percentile",
         ),
         QuantMethod(name="minmax", source="observed minimum and maximum", weights="minmax", activations="minmax"),
+        QuantMethod(
+            name="gptq",
+            source="observed minimum and maximum, GPTQ rounding (2210.17323) with a ridge correction: clips nothing, "
+            "for models whose rare large activations carry meaning, as diffusion models' do",
+            weights="minmax",
+            activations="minmax",
+            rounding="gptq",
+            correct=True,
+        ),
     )
 }
 
