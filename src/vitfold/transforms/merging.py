@@ -21,7 +21,7 @@ from vitfold.program.trace import Recorder, Traced, call
 from vitfold.recipe import RULES, MergeRecipe
 from vitfold.transforms.rules import Reduction, reduce_tokens
 from vitfold.transforms.sinks import delete_largest, refill
-from vitfold.transforms.tokens import Tokens, log_size, match, merge, unmerge
+from vitfold.transforms.tokens import Tokens, log_size, match, merge
 
 ORIGINAL = 0
 """The generation of the tokens that a model has by itself."""
@@ -100,6 +100,7 @@ class _Replay:
         self._recorder = Recorder(shapes, program.inputs)
         self._made: dict[Ref, Traced] = dict(enumerate(self._recorder.enter()))  # type: ignore[arg-type]
         self._generation: dict[Ref, int] = {}
+        self._whole: dict[Ref, Traced] = {}
         self._tokens: dict[int, Tokens[Traced]] = {}
         self._conserved = True
         self._prop_attn = True
@@ -235,28 +236,45 @@ class _Replay:
         generation = self._generation.get(ref, ORIGINAL)
         if generation == ORIGINAL:
             return self._made[ref]
-        span, tokens = self._spans[ref], self._tokens[generation]
-        if tokens.source is None:
-            raise _NeedsSources
-        whole = self._restored(ref, self._made[ref], span, tokens)
-        self._made[ref] = whole
-        del self._generation[ref]
-        return whole
+        if ref not in self._whole:
+            tokens = self._tokens[generation]
+            if tokens.source is None:
+                raise _NeedsSources
+            self._whole[ref] = self._restored(ref, self._made[ref], self._spans[ref], tokens)
+        return self._whole[ref]
 
     def _restored(self, ref: Ref, value: Traced, span: Span, tokens: Tokens[Traced]) -> Traced:
-        """Give every original token the row that holds it."""
-        if (span.start, span.stop, span.axis) != (0, self._originals, 1) or len(value.shape) != 3:
-            raise ProgramError(
-                f"{self._name(ref)} needs the original tokens along axis {span.axis} of {len(value.shape)}, which "
-                "merged ones cannot give back there; use r = 0 in the blocks before it"
-            )
-        node = makers(self._program)[ref]
+        """Give every original token the row that holds it, along whatever axis the tokens are."""
+        node, ops, shape = makers(self._program)[ref], self._ops, self._program.shapes[ref]
         self._recorder.scope(node.scope, node.block, node.role)
-        return unmerge(self._ops, f"{node.scope}.unmerge", replace(tokens, x=value))
+        last = len(shape) - 1
+        if last == 1:
+            value, last = ops.reshape(value, (*value.shape[1:], 1)), 2
+        others = [axis for axis in range(last + 1) if axis != span.axis]
+        order = (*others[:-1], span.axis, others[-1])
+        moves = order != tuple(range(last + 1))
+        x = ops.transpose(value, order) if moves else value
+        source = self._owners(span, tokens)
+        owned = ops.transpose(source, (0, 2, 1))
+        if last > 2:
+            owned = ops.reshape(owned, (*(1,) * (last - 2), *owned.shape[1:]))
+        whole = self._filled(ref, ops.matmul(f"{node.scope}.unmerge", owned, x), source, span)
+        if moves:
+            whole = ops.transpose(whole, tuple(order.index(axis) for axis in range(last + 1)))
+        return whole if len(shape) > 2 else ops.reshape(whole, shape[1:])
 
-    def _name(self, ref: Ref) -> str:
-        readings = readers(self._program)[ref]
-        return readings[0].site if readings else makers(self._program)[ref].site
+    def _filled(self, ref: Ref, whole: Traced, source: Traced, span: Span) -> Traced:  # noqa: ARG002
+        """Fill the places of tokens that no row holds; `whole` is (B, ..., N, D)."""
+        return whole
+
+    def _owners(self, span: Span, tokens: Tokens[Traced]) -> Traced:
+        """Which of a span's original tokens each of its rows holds: (B, n, N)."""
+        source = tokens.source
+        assert source is not None
+        if (span.start, span.stop) == (0, self._originals):
+            return source
+        rows = self._ops.slice(source, 1, span.start, span.start + self._length(span, tokens.count))
+        return self._ops.slice(rows, 2, span.start, span.stop)
 
     @staticmethod
     def _ref(node: Node, name: str) -> Ref:
@@ -268,6 +286,7 @@ class _Replay:
         """Let a value be of a new generation."""
         generation = len(self._tokens) + 1
         self._tokens[generation], self._made[ref], self._generation[ref] = tokens, tokens.x, generation
+        self._whole.pop(ref, None)
 
 
 class _Merging(_Replay):
@@ -358,11 +377,19 @@ class _Merging(_Replay):
         self._recorder.scope(node.scope, node.block, "merge")
         self._begin(ref, reduce_tokens(self._ops, self._recipe.rule, f"blocks.{node.block}.merge", here))
 
-    def _restored(self, ref: Ref, value: Traced, span: Span, tokens: Tokens[Traced]) -> Traced:
-        whole = super()._restored(ref, value, span, tokens)
-        if not self._deletes or tokens.source is None:
+    def _filled(self, ref: Ref, whole: Traced, source: Traced, span: Span) -> Traced:
+        if not self._deletes:
             return whole
-        return refill(self._ops, self._layout.prefix, self._layout.grid, tokens.source, whole)
+        if len(whole.shape) != 3:
+            raise ProgramError(
+                f"{self._name(ref)} needs deleted tokens back among {len(whole.shape)} axes; delete none"
+            )
+        prefix = max(self._layout.prefix - span.start, 0)
+        return refill(self._ops, prefix, self._layout.grid, source, whole)
+
+    def _name(self, ref: Ref) -> str:
+        readings = readers(self._program)[ref]
+        return readings[0].site if readings else makers(self._program)[ref].site
 
 
 class _Around(_Replay):
@@ -401,7 +428,8 @@ class _Around(_Replay):
     def _after(self, node: Node) -> None:
         (ref, *_) = node.outputs
         if node.op == "linear" and self._generation.get(ref, ORIGINAL) != ORIGINAL:
-            self._original(ref)
+            self._made[ref] = self._original(ref)
+            del self._generation[ref]
 
 
 def _read_by_linear(made_by: Mapping[Ref, Node], ref: Ref) -> Ref | None:
