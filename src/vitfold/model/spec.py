@@ -6,6 +6,7 @@ that it reads. Knows no model zoo: sources translate into this.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -259,6 +260,15 @@ def param_shapes(spec: ViTSpec) -> tuple[dict[str, Shape], dict[str, Shape]]:
                 required[f"{block}.attn.{name}"] = (1, spec.num_heads, spec.sinks.rows, spec.head_dim)
     if spec.final_norm:
         norm("norm", width)
+    _pool_shapes(spec, required, linear, norm)
+    return required, optional
+
+
+def _pool_shapes(
+    spec: ViTSpec, required: dict[str, Shape], linear: Callable[[str, int, int], None], norm: Callable[[str, int], None]
+) -> None:
+    """Add what pooling and the head have."""
+    width = spec.embed_dim
     if spec.pool == "map":
         required["pool.latent"] = (1, 1, width)
         linear("pool.q", width, width)
@@ -274,4 +284,3 @@ def param_shapes(spec: ViTSpec) -> tuple[dict[str, Shape], dict[str, Shape]]:
         linear("head", spec.outputs, spec.pooled_width)
         if spec.pool == "token_dist":
             linear("head_dist", spec.outputs, spec.pooled_width)
-    return required, optional

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -82,45 +82,64 @@ def load_source(
     }  # fmt: skip
     if problem is not None:
         arguments["problem"] = problem
-    prefix, _, name = source.partition(":")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if prefix in ZOOS and name:
-            package, extra, here = ZOOS[prefix]
-            zoo = import_package(package, extra, f"loading {source}")
-            translator = importlib.import_module(f"vitfold.sources.{here}")
-            if prefix == "hf" and Path(name).expanduser().is_dir():
-                folder = Path(name).expanduser().resolve()
-                _refuse_diffusion(folder)
-                name, source = str(folder), f"hf:{folder}"
-                arguments.update(_digests(folder / "model.safetensors"))
-                arguments.update({f"adapter_{k}": v for k, v in _digests(folder / "adapter_model.safetensors").items()})
-            of_timm = hub.timm_name(name) if prefix == "hf" else None
-            if of_timm is not None:
-                name, zoo = of_timm, import_package("timm", "optimize", f"loading {source}")
-                translator = importlib.import_module("vitfold.sources.timm")
-            module, facts = translator.build(
-                name, num_classes=num_classes, image_size=image_size, pretrained=weights == "pretrained"
-            )
-        else:
-            path = _file(source)
-            zoo = import_package("timm", "optimize", f"loading {source}")
-            translator = importlib.import_module("vitfold.sources.timm")
-            files = importlib.import_module("vitfold.sources.files")
-            module, facts = files.build(path, arch=arch, num_classes=num_classes, image_size=image_size)
-            source = source if source == "demo" else str(path)
-            arguments.update(_digests(path))
-    module = module.float().cpu().eval()
-    origin = Origin(source=source, loader=_loader(zoo), arguments=arguments)
-    preprocess, labels = facts.get("preprocess"), facts.get("labels")
-    facts = {**facts, "problem": problem or facts.get("problem")}
-    model = _translate(translator, module, facts, origin, preprocess, labels, unnamed=weights == "random")
+        built = _build(source, arguments)
+    origin = Origin(source=built.source, loader=_loader(built.zoo), arguments={**arguments, **built.digests})
+    facts = {**built.facts, "problem": problem or built.facts.get("problem")}
+    module, preprocess, labels = built.module.float().cpu().eval(), facts.get("preprocess"), facts.get("labels")
+    model = _translate(built.translator, module, facts, origin, preprocess, labels, unnamed=weights == "random")
     if image_size is not None and any(image_size % patch for patch in model.spec.patch_size):
         raise SourceError(
             f"--image-size {image_size} is not a multiple of the patch size {model.spec.patch_size[0]}: "
             "the last pixels would not be seen; choose a multiple"
         )
     return Loaded(model=model, original=module)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Built:
+    """A module as its zoo made it, what else the zoo says of it, and the digests of the files that it came from."""
+
+    module: torch.nn.Module
+    facts: Mapping[str, Any]
+    zoo: Any
+    translator: Any
+    source: str
+    digests: Mapping[str, Any]
+
+
+def _build(source: str, arguments: Mapping[str, Any]) -> _Built:
+    """Let a zoo build the module of a source."""
+    sizes = {name: arguments[name] for name in ("num_classes", "image_size")}
+    prefix, _, name = source.partition(":")
+    if prefix not in ZOOS or not name:
+        path = _file(source)
+        zoo = import_package("timm", "optimize", f"loading {source}")
+        module, facts = importlib.import_module("vitfold.sources.files").build(path, arch=arguments["arch"], **sizes)
+        return _Built(
+            module=module,
+            facts=facts,
+            zoo=zoo,
+            translator=importlib.import_module("vitfold.sources.timm"),
+            source=source if source == "demo" else str(path),
+            digests=_digests(path),
+        )
+    package, extra, here = ZOOS[prefix]
+    zoo = import_package(package, extra, f"loading {source}")
+    digests: dict[str, Any] = {}
+    if prefix == "hf" and Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser().resolve()
+        _refuse_diffusion(folder)
+        name, source = str(folder), f"hf:{folder}"
+        digests.update(_digests(folder / "model.safetensors"))
+        digests.update({f"adapter_{k}": v for k, v in _digests(folder / "adapter_model.safetensors").items()})
+    of_timm = hub.timm_name(name) if prefix == "hf" else None
+    if of_timm is not None:
+        name, zoo, here = of_timm, import_package("timm", "optimize", f"loading {source}"), "timm"
+    translator = importlib.import_module(f"vitfold.sources.{here}")
+    module, facts = translator.build(name, pretrained=arguments["weights"] == "pretrained", **sizes)
+    return _Built(module=module, facts=facts, zoo=zoo, translator=translator, source=source, digests=digests)
 
 
 def adapt(
