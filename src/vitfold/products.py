@@ -1,6 +1,6 @@
 """Which forms of integer products a graph asks of its runtime.
 
-Owns their names and what of a target and a recipe decides them. Whether a runtime computes a form exactly on some
+What of a target and a recipe decides them. Whether a runtime computes a form exactly on some
 processor is measured by `engines.exactness`.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitfold.recipe import FLOAT, QuantRecipe, bits_from_scheme
+from vitfold.target import ENGINES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,7 @@ def products_of(target: Mapping[str, Any], *, weight_bits: int, attention: bool)
     in integers. 8-bit floats and simulations have none.
     """
     left = str(target["activation_type"])
-    if target["engine"] == "simulation" or left not in ("uint8", "int8"):
+    if not ENGINES[target["engine"]].executes or left not in ("uint8", "int8"):
         return ()
     form, most = str(target["quantized_product"]), int(target["weight_bits"])
     bits = 8 if min(weight_bits, most) > 7 else 7

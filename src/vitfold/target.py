@@ -1,7 +1,7 @@
-"""What each engine wants from a graph: a table, not code.
+"""What each engine can, and what it wants from a graph: two tables, not code.
 
-Owns the names of targets and the lowering choices that measurements settled for each. How a choice
-is written in ONNX is `ops.emit`'s business; running it is `engines`'.
+`ENGINES` holds one row per runtime, `TARGETS` the lowering choices that measurements settled. How a choice is written
+in ONNX is `ops.emit`'s business; running it is `engines`'.
 """
 
 from __future__ import annotations
@@ -21,6 +21,85 @@ ArgMax = Literal["argmax", "topk"]
 Similarity = Literal["normalize", "divide"]
 WeightScale = Literal["channel", "normalized"]
 QuantizedProduct = Literal["matmul_integer_to_float", "qdq", "integer"]
+EngineName = Literal["onnxruntime", "openvino", "tensorrt"]
+
+PLAIN, WIDE, FLOATING = "plain", "wide", "floating"
+"""Ways to execute integer products: as the engine chooses, in kernels wide enough not to saturate, in floats."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """What a runtime can.
+
+    `session` is the class that runs graphs on it, module and name, loaded only when asked for; None if it runs none.
+    `options` are what it takes besides paths.
+
+    `float_target` and `quantized_targets` are what models are written for unless told otherwise, of the latter the
+    first that is exact on a processor; none: whatever its instruction sets ask for. `exact_targets` are those that are
+    exact on every processor, in words. `ways` are those in which its integer products may run; with `PLAIN` alone they
+    are exact everywhere.
+
+    `several_parts`: it runs bundles of more than one graph. `builds_for_batches`: what it builds of a graph takes a
+    range of batches, so a target may state one. `strongly_typed`: every precision stands in the graph. `gpu`: it needs
+    an NVIDIA GPU; elsewhere its graphs are checked on ONNX Runtime, and not timed. `forks`: it starts anew in a forked
+    process.
+    """
+
+    name: str
+    session: str | None
+    float_target: str
+    options: tuple[str, ...] = ()
+    quantized_targets: tuple[str, ...] = ()
+    exact_targets: str = ""
+    ways: tuple[str, ...] = (PLAIN,)
+    several_parts: bool = False
+    builds_for_batches: bool = False
+    strongly_typed: bool = False
+    gpu: bool = False
+    forks: bool = False
+
+    @property
+    def executes(self) -> bool:
+        """False for the simulation, which has no graphs and no speed."""
+        return self.session is not None
+
+
+ENGINES: dict[str, Engine] = {
+    engine.name: engine
+    for engine in (
+        Engine(
+            name="onnxruntime",
+            session="vitfold.engines.onnxruntime:OnnxRuntimeSession",
+            options=("threads", "execution", "literal"),
+            float_target="cpu",
+            exact_targets="cpu-avx2 or portable",
+            ways=(PLAIN, WIDE, FLOATING),
+            several_parts=True,
+            forks=True,
+        ),
+        Engine(
+            name="openvino",
+            session="vitfold.engines.openvino:OpenVinoSession",
+            options=("threads", "execution"),
+            float_target="openvino",
+            quantized_targets=("openvino", "openvino-avx2"),
+            exact_targets="openvino-avx2 or portable",
+            ways=(PLAIN, FLOATING),
+        ),
+        Engine(
+            name="tensorrt",
+            session="vitfold.engines.tensorrt:TensorRtSession",
+            options=("batch",),
+            float_target="tensorrt-fp16",
+            quantized_targets=("tensorrt-int8",),
+            builds_for_batches=True,
+            strongly_typed=True,
+            gpu=True,
+        ),
+        Engine(name="simulation", session=None, float_target="simulation"),
+    )
+}
+"""Every engine that a bundle may be made for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +143,16 @@ class Target:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
+
+    @property
+    def runtime(self) -> Engine:
+        """What its engine can."""
+        return ENGINES[self.engine]
+
+    @property
+    def simulated(self) -> bool:
+        """True if no engine executes it."""
+        return not self.runtime.executes
 
 
 _CPU = Target(
@@ -228,7 +317,7 @@ def find_target(name: str) -> Target:
 def cpu_target(instruction_sets: Collection[str], machine: str) -> Target:
     """Return the quantized CPU target for these instruction sets (py-cpuinfo's flags) and `platform.machine()`.
 
-    Whether it is exact there is measured by `engines.quantized_cpu_target`.
+    Whether it is exact there is measured by `engines.quantized_target`.
     """
     sets = set(instruction_sets)
     if machine.lower() in ("arm64", "aarch64") or "asimddp" in sets:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 
 from vitfold.artifacts.bundle import MODEL, Bundle, Manifest, open_bundle, write_bundle
 from vitfold.artifacts.digested import MANIFEST, VERSION
+from vitfold.artifacts.vision import Vision
 from vitfold.errors import BundleError
 from vitfold.model import Model
 from vitfold.recipe import MergeRecipe, Recipe
@@ -22,23 +22,24 @@ def manifest(tiny_model: Callable[..., Model]) -> Manifest:
     model = tiny_model()
     return Manifest(
         vitfold="0",
-        spec=model.spec,
-        preprocess=model.preprocess,
         labels=tuple("abcdefghij"),
-        recipe=Recipe(merge=MergeRecipe(r=(2, 2))),
         target={"name": "cpu", "engine": "onnxruntime"},
-        tokens=(17, 15, 13),
-        macs=123,
+        vision=Vision(
+            spec=model.spec,
+            preprocess=model.preprocess,
+            recipe=Recipe(merge=MergeRecipe(r=(2, 2))),
+            tokens=(17, 15, 13),
+            macs=123,
+        ),
         origin=model.origin.to_dict(),
         model_digest="0" * 64,
         verified={"images": 1},
-        fidelity=None,
     )
 
 
 def write(path: Path, manifest: Manifest, content: bytes = b"weights", **options: Any) -> Bundle:
-    def writer(onnx_path: Path) -> Manifest:
-        onnx_path.write_bytes(content)
+    def writer(folder: Path) -> Manifest:
+        (folder / MODEL).write_bytes(content)
         return manifest
 
     return write_bundle(path, writer, **options)
@@ -56,14 +57,14 @@ def test_what_is_written_is_read_back(tmp_path: Path, manifest: Manifest) -> Non
 
 def test_equal_content_has_an_equal_digest(tmp_path: Path, manifest: Manifest) -> None:
     first, second = write(tmp_path / "a.fold", manifest), write(tmp_path / "b.fold", manifest)
-    other = write(tmp_path / "c.fold", replace(manifest, macs=124))
+    other = write(tmp_path / "c.fold", manifest.changed(macs=124))
     assert first.digest == second.digest != other.digest
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError])
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    def writer(onnx_path: Path) -> Manifest:
-        onnx_path.write_bytes(b"half")
+    def writer(folder: Path) -> Manifest:
+        (folder / MODEL).write_bytes(b"half")
         raise error("stop")
 
     with pytest.raises((error, BundleError)):
@@ -74,8 +75,8 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, error: type[BaseExc
 def test_an_interrupted_replacement_keeps_the_old_bundle(tmp_path: Path, manifest: Manifest) -> None:
     old = write(tmp_path / "a.fold", manifest)
 
-    def writer(onnx_path: Path) -> Manifest:
-        onnx_path.write_bytes(b"half")
+    def writer(folder: Path) -> Manifest:
+        (folder / MODEL).write_bytes(b"half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

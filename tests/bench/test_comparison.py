@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from vitfold.bench.comparison import Subject, compare, raw_samples
-from vitfold.engines import Session
+from vitfold.engines import MAIN, Ends, Port, Session
 from vitfold.model import Array, Preprocess
 
 
@@ -18,19 +20,13 @@ class Counting(Session):
         return "counting 1"
 
     def __init__(self) -> None:
+        ends = Ends((Port(name="pixel_values", shape=(3, 8, 8)),), (Port(name="logits", shape=(2,)),))
+        super().__init__({MAIN: ends})
         self.runs = 0
 
-    def bind(self, pixel_values: Array) -> None:
-        pass
-
-    def run(self) -> None:
+    def _execute(self, part: str, inputs: Sequence[Array], kept: tuple[str, ...]) -> Sequence[Array]:
         self.runs += 1
-
-    def fetch(self) -> Array:
-        return np.zeros((1, 2), np.float32)
-
-    def close(self) -> None:
-        pass
+        return (np.zeros((1, 2), np.float32),)
 
 
 def subject(name: str, untimed: str | None = None) -> Subject:

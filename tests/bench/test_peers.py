@@ -78,9 +78,7 @@ def installed_peers() -> list[str]:
 
 def run(peer: peers.Peer, pixels: Array) -> Array:
     with peer.session as session:
-        session.bind(pixels)
-        session.run()
-        return session.fetch()
+        return session(pixels)
 
 
 @pytest.mark.parametrize("name", installed_peers())
@@ -142,9 +140,9 @@ def test_peers_run_on_as_many_threads_as_the_bundles(
         torch.set_num_threads(before)
     original = engine.OnnxRuntimeSession
 
-    def remembered(path: Path, *, threads: int | None = None, literal: bool = False) -> engine.OnnxRuntimeSession:
+    def remembered(graphs: Any, *, threads: int | None = None, **options: Any) -> engine.OnnxRuntimeSession:
         asked.append(threads)
-        return original(path, threads=threads, literal=literal)
+        return original(graphs, threads=threads, **options)
 
     monkeypatch.setattr(engine, "OnnxRuntimeSession", remembered)
     open_peer("onnxruntime", module, SHAPE, tmp_path, threads=1).session.close()

@@ -14,7 +14,7 @@ from specs import vit_base
 from vitfold.artifacts.bundle import open_bundle
 from vitfold.bench.timing import Protocol
 from vitfold.cli.sweep import _planned
-from vitfold.engines import quantized_cpu_target
+from vitfold.engines import DEFAULT, quantized_target
 from vitfold.pipeline import search, trial
 from vitfold.pipeline.sweep import Sweep
 
@@ -70,7 +70,7 @@ def test_every_combination_has_a_row_and_failures_say_why(swept: dict, folder: P
     words = shlex.split(rows["r1-w8a8-minmax"]["commands"][0])
     given = {word: words[place + 1] for place, word in enumerate(words[:-1]) if word.startswith("--")}
     assert (given["--merge"], given["--quant"], given["--method"]) == ("1,1,1,0,0,0", "w8a8", "minmax")
-    assert given["--target"] == quantized_cpu_target().name
+    assert given["--target"] == quantized_target(DEFAULT).name
 
 
 def test_a_killed_sweep_goes_on_and_measures_nothing_twice(swept: dict, sweep, folder: Path, few, small) -> None:

@@ -1,4 +1,4 @@
-"""One contract for every engine: what `bind`, `run` and `fetch` promise. A new engine adds one row."""
+"""One contract for every engine: what `bind`, `run` and `fetch` promise. A new engine runs it by its row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import pytest
 from vitfold import pipeline
 from vitfold.artifacts.bundle import Bundle
 from vitfold.bench.environment import installed_version
-from vitfold.engines import ENGINES, TENSORRT, Session, open_session, tensorrt_obstacle
+from vitfold.engines import ENGINES, MAIN, Session, engine_obstacle, find_engine, open_graph, open_session
+from vitfold.engines.session import open_on
 from vitfold.errors import EngineError
 from vitfold.model import Array, Model
 
@@ -26,7 +27,7 @@ def model(tiny_model: Callable[..., Model]) -> Model:
 
 
 needs_openvino = pytest.mark.skipif(installed_version("openvino") is None, reason="openvino is not installed")
-TARGETS = {"onnxruntime": "cpu", "openvino": "portable", "tensorrt": "portable"}
+EXECUTING = [row.name for row in ENGINES.values() if row.executes]
 
 
 @pytest.fixture(scope="module")
@@ -40,34 +41,36 @@ def portable(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return pipeline.save(folded, tmp_path_factory.mktemp("engines") / "portable.fold")
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=EXECUTING)
 def engine(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    if name == TENSORRT:
-        obstacle = tensorrt_obstacle()
-        if obstacle is not None:
-            pytest.skip(obstacle)
-    elif installed_version(name) is None:
-        pytest.skip(f"{name} is not installed")
+    obstacle = engine_obstacle(name)
+    if obstacle is not None:
+        pytest.skip(obstacle)
     return name
 
 
 @pytest.fixture
 def session(engine: str, bundle: Bundle, portable: Bundle) -> Iterator[Session]:
-    with open_session(portable if TARGETS[engine] == "portable" else bundle, engine=engine, threads=1) as opened:
+    with open_session(bundle if engine == "onnxruntime" else portable, engine=engine, threads=1) as opened:
         yield opened
 
 
 def run(session: Session, pixels: Array) -> Array:
-    session.bind(pixels)
+    """Run by hand; `session(pixels)` does the same."""
+    session.bind({session.input: pixels})
     session.run()
-    return session.fetch()
+    (output,) = session.fetch().values()
+    return output
 
 
 def test_an_engine_is_a_session_and_says_its_version(session: Session) -> None:
     assert isinstance(session, Session)
     name, version = session.engine.split(maxsplit=1)
     assert name in ENGINES
+    (given,), (returned,) = session.parts[MAIN].inputs, session.parts[MAIN].outputs
+    assert (given.name, given.shape, given.batch) == ("pixel_values", (3, 32, 32), "batch")
+    assert returned.name == "logits"
     assert version[0].isdigit()
 
 
@@ -87,6 +90,12 @@ def test_output_is_that_of_the_reference(
 def test_equal_input_gives_equal_output(session: Session, model: Model, random_images: Callable[..., Array]) -> None:
     pixels = random_images(model.spec, 3)
     np.testing.assert_array_equal(run(session, pixels), run(session, pixels))
+    np.testing.assert_array_equal(run(session, pixels), session(pixels))
+
+
+def test_names_that_the_graph_lacks_are_refused(session: Session, model: Model, random_images: Any) -> None:
+    with pytest.raises(EngineError, match="no input 'image'; it has pixel_values"):
+        session.bind({"image": random_images(model.spec, 1)})
 
 
 def test_what_was_fetched_belongs_to_the_caller(
@@ -115,14 +124,14 @@ def test_input_need_not_be_contiguous(session: Session, model: Model, random_ima
 @pytest.mark.parametrize("shape", [(1, 3, 31, 32), (1, 1, 32, 32), (3, 32, 32)])
 def test_a_wrong_shape_says_the_right_one(session: Session, shape: tuple[int, ...]) -> None:
     with pytest.raises((EngineError, TypeError), match="32"):
-        session.bind(np.zeros(shape, np.float32))
+        session.bind({session.input: np.zeros(shape, np.float32)})
 
 
 def test_a_closed_session_says_so(session: Session, model: Model, random_images: Callable[..., Array]) -> None:
     pixels = random_images(model.spec, 1)
     run(session, pixels)
     session.close()
-    for step in (lambda: session.bind(pixels), session.run, session.fetch):
+    for step in (lambda: session.bind({session.input: pixels}), session.run, session.fetch):
         with pytest.raises(EngineError, match="closed"):
             step()
     session.close()
@@ -138,14 +147,14 @@ def test_batch_sizes_may_alternate(session: Session, model: Model, random_images
 def test_input_is_read_where_it_lies(
     session: Session, engine: str, model: Model, random_images: Callable[..., Array]
 ) -> None:
-    if engine == TENSORRT:
+    if ENGINES[engine].gpu:
         pytest.skip("bind copies to the GPU")
     first, second = random_images(model.spec, 2, seed=1), random_images(model.spec, 2, seed=2)
     expected = run(session, second)
-    session.bind(first)
+    session.bind({session.input: first})
     first[:] = second
     session.run()
-    np.testing.assert_array_equal(session.fetch(), expected)
+    np.testing.assert_array_equal(session.fetch()["logits"], expected)
 
 
 def test_an_unknown_engine_offers_the_nearest(bundle: Bundle) -> None:
@@ -153,22 +162,41 @@ def test_an_unknown_engine_offers_the_nearest(bundle: Bundle) -> None:
         open_session(bundle, engine="onnxrt")
 
 
-def open_graph(engine: str, path: Path) -> Session:
-    """Open a graph that is no bundle's."""
-    from vitfold.engines.onnxruntime import OnnxRuntimeSession
-    from vitfold.engines.openvino import OpenVinoSession
-    from vitfold.engines.tensorrt import TensorRtSession
+def test_every_row_says_how_it_is_opened() -> None:
+    from typing import get_args
 
-    if engine == TENSORRT:
-        return TensorRtSession(path)
-    return {"onnxruntime": OnnxRuntimeSession, "openvino": OpenVinoSession}[engine](path, threads=1)
+    from vitfold.engines.session import session_class
+    from vitfold.target import TARGETS, EngineName
+
+    assert list(get_args(EngineName)) == EXECUTING
+    assert {target.engine for target in TARGETS.values()} == set(ENGINES)
+    for name in EXECUTING:
+        row = find_engine(name)
+        assert issubclass(session_class(row), Session)
+        assert TARGETS[row.float_target].engine == name
+        assert {TARGETS[target].engine for target in row.quantized_targets} <= {name}
+
+
+def test_engines_of_one_part_say_so(engine: str, bundle: Bundle) -> None:
+    graphs = {"first": bundle.onnx_path, "second": bundle.onnx_path}
+    if not ENGINES[engine].several_parts:
+        with pytest.raises(EngineError, match=r"runs bundles of one part, and this has 2; run it on onnxruntime"):
+            open_graph(graphs, engine)
+        return
+    with open_graph(graphs, engine, threads=1) as session:
+        assert list(session.parts) == ["first", "second"]
+
+
+def opened(engine: str, path: Path) -> Session:
+    """Open a graph that is no bundle's."""
+    return open_on(ENGINES[engine], {MAIN: path})
 
 
 def test_a_file_that_is_no_graph_is_named(engine: str, tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"this is no protobuf")
     for name in ("bad.onnx", "absent.onnx"):
         with pytest.raises(EngineError, match=name) as caught:
-            open_graph(engine, tmp_path / name)
+            opened(engine, tmp_path / name)
         assert f"pip install -U {engine}" in str(caught.value)
 
 
@@ -188,7 +216,7 @@ def test_a_graph_of_two_inputs_is_refused(engine: str, tmp_path: Path) -> None:
     helper = pytest.importorskip("onnx.helper")
     path = write_graph(tmp_path / "two.onnx", helper.make_node("Add", ["x", "z"], ["y"]), inputs=("x", "z"))
     with pytest.raises(EngineError, match="2 inputs"):
-        open_graph(engine, path)
+        opened(engine, path)
 
 
 @needs_openvino
@@ -198,18 +226,18 @@ def test_openvino_names_the_target_when_it_lacks_an_operator(tmp_path: Path) -> 
         tmp_path / "own.onnx", helper.make_node("TransposeMatMul", ["x", "x"], ["y"], domain="com.microsoft")
     )
     with pytest.raises(EngineError, match=r"TransposeMatMul.*--target openvino or --target portable"):
-        open_graph("openvino", path)
+        opened("openvino", path)
 
 
 @needs_openvino
 def test_openvino_keeps_floats_and_takes_the_threads(portable: Bundle, random_images: Callable[..., Array]) -> None:
     from vitfold.engines.openvino import KEPT_SIZES, OpenVinoSession
 
-    with OpenVinoSession(portable.onnx_path, threads=1) as opened:
+    with OpenVinoSession(portable.onnx_path, threads=1) as session:
         for batch in (1, 2, 3, 4):
-            opened.bind(random_images(portable.manifest.spec, batch))
-        assert list(opened._requests) == [3, 4][-KEPT_SIZES:]
-        compiled = opened._requests[4].get_compiled_model()
+            session.bind({session.input: random_images(portable.manifest.spec, batch)})
+        assert list(session._requests) == [3, 4][-KEPT_SIZES:]
+        compiled = session._requests[4].get_compiled_model()
         assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
         assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
@@ -245,14 +273,13 @@ def test_openvino_reports_to_nobody(portable: Bundle, tmp_path: Path, other: str
 def test_a_profile_names_the_sites(
     session: Session, engine: str, model: Model, random_images: Callable[..., Array]
 ) -> None:
-    session.bind(random_images(model.spec, 2))
     before = run(session, random_images(model.spec, 2))
     profile = session.profile(runs=3)
-    np.testing.assert_array_equal(session.fetch(), before, "the profiler leaves the output as it was")
+    np.testing.assert_array_equal(session.fetch()["logits"], before, "the profiler leaves the output as it was")
     assert len(profile.plain_ns) == len(profile.profiled_ns) == 3
     assert all(node.latency_ns >= 0 for node in profile.nodes)
     assert sum(node.latency_ns for node in profile.nodes) <= sum(profile.profiled_ns), "no run is counted twice"
-    if engine == TENSORRT:
+    if ENGINES[engine].gpu:
         return
     names = [node.name for node in profile.nodes]
     first = {}
@@ -271,7 +298,7 @@ def test_only_a_bound_session_is_profiled(session: Session) -> None:
 def test_an_engine_without_a_profiler_says_so() -> None:
     import torch
 
-    from vitfold.engines.torch import TorchSession
+    from vitfold.engines.torch import module_session
 
     with pytest.raises(EngineError, match="no profiler"):
-        TorchSession(torch.nn.Identity()).profile()
+        module_session(torch.nn.Identity()).profile()

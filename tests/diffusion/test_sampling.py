@@ -183,14 +183,11 @@ def test_the_stack_method_adds_the_kept_residual(model: DiTModel) -> None:
     residual = blocks(ops, spec, embed(ops, images[0]), vectors, range(2)) - embed(ops, images[0])
     expected = head(ops, spec, embed(ops, images[1]) + 0.5 * residual, vectors)
     with open_parts(model, find_method("taylor:3:1")) as executor:
-        executor.prepare(2)
-        executor.write("given", given.numpy())
-        executor.write("image", images[0].numpy())
-        executor.run("full", 2, {"residual": "residual.1"})
-        executor.write("image", images[1].numpy())
-        executor.write("weights", np.array([[[7.0], [0.5]]], np.float32))
-        executor.run("resume", 2)
-        np.testing.assert_allclose(executor.read("prediction", 2), expected, rtol=1e-3, atol=1e-4)
+        executor.bind({"given": given.numpy(), "image": images[0].numpy(), "residual.0": np.zeros_like(residual)})
+        executor.run("full", names={"residual": "residual.1"})
+        executor.bind({"image": images[1].numpy(), "weights": np.array([[[7.0], [0.5]]], np.float32)})
+        executor.run("resume")
+        np.testing.assert_allclose(executor.fetch()["prediction"], expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [name if name != "solved" else "solved:4" for name in METHODS])

@@ -109,14 +109,12 @@ def test_a_graph_hands_an_input_on(model: DiTModel, predictor: TokenPredictor) -
     for engine in ("torch", "onnxruntime"):
         none = replace(predictor, counts=(0, 3))
         with open_parts(model, find_method("tokencache"), predictor=none, engine=engine) as executor:
-            executor.prepare(2)
             draw, tokens = np.random.default_rng(0), (16, 32)
             shapes = {"image": (1, 16, 16), "given": (14, 32), "kept.0": tokens, "kept.1": tokens}
             for name, shape in shapes.items():
-                executor.write(name, draw.standard_normal((2, *shape)).astype(np.float32))
-            executor.run("refresh", 2)
-            ends = ("prediction", "residual.0", "residual.1", "kept.0")
-            drawn[engine] = [executor.read(name, 2).copy() for name in ends]
+                executor.bind({name: draw.standard_normal((2, *shape)).astype(np.float32)})
+            executor.run("refresh")
+            drawn[engine] = list(executor.fetch("prediction", "residual.0", "residual.1", "kept.0").values())
     for a, b in zip(*drawn.values(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(drawn["onnxruntime"][1], drawn["onnxruntime"][3])

@@ -249,7 +249,7 @@ class _Parser:
         outputs = [SimpleNamespace(dtype=kind) for kind in kinds]
         self._network.get_layer = lambda i: SimpleNamespace(num_outputs=1, get_output=lambda _: outputs[i])
         self._network.get_input = lambda _: SimpleNamespace(name="pixel_values", shape=self._network.shape)
-        self._network.get_output = lambda _: SimpleNamespace(name="logits")
+        self._network.get_output = lambda _: SimpleNamespace(name="logits", shape=(-1, 3))
         return self._reject is None
 
     @property

@@ -56,9 +56,7 @@ def images(batch: int, seed: int = 0) -> Array:
 
 
 def run(session: TensorRtSession, pixels: Array) -> Array:
-    session.bind(pixels)
-    session.run()
-    return session.fetch()
+    return session(pixels)
 
 
 def check(session: TensorRtSession, batch: int, seed: int = 0) -> None:
@@ -120,7 +118,7 @@ def test_close_frees_everything(trt: FakeTensorRt, runtime: FakeRuntime, graph: 
     session.close()
     assert not runtime.alive
     session.close()
-    for step in (lambda: session.bind(images(1)), session.run, session.fetch, session.profile):
+    for step in (lambda: session.bind({session.input: images(1)}), session.run, session.fetch, session.profile):
         with pytest.raises(EngineError, match="closed"):
             step()
 
@@ -129,7 +127,7 @@ def test_steps_have_their_order(trt: FakeTensorRt, graph: Path) -> None:
     with TensorRtSession(graph) as session:
         with pytest.raises(EngineError, match="call bind"):
             session.run()
-        session.bind(images(1))
+        session.bind({session.input: images(1)})
         with pytest.raises(EngineError, match="call run"):
             session.fetch()
 
@@ -225,7 +223,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(trt: FakeTensorRt, graph: Pa
 
 def test_layers_are_profiled_in_order(trt: FakeTensorRt, runtime: FakeRuntime, graph: Path) -> None:
     with TensorRtSession(graph) as session:
-        session.bind(images(2))
+        session.bind({session.input: images(2)})
         launched = runtime.calls["cudaGraphLaunch"]
         profile = session.profile(runs=3)
         assert [(node.name, node.latency_ns) for node in profile.nodes] == [("blocks.0", 5e5), ("head", 2.5e5)]
@@ -234,9 +232,9 @@ def test_layers_are_profiled_in_order(trt: FakeTensorRt, runtime: FakeRuntime, g
 
 
 def test_wrong_shapes_are_refused(trt: FakeTensorRt, graph: Path) -> None:
-    refusal = r"\(-1, 3, 8, 8\), found \(1, 3, 7, 8\); resize"
+    refusal = r"\('batch', 3, 8, 8\), found \(1, 3, 7, 8\); resize"
     with TensorRtSession(graph) as session, pytest.raises(EngineError, match=refusal):
-        session.bind(np.zeros((1, 3, 7, 8), np.float32))
+        session.bind({session.input: np.zeros((1, 3, 7, 8), np.float32)})
     assert not trt.profiles
 
 
@@ -274,14 +272,14 @@ def test_two_inputs_are_refused(trt: FakeTensorRt, tmp_path: Path) -> None:
 def test_a_build_that_fails_says_why(trt: FakeTensorRt, graph: Path) -> None:
     trt.build_fails = True
     with TensorRtSession(graph) as session, pytest.raises(EngineError, match="no implementation for node"):
-        session.bind(images(2))
+        session.bind({session.input: images(2)})
 
 
 def test_a_full_gpu_asks_for_a_smaller_batch(trt: FakeTensorRt, runtime: FakeRuntime, graph: Path) -> None:
     runtime.limit_bytes = 10
     session = TensorRtSession(graph)
     with pytest.raises(EngineError, match=r"cudaErrorMemoryAllocation; use a smaller batch"):
-        session.bind(images(2))
+        session.bind({session.input: images(2)})
     session.close()
     assert not runtime.alive
 
@@ -315,7 +313,7 @@ def test_a_bundle_for_tensorrt_opens_here_by_default(
     bundle = pipeline.save(pipeline.optimize(tiny_model(), target="tensorrt-fp16"), tmp_path / "tiny.fold")
     target = {**bundle.manifest.target, "batch": [1, 2, 4]}
     with open_session(replace(bundle, path=graph.parent, manifest=replace(bundle.manifest, target=target))) as session:
-        session.bind(images(2))
+        session.bind({session.input: images(2)})
     assert trt.profiles == [((1, 3, 8, 8), (2, 3, 8, 8), (4, 3, 8, 8))]
     install(monkeypatch, FakeRuntime(devices=0))
     with pytest.raises(EngineError, match="--engine onnxruntime"):

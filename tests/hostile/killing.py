@@ -210,12 +210,12 @@ def use(path: Path) -> None:
     """Open a bundle and run it."""
     from PIL import Image
 
-    from vitfold.artifacts.step_bundle import holds_steps, open_step_bundle
+    from vitfold.artifacts.bundle import holds_steps, open_bundle
     from vitfold.diffusion.opening import open_steps
     from vitfold.serve.predictor import open_predictor
 
     if holds_steps(path):
-        open_steps(open_step_bundle(path), 1).close()
+        open_steps(open_bundle(path, steps=True), 1).close()
         return
     with open_predictor(path, threads=1) as predictor:
         predictor(Image.new("RGB", (64, 64)))

@@ -107,7 +107,7 @@ def build_steps(path: Path) -> None:
     import diffusers  # noqa: F401
 
     from diffusing import build_tiny_dit
-    from vitfold.artifacts.step_bundle import StepPlan
+    from vitfold.artifacts.steps import StepPlan
     from vitfold.diffusion import find_method
     from vitfold.diffusion.compression import compress
     from vitfold.diffusion.writing import save_steps
@@ -423,7 +423,7 @@ def hostile_tensors(draw: random.Random, work: Path, _: list[Path]) -> str:
 
 def use(path: Path) -> None:
     """Open a bundle, run it once, print what it is."""
-    from vitfold.artifacts.step_bundle import holds_steps
+    from vitfold.artifacts.bundle import holds_steps
 
     if holds_steps(path):
         use_steps(path)
@@ -453,17 +453,17 @@ def use(path: Path) -> None:
 
 
 def use_steps(path: Path) -> None:
-    from vitfold.artifacts.step_bundle import open_step_bundle
+    from vitfold.artifacts.bundle import open_bundle
     from vitfold.diffusion.compare import SamplingConfig, check_asked, draw
     from vitfold.diffusion.opening import method_of, open_steps
 
-    bundle = open_step_bundle(path)
-    manifest = bundle.manifest
+    bundle = open_bundle(path, steps=True)
+    manifest = bundle.manifest.steps
     plan = manifest.plan
     asked = SamplingConfig(labels=(0,), seed=0, steps=plan.steps, sampler=plan.sampler, guidance=plan.guidance, batch=1)
     check_asked(manifest, asked)
     method = method_of(manifest)
-    with contextlib.closing(open_steps(bundle, 1)) as executor:
+    with open_steps(bundle, 1) as executor:
         if plan.steps <= 16:
             draw(manifest, executor, method, asked)
 

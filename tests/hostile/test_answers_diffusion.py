@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from diffusing import SCHEDULE, build_tiny_dit, write_folder
-from vitfold.artifacts.step_bundle import StepPlan
+from vitfold.artifacts.steps import StepPlan
 from vitfold.cli.app import app
 from vitfold.diffusion import find_method
 from vitfold.diffusion.compression import compress

@@ -21,7 +21,6 @@ sys.path.append(str(HERE))
 import mutating  # noqa: E402
 
 from vitfold.artifacts.bundle import open_bundle  # noqa: E402
-from vitfold.artifacts.step_bundle import open_step_bundle  # noqa: E402
 from vitfold.errors import BundleError, VitfoldError  # noqa: E402
 from vitfold.model import Model  # noqa: E402
 from vitfold.model.spec import with_names_of_today  # noqa: E402
@@ -116,7 +115,7 @@ MANIFESTS: tuple[tuple[str, str, Change, str], ...] = (
     ("fidelity of text", "float", put("fidelity", "good"), 'fidelity has to be a section, found "good"'),
     ("a merge of text", "float", put("recipe", "merge", "r", "8"), 'recipe.merge.r has to be a list, found "8"'),
     ("a merge too large", "float", put("recipe", "merge", "r", [9, 2]), "r = 9 is too large for block 0"),
-    ("an unknown rule", "float", put("recipe", "merge", "rule", "best"), "recipe.merge.rule has to be tome or tofu"),
+    ("an unknown rule", "float", put("recipe", "merge", "rule", "best"), "merge.rule is tome, tofu"),
     ("a section that no recipe has", "float", put("recipe", "prune", {}), "unknown section [prune]"),
     ("nine bits", "int8", put("recipe", "quant", "weights", 9), "quant.weights must be 2 to 8 bits, found 9"),
     ("sites that are a list", "int8", put("recipe", "quant", "sites", []), "recipe.quant.sites has to be a section"),
@@ -149,6 +148,7 @@ MANIFESTS: tuple[tuple[str, str, Change, str], ...] = (
     ("a part twice", "steps", put("parts", ["full", "full"]), "each once"),
     ("a part out of the folder", "steps", put("parts", ["../../x"]), "parts are some of"),
     ("steps beyond the last", "steps", put("mask", [99]), "mask[0] has to be an integer of 0 to 3, found 99"),
+    ("steps of a simulation", "steps", put("target", "engine", "simulation"), "simulation, which does not run steps"),
     ("counts of text", "steps", put("counts", ["all"]), "counts[0] has to be an integer"),
     ("a latent of one", "steps", put("latent", 1), "latent has to be true or false, found 1"),
     (
@@ -175,9 +175,8 @@ def test_manifests_that_no_vitfold_wrote(seeds: Path, tmp_path: Path, kind: str,
     values = mutating.manifest_of(work)
     change(values)
     (work / "manifest.json").write_text(json.dumps(values))
-    opened = open_step_bundle if kind == "steps" and "kind" in values else open_bundle
     with pytest.raises(BundleError) as caught:
-        opened(work)
+        open_bundle(work, steps=kind == "steps" and "kind" in values)
     assert words in str(caught.value)
     assert mutating.strange(str(caught.value)) == ""
 
@@ -313,7 +312,7 @@ def test_steps_of_another_graph_are_noticed_on_opening(seeds: Path, tmp_path: Pa
     shutil.copyfile(work / "resume.onnx", work / "full.onnx")
     mutating.seal_again(work)
     with pytest.raises(BundleError, match=r"full.onnx is not the graph that the plan needs: .*make the bundle again"):
-        open_steps(open_step_bundle(work), 1)
+        open_steps(open_bundle(work, steps=True), 1)
 
 
 def test_bundles_of_the_first_version_still_open(tmp_path: Path) -> None:
@@ -328,7 +327,7 @@ def test_bundles_of_the_first_version_still_open(tmp_path: Path) -> None:
             (work / name).write_bytes(b"")
         (work / "manifest.json").write_text(json.dumps(values))
         mutating.seal_again(work)
-        manifest = (open_step_bundle if "kind" in values else open_bundle)(work).manifest
+        manifest = open_bundle(work, steps=None).manifest
         assert manifest.model_digest == values["model_digest"]
         today = values | {"spec": with_names_of_today(values["spec"])}
         assert manifest.to_dict().items() <= today.items()

@@ -90,9 +90,7 @@ def test_a_quantized_model_becomes_a_bundle(
     assert pipeline.recorded_images(bundle.manifest.calibration, None).paths == photos.paths
     pixels = np.random.default_rng(0).standard_normal((8, 3, 32, 32), dtype=np.float32)
     with open_session(bundle, engine=None if target == "simulation" else "onnxruntime") as session:
-        session.bind(pixels)
-        session.run()
-        found = session.fetch()
+        found = session(pixels)
     expected = pipeline.run_reference(done, pixels)
     errors = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
     assert errors.min() < (0.02 if target.startswith("tensorrt") else 1e-5)
@@ -121,7 +119,7 @@ def int8(tiny_model: Callable[..., Model], tmp_path: Path, photos: ImageSet) -> 
 def test_where_tensorrt_does_not_start_there_is_no_race(
     int8: tuple[Bundle, pipeline.Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(racing, "tensorrt_obstacle", lambda: "no GPU")
+    monkeypatch.setattr(racing, "engine_obstacle", lambda engine: "no GPU")
     assert pipeline.race(*int8) is None
 
 
@@ -135,7 +133,7 @@ def test_where_tensorrt_starts_it_races_half_precision(
         asked.append((engine, batch))
         return open_graph(path, "onnxruntime", literal=True)
 
-    monkeypatch.setattr(racing, "tensorrt_obstacle", lambda: None)
+    monkeypatch.setattr(racing, "engine_obstacle", lambda engine: None)
     monkeypatch.setattr(trial, "open_graph", stand_in)
     monkeypatch.setattr(racing, "open_session", lambda bundle: open_session(bundle, engine="onnxruntime"))
     found = pipeline.race(*int8, protocol=Protocol(trials=3, seconds=0.05))

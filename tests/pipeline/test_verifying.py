@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
 from vitfold import pipeline
-from vitfold.engines.session import Session
+from vitfold.engines.session import MAIN, Ends, Port, Session
 from vitfold.errors import EngineError
 from vitfold.images import ImageSet
 from vitfold.model import Array, Model
@@ -27,23 +27,16 @@ class Given(Session):
     """An engine that answers what it was given."""
 
     def __init__(self, answer: Array) -> None:
+        port, answered = Port(name="pixel_values", shape=(-1, -1, -1)), Port(name="logits", shape=(-1,))
+        super().__init__({MAIN: Ends((port,), (answered,))})
         self._answer = answer
 
     @property
     def engine(self) -> str:
         return "given 1.0"
 
-    def bind(self, pixel_values: Array) -> None:
-        pass
-
-    def run(self) -> None:
-        pass
-
-    def fetch(self) -> Array:
-        return self._answer
-
-    def close(self) -> None:
-        pass
+    def _execute(self, part: str, inputs: Sequence[Array], kept: tuple[str, ...]) -> Sequence[Array]:
+        return (self._answer,)
 
 
 @pytest.mark.parametrize(("factor", "accepted"), [(1.0, True), (1 + 5e-5, True), (1.001, False), (1.01, False)])
@@ -81,9 +74,7 @@ def test_thirteen_per_cent_of_error_never_pass(tiny_model: Callable[..., Model],
     done = pipeline.calibrate_plan(folded, photos)
     pixels = verification_images(done.model, photos)
     with simulation(done) as session:
-        session.bind(pixels)
-        session.run()
-        expected = session.fetch()
+        expected = session(pixels)
     assert verify(done, pixels, Given(expected)).median == 0.0
     with pytest.raises(EngineError, match="differs from the reference by 1.3e-01"):
         verify(done, pixels, Given(expected * np.float32(1.13)))

@@ -314,9 +314,7 @@ class PaperServer:
     def _infer(self, name: str, inputs: list[Any], outputs: list[Any]) -> Any:
         assert (inputs[0].name, outputs[0].name) == ("pixel_values", self._bundle.manifest.spec.output)
         with open_session(self._bundle, threads=1) as session:
-            session.bind(self._pixels)
-            session.run()
-            rows = session.fetch()
+            rows = session(self._pixels)
         if outputs[0].count:
             rows = np.array([self._classes(row, outputs[0].count) for row in rows], object)
         return SimpleNamespace(as_numpy=lambda name: rows)

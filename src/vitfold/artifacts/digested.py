@@ -1,7 +1,7 @@
 """A folder whose files have the digests that its manifest states.
 
-Owns how one is written so that a reader never sees half of it, and how damage is found. What else a manifest holds is
-the business of those who write it: `bundle` and `step_bundle`.
+How one is written so that a reader never sees half of it, and how damage is found; what else a manifest holds is
+`bundle`'s business.
 """
 
 from __future__ import annotations

@@ -1,22 +1,39 @@
 """What the manifests of all bundles have in common, checked as it is read.
 
-Owns no file: `bundle` and `step_bundle` hand in values and turn what is wrong into a message that names the file.
+`bundle` turns what is wrong into a message that names the file.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import fields
 from typing import Any, get_type_hints
 
+from vitfold.model import DiTSpec, ViTSpec, spec_to_dict
+from vitfold.model.dit import dit_spec_to_dict
 from vitfold.storage.checked import ImplausibleError, Range, entry, section
-from vitfold.target import Target
+from vitfold.target import ENGINES, Target
 
 COUNT: Range = (0, 2**53)
-_ENGINES = ("onnxruntime", "openvino", "tensorrt", "simulation")
 _NAME = re.compile(r"[a-z0-9_:=,-]{1,200}")
 _TARGET: dict[str, Range] = {"opset": (1, 1000), "weight_bits": (2, 8)}
 _HEX = frozenset("0123456789abcdef")
+
+
+def plain_fields(held: Any, *, but: Collection[str] = ()) -> dict[str, Any]:
+    """Return the fields of a dataclass as plain JSON values."""
+    return {field.name: _plain(getattr(held, field.name)) for field in fields(held) if field.name not in but}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, ViTSpec):
+        return spec_to_dict(value)
+    if isinstance(value, DiTSpec):
+        return dit_spec_to_dict(value)
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
 
 
 def sha256_entry(values: Mapping[str, Any], key: str, where: str = "") -> str:
@@ -58,8 +75,8 @@ def checked_target(value: Any) -> dict[str, Any]:
         least, usual, most = entry(values, "batch", tuple[int, int, int], "target", (1, 2**20))
         if not least <= usual <= most:
             raise ImplausibleError(f"target.batch has to rise, found {least} {usual} {most}")
-    if not _NAME.fullmatch(values["name"]) or values["engine"] not in _ENGINES:
-        raise ImplausibleError(f"target.name is a target, and target.engine one of {', '.join(_ENGINES)}")
+    if not _NAME.fullmatch(values["name"]) or values["engine"] not in ENGINES:
+        raise ImplausibleError(f"target.name is a target, and target.engine one of {', '.join(ENGINES)}")
     for key, kind in {**hints, "trtexec": str}.items():
         if key in values:
             entry(values, key, kind, "target", _TARGET.get(key))

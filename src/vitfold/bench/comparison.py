@@ -144,18 +144,14 @@ def raw_samples(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def _call(subject: Subject, scope: Scope, batch: int, images: ImageSet | None) -> Callable[[], None]:
     session = subject.session
     if scope == "engine":
-        session.bind(pixels_for(subject.preprocess, batch, images))
-        session.run()
-        finite_outputs(session.fetch(), f"{subject.name} on {session.engine}")
+        finite_outputs(session(pixels_for(subject.preprocess, batch, images)), f"{subject.name} on {session.engine}")
         return session.run
     assert images is not None
     paths = itertools.cycle(images.paths)
 
     def end_to_end() -> None:
         chosen = [next(paths) for _ in range(batch)]
-        session.bind(np.stack([prepared(path, subject.preprocess) for path in chosen]))
-        session.run()
-        session.fetch().reshape(batch, -1).argmax(axis=1)
+        session(np.stack([prepared(path, subject.preprocess) for path in chosen])).reshape(batch, -1).argmax(axis=1)
 
     return end_to_end
 

@@ -64,9 +64,7 @@ def run_over(
     index: list[int] = []
     skipped: list[str] = []
     for group in batches(images, preprocess, batch=batch, skip_bad=skip_bad, on_skip=skipped.append):
-        session.bind(group.pixel_values)
-        session.run()
-        rows.append(finite_outputs(session.fetch(), [str(images.paths[i]) for i in group.index]))
+        rows.append(finite_outputs(session(group.pixel_values), [str(images.paths[i]) for i in group.index]))
         index.extend(group.index)
         if advance is not None:
             advance(len(group.index))

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vitfold.bench.environment import installed_version
-from vitfold.engines import Session
+from vitfold.engines import DEFAULT, Session, open_graph
 from vitfold.engines.exactness import is_exact
 from vitfold.errors import EngineError, missing_extra, nearest
 from vitfold.images import ImageSet, batches
@@ -140,13 +140,13 @@ def open_peer(
         EngineError: for a name that is not a peer, one that lacks images, or one whose tool refuses the model.
         ImageError: if a calibration image cannot be read.
     """
-    from vitfold.engines.torch import TorchSession
+    from vitfold.engines.torch import module_session
 
     if name not in PEERS:
         raise EngineError(f"unknown peer {name!r}; {nearest(name, PEERS)}")
     if name in ("torch", "torch-compile"):
         size = sum(p.numel() * p.element_size() for p in module.parameters())
-        return Peer(session=TorchSession(module, compiled=name == "torch-compile", threads=threads), size_bytes=size)
+        return Peer(session=module_session(module, compiled=name == "torch-compile", threads=threads), size_bytes=size)
     if name in CALIBRATED and calibration is None:
         raise EngineError(_without_images(name))
     pixels = None if calibration is None or name not in CALIBRATED else calibration.pixels()
@@ -161,15 +161,10 @@ def open_peer(
         path, version = _quantized_by_modelopt(name, path, pixels, folder)
         untimed = f"nvidia-modelopt {version} wrote it for TensorRT; a time on ONNX Runtime says nothing about a GPU"
     size = sum(file.stat().st_size for file in folder.glob(f"{path.stem}.*"))
-    if untimed is not None or name.startswith("onnxruntime"):
-        from vitfold.engines.onnxruntime import OnnxRuntimeSession
-
-        # Graphs that were written for TensorRT are run as they are: the optimizer has no kernels for their fusions.
-        session = OnnxRuntimeSession(path, threads=threads, literal=untimed is not None)
-        return Peer(session=session, size_bytes=size, untimed=untimed)
-    from vitfold.engines.openvino import OpenVinoSession
-
-    return Peer(session=OpenVinoSession(path, threads=threads), size_bytes=size)
+    engine = DEFAULT if untimed is not None or name.startswith(DEFAULT) else "openvino"
+    # Graphs that were written for TensorRT are run as they are: the optimizer has no kernels for their fusions.
+    session = open_graph(path, engine, threads=threads, literal=untimed is not None)
+    return Peer(session=session, size_bytes=size, untimed=untimed)
 
 
 @contextlib.contextmanager

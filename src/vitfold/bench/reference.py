@@ -20,7 +20,7 @@ from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
 from vitfold.bench.classes import class_targets
 from vitfold.bench.evaluation import Outputs, run_over
 from vitfold.bench.fidelity import Fidelity, measure_fidelity
-from vitfold.engines import TENSORRT, Session, open_session
+from vitfold.engines import DEFAULT, ENGINES, Session, open_graph, open_session
 from vitfold.errors import SourceError, VitfoldError
 from vitfold.images import ImageSet
 from vitfold.model import Model, Preprocess
@@ -54,16 +54,15 @@ class Reference:
     def open(self, folder: Path) -> Session:
         """Open a session of the unfolded model, on any machine; `folder` holds its graph meanwhile."""
         if self.bundle is not None:
-            made_for = self.bundle.manifest.target.get("engine")
-            return open_session(self.bundle, engine="onnxruntime" if made_for == TENSORRT else None)
-        from vitfold.engines.onnxruntime import OnnxRuntimeSession
+            made_for = ENGINES[self.bundle.manifest.target["engine"]]
+            return open_session(self.bundle, engine=DEFAULT if made_for.gpu else None)
         from vitfold.ops.emit import emit_graph, write_onnx
 
         model = self.model
         assert model is not None
         graph = emit_graph(lambda ops, image: forward(ops, model.spec, UNMERGED, image), model, find_target("cpu"))
         write_onnx(graph, folder / "reference.onnx")
-        return OnnxRuntimeSession(folder / "reference.onnx")
+        return open_graph(folder / "reference.onnx", DEFAULT)
 
 
 def _is_float32(bundle: Bundle) -> bool:

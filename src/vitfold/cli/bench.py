@@ -61,7 +61,7 @@ def bench(
     json: options.Json = False,
 ) -> None:
     """Time bundles, engine only and end to end, each with its fidelity; bundles of steps by drawing images."""
-    from vitfold.artifacts.step_bundle import holds_steps
+    from vitfold.artifacts.bundle import holds_steps
 
     if any(holds_steps(path) for path in bundles):
         if any((images, peers, calibration_images, keep_peers, baseline, reference, engine, seconds)):
@@ -152,10 +152,10 @@ def _bench_steps(
     bundles: list[Path], batch: int, trials: int, threads: int | None, output: Path | None, *, json: bool
 ) -> None:
     """Draw one batch by every bundle; a model of latents is not decoded."""
-    from vitfold.artifacts.step_bundle import open_step_bundle
+    from vitfold.artifacts.bundle import open_bundle
     from vitfold.report.tables import diffusion_table
 
-    latent = open_step_bundle(bundles[0]).manifest.latent
+    latent = open_bundle(bundles[0], steps=True).manifest.steps.latent
     asking = SamplingArgs(classes="all", count=batch, batch=batch, threads=threads, trials=trials, latents=latent)
     with steps("bench") as say:
         found = draw_bundles(bundles, asking, None, None, say).document

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from vitfold.artifacts.bundle import open_bundle
 from vitfold.artifacts.digested import MANIFEST
-from vitfold.artifacts.step_bundle import open_step_bundle
 from vitfold.cli import options
 from vitfold.cli.drawing import Drawing, SamplingArgs, default_judge, document, draw_bundles, open_features
 from vitfold.cli.making import require_optimize, say_busy
@@ -75,7 +75,7 @@ def diffuse(
 ) -> None:
     """Draw images, unaccelerated, by --reuse, and by plainly fewer steps, timed in turn at equal seeds."""
     if _names_a_bundle(source):
-        open_step_bundle(source)  # says what is wrong before anything is loaded
+        open_bundle(source, steps=True)  # says what is wrong before anything is loaded
     if not latents:
         features, real = default_judge(source, features, real)
     if (real is None) != (features is None) or (real is not None and latents):

@@ -16,7 +16,7 @@ from vitfold.errors import RecipeError, SourceError, VitfoldError, nearest
 from vitfold.sources.dit import REAL, judge_folder
 
 if TYPE_CHECKING:
-    from vitfold.artifacts.step_bundle import StepPlan
+    from vitfold.artifacts.steps import StepPlan
     from vitfold.diffusion import ReuseMethod
     from vitfold.diffusion.compare import SamplerRow, SamplingConfig
     from vitfold.diffusion.judge import Judge
@@ -190,22 +190,24 @@ def draw_bundles(
     Raises:
         BundleError: if one cannot be opened, or they are not of one model.
     """
-    from vitfold.artifacts.step_bundle import open_step_bundle
+    from vitfold.artifacts.bundle import open_bundle
     from vitfold.bench.environment import environment
     from vitfold.diffusion.bench import bench_steps
 
     before = environment()
-    bundles = [open_step_bundle(path) for path in paths]
-    first = bundles[0].manifest
+    bundles = [open_bundle(path, steps=True) for path in paths]
+    first = bundles[0].manifest.steps
     decode, asked = asking.decoder(first), asking.asked(first, first.plan)
     rows = bench_steps(
         bundles, asked, threads=asking.threads, trials=asking.trials, decode=decode, judge=judge, say=say
     )
-    plan = bundles[-1].manifest.plan
+    plan = bundles[-1].manifest.steps.plan
     found = document(
         first, asked, rows, merge=plan.merge, quant=plan.quant, features=features, chosen=None, before=before
     )
-    found["bundles"] = {bundle.name: {"digest": bundle.digest, **bundle.manifest.plan.to_dict()} for bundle in bundles}
+    found["bundles"] = {
+        bundle.name: {"digest": bundle.digest, **bundle.manifest.steps.plan.to_dict()} for bundle in bundles
+    }
     return Drawing(model=first, asked=asked, rows=rows, decode=decode, document=found)
 
 

@@ -23,8 +23,7 @@ def inspect(
     json: options.Json = False,
 ) -> None:
     """Print a bundle's recipe, target, tokens per block, work, size and origin."""
-    from vitfold.artifacts.bundle import open_bundle
-    from vitfold.artifacts.step_bundle import holds_steps
+    from vitfold.artifacts.bundle import holds_steps, open_bundle
     from vitfold.report.tables import describe_registers, fidelity_lines
     from vitfold.schedule import describe_r
 
@@ -141,20 +140,20 @@ def _quant(quant: QuantRecipe | None, *, simulated: bool) -> str:
 
 
 def _inspect_steps(path: Path, *, json: bool) -> None:
-    from vitfold.artifacts.step_bundle import open_step_bundle
+    from vitfold.artifacts.bundle import open_bundle
 
-    opened = open_step_bundle(path)
-    manifest = opened.manifest
+    opened = open_bundle(path, steps=True)
+    manifest, steps = opened.manifest, opened.manifest.steps
     if json:
         print_json({**manifest.to_dict(), "size_bytes": opened.size_bytes, "digest": opened.digest})
         return
-    spec, plan, db = manifest.spec, manifest.plan, manifest.verified["psnr_db"]
+    spec, plan, db = steps.spec, steps.plan, manifest.verified["psnr_db"]
     lines = [
-        ("origin", f"{manifest.origin.source} ({manifest.origin.loader})"),
+        ("origin", f"{steps.origin.source} ({steps.origin.loader})"),
         (
             "model",
             f"{spec.num_layers} blocks, width {spec.embed_dim}, {spec.num_heads} heads, patch {spec.patch_size}, "
-            f"{'latents' if manifest.latent else 'images'} of {spec.image_size} x {spec.image_size}, "
+            f"{'latents' if steps.latent else 'images'} of {spec.image_size} x {spec.image_size}, "
             f"{spec.classes} classes",
         ),
         ("target", f"{manifest.target['name']} ({manifest.target['engine']})"),

@@ -73,7 +73,7 @@ def turned(bundle: Bundle, exif: Exif | None) -> Bundle:
     manifest = bundle.manifest
     if exif is None or exif == manifest.preprocess.exif:
         return bundle
-    return replace(bundle, manifest=replace(manifest, preprocess=replace(manifest.preprocess, exif=exif)))
+    return replace(bundle, manifest=manifest.changed(preprocess=replace(manifest.preprocess, exif=exif)))
 
 
 def say_busy(environment: Mapping[str, Any]) -> None:

@@ -369,13 +369,12 @@ def _solved(
 ) -> Solution:
     """Find the schedule of `--merge auto`, or auto:R for the distortion of another constant R."""
     from vitfold import pipeline
-    from vitfold.engines import TENSORRT
     from vitfold.target import find_target
 
     if found is None:
         raise VitfoldError("--merge auto measures on images what merging does: give --images DIR")
     like = merge.partition(":")[2] or pipeline.LIKE
-    if find_target(target).engine == TENSORRT:
+    if find_target(target).runtime.gpu:
         usual = pipeline.USUAL_BATCH if batch is None else batch[1]
         pipeline.check_forecast(model.spec, target=target, gpu=gpu, batch=usual)
         merging = pipeline.measure_merging(model, found, say=say)

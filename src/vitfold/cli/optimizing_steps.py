@@ -14,7 +14,7 @@ from vitfold.cli.making import say_busy
 from vitfold.cli.terminal import heading, note, out, print_json, quiet_stdout, steps
 
 if TYPE_CHECKING:
-    from vitfold.artifacts.step_bundle import StepBundle
+    from vitfold.artifacts.bundle import Bundle
     from vitfold.diffusion.compare import SamplingConfig
     from vitfold.diffusion.compression import Compression
     from vitfold.diffusion.search import Bounds, StepSearchResult
@@ -78,8 +78,9 @@ def optimize_steps(source: str, output: Path, wanted: Steps, *, overwrite: bool,
     Raises:
         VitfoldError: if the source, the plan or the output is refused.
     """
+    from vitfold.artifacts.bundle import publish_bundle
     from vitfold.artifacts.digested import reserve_bundle
-    from vitfold.artifacts.step_bundle import StepPlan, publish_steps
+    from vitfold.artifacts.steps import StepPlan
     from vitfold.diffusion import find_method
     from vitfold.diffusion.compare import check_asked
     from vitfold.diffusion.compression import compress
@@ -117,7 +118,7 @@ def optimize_steps(source: str, output: Path, wanted: Steps, *, overwrite: bool,
             quant=chosen.quant,
         )
         draft = save_steps(model, plan, method, chosen, place.draft(), search=searched, say=say)
-        bundle = publish_steps(place, draft)
+        bundle = publish_bundle(place, draft)
     values = {**(searched or {}), **_summary(bundle)}
     if json:
         print_json(values)
@@ -188,10 +189,10 @@ def _search_folder(model: DiTModel, few: SamplingConfig, able: list[Compression]
         return None
 
 
-def _summary(bundle: StepBundle) -> dict[str, Any]:
+def _summary(bundle: Bundle) -> dict[str, Any]:
     return {
         "bundle": str(bundle.path),
-        "plan": bundle.manifest.plan.to_dict(),
+        "plan": bundle.manifest.steps.plan.to_dict(),
         "parts": list(bundle.manifest.parts),
         "size_bytes": bundle.size_bytes,
         "digest": bundle.digest,

@@ -45,7 +45,7 @@ def profile(
     found = None if images is None else given_images(images)
     before = environment(threads=threads)
     with steps("profile") as say, open_session(opened, engine=engine, threads=threads) as session:
-        session.bind(pixels_for(manifest.preprocess, batch, found))
+        session.bind({session.input: pixels_for(manifest.preprocess, batch, found)})
         name = session.engine.split()[0]
         say(f"{runs} runs with and without the profiler of {session.engine}")
         with contextlib.ExitStack() as stack:

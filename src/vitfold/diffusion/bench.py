@@ -1,6 +1,6 @@
 """Bundles of steps side by side: each by its own plan, every step in full, and plainly fewer steps.
 
-Owns which rows a comparison of bundles has; how they are timed and judged is `diffusion`'s.
+How they are timed and judged is `compare`'s.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from vitfold.artifacts.step_bundle import StepBundle
+from vitfold.artifacts.bundle import Bundle
 from vitfold.diffusion import every_step
 from vitfold.diffusion.compare import SamplerRow, SamplingConfig, Say, Variant, add_fewer_steps, check_asked, compare
 from vitfold.diffusion.judge import Judge
 from vitfold.diffusion.opening import method_of, open_steps, reused_work
+from vitfold.engines import DEFAULT
 from vitfold.errors import BundleError
 from vitfold.model import Array
 
 
 def bench_steps(
-    bundles: Sequence[StepBundle],
+    bundles: Sequence[Bundle],
     asked: SamplingConfig,
     *,
     threads: int | None = None,
@@ -37,16 +38,16 @@ def bench_steps(
         RecipeError: if what is asked for is out of range.
         EngineError: if ONNX Runtime refuses a graph.
     """
-    first = bundles[0].manifest
+    first, digest = bundles[0].manifest.steps, bundles[0].manifest.model_digest
     for other in bundles[1:]:
-        if other.manifest.model_digest != first.model_digest:
+        if other.manifest.model_digest != digest:
             raise BundleError(
                 f"{other.path} draws by another model than {bundles[0].path}, so that images at equal seeds say "
                 "nothing; compare bundles of one model"
             )
-        if other.manifest.plan.sampler != asked.sampler and method_of(other.manifest).reuses:
+        if other.manifest.steps.plan.sampler != asked.sampler and method_of(other.manifest.steps).reuses:
             raise BundleError(
-                f"the plan of {other.path} was chosen for the sampler {other.manifest.plan.sampler}, that of "
+                f"the plan of {other.path} was chosen for the sampler {other.manifest.steps.plan.sampler}, that of "
                 f"{bundles[0].path} for {asked.sampler}; compare bundles of one sampler"
             )
     if len({bundle.name for bundle in bundles}) < len(bundles):
@@ -56,14 +57,15 @@ def bench_steps(
         ways: list[Variant] = []
         for bundle in bundles:
             say(f"opening {bundle.name}")
-            executor = stack.enter_context(contextlib.closing(open_steps(bundle, threads)))
-            plan, method = bundle.manifest.plan, method_of(bundle.manifest)
+            executor = stack.enter_context(open_steps(bundle, threads))
+            steps = bundle.manifest.steps
+            plan, method = steps.plan, method_of(steps)
             own = asked if bundle is bundles[0] else replace(asked, steps=plan.steps)
             if not ways and method.reuses:
                 ways.append(
                     Variant(name=f"{bundle.name}, every step", method=every_step(method), executor=executor, asked=own)
                 )
-            work = reused_work(first.spec, method, bundle.manifest.counts, plan.merge)
+            work = reused_work(first.spec, method, steps.counts, plan.merge)
             ways.append(Variant(name=bundle.name, method=method, executor=executor, asked=own, reused_work=work))
             add_fewer_steps(first, ways)
-        return compare(first, ways, engine="onnxruntime", trials=trials, decode=decode, judge=judge, say=say)
+        return compare(first, ways, engine=DEFAULT, trials=trials, decode=decode, judge=judge, say=say)

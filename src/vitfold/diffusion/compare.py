@@ -20,8 +20,9 @@ from vitfold.diffusion import ReuseMethod, Sampled, find_method, sample, solve_s
 from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.judge import Judge, Verdict
 from vitfold.diffusion.opening import open_parts, prepare_predictor, reused_work
-from vitfold.diffusion.sampling import Executor, joined
+from vitfold.diffusion.sampling import joined
 from vitfold.diffusion.schedulers import build_scheduler
+from vitfold.engines import Session
 from vitfold.errors import RecipeError
 from vitfold.model import Array, DiffusionModelInfo, DiTModel
 
@@ -56,7 +57,7 @@ class Variant:
 
     name: str
     method: ReuseMethod
-    executor: Executor
+    executor: Session
     asked: SamplingConfig
     reused_work: float | None = None
 
@@ -199,7 +200,7 @@ def compare(
     return [_row(way, first.name, results[way.name], measured, shown, verdicts) for way in ways]
 
 
-def settled(model: DiffusionModelInfo, executor: Executor, method: ReuseMethod, asked: SamplingConfig) -> ReuseMethod:
+def settled(model: DiffusionModelInfo, executor: Session, method: ReuseMethod, asked: SamplingConfig) -> ReuseMethod:
     """Return the method with its full steps chosen, where it leaves that to the model and nobody has yet."""
     if method.budget is None or method.mask is not None:
         return method
@@ -249,7 +250,7 @@ def check_asked(model: DiffusionModelInfo, asked: SamplingConfig) -> None:
     build_scheduler(asked.sampler, model.schedule, asked.steps, learned_sigma=model.spec.learned_sigma)
 
 
-def draw(model: DiffusionModelInfo, executor: Executor, method: ReuseMethod, asked: SamplingConfig) -> Sampled:
+def draw(model: DiffusionModelInfo, executor: Session, method: ReuseMethod, asked: SamplingConfig) -> Sampled:
     """Draw all images, batch by batch."""
     found = []
     for start in range(0, len(asked.labels), asked.batch):

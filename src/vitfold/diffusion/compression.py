@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from vitfold.diffusion.eager import Eager
+from vitfold.diffusion.eager import eager
 from vitfold.diffusion.methods import find_method
 from vitfold.diffusion.parts import Part, parts
 from vitfold.diffusion.sampling import sample
 from vitfold.diffusion.schedulers import build_scheduler
-from vitfold.engines import quantized_cpu_target
+from vitfold.engines import DEFAULT, quantized_target
 from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTModel
 from vitfold.ops.protocol import Ops
@@ -89,7 +89,7 @@ def compress(
         weights=recipe.weights, activations=recipe.activations, method=chosen.name, attention=False, seed=seed
     )
     states = states_along(model, recipe.calibration_size, r=r, steps=steps, guidance=guidance, seed=seed)
-    limits = QuantConstraints(weight_bits=quantized_cpu_target().weight_bits)
+    limits = QuantConstraints(weight_bits=quantized_target(DEFAULT).weight_bits)
     done = calibrate_network(network_of_step(model, r), recipe, states, scheme=limits, progress=progress)
     return Compression(r=r, recipe=recipe, quantizers=done.quantizers, params=done.params)
 
@@ -123,7 +123,7 @@ def states_along(model: DiTModel, count: int, *, r: int, steps: int, guidance: f
     """Return what whole steps read, from all over the trajectories of a few classes: `count` of them, drawn evenly."""
     whole = parts(model.spec, "whole", r=r)
     step = _Watched(program=whole["step"].program)
-    executor = Eager({**whole, "step": step}, Run(model.params))
+    executor = eager({**whole, "step": step}, Run(model.params))
     labels = np.linspace(0, model.spec.classes - 1, _CLASSES).round().astype(int).tolist()
     scheduler = build_scheduler("ddim", model.schedule, steps)
     sample(executor, model.spec, scheduler, find_method("none"), labels, seed=seed, guidance=guidance)

@@ -1,46 +1,38 @@
-"""The parts of a Diffusion Transformer made ready to run: compressed, written as graphs, opened.
-
-Owns what a method needs besides its plan: a trained predictor, merged attention, integer linear layers.
-"""
+"""The parts of a Diffusion Transformer made ready to run: a predictor trained, graphs written and opened."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from vitfold.artifacts.bundle import Bundle, graph_name
 from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
-from vitfold.artifacts.step_bundle import StepBundle, StepManifest
+from vitfold.artifacts.steps import Steps
 from vitfold.cores import check_threads
 from vitfold.diffusion import ReuseMethod, find_method
 from vitfold.diffusion.compression import Compression
-from vitfold.diffusion.eager import Eager
+from vitfold.diffusion.eager import eager, ends_of
 from vitfold.diffusion.parts import Part, parts
-from vitfold.diffusion.sampling import Executor
 from vitfold.diffusion.schedulers import build_scheduler
 from vitfold.diffusion.token_predictor import TokenPredictor, train_predictor
 from vitfold.diffusion.token_refresh import predictor_shapes
-from vitfold.engines import find_execution, quantized_cpu_target
+from vitfold.engines import DEFAULT, ENGINES, Session, check_ends, open_graph, open_session, quantized_target
 from vitfold.errors import EngineError
 from vitfold.model import Array, DiTModel, DiTSpec
 from vitfold.model.dit import dit_param_shapes
 from vitfold.ops.count import Count
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
-from vitfold.products import Product, products_of
 from vitfold.quantizer import Quantizer
 from vitfold.target import Target, find_target
 
-if TYPE_CHECKING:
-    from vitfold.engines.parts import PartsSession
-
-EXECUTORS = ("onnxruntime", "torch")
+EXECUTORS = (*(row.name for row in ENGINES.values() if row.several_parts), "torch")
 _PREDICTOR_FORMAT = 1
 """Counted up where training changes."""
 
@@ -70,7 +62,7 @@ def open_parts(
     predictor: TokenPredictor | None = None,
     engine: str = "onnxruntime",
     threads: int | None = None,
-) -> Iterator[Executor]:
+) -> Iterator[Session]:
     """Make the parts that a method needs ready to run: as graphs in a temporary folder, or eagerly in torch.
 
     Raises:
@@ -84,13 +76,13 @@ def open_parts(
     if engine == "torch":
         if threads is not None:
             torch.set_num_threads(check_threads(threads))
-        yield Eager(found, Simulate(params, compression.quantizers) if compression.quantizers else Run(params))
+        yield eager(found, Simulate(params, compression.quantizers) if compression.quantizers else Run(params))
         return
-    if engine != "onnxruntime":
+    if engine not in EXECUTORS:
         raise EngineError(f"diffusion runs on {' or '.join(EXECUTORS)}, found {engine!r}")
     with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
         write_parts(found, params, Path(folder), compression.quantizers)
-        with contextlib.closing(open_graphs(found, Path(folder), threads)) as session:
+        with open_graphs(found, Path(folder), threads, engine=engine) as session:
             yield session
 
 
@@ -147,58 +139,39 @@ def write_parts(
     write_together(graphs, folder)
 
 
-def open_graphs(
-    found: Mapping[str, Part], folder: Path, threads: int | None, products: Iterable[Product] = ()
-) -> PartsSession:
-    """Open the graphs of parts that were written to a folder; `products` are the integer products that they hold.
+def open_graphs(found: Mapping[str, Part], folder: Path, threads: int | None, *, engine: str = DEFAULT) -> Session:
+    """Open the graphs of parts that were written to a folder.
 
     Raises:
-        EngineError: if ONNX Runtime refuses one, or computes its products wrongly on this processor.
+        EngineError: if the engine refuses one.
     """
-    from vitfold.engines.parts import PartsSession
-
-    return PartsSession(
-        {name: folder / f"{name}.onnx" for name in found},
-        {name: (part.inputs, part.outputs) for name, part in found.items()},
-        threads=threads,
-        execution=find_execution("onnxruntime", products),
-    )
+    return open_graph({name: folder / graph_name(name) for name in found}, engine, threads=threads)
 
 
-def method_of(manifest: StepManifest) -> ReuseMethod:
+def method_of(steps: Steps) -> ReuseMethod:
     """Return the method of a bundle.
 
     Raises:
         RecipeError: if this vitfold does not know it.
     """
-    return replace(find_method(manifest.plan.reuse), mask=manifest.mask or None)
+    return replace(find_method(steps.plan.reuse), mask=steps.mask or None)
 
 
-def open_steps(bundle: StepBundle, threads: int | None = None) -> PartsSession:
+def open_steps(bundle: Bundle, threads: int | None = None) -> Session:
     """Open the graphs of a bundle.
 
     Raises:
         RecipeError: if this vitfold does not know its method.
-        EngineError: if ONNX Runtime refuses a graph.
+        BundleError: if a graph is not that of its part.
+        EngineError: if the engine refuses a graph, or would compute it wrongly on this processor.
     """
-    manifest = bundle.manifest
-    method = method_of(manifest)
-    found = plan_parts(manifest.spec, method, manifest.counts, manifest.plan.merge)
-    return open_graphs(found, bundle.path, threads, products_of_steps(manifest))
-
-
-def products_of_steps(manifest: StepManifest) -> tuple[Product, ...]:
-    """Return the integer products of the graphs of a bundle.
-
-    Raises:
-        TargetError: if this vitfold does not know its target.
-    """
-    if manifest.plan.quant == "none":
-        return ()
-    target = find_target(str(manifest.target["name"]))
-    return products_of(target.to_dict(), weight_bits=8, attention=False)
+    steps = bundle.manifest.steps
+    found = plan_parts(steps.spec, method_of(steps), steps.counts, steps.plan.merge)
+    session = open_session(bundle, threads=threads)
+    check_ends(session, ends_of(found), bundle.graphs)
+    return session
 
 
 def step_target(*, quantized: bool) -> Target:
     """Return what graphs of steps are written for: this processor, where they hold integers."""
-    return quantized_cpu_target() if quantized else find_target("cpu")
+    return quantized_target(DEFAULT) if quantized else find_target("cpu")

@@ -1,7 +1,7 @@
 """The sampling loop: which part of a model runs at which step, with classifier-free guidance in one batch.
 
-Owns seeds, guidance and the order of parts. Caches live with the executor under names; the loop says which name a part
-reads and writes, so they are never copied.
+Seeds, guidance and the order of parts. Caches live with the session under names; the loop says which name a part reads
+and writes, so they are never copied.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,39 +19,10 @@ from jaxtyping import Float
 
 from vitfold.diffusion.methods import ReuseMethod, full_steps
 from vitfold.diffusion.parts import RESIDUAL, WEIGHTS
+from vitfold.engines import Session
 from vitfold.errors import EngineError
 from vitfold.model import Array, DiTSpec
 from vitfold.model.dit import class_rows, timestep_frequencies
-
-
-@runtime_checkable
-class Executor(Protocol):
-    """Where the parts of a model run, on tensors that it keeps under names."""
-
-    def call(self, part: str, *inputs: Array) -> Array:
-        """Run a part once on arrays, past everything kept, and return its first output."""
-        ...
-
-    def prepare(self, rows: int) -> None:
-        """Make room for batches of `rows` and fill it with zeros."""
-        ...
-
-    def write(self, name: str, values: Array) -> None:
-        """Set a tensor, or its first rows."""
-        ...
-
-    def run(self, part: str, rows: int, renamed: Mapping[str, str] | None = None) -> None:
-        """Run a part on the first `rows` of what is kept; `renamed` are ends that are kept under another name."""
-        ...
-
-    def read(self, name: str, rows: int) -> Array:
-        """Return the first rows of a tensor."""
-        ...
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of all tensors that it keeps."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -75,7 +46,7 @@ class Sampled:
 
 
 def sample(
-    executor: Executor,
+    executor: Session,
     spec: DiTSpec,
     scheduler: Any,
     method: ReuseMethod,
@@ -108,7 +79,6 @@ def sample(
     x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]) * scheduler.init_noise_sigma
     timesteps = [int(t) for t in scheduler.timesteps]
     conditions, row_of = _conditions(executor, spec, timesteps, labels, guided=rows > count)
-    executor.prepare(rows)
     must = full_steps(method, len(timesteps))
     state = _State(
         executor=executor,
@@ -124,13 +94,15 @@ def sample(
     for step, t in enumerate(scheduler.timesteps):
         began, full_before = time.perf_counter_ns(), state.full
         entering = scheduler.scale_model_input(x, t).float()
-        executor.write("given", conditions[step][row_of])
-        executor.write("image", np.tile(entering.numpy(), (rows // count, 1, 1, 1)))
+        state.given = {
+            "image": np.tile(entering.numpy(), (rows // count, 1, 1, 1)),
+            "given": conditions[step][row_of],
+        }
         predicted = torch.from_numpy(_finite(state.advance(step, guidance), f"step {step + 1} of {len(timesteps)}"))
         if spec.learned_sigma and not _learned(scheduler):
             predicted = predicted[:, : spec.channels]
         if watch is not None:
-            watch(executor.read(state.newest, rows))
+            watch(executor.fetch(state.newest)[state.newest])
         x = scheduler.step(predicted, t, x, **extra).prev_sample
         took[state.full > full_before].append(time.perf_counter_ns() - began)
     return Sampled(
@@ -151,7 +123,7 @@ def _finite(values: Array, where: str) -> Array:
 
 
 def _one_by_one(
-    executor: Executor,
+    executor: Session,
     spec: DiTSpec,
     scheduler: Any,
     method: ReuseMethod,
@@ -179,9 +151,12 @@ def joined(found: Sequence[Sampled]) -> Sampled:
 
 @dataclass(slots=True, kw_only=True)
 class _State:
-    """What the loop remembers between steps: where full steps were, and under which names their tensors are kept."""
+    """What the loop remembers between steps: where full steps were, and under which names their tensors are kept.
 
-    executor: Executor
+    `given` are image and condition of the step, for all rows.
+    """
+
+    executor: Session
     method: ReuseMethod
     must: tuple[bool, ...]
     depth: int
@@ -192,6 +167,8 @@ class _State:
     places: tuple[int, ...] = ()
     own: tuple[str, str] = ("own.0", "own.1")
     difference: Array | None = None
+    given: Mapping[str, Array] = field(default_factory=dict)
+    known: set[str] = field(default_factory=set)
 
     @property
     def newest(self) -> str:
@@ -202,28 +179,47 @@ class _State:
         """Return the guided prediction of this step."""
         if self.method.guidance and self.rows > self.count:
             return self._past_guidance(step, guidance)
+        self.executor.bind(self.given)
         self._predict(step)
-        found = self.executor.read("prediction", self.rows)
+        found = self._prediction()
         if self.rows == self.count:
-            return found.copy()
+            return found
         with_class, without = found[: self.count], found[self.count :]
         return _guided(with_class, without, guidance, self.channels)
 
     def _past_guidance(self, step: int, guidance: float) -> Array:
         if self.must[step] or self.difference is None:
-            self.executor.run("step", self.rows)
-            found = self.executor.read("prediction", self.rows)
+            self.executor.bind(self.given)
+            self.executor.run("step")
+            found = self._prediction()
             self.difference = found[self.count :] - found[: self.count]
             self.full += 1
         else:
-            self.executor.run("step", self.count)
-        with_class = self.executor.read("prediction", self.count)
+            self.executor.bind({name: values[: self.count] for name, values in self.given.items()})
+            self.executor.run("step")
+            found = self._prediction()
+        with_class = found[: self.count]
         return _guided(with_class, with_class + self.difference, guidance, self.channels)
 
+    def _prediction(self) -> Array:
+        return self.executor.fetch("prediction")["prediction"]
+
+    def _run(self, part: str, names: Mapping[str, str] | None = None) -> None:
+        """Run a part; what it reads and no step has written yet is zeros."""
+        names, ends = names or {}, self.executor.parts[part]
+        for port in ends.inputs:
+            name = names.get(port.name, port.name)
+            if name not in self.known and name not in self.given:
+                rows = port.batch if isinstance(port.batch, int) else self.rows
+                self.executor.bind({name: np.zeros((rows, *port.shape), np.float32)})
+                self.known.add(name)
+        self.executor.run(part, names)
+        self.known |= {names.get(port.name, port.name) for port in ends.outputs}
+
     def _predict(self, step: int) -> None:
-        cut, run = self.method.cut, self.executor.run
+        cut, run = self.method.cut, self._run
         if cut == "whole":
-            run("step", self.rows)
+            run("step")
             self.full += 1
             return
         whole = self.must[step]
@@ -232,31 +228,32 @@ class _State:
             return
         if cut == "first":
             before, own = self.own
-            run("front", self.rows, {"before": before, "own": own})
+            run("front", {"before": before, "own": own})
             whole = whole or self._moved()
         if whole:
             kept = f"{RESIDUAL}.{self.full % self.method.history}"
-            run("rest" if cut == "first" else "full", self.rows, {RESIDUAL: kept})
+            run("rest" if cut == "first" else "full", {RESIDUAL: kept})
             self.full += 1
             self.places = (*self.places, step)[-self.method.history :]
             self.own = self.own[::-1]
             return
         if cut != "modules":
-            self.executor.write(WEIGHTS, self._weights(step))
-        run("resume", self.rows)
+            self.executor.bind({WEIGHTS: self._weights(step)})
+            self.known.add(WEIGHTS)
+        run("resume")
 
     def _renew(self, *, whole: bool) -> None:
         """A refreshed step reads what one side keeps and writes the other."""
         depth, (before, now) = self.depth, self.own
         names = {f"{RESIDUAL}.{block}": f"{now}.{block}" for block in range(depth)}
         kept = {f"kept.{block}": f"{before}.{block}" for block in range(depth)}
-        self.executor.run("full" if whole else "refresh", self.rows, names if whole else {**names, **kept})
+        self._run("full" if whole else "refresh", names if whole else {**names, **kept})
         self.full += whole
         self.own = self.own[::-1]
 
     def _moved(self) -> bool:
         assert self.method.threshold is not None
-        change = math.sqrt(float(np.mean(self.executor.read("change", self.rows))))
+        change = math.sqrt(float(np.mean(self.executor.fetch("change")["change"])))
         return change > self.method.threshold
 
     def _weights(self, step: int) -> Float[np.ndarray, "1 K 1"]:
@@ -269,13 +266,15 @@ class _State:
 
 
 def _conditions(
-    executor: Executor, spec: DiTSpec, timesteps: Sequence[int], labels: Sequence[int], *, guided: bool
+    executor: Session, spec: DiTSpec, timesteps: Sequence[int], labels: Sequence[int], *, guided: bool
 ) -> tuple[Float[np.ndarray, "T U M D"], Array]:
     """Return what every step and every class asked for do to the model, and the row of each sample."""
     asked = [*labels, *([spec.null_class] * len(labels) if guided else [])]
     classes, row_of = np.unique(np.array(asked), return_inverse=True)
     waves = timestep_frequencies(spec, np.repeat(np.array(timesteps), len(classes)))
-    found = executor.call("condition", waves, class_rows(spec, np.tile(classes, len(timesteps))))
+    executor.bind({"waves": waves, "label": class_rows(spec, np.tile(classes, len(timesteps)))})
+    executor.run("condition")
+    found = executor.fetch("given")["given"]
     return found.reshape(len(timesteps), len(classes), spec.modulations, spec.embed_dim), row_of
 
 

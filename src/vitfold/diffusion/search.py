@@ -32,7 +32,7 @@ from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.judge import Judge
 from vitfold.diffusion.opening import open_parts, reused_work
 from vitfold.diffusion.rows import append_group, read_groups
-from vitfold.diffusion.sampling import Executor
+from vitfold.engines import Session
 from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTModel
 
@@ -266,7 +266,7 @@ def _graphs(method: ReuseMethod) -> tuple[str, int]:
 
 
 def _fewer_steps(
-    executor: Executor, none: ReuseMethod, asked: SamplingConfig, compression: Compression
+    executor: Session, none: ReuseMethod, asked: SamplingConfig, compression: Compression
 ) -> list[Variant]:
     counts = sorted({max(1, round(share * asked.steps)) for share in FEWER} - {asked.steps}, reverse=True)
     return [
@@ -298,7 +298,7 @@ def _measured(model: DiTModel, ways: Sequence[Variant], setup: Setup) -> list[Sa
 
 def _opened(
     model: DiTModel, method: ReuseMethod, compression: Compression, setup: Setup
-) -> contextlib.AbstractContextManager[Executor]:
+) -> contextlib.AbstractContextManager[Session]:
     return open_parts(model, method, compression=compression, engine=setup.engine, threads=setup.threads)
 
 

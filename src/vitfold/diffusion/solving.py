@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 
 from vitfold.diffusion.methods import WARM_UP, ReuseMethod, every_step
-from vitfold.diffusion.sampling import Executor, sample
+from vitfold.diffusion.sampling import sample
 from vitfold.diffusion.schedulers import build_scheduler
+from vitfold.engines import Session
 from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTSpec
 
@@ -25,7 +26,7 @@ SEED = 1_000_000
 
 
 def solve_steps(
-    executor: Executor,
+    executor: Session,
     spec: DiTSpec,
     schedule: Mapping[str, Any],
     method: ReuseMethod,

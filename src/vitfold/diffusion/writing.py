@@ -5,30 +5,27 @@ Owns what is written and how it is checked; which plan is worth writing is `step
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from vitfold.artifacts.step_bundle import StepBundle, StepManifest, StepPlan, write_step_bundle
+from vitfold.artifacts.bundle import Bundle, Manifest, write_bundle
+from vitfold.artifacts.steps import StepPlan, Steps
 from vitfold.bench.environment import environment
 from vitfold.bench.pictures import psnr_db
 from vitfold.diffusion import ReuseMethod
 from vitfold.diffusion.compare import SamplingConfig, draw, settled
 from vitfold.diffusion.compression import Compression
-from vitfold.diffusion.eager import Eager
+from vitfold.diffusion.eager import eager
 from vitfold.diffusion.opening import open_graphs, plan_parts, prepare_predictor, step_params, step_target, write_parts
-from vitfold.diffusion.sampling import Executor
+from vitfold.engines import Session
 from vitfold.errors import EngineError
 from vitfold.model import DiTModel
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
 from vitfold.version import __version__
-
-if TYPE_CHECKING:
-    from vitfold.engines.parts import PartsSession
 
 LEAST_DB = 60.0
 LEAST_INTEGER_DB = 30.0
@@ -46,7 +43,7 @@ def save_steps(
     search: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda _: None,
-) -> StepBundle:
+) -> Bundle:
     """Write the graphs of a plan and its method, and keep them if they draw what the reference interpreter draws.
 
     Raises:
@@ -58,34 +55,39 @@ def save_steps(
     params = step_params(model, compression, predictor)
     found = plan_parts(model.spec, method, counts, compression.r)
 
-    def write(folder: Path) -> StepManifest:
+    def write(folder: Path) -> Manifest:
         say("writing graphs")
         write_parts(found, params, folder, compression.quantizers)
         say("verifying")
         simulate = Simulate(params, compression.quantizers) if compression.quantizers else Run(params)
-        with contextlib.closing(open_graphs(found, folder, None)) as session:
+        with open_graphs(found, folder, None) as session:
             chosen = settled(model, session, method, _asked(model, plan, plan.steps))
-            verified = _verify(model, plan, chosen, Eager(found, simulate), session)
+            verified = _verify(model, plan, chosen, eager(found, simulate), session)
         target = step_target(quantized=compression.quantizers is not None)
-        return StepManifest(
-            vitfold=__version__,
+        steps = Steps(
             spec=model.spec,
             schedule=model.schedule,
             labels=model.labels,
             origin=model.origin,
             latent=model.latent,
             decoder=model.decoder,
-            model_digest=model.digest(),
             plan=plan,
             parts=tuple(found),
             counts=counts,
             mask=chosen.mask or (),
-            target={"name": target.name, "engine": "onnxruntime"},
-            verified=verified,
             search=None if search is None else {**search, "environment": environment()},
         )
+        return Manifest(
+            vitfold=__version__,
+            labels=model.labels,
+            target={"name": target.name, "engine": target.engine},
+            origin=model.origin.to_dict(),
+            model_digest=model.digest(),
+            verified=verified,
+            diffusion=steps,
+        )
 
-    return write_step_bundle(path, write, overwrite=overwrite)
+    return write_bundle(path, write, overwrite=overwrite)
 
 
 def _asked(model: DiTModel, plan: StepPlan, steps: int) -> SamplingConfig:
@@ -100,7 +102,7 @@ def _asked(model: DiTModel, plan: StepPlan, steps: int) -> SamplingConfig:
 
 
 def _verify(
-    model: DiTModel, plan: StepPlan, method: ReuseMethod, reference: Executor, session: PartsSession
+    model: DiTModel, plan: StepPlan, method: ReuseMethod, reference: Session, session: Session
 ) -> dict[str, Any]:
     """Draw an image of the first and one of the last class by both, in so few steps that each kind comes up."""
     steps = plan.steps if method.budget is not None else min(plan.steps, _STEPS)

@@ -1,50 +1,80 @@
-"""Runtimes that execute bundles: one module each, loaded only when asked for."""
+"""Runtimes that execute bundles: one module each, loaded only when asked for.
+
+What an engine can stands in its row of `vitfold.target.ENGINES`.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING
 
-from vitfold.artifacts.bundle import Bundle
 from vitfold.engines.exactness import (
     cannot_be_exact,
     describe_execution,
     find_execution,
-    quantized_cpu_target,
-    quantized_openvino_target,
+    quantized_target,
     runs_here,
 )
 from vitfold.engines.graphs import check_graph
-from vitfold.engines.session import PLAIN, Session, check_threads, usable_cores
-from vitfold.errors import EngineError, nearest
+from vitfold.engines.session import (
+    MAIN,
+    PLAIN,
+    WIDE,
+    Ends,
+    Port,
+    Session,
+    check_threads,
+    open_on,
+    session_class,
+    usable_cores,
+)
+from vitfold.errors import BundleError, EngineError, missing_extra, nearest
 from vitfold.products import Product
+from vitfold.target import ENGINES, Engine, EngineName
 
-EngineName = Literal["onnxruntime", "openvino", "tensorrt"]
-ENGINES: tuple[str, ...] = get_args(EngineName)
-SIMULATION = "simulation"
+if TYPE_CHECKING:
+    from vitfold.artifacts.bundle import Bundle
+
+DEFAULT = "onnxruntime"
+"""The engine that runs every graph on every machine."""
 _log = logging.getLogger(__name__)
-TENSORRT = "tensorrt"
 
 __all__ = [
+    "DEFAULT",
     "ENGINES",
+    "MAIN",
     "PLAIN",
-    "SIMULATION",
-    "TENSORRT",
+    "Ends",
+    "Engine",
     "EngineName",
+    "Port",
     "Session",
+    "check_ends",
     "check_threads",
     "describe_execution",
+    "engine_obstacle",
+    "find_engine",
     "find_execution",
     "open_graph",
     "open_session",
-    "quantized_cpu_target",
-    "quantized_openvino_target",
+    "quantized_target",
     "runs_here",
-    "tensorrt_obstacle",
     "usable_cores",
 ]
+
+
+def find_engine(name: str) -> Engine:
+    """Return the row of an engine that runs graphs.
+
+    Raises:
+        EngineError: offering the nearest names.
+    """
+    known = [row.name for row in ENGINES.values() if row.executes]
+    if name not in known:
+        raise EngineError(f"unknown engine {name!r}; {nearest(name, known)}")
+    return ENGINES[name]
 
 
 def open_session(bundle: Bundle, *, engine: str | None = None, threads: int | None = None) -> Session:
@@ -58,39 +88,42 @@ def open_session(bundle: Bundle, *, engine: str | None = None, threads: int | No
         BundleError: if the file is no graph, or one that vitfold does not write.
     """
     check_threads(threads)
-    if bundle.manifest.simulated:
-        if engine not in (None, SIMULATION):
+    manifest = bundle.manifest
+    made_for = ENGINES[str(manifest.target["engine"])]
+    if manifest.simulated:
+        if engine not in (None, made_for.name):
+            quant = manifest.recipe.quant
             raise EngineError(
-                f"{bundle.path} is simulated: no engine executes {_scheme(bundle)}, so {engine} cannot; "
-                "make one with --quant w8a8 to run it there"
+                f"{bundle.path} is simulated: no engine executes {'it' if quant is None else quant.scheme}, so "
+                f"{engine} cannot; make one with --quant w8a8 to run it there"
             )
-        from vitfold.engines.simulation import open_simulation
+        try:
+            from vitfold.engines.simulation import open_simulation
+        except ModuleNotFoundError:
+            raise EngineError(missing_extra("torch", "optimize", "a simulated bundle")) from None
 
         return open_simulation(bundle, threads=threads)
-    made_for, batch = str(bundle.manifest.target.get("engine")), bundle.manifest.target.get("batch")
-    if (engine or made_for) != TENSORRT:  # whose own parser looks first
-        check_graph(bundle.onnx_path)
+    row = made_for if engine is None else find_engine(engine)
+    if not row.gpu:  # whose own parsers look first
+        for path in bundle.graphs.values():
+            check_graph(path)
+    batch = manifest.target.get("batch")
     session = open_graph(
-        bundle.onnx_path,
-        engine or made_for,
+        bundle.graphs,
+        row.name,
         threads=threads,
-        products=bundle.manifest.products,
-        literal=made_for == TENSORRT,
+        products=manifest.products,
+        literal=made_for.gpu,
         batch=None if batch is None else tuple(batch),
     )
-    remark = describe_execution(session.execution, engine or made_for)
+    remark = describe_execution(session.execution, row.name)
     if remark is not None:
         _log.warning("%s: %s", bundle.path, remark)
     return session
 
 
-def _scheme(bundle: Bundle) -> str:
-    quant = bundle.manifest.recipe.quant
-    return "it" if quant is None else quant.scheme
-
-
 def open_graph(
-    path: Path,
+    graphs: Path | Mapping[str, Path],
     engine: str,
     *,
     threads: int | None = None,
@@ -98,49 +131,59 @@ def open_graph(
     literal: bool = False,
     batch: tuple[int, int, int] | None = None,
 ) -> Session:
-    """Load an ONNX graph into an engine.
+    """Load an ONNX graph, or one per part, into an engine.
 
-    `products` are the integer products that it holds: where the engine's usual kernels would compute them wrongly on
-    this processor, it runs in the first way that is exact, which `session.execution` names. `literal` says that it was
-    made for another engine (ONNX Runtime only): its products run as the floats that they are written as. `batch` are
-    the smallest, the optimal and the largest batch that it has to run (TensorRT only).
+    `products` are the integer products that they hold: where the engine's usual kernels would compute them wrongly on
+    this processor, it runs in the first way that is exact, which `session.execution` names. `literal` says that they
+    were made for another engine (ONNX Runtime only): their products run as the floats that they are written as. `batch`
+    are the smallest, the optimal and the largest batch that it has to run (engines that build for them only).
 
     Raises:
-        EngineError: if the engine is unknown, not installed or refuses the graph, or computes its products wrongly, or
-            the threads are no number for this machine.
+        EngineError: if the engine is unknown, not installed or refuses a graph, runs one part only, or computes its
+            products wrongly, or the threads are no number for this machine.
     """
     check_threads(threads)
-    if engine == "onnxruntime":
-        from vitfold.engines.onnxruntime import OnnxRuntimeSession
-
-        needed = tuple(products)
-        execution = PLAIN if literal else find_execution(engine, needed)
-        try:
-            return OnnxRuntimeSession(path, threads=threads, literal=literal, execution=execution)
-        except EngineError:
-            if execution == PLAIN:
-                raise
-            # It cannot change a weight that two products share, as those of a twin quantizer do.
-            raise cannot_be_exact(engine, needed[0]) from None
-    if engine == "openvino":
-        from vitfold.engines.openvino import OpenVinoSession
-
-        return OpenVinoSession(path, threads=threads, execution=find_execution(engine, products))
-    if engine == TENSORRT:
-        from vitfold.engines.tensorrt import TensorRtSession
-
-        return TensorRtSession(path, batch=batch)
-    raise EngineError(f"unknown engine {engine!r}; {nearest(engine, ENGINES)}")
-
-
-def tensorrt_obstacle() -> str | None:
-    """Return what keeps TensorRT from starting on this machine, a package, a driver or a GPU; None if nothing does."""
-    from vitfold.engines.cuda import Gpu
-    from vitfold.engines.tensorrt import load_tensorrt
-
+    row, needed = find_engine(engine), tuple(products)
+    found = graphs if isinstance(graphs, Mapping) else {MAIN: graphs}
+    if len(found) > 1 and not row.several_parts:
+        able = " or ".join(one.name for one in ENGINES.values() if one.several_parts)
+        raise EngineError(f"{engine} runs bundles of one part, and this has {len(found)}; run it on {able}")
+    execution = PLAIN if literal else find_execution(engine, needed)
+    given = {"threads": threads, "execution": execution, "literal": literal, "batch": batch}
     try:
-        Gpu().close()
-        load_tensorrt()
+        return open_on(row, found, **{name: given[name] for name in row.options})
+    except EngineError:
+        if execution != WIDE:
+            raise
+        # It cannot change a weight that two products share, as those of a twin quantizer do.
+        raise cannot_be_exact(engine, needed[0]) from None
+
+
+def check_ends(session: Session, expected: Mapping[str, Ends], graphs: Mapping[str, Path]) -> None:
+    """Check that graphs have the inputs and outputs that they are meant to have.
+
+    Raises:
+        BundleError: naming the first that has not.
+    """
+    for part, ends in expected.items():
+        found = session.parts[part]
+        for ports, present in ((ends.inputs, found.inputs), (ends.outputs, found.outputs)):
+            shapes = {port.name: (port.batch, *port.shape) for port in present}
+            said = None
+            if {port.name for port in ports} != set(shapes):
+                said = f"it has the ends {', '.join(sorted(shapes))[:200]}"
+            for port in () if said else ports:
+                batch, *shape = shapes[port.name]
+                if tuple(shape) != port.shape or (isinstance(batch, int) and batch != port.batch):
+                    said = f"its {port.name[:60]} has the shape {shapes[port.name]}"
+            if said is not None:
+                raise BundleError(f"{graphs[part]} is not the graph that the plan needs: {said}; make the bundle again")
+
+
+def engine_obstacle(engine: str) -> str | None:
+    """Return what keeps an engine from starting on this machine, a package, a driver or a GPU; None if nothing does."""
+    try:
+        session_class(find_engine(engine)).check_starts()
     except EngineError as error:
         return str(error)
     return None

@@ -17,15 +17,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vitfold.artifacts.cache import keep_bytes, key_of, read_bytes
-from vitfold.engines.session import FLOATING, PLAIN, WIDE, Session
+from vitfold.engines.session import FLOATING, MAIN, PLAIN, WIDE, Session, open_on
 from vitfold.errors import EngineError
 from vitfold.processor import processor
 from vitfold.products import Product, products_of
-from vitfold.target import Target, cpu_target, find_target
+from vitfold.target import ENGINES, Target, cpu_target, find_target
 
 SWITCH = "VITFOLD_SATURATE"
 """Set to 1, this processor counts as one whose 8-bit products saturate: what it would do is done here."""
-ENGINES = ("onnxruntime", "openvino")
 IMAGE = (3, 8, 8)
 INNER = 192
 COLUMNS = 16
@@ -59,12 +58,10 @@ def probe_path(product: Product) -> Path:
 def is_exact(engine: str, product: Product, execution: str = PLAIN) -> bool:
     """Return whether an engine computes a form of product exactly here, executed in one of its ways.
 
-    TensorRT adds in 32 bits on every GPU.
-
     Raises:
         EngineError: if the engine is not installed.
     """
-    if engine not in ENGINES:
+    if not _may_saturate(engine):
         return True
     if os.environ.get(SWITCH) == "1" and product.saturates_in_16_bits and not _wide_enough(product, execution):
         return False
@@ -97,7 +94,8 @@ def cannot_be_exact(engine: str, product: Product) -> EngineError:
     """Return the error that names what an engine would compute wrongly here, and the targets that are exact."""
     return EngineError(
         f"{engine} cannot compute {product} exactly on this processor ({processor()['name']}): pairs of products "
-        f"saturate in 16 bits, and answers would be wrong; make the bundle again with --target {_exact_target(engine)}"
+        f"saturate in 16 bits, and answers would be wrong; make the bundle again with --target "
+        f"{ENGINES[engine].exact_targets}"
     )
 
 
@@ -111,21 +109,19 @@ def runs_here(target: Target) -> bool:
     return all(is_exact(target.engine, product) for product in products)
 
 
-def quantized_cpu_target() -> Target:
-    """Return the target for quantized models on this processor: that of its instruction sets, where it is exact."""
-    facts = processor()
-    target = cpu_target(facts["instruction_sets"], facts["architecture"])
-    return target if runs_here(target) else find_target("cpu-avx2")
-
-
-def quantized_openvino_target() -> Target:
-    """Return the target for quantized models in OpenVINO on this processor.
+def quantized_target(engine: str) -> Target:
+    """Return the target of an engine for quantized models on this processor: the first one that is exact here.
 
     Raises:
-        EngineError: if OpenVINO is not installed.
+        EngineError: if the engine is not installed.
     """
-    target = find_target("openvino")
-    return target if runs_here(target) else find_target("openvino-avx2")
+    names = ENGINES[engine].quantized_targets
+    if names:
+        targets = [find_target(name) for name in names]
+    else:
+        facts = processor()
+        targets = [cpu_target(facts["instruction_sets"], facts["architecture"]), find_target("cpu-avx2")]
+    return next((target for target in targets[:-1] if runs_here(target)), targets[-1])
 
 
 def describe_execution(execution: str, engine: str) -> str | None:
@@ -135,7 +131,7 @@ def describe_execution(execution: str, engine: str) -> str | None:
     how = "as u8 x u8" if execution == WIDE else "in floats"
     return (
         f"8-bit products saturate in {engine} on this processor, so they run {how}: exact, but slower than a bundle "
-        f"made with --target {_exact_target(engine)}"
+        f"made with --target {ENGINES[engine].exact_targets}"
     )
 
 
@@ -145,14 +141,15 @@ def _ways(engine: str, products: tuple[Product, ...]) -> tuple[str, ...]:
     Q/DQ pairs that are left as floats run about as fast as u8 x u8, and always load: ONNX Runtime's change of weights
     to uint8 fails where two of them share a zero point.
     """
-    if engine not in ENGINES or not products:
+    if not _may_saturate(engine) or not products:
         return (PLAIN,)
-    floats = engine == "openvino" or all(product.form == "qdq" for product in products)
+    floats = WIDE not in ENGINES[engine].ways or all(product.form == "qdq" for product in products)
     return (PLAIN, FLOATING if floats else WIDE)
 
 
-def _exact_target(engine: str) -> str:
-    return "openvino-avx2 or portable" if engine == "openvino" else "cpu-avx2 or portable"
+def _may_saturate(engine: str) -> bool:
+    """Say whether an engine has another way than its usual one; TensorRT adds in 32 bits on every GPU."""
+    return len(ENGINES[engine].ways) > 1
 
 
 def _wide_enough(product: Product, execution: str) -> bool:
@@ -164,7 +161,7 @@ def _wide_enough(product: Product, execution: str) -> bool:
 def _measured(engine: str, product: Product, execution: str) -> bool:
     path, facts = probe_path(product), processor()
     try:
-        opened = _open(engine, path, execution)
+        opened = open_on(ENGINES[engine], {MAIN: path}, threads=1, execution=execution)
     except EngineError:
         if execution == PLAIN:
             raise
@@ -188,17 +185,5 @@ def _measured(engine: str, product: Product, execution: str) -> bool:
 def _runs_exactly(session: Session, product: Product, rows: int) -> bool:
     left = left_codes(rows)
     right = right_codes(product.right_bits) if product.constant else left.T
-    session.bind(np.ascontiguousarray(left.reshape(rows, *IMAGE), np.float32))
-    session.run()
-    found: Float[np.ndarray, "R O"] = session.fetch()
+    found: Float[np.ndarray, "R O"] = session(left.reshape(rows, *IMAGE))
     return np.array_equal(found, (left @ right).astype(np.float32))
-
-
-def _open(engine: str, path: Path, execution: str) -> Session:
-    if engine == "openvino":
-        from vitfold.engines.openvino import OpenVinoSession
-
-        return OpenVinoSession(path, threads=1, execution=execution)
-    from vitfold.engines.onnxruntime import OnnxRuntimeSession
-
-    return OnnxRuntimeSession(path, threads=1, execution=execution)

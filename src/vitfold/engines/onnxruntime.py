@@ -1,37 +1,41 @@
 """ONNX Runtime on the CPU.
 
-Owns the session options, each chosen by measurement (docs/architecture.md), and turns the runtime's
-errors into ones that name the cure.
+The session options are each chosen by measurement (docs/architecture.md); the runtime's errors become ones that name
+the cure.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from jaxtyping import Float
 
 from vitfold.engines.session import (
     FLOATING,
+    MAIN,
+    OPEN_AXIS,
     PLAIN,
     SHOWN,
     WIDE,
     Call,
+    Ends,
     EngineProfile,
     NodeTime,
+    Port,
     Session,
     median_ns,
+    only_image,
     profile_of,
     take_turns,
     usable_cores,
 )
 from vitfold.errors import EngineError
+from vitfold.model import Array
 
 EXCEPTIONS = (
     ort.capi.onnxruntime_pybind11_state.Fail,
@@ -48,22 +52,13 @@ EXCEPTIONS = (
 _REASON = 400
 
 
-@dataclass(frozen=True, slots=True)
-class End:
-    """The input or the output of a graph: its name, its NumPy type, its shape with a name for every symbolic axis."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
 EXECUTIONS: Mapping[str, Mapping[str, str]] = {
     PLAIN: {},
     WIDE: {"session.x64quantprecision": "1"},
     FLOATING: {"session.disable_quant_qdq": "1"},
 }
 """Session settings of each way to execute integer products: int8 weights become uint8, Q/DQ pairs are not fused."""
-_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _KERNEL = "_kernel_time"
 _CODES = {"uint8", "int8"}
 
@@ -109,80 +104,96 @@ def reason_of(error: Exception) -> str:
 
 
 class OnnxRuntimeSession(Session):
-    """One ONNX graph on ONNX Runtime's CPU provider, with one input and one output, which `ends` describes.
+    """ONNX graphs, one per part, on ONNX Runtime's CPU provider; what parts hand on is read and written in place.
 
-    `literal` leaves the graph as it was written, but for the simplest fusions: some of the others move 8-bit floats to
+    `literal` leaves graphs as they were written, but for the simplest fusions: some of the others move 8-bit floats to
     operators that do not take them, and 8-bit products to kernels that saturate. `execution` is a key of `EXECUTIONS`.
     """
 
     def __init__(
-        self, path: str | Path, *, threads: int | None = None, literal: bool = False, execution: str = PLAIN
+        self,
+        graphs: str | Path | Mapping[str, Path],
+        *,
+        threads: int | None = None,
+        literal: bool = False,
+        execution: str = PLAIN,
     ) -> None:
-        self._path, self._threads, self._literal, self.execution = path, threads, literal, execution
-        self._session = self._load(self._options())
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        if len(inputs) != 1 or len(outputs) != 1:
-            raise EngineError(
-                f"{path} has {len(inputs)} inputs and {len(outputs)} outputs; vitfold runs graphs with one image input "
-                "and one output: export only the vision encoder"
-            )
-        self._input = inputs[0].name
-        self._output = outputs[0].name
-        self._shape = tuple(inputs[0].shape)
-        self.ends = tuple(End(e.name, _TYPES.get(e.type, e.type), tuple(e.shape)) for e in (*inputs, *outputs))
-        self._binding: ort.IOBinding | None = self._session.io_binding()
-        self._pixels: np.ndarray | None = None
+        self._paths = graphs if isinstance(graphs, Mapping) else {MAIN: Path(graphs)}
+        self._threads, self._literal, self.execution = threads, literal, execution
+        self._sessions = {part: load_graph(path, self._options()) for part, path in self._paths.items()}
+        self._bindings: dict[tuple[str, tuple[str, ...]], _Binding] = {}
+        self._rooms: dict[str, Array] = {}
+        super().__init__({part: _ends(self._paths[part], session) for part, session in self._sessions.items()})
+        if MAIN in self.parts:
+            ends = self.parts[MAIN]
+            only_image(self._paths[MAIN], len(ends.inputs), len(ends.outputs))
 
     def _options(self) -> ort.SessionOptions:
         return session_options(self._threads, literal=self._literal, execution=self.execution)
-
-    def _load(self, options: ort.SessionOptions) -> ort.InferenceSession:
-        return load_graph(self._path, options)
 
     @property
     def engine(self) -> str:
         """Name, version, and how integer products run where that is not as usual."""
         return f"onnxruntime {ort.__version__}{SHOWN[self.execution]}"
 
-    def _bound(self) -> ort.IOBinding:
-        if self._binding is None:
-            raise EngineError("this session is closed; open the bundle again")
-        return self._binding
-
-    def bind(self, pixel_values: Float[np.ndarray, "B 3 H W"]) -> None:
-        """Bind without a copy where the array is contiguous float32."""
-        given = pixel_values.shape
-        if len(given) != len(self._shape) or any(
-            isinstance(want, int) and want != have for want, have in zip(self._shape, given, strict=True)
-        ):
-            raise EngineError(f"the graph takes input of shape {self._shape}, found {tuple(given)}; resize the images")
-        binding = self._bound()
-        # The runtime reads this array's own memory, so it has to live as long as the binding.
-        self._pixels = np.ascontiguousarray(pixel_values, np.float32)
-        binding.bind_cpu_input(self._input, self._pixels)
-        binding.bind_output(self._output, "cpu")
-
-    def run(self) -> None:
-        """Execute."""
-        binding = self._bound()
+    def _execute(self, part: str, inputs: Sequence[Array], kept: tuple[str, ...]) -> Sequence[Array]:
+        bound = self._bindings.get((part, kept))
+        if bound is None or not bound.takes(inputs):
+            bound = self._bindings[part, kept] = self._bind(part, inputs, kept)
         try:
-            self._session.run_with_iobinding(binding)
+            self._sessions[part].run_with_iobinding(bound.binding)
         except EXCEPTIONS as error:
-            raise EngineError(f"ONNX Runtime failed while running: {reason_of(error)}") from None
+            raise EngineError(f"ONNX Runtime failed while running {part}: {reason_of(error)}") from None
+        return bound.outputs
 
-    def fetch(self) -> Float[np.ndarray, "B ..."]:
-        """Copy the output out of the runtime's arena."""
-        return np.array(self._bound().copy_outputs_to_cpu()[0])
+    def _bind(self, part: str, inputs: Sequence[Array], kept: tuple[str, ...]) -> _Binding:
+        """Bind the memory of all inputs, and that of outputs, which parts share by the names that these are kept under.
+
+        The runtime reads and writes these arrays' own memory, so they have to live as long as the binding.
+        """
+        session = self._sessions[part]
+        outputs = []
+        for place, name in enumerate(kept):
+            shape, dtype = self._output(part, place, inputs)
+            room = self._rooms.get(name)
+            if room is None or room.shape != shape or room.dtype != dtype or any(room is one for one in inputs):
+                room = self._rooms[name] = np.zeros(shape, dtype)
+            outputs.append(room)
+        found = _Binding(session.io_binding(), self.parts[part], outputs)
+        try:
+            found.read(inputs)
+            for port, array in zip(self.parts[part].outputs, outputs, strict=True):
+                found.binding.bind_output(port.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        except EXCEPTIONS as error:
+            raise EngineError(f"ONNX Runtime does not take this input: {reason_of(error)}") from None
+        return found
+
+    def _output(self, part: str, place: int, inputs: Sequence[Array]) -> tuple[tuple[int, ...], Any]:
+        """Return the shape and the type of an output; where the graph does not say it, by running it once."""
+        session = self._sessions[part]
+        output = session.get_outputs()[place]
+        sizes = {
+            axis: size
+            for one, array in zip(session.get_inputs(), inputs, strict=True)
+            for axis, size in zip(one.shape, array.shape, strict=False)
+        }
+        shape: Any = tuple(axis if isinstance(axis, int) else sizes.get(axis) for axis in output.shape)
+        if output.type in _TYPES and all(isinstance(axis, int) for axis in shape):
+            return shape, np.dtype(_TYPES[output.type])
+        feed = {one.name: array for one, array in zip(session.get_inputs(), inputs, strict=True)}
+        try:
+            found = np.asarray(session.run([output.name], feed)[0])
+        except EXCEPTIONS as error:
+            raise EngineError(f"ONNX Runtime failed while running {part}: {reason_of(error)}") from None
+        return found.shape, found.dtype
 
     def profile(self, runs: int = 20, beside: Mapping[str, Call] | None = None) -> EngineProfile:
         """Load the graph once more with the runtime's profiler on; it reports whole microseconds, rounded down."""
-        self._bound()
-        if self._pixels is None:
-            raise EngineError("nothing is bound; call bind before profile")
+        feed = dict(zip((port.name for port in self.parts[MAIN].inputs), self._inputs(), strict=True))
         with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
             options = self._options()
             options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
-            watched, feed = self._load(options), {self._input: self._pixels}
+            watched = load_graph(self._paths[MAIN], options)
 
             def profiled() -> None:
                 watched.run(None, feed)
@@ -194,8 +205,57 @@ class OnnxRuntimeSession(Session):
         return profile_of(_node_times(events), turns)
 
     def close(self) -> None:
-        """Drop the runtime's session and its memory."""
-        self._binding = self._session = self._pixels = None
+        """Drop the runtime's sessions and their memory."""
+        super().close()
+        self._bindings, self._sessions, self._rooms = {}, {}, {}
+
+
+class _Binding:
+    """The ends of a part bound to arrays."""
+
+    def __init__(self, binding: ort.IOBinding, ends: Ends, outputs: Sequence[Array]) -> None:
+        self.binding, self.outputs = binding, outputs
+        self._ends = ends
+        self._inputs: list[Array] = []
+
+    def read(self, inputs: Sequence[Array]) -> None:
+        """Bind all inputs."""
+        for port, array in zip(self._ends.inputs, inputs, strict=True):
+            self.binding.bind_input(port.name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        self._inputs = list(inputs)
+
+    def takes(self, inputs: Sequence[Array]) -> bool:
+        """Bind those inputs that lie elsewhere now; False if one has another shape, or lies where an output does."""
+        for place, (old, new) in enumerate(zip(self._inputs, inputs, strict=True)):
+            if new is old:
+                continue
+            if new.shape != old.shape or any(new is one for one in self.outputs):
+                return False
+            name = self._ends.inputs[place].name
+            self.binding.bind_input(name, "cpu", 0, np.float32, new.shape, new.ctypes.data)
+            self._inputs[place] = new
+        return True
+
+
+def _ends(path: Path, session: ort.InferenceSession) -> Ends:
+    """Return the ends of a graph.
+
+    Raises:
+        EngineError: if it reads something else than float32.
+    """
+    for one in session.get_inputs():
+        if one.type != "tensor(float)":
+            raise EngineError(f"{path} reads {one.name[:60]} as {one.type}; vitfold hands over tensors of float32")
+    return Ends(*(tuple(_port(one) for one in ends) for ends in (session.get_inputs(), session.get_outputs())))
+
+
+def _port(end: ort.NodeArg) -> Port:
+    batch, *shape = end.shape or (OPEN_AXIS,)
+    return Port(
+        name=end.name,
+        shape=tuple(axis if isinstance(axis, int) else OPEN_AXIS for axis in shape),
+        batch=batch if isinstance(batch, int | str) else "batch",
+    )
 
 
 def _node_times(events: list[dict[str, Any]]) -> tuple[NodeTime, ...]:

@@ -1,7 +1,7 @@
 """OpenVINO on the CPU.
 
-Owns the plugin's settings, each stated with its reason, the models compiled per batch size, and turns the
-runtime's errors into ones that name the cure. Nothing is kept on disk.
+The plugin's settings each stand with their reason; models are compiled per batch size; the runtime's errors become
+ones that name the cure. Nothing is kept on disk.
 """
 
 from __future__ import annotations
@@ -9,26 +9,29 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-
 from vitfold.engines.session import (
     FLOATING,
+    MAIN,
+    OPEN_AXIS,
     PLAIN,
     SHOWN,
     Call,
+    Ends,
     EngineProfile,
     NodeTime,
+    Port,
     Session,
+    only_image,
     profile_of,
     take_turns,
     usable_cores,
 )
 from vitfold.errors import EngineError, missing_extra
+from vitfold.model import Array
 
 # Batch sizes compiled at once: the common one and the remainder at the end of a folder. Each holds the weights again.
 KEPT_SIZES = 2
@@ -70,12 +73,7 @@ class OpenVinoSession(Session):
     """
 
     def __init__(self, path: str | Path, *, threads: int | None = None, execution: str = PLAIN) -> None:
-        try:
-            with without_telemetry():
-                import openvino as ov
-        except ModuleNotFoundError:
-            raise EngineError(missing_extra("openvino", "openvino", "the engine openvino")) from None
-        self._ov = ov
+        self._ov = ov = _openvino()
         self._path, self.execution = path, execution
         self._settings: dict[str, Any] = {
             "INFERENCE_NUM_THREADS": threads or usable_cores(),
@@ -90,18 +88,19 @@ class OpenVinoSession(Session):
             self._model: Any = self._core.read_model(str(path))
         except RuntimeError as error:
             raise EngineError(self._refusal("load", error)) from None
-        if len(self._model.inputs) != 1 or len(self._model.outputs) != 1:
-            raise EngineError(
-                f"{path} has {len(self._model.inputs)} inputs and {len(self._model.outputs)} outputs; vitfold runs "
-                "graphs with one image input and one output: export only the vision encoder"
-            )
-        self._shape = tuple(
-            axis.get_length() if axis.is_static else str(axis) for axis in self._model.inputs[0].partial_shape
-        )
+        only_image(path, len(self._model.inputs), len(self._model.outputs))
+        super().__init__({MAIN: Ends(*((_port(ends[0]),) for ends in (self._model.inputs, self._model.outputs)))})
         self._requests: OrderedDict[int, Any] = OrderedDict()
         self._request: Any = None
-        self._pixels: np.ndarray | None = None
-        self._has_run = False
+
+    @staticmethod
+    def check_starts() -> None:
+        """Check that OpenVINO is installed.
+
+        Raises:
+            EngineError: if it is not.
+        """
+        _openvino()
 
     @property
     def engine(self) -> str:
@@ -119,10 +118,6 @@ class OpenVinoSession(Session):
             )
         return f"OpenVINO {self._ov.__version__.partition('-')[0]} cannot {verb} {self._path}: {said}; {cure}"
 
-    def _open(self) -> None:
-        if self._model is None:
-            raise EngineError("this session is closed; open the bundle again")
-
     def _compiled_for(self, batch: int) -> Any:
         if batch in self._requests:
             self._requests.move_to_end(batch)
@@ -134,53 +129,33 @@ class OpenVinoSession(Session):
 
     def _compile(self, batch: int, settings: dict[str, Any]) -> Any:
         try:
-            self._model.reshape([batch, *self._shape[1:]])
+            self._model.reshape([batch, *self.parts[MAIN].inputs[0].shape])
             return self._core.compile_model(self._model, "CPU", settings).create_infer_request()
         except RuntimeError as error:
             raise EngineError(self._refusal(f"compile for batch {batch}", error)) from None
 
-    def bind(self, pixel_values: Float[np.ndarray, "B 3 H W"]) -> None:
+    def bind(self, inputs: Mapping[str, Array]) -> None:
         """Bind without a copy where the array is contiguous float32; compile if this batch size is new.
 
-        Raises:
-            EngineError: for a shape that the graph does not take.
+        The plugin reads this array's own memory, which is kept as long.
         """
-        self._open()
-        given = pixel_values.shape
-        if len(given) != len(self._shape) or any(
-            isinstance(want, int) and want != have for want, have in zip(self._shape, given, strict=True)
-        ):
-            raise EngineError(f"the graph takes input of shape {self._shape}, found {tuple(given)}; resize the images")
-        self._request, self._has_run = self._compiled_for(given[0]), False
-        # The plugin reads this array's own memory, so it has to live as long as the binding.
-        self._pixels = np.ascontiguousarray(pixel_values, np.float32)
-        self._request.set_input_tensor(self._ov.Tensor(self._pixels, shared_memory=True))
+        super().bind(inputs)
+        (pixels,) = self._inputs()
+        self._request = self._compiled_for(len(pixels))
+        self._request.set_input_tensor(self._ov.Tensor(pixels, shared_memory=True))
 
-    def run(self) -> None:
-        """Execute; returns when the result is there."""
-        self._open()
-        if self._request is None:
-            raise EngineError("nothing is bound; call bind before run")
+    def _execute(self, part: str, inputs: Sequence[Array], kept: tuple[str, ...]) -> Sequence[Array]:
         try:
             self._request.infer(share_outputs=True)
         except RuntimeError as error:
             raise EngineError(f"OpenVINO failed while running {self._path}: {error}") from None
-        self._has_run = True
-
-    def fetch(self) -> Float[np.ndarray, "B ..."]:
-        """Copy the output out of the plugin's memory."""
-        self._open()
-        if not self._has_run:
-            raise EngineError("nothing has run; call run before fetch")
-        return np.array(self._request.get_output_tensor().data)
+        return (self._request.get_output_tensor().data,)
 
     def profile(self, runs: int = 20, beside: Mapping[str, Call] | None = None) -> EngineProfile:
         """Compile the graph once more with the plugin's counters on; nodes that it fused away report no time."""
-        self._open()
-        if self._pixels is None:
-            raise EngineError("nothing is bound; call bind before profile")
-        request = self._compile(len(self._pixels), {**self._settings, "PERF_COUNT": True})
-        request.set_input_tensor(self._ov.Tensor(self._pixels, shared_memory=True))
+        (pixels,) = self._inputs()
+        request = self._compile(len(pixels), {**self._settings, "PERF_COUNT": True})
+        request.set_input_tensor(self._ov.Tensor(pixels, shared_memory=True))
 
         def profiled() -> None:
             request.infer(share_outputs=True)
@@ -194,8 +169,23 @@ class OpenVinoSession(Session):
 
     def close(self) -> None:
         """Drop all compiled models and their memory."""
+        super().close()
         self._requests.clear()
-        self._request = self._model = self._core = self._pixels = None
+        self._request = self._model = self._core = None
+
+
+def _openvino() -> Any:
+    try:
+        with without_telemetry():
+            import openvino
+    except ModuleNotFoundError:
+        raise EngineError(missing_extra("openvino", "openvino", "the engine openvino")) from None
+    return openvino
+
+
+def _port(end: Any) -> Port:
+    batch, *shape = (axis.get_length() if axis.is_static else OPEN_AXIS for axis in end.partial_shape)
+    return Port(name=end.any_name, shape=tuple(shape), batch="batch" if batch == OPEN_AXIS else batch)
 
 
 def _node_times(first: list[Any], last: list[Any], runs: int) -> tuple[NodeTime, ...]:

@@ -1,32 +1,45 @@
-"""The seam between vitfold and a runtime.
+"""The seam between vitfold and a runtime: what a session is, and what its profiler reports.
 
-Owns the shape of a session and of what its profiler reports. Each engine is one module beside this one; none
-imports another.
+Each engine is one module beside this one and one row of `vitfold.target.ENGINES`; none imports another.
 """
 
 from __future__ import annotations
 
+import importlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Protocol, TypeVar, runtime_checkable
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Float
 
+from vitfold.artifacts.bundle import MAIN
 from vitfold.cores import check_threads, usable_cores
 from vitfold.errors import EngineError
+from vitfold.model import Array
+from vitfold.ops.protocol import Port
+from vitfold.target import FLOATING, PLAIN, WIDE, Engine
 
 __all__ = [
+    "FLOATING",
+    "MAIN",
+    "PLAIN",
+    "WIDE",
     "Call",
+    "Ends",
     "EngineProfile",
     "NodeTime",
+    "Port",
     "Session",
     "Turns",
     "check_threads",
     "median_ns",
+    "open_on",
     "profile_of",
+    "session_class",
     "take_turns",
     "usable_cores",
 ]
@@ -34,11 +47,18 @@ __all__ = [
 S = TypeVar("S", bound="Session")
 Call = Callable[[], None]
 
-PLAIN = "plain"
-WIDE = "wide"
-FLOATING = "floating"
+OPEN_AXIS = -1
 SHOWN = {PLAIN: "", WIDE: " (u8 x u8)", FLOATING: " (float products)"}
-"""How an engine executes integer products, and how tables call it: as it chooses, in wider kernels, in floats."""
+"""How tables call the ways in which an engine executes integer products."""
+_NO_NAMES: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The named inputs and outputs of a part; an axis of -1 is one that the graph leaves open."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,35 +141,109 @@ def median_ns(samples: Iterable[float]) -> float:
     return float(np.median(list(samples)))
 
 
-@runtime_checkable
-class Session(Protocol):
-    """A loaded model: `bind` moves input to the device, `run` returns when done, `fetch` brings output back.
+class Session(ABC):
+    """Loaded parts of a model: `bind` moves inputs to the device, `run` returns when done, `fetch` brings outputs back.
 
-    A session is a context manager; outside of `with`, `close` releases what it holds. Engines inherit that.
-    `execution` says how integer products run: as the engine chooses, unless that is wrong on this processor.
+    Tensors have names. A part reads what was bound, or written by a part that ran before, under the names of its
+    inputs, and what it writes is kept under the names of its outputs. A classifier is one part with one input and one
+    output, which `session(pixels)` runs at once.
+
+    A session is a context manager; outside of `with`, `close` releases what it holds. `execution` says how integer
+    products run: as the engine chooses, unless that is wrong on this processor. An engine adds `engine` and `_execute`,
+    and what it does beyond the host's memory.
     """
 
     execution: str = PLAIN
 
+    def __init__(self, parts: Mapping[str, Ends]) -> None:
+        self.parts = parts
+        self._tensors: dict[str, Array] = {}
+        self._written: tuple[str, ...] = ()
+        self._open = True
+
     @property
+    @abstractmethod
     def engine(self) -> str:
         """The engine's name and version, as tables show it."""
         ...
 
-    def bind(self, pixel_values: Float[np.ndarray, "B 3 H W"]) -> None:
-        """Hand over a batch."""
+    @abstractmethod
+    def _execute(self, part: str, inputs: Sequence[Array], kept: tuple[str, ...]) -> Sequence[Array]:
+        """Run a part on its inputs, in order, and return its outputs, which are kept under the names `kept`."""
         ...
 
-    def run(self) -> None:
-        """Execute on what was bound; returns when the result is there."""
-        ...
+    @staticmethod
+    def check_starts() -> None:
+        """Check that the engine starts on this machine.
 
-    def fetch(self) -> Float[np.ndarray, "B ..."]:
-        """Return the last result as an array of its own."""
-        ...
+        Raises:
+            EngineError: naming the package, the driver or the GPU that is missing.
+        """
+        return
+
+    @property
+    def input(self) -> str:
+        """The name of the only input of the only part."""
+        (port,) = self.parts[MAIN].inputs
+        return port.name
+
+    def bind(self, inputs: Mapping[str, Array]) -> None:
+        """Hand over tensors (batch, ...) by name; on CPUs they are read where they lie, if contiguous float32.
+
+        Raises:
+            EngineError: for a name that no part reads, or a shape that it does not take.
+        """
+        self._check_open()
+        known = {port.name: port for ends in self.parts.values() for port in ends.inputs}
+        for name, values in inputs.items():
+            port = known.get(name)
+            if port is None and MAIN in self.parts:
+                raise EngineError(f"the graph has no input {name!r}; it has {', '.join(known)}")
+            if port is not None and not _takes(port, values.shape):
+                shape = (port.batch, *port.shape)
+                raise EngineError(f"the graph takes {name} of shape {shape}, found {values.shape}; resize the images")
+        self._tensors.update({name: np.ascontiguousarray(values, np.float32) for name, values in inputs.items()})
+        self._written = ()
+
+    def run(self, part: str = MAIN, names: Mapping[str, str] = _NO_NAMES) -> None:
+        """Execute a part; returns when its outputs are there. `names` are ends that are kept under another name.
+
+        Raises:
+            EngineError: if something that it reads is neither bound nor written.
+        """
+        kept = tuple(names.get(port.name, port.name) for port in self.parts[part].outputs)
+        self._tensors.update(zip(kept, self._execute(part, self._inputs(part, names), kept), strict=True))
+        self._written = kept
+
+    def _inputs(self, part: str = MAIN, names: Mapping[str, str] = _NO_NAMES) -> list[Array]:
+        self._check_open()
+        try:
+            return [self._tensors[names.get(port.name, port.name)] for port in self.parts[part].inputs]
+        except KeyError as error:
+            raise EngineError(f"nothing is bound to {error}; call bind before run") from None
+
+    def fetch(self, *names: str) -> dict[str, Array]:
+        """Return the outputs of the last run, or the tensors named, as arrays of their own.
+
+        Raises:
+            EngineError: if nothing has run since the last `bind`.
+        """
+        self._check_open()
+        if not self._written:
+            raise EngineError("nothing has run; call run before fetch")
+        return {name: np.array(self._tensors[name]) for name in names or self._written}
+
+    def __call__(self, pixel_values: Array) -> Array:
+        """Run the only part on its only input (B, ...) and return its only output (B, ...)."""
+        self.bind({self.input: pixel_values})
+        self.run()
+        (output,) = self.fetch().values()
+        return output
 
     def profile(self, runs: int = 20, beside: Mapping[str, Call] | None = None) -> EngineProfile:
-        """Time each node on what is bound, by the engine's own profiler; calls `beside` take turns with it.
+        """Time each node of the main part on what is bound, by the engine's own profiler.
+
+        Calls `beside` take turns with it.
 
         Raises:
             EngineError: if nothing is bound, or the engine has no profiler.
@@ -159,9 +253,18 @@ class Session(Protocol):
             "profile on onnxruntime, openvino or tensorrt"
         )
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of all tensors that it keeps in the host's memory."""
+        return sum(array.nbytes for array in self._tensors.values())
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise EngineError("this session is closed; open the bundle again")
+
     def close(self) -> None:
-        """Release everything."""
-        ...
+        """Release all tensors, and what the engine holds."""
+        self._open, self._tensors = False, {}
 
     def __enter__(self: S) -> S:
         """Enter a context that closes the session."""
@@ -172,3 +275,39 @@ class Session(Protocol):
     ) -> None:
         """Close."""
         self.close()
+
+
+def _takes(port: Port, shape: tuple[int, ...]) -> bool:
+    wanted = (port.batch if isinstance(port.batch, int) else OPEN_AXIS, *port.shape)
+    return len(shape) == len(wanted) and all(
+        want in (OPEN_AXIS, have) for want, have in zip(wanted, shape, strict=True)
+    )
+
+
+def only_image(path: object, inputs: int, outputs: int) -> None:
+    """Check that a graph has one input and one output.
+
+    Raises:
+        EngineError: if it has not.
+    """
+    if (inputs, outputs) != (1, 1):
+        raise EngineError(
+            f"{path} has {inputs} inputs and {outputs} outputs; vitfold runs graphs with one image input and one "
+            "output: export only the vision encoder"
+        )
+
+
+def open_on(row: Engine, graphs: Mapping[str, Path], **options: Any) -> Session:
+    """Load graphs, one per part, into an engine, with options that it takes.
+
+    Raises:
+        EngineError: if it is not installed or refuses a graph.
+    """
+    session: Session = session_class(row)(graphs if row.several_parts else graphs[MAIN], **options)
+    return session
+
+
+def session_class(row: Engine) -> Any:
+    """Load the module of an engine and return its kind of session."""
+    module, _, name = str(row.session).partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,7 +1,6 @@
 """The simulation of quantization and of half precision as a session: for what no engine here executes.
 
-Owns nothing but the wrapping of the simulating interpreter. It is never timed: a simulation is slower than
-the float model, and its time says nothing about integer kernels.
+It is never timed: a simulation is slower than the float model, and its time says nothing about integer kernels.
 """
 
 from __future__ import annotations
@@ -10,21 +9,24 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from vitfold.architectures.programs import forward
 from vitfold.artifacts.bundle import QUANTIZERS, WEIGHTS, Bundle
-from vitfold.engines.session import Session, check_threads
-from vitfold.errors import BundleError, EngineError, SourceError, missing_extra
+from vitfold.engines.session import MAIN, OPEN_AXIS, Ends, Port
+from vitfold.engines.torch import TorchSession
+from vitfold.errors import BundleError, EngineError, SourceError
 from vitfold.model import Array, ViTSpec
 from vitfold.model.params import check_params
+from vitfold.ops.half import Half
+from vitfold.ops.simulate import Simulate
 from vitfold.quantizer import Float8, Quantizer, Shifted, Uniform, load_quant_params
 from vitfold.recipe import MergeRecipe
 from vitfold.storage.ordinary import check_ordinary
 
 
-class SimulationSession(Session):
+class SimulationSession(TorchSession):
     """A model whose weights lie on their grids, with its quantizers; `reordered` as target "integer" computes.
 
     `half` rounds every value to FP16, as a graph of that type states it.
@@ -41,52 +43,18 @@ class SimulationSession(Session):
         half: bool = False,
         threads: int | None = None,
     ) -> None:
-        try:
-            import torch
-
-            from vitfold.ops.half import Half
-            from vitfold.ops.simulate import Simulate
-        except ModuleNotFoundError:
-            raise EngineError(missing_extra("torch", "optimize", "a simulated bundle")) from None
-        if threads is not None:
-            torch.set_num_threads(check_threads(threads))
         ops = Half(params, quantizers) if half else Simulate(params, quantizers, reordered=reordered)
-        self._ops: Simulate | None = ops
+        ends = Ends(
+            (Port(name="pixel_values", shape=(spec.channels, *spec.image_size)),),
+            (Port(name=spec.output, shape=(OPEN_AXIS,)),),
+        )
+        super().__init__({MAIN: lambda x: (forward(ops, spec, merge, x),)}, {MAIN: ends}, threads=threads)
         self._half = ops if isinstance(ops, Half) else None
-        self._spec, self._merge = spec, merge
-        self._input: torch.Tensor | None = None
-        self._output: torch.Tensor | None = None
 
     @property
     def engine(self) -> str:
         """Its name, as tables show it."""
         return "simulation (not executed)"
-
-    def bind(self, pixel_values: Float[np.ndarray, "B 3 H W"]) -> None:
-        """Share the array's memory."""
-        import torch
-
-        given, wanted = pixel_values.shape, (self._spec.channels, *self._spec.image_size)
-        if len(given) != 4 or tuple(given[1:]) != wanted:
-            raise EngineError(f"the model takes input of shape (batch, {wanted}), found {given}; resize the images")
-        self._input = torch.from_numpy(np.ascontiguousarray(pixel_values, np.float32))
-
-    def run(self) -> None:
-        """Execute without gradients."""
-        import torch
-
-        from vitfold.architectures.programs import forward
-
-        if self._ops is None or self._input is None:
-            raise EngineError("nothing is bound, or the session is closed; call bind before run")
-        with torch.inference_mode():
-            self._output = forward(self._ops, self._spec, self._merge, self._input)
-
-    def fetch(self) -> Float[np.ndarray, "B ..."]:
-        """Copy the output."""
-        if self._output is None:
-            raise EngineError("nothing has run; call run before fetch")
-        return np.array(self._output.numpy())
 
     def check_half(self) -> tuple[float, str] | None:
         """Return the largest number that half precision had to hold so far, and its site; None in single precision.
@@ -104,10 +72,6 @@ class SimulationSession(Session):
                 "answer NaN on ordinary images; make the bundle in single precision: --target portable"
             )
         return self._half.peak
-
-    def close(self) -> None:
-        """Drop weights, input and output."""
-        self._ops = self._input = self._output = None
 
 
 def open_simulation(bundle: Bundle, *, threads: int | None = None) -> SimulationSession:

@@ -1,8 +1,8 @@
 """TensorRT 10 and 11 on an NVIDIA GPU.
 
-Owns how a graph becomes an engine (strongly typed: every precision stands in the graph), which batches an engine
-covers, what is kept on disk between runs, and turns TensorRT's failures into errors that name the cure. TensorRT never
-calibrates: a graph that is not quantized stays in its own types. Memory, stream and graphs are `cuda`'s business.
+How a graph becomes an engine (strongly typed: every precision stands in the graph), which batches an engine covers,
+what is kept on disk between runs; TensorRT's failures become errors that name the cure. TensorRT never calibrates: a
+graph that is not quantized stays in its own types. Memory, stream and graphs are `cuda`'s business.
 
 Source: TensorRT Developer Guide, "Strongly Typed Networks", "Working with Dynamic Shapes", "CUDA Graphs".
 """
@@ -10,18 +10,30 @@ Source: TensorRT Developer Guide, "Strongly Typed Networks", "Working with Dynam
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from vitfold.artifacts.cache import keep_bytes, key_of, read_bytes
 from vitfold.engines.cuda import FOR_ACCURACY, Buffer, Gpu
-from vitfold.engines.session import Call, EngineProfile, NodeTime, Session, median_ns, profile_of, take_turns
+from vitfold.engines.session import (
+    MAIN,
+    Call,
+    Ends,
+    EngineProfile,
+    NodeTime,
+    Port,
+    Session,
+    median_ns,
+    only_image,
+    profile_of,
+    take_turns,
+)
 from vitfold.errors import EngineError, TargetError
+from vitfold.model import Array
 from vitfold.storage.digest import file_sha256
 
 KEPT = "tensorrt"
@@ -138,14 +150,12 @@ class _Builder:
         # What is no ONNX at all may parse as a graph of nothing.
         if not parsed or not self._network.num_inputs:
             raise EngineError(self._rejection())
-        if self._network.num_inputs != 1 or self._network.num_outputs != 1:
-            raise EngineError(
-                f"{path} has {self._network.num_inputs} inputs and {self._network.num_outputs} outputs; vitfold runs "
-                "graphs with one image input and one output: export only the vision encoder"
-            )
+        only_image(path, self._network.num_inputs, self._network.num_outputs)
         self._check_float8()
-        self.input, self.output = self._network.get_input(0).name, self._network.get_output(0).name
-        self.shape: tuple[int, ...] = tuple(self._network.get_input(0).shape)
+        given, returned = self._network.get_input(0), self._network.get_output(0)
+        self.input, self.output = given.name, returned.name
+        self.shape: tuple[int, ...] = tuple(given.shape)
+        self.ends = Ends((_port(given),), (_port(returned),))
 
     def _reason(self) -> str:
         return self._log.errors[-1] if self._log.errors else "no reason given"
@@ -226,6 +236,11 @@ class _Builder:
             f"TensorRT {self._trt.__version__} cannot build {self._path} on {self._gpu.name} for batches "
             f"{astuple(batches)}: {self._reason()}; try smaller batches, or upgrade with: pip install -U tensorrt"
         )
+
+
+def _port(tensor: Any) -> Port:
+    batch, *shape = tensor.shape
+    return Port(name=tensor.name, shape=tuple(shape), batch="batch" if batch < 0 else batch)
 
 
 class _Ready:
@@ -334,10 +349,20 @@ class TensorRtSession(Session):
         except EngineError:
             self._gpu.close()
             raise
+        super().__init__({MAIN: self._builder.ends})
         self._engine: Any = None
         self._ready: OrderedDict[int, _Ready] = OrderedDict()
         self._bound: _Ready | None = None
-        self._has_run = False
+
+    @staticmethod
+    def check_starts() -> None:
+        """Check that TensorRT, the driver and a GPU are there.
+
+        Raises:
+            EngineError: naming what is missing.
+        """
+        Gpu().close()
+        load_tensorrt()
 
     @property
     def engine(self) -> str:
@@ -345,12 +370,12 @@ class TensorRtSession(Session):
         return f"tensorrt {self._trt.__version__}"
 
     def _opened(self) -> _Builder:
-        if self._builder is None:
-            raise EngineError("this session is closed; open the bundle again")
+        self._check_open()
+        assert self._builder is not None
         return self._builder
 
     def _found(self) -> _Ready:
-        self._opened()
+        self._check_open()
         if self._bound is None:
             raise EngineError("nothing is bound; call bind before run")
         return self._bound
@@ -376,38 +401,35 @@ class TensorRtSession(Session):
         self._ready[batch] = _Ready(self._trt, engine, self._opened(), self._gpu, shape)
         return self._ready[batch], True
 
-    def bind(self, pixel_values: Float[np.ndarray, "B 3 H W"]) -> None:
+    def bind(self, inputs: Mapping[str, Array]) -> None:
         """Queue the copy to the device; build and capture first if this batch size is new.
 
         Raises:
             EngineError: for a shape that the graph does not take, or a batch that cannot be built.
         """
-        wanted, given = self._opened().shape, tuple(pixel_values.shape)
-        if len(given) != len(wanted) or any(w not in (-1, g) for w, g in zip(wanted, given, strict=True)):
-            raise EngineError(f"the graph takes input of shape {wanted}, found {given}; resize the images")
-        self._bound, self._has_run = None, False
-        ready, new = self._ready_for(given)
+        super().bind(inputs)
+        self._bound = None
+        (pixels,) = self._inputs()
+        ready, new = self._ready_for(pixels.shape)
         # The last copy may still read the pinned memory.
         self._gpu.synchronize()
-        np.copyto(ready.input.host, pixel_values)
+        np.copyto(ready.input.host, pixels)
         ready.input.upload()
         if new:
             ready.capture()
         self._bound = ready
 
-    def run(self) -> None:
-        """Execute; returns when the result is there."""
-        self._found().run()
-        self._has_run = True
-
-    def fetch(self) -> Float[np.ndarray, "B ..."]:
-        """Copy the output back from the device."""
+    def _execute(self, part: str, inputs: Sequence[Array], kept: tuple[str, ...]) -> Sequence[Array]:
         ready = self._found()
-        if not self._has_run:
-            raise EngineError("nothing has run; call run before fetch")
-        ready.output.download()
-        self._gpu.synchronize()
-        return np.array(ready.output.host)
+        ready.run()
+        return (ready.output.host,)
+
+    def fetch(self, *names: str) -> dict[str, Array]:
+        """Copy the output back from the device."""
+        if self._written:
+            self._found().output.download()
+            self._gpu.synchronize()
+        return super().fetch(*names)
 
     def profile(self, runs: int = 20, beside: Mapping[str, Call] | None = None) -> EngineProfile:
         """Time each layer, kernels one by one: what a CUDA graph saves shows as the profiler's cost."""
@@ -420,8 +442,9 @@ class TensorRtSession(Session):
 
     def close(self) -> None:
         """Free graphs, contexts, buffers, the engine, the parsed graph and the stream."""
-        if self._builder is None:
+        if not self._open:
             return
+        super().close()
         self._release()
         self._builder = None
         self._gpu.close()

@@ -1,51 +1,51 @@
-"""PyTorch on the CPU, eager or compiled: the peer that most users run today.
+"""PyTorch on the CPU: functions of tensors as a session.
 
-Owns nothing but the wrapping of a module as a session. Bundles never need it.
+The reference executor of a model's parts, the simulation, and the peer that most users run today, eager or compiled.
 """
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from jaxtyping import Float
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from vitfold.engines.session import Session, check_threads
-from vitfold.errors import EngineError
+import torch
+
+from vitfold.engines.session import MAIN, OPEN_AXIS, Ends, Port, Session, check_threads
+from vitfold.model import Array
+
+Call = Callable[..., tuple[torch.Tensor, ...]]
 
 
 class TorchSession(Session):
-    """A module that maps images (B, 3, H, W) to one output tensor."""
+    """Functions of tensors, one per part; `shown` says how tables call them."""
 
-    def __init__(self, module: torch.nn.Module, *, compiled: bool = False, threads: int | None = None) -> None:
+    def __init__(
+        self, calls: Mapping[str, Call], parts: Mapping[str, Ends], *, shown: str = "eager", threads: int | None = None
+    ) -> None:
+        super().__init__(parts)
         if threads is not None:
             torch.set_num_threads(check_threads(threads))
-        self._compiled = compiled
-        self._call = torch.compile(module.eval()) if compiled else module.eval()
-        self._input: torch.Tensor | None = None
-        self._output: torch.Tensor | None = None
+        self._calls, self._shown = calls, shown
 
     @property
     def engine(self) -> str:
         """Name and version."""
-        return f"torch {torch.__version__}{' compile' if self._compiled else ' eager'}"
+        return f"torch {torch.__version__} {self._shown}"
 
-    def bind(self, pixel_values: Float[np.ndarray, "B 3 H W"]) -> None:
-        """Share the array's memory."""
-        self._input = torch.from_numpy(np.ascontiguousarray(pixel_values, np.float32))
-
-    def run(self) -> None:
-        """Execute without gradients."""
-        if self._input is None:
-            raise EngineError("nothing is bound; call bind before run")
+    def _execute(self, part: str, inputs: Sequence[Array], kept: tuple[str, ...]) -> Sequence[Array]:
         with torch.inference_mode():
-            self._output = self._call(self._input)
-
-    def fetch(self) -> Float[np.ndarray, "B ..."]:
-        """Copy the output."""
-        if self._output is None:
-            raise EngineError("nothing has run; call run before fetch")
-        return self._output.float().numpy().copy()
+            outputs = self._calls[part](*map(torch.from_numpy, inputs))
+        return [output.float().numpy() for output in outputs]
 
     def close(self) -> None:
-        """Drop input and output; the module belongs to the caller."""
-        self._input = self._output = None
+        """Drop the functions and all tensors."""
+        super().close()
+        self._calls = {}
+
+
+def module_session(module: Any, *, compiled: bool = False, threads: int | None = None) -> TorchSession:
+    """Return a session of a module that maps images (B, 3, H, W) to one output tensor."""
+    call = torch.compile(module.eval()) if compiled else module.eval()
+    ends = Ends((Port(name="pixel_values", shape=(OPEN_AXIS,) * 3),), (Port(name="output", shape=(OPEN_AXIS,)),))
+    shown = "compile" if compiled else "eager"
+    return TorchSession({MAIN: lambda x: (call(x),)}, {MAIN: ends}, shown=shown, threads=threads)

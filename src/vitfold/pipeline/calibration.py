@@ -34,7 +34,7 @@ def constraints_of(target: Target) -> QuantConstraints:
     return QuantConstraints(
         symmetric=target.symmetric,
         weight_bits=target.weight_bits,
-        uniform_only=target.engine != "simulation",
+        uniform_only=not target.simulated,
         half_scales=target.float_type == "float16",
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from vitfold.bench.evaluation import run_over
 from vitfold.bench.reference import Reference, compare_outputs, reference_outputs
-from vitfold.engines import ENGINES, SIMULATION, Session
+from vitfold.engines import DEFAULT, Session
 from vitfold.errors import VitfoldError
 from vitfold.images import ImageSet
 from vitfold.model import Model
@@ -23,6 +23,9 @@ from vitfold.pipeline.plan import Plan, optimize, registers_from_name
 from vitfold.pipeline.verifying import open_written, simulation
 from vitfold.pipeline.writing import write_graph
 from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe, bits_from_scheme
+from vitfold.target import TARGETS
+
+_SIMULATION = TARGETS["simulation"].engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +63,8 @@ def plan_cells(
         for scheme in schemes:
             executable = bits_from_scheme(scheme)[1] == 8
             for method in methods:
-                engines = [ENGINES[0] if executable else SIMULATION]
-                engines += [SIMULATION] if executable and method in both else []
+                engines = [DEFAULT] if executable else [_SIMULATION]
+                engines += [_SIMULATION] if executable and method in both else []
                 cells += [
                     Cell(method=method, scheme=scheme.upper(), seed=seed, engine=engine, registers=remedy)
                     for remedy in registers
@@ -122,7 +125,7 @@ def _calibrated(model: Model, merge: MergeRecipe, cell: Cell, calibration: Image
 
 
 def _open(folded: Plan, cell: Cell, folder: Path) -> Session:
-    if cell.engine == SIMULATION:
+    if cell.engine == _SIMULATION:
         return simulation(folded)
     path = folder / "model.onnx"
     write_graph(folded, path)

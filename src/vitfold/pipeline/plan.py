@@ -14,7 +14,7 @@ from typing import Any
 
 from vitfold.architectures.programs import deployed_program, forward
 from vitfold.audit.limits import check_attention
-from vitfold.engines import quantized_cpu_target, quantized_openvino_target
+from vitfold.engines import quantized_target
 from vitfold.errors import ArgumentError, RecipeError, TargetError
 from vitfold.model import Model, ViTSpec, param_shapes
 from vitfold.model.folds import fold_layer_scale
@@ -75,7 +75,7 @@ class Plan:
     @property
     def simulated(self) -> bool:
         """True if no engine executes it."""
-        return self.target.engine == "simulation"
+        return self.target.simulated
 
     def costs(self) -> tuple[SiteCost, ...]:
         """Work per site for one image."""
@@ -132,7 +132,7 @@ def optimize(
     if recipe.quant is None and quant is None:
         recipe = replace(recipe, quant=quant_from_scheme(find_target(target).implied_quant))
     chosen = resolve_target(target, recipe.quant)
-    if batch is not None and chosen.engine != "tensorrt":
+    if batch is not None and not chosen.runtime.builds_for_batches:
         raise TargetError(f"target {target} runs any batch; leave the batch out, or choose a target of TensorRT")
     remarks: tuple[str, ...] = ()
     if recipe.quant is not None:
@@ -148,7 +148,7 @@ def optimize(
 def keep_fusible(recipe: Recipe, target: Target, spec: ViTSpec) -> tuple[Recipe, tuple[str, ...]]:
     """Keep the attention of those blocks float which TensorRT could not run as one kernel in INT8; also say so."""
     quant = recipe.quant
-    if quant is None or target.engine != "tensorrt" or not quant.attention or quant.format != "integer":
+    if quant is None or not target.runtime.strongly_typed or not quant.attention or quant.format != "integer":
         return recipe, ()
     tokens = tokens_per_block(spec, recipe.merge.r)[:-1]
     cached = [
@@ -189,10 +189,10 @@ def resolve_target(name: str, quant: QuantRecipe | None) -> Target:
     target = find_target(name)
     _check_format(target, quant)
     if quant is None:
-        if target.engine == "simulation" or target.quantized_product == "integer":
+        if target.simulated or target.quantized_product == "integer":
             raise TargetError(f"target {name} is for quantized models; add --quant w8a8, or choose --target cpu")
         return target
-    if target.engine == "simulation":
+    if target.simulated:
         return target
     if not quant.executable:
         if name == "cpu":
@@ -202,9 +202,9 @@ def resolve_target(name: str, quant: QuantRecipe | None) -> Target:
             "use --quant w8a8 or w4a8, or --target simulation"
         )
     if target.name == "cpu":
-        return quantized_cpu_target()
+        return quantized_target(target.engine)
     if target.name == "openvino" and importlib.util.find_spec("openvino") is not None:
-        return quantized_openvino_target()
+        return quantized_target(target.engine)
     return target
 
 
@@ -215,9 +215,9 @@ def _check_format(target: Target, quant: QuantRecipe | None) -> None:
         if implied != "none":
             raise TargetError(f"target {target.name} quantizes; leave --quant out, or choose --target tensorrt-fp16")
         return
-    if target.engine == "tensorrt" and implied == "none":
+    if target.runtime.strongly_typed and implied == "none":
         raise TargetError(f"target {target.name} does not quantize; choose --target tensorrt-int8 or tensorrt-fp8")
-    if quant.format == "float8" and target.activation_type != "float8e4m3fn" and target.engine != "simulation":
+    if quant.format == "float8" and target.activation_type != "float8e4m3fn" and not target.simulated:
         raise TargetError(f"target {target.name} runs no 8-bit floats; choose --target tensorrt-fp8, or simulation")
     if quant.format == "integer" and target.activation_type == "float8e4m3fn":
         raise TargetError(f"target {target.name} runs 8-bit floats ({quant.scheme} are integers); give --quant fp8")
@@ -234,7 +234,7 @@ def resolve_quant(quant: QuantRecipe, target: Target, spec: ViTSpec) -> QuantRec
 
     method = find_method(quant.method)
     check_globs(quant, spec)
-    runs = target.engine == "simulation" or method.runs_softmax
+    runs = target.simulated or method.runs_softmax
     if quant.attention and not runs:
         raise TargetError(
             f"method {method.name} rounds the softmax to logarithms, which no engine executes; set quant.attention = "
@@ -242,7 +242,7 @@ def resolve_quant(quant: QuantRecipe, target: Target, spec: ViTSpec) -> QuantRec
         )
     if quant.attention is None:
         quant = replace(quant, attention=target.quantize_attention and runs)
-    if quant.outputs and target.weight_scale != "normalized" and target.engine != "simulation":
+    if quant.outputs and target.weight_scale != "normalized" and not target.simulated:
         raise TargetError(f"target {target.name} rounds no outputs; leave quant.outputs out")
     if quant.outputs is None:
         quant = replace(quant, outputs=target.quantize_outputs)

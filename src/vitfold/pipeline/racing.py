@@ -15,13 +15,11 @@ from vitfold.artifacts.bundle import Bundle
 from vitfold.bench.environment import installed_version
 from vitfold.bench.measurement import speed_up
 from vitfold.bench.timing import Protocol
-from vitfold.engines import PLAIN, TENSORRT, open_session, quantized_openvino_target, runs_here, tensorrt_obstacle
+from vitfold.engines import PLAIN, engine_obstacle, open_session, quantized_target, runs_here
 from vitfold.pipeline.plan import Plan
 from vitfold.pipeline.trial import SHORT, opened, timed
 from vitfold.recipe import Recipe
 from vitfold.target import find_target
-
-_FLOAT_TARGETS = {"onnxruntime": "cpu", TENSORRT: "tensorrt-fp16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +42,7 @@ class Race:
 
 def float_plan(folded: Plan) -> Plan:
     """Return the same plan without quantization, on the best float target of the same engine."""
-    target = find_target(_FLOAT_TARGETS.get(folded.target.engine, folded.target.name))
+    target = find_target(folded.target.runtime.float_target)
     recipe = Recipe(merge=folded.recipe.merge)
     from vitfold.model.folds import fold_layer_scale
 
@@ -56,10 +54,10 @@ def float_plan(folded: Plan) -> Plan:
 def race(quantized: Bundle, folded: Plan, *, protocol: Protocol = SHORT) -> Race | None:
     """Time the bundle against the float graph of the same merging, interleaved; None where nothing can be timed.
 
-    Simulated bundles have no time, those for TensorRT none on a machine where it does not start, and those for a
+    Simulated bundles have no time, others none on a machine where their engine does not start, and those for a
     processor with exact 8-bit products none on one that has to run them in another way.
     """
-    if quantized.manifest.simulated or (folded.target.engine == TENSORRT and tensorrt_obstacle() is not None):
+    if quantized.manifest.simulated or engine_obstacle(folded.target.engine) is not None:
         return None
     with opened(float_plan(folded)) as plain, open_session(quantized) as session:
         if session.execution != PLAIN:
@@ -77,7 +75,7 @@ def fastest(folded: Plan, *, protocol: Protocol = SHORT) -> Plan:
     """
     if folded.simulated or installed_version("openvino") is None:
         return folded
-    other = replace(folded, target=quantized_openvino_target() if folded.quantizers else find_target("openvino"))
+    other = replace(folded, target=quantized_target("openvino") if folded.quantizers else find_target("openvino"))
     if folded.quantizers and other.target.weight_bits < folded.target.weight_bits:
         return folded
     plans = {plan.target.engine: plan for plan in (folded, other)}
@@ -88,7 +86,7 @@ def fastest(folded: Plan, *, protocol: Protocol = SHORT) -> Plan:
 
 
 def _reason(folded: Plan) -> str:
-    if folded.target.engine == TENSORRT:
+    if folded.target.runtime.gpu:
         return "on this GPU the conversions to 8 bit cost more than the products save"
     if folded.target.quantized_product == "integer":
         return "target integer shows operand reordering with standard operators, which no runtime fuses"

@@ -157,7 +157,7 @@ def block_seconds(spec: ViTSpec, target: Target, gpu: Gpu, batch: int) -> Second
     Raises:
         TargetError: if the target is not TensorRT's, or the GPU does not multiply its type.
     """
-    if target.engine != "tensorrt":
+    if not target.runtime.gpu:
         raise TargetError(
             f"--merge auto needs a model of the hardware, which target {target.name} has not; choose a target of "
             "TensorRT, or give the tokens to merge"

@@ -17,7 +17,7 @@ from vitfold.bench.evaluation import Outputs, run_over
 from vitfold.bench.fidelity import Fidelity
 from vitfold.bench.peers import Calibration, load_original, open_peer
 from vitfold.bench.reference import compare_outputs, optional_reference, reference_outputs
-from vitfold.engines import TENSORRT, Session, open_session
+from vitfold.engines import ENGINES, Session, open_session
 from vitfold.errors import VitfoldError, nearest
 from vitfold.images import ImageSet
 from vitfold.pipeline import count_costs
@@ -173,7 +173,8 @@ def _check_timed(bundle: Bundle, engine: str | None) -> None:
             f"{bundle.path} is simulated: no engine executes it, so it has no speed; measure its accuracy with: "
             f"vitfold evaluate {bundle.path} --images DIR"
         )
-    if bundle.manifest.target.get("engine") == TENSORRT and engine not in (None, TENSORRT):
+    made_for = ENGINES[bundle.manifest.target["engine"]]
+    if made_for.gpu and engine not in (None, made_for.name):
         raise VitfoldError(
             f"{bundle.path} is written for TensorRT and is not timed on {engine}: a time there says nothing about a "
             f"GPU; bench it without --engine on a machine with an NVIDIA GPU, or see: vitfold audit {bundle.path}; "

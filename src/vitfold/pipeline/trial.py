@@ -45,7 +45,7 @@ def timed(sessions: Mapping[str, Session], spec: ViTSpec, *, protocol: Protocol 
         (protocol.batch, spec.channels, *spec.image_size), dtype=np.float32
     )
     for session in sessions.values():
-        session.bind(pixels)
+        session.bind({session.input: pixels})
     samples = interleave(
         {name: session.run for name, session in sessions.items()},
         trials=protocol.trials,

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vitfold.architectures.programs import forward
-from vitfold.engines import TENSORRT, Session, describe_execution, open_graph
+from vitfold.engines import DEFAULT, Session, describe_execution, open_graph
 from vitfold.errors import EngineError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model
@@ -73,8 +73,8 @@ def open_written(folded: Plan, onnx_path: Path) -> Session:
     if folded.simulated:
         return simulation(folded)
     products = products_of_recipe(folded.target.to_dict(), folded.recipe.quant)
-    if folded.target.engine == TENSORRT:
-        return open_graph(onnx_path, "onnxruntime", literal=True)
+    if folded.target.runtime.gpu:
+        return open_graph(onnx_path, DEFAULT, literal=True)
     return open_graph(onnx_path, folded.target.engine, products=products)
 
 
@@ -109,7 +109,7 @@ def run_reference(folded: Plan, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[n
     if folded.quantizers is None and folded.target.float_type != "float16":
         return run_float(folded, pixels)
     with simulation(folded) as session:
-        return _run(session, pixels)
+        return session(pixels)
 
 
 def verification_images(model: Model, images: ImageSet | None) -> Float[np.ndarray, "B 3 H W"]:
@@ -133,11 +133,11 @@ def verify(folded: Plan, pixels: Float[np.ndarray, "B 3 H W"], session: Session)
         expected, bound = run_float(folded, pixels), FLOAT_ERROR
     else:
         with simulation(folded) as simulated:
-            expected = _run(simulated, pixels)
+            expected = simulated(pixels)
             largest = simulated.check_half()
         rounding = float(np.median(relative_errors(run_float(folded, pixels), expected)))
         bound = bound_for(rounding)
-    found = _run(session, pixels)
+    found = session(pixels)
     if not np.isfinite(found).all():
         raise EngineError("the engine returns NaN or infinite values; the weights overflow float32 on ordinary images")
     errors = relative_errors(expected, found)
@@ -169,9 +169,3 @@ def relative_errors(expected: Float[np.ndarray, "B ..."], found: Float[np.ndarra
     errors: Float[np.ndarray, " B"] = np.abs(found.reshape(rows) - expected.reshape(rows)).max(axis=1)
     relative: Float[np.ndarray, " B"] = errors / np.abs(expected.reshape(rows)).max(axis=1)
     return relative
-
-
-def _run(session: Session, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[np.ndarray, "B ..."]:
-    session.bind(pixels)
-    session.run()
-    return session.fetch()

@@ -16,12 +16,12 @@ from safetensors.numpy import save_file
 
 from vitfold.architectures.programs import deployed_program
 from vitfold.artifacts.bundle import MODEL, QUANTIZERS, WEIGHTS, Bundle, Manifest, has_trained_weights, write_bundle
+from vitfold.artifacts.vision import Vision
 from vitfold.bench.classes import class_targets
 from vitfold.bench.evaluation import run_over
 from vitfold.bench.fidelity import Fidelity
 from vitfold.bench.reference import Reference, compare_outputs, reference_outputs
-from vitfold.engines import TENSORRT, Session
-from vitfold.engines.simulation import SimulationSession
+from vitfold.engines import Session
 from vitfold.engines.trtexec import DEFAULT_BATCH, trtexec_command
 from vitfold.errors import RecipeError
 from vitfold.images import ImageSet
@@ -60,7 +60,8 @@ def save(
         class_targets(images, model.labels, model.spec.output_width)
     digest = model.digest()
 
-    def write(onnx_path: Path) -> Manifest:
+    def write(folder: Path) -> Manifest:
+        onnx_path = folder / MODEL
         macs = _write_files(folded, onnx_path, say)
         say("verifying in the engine")
         with open_written(folded, onnx_path) as session:
@@ -71,20 +72,23 @@ def save(
             if images is not None and has_trained_weights(model.origin.to_dict()):
                 say("comparing with the unfolded model")
                 fidelity = _fidelity(folded, session, images.first(FIDELITY_IMAGES), digest)
-        return Manifest(
-            vitfold=__version__,
+        vision = Vision(
             spec=folded.folded.spec if folded.simulated else model.spec,
             preprocess=model.preprocess,
-            labels=model.labels,
             recipe=folded.recipe,
-            target=_target(folded),
             tokens=folded.tokens,
             macs=macs,
+            fidelity=None if fidelity is None else fidelity.to_dict(),
+            calibration=folded.calibration,
+        )
+        return Manifest(
+            vitfold=__version__,
+            labels=model.labels,
+            target=_target(folded),
             origin=model.origin.to_dict(),
             model_digest=digest,
             verified=verified.to_dict(),
-            fidelity=None if fidelity is None else fidelity.to_dict(),
-            calibration=folded.calibration,
+            vision=vision,
         )
 
     return write_bundle(path, write, overwrite=overwrite)
@@ -97,13 +101,13 @@ def _fidelity(folded: Plan, session: Session, images: ImageSet, digest: str) -> 
         EngineError: if half precision cannot hold a value.
     """
     model = folded.model
-    half = folded.target.float_type == "float16"
-    with simulation(folded) if half else contextlib.nullcontext(session) as judged:
+    half = simulation(folded) if folded.target.float_type == "float16" else None
+    with contextlib.nullcontext(session) if half is None else half as judged:
         try:
             outputs = run_over(judged, images, model.preprocess)
         finally:
-            if isinstance(judged, SimulationSession):
-                judged.check_half()  # names the layer where half precision ends, also where outputs are not finite
+            if half is not None:
+                half.check_half()  # names the layer where half precision ends, also where outputs are not finite
     return compare_outputs(
         outputs,
         images,
@@ -116,7 +120,7 @@ def _fidelity(folded: Plan, session: Session, images: ImageSet, digest: str) -> 
 def _target(folded: Plan) -> dict[str, Any]:
     """The target; for TensorRT with the line that builds the engine, and the batches where they were chosen."""
     target = folded.target.to_dict()
-    if folded.target.engine != TENSORRT:
+    if not folded.target.runtime.builds_for_batches:
         return target
     chosen = {} if folded.batch is None else {"batch": list(folded.batch)}
     line = trtexec_command(MODEL, folded.batch or DEFAULT_BATCH, image_size=folded.model.spec.image_size)

@@ -16,14 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vitfold.engines import (
-    TENSORRT,
-    Session,
-    open_graph,
-    quantized_cpu_target,
-    quantized_openvino_target,
-    usable_cores,
-)
+from vitfold.engines import ENGINES, Session, open_graph, quantized_target, usable_cores
 from vitfold.engines.session import Call
 from vitfold.errors import EngineError, missing_extra
 from vitfold.model import Array
@@ -84,8 +77,7 @@ def probes(engine: str, *, target: str, threads: int | None = None) -> Iterator[
         for name, integer in (("float", False), ("integer", True)):
             path = _write(folder / f"{name}.onnx", _probe_target(engine, target, integer=integer), integer=integer)
             session: Session = stack.enter_context(open_graph(path, engine, threads=threads))
-            session.bind(x)
-            session.run()
+            session(x)
             calls[name] = session.run
         calls["copy"] = stack.enter_context(_copier(threads or usable_cores()))
         yield calls
@@ -104,16 +96,12 @@ def ceiling_of(samples_ns: Mapping[str, tuple[int, ...]]) -> Ceiling:
 
 def _probe_target(engine: str, name: str, *, integer: bool) -> Target:
     """The target whose form of a product is compared with: the bundle's own, or its engine's in the other type."""
-    if engine == TENSORRT:
-        return find_target("tensorrt-int8" if integer else "tensorrt-fp16")
-    if engine == "openvino":
-        return quantized_openvino_target() if integer else find_target("portable")
     if not integer:
-        return find_target("cpu")
+        return find_target(ENGINES[engine].float_target)
     own = find_target(name)
     if own.name.startswith("cpu-") and own.engine == engine:
         return own
-    return quantized_cpu_target()
+    return quantized_target(engine)
 
 
 def _write(path: Path, target: Target, *, integer: bool) -> Path:

@@ -16,6 +16,7 @@ from rich import box
 from rich.table import Table
 
 RowDict = Mapping[str, Any]
+_SHOWN_ENGINES = {"simulation": "simulated"}
 SCOPES = {"engine": "engine only", "end_to_end": "end to end, file to label"}
 
 
@@ -197,7 +198,7 @@ def accuracy_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
             figure = published.get(scheme, {}).get(method)
             shown.append(_spread(chosen) + (f" [{figure:.2f}]" if figure is not None and chosen else ""))
         if any(cell != "-" for cell in shown):
-            body.append([method, "simulated" if engine == "simulation" else engine, *shown])
+            body.append([method, _SHOWN_ENGINES.get(engine, engine), *shown])
     return ["method", "run by", *schemes], body
 
 

@@ -1,6 +1,6 @@
 """A bundle as a function of images.
 
-Owns what a caller may hand in and what comes back, and how threads and processes share it. Needs no torch.
+What a caller may hand in and what comes back, and how threads and processes share it. Needs no torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from vitfold.artifacts.bundle import Bundle, open_bundle
 from vitfold.bench.evaluation import finite_outputs
 from vitfold.decoding import listed, prepared
-from vitfold.engines import Session, open_session
+from vitfold.engines import ENGINES, Session, open_session
 from vitfold.errors import ArgumentError, BundleError, EngineError, VitfoldError, check_whole
 from vitfold.images import prepared_ahead
 from vitfold.model.spec import Head, sigmoid
@@ -148,10 +148,7 @@ class Predictor:
 
     def _run(self, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[np.ndarray, "B ..."]:
         with self._turn:
-            session = self.session
-            session.bind(pixels)
-            session.run()
-            rows = session.fetch()
+            rows = self.session(pixels)
         spec = self.bundle.manifest.spec
         last = spec.embed_dim if spec.output == "last_hidden_state" else spec.output_width
         if rows.ndim < 2 or (len(rows), rows.shape[-1]) != (len(pixels), last):
@@ -175,8 +172,8 @@ class Predictor:
         return _reopen, (os.fspath(self.bundle.path.absolute()), self._engine, self._threads, self.bundle.digest)
 
     def _opened_again(self) -> Session:
-        engine = self._engine or str(self.bundle.manifest.target.get("engine"))
-        if engine not in _FORKS:
+        engine = self._engine or str(self.bundle.manifest.target["engine"])
+        if not ENGINES[engine].forks:
             raise EngineError(
                 f"{engine} does not work in a process that was forked behind it; start processes by "
                 "multiprocessing.get_context('spawn'), or open the bundle in each"
@@ -207,8 +204,6 @@ def _shown(item: ImageLike, place: int) -> str:
     return str(item) if isinstance(item, str | Path) else f"image {place}"
 
 
-_FORKS = ("onnxruntime",)
-"""Engines that start anew in a forked process."""
 _OPEN: weakref.WeakSet[Predictor] = weakref.WeakSet()
 _OF_PARENT: list[Session] = []
 """Sessions of the process that this one was forked from: to release one would wait for threads that are not here."""

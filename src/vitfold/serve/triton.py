@@ -1,6 +1,6 @@
 """A bundle as a model in a repository of Triton Inference Server.
 
-Owns which backend serves which target, and that a server never sees half a model. The texts are in `texts`.
+Which backend serves which target, and that a server never sees half a model. The texts are in `triton_templates`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitfold.artifacts.bundle import MODEL, Bundle
-from vitfold.engines import TENSORRT, usable_cores
+from vitfold.engines import DEFAULT, ENGINES, MAIN, Port, open_graph, usable_cores
 from vitfold.engines.graphs import check_graph
-from vitfold.engines.onnxruntime import End, OnnxRuntimeSession
 from vitfold.engines.trtexec import DEFAULT_BATCH, trtexec_command
 from vitfold.errors import BundleError, EngineError, TargetError
 from vitfold.serve.triton_templates import LABELS, WRITTEN, Served, client_text, config_text, readme_text
@@ -23,7 +22,7 @@ from vitfold.storage.placing import reserve
 CONFIG, README, CLIENT = "config.pbtxt", "README.md", "client.py"
 VERSION = "1"
 _MOST = 4096
-_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16"}
+_TYPE = "TYPE_FP32"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -93,13 +92,13 @@ def _served(bundle: Bundle, name: str, instances: int, threads: int | None, max_
         if count is not None and (type(count) is not int or not 1 <= count <= _MOST):
             raise EngineError(f"{what} has to be a whole number of 1 to {_MOST}, found {count!r}")
     manifest = bundle.manifest
-    on_gpu = manifest.target.get("engine") == TENSORRT
+    on_gpu = ENGINES[manifest.target["engine"]].gpu
     own = manifest.target.get("batch") or DEFAULT_BATCH
     largest = max_batch or own[2]
     optimum = min(own[1], largest)
     check_graph(bundle.onnx_path)
-    with OnnxRuntimeSession(bundle.onnx_path, threads=1, literal=True) as session:
-        given, returned = session.ends
+    with open_graph(bundle.onnx_path, DEFAULT, threads=1, literal=True) as session:
+        ((given,), (returned,)) = session.parts[MAIN].inputs, session.parts[MAIN].outputs
     height, width = manifest.spec.image_size
     line = trtexec_command(MODEL, (1, optimum, largest), image_size=(height, width), input_name=given.name)
     return Served(
@@ -107,10 +106,10 @@ def _served(bundle: Bundle, name: str, instances: int, threads: int | None, max_
         backend="tensorrt" if on_gpu else "onnxruntime",
         platform="tensorrt_plan" if on_gpu else "onnxruntime_onnx",
         input_name=given.name,
-        input_type=_TYPES[given.dtype],
+        input_type=_TYPE,
         input_shape=_shape(bundle, given),
         output_name=returned.name,
-        output_type=_TYPES[returned.dtype],
+        output_type=_TYPE,
         output_shape=_shape(bundle, returned),
         labelled=manifest.labels is not None,
         optimum=optimum,
@@ -124,12 +123,12 @@ def _served(bundle: Bundle, name: str, instances: int, threads: int | None, max_
     )
 
 
-def _shape(bundle: Bundle, end: End) -> tuple[int, ...]:
+def _shape(bundle: Bundle, port: Port) -> tuple[int, ...]:
     """Return the shape of one image's tensor."""
-    sizes = tuple(axis for axis in end.shape[1:] if isinstance(axis, int))
-    if len(sizes) != len(end.shape) - 1:
-        raise BundleError(f"{bundle.path}: {end.name} has the shape {end.shape}; only its first axis may be symbolic")
-    return sizes
+    if min(port.shape, default=1) < 1:
+        shape = (port.batch, *port.shape)
+        raise BundleError(f"{bundle.path}: {port.name} has the shape {shape}; only its first axis may be symbolic")
+    return port.shape
 
 
 def standing_model(folder: Path) -> set[str]:

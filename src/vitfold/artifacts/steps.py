@@ -1,0 +1,127 @@
+"""What a manifest says of a diffusion model's steps, checked as it is read.
+
+Which part runs at which step follows from the plan and is `diffusion`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from vitfold.model import DiTSpec, Origin
+from vitfold.model.dit import dit_spec_from_dict
+from vitfold.model.spec import with_names_of_today
+from vitfold.storage.checked import ImplausibleError, Range, check_fields, entry
+
+PARTS = ("condition", "step", "full", "front", "rest", "resume", "refresh")
+"""Every graph that a method may have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """How images are drawn: the method of reuse with its numbers, and what each step computes less by itself."""
+
+    reuse: str
+    steps: int
+    sampler: str
+    guidance: float
+    merge: int = 0
+    quant: str = "none"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """The model that the graphs of a bundle draw by, without its weights, and how they draw.
+
+    `parts` are the graphs' names; `counts` the tokens that a step renews per block and `mask` the steps computed in
+    full, where a method leaves them to the model. `search` says what else was tried.
+    """
+
+    spec: DiTSpec
+    schedule: Mapping[str, Any]
+    labels: tuple[str, ...] | None
+    origin: Origin
+    latent: bool
+    decoder: str | None
+    plan: StepPlan
+    parts: tuple[str, ...]
+    counts: tuple[int, ...]
+    mask: tuple[int, ...]
+    search: Mapping[str, Any] | None = None
+
+
+_PLAN: dict[str, Range] = {"steps": (1, 10_000), "guidance": (-1e4, 1e4), "merge": (0, 2**20)}
+_SPEC: dict[str, Range] = {
+    **dict.fromkeys(("image_size", "patch_size", "channels", "outputs", "num_layers", "num_heads"), (1, 2**16)),
+    **dict.fromkeys(("embed_dim", "mlp_dim", "classes"), (1, 2**20)),
+    "freq_dim": (2, 2**16),
+    "wave_shift": (0, 2**16),
+    **dict.fromkeys(("norm_eps", "mlp_norm_eps"), (0.0, 1.0)),
+}
+
+
+def read_steps(values: Mapping[str, Any], *, labels: tuple[str, ...] | None, origin: Mapping[str, Any]) -> Steps:
+    """Return what a manifest says of the steps.
+
+    Raises:
+        ImplausibleError: naming the first value that is wrong.
+        SourceError: if the spec is of no architecture.
+    """
+    spec = dit_spec_from_dict(check_fields(DiTSpec, with_names_of_today(values.get("spec")), "spec", _SPEC))
+    plan = check_fields(StepPlan, values.get("plan"), "plan", _PLAN)
+    unknown = sorted(set(plan) - {field.name for field in fields(StepPlan)})
+    if unknown:
+        raise ImplausibleError(
+            f"unknown key plan.{unknown[0][:60]}; this vitfold is older than the file, upgrade vitfold"
+        )
+    if labels is not None and len(labels) != spec.classes:
+        raise ImplausibleError(f"there are {len(labels)} labels for {spec.classes} classes")
+    steps = int(plan["steps"])
+    parts: tuple[str, ...] = entry(values, "parts", tuple[str, ...])
+    if not parts or len(set(parts)) != len(parts) or not set(parts) <= set(PARTS):
+        raise ImplausibleError(f"parts are some of {', '.join(PARTS)}, each once")
+    return Steps(
+        spec=spec,
+        schedule=_schedule(entry(values, "schedule", Mapping[str, Any])),
+        labels=labels,
+        origin=Origin(source=origin["source"], loader=origin["loader"], arguments=origin["arguments"]),
+        latent=entry(values, "latent", bool),
+        decoder=entry(values, "decoder", str | None),
+        plan=StepPlan(**{**plan, "guidance": float(plan["guidance"])}),
+        parts=parts,
+        counts=entry(values, "counts", tuple[int, ...], within=(0, spec.tokens)),
+        mask=entry(values, "mask", tuple[int, ...], within=(0, steps - 1)),
+        search=entry(values, "search", Mapping[str, Any] | None),
+    )
+
+
+_STEPS: Range = (1, 1_000_000)
+_SCHEDULE: dict[str, tuple[Any, Range | None]] = {
+    "num_train_timesteps": (int, _STEPS),
+    "beta_start": (float, (0.0, 1.0)),
+    "beta_end": (float, (0.0, 1.0)),
+    "steps_offset": (int, (0, 1_000_000)),
+    "clip_sample_range": (float, (0.0, 1e6)),
+    "sample_max_value": (float, (0.0, 1e6)),
+    "dynamic_thresholding_ratio": (float, (0.0, 1.0)),
+    "beta_schedule": (Literal["linear", "scaled_linear", "squaredcos_cap_v2"], None),
+    "prediction_type": (Literal["epsilon", "sample", "v_prediction", "flow_prediction"], None),
+    "timestep_spacing": (Literal["linspace", "leading", "trailing"], None),
+    **dict.fromkeys(("clip_sample", "set_alpha_to_one", "thresholding", "rescale_betas_zero_snr"), (bool, None)),
+}
+
+
+def _schedule(values: dict[str, Any]) -> dict[str, Any]:
+    """Check what is known of diffusers' words; what else stands there is theirs, and plain."""
+    for key, value in values.items():
+        if key in _SCHEDULE:
+            kind, within = _SCHEDULE[key]
+            entry(values, key, kind, "schedule", within)
+        elif isinstance(value, dict):
+            raise ImplausibleError(f"schedule.{key[:60]} has to be a plain value")
+    return values

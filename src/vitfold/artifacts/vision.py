@@ -1,0 +1,162 @@
+"""What a manifest says of a model of images, checked as it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vitfold.artifacts.manifest import COUNT, sha256_entry
+from vitfold.model import Preprocess, ViTSpec, preprocess_from_dict, vit_spec_from_dict
+from vitfold.model.sinks import Sinks
+from vitfold.model.spec import with_names_of_today
+from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe, RegistersRecipe, recipe_from_dict, tokens_per_block
+from vitfold.storage.checked import ImplausibleError, Range, as_type, check_fields, entry, section
+from vitfold.target import ENGINES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vision:
+    """The Vision Transformer that a graph holds, without its weights, and what was done to it.
+
+    `tokens` are those that enter each block and those that leave the last; `macs` are per image. `fidelity` says how
+    far the bundle is from the unfolded model on real images, if any were given, `calibration` how a quantized bundle
+    was calibrated: method, seed, images with their digests, environment.
+    """
+
+    spec: ViTSpec
+    preprocess: Preprocess
+    recipe: Recipe
+    tokens: tuple[int, ...]
+    macs: int
+    fidelity: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
+
+
+_SIZE: Range = (1, 2**16)
+_WIDTH: Range = (1, 2**20)
+_SPEC: dict[str, Range] = {
+    **dict.fromkeys(("image_size", "patch_size"), _SIZE),
+    **dict.fromkeys(("channels", "num_layers", "num_heads", "head_dim"), _SIZE),
+    **dict.fromkeys(("embed_dim", "mlp_dim"), _WIDTH),
+    **dict.fromkeys(("registers", "map_heads", "map_mlp_width", "outputs"), (0, 2**24)),
+    "norm_eps": (0.0, 1.0),
+}
+_PREPROCESS: dict[str, Range] = {
+    **dict.fromkeys(("resize_size", "crop_size"), _SIZE),
+    "mean": (-1e3, 1e3),
+    "std": (1e-6, 1e3),
+}
+_RECIPE: dict[str, Range] = {"r": (0, 2**24), "calibration_size": (1, 2**31), "seed": (-(2**63), 2**63)}
+_SECTIONS = {"merge": MergeRecipe, "quant": QuantRecipe, "registers": RegistersRecipe}
+_FIDELITY: dict[str, Range] = {
+    **dict.fromkeys(("top1", "top5", "agreement"), (0.0, 1.0)),
+    "cosine": (-1.01, 1.01),
+    "sqnr_db": (-1e4, 1e4),
+}
+
+
+def read_vision(
+    values: Mapping[str, Any], *, labels: tuple[str, ...] | None, target: Mapping[str, Any], name: str
+) -> Vision:
+    """Return what a manifest says of a Vision Transformer; `name` is the file's, for messages.
+
+    Raises:
+        ImplausibleError: naming the first value that is wrong.
+        VitfoldError: if the spec or the recipe is none that this vitfold knows.
+    """
+    spec = _spec(with_names_of_today(values.get("spec")))
+    recipe = _recipe(values.get("recipe"), name)
+    _check_quantization(target, recipe)
+    check_fields(Preprocess, values.get("preprocess"), "preprocess", _PREPROCESS)
+    if labels is not None and len(labels) != spec.output_width:
+        raise ImplausibleError(f"there are {len(labels)} labels for {spec.output_width} outputs")
+    fidelity = entry(values, "fidelity", Mapping[str, Any] | None)
+    if fidelity is not None:
+        entry(fidelity, "images", int, "fidelity", COUNT)
+        for key, within in _FIDELITY.items():
+            entry(fidelity, key, float | None, "fidelity", within)
+    return Vision(
+        spec=spec,
+        preprocess=preprocess_from_dict(values["preprocess"]),
+        recipe=recipe,
+        tokens=_tokens(values, spec, recipe),
+        macs=entry(values, "macs", int, within=COUNT),
+        fidelity=fidelity,
+        calibration=_calibration(entry(values, "calibration", Mapping[str, Any] | None)),
+    )
+
+
+def _check_quantization(target: Mapping[str, Any], recipe: Recipe) -> None:
+    """Check that a target says of quantized products what decides how they run."""
+    if recipe.quant is None and not ENGINES[target["engine"]].executes:
+        raise ImplausibleError("the bundle is simulated, and its recipe quantizes nothing")
+    if recipe.quant is not None:
+        for key in ("activation_type", "quantized_product", "weight_bits"):
+            if key not in target:
+                raise ImplausibleError(f"target.{key} is missing")
+
+
+def _spec(value: Any) -> ViTSpec:
+    values = check_fields(ViTSpec, value, "spec", _SPEC)
+    if values.get("sinks") is not None:
+        check_fields(Sinks, values["sinks"], "spec.sinks", {"tau": (0.0, 1e9), "rows": (0, 2**16)})
+    return vit_spec_from_dict(values)
+
+
+def _recipe(value: Any, name: str) -> Recipe:
+    values = section(value, "recipe")
+    for key, kind in _SECTIONS.items():
+        if key in values:
+            check_fields(kind, values[key], f"recipe.{key}", _RECIPE)
+    return recipe_from_dict(values, name=name)
+
+
+def _tokens(values: Mapping[str, Any], spec: ViTSpec, recipe: Recipe) -> tuple[int, ...]:
+    found: tuple[int, ...] = entry(values, "tokens", tuple[int, ...], within=(1, 2**32))
+    expected = tokens_per_block(spec, recipe.merge.r)
+    # Tokens that a remedy against sinks deletes are in the spec of simulated bundles only.
+    if recipe.registers is None and found != expected:
+        raise ImplausibleError(f"tokens are {_short(found)}, and the recipe gives {_short(expected)}")
+    if len(found) != len(expected):
+        raise ImplausibleError(f"tokens has {len(found)} entries for {spec.num_layers} blocks")
+    return found
+
+
+def _short(numbers: tuple[int, ...]) -> str:
+    return " ".join(map(str, numbers[:8])) + (" ..." if len(numbers) > 8 else "")
+
+
+def _calibration(values: dict[str, Any] | None) -> dict[str, Any] | None:
+    if values is None:
+        return None
+    method = section(values.get("method"), "calibration.method")
+    for key in ("name", "activations"):
+        entry(method, key, str, "calibration.method")
+    _check_environment(section(values.get("environment"), "calibration.environment"))
+    entry(values, "seed", int, "calibration", _RECIPE["seed"])
+    entry(values, "root", str, "calibration")
+    sha256_entry(values, "quantizers", "calibration")
+    images = values.get("images")
+    if not isinstance(images, list):
+        as_type(images, tuple[str, ...], "calibration.images")
+    for i, image in enumerate(images or ()):
+        where = f"calibration.images[{i}]"
+        name = entry(section(image, where), "path", str, where)
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ImplausibleError(f"{where}.path leads out of the folder of images")
+        sha256_entry(image, "sha256", where)
+    return values
+
+
+def _check_environment(values: dict[str, Any]) -> None:
+    where = "calibration.environment"
+    processor = section(values.get("processor"), f"{where}.processor")
+    for key, kind in (("name", str), ("architecture", str), ("instruction_sets", tuple[str, ...])):
+        entry(processor, key, kind, f"{where}.processor")
+    entry(values, "threads", int, where, (1, 2**20))
+    for key in ("system", "python"):
+        entry(values, key, str, where)
+    packages = section(values.get("packages"), f"{where}.packages")
+    for name in packages:
+        entry(packages, name, str | None, f"{where}.packages")
