@@ -15,7 +15,6 @@ from vitfold.architectures.programs import forward, shapes_of
 from vitfold.architectures.vit import transformer_block
 from vitfold.engines.exactness import find_execution
 from vitfold.engines.onnxruntime import session_options
-from vitfold.engines.session import PLAIN
 from vitfold.images import ImageSet
 from vitfold.model import Array, Model, ViTSpec
 from vitfold.ops.emit import INPUT_NAME
@@ -27,7 +26,7 @@ from vitfold.quant.collect import Samples, collect
 from vitfold.quant.network import ImageExamples, Network, network_of
 from vitfold.quantizer import Quantizer, Twin, Uniform
 from vitfold.recipe import MergeRecipe
-from vitfold.target import Target
+from vitfold.target import PLAIN, Target
 from vitfold.transforms.merging import Layout, merged, stream_name
 from vitfold.transforms.sinks import PREFIX_ROWS, SINK_ROWS
 

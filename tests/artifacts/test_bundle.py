@@ -24,7 +24,7 @@ def manifest(tiny_model: Callable[..., Model]) -> Manifest:
         vitfold="0",
         labels=tuple("abcdefghij"),
         target={"name": "cpu", "engine": "onnxruntime"},
-        vision=Vision(
+        held=Vision(
             spec=model.spec,
             preprocess=model.preprocess,
             recipe=Recipe(merge=MergeRecipe(r=(2, 2))),

@@ -23,12 +23,11 @@ from vitfold.bench.peers import (
 )
 from vitfold.engines import onnxruntime as engine
 from vitfold.engines.exactness import SWITCH, exact_execution
-from vitfold.engines.session import PLAIN
 from vitfold.errors import EngineError, ImageError
 from vitfold.images import ImageSet
 from vitfold.model import Array, Preprocess
 from vitfold.products import products_of
-from vitfold.target import TARGETS
+from vitfold.target import PLAIN, TARGETS
 
 SHAPE = (3, 8, 8)
 

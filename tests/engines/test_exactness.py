@@ -17,13 +17,12 @@ from vitfold.artifacts.bundle import Bundle
 from vitfold.bench.environment import installed_version
 from vitfold.engines import ENGINES, exactness, open_session
 from vitfold.engines.exactness import SWITCH, exact_execution, find_execution, is_exact
-from vitfold.engines.session import FLOATING, PLAIN, WIDE
 from vitfold.errors import EngineError
 from vitfold.images import ImageSet
 from vitfold.model import Array, Model
 from vitfold.products import Product, products_of, products_of_recipe
 from vitfold.recipe import QuantRecipe
-from vitfold.target import TARGETS
+from vitfold.target import FLOATING, PLAIN, TARGETS, WIDE
 
 WRITER = Path(__file__).parents[2] / "examples" / "write_probes.py"
 INSTALLED = [engine for engine, row in ENGINES.items() if len(row.ways) > 1 and installed_version(engine) is not None]

@@ -31,7 +31,6 @@ from quantizing import (
 from vitfold.architectures.programs import forward
 from vitfold.engines.exactness import exact_execution, find_execution
 from vitfold.engines.onnxruntime import session_options
-from vitfold.engines.session import WIDE
 from vitfold.errors import EngineError, TargetError
 from vitfold.model import Array, Model
 from vitfold.ops.count import integer_work
@@ -41,7 +40,7 @@ from vitfold.ops.simulate import Simulate
 from vitfold.quantizer import Log, Quantizer, QuantParams, Shifted, Twin, Uniform
 from vitfold.recipe import MergeRecipe
 from vitfold.target import TARGETS as KNOWN
-from vitfold.target import Target
+from vitfold.target import WIDE, Target
 
 TARGETS = {name: single(target) for name, target in KNOWN.items() if target.implied_quant != "fp8"}
 EXECUTED = [name for name in TARGETS if name != "tensorrt-fp16"]

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from vitfold import pipeline
-from vitfold.engines.session import MAIN, Ends, Port, Session
+from vitfold.artifacts.bundle import MAIN
+from vitfold.engines.session import Ends, Session
 from vitfold.errors import EngineError
 from vitfold.images import ImageSet
 from vitfold.model import Array, Model
+from vitfold.ops.protocol import Port
 from vitfold.pipeline.verifying import (
     CEILING,
     FLOAT_ERROR,

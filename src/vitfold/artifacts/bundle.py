@@ -38,8 +38,8 @@ STEPS = "diffusion"
 class Manifest:
     """Everything about a bundle but its weights.
 
-    `verified` says how far the engine's output is from the reference interpreter's. A bundle holds one Vision
-    Transformer, `vision`, whose values are at hand here, too, or the steps of a `diffusion` model.
+    `verified` says how far the engine's output is from the reference interpreter's. `held` is one Vision Transformer,
+    whose values are at hand here, too, or the steps of a diffusion model.
     """
 
     vitfold: str
@@ -48,23 +48,18 @@ class Manifest:
     origin: Mapping[str, Any]
     model_digest: str
     verified: Mapping[str, Any]
-    vision: Vision | None = None
-    diffusion: Steps | None = None
-
-    def __post_init__(self) -> None:
-        if (self.vision is None) == (self.diffusion is None):
-            raise ValueError("a bundle holds a Vision Transformer or steps of a diffusion model")
+    held: Vision | Steps
 
     @property
     def steps(self) -> Steps:
         """The steps of a diffusion model, which `open_bundle(steps=True)` makes sure of."""
-        assert self.diffusion is not None
-        return self.diffusion
+        assert isinstance(self.held, Steps)
+        return self.held
 
     @property
     def _vision(self) -> Vision:
-        assert self.vision is not None
-        return self.vision
+        assert isinstance(self.held, Vision)
+        return self.held
 
     @property
     def spec(self) -> ViTSpec:
@@ -103,7 +98,7 @@ class Manifest:
 
     def changed(self, **values: Any) -> Manifest:
         """Return the manifest with other values of the Vision Transformer."""
-        return replace(self, vision=replace(self._vision, **values))
+        return replace(self, held=replace(self._vision, **values))
 
     @property
     def simulated(self) -> bool:
@@ -113,8 +108,8 @@ class Manifest:
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of the graphs; none of a simulated bundle."""
-        if self.diffusion is not None:
-            return self.diffusion.parts
+        if isinstance(self.held, Steps):
+            return self.held.parts
         return () if self.simulated else (MAIN,)
 
     @property
@@ -124,9 +119,9 @@ class Manifest:
         Raises:
             TargetError: if this vitfold does not know the target of quantized steps.
         """
-        if self.diffusion is None:
+        if isinstance(self.held, Vision):
             return products_of_recipe(self.target, self.recipe.quant)
-        if self.diffusion.plan.quant == "none":
+        if self.steps.plan.quant == "none":
             return ()
         return products_of(find_target(str(self.target["name"])).to_dict(), weight_bits=8, attention=False)
 
@@ -137,9 +132,8 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, without the format header and the file list."""
-        kind = {} if self.diffusion is None else {"kind": STEPS}
-        held = plain_fields(self.vision or self.steps, but=("labels", "origin"))
-        return {**kind, **held, **plain_fields(self, but=("vision", "diffusion"))}
+        kind = {"kind": STEPS} if isinstance(self.held, Steps) else {}
+        return {**kind, **plain_fields(self.held), **plain_fields(self, but=("held",))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +180,7 @@ def write_bundle(path: str | Path, write: Callable[[Path], Manifest], *, overwri
 
     def fill(folder: Path) -> Mapping[str, Any]:
         manifest = write(folder)
-        if manifest.vision is not None:
+        if isinstance(manifest.held, Vision):
             (folder / RECIPE).write_text(manifest.recipe.to_toml(), encoding="utf-8")
         return manifest.to_dict()
 
@@ -256,7 +250,7 @@ def open_bundle(path: str | Path, *, steps: bool | None = False) -> Bundle:
         raise BundleError(f"{folder / MANIFEST} is damaged: {error}; make the bundle again") from None
     needed = [graph_name(part) for part in manifest.parts]
     needed += [WEIGHTS, QUANTIZERS] if manifest.simulated else []
-    needed += [RECIPE] if manifest.vision is not None else []
+    needed += [RECIPE] if isinstance(manifest.held, Vision) else []
     size = check_files(folder, header, needed)
     return Bundle(path=folder, manifest=manifest, size_bytes=size, digest=header.digest)
 
@@ -272,6 +266,11 @@ def _manifest(values: Mapping[str, Any], *, name: str) -> Manifest:
     steps = "kind" in values
     if steps and not ENGINES[target["engine"]].several_parts:
         raise ImplausibleError(f"target.engine is {target['engine']}, which does not run steps")
+    held = (
+        read_steps(values, labels=labels, origin=origin)
+        if steps
+        else read_vision(values, labels=labels, target=target, name=name)
+    )
     return Manifest(
         vitfold=entry(values, "vitfold", str),
         labels=labels,
@@ -279,6 +278,5 @@ def _manifest(values: Mapping[str, Any], *, name: str) -> Manifest:
         origin=origin,
         model_digest=sha256_entry(values, "model_digest"),
         verified=checked_verified(values.get("verified")),
-        vision=None if steps else read_vision(values, labels=labels, target=target, name=name),
-        diffusion=read_steps(values, labels=labels, origin=origin) if steps else None,
+        held=held,
     )

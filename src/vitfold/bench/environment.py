@@ -11,7 +11,7 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
-from vitfold.engines.session import usable_cores
+from vitfold.cores import usable_cores
 from vitfold.processor import processor
 
 PACKAGES = (

@@ -117,7 +117,7 @@ def _print_program(manifest: Manifest, *, json: bool) -> None:
 def _needs(manifest: Manifest) -> str:
     """What the graph asks of a processor, and whether this one computes it exactly."""
     from vitfold.engines.exactness import exact_execution
-    from vitfold.engines.session import PLAIN
+    from vitfold.target import PLAIN
 
     engine = str(manifest.target.get("engine"))
     shown = " and ".join(f"exact products of {product}" for product in manifest.products)

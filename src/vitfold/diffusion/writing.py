@@ -84,7 +84,7 @@ def save_steps(
             origin=model.origin.to_dict(),
             model_digest=model.digest(),
             verified=verified,
-            diffusion=steps,
+            held=steps,
         )
 
     return write_bundle(path, write, overwrite=overwrite)

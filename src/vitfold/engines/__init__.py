@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vitfold.artifacts.bundle import MAIN
+from vitfold.cores import check_threads, usable_cores
 from vitfold.engines.exactness import (
     cannot_be_exact,
     describe_execution,
@@ -18,21 +20,11 @@ from vitfold.engines.exactness import (
     runs_here,
 )
 from vitfold.engines.graphs import check_graph
-from vitfold.engines.session import (
-    MAIN,
-    PLAIN,
-    WIDE,
-    Ends,
-    Port,
-    Session,
-    check_threads,
-    open_on,
-    session_class,
-    usable_cores,
-)
+from vitfold.engines.session import Ends, Session, open_on, session_class
 from vitfold.errors import BundleError, EngineError, missing_extra, nearest
+from vitfold.ops.protocol import Port
 from vitfold.products import Product
-from vitfold.target import ENGINES, Engine, EngineName
+from vitfold.target import ENGINES, PLAIN, WIDE, Engine, EngineName
 
 if TYPE_CHECKING:
     from vitfold.artifacts.bundle import Bundle

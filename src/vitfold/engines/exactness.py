@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
+from vitfold.artifacts.bundle import MAIN
 from vitfold.artifacts.cache import keep_bytes, key_of, read_bytes
-from vitfold.engines.session import FLOATING, MAIN, PLAIN, WIDE, Session, open_on
+from vitfold.engines.session import Session, open_on
 from vitfold.errors import EngineError
 from vitfold.processor import processor
 from vitfold.products import Product, products_of
-from vitfold.target import ENGINES, Target, cpu_target, find_target
+from vitfold.target import ENGINES, FLOATING, PLAIN, WIDE, Target, cpu_target, find_target
 
 SWITCH = "VITFOLD_SATURATE"
 """Set to 1, this processor counts as one whose 8-bit products saturate: what it would do is done here."""

@@ -9,33 +9,31 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
+from vitfold.artifacts.bundle import MAIN
+from vitfold.cores import usable_cores
 from vitfold.engines.session import (
-    FLOATING,
-    MAIN,
     OPEN_AXIS,
-    PLAIN,
     SHOWN,
-    WIDE,
     Call,
     Ends,
     EngineProfile,
     NodeTime,
-    Port,
     Session,
     median_ns,
     only_image,
-    profile_of,
     take_turns,
-    usable_cores,
 )
 from vitfold.errors import EngineError
 from vitfold.model import Array
+from vitfold.ops.protocol import Port
+from vitfold.target import FLOATING, PLAIN, WIDE
 
 EXCEPTIONS = (
     ort.capi.onnxruntime_pybind11_state.Fail,
@@ -202,7 +200,7 @@ class OnnxRuntimeSession(Session):
             profiled()
             turns = take_turns(self.run, profiled, beside or {}, runs)
             events = json.loads(Path(watched.end_profiling()).read_text(encoding="utf-8"))
-        return profile_of(_node_times(events), turns)
+        return replace(turns, nodes=_node_times(events))
 
     def close(self) -> None:
         """Drop the runtime's sessions and their memory."""

@@ -10,28 +10,27 @@ import contextlib
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vitfold.artifacts.bundle import MAIN
+from vitfold.cores import usable_cores
 from vitfold.engines.session import (
-    FLOATING,
-    MAIN,
     OPEN_AXIS,
-    PLAIN,
     SHOWN,
     Call,
     Ends,
     EngineProfile,
     NodeTime,
-    Port,
     Session,
     only_image,
-    profile_of,
     take_turns,
-    usable_cores,
 )
 from vitfold.errors import EngineError, missing_extra
 from vitfold.model import Array
+from vitfold.ops.protocol import Port
+from vitfold.target import FLOATING, PLAIN
 
 # Batch sizes compiled at once: the common one and the remainder at the end of a folder. Each holds the weights again.
 KEPT_SIZES = 2
@@ -165,7 +164,7 @@ class OpenVinoSession(Session):
         first = request.get_profiling_info()
         turns = take_turns(self.run, profiled, beside or {}, runs)
         nodes = _node_times(first, request.get_profiling_info(), runs)
-        return profile_of(nodes, turns)
+        return replace(turns, nodes=nodes)
 
     def close(self) -> None:
         """Drop all compiled models and their memory."""

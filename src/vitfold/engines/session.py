@@ -17,32 +17,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vitfold.artifacts.bundle import MAIN
-from vitfold.cores import check_threads, usable_cores
 from vitfold.errors import EngineError
 from vitfold.model import Array
 from vitfold.ops.protocol import Port
 from vitfold.target import FLOATING, PLAIN, WIDE, Engine
-
-__all__ = [
-    "FLOATING",
-    "MAIN",
-    "PLAIN",
-    "WIDE",
-    "Call",
-    "Ends",
-    "EngineProfile",
-    "NodeTime",
-    "Port",
-    "Session",
-    "Turns",
-    "check_threads",
-    "median_ns",
-    "open_on",
-    "profile_of",
-    "session_class",
-    "take_turns",
-    "usable_cores",
-]
 
 S = TypeVar("S", bound="Session")
 Call = Callable[[], None]
@@ -92,19 +70,11 @@ class EngineProfile:
             raise ValueError("a profile needs as many plain runs as profiled ones, and at least one")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Turns:
-    """The nanoseconds of calls that took turns."""
-
-    plain_ns: tuple[int, ...]
-    profiled_ns: tuple[int, ...]
-    beside_ns: Mapping[str, tuple[int, ...]]
-
-
-def take_turns(plain: Call, profiled: Call, beside: Mapping[str, Call], runs: int) -> Turns:
+def take_turns(plain: Call, profiled: Call, beside: Mapping[str, Call], runs: int) -> EngineProfile:
     """Run all calls in turn, `runs` times each, so that a slow spell of the machine falls on all of them.
 
-    After those `beside`, which may clear the caches, `plain` runs once unrecorded.
+    Returns their nanoseconds, as a profile without nodes. After those `beside`, which may clear the caches, `plain`
+    runs once unrecorded.
     """
     plain_ns: list[int] = []
     profiled_ns: list[int] = []
@@ -116,17 +86,11 @@ def take_turns(plain: Call, profiled: Call, beside: Mapping[str, Call], runs: in
             plain()
         plain_ns.append(_timed(plain))
         profiled_ns.append(_timed(profiled))
-    return Turns(
+    return EngineProfile(
+        nodes=(),
         plain_ns=tuple(plain_ns),
         profiled_ns=tuple(profiled_ns),
         beside_ns={name: tuple(times) for name, times in beside_ns.items()},
-    )
-
-
-def profile_of(nodes: Iterable[NodeTime], turns: Turns) -> EngineProfile:
-    """Put what the profiler and what the clock say together."""
-    return EngineProfile(
-        nodes=tuple(nodes), profiled_ns=turns.profiled_ns, plain_ns=turns.plain_ns, beside_ns=turns.beside_ns
     )
 
 

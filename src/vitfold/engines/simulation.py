@@ -13,13 +13,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from vitfold.architectures.programs import forward
-from vitfold.artifacts.bundle import QUANTIZERS, WEIGHTS, Bundle
-from vitfold.engines.session import MAIN, OPEN_AXIS, Ends, Port
+from vitfold.artifacts.bundle import MAIN, QUANTIZERS, WEIGHTS, Bundle
+from vitfold.engines.session import OPEN_AXIS, Ends
 from vitfold.engines.torch import TorchSession
 from vitfold.errors import BundleError, EngineError, SourceError
 from vitfold.model import Array, ViTSpec
 from vitfold.model.params import check_params
 from vitfold.ops.half import Half
+from vitfold.ops.protocol import Port
 from vitfold.ops.simulate import Simulate
 from vitfold.quantizer import Float8, Quantizer, Shifted, Uniform, load_quant_params
 from vitfold.recipe import MergeRecipe

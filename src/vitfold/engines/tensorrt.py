@@ -11,29 +11,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vitfold.artifacts.bundle import MAIN
 from vitfold.artifacts.cache import keep_bytes, key_of, read_bytes
 from vitfold.engines.cuda import FOR_ACCURACY, Buffer, Gpu
-from vitfold.engines.session import (
-    MAIN,
-    Call,
-    Ends,
-    EngineProfile,
-    NodeTime,
-    Port,
-    Session,
-    median_ns,
-    only_image,
-    profile_of,
-    take_turns,
-)
+from vitfold.engines.session import Call, Ends, EngineProfile, NodeTime, Session, median_ns, only_image, take_turns
 from vitfold.errors import EngineError, TargetError
 from vitfold.model import Array
+from vitfold.ops.protocol import Port
 from vitfold.storage.digest import file_sha256
 
 KEPT = "tensorrt"
@@ -316,7 +306,7 @@ class _Ready:
             NodeTime(name=name, op="", latency_ns=median_ns(1e6 * ms for ms in seen))
             for name, seen in stopwatch.seen_ms.items()
         ]
-        return profile_of(tuple(nodes), turns)
+        return replace(turns, nodes=tuple(nodes))
 
     def free(self) -> None:
         """Release the graph, the context and the buffers."""

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
-from vitfold.engines.session import MAIN, OPEN_AXIS, Ends, Port, Session, check_threads
+from vitfold.artifacts.bundle import MAIN
+from vitfold.cores import check_threads
+from vitfold.engines.session import OPEN_AXIS, Ends, Session
 from vitfold.model import Array
+from vitfold.ops.protocol import Port
 
 Call = Callable[..., tuple[torch.Tensor, ...]]
 

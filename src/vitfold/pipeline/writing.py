@@ -88,7 +88,7 @@ def save(
             origin=model.origin.to_dict(),
             model_digest=digest,
             verified=verified.to_dict(),
-            vision=vision,
+            held=vision,
         )
 
     return write_bundle(path, write, overwrite=overwrite)
