@@ -149,21 +149,20 @@ class OnnxRuntimeSession(Session):
 
         The runtime reads and writes these arrays' own memory, so they have to live as long as the binding.
         """
-        session = self._sessions[part]
-        outputs = []
-        for place, name in enumerate(kept):
-            shape, dtype = self._output(part, place, inputs)
-            room = self._rooms.get(name)
-            if room is None or room.shape != shape or room.dtype != dtype or any(room is one for one in inputs):
-                room = self._rooms[name] = np.zeros(shape, dtype)
-            outputs.append(room)
-        found = _Binding(session.io_binding(), self.parts[part], outputs)
+        outputs: list[Array] = []
         try:
+            for place, name in enumerate(kept):
+                shape, dtype = self._output(part, place, inputs)
+                room = self._rooms.get(name)
+                if room is None or room.shape != shape or room.dtype != dtype or any(room is one for one in inputs):
+                    room = self._rooms[name] = np.zeros(shape, dtype)
+                outputs.append(room)
+            found = _Binding(self._sessions[part].io_binding(), self.parts[part], outputs)
             found.read(inputs)
             for port, array in zip(self.parts[part].outputs, outputs, strict=True):
                 found.binding.bind_output(port.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        except EXCEPTIONS as error:
-            raise EngineError(f"ONNX Runtime does not take this input: {reason_of(error)}") from None
+        except (*EXCEPTIONS, MemoryError) as error:  # a graph may state any shape
+            raise EngineError(f"ONNX Runtime cannot run {part} on this input: {reason_of(error)}") from None
         return found
 
     def _output(self, part: str, place: int, inputs: Sequence[Array]) -> tuple[tuple[int, ...], Any]:
@@ -179,10 +178,7 @@ class OnnxRuntimeSession(Session):
         if output.type in _TYPES and all(isinstance(axis, int) for axis in shape):
             return shape, np.dtype(_TYPES[output.type])
         feed = {one.name: array for one, array in zip(session.get_inputs(), inputs, strict=True)}
-        try:
-            found = np.asarray(session.run([output.name], feed)[0])
-        except EXCEPTIONS as error:
-            raise EngineError(f"ONNX Runtime failed while running {part}: {reason_of(error)}") from None
+        found = np.asarray(session.run([output.name], feed)[0])
         return found.shape, found.dtype
 
     def profile(self, runs: int = 20, beside: Mapping[str, Call] | None = None) -> EngineProfile:
