@@ -137,3 +137,13 @@ def test_optional_parameters_are_biases_of_linear_layers(tiny_model):
     required, optional = param_shapes(tiny_model(pool="map", map_heads=4, map_mlp_width=8).spec)
     assert all(name.endswith(".bias") for name in optional)
     assert all(len(required[name.replace(".bias", ".weight")]) in (2, 4) for name in optional)
+
+
+def test_the_digest_of_a_model_stays_what_it_was_in_the_first_version():
+    """Bundles, caches and features name models by it."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    import vitfold
+    from vitfold.sources.dit import load_dit
+
+    assert vitfold.load("demo").digest() == "58de4ab56a362169884eb3977268ade731c39c6552133fa456015e472fab585e"
+    assert load_dit("demo-dit").digest() == "d485ac796c7515f56f15b5790e36bd673a7f81954245a397afdc450f4d484841"

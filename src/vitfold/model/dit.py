@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from vitfold.errors import SourceError
 from vitfold.model.params import Array, Origin, check_arrays, params_digest
 from vitfold.model.schedule import own_sampler
-from vitfold.model.spec import Activation, Shape
+from vitfold.model.spec import Activation, Shape, with_first_names
 
 MODULATIONS = 6
 """Vectors that adaLN-Zero gives a block: shift, scale and gate of the attention, then of the MLP."""
@@ -167,7 +167,7 @@ class DiTModel:
 
     def digest(self) -> str:
         """Return the sha256 over the spec, the noise schedule and every parameter, in hexadecimal."""
-        return params_digest([dit_spec_to_dict(self.spec), dict(self.schedule)], self.params)
+        return params_digest([with_first_names(dit_spec_to_dict(self.spec)), dict(self.schedule)], self.params)
 
 
 def dit_param_shapes(spec: DiTSpec) -> tuple[dict[str, Shape], dict[str, Shape]]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vitfold.errors import SourceError
 from vitfold.model.preprocess import Preprocess
-from vitfold.model.spec import Shape, ViTSpec, param_shapes, spec_to_dict
+from vitfold.model.spec import Shape, ViTSpec, param_shapes, spec_to_dict, with_first_names
 
 Array = NDArray[Any]
 
@@ -65,7 +65,7 @@ class Model:
 
     def digest(self) -> str:
         """Return the sha256 over the spec, the preprocessing and every parameter, in hexadecimal."""
-        return params_digest([spec_to_dict(self.spec), self.preprocess.to_dict()], self.params)
+        return params_digest([with_first_names(spec_to_dict(self.spec)), self.preprocess.to_dict()], self.params)
 
 
 def params_digest(head: Any, params: Mapping[str, Array]) -> str:

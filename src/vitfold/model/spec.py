@@ -6,7 +6,7 @@ that it reads. Knows no model zoo: sources translate into this.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -181,6 +181,12 @@ def with_names_of_today(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     return {_EARLIER_NAMES.get(name, name): value for name, value in values.items()}
+
+
+def with_first_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a spec's values under the names of vitfold 0.1, which digests of models are made of."""
+    earlier = {name: first for first, name in _EARLIER_NAMES.items()}
+    return {earlier.get(name, name): value for name, value in values.items()}
 
 
 def vit_spec_from_dict(values: dict[str, Any]) -> ViTSpec:
