@@ -1,7 +1,7 @@
 """vitfold: pretrained Vision Transformers made fast without retraining, with an honest account of the cost.
 
-The public interface, one page: `load` or `adapt` a model, `optimize` it, `save` a bundle, `open` it and
-call it on images. Making bundles needs `pip install 'vitfold[optimize]'`; opening them does not.
+The public interface, one page: `load` or `adapt` a model, `optimize` it, `save` a bundle, `open` it and call it on
+images. Making bundles needs `pip install 'vitfold[optimize]'`; opening them does not.
 """
 
 from __future__ import annotations

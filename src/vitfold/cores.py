@@ -1,7 +1,4 @@
-"""How many cores this process may use: what the scheduler lets it run on, and what a container's quota pays for.
-
-Owns the files in which Linux says so, and the bound on a number of threads that somebody asks for.
-"""
+"""How many cores this process may use: what the scheduler lets it run on, and what a container's quota pays for."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""One image in, RGB pixels out: whatever a caller has an image as.
-
-Owns which files and values count as an image, what can be wrong with one, and its EXIF orientation. What happens to the
-pixels afterwards is `model.preprocess`; folders are `images`'.
-"""
+"""One image in, RGB pixels out: whatever a caller has an image as."""
 
 from __future__ import annotations
 

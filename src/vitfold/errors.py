@@ -1,7 +1,6 @@
 """What a user can mend: one root error and its kinds.
 
-Owns the exception types that the command line prints without a traceback. Bugs are not here: they
-raise builtins.
+Bugs are not here: they raise builtins.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Images on disk: folders, and batches that are prepared while the model runs.
-
-Owns which files of a folder are taken. What can be wrong with one of them is `decoding`'s business, what happens to
-the pixels `model.preprocess`'; what the model says about them is `bench`.
-"""
+"""Images on disk: folders, and batches that are prepared while the model runs."""
 
 from __future__ import annotations
 

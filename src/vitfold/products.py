@@ -1,7 +1,7 @@
 """Which forms of integer products a graph asks of its runtime.
 
-What of a target and a recipe decides them. Whether a runtime computes a form exactly on some
-processor is measured by `engines.exactness`.
+What of a target and a recipe decides them. Whether a runtime computes a form exactly on some processor is measured
+by `engines.exactness`.
 """
 
 from __future__ import annotations

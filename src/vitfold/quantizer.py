@@ -1,12 +1,8 @@
 """Quantizers as values: what each site's numbers are rounded to.
 
-Owns the quantizers (uniform, twin uniform, logarithmic, 8-bit float), their arithmetic in NumPy, which every
-interpreter has to reproduce, and the file that holds a model's quantizers. How ranges are found is
-`quant`'s business, how a quantizer becomes nodes is `ops.emit`'s.
-
-A site is named after its operation: `blocks.3.attn.qkv.x` is the input of a linear layer, `.w` its
-weight, `.y` its output before scale and bias (what its normalized weights give); an attention has the sites
-`blocks.3.attn.q`, `.k`, `.v` and `.softmax`.
+A site is named after its operation: `blocks.3.attn.qkv.x` is the input of a linear layer, `.w` its weight, `.y` its
+output before scale and bias (what its normalized weights give); an attention has the sites `blocks.3.attn.q`, `.k`,
+`.v` and `.softmax`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""What was asked of the optimizer, fully resolved, and its TOML form.
-
-Owns the values of every lossy choice and the arithmetic of token counts that follows from them. A
-recipe holds lists of integers, never "auto": turning `8` or `8:-1` into a list is `schedule`'s job.
-"""
+"""What was asked of the optimizer, fully resolved, and its TOML form."""
 
 from __future__ import annotations
 

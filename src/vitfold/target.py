@@ -1,7 +1,6 @@
 """What each engine can, and what it wants from a graph: two tables, not code.
 
-`ENGINES` holds one row per runtime, `TARGETS` the lowering choices that measurements settled. How a choice is written
-in ONNX is `ops.emit`'s business; running it is `engines`'.
+`ENGINES` holds one row per runtime, `TARGETS` the lowering choices that measurements settled.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Text that others wrote, made safe to show: names of files, labels, what foreign code says.
-
-Owns which characters are not shown as they are.
-"""
+"""Text that others wrote, made safe to show: names of files, labels, what foreign code says."""
 
 from __future__ import annotations
 

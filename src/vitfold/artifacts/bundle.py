@@ -1,8 +1,4 @@
-"""The folder on disk that optimizing makes and serving opens: graphs for one target, and how they were made.
-
-How the folder is written and checked is `digested`'s business, what the files mean to a runtime `engines`'.
-docs/bundle.md is the specification.
-"""
+"""The folder on disk that optimizing makes and serving opens: graphs for one target, and how they were made."""
 
 from __future__ import annotations
 

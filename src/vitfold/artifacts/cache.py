@@ -1,7 +1,7 @@
 """Where vitfold keeps what it need not compute twice.
 
-Owns the folder, its bound, the atomic write, and the marks by which its own entries are told from what else lies there:
-only those are counted and removed. What is kept, and under which key, is the caller's choice.
+The folder, its bound, the atomic write, and the marks by which its own entries are told from what else lies there:
+only those are counted and removed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""A folder whose files have the digests that its manifest states.
-
-How one is written so that a reader never sees half of it, and how damage is found; what else a manifest holds is
-`bundle`'s business.
-"""
+"""A folder whose files have the digests that its manifest states."""
 
 from __future__ import annotations
 

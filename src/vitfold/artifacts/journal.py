@@ -1,7 +1,4 @@
-"""Rows appended to a file one by one, as JSON lines: whoever is killed loses at most the row being written.
-
-Owns the file, how a sweep's folder calls it, and what can be wrong with it. What a row holds is the caller's choice.
-"""
+"""Rows appended to a file one by one, as JSON lines: whoever is killed loses at most the row being written."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a manifest says of a diffusion model's steps, checked as it is read.
-
-Which part runs at which step follows from the plan and is `diffusion`'s business.
-"""
+"""What a manifest says of a diffusion model's steps, checked as it is read."""
 
 from __future__ import annotations
 

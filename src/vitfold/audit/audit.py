@@ -1,7 +1,4 @@
-"""An audit: a graph compiled for a GPU, its kernels counted, explained and priced.
-
-Owns the result that tables and JSON show.
-"""
+"""An audit: a graph compiled for a GPU, its kernels counted, explained and priced."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """The kernels of one transformer block as the targets write it, for any number of tokens, without a build.
 
-Owns a model of the plan that the audit of such a graph shows; a test holds both together. It prices schedules that
-have not been emitted.
+It prices schedules that have not been emitted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """NVIDIA's compiler, run ahead of time without a GPU, in a process of its own.
 
-Owns which GPUs it compiles for, and turns its failures into errors that name the cure.
-
 Source: TensorRT for RTX, ahead-of-time compilation on machines without a GPU.
 """
 

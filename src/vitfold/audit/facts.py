@@ -1,7 +1,4 @@
-"""What an ONNX file says before it is compiled: sites, attentions, quantized weights.
-
-Owns the reading of graphs, ours and others'. What it means is `findings`' business.
-"""
+"""What an ONNX file says before it is compiled: sites, attentions, quantized weights."""
 
 from __future__ import annotations
 

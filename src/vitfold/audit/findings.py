@@ -1,6 +1,6 @@
 """What is wrong with a graph for NVIDIA's compiler, why, and what cures it.
 
-Owns the rules. Those about the file need no build; those about the plan explain what the compiler did.
+Findings about the file need no build; those about the plan explain what the compiler did.
 
 Source: the fusion rules of TensorRT's INT8 attention (NVIDIA/TensorRT issues 2981, 3714, 4167), and plans of
 TensorRT for RTX, compiled by this package.

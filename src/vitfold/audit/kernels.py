@@ -1,7 +1,4 @@
-"""What a kernel is: its kind, the type it computes in, its work, and the sites that it came from.
-
-Owns how a line of the compiler's list is understood.
-"""
+"""What a kernel is: its kind, the type it computes in, its work, and the sites that it came from."""
 
 from __future__ import annotations
 

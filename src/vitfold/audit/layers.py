@@ -1,7 +1,7 @@
 """The compiler's list of kernels, read.
 
-Owns the text's grammar. A line that does not fit it, and a layer type that nobody knows, are kept by name: an audit
-says what it did not understand.
+A line that does not fit it, and a layer type that nobody knows, are kept by name: an audit says what it did not
+understand.
 """
 
 from __future__ import annotations

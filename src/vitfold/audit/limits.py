@@ -1,7 +1,5 @@
 """What NVIDIA's compiler cannot do, as far as it is known before any build.
 
-Owns the limits of fused attention, and the form of a finding.
-
 Source: the fusion rules of TensorRT's INT8 attention (NVIDIA/TensorRT issues 2981, 3714, 4167).
 """
 

@@ -1,7 +1,5 @@
 """A roofline model of a plan: what its kernels would take on a GPU. A model, not a measurement.
 
-Owns the formula and the table of GPUs (gpus.toml).
-
 Equation: t = sum over kernels of max(2 MACs / (eff_c peak), bytes / (eff_m bandwidth)) + launch.
 
 Source: Williams et al., Roofline (CACM 2009), with a cost per launch.

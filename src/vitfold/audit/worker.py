@@ -1,7 +1,7 @@
 """The process that runs NVIDIA's compiler: a graph in, the list of its kernels out.
 
-A compiler may crash, and its memory should be given back: so it has a process of its own, started by `compiler`. Its
-one argument is a JSON object, its result another one in the file that the first names.
+A compiler may crash, and its memory should be given back: so it has a process of its own, started by `compiler`.
+Its one argument is a JSON object, its result another one in the file that the first names.
 """
 
 from __future__ import annotations

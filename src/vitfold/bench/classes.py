@@ -1,7 +1,6 @@
 """Which output of a model every class folder stands for.
 
-Owns the rules by which folder names are read: names, synonyms, indices, and position where nothing else fits. Which
-images lie in the folders is `images`' business.
+The rules by which folder names are read: names, synonyms, indices, and position where nothing else fits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Subjects side by side: every row pairs a speed with a fidelity.
-
-Owns what is timed in each scope and how rows become JSON. The clock is `timing`'s.
-"""
+"""Subjects side by side: every row pairs a speed with a fidelity."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The machine and the versions that a measurement was taken with.
-
-Owns what a reader needs to judge a number; takes no measurement.
-"""
+"""The machine and the versions that a measurement was taken with."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Running a session over a folder of images.
-
-Owns the loop that decodes while the engine runs and keeps only outputs, so memory stays bounded
-whatever the size of the folder.
-"""
+"""Running a session over a folder of images."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""How faithful outputs are to a reference, and how accurate.
-
-Owns the metrics; where outputs come from is `evaluation`'s business.
-"""
+"""How faithful outputs are to a reference, and how accurate."""
 
 from __future__ import annotations
 

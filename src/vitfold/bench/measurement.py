@@ -1,7 +1,7 @@
 """Raw timings and what is derived from them.
 
-Owns the statistics: a measurement keeps every sample, trial by trial, so that anybody can derive
-others. Takes no time itself; see `timing`.
+The statistics: a measurement keeps every sample, trial by trial, so that anybody can derive others. Takes no time
+itself; see `timing`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The process that runs NVIDIA ModelOpt: a plain ONNX file in, its Q/DQ graph out.
 
-ModelOpt needs other versions of ONNX packages than vitfold, so `peers` starts this file by its path in an environment
-that has ModelOpt and no vitfold. Its one argument is a JSON object, its result another one in the file that the first
-names.
+ModelOpt needs other versions of ONNX packages than vitfold, so `peers` starts this file by its path in an
+environment that has ModelOpt and no vitfold. Its one argument is a JSON object, its result another one in the file
+that the first names.
 """
 
 from __future__ import annotations

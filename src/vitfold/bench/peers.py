@@ -1,7 +1,4 @@
-"""What a user would run instead: the original in torch, its plain ONNX export, and other tools' INT8 of that export.
-
-Owns how each peer is set up at its best settings. Timing them is `bench`'s business.
-"""
+"""What a user would run instead: the original in torch, its plain ONNX export, and other tools' INT8 of that export."""
 
 from __future__ import annotations
 

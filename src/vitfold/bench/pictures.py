@@ -1,7 +1,4 @@
-"""How like two sets of generated images are.
-
-Owns the metrics. Which images are compared is the caller's choice.
-"""
+"""How like two sets of generated images are."""
 
 from __future__ import annotations
 

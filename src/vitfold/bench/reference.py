@@ -1,7 +1,7 @@
 """The unfolded model's outputs, computed once and kept.
 
-Owns where they come from: the cache, a bundle that the user names, or the loaded model itself, run
-without any fold that costs accuracy.
+Where they come from: the cache, a bundle that the user names, or the loaded model itself, run without any fold that
+costs accuracy.
 """
 
 from __future__ import annotations

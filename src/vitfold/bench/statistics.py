@@ -1,7 +1,6 @@
 """What a difference measured on the same images, or in the same trials, is worth.
 
-Owns the intervals and tests of paired data, and which images a resample takes. The data are `fidelity`'s,
-`measurement`'s and `pictures`'.
+The data are `fidelity`'s, `measurement`'s and `pictures`'.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""The one timing loop: every subject of a comparison goes through it, interleaved.
-
-Owns when the clock starts and stops. What runs is the caller's closure; what the numbers mean is
-`measurement`'s business.
-"""
+"""The one timing loop: every subject of a comparison goes through it, interleaved."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Zero-shot classification: image embeddings against one text embedding per class.
 
-Owns the file form of text embeddings and the product. Which texts, and what embeds them: `sources.text_towers`.
+Which texts, and what embeds them: `sources.text_towers`.
 """
 
 from __future__ import annotations

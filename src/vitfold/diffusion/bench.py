@@ -1,7 +1,4 @@
-"""Bundles of steps side by side: each by its own plan, every step in full, and plainly fewer steps.
-
-How they are timed and judged is `compare`'s.
-"""
+"""Bundles of steps side by side: each by its own plan, every step in full, and plainly fewer steps."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Samples of a Diffusion Transformer by several methods at equal seeds: what they take and how like they are.
 
-Owns the comparison: the unaccelerated sampler, the method asked for, and plainly fewer steps, timed in turn.
+The comparison: the unaccelerated sampler, the method asked for, and plainly fewer steps, timed in turn.
 """
 
 from __future__ import annotations

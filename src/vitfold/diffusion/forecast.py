@@ -1,7 +1,6 @@
 """What a tensor will be at a step, from what it was at earlier ones: weights of a sum.
 
-Owns the extrapolations. Each is linear in the tensors, so its weights depend on positions alone and the sum is one part
-of a graph.
+Every forecast is linear in the tensors, so its weights depend on positions alone and the sum is one part of a graph.
 """
 
 from __future__ import annotations

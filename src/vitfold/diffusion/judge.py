@@ -1,7 +1,6 @@
 """What a vision transformer of the user's choice says about generated images: features and classes.
 
-Owns the way from pixels in [0, 1] to its pooled features. What a distance of features is worth depends on that model:
-none of these is an Inception FID.
+What a distance of features is worth depends on that model: none of these is an Inception FID.
 """
 
 from __future__ import annotations

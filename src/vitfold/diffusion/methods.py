@@ -1,6 +1,6 @@
 """Methods of step reuse as values, and the words by which users name them.
 
-Owns which steps are computed in full, what is kept of them, and how the others are filled in. Runs no model.
+Runs no model.
 """
 
 from __future__ import annotations

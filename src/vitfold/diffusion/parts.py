@@ -1,7 +1,6 @@
 """A denoising step cut into parts, each a program with named inputs and outputs, so that steps can share results.
 
-Owns what every part computes and what it hands on: predictions, and the few tensors that caches hold. When which part
-runs is a plan's choice, where it runs an executor's.
+What every part computes and what it hands on: predictions, and the few tensors that caches hold.
 """
 
 from __future__ import annotations

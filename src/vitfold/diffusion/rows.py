@@ -1,6 +1,6 @@
 """Measured candidates of a search for steps as lines of a journal, so that an interrupted search goes on.
 
-Owns the form of a line. The pixels that a candidate drew are not kept: what was measured of them is.
+The pixels that a candidate drew are not kept: what was measured of them is.
 """
 
 from __future__ import annotations

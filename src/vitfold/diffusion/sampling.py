@@ -1,7 +1,7 @@
 """The sampling loop: which part of a model runs at which step, with classifier-free guidance in one batch.
 
-Seeds, guidance and the order of parts. Caches live with the session under names; the loop says which name a part reads
-and writes, so they are never copied.
+Seeds, guidance and the order of parts. Caches live with the session under names; the loop says which name a part
+reads and writes, so they are never copied.
 """
 
 from __future__ import annotations

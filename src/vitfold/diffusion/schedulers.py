@@ -1,7 +1,4 @@
-"""Diffusers' schedulers: how a prediction takes a sample from one noise level to the next.
-
-Owns which of them a user can ask for and how the model's own noise schedule configures them.
-"""
+"""Diffusers' schedulers: how a prediction takes a sample from one noise level to the next."""
 
 # mypy: disable-error-code="no-untyped-call,attr-defined"
 # (diffusers is typed in part)

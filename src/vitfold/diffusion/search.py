@@ -1,7 +1,4 @@
-"""The fastest way to draw that is still near enough, found by measuring.
-
-Owns the candidates, what admits one, and that the winner is measured again on seeds that chose nothing.
-"""
+"""The fastest way to draw that is still near enough, found by measuring."""
 
 from __future__ import annotations
 

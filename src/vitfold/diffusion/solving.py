@@ -1,7 +1,4 @@
-"""Which steps are computed in full, solved for one trajectory of the model instead of spread evenly.
-
-Owns the trajectory's record, what an error at a step weighs, and the dynamic program over pairs of full steps.
-"""
+"""Which steps are computed in full, solved for one trajectory of the model instead of spread evenly."""
 
 from __future__ import annotations
 

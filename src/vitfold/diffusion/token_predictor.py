@@ -1,7 +1,6 @@
 """TokenCache's predictor: trained on trajectories of the frozen model, and how many tokens each block renews.
 
-Owns training data, loss and budget. The model's weights never change; an article on the method calls it free of
-training, the paper trains this part.
+The model's weights never change; an article on the method calls it free of training, the paper trains this part.
 """
 
 from __future__ import annotations

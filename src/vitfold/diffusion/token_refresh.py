@@ -1,8 +1,4 @@
-"""What a block adds to each token, renewed for some of them: the token operations of TokenCache.
-
-Owns the predictor's forward pass and what its scores do. How it is trained and how many tokens each block renews is
-decided elsewhere.
-"""
+"""What a block adds to each token, renewed for some of them: the token operations of TokenCache."""
 
 from __future__ import annotations
 

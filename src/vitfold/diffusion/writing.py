@@ -1,7 +1,4 @@
-"""From a Diffusion Transformer and a plan to a verified bundle of steps.
-
-Owns what is written and how it is checked; which plan is worth writing is `step_search`'s business.
-"""
+"""From a Diffusion Transformer and a plan to a verified bundle of steps."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """One NVIDIA GPU through the CUDA runtime: its name, a stream, buffers in pairs, captured graphs.
 
-Owns every call of cuda.bindings and the check of its result. What runs on the stream is the engine's business.
-
 Source: CUDA Runtime API; "CUDA Graphs" in the CUDA C++ Programming Guide.
 """
 

@@ -1,8 +1,8 @@
 """The outside of an ONNX file, read before a runtime is.
 
-Owns what every graph of vitfold has in common: one well-formed graph of plain nodes, weights of the size that their
-shapes say, in this file or in one beside it. Runtimes are written for graphs that somebody means well by, and on others
-they may end the process.
+What every graph of vitfold has in common: one well-formed graph of plain nodes, weights of the size that their
+shapes say, in this file or in one beside it. Runtimes are written for graphs that somebody means well by, and on
+others they may end the process.
 
 Source: ONNX, onnx/onnx.proto, and the encoding of protocol buffers.
 """

@@ -1,7 +1,7 @@
 """ONNX Runtime on the CPU.
 
-The session options are each chosen by measurement (docs/architecture.md); the runtime's errors become ones that name
-the cure.
+The session options are each chosen by measurement (docs/architecture.md); the runtime's errors become ones that
+name the cure.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """TensorRT 10 and 11 on an NVIDIA GPU.
 
 How a graph becomes an engine (strongly typed: every precision stands in the graph), which batches an engine covers,
-what is kept on disk between runs; TensorRT's failures become errors that name the cure. TensorRT never calibrates: a
-graph that is not quantized stays in its own types. Memory, stream and graphs are `cuda`'s business.
+what is kept on disk between runs; TensorRT's failures become errors that name the cure. TensorRT never calibrates:
+a graph that is not quantized stays in its own types.
 
 Source: TensorRT Developer Guide, "Strongly Typed Networks", "Working with Dynamic Shapes", "CUDA Graphs".
 """

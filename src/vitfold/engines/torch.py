@@ -1,6 +1,7 @@
 """PyTorch on the CPU: functions of tensors as a session.
 
-The reference executor of a model's parts, the simulation, and the peer that most users run today, eager or compiled.
+The reference executor of a model's parts, the simulation, and the peer that most users run today, eager or
+compiled.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The architecture of a Diffusion Transformer as data, and such a model as a value.
 
-Owns the features that the program `architectures.dit` can run, the names and shapes of its parameters, and
-the tables that are computed and not learned: positions and the waves of a timestep. Knows no zoo, no sampler.
+The features that the program `architectures.dit` can run, the names and shapes of its parameters, and the tables
+that are computed and not learned: positions and the waves of a timestep.
 """
 
 from __future__ import annotations

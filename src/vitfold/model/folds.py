@@ -1,7 +1,6 @@
 """Exact folds: model -> model rewrites that leave the function unchanged.
 
-Owns rewrites of parameters only. Each has an identity test. Lossy folds are not here: they are
-chosen by a recipe.
+Each fold has an identity test. Lossy folds are not here: they are chosen by a recipe.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""A model as a value: spec, parameters, preprocessing, labels, origin.
-
-Owns the invariants that hold between a spec and its parameters, and the digest of both. Knows no
-zoo, no runtime and no torch: parameters are NumPy arrays.
-"""
+"""A model as a value: spec, parameters, preprocessing, labels, origin."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Preprocessing as data, and its execution with Pillow and NumPy.
 
-Owns what happens between a decoded image and the model's input, exactly as the source library does
-it, without torch. Reading files is `images`' job.
+Reading files is `images`' job.
 """
 
 from __future__ import annotations

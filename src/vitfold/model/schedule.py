@@ -1,6 +1,6 @@
 """Which noise schedules are followed: what a folder's scheduler says, and the sampler that it stands for.
 
-Owns the names of diffusers' scheduler classes that can be followed or replaced. Builds no scheduler.
+Builds no scheduler.
 """
 
 from __future__ import annotations

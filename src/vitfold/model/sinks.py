@@ -1,7 +1,6 @@
 """What a model does about its sink tokens, as data beside the architecture.
 
-Owns the value and its invariants. What each field makes of the forward pass stands in `programs`; how good
-values are found is `registers`' business. A sink is a token of enormous norm that others attend to.
+A sink is a token of enormous norm that others attend to.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""The architecture of a plain Vision Transformer as data.
-
-Owns the features that the program `architectures.vit` can run and the names and shapes of the parameters
-that it reads. Knows no model zoo: sources translate into this.
-"""
+"""The architecture of a plain Vision Transformer as data."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Calibration as a step of the pipeline: which images, by which method, and what the bundle says about it.
-
-Owns the choice of images and the record that `repeat` reads. Ranges and weights are `quant`'s business, remedies
-against sinks, which come first, that of `registers`.
-"""
+"""Calibration as a step of the pipeline: which images, by which method, and what the bundle says about it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a plan will come to, said before the minutes that it takes.
-
-Owns when a choice is refused as it cannot mean what it says, and when it is carried out with a remark.
-"""
+"""What a plan will come to, said before the minutes that it takes."""
 
 from __future__ import annotations
 

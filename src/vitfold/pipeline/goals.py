@@ -1,7 +1,4 @@
-"""What a search is for: the least latency within a drop, or the least drop within a latency.
-
-Owns where on a frontier of schedules each begins and goes on. Measuring is `search`'s.
-"""
+"""What a search is for: the least latency within a drop, or the least drop within a latency."""
 
 from __future__ import annotations
 

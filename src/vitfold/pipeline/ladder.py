@@ -1,7 +1,6 @@
 """Accuracy of methods at several bit widths over several calibration seeds.
 
-Owns the cells of that table and their order. Rows are handed out one by one, so that the caller can keep
-them and an interrupted ladder goes on where it stopped.
+Rows are handed out one by one, so that the caller can keep them and an interrupted ladder goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The latency table of a plan on this machine.
 
-Owns timing the schedules that `schedule.table` asks for, and what schedules for a machine may look like. Nothing here
-depends on values: quantizers of any calibration do, and no fidelity is claimed.
+Nothing here depends on values: quantizers of any calibration do, and no fidelity is claimed.
 """
 
 from __future__ import annotations

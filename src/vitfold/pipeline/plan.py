@@ -1,8 +1,4 @@
-"""What is to be done to a model: its recipe resolved for the model and the target.
-
-Owns the resolution of every choice before anything slow starts. Calibrating is `calibration`'s
-business, writing `writing`'s.
-"""
+"""What is to be done to a model: its recipe resolved for the model and the target."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Whether the quantized bundle is faster than the float one on this machine, and which engine is.
-
-Owns those races and the reason that is given when quantization loses.
-"""
+"""Whether the quantized bundle is faster than the float one on this machine, and which engine is."""
 
 from __future__ import annotations
 

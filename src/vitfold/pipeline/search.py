@@ -1,7 +1,7 @@
 """The fastest recipe that loses at most so much, or the most accurate that takes at most so long, by measurement.
 
-Owns the order in which recipes are tried. Frontiers of schedules come from measured latency tables and measured
-distortions; what is believed of a recipe is its row: a bundle that ran over images and was timed beside the float one.
+Frontiers of schedules come from measured latency tables and measured distortions; what is believed of a recipe is
+its row: a bundle that ran over images and was timed beside the float one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A schedule by what it costs on a GPU and what it does to the output on images.
-
-Owns the model of a GPU's time for a schedule, and the measuring of distortion. The search is `schedule.solve`'s.
-"""
+"""A schedule by what it costs on a GPU and what it does to the output on images."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Bundles and peers made ready to be timed against each other.
-
-Owns opening them, their fidelity on the same images, their names in the table and their release.
-"""
+"""Bundles and peers made ready to be timed against each other."""
 
 from __future__ import annotations
 

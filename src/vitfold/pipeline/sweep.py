@@ -1,7 +1,6 @@
 """Many recipes of one model, a row each, in a folder that an interrupted sweep goes on in.
 
-Owns the folder: `sweep.json` says what is swept over, `rows.jsonl` holds the rows, bundles lie beside. What a row holds
-is `attempt`'s.
+The folder: `sweep.json` says what is swept over, `rows.jsonl` holds the rows, bundles lie beside.
 """
 
 from __future__ import annotations

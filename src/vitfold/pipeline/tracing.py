@@ -1,7 +1,4 @@
-"""Which original tokens each row holds, block by block: what pictures of merged tokens are drawn from.
-
-Owns the run of the reference interpreter with the source matrix kept. Drawing is `report`'s business.
-"""
+"""Which original tokens each row holds, block by block: what pictures of merged tokens are drawn from."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Plans run for a moment, to be timed side by side before any bundle is written.
-
-Owns graphs in temporary folders and the random images that they are timed on. What is done with the times is the
-caller's business.
-"""
+"""Plans run for a moment, to be timed side by side before any bundle is written."""
 
 from __future__ import annotations
 

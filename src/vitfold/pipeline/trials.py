@@ -1,6 +1,6 @@
 """One recipe made into a bundle, run over images and timed beside the float model: a row of a sweep or a search.
 
-Owns what such a row holds. Which recipes are tried, and in which order, is `sweep`'s and `search`'s.
+Which recipes are tried, and in which order, is `sweep`'s and `search`'s.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Whether what was written computes what the reference interpreter does, in its engine and its precision.
 
-Owns the bounds: a float graph equals the reference; a rounded one may differ from the simulation of its rounding by no
-more than a few times what that rounding costs, for one code that falls on the other side spreads over all that follow.
+The bounds: a float graph equals the reference; a rounded one may differ from the simulation of its rounding by no
+more than a few times what that rounding costs, for one code that falls on the other side spreads over all that
+follow.
 """
 
 from __future__ import annotations

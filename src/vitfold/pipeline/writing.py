@@ -1,7 +1,4 @@
-"""From a planned and calibrated model to a verified bundle: emit, verify, compare, write.
-
-Owns the order of the steps. How near an engine has to come to the reference is `verifying`'s business.
-"""
+"""From a planned and calibrated model to a verified bundle: emit, verify, compare, write."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What limits a profiled bundle, in sentences with numbers.
 
-Owns the arguments: the largest kind, what is left in float, what conversions cost, what merging costs and saves.
+The arguments: the largest kind, what is left in float, what conversions cost, what merging costs and saves.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""What this machine reaches at best: products in float and in integers, and copies.
-
-Owns the probes' graphs and sizes. They run in the engine that is profiled, in turn with each other; which of the
-model's work compares with which ceiling is `joining`'s business.
-"""
+"""What this machine reaches at best: products in float and in integers, and copies."""
 
 from __future__ import annotations
 

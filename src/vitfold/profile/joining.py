@@ -1,6 +1,6 @@
 """An engine's profile joined to the model's sites and work.
 
-Owns how times, MACs and bytes meet per block and per kind. What is not joined is counted, never dropped.
+What is not joined is counted, never dropped.
 """
 
 from __future__ import annotations

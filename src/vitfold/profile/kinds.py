@@ -1,7 +1,4 @@
-"""Which kind of operation a node is, and which part of the model it belongs to: one table.
-
-Owns the kinds and the rules. Times and work are `joining`'s business.
-"""
+"""Which kind of operation a node is, and which part of the model it belongs to: one table."""
 
 from __future__ import annotations
 

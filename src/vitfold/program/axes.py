@@ -1,7 +1,8 @@
 """Which axes of a program's values are one and the same: where tokens are in each of them.
 
-Every operation says which axes of its operands are axes of its result. Axes that are one form a class; the class of the
-keys of attention is the token axis. Cutting a range of it out gives a class of its own, whose rows are known, too.
+Every operation says which axes of its operands are axes of its result. Axes that are one form a class; the class of
+the keys of attention is the token axis. Cutting a range of it out gives a class of its own, whose rows are known,
+too.
 """
 
 from __future__ import annotations

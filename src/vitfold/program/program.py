@@ -1,7 +1,4 @@
-"""A program as plain data: nodes in static single assignment over the operations of `ops.protocol`.
-
-How a program comes about is `trace`'s business, what is asked of it `queries`', how it changes `transforms`'.
-"""
+"""A program as plain data: nodes in static single assignment over the operations of `ops.protocol`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """From a written program to a value, and from the value to any interpreter.
 
-A written program runs once under `Recorder`, which is the interpreter that keeps what is asked of it; shapes come from
-`ops.count`. Replaying asks another interpreter for the same, in the same order.
+A written program runs once under `Recorder`, which is the interpreter that keeps what is asked of it; shapes come
+from `ops.count`. Replaying asks another interpreter for the same, in the same order.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The least value that an activation function takes.
 
-Owns nothing but that number: the end of the negative range of a twin quantizer.
+Nothing but that number: the end of the negative range of a twin quantizer.
 """
 
 from __future__ import annotations

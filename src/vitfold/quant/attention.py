@@ -1,6 +1,6 @@
 """The search of one attention: ranges of q, k, v and of the softmax's output.
 
-Owns the order: q and k by the error of the logits, then the softmax and v by that of the output.
+The order: q and k by the error of the logits, then the softmax and v by that of the output.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From a float model and calibration images to a model on its grid and the quantizers of its sites.
 
-Owns the order of the steps of a method: collect, fold, search, round. Each step is a module beside
-this one; a method says which of them it uses.
+The order of the steps of a method: collect, fold, search, round. Each step is a module beside this one; a method
+says which of them it uses.
 """
 
 from __future__ import annotations

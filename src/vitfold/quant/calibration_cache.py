@@ -1,7 +1,6 @@
 """Found quantizers, kept so that an interrupted calibration resumes where it stopped.
 
-Owns the key: everything that a search looks at, and the code that looks. Where files lie is `cache`'s
-business.
+The key: everything that a search looks at, and the code that looks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Calibration data: a bounded sample of what every site sees, collected in one pass.
 
-Owns what is kept: rows of each linear layer's input, exact ranges per channel, the gradient of the
-loss at the same rows of its output, and a few images' attention operands. Memory does not grow with
-the number of images. What is made of the samples is `calibrate`'s business.
+What is kept: rows of each linear layer's input, exact ranges per channel, the gradient of the loss at the same rows
+of its output, and a few images' attention operands. Memory does not grow with the number of images.
 """
 
 from __future__ import annotations

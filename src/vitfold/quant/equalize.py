@@ -1,8 +1,7 @@
 """Exact folds that make one range fit all channels.
 
-Owns the algebra: a layer's input is replaced by (x - shift) / scale per channel, where the producer (a
-LayerNorm, or the V rows of qkv) takes the change for nothing, and the consumer undoes it in its weight
-and bias. Which shift and scale are best is `calibrate`'s choice.
+The algebra: a layer's input is replaced by (x - shift) / scale per channel, where the producer (a LayerNorm, or the
+V rows of qkv) takes the change for nothing, and the consumer undoes it in its weight and bias.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The search of 8-bit floats: one scale per tensor, one per output channel of a weight.
 
-Owns which scales are tried. The format keeps a relative precision over 15 powers of two, so a scale only decides where
-it saturates, where it becomes subnormal, and how the mantissa's grid lies.
+The format keeps a relative precision over 15 powers of two, so a scale only decides where it saturates, where it
+becomes subnormal, and how the mantissa's grid lies.
 """
 
 from __future__ import annotations

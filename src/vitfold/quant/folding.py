@@ -1,7 +1,6 @@
 """Choosing the exact folds of a method: how far to equalize the channels that a LayerNorm or V feeds.
 
-Owns the choice of shift and scale; the algebra is `equalize`'s. Samples go through the same change, so
-nothing is collected twice.
+Samples go through the same change, so nothing is collected twice.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The search of one linear layer: ranges of its input and of its weight, by the method's metric.
 
-Owns the alternation between both. Grids and quantizers come from `ranges`.
+Grids and quantizers come from `ranges`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Quantization methods as recipes of parts: a table, not code.
 
-Owns which parts each published method consists of and where this differs from its released code. The
-parts themselves are `ranges`, `equalize`, `noise` and `rounding`.
+The parts themselves are `ranges`, `equalize`, `noise` and `rounding`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Second moments of every layer's input, exact and rounded, and the weights that fit them best.
-
-Owns a second pass over the calibration images, in which only sums are kept.
-"""
+"""Second moments of every layer's input, exact and rounded, and the weights that fit them best."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The search of a layer's raw output: what it is rounded to before scale and bias, where that spares traffic.
 
-Owns the range. On GPUs the product of a wide layer is written once and read once, and half as many bytes of it count.
+On GPUs the product of a wide layer is written once and read once, and half as many bytes of it count.
 
 Source: plans of TensorRT for RTX, in which Q/DQ right behind a MatMul makes its output 8 bit.
 """

@@ -1,8 +1,4 @@
-"""Range search: from samples of a site to the quantizer that loses least.
-
-Owns the grids and the metrics. Which metric a method uses is `methods`' choice; where samples come
-from is `collect`'s.
-"""
+"""Range search: from samples of a site to the quantizer that loses least."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Weights onto their grid, with the error of earlier columns and of the activations compensated.
-
-Owns the closed-form corrections; both need only second moments of the layer's input.
-"""
+"""Weights onto their grid, with the error of earlier columns and of the activations compensated."""
 
 from __future__ import annotations
 

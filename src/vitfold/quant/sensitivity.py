@@ -1,7 +1,4 @@
-"""What each quantized site costs alone: the order in which to put sites back to float.
-
-Owns the measurement, one site at a time against the float model on the same images.
-"""
+"""What each quantized site costs alone: the order in which to put sites back to float."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Candidates for a register: the tokens of largest norm over a pool of images, with their keys and values.
-
-Owns one streamed pass of the float model; memory does not grow with the pool. Which candidate becomes a register is
-the recipe's choice.
-"""
+"""Candidates for a register: the tokens of largest norm over a pool of images, with their keys and values."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A resolved recipe and images in, a model that does something about its sinks out.
 
-Owns the rewriting of spec and parameters: data only, so that every interpreter, calibration and target that takes a
+The rewriting of spec and parameters: data only, so that every interpreter, calibration and target that takes a
 model takes this one.
 """
 

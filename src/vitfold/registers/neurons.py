@@ -1,7 +1,4 @@
-"""Register neurons: hidden units of early and middle MLPs whose activations make the sinks.
-
-Owns how they are found on images; moving their activations is `programs.sinks`' business.
-"""
+"""Register neurons: hidden units of early and middle MLPs whose activations make the sinks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Where a model's outliers are: token norms per block over a folder of images.
-
-Owns one streamed pass of the float model and what is kept of it.
-"""
+"""Where a model's outliers are: token norms per block over a folder of images."""
 
 from __future__ import annotations
 

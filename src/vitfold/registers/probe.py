@@ -1,7 +1,6 @@
 """How a model with a remedy fares under plain quantization, measured quickly on a few images.
 
-Owns the float model's and the quantized model's tokens in front of every block, so that a remedy in block l costs only
-the blocks from l on. Ranges are those observed, per tensor: the plainest quantizer, which outliers hurt most.
+Ranges are those observed, per tensor: the plainest quantizer, which outliers hurt most.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Remedies against sinks as a table, and which of their settings are worth measuring: rows, not code.
 
-The rows stand in the order of what they cost at run time, the cheapest first; of two that help alike, the first wins.
-
-Owns the names, their sources and their grids. What a remedy makes of a model is `fold`'s business, which one helps a
-model is measured by `search`.
+The rows stand in the order of what they cost at run time, the cheapest first; of two that help alike, the first
+wins.
 """
 
 from __future__ import annotations

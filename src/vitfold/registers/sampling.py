@@ -1,6 +1,6 @@
 """How many images a search for remedies takes, so that it answers within minutes on this machine.
 
-Owns the estimate of its cost. The answer is kept: an interrupted search goes on with the same images.
+The answer is kept: an interrupted search goes on with the same images.
 """
 
 from __future__ import annotations

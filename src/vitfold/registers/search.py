@@ -1,6 +1,5 @@
 """Which remedy helps a model: every one measured under the same plain quantization, the best confirmed by the method.
 
-Owns the order of measurements and what is kept of them, so that an interrupted search goes on where it stopped.
 Labels are not needed; where class folders give some, a remedy whose top-1 is lower beyond chance is out.
 """
 

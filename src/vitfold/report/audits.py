@@ -1,7 +1,4 @@
-"""Tables of audits, from their JSON documents: kernels by block, by kind, and modelled time.
-
-Owns columns, units and rounding.
-"""
+"""Tables of audits, from their JSON documents: kernels by block, by kind, and modelled time."""
 
 from __future__ import annotations
 

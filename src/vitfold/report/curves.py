@@ -1,7 +1,4 @@
-"""The plots of ways to sample: quality against time per image, beside plainly fewer steps.
-
-Owns what each plot shows and its hover texts.
-"""
+"""The plots of ways to sample: quality against time per image, beside plainly fewer steps."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 """Tables inside Markdown documents, generated from the JSON files in results/.
 
-Owns the markers, each ended by its closing twin: `<!-- table: FILE.json SCOPE -->`,
-`<!-- accuracy: PATTERN -->`, `<!-- ladder: FILE.json -->`, `<!-- audit: FILE.json -->`,
-`<!-- forecast: FILE.json -->`, `<!-- outliers: FILE.json -->`, `<!-- sweep: FILE.json -->` and
-`<!-- diffusion: FILE.json [likeness] -->` (likeness: without distances, which need more images).
-`python -m vitfold.report.document README.md` fills them in; a test compares.
+The markers, each ended by its closing twin: `<!-- table: FILE.json SCOPE -->`, `<!-- accuracy: PATTERN -->`, `<!--
+ladder: FILE.json -->`, `<!-- audit: FILE.json -->`, `<!-- forecast: FILE.json -->`, `<!-- outliers: FILE.json -->`,
+`<!-- sweep: FILE.json -->` and `<!-- diffusion: FILE.json [likeness] -->` (likeness: without distances, which need
+more images). `python -m vitfold.report.document README.md` fills them in; a test compares.
 """
 
 from __future__ import annotations

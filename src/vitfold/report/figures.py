@@ -1,7 +1,4 @@
-"""The plots of the page, made with plotly; colours of text and lines are the page's, which knows light from dark.
-
-Owns what each plot shows and its hover texts.
-"""
+"""The plots of the page, made with plotly; colours of text and lines are the page's, which knows light from dark."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a page says first: per comparison that was measured, what is fastest at next to no loss.
-
-Owns the bounds and the words.
-"""
+"""What a page says first: per comparison that was measured, what is fastest at next to no loss."""
 
 from __future__ import annotations
 

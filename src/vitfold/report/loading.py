@@ -1,7 +1,4 @@
-"""The JSON documents of a folder, each recognized by what it holds.
-
-Owns which commands' documents a report shows, and the errors of a folder that it cannot show.
-"""
+"""The JSON documents of a folder, each recognized by what it holds."""
 
 from __future__ import annotations
 

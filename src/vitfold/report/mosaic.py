@@ -1,6 +1,6 @@
 """Pictures of merged tokens: every merged group in the mean colour of its patches, with a border.
 
-Owns the drawing. Which patches are merged comes in as arrays.
+Which patches are merged comes in as arrays.
 """
 
 from __future__ import annotations

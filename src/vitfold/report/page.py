@@ -1,7 +1,6 @@
 """One self-contained HTML page from the documents of a folder.
 
-Owns the assembly; needs the extra `report`. Nothing is loaded from a network: plotly's script, compressed, and all
-pictures lie within the page.
+Nothing is loaded from a network: plotly's script, compressed, and all pictures lie within the page.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The kernels of one block as a picture: what runs in which order, in which type, and how many bytes each moves.
-
-Owns its layout and colours; SVG that reads on light and dark pages alike.
-"""
+"""The kernels of one block as a picture: what runs in which order, in which type, and how many bytes each moves."""
 
 from __future__ import annotations
 

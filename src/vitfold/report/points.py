@@ -1,7 +1,4 @@
-"""Recipes as points: accuracy, speed and size of one row of a sweep or of a bench, in one form.
-
-Owns the two translations, and which points nothing else beats.
-"""
+"""Recipes as points: accuracy, speed and size of one row of a sweep or of a bench, in one form."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Tables of `vitfold profile`, from its JSON.
-
-Owns columns, units and rounding.
-"""
+"""Tables of `vitfold profile`, from its JSON."""
 
 from __future__ import annotations
 

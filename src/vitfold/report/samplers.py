@@ -1,7 +1,4 @@
-"""Ways to sample as points: time, likeness and distance of a row of `diffuse`, of bundles of steps or a search.
-
-Owns the translation, and which way is the unaccelerated one, which the plain alternative, which was chosen.
-"""
+"""Ways to sample as points: time, likeness and distance of a row of `diffuse`, of bundles of steps or a search."""
 
 from __future__ import annotations
 

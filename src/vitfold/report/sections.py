@@ -1,7 +1,4 @@
-"""The sections of the page: per document its words, its plots and its table.
-
-Owns their order and their text.
-"""
+"""The sections of the page: per document its words, its plots and its table."""
 
 from __future__ import annotations
 

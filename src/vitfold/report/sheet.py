@@ -1,6 +1,6 @@
 """Generated images as files, and side by side on a contact sheet.
 
-Owns pixels and file names, and a sheet's size within a page. What was drawn, and how fast, stands in the table.
+What was drawn, and how fast, stands in the table.
 """
 
 from __future__ import annotations

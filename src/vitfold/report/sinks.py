@@ -1,6 +1,6 @@
 """What `vitfold outliers` found, shown: norms, remedies, advice in words, sinks on the photos.
 
-Owns wording, columns and the picture. Everything shown was measured elsewhere.
+Everything shown was measured elsewhere.
 """
 
 from __future__ import annotations

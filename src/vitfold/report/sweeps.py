@@ -1,7 +1,4 @@
-"""A sweep's folder as a page shows it: what it swept over, and its rows.
-
-Owns what a row must hold to be shown. How rows lie in a file is `journal`'s business.
-"""
+"""A sweep's folder as a page shows it: what it swept over, and its rows."""
 
 from __future__ import annotations
 

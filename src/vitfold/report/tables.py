@@ -1,7 +1,6 @@
 """Tables for the terminal and for Markdown, from the JSON rows of `bench` and `demo`.
 
-Owns columns, units and rounding. Every row shows a speed with its fidelity, or says that none was
-measured.
+Every row shows a speed with its fidelity, or says that none was measured.
 """
 
 from __future__ import annotations

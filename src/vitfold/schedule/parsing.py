@@ -1,7 +1,4 @@
-"""The words of a schedule: none, a constant, a list, or a constant with an inflection.
-
-Owns parsing, clamping and the short form for tables and logs.
-"""
+"""The words of a schedule: none, a constant, a list, or a constant with an inflection."""
 
 from __future__ import annotations
 

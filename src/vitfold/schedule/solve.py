@@ -1,6 +1,6 @@
 """Schedules for processors where every merge costs kernels: few and large where that wins.
 
-Owns the search. What a block costs and what a schedule distorts are handed in.
+What a block costs and what a schedule distorts are handed in.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What a block takes at every length, from a few measured schedules of the whole model.
 
-Owns which schedules to time and the fit. Timing them is the caller's business; the search that uses the table is
-`solve`'s. Whole models are timed, not blocks on their own, because a block alone finds its weights in the cache.
+Whole models are timed, not blocks on their own, because a block alone finds its weights in the cache.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """The texts of a Triton model repository: its configuration, its README and its client.
 
-Owns their wording and form; what stands in them is `triton`'s business.
-
 Source: Triton Inference Server, docs/user_guide/model_configuration.md and model_config.proto.
 """
 

@@ -1,7 +1,6 @@
 """Diffusion Transformers of diffusers: `DiTTransformer2DModel`, alone or within a pipeline's folder.
 
-Owns diffusers' names of weights and files. Differs from DiT's own repository: every block embeds timestep and class
-itself.
+Differs from DiT's own repository: every block embeds timestep and class itself.
 """
 
 # mypy: disable-error-code="no-untyped-call,attr-defined"

@@ -1,8 +1,4 @@
-"""From a source string to a checked `DiTModel`: which file is read by whom.
-
-Owns the forms of a Diffusion Transformer's source. The names of weights are `diffusers`' and `facebook`'s business
-here beside.
-"""
+"""From a source string to a checked `DiTModel`: which file is read by whom."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Diffusion Transformers as state dicts with the names of DiT's own repository (facebookresearch/DiT).
 
-Owns those names. What a state dict does not tell: the noise schedule, which is the one of that repository, and the
-number of heads, which follows from the width of the published models.
+What a state dict does not tell: the noise schedule, which is the one of that repository, and the number of heads,
+which follows from the width of the published models.
 """
 
 from __future__ import annotations

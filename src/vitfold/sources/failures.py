@@ -1,6 +1,6 @@
 """What a zoo's loader said when it failed, in words that name the cure.
 
-Owns which failures are the network's. A check of the connection helps with nothing else.
+A check of the connection helps with nothing else.
 """
 
 from __future__ import annotations

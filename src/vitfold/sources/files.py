@@ -1,7 +1,6 @@
 """Weights in a safetensors file, with the name of the timm architecture that they belong to.
 
-Owns the checks of the file and its sidecar FILE.json (arch, num_classes, image_size, labels,
-preprocess, problem). The architecture is built and translated by `timm`.
+The architecture is built and translated by `timm`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Which zoo a folder or repository belongs to, and which class of transformers it is meant for.
-
-Owns what `hf:NAME` means where NAME is timm's, and configurations that name no architecture.
-"""
+"""Which zoo a folder or repository belongs to, and which class of transformers it is meant for."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """From a source string, or a torch module in memory, to a checked `Model`.
 
-Owns the dispatch over zoos, the origin, and that every load ends in a parity check. Torch and the
-zoos are imported on the first call, not with this module.
+Torch and the zoos are imported on the first call, not with this module.
 """
 
 from __future__ import annotations

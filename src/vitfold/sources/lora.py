@@ -1,6 +1,6 @@
 """LoRA adapters of the package peft, merged into the module that they belong to.
 
-Owns what an adapter's two files mean: adapter_config.json and adapter_model.safetensors. Whatever of them is not merged
+What an adapter's two files mean: adapter_config.json and adapter_model.safetensors. Whatever of them is not merged
 exactly is refused, with the way to let peft merge it. Needs no peft.
 """
 

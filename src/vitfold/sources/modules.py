@@ -1,7 +1,4 @@
-"""Modules in memory: which file here reads one, and what wrappers leave of it.
-
-Owns the classes that are read, and which wrappers and subclasses compute exactly what is within.
-"""
+"""Modules in memory: which file here reads one, and what wrappers leave of it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Image towers of the package open_clip.
 
-Owns the translation of its VisionTransformer, and of timm towers with a linear projection, which
-`timm` reads. Text towers are left out.
+Text towers are left out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Loading again what a bundle was made from.
-
-Owns the way back from a manifest's `origin` to the model.
-"""
+"""Loading again what a bundle was made from."""
 
 from __future__ import annotations
 

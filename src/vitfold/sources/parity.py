@@ -1,6 +1,6 @@
 """Comparison of the original module with the program that was read from it.
 
-Owns the tolerance and the message that says where the two part. Loads and translates nothing.
+Loads and translates nothing.
 """
 
 from __future__ import annotations

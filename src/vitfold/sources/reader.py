@@ -1,7 +1,7 @@
 """Reading a zoo's torch module into parameters, each exactly once.
 
-Owns the bookkeeping that makes a translation trustworthy: only classes that vitfold knows, every
-parameter used once, one LayerNorm epsilon, and shared memory where possible. Knows no zoo's layout.
+The bookkeeping that makes a translation trustworthy: only classes that vitfold knows, every parameter used once,
+one LayerNorm epsilon, and shared memory where possible.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Names in a state dict: what trainers put before them, and the names of other repositories.
 
-Owns which of them are the same weights under another name. What is not exactly that is refused with the cure.
+What is not exactly that is refused with the cure.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Text embeddings of class names, by the text tower beside an image tower; computed once and kept.
-
-Owns the two zoos that have such towers, open_clip and transformers, and prompt ensembles. A tower's tokenizer is its
-own business.
-"""
+"""Text embeddings of class names, by the text tower beside an image tower; computed once and kept."""
 
 from __future__ import annotations
 

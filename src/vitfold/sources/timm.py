@@ -1,7 +1,6 @@
 """Vision Transformers of the package timm.
 
-Owns the translation of its VisionTransformer and VisionTransformerDistilled, and what its
-configurations say about preprocessing and labels. Files of timm weights are read by `files`.
+Files of timm weights are read by `files`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Vision Transformers of the package torchvision.
-
-Owns the translation of its VisionTransformer and of its weights' presets.
-"""
+"""Vision Transformers of the package torchvision."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Vision Transformers of the package transformers.
 
-Owns the translation of ViT, DeiT, DINOv2, DINOv2 with registers, CLIP's and SigLIP's image towers. What
-their processor files say is `transformers_preprocess`' job.
+What their processor files say is `transformers_preprocess`' job.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What transformers' image processor files say, as `Preprocess`.
 
-Owns the meaning of preprocessor_config.json and the defaults of each model family. Runs no processor.
+Runs no processor.
 """
 
 from __future__ import annotations

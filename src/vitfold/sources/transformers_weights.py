@@ -1,8 +1,4 @@
-"""Weights of the package transformers: those of a class, and those that a LoRA adapter changes.
-
-Owns where an adapter and its base model lie. What a class computes is `transformers`' business, what the files of an
-adapter mean `lora`'s.
-"""
+"""Weights of the package transformers: those of a class, and those that a LoRA adapter changes."""
 
 from __future__ import annotations
 

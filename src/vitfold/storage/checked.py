@@ -1,8 +1,4 @@
-"""Plain values that came from a file, checked before anybody believes them.
-
-Owns how large and how deep JSON may be, and the comparison of values with the types of a dataclass. What a value means,
-and what to do about a wrong one, is the business of whoever reads the file.
-"""
+"""Plain values that came from a file, checked before anybody believes them."""
 
 from __future__ import annotations
 

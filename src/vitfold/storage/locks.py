@@ -1,7 +1,4 @@
-"""Files that one process at a time holds, however it ends: the system drops its lock with it.
-
-Owns the lock and what is written into the file about its holder. What a held file stands for is the caller's business.
-"""
+"""Files that one process at a time holds, however it ends: the system drops its lock with it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Files as they are read and written whole: ordinary ones of a bounded size, and never half of one.
 
-Owns the check before a file is opened: a pipe or a device that a path names would block, or never end.
+The check before a file is opened: a pipe or a device that a path names would block, or never end.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""How a folder appears at a path: complete or not at all, with nothing lost on the way.
-
-Owns what may be replaced, and the one step in which that happens. The folder in which everything is made, checked and
-timed before is `workshop`'s.
-"""
+"""How a folder appears at a path: complete or not at all, with nothing lost on the way."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The folder beside a destination in which what is put there is made: `.NAME.partial` beside `NAME`.
-
-Owns its mark, a file that its writer holds locked, and what becomes of workshops whose writer is gone.
-"""
+"""The folder beside a destination in which what is put there is made: `.NAME.partial` beside `NAME`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Token merging, deletions and their undoing as a change of any program with a token axis.
 
-The program is replayed into a recorder. A merge makes a new generation of tokens: values that hold it are shorter along
-the token axis, and operations that treat rows alike go on with it. Attention counts merged keys by their size, a mean
-over tokens weights by it. Whatever needs the original tokens (an operation without a rule, values of two generations
-that meet, an output that promises all tokens) gets them back first: every original token takes the row that holds it.
+The program is replayed into a recorder. A merge makes a new generation of tokens: values that hold it are shorter
+along the token axis, and operations that treat rows alike go on with it. Attention counts merged keys by their
+size, a mean over tokens weights by it. Whatever needs the original tokens (an operation without a rule, values of
+two generations that meet, an output that promises all tokens) gets them back first: every original token takes the
+row that holds it.
 """
 
 from __future__ import annotations

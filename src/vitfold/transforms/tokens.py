@@ -1,8 +1,4 @@
-"""The token operations that programs share: matching, merging, unmerging.
-
-Owns bipartite soft matching and the size-weighted merge, over any interpreter's operations. Knows no
-model: which tensor is the metric and when merging happens is the program's choice.
-"""
+"""The token operations that programs share: matching, merging, unmerging."""
 
 from __future__ import annotations
 
