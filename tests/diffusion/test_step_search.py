@@ -12,13 +12,21 @@ import pytest
 
 from diffusing import build_tiny_dit
 from vitfold.bench.pictures import moments
-from vitfold.diffusion import search as step_search
-from vitfold.diffusion.compare import SamplerRow, SamplingConfig
+from vitfold.diffusion.compare import SamplerRow, SamplingConfig, compare
 from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.judge import Judge
-from vitfold.diffusion.search import Bounds, Setup, Tried, describe_bounds, fastest_method, screen, search_steps
+from vitfold.diffusion.search import (
+    HELD_OUT_SEED,
+    Bounds,
+    Setup,
+    StepSpace,
+    describe_bounds,
+    fastest_method,
+    screen,
+    search_steps,
+)
 from vitfold.errors import JournalError, RecipeError
-from vitfold.model import Array, DiTModel, Model
+from vitfold.model import DiTModel, Model
 
 ASKED = SamplingConfig(labels=(0, 2), seed=0, steps=6, sampler="ddim", guidance=2.0, batch=2)
 TORCH = Setup(engine="torch")
@@ -29,101 +37,82 @@ def model() -> DiTModel:
     return build_tiny_dit()
 
 
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_search, "CANDIDATES", ("stack:2", "stack:3", "guidance:2"))
-    monkeypatch.setattr(step_search, "SOLVED", (0.1,))  # fewer than its least number: none
-    monkeypatch.setattr(step_search, "FEWER", (0.5,))
+FEW = replace(TORCH, space=StepSpace(methods=("stack:2", "stack:3", "guidance:2"), solved=(), fewer=(0.5,)))
 
 
-def faster(monkeypatch: pytest.MonkeyPatch, speed_of: Callable[[SamplerRow], float]) -> None:
+def faster(speed_of: Callable[[SamplerRow], float]) -> Setup:
     """Let speed-ups be what a test says, since times of a tiny model mean nothing."""
-    compare = step_search.compare
 
     def told(*args: Any, **kwargs: Any) -> list[SamplerRow]:
         rows = compare(*args, **kwargs)
         return [rows[0], *(replace(row, speedup={"median": speed_of(row), "iqr": 0.0}) for row in rows[1:])]
 
-    monkeypatch.setattr(step_search, "compare", told)
+    return replace(FEW, measure=told)
 
 
 def full(row: SamplerRow) -> float:
     return ASKED.steps / row.sampled.full_steps
 
 
-@pytest.mark.usefixtures("few")
 def test_every_candidate_and_plain_steps_are_measured_beside_the_plain_sampler(model: DiTModel) -> None:
-    tried = screen(model, ASKED, Bounds(min_psnr_db=10.0), [Compression(), Compression(r=4)], TORCH)
+    tried = screen(model, ASKED, Bounds(min_psnr_db=10.0), [Compression(), Compression(r=4)], FEW)
     names = {"stack:2", "stack:3", "guidance:2", "none, 3 steps"}
     merged = {f"{name}, r=4" for name in names}
     assert {one.row.name for one in tried} == names | merged | {"none, r=4"}
     assert all(one.psnr_drop_db is None for one in tried)
     assert {
-        one.row.name for one in screen(model, ASKED, Bounds(min_psnr_db=1.0), [Compression()], TORCH, fewer=False)
+        one.row.name for one in screen(model, ASKED, Bounds(min_psnr_db=1.0), [Compression()], FEW, fewer=False)
     } == (names - {"none, 3 steps"})
 
 
-@pytest.mark.usefixtures("few")
-def test_the_fastest_that_keeps_the_bound_is_confirmed_on_other_seeds(
-    model: DiTModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    faster(monkeypatch, full)
+def test_the_fastest_that_keeps_the_bound_is_confirmed_on_other_seeds(model: DiTModel) -> None:
     seeds: list[int] = []
-    drawn = step_search.compare
+    setup = faster(full)
 
     def seen(model: DiTModel, ways: Any, **kwargs: Any) -> list[SamplerRow]:
         seeds.append(ways[0].asked.seed)
-        return drawn(model, ways, **kwargs)
+        return setup.measure(model, ways, **kwargs)
 
-    monkeypatch.setattr(step_search, "compare", seen)
-    found = search_steps(model, ASKED, Bounds(min_psnr_db=0.0), [Compression()], TORCH, samples=4)
+    watched = replace(setup, measure=seen)
+    found = search_steps(model, ASKED, Bounds(min_psnr_db=0.0), [Compression()], watched, samples=4)
     assert found.winner is not None
     assert found.winner.row.name == "none, 3 steps"
     assert len(found.winner.row.sampled.samples) == 4
-    assert seeds[-1] == step_search.HELD_OUT_SEED
+    assert seeds[-1] == HELD_OUT_SEED
     assert 0 in seeds
-    strict = search_steps(model, ASKED, Bounds(min_psnr_db=200.0), [Compression()], TORCH, samples=2)
+    strict = search_steps(model, ASKED, Bounds(min_psnr_db=200.0), [Compression()], setup, samples=2)
     assert strict.winner is None
     assert "nothing that keeps the bounds" in strict.reason
 
 
-@pytest.mark.usefixtures("few")
-def test_nothing_slower_than_the_plain_sampler_wins(model: DiTModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    faster(monkeypatch, lambda row: 0.9)
-    found = search_steps(model, ASKED, Bounds(min_psnr_db=0.0), [Compression()], TORCH, samples=2)
+def test_nothing_slower_than_the_plain_sampler_wins(model: DiTModel) -> None:
+    setup = faster(lambda row: 0.9)
+    found = search_steps(model, ASKED, Bounds(min_psnr_db=0.0), [Compression()], setup, samples=2)
     assert found.winner is None
     assert found.plain.name == "none"
     assert fastest_method(found.tried, Bounds(min_psnr_db=0.0)).text == "none"
 
 
-@pytest.mark.usefixtures("few")
-def test_one_that_breaks_the_bound_on_held_out_seeds_gives_way(
-    model: DiTModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    faster(monkeypatch, full)
-    tried = step_search._tried
+def test_one_that_breaks_the_bound_on_held_out_seeds_gives_way(model: DiTModel) -> None:
+    setup = faster(full)
 
-    def told(row: SamplerRow, plain: SamplerRow, compression: Compression, goal: Array | None, setup: Setup) -> Tried:
-        found = tried(row, plain, compression, goal, setup)
-        confirmed = len(row.sampled.samples) == 3
-        bad = confirmed and row.sampled.full_steps <= 3
-        return replace(found, row=replace(row, psnr_db=1.0 if bad else 50.0))
+    def told(*args: Any, **kwargs: Any) -> list[SamplerRow]:
+        plain, *rows = setup.measure(*args, **kwargs)
+        confirmed = [len(row.sampled.samples) == 3 and row.sampled.full_steps <= 3 for row in rows]
+        return [plain, *(replace(row, psnr_db=1.0 if bad else 50.0) for row, bad in zip(rows, confirmed, strict=True))]
 
-    monkeypatch.setattr(step_search, "_tried", told)
-    found = search_steps(model, ASKED, Bounds(min_psnr_db=40.0), [Compression()], TORCH, samples=3)
+    bounds = Bounds(min_psnr_db=40.0)
+    found = search_steps(model, ASKED, bounds, [Compression()], replace(setup, measure=told), samples=3)
     assert found.winner is not None
     assert found.winner.row.sampled.full_steps > 3
     assert [one.row.sampled.full_steps <= 3 for one in found.refused] == [True] * len(found.refused)
     assert found.refused
 
 
-@pytest.mark.usefixtures("few")
-def test_an_interrupted_screening_goes_on_where_it_was(
-    model: DiTModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(step_search, "SOLVED", (0.7,))
-    setup, bounds = replace(TORCH, folder=tmp_path), Bounds(max_psnr_drop_db=3.0)
-    compare, made = step_search.compare, []
+def test_an_interrupted_screening_goes_on_where_it_was(model: DiTModel, tmp_path: Path) -> None:
+    few = replace(FEW, space=replace(FEW.space, solved=(0.7,)))
+    setup, bounds = replace(few, folder=tmp_path), Bounds(max_psnr_drop_db=3.0)
+    made: list[list[SamplerRow]] = []
 
     def counted(*args: Any, **kwargs: Any) -> list[SamplerRow]:
         if len(made) == 2:
@@ -131,42 +120,42 @@ def test_an_interrupted_screening_goes_on_where_it_was(
         made.append(compare(*args, **kwargs))
         return made[-1]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(step_search, "compare", counted)
-        with pytest.raises(KeyboardInterrupt):
-            screen(model, ASKED, bounds, [Compression()], setup)
+    with pytest.raises(KeyboardInterrupt):
+        screen(model, ASKED, bounds, [Compression()], replace(setup, measure=counted))
     first = [row for rows in made for row in rows[1:]]
     made.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(step_search, "compare", lambda *args, **kwargs: made.append(1) or compare(*args, **kwargs))
-        found = screen(model, ASKED, bounds, [Compression()], setup)
-        assert made, "what was not measured yet is"
-        made.clear()
-        again = screen(model, ASKED, bounds, [Compression()], setup)
-        assert not made, "nothing is measured twice"
+
+    def watched(*args: Any, **kwargs: Any) -> list[SamplerRow]:
+        made.append(compare(*args, **kwargs))
+        return made[-1]
+
+    setup = replace(setup, measure=watched)
+    found = screen(model, ASKED, bounds, [Compression()], setup)
+    assert made, "what was not measured yet is"
+    made.clear()
+    again = screen(model, ASKED, bounds, [Compression()], setup)
+    assert not made, "nothing is measured twice"
     assert [one.row.to_dict() for one in found[: len(first)]] == [row.to_dict() for row in first]
     assert [one.to_dict() for one in again] == [one.to_dict() for one in found]
     assert [one.row.method.mask for one in again] == [one.row.method.mask for one in found]
     assert any(one.row.method.mask for one in again), "with the steps that were chosen"
-    fresh = screen(model, ASKED, bounds, [Compression()], TORCH)
+    fresh = screen(model, ASKED, bounds, [Compression()], few)
     assert {one.row.name: one.psnr_drop_db for one in again} == {one.row.name: one.psnr_drop_db for one in fresh}
     (tmp_path / "screened.jsonl").write_text('{"group": "x"}\n')
     with pytest.raises(JournalError, match="screened.jsonl holds a line that is no group of rows"):
         screen(model, ASKED, bounds, [Compression()], setup)
 
 
-def test_chosen_steps_are_candidates(model: DiTModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_search, "CANDIDATES", ())
-    monkeypatch.setattr(step_search, "SOLVED", (0.7,))
-    tried = screen(model, ASKED, Bounds(min_psnr_db=1.0), [Compression()], TORCH, fewer=False)
+def test_chosen_steps_are_candidates(model: DiTModel) -> None:
+    setup = replace(TORCH, space=StepSpace(methods=(), solved=(0.7,)))
+    tried = screen(model, ASKED, Bounds(min_psnr_db=1.0), [Compression()], setup, fewer=False)
     assert [one.row.name for one in tried] == ["solved:4"]
     assert tried[0].row.method.mask is not None
 
 
-@pytest.mark.usefixtures("few")
 def test_the_drop_is_towards_images_of_more_steps(model: DiTModel) -> None:
     bounds = Bounds(max_psnr_drop_db=3.0)
-    tried = {one.row.name: one for one in screen(model, ASKED, bounds, [Compression()], TORCH)}
+    tried = {one.row.name: one for one in screen(model, ASKED, bounds, [Compression()], FEW)}
     drops = {name: one.psnr_drop_db for name, one in tried.items()}
     assert all(drop is not None and np.isfinite(drop) for drop in drops.values())
     assert drops["none, 3 steps"] > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,23 @@ from vitfold.engines import Session
 from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTModel
 
-CANDIDATES: tuple[str, ...] = (
-    "stack:2", "stack:3", "stack:4", "taylor:2:1", "taylor:3:1", "taylor:4:1", "taylor:5:1", "taylor:3:2",
-    "taylor:4:2", "chebyshev:3:1", "chebyshev:4:1", "first-block:0.05", "first-block:0.1", "first-block:0.2",
-    "guidance:2", "guidance:4", "fora:2",
-)  # fmt: skip
-"""TokenCache trains a predictor for every number of steps first, and is asked for by name."""
-SOLVED = (0.2, 0.24, 0.28, 0.36, 0.44, 0.52)
-"""Shares of the steps that `solved` computes in full."""
-FEWER = (0.8, 0.65, 0.5, 0.4, 0.3, 0.2)
-"""Shares of the steps that plain candidates take."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSpace:
+    """What a search tries: methods by name; shares of the steps that `solved` computes in full; of plainly fewer steps.
+
+    TokenCache trains a predictor for every number of steps first, and is asked for by name.
+    """
+
+    methods: tuple[str, ...] = (
+        "stack:2", "stack:3", "stack:4", "taylor:2:1", "taylor:3:1", "taylor:4:1", "taylor:5:1", "taylor:3:2",
+        "taylor:4:2", "chebyshev:3:1", "chebyshev:4:1", "first-block:0.05", "first-block:0.1", "first-block:0.2",
+        "guidance:2", "guidance:4", "fora:2",
+    )  # fmt: skip
+    solved: tuple[float, ...] = (0.2, 0.24, 0.28, 0.36, 0.44, 0.52)
+    fewer: tuple[float, ...] = (0.8, 0.65, 0.5, 0.4, 0.3, 0.2)
+
+
 LEAST_SOLVED = 4
 CONVERGED = 4
 """So many times the steps count as the image that a sampler converges to."""
@@ -116,8 +123,13 @@ class StepSearchResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Setup:
-    """What runs the candidates, what looks at their images, and the folder in which an interrupted search goes on."""
+    """What is tried and what runs it, what looks at the images, and the folder in which an interrupted search goes on.
 
+    `measure` times ways to draw beside each other, as `compare` does.
+    """
+
+    space: StepSpace = field(default_factory=StepSpace)
+    measure: Callable[..., list[SamplerRow]] = compare
     engine: str = "onnxruntime"
     threads: int | None = None
     decode: Callable[[Array], Array] | None = None
@@ -174,7 +186,9 @@ def search_steps(
             best_psnr = max(best_psnr, one.row.psnr_db or 0)
             refused.append(again)
         if plain is None:
-            (plain,) = compare(model, [first], engine=setup.engine, trials=1, decode=setup.decode, judge=setup.judge)
+            (plain,) = setup.measure(
+                model, [first], engine=setup.engine, trials=1, decode=setup.decode, judge=setup.judge
+            )
     return StepSearchResult(plain=plain, tried=tuple(tried), refused=tuple(refused), winner=winner, reason=reason)
 
 
@@ -220,7 +234,7 @@ def screen(
         first = Variant(name="none", method=none, executor=plain, asked=asked)
         goal = _converged(model, first, bounds, setup)
         for compression in compressions:
-            for method, group in _groups(none, asked.steps):
+            for method, group in _groups(none, asked.steps, setup.space):
                 called = f"{', '.join(one.text for one in group)}{compression.suffix}"
                 if called in kept:
                     found += [Tried(row=row, compression=compression, psnr_drop_db=drop) for row, drop in kept[called]]
@@ -241,7 +255,7 @@ def screen(
                         if one.reuses or compression.suffix
                     ]
                     if method.cut == "whole" and fewer:
-                        ways += _fewer_steps(executor, none, asked, compression)
+                        ways += _fewer_steps(executor, none, asked, compression, setup.space)
                     rows = _measured(model, [first, *ways], setup) if ways else []
                 tried = [_tried(row, rows[0], compression, goal, setup) for row in rows[1:]]
                 append_group(setup.folder, called, [(one.row, one.psnr_drop_db) for one in tried])
@@ -249,10 +263,10 @@ def screen(
     return found
 
 
-def _groups(none: ReuseMethod, steps: int) -> list[tuple[ReuseMethod, list[ReuseMethod]]]:
+def _groups(none: ReuseMethod, steps: int, space: StepSpace) -> list[tuple[ReuseMethod, list[ReuseMethod]]]:
     """Candidates by the graphs that they run; no two in a group need others."""
-    solved = sorted({count for share in SOLVED if LEAST_SOLVED <= (count := round(share * steps)) < steps})
-    methods = [none, *map(find_method, CANDIDATES), *(find_method(f"solved:{count}") for count in solved)]
+    solved = sorted({count for share in space.solved if LEAST_SOLVED <= (count := round(share * steps)) < steps})
+    methods = [none, *map(find_method, space.methods), *(find_method(f"solved:{count}") for count in solved)]
     found = [list(group) for _, group in groupby(sorted(methods, key=_graphs), _graphs)]
     return [(group[0], group) for group in found]
 
@@ -263,9 +277,9 @@ def _graphs(method: ReuseMethod) -> tuple[str, int]:
 
 
 def _fewer_steps(
-    executor: Session, none: ReuseMethod, asked: SamplingConfig, compression: Compression
+    executor: Session, none: ReuseMethod, asked: SamplingConfig, compression: Compression, space: StepSpace
 ) -> list[Variant]:
-    counts = sorted({max(1, round(share * asked.steps)) for share in FEWER} - {asked.steps}, reverse=True)
+    counts = sorted({max(1, round(share * asked.steps)) for share in space.fewer} - {asked.steps}, reverse=True)
     return [
         Variant(
             name=f"{fewer_name(steps)}{compression.suffix}",
@@ -288,7 +302,7 @@ def _again(model: DiTModel, first: Variant, one: Tried, goal: Array | None, setu
 
 
 def _measured(model: DiTModel, ways: Sequence[Variant], setup: Setup) -> list[SamplerRow]:
-    return compare(
+    return setup.measure(
         model, ways, engine=setup.engine, trials=1, decode=setup.decode, judge=setup.judge, say=lambda _: None
     )
 
