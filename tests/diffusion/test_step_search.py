@@ -110,7 +110,7 @@ def test_one_that_breaks_the_bound_on_held_out_seeds_gives_way(model: DiTModel) 
 
 
 def test_an_interrupted_screening_goes_on_where_it_was(model: DiTModel, tmp_path: Path) -> None:
-    few = replace(FEW, space=replace(FEW.space, solved=(0.7,)))
+    few = replace(FEW, space=StepSpace(methods=("stack:2", "stack:3", "guidance:2"), solved=(0.7,), fewer=(0.5,)))
     setup, bounds = replace(few, folder=tmp_path), Bounds(max_psnr_drop_db=3.0)
     made: list[list[SamplerRow]] = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -123,12 +123,12 @@ class StepSearchResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Setup:
-    """What is tried and what runs it, what looks at the images, and the folder in which an interrupted search goes on.
+    """What is tried (by default all of `StepSpace`) and what runs it, what looks at the images, and the folder in which an interrupted search goes on.
 
     `measure` times ways to draw beside each other, as `compare` does.
     """
 
-    space: StepSpace = field(default_factory=StepSpace)
+    space: StepSpace | None = None
     measure: Callable[..., list[SamplerRow]] = compare
     engine: str = "onnxruntime"
     threads: int | None = None
@@ -227,14 +227,14 @@ def screen(
     Raises:
         JournalError: if a line there is no group of rows.
     """
-    none = find_method("none")
+    none, space = find_method("none"), setup.space or StepSpace()
     found: list[Tried] = []
     kept = read_groups(setup.folder)
     with _opened(model, none, Compression(), setup) as plain:
         first = Variant(name="none", method=none, executor=plain, asked=asked)
         goal = _converged(model, first, bounds, setup)
         for compression in compressions:
-            for method, group in _groups(none, asked.steps, setup.space):
+            for method, group in _groups(none, asked.steps, space):
                 called = f"{', '.join(one.text for one in group)}{compression.suffix}"
                 if called in kept:
                     found += [Tried(row=row, compression=compression, psnr_drop_db=drop) for row, drop in kept[called]]
@@ -255,7 +255,7 @@ def screen(
                         if one.reuses or compression.suffix
                     ]
                     if method.cut == "whole" and fewer:
-                        ways += _fewer_steps(executor, none, asked, compression, setup.space)
+                        ways += _fewer_steps(executor, none, asked, compression, space)
                     rows = _measured(model, [first, *ways], setup) if ways else []
                 tried = [_tried(row, rows[0], compression, goal, setup) for row in rows[1:]]
                 append_group(setup.folder, called, [(one.row, one.psnr_drop_db) for one in tried])
