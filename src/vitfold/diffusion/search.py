@@ -123,9 +123,9 @@ class StepSearchResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Setup:
-    """What is tried (by default all of `StepSpace`) and what runs it, what looks at the images, and the folder in which an interrupted search goes on.
+    """What is tried and what runs it, what looks at the images, and the folder in which an interrupted search goes on.
 
-    `measure` times ways to draw beside each other, as `compare` does.
+    Without a `space` all of `StepSpace` is tried. `measure` times ways to draw beside each other, as `compare` does.
     """
 
     space: StepSpace | None = None
