@@ -129,16 +129,16 @@ audits: $(VENV)/.dev
 
 # Step reuse on the demo's Diffusion Transformer: time and likeness of every method; distances, which need many images; the
 # search, and its winner beside the unaccelerated sampler. Half an hour on an idle machine.
-DRAW := $(BIN)/vitfold diffuse demo-dit --classes all --batch 10 --json
+DRAW := $(BIN)/vitfold diffusion sample demo-dit --classes all --batch 10 --json
 METHODS := solved:12,solved:14,solved:18,solved:26,stack:2,stack:3,taylor:2:1,taylor:3:1,taylor:3:2,chebyshev:4:2,first-block:0.1,guidance:2,fora:2
 TOKENS := tokencache:0.5:2:4,tokencache:0.8:3:6
 diffusion: $(VENV)/.dev
 	mkdir -p $(WORK)/diffusion
 	$(DRAW) --count 20 --trials 5 --reuse $(METHODS),$(TOKENS) -o $(WORK)/diffusion/methods > results/diffusion-methods.json
 	$(DRAW) --count 400 --trials 1 --reuse solved:10,solved:12,solved:18,solved:26,stack:2,$(TOKENS) -o $(WORK)/diffusion/quality > results/diffusion-quality.json
-	$(BIN)/vitfold optimize demo-dit --reuse auto --min-psnr 30 -o $(WORK)/diffusion/auto.fold --overwrite --json > results/diffusion-search.json
-	$(BIN)/vitfold optimize demo-dit --reuse none -o $(WORK)/diffusion/plain.fold --overwrite
-	$(BIN)/vitfold bench $(WORK)/diffusion/plain.fold $(WORK)/diffusion/auto.fold --batch 8 --trials 11 -o results/diffusion-bench.json
+	$(BIN)/vitfold diffusion optimize demo-dit --reuse auto --min-psnr 30 -o $(WORK)/diffusion/auto.fold --overwrite --json > results/diffusion-search.json
+	$(BIN)/vitfold diffusion optimize demo-dit --reuse none -o $(WORK)/diffusion/plain.fold --overwrite
+	$(BIN)/vitfold diffusion bench $(WORK)/diffusion/plain.fold $(WORK)/diffusion/auto.fold --batch 8 --trials 11 -o results/diffusion-bench.json
 
 readme:
 	$(BIN)/python -m vitfold.report.document README.md docs/*.md

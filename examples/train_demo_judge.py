@@ -5,7 +5,7 @@
 
 Writes a folder of timm (config.json, model.safetensors), the statistics of its features of the 10,000 test images
 (real.safetensors), and what it says of real images and of noise (figures.json). As the folder `judge` beside the
-weights of a Diffusion Transformer, `vitfold diffuse` takes it by itself.
+weights of a Diffusion Transformer, `vitfold diffusion sample` takes it by itself.
 """
 
 from __future__ import annotations

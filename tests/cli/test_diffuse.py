@@ -39,7 +39,7 @@ def pixels_of(path: Path) -> Array:
 
 
 def test_images_a_sheet_and_a_table(source: str, tmp_path: Path) -> None:
-    found = run_json("diffuse", source, *QUICK, "--reuse", "taylor:2:1", "-o", tmp_path / "images")
+    found = run_json("diffusion", "sample", source, *QUICK, "--reuse", "taylor:2:1", "-o", tmp_path / "images")
     assert [row["name"] for row in found["rows"]] == ["none", "taylor:2:1", "none, 4 steps"]
     row: dict[str, Any] = found["rows"][1]
     assert row["seconds_per_image"] > 0
@@ -59,7 +59,9 @@ def test_images_a_sheet_and_a_table(source: str, tmp_path: Path) -> None:
     assert np.ptp(pixels) > 0
     assert pixels_of(tmp_path / "images" / "sheet.png").shape[1] > 3 * 64
     assert json.loads((tmp_path / "images" / "diffuse.json").read_text(encoding="utf-8")) == found
-    again = run("diffuse", source, *QUICK, "--reuse", "stack", "--engine", "torch", "-o", tmp_path / "again")
+    again = run(
+        "diffusion", "sample", source, *QUICK, "--reuse", "stack", "--engine", "torch", "-o", tmp_path / "again"
+    )
     assert "stack:2" in again.stdout
     first, second = (tmp_path / folder / "none" / names[1] for folder in ("images", "again"))
     np.testing.assert_allclose(pixels_of(first), pixels_of(second), atol=2)
@@ -67,7 +69,7 @@ def test_images_a_sheet_and_a_table(source: str, tmp_path: Path) -> None:
 
 def test_compressed_steps_stand_beside_plain_ones(source: str) -> None:
     arguments = ("--classes", "1", "--reuse", "stack:2", "--merge", "4", "--quant", "w8a8")
-    found = run_json("diffuse", source, *QUICK, *arguments)
+    found = run_json("diffusion", "sample", source, *QUICK, *arguments)
     names = ["none", "none, r=4, w8a8", "stack:2, r=4, w8a8", "none, 4 steps"]
     assert [row["name"] for row in found["rows"]] == names
     assert (found["merge"], found["quant"]) == (4, "w8a8")
@@ -88,7 +90,7 @@ def test_a_distance_to_real_images_by_a_model_of_choice(source: str, real: Path)
     assert fewer["frechet_rise"]["rise"] == pytest.approx(fewer["frechet"] - row["frechet"])
     assert fewer["frechet_rise"]["low"] < fewer["frechet_rise"]["rise"] < fewer["frechet_rise"]["high"]
     assert found["features"] == "demo"
-    assert "give both --real DIR and --features" in error("diffuse", source, "--real", real, code=2)
+    assert "give both --real DIR and --features" in error("diffusion", "sample", source, "--real", real, code=2)
 
 
 def write_judge(folder: Path) -> Path:
@@ -111,26 +113,28 @@ def test_a_judge_beside_the_weights_is_taken_by_itself(source: str, real: Path, 
         (tmp_path / name).symlink_to(Path(source.partition(":")[2]) / name)
     judge = write_judge(tmp_path / "judge")
     torch_engine, features = (*MANY, "--engine", "torch"), ("--features", f"timm:local-dir:{judge}")
-    given = run_json("diffuse", source, *torch_engine, *features, "--real", real, "-o", tmp_path / "out")
-    assert "no such folder" in error("diffuse", f"hf:{tmp_path}", *torch_engine)
+    given = run_json("diffusion", "sample", source, *torch_engine, *features, "--real", real, "-o", tmp_path / "out")
+    assert "no such folder" in error("diffusion", "sample", f"hf:{tmp_path}", *torch_engine)
     (tmp_path / "out" / "real.safetensors").rename(judge / "real.safetensors")
-    found = run_json("diffuse", f"hf:{tmp_path}", *torch_engine, "-o", tmp_path / "again")
+    found = run_json("diffusion", "sample", f"hf:{tmp_path}", *torch_engine, "-o", tmp_path / "again")
     assert found["features"] == f"hf:{tmp_path}/judge"
     assert not (tmp_path / "again" / "real.safetensors").exists()
     for key in ("frechet", "frechet_noise", "class_accuracy", "class_accuracy_interval"):
         assert found["rows"][0][key] == given["rows"][0][key] is not None
-    assert "class %" in run("diffuse", f"hf:{tmp_path}", *torch_engine).stdout
-    other = run_json("diffuse", f"hf:{tmp_path}", *torch_engine, "--real", real)
+    assert "class %" in run("diffusion", "sample", f"hf:{tmp_path}", *torch_engine).stdout
+    other = run_json("diffusion", "sample", f"hf:{tmp_path}", *torch_engine, "--real", real)
     assert other["rows"][0]["frechet"] == given["rows"][0]["frechet"]
-    assert "features by another model than demo" in error("diffuse", f"hf:{tmp_path}", *QUICK, "--features", "demo")
-    alone = run_json("diffuse", f"hf:{tmp_path}", *QUICK, "--classes", "1", "--engine", "torch")
+    assert "features by another model than demo" in error(
+        "diffusion", "sample", f"hf:{tmp_path}", *QUICK, "--features", "demo"
+    )
+    alone = run_json("diffusion", "sample", f"hf:{tmp_path}", *QUICK, "--classes", "1", "--engine", "torch")
     assert alone["rows"][0]["frechet"] is None
     assert "at least 30 real images and 30 drawn" in alone["rows"][0]["frechet_reason"]
     assert alone["rows"][0]["class_accuracy"] in (0, 1)
 
 
 def test_auto_names_what_it_chose(source: str) -> None:
-    found = run_json("diffuse", source, *QUICK, "--classes", "1", "--engine", "torch", "--reuse", "auto")
+    found = run_json("diffusion", "sample", source, *QUICK, "--classes", "1", "--engine", "torch", "--reuse", "auto")
     assert found["chosen"] in {row["reuse"] for row in found["rows"]}
 
 
@@ -139,8 +143,10 @@ def test_latents_without_their_vae(source: str, tmp_path: Path) -> None:
     for name in ("transformer", "scheduler"):
         (tmp_path / name).symlink_to(folder / name)
     (tmp_path / "model_index.json").write_text('{"vae": ["diffusers", "AutoencoderKL"]}', encoding="utf-8")
-    assert "makes latents, and the VAE" in error("diffuse", f"hf:{tmp_path}", *QUICK)
-    found = run_json("diffuse", f"hf:{tmp_path}", *QUICK, "--latents", "-o", tmp_path / "out", "--engine", "torch")
+    assert "makes latents, and the VAE" in error("diffusion", "sample", f"hf:{tmp_path}", *QUICK)
+    found = run_json(
+        "diffusion", "sample", f"hf:{tmp_path}", *QUICK, "--latents", "-o", tmp_path / "out", "--engine", "torch"
+    )
     assert found["rows"][0]["ssim"] is None
     with np.load(tmp_path / "out" / "latents.npz") as held:
         assert held["none"].shape == (3, 1, 16, 16)
@@ -155,7 +161,7 @@ def test_latents_become_images_by_the_vae(source: str, tmp_path: Path) -> None:
     tiny = {"block_out_channels": [8, 8], "norm_num_groups": 4, "latent_channels": 1, "layers_per_block": 1}
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     diffusers.AutoencoderKL(**tiny, **blocks).save_pretrained(tmp_path / "vae")
-    run("diffuse", f"hf:{tmp_path}", *QUICK, "-o", tmp_path / "out", "--engine", "torch")
+    run("diffusion", "sample", f"hf:{tmp_path}", *QUICK, "-o", tmp_path / "out", "--engine", "torch")
     assert pixels_of(tmp_path / "out" / "none" / "0000-class-2.png").shape == (32, 32, 3)
 
 
@@ -175,8 +181,8 @@ def test_latents_become_images_by_the_vae(source: str, tmp_path: Path) -> None:
     ids=str,
 )
 def test_what_is_refused(source: str, arguments: tuple[str, ...], said: str, code: int) -> None:
-    assert said in error("diffuse", source, *arguments, code=code)
+    assert said in error("diffusion", "sample", source, *arguments, code=code)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    assert "there is no folder" in error("diffuse", f"hf:{tmp_path}/nowhere")
+    assert "there is no folder" in error("diffusion", "sample", f"hf:{tmp_path}/nowhere")

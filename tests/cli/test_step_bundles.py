@@ -24,7 +24,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def stack(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bundles") / "stack.fold"
-    found = run_json("optimize", source, *QUICK, "--reuse", "stack:2", "--quant", "w8a8", "-o", path)
+    found = run_json("diffusion", "optimize", source, *QUICK, "--reuse", "stack:2", "--quant", "w8a8", "-o", path)
     assert found["plan"]["reuse"] == "stack:2"
     assert found["plan"]["quant"] == "w8a8"
     assert found["parts"] == ["condition", "full", "resume"]
@@ -35,7 +35,7 @@ def stack(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bundles") / "plain.fold"
-    run("optimize", source, *QUICK, "--reuse", "none", "-o", path)
+    run("diffusion", "optimize", source, *QUICK, "--reuse", "none", "-o", path)
     return path
 
 
@@ -43,18 +43,20 @@ def test_graphs_share_one_file_of_weights(stack: Path, source: str, tmp_path: Pa
     names = sorted(path.name for path in stack.iterdir())
     assert names == ["condition.onnx", "full.onnx", "manifest.json", "resume.onnx", "weights.bin"]
     path = tmp_path / "tokens.fold"
-    run("optimize", source, *QUICK, "--reuse", "tokencache", "-o", path)
+    run("diffusion", "optimize", source, *QUICK, "--reuse", "tokencache", "-o", path)
     largest = max((path / f"{part}.onnx").stat().st_size for part in ("full", "refresh"))
     assert largest < (path / "weights.bin").stat().st_size
 
 
 def test_a_bundle_draws_what_its_source_draws(stack: Path, source: str, tmp_path: Path) -> None:
     arguments = ("--classes", "2,0", "--trials", "1")
-    found = run_json("diffuse", stack, *arguments, "-o", tmp_path / "a")
+    found = run_json("diffusion", "sample", stack, *arguments, "-o", tmp_path / "a")
     assert [row["name"] for row in found["rows"]] == ["stack, every step", "stack", "none, 4 steps"]
     assert found["bundles"]["stack"]["reuse"] == "stack:2"
     assert (found["steps"], found["sampler"]) == (5, "ddim")
-    run("diffuse", source, *QUICK, *arguments, "--reuse", "stack:2", "--quant", "w8a8", "-o", tmp_path / "b")
+    run(
+        "diffusion", "sample", source, *QUICK, *arguments, "--reuse", "stack:2", "--quant", "w8a8", "-o", tmp_path / "b"
+    )
     pixels = []
     for folder in (tmp_path / "a" / "stack", tmp_path / "b" / "stack-2-w8a8"):
         with Image.open(next(folder.iterdir())) as image:
@@ -64,18 +66,20 @@ def test_a_bundle_draws_what_its_source_draws(stack: Path, source: str, tmp_path
 
 def test_a_bundle_keeps_the_steps_that_were_chosen_for_it(source: str, tmp_path: Path) -> None:
     path = tmp_path / "solved.fold"
-    run("optimize", source, *QUICK, "--reuse", "solved:4", "-o", path)
+    run("diffusion", "optimize", source, *QUICK, "--reuse", "solved:4", "-o", path)
     mask = run_json("inspect", path)["mask"]
     assert len(mask) == 4
     assert {0, 1, 4} <= set(mask)
-    found = run_json("diffuse", path, "--classes", "1", "--trials", "1")
+    found = run_json("diffusion", "sample", path, "--classes", "1", "--trials", "1")
     assert found["rows"][1]["full_steps"] == 4
-    assert "chosen for 5, not for 6; leave out --steps" in error("diffuse", path, "--steps", "6", "--trials", "1")
+    assert "chosen for 5, not for 6; leave out --steps" in error(
+        "diffusion", "sample", path, "--steps", "6", "--trials", "1"
+    )
 
 
 def test_bundles_beside_each_other(stack: Path, plain: Path, tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
-    found = run_json("bench", plain, stack, "--trials", "1", "--batch", "3", "-o", path)
+    found = run_json("diffusion", "bench", plain, stack, "--trials", "1", "--batch", "3", "-o", path)
     assert [row["name"] for row in found["rows"]] == ["plain", "stack", "none, 4 steps"]
     assert found["rows"][0]["psnr_db"] is None
     assert found["rows"][1]["psnr_db"] > 0
@@ -97,14 +101,14 @@ def test_a_search_writes_the_winner(source: str, tmp_path: Path, monkeypatch: py
     few = partial(step_search.StepSpace, methods=("stack:2",), solved=(0.8,))
     monkeypatch.setattr(step_search, "StepSpace", few)
     arguments = ("--reuse", "auto", "--min-psnr", "0", "--samples", "2", "--quant", "none")
-    found = run_json("optimize", source, *QUICK, *arguments, "-o", tmp_path / "auto.fold")
+    found = run_json("diffusion", "optimize", source, *QUICK, *arguments, "-o", tmp_path / "auto.fold")
     assert found["bounds"] == {"min_psnr_db": 0.0, "max_psnr_drop_db": None, "max_fid_rise": None}
     assert {row["name"] for row in found["rows"]} >= {"none", "stack:2", "solved:4", "none, 3 steps"}
     chosen = "none" if found["held_out"]["winner"] is None else found["held_out"]["winner"]["reuse"]
     assert found["plan"]["reuse"] == chosen
     kept = run_json("inspect", tmp_path / "auto.fold")["search"]
     assert kept["winner"] == found["winner"]
-    said = run("optimize", source, *QUICK, *arguments, "-o", tmp_path / "auto.fold", "--overwrite")
+    said = run("diffusion", "optimize", source, *QUICK, *arguments, "-o", tmp_path / "auto.fold", "--overwrite")
     assert "at least 0 dB to the unaccelerated images" in said.stderr
 
 
@@ -112,7 +116,7 @@ def test_other_commands_say_who_takes_it(stack: Path, tmp_path: Path) -> None:
     said = error("evaluate", stack, "--images", tmp_path)
     assert "holds the steps of a diffusion model" in said
     assert "vitfold diffuse" in said
-    assert "a bundle has its own method" in error("diffuse", stack, "--reuse", "none", code=2)
+    assert "a bundle has its own method" in error("diffusion", "sample", stack, "--reuse", "none", code=2)
 
 
 def test_a_source_of_steps_needs_a_method_of_reuse(source: str, tmp_path: Path) -> None:
@@ -126,15 +130,15 @@ def test_damage_is_named(plain: Path, tmp_path: Path) -> None:
     path = tmp_path / "damaged.fold"
     shutil.copytree(plain, path)
     (path / "weights.bin").write_bytes(b"0")
-    assert "weights.bin is damaged" in error("bench", path)
+    assert "weights.bin is damaged" in error("diffusion", "bench", path)
     (path / "weights.bin").unlink()
-    assert "lacks the file weights.bin" in error("diffuse", path)
+    assert "lacks the file weights.bin" in error("diffusion", "sample", path)
 
 
 def test_models_must_be_one(plain: Path, tmp_path: Path) -> None:
     other = f"hf:{write_folder(tmp_path / 'other', num_layers=1)}"
-    run("optimize", other, *QUICK, "--reuse", "none", "-o", tmp_path / "other.fold")
-    assert "draws by another model" in error("bench", plain, tmp_path / "other.fold")
+    run("diffusion", "optimize", other, *QUICK, "--reuse", "none", "-o", tmp_path / "other.fold")
+    assert "draws by another model" in error("diffusion", "bench", plain, tmp_path / "other.fold")
 
 
 @pytest.mark.parametrize(
@@ -144,11 +148,23 @@ def test_models_must_be_one(plain: Path, tmp_path: Path) -> None:
         (("--reuse", "stack:2", "--min-psnr", "30"), "a bound goes with --reuse auto", 2),
         (("--reuse", "auto", "--max-fid-rise", "1"), "give --real DIR and --features SOURCE", 2),
         (("--reuse", "stack", "--merge", "auto"), "give the tokens merged per block", 2),
-        (("--reuse", "stack", "--target", "openvino"), "takes --merge, --quant", 2),
+        (("--reuse", "stack", "--target", "openvino"), "No such option: --target", 2),
         (("--reuse", "stack", "--quant", "w4a4"), "w4a4 does not run: integer kernels take activations of 8 bits", 1),
     ],
     ids=str,
 )
 def test_what_optimize_refuses(source: str, tmp_path: Path, arguments: tuple[str, ...], said: str, code: int) -> None:
-    assert said in error("optimize", source, "-o", tmp_path / "x.fold", *arguments, code=code)
+    assert said in error("diffusion", "optimize", source, "-o", tmp_path / "x.fold", *arguments, code=code)
     assert not (tmp_path / "x.fold").exists()
+
+
+def test_earlier_spellings_name_the_new_one(stack: Path, source: str, tmp_path: Path) -> None:
+    drawn = run("diffuse", stack, "--trials", "1", "--json")
+    assert json.loads(drawn.stdout)["bundles"]["stack"]["reuse"] == "stack:2"
+    assert drawn.stderr.count("vitfold diffusion sample") == 1
+    made = run("optimize", source, *QUICK, "--reuse", "none", "-o", tmp_path / "x.fold", "--json")
+    assert json.loads(made.stdout)["plan"]["reuse"] == "none"
+    assert "vitfold diffusion optimize" in made.stderr
+    timed = run("bench", stack, "--trials", "1", "--batch", "1", "--json")
+    assert json.loads(timed.stdout)["rows"][0]["name"] == "stack, every step"
+    assert "vitfold diffusion bench" in timed.stderr

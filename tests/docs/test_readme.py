@@ -46,10 +46,14 @@ def test_commands_and_options_exist() -> None:
     assert len(commands) >= 4
     for line in commands:
         words = line.split("#")[0].split()
-        shown = CliRunner().invoke(app, [words[1], "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
-        assert shown.exit_code == 0, line
+        named = words[1:3] if words[1] == "diffusion" else words[1:2]
+        shown = "".join(
+            CliRunner().invoke(app, [*named, asked], env={"COLUMNS": "200", "NO_COLOR": "1"}).stdout
+            for asked in ("--help", "--help-all")
+        )
+        assert "Usage:" in shown, line
         for option in (word for word in words if word.startswith("-")):
-            assert option in shown.stdout, (line, option)
+            assert option in shown, (line, option)
 
 
 def test_make_targets_exist() -> None:
@@ -60,16 +64,17 @@ def test_make_targets_exist() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["nvidia.md", "quantization.md", "registers.md"])
-def test_tables_of_the_documents_are_those_of_results(name: str) -> None:
-    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    assert "<!-- /" in text
+@pytest.mark.parametrize("page", ["README.md", *[f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))]])
+def test_tables_are_those_of_results(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
     assert fill(text, ROOT) == text
 
 
-def test_tables_are_those_of_results() -> None:
-    assert fill(README, ROOT) == README
-    assert README.count("<!-- table:") >= 3
+def test_which_pages_hold_tables() -> None:
+    """A page that lost its markers would pass the comparison."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    marked = {path.name for path in pages if "<!-- /" in path.read_text(encoding="utf-8")}
+    assert marked >= {"README.md", "results.md", "nvidia.md", "quantization.md", "registers.md", "diffusion.md"}
 
 
 @pytest.mark.parametrize(

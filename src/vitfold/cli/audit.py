@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vitfold.artifacts.bundle import open_bundle
 from vitfold.cli import options
-from vitfold.cli.terminal import command, heading, note, out, print_json, steps, write_json, write_text
+from vitfold.cli.declaring import command
+from vitfold.cli.groups import JsonArgs
+from vitfold.cli.terminal import heading, note, out, steps, write_text
+from vitfold.errors import BundleError
+from vitfold.report.audits import block_table, overview_table, prediction_table, summary_table
+from vitfold.report.pictures import block_picture
 
 if TYPE_CHECKING:
     from vitfold.audit.audit import Audit
@@ -16,8 +22,9 @@ if TYPE_CHECKING:
 _SIDE_BY_SIDE = 2
 
 
-@command
+@command()
 def audit(
+    *,
     subjects: Annotated[
         list[Path], typer.Argument(metavar="BUNDLE_OR_ONNX...", help="Bundles or any ONNX files, shown side by side.")
     ],
@@ -25,11 +32,10 @@ def audit(
         str, typer.Option(help="Compute capability to compile for: sm75, sm80, sm86, sm89, sm120.")
     ] = "sm86",
     batch: options.Batch = 8,
-    output: options.JsonFile = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Draw the kernels of the middle block there.")
     ] = None,
-    json: options.Json = False,
+    answer: JsonArgs,
 ) -> None:
     """Compile ahead of time without a GPU; count, explain and price every kernel. Times are a model, not measured."""
     from vitfold.audit.compiler import check_gpu
@@ -42,16 +48,11 @@ def audit(
             audits.append(_audit(path, gpu, batch))
     documents: list[dict[str, Any]] = [one.to_dict() for one in audits]
     document: Any = documents[0] if len(documents) == 1 else {"audits": documents}
-    if output is not None:
-        write_json(output, document)
+    printed = answer.write(document)
     if picture is not None:
-        from vitfold.report.pictures import block_picture
-
         write_text(picture, block_picture(documents))
-    if json:
-        print_json(document)
+    if printed:
         return
-    from vitfold.report.audits import block_table, overview_table, prediction_table, summary_table
 
     if len(documents) > _SIDE_BY_SIDE:
         out.print(overview_table(documents))
@@ -65,9 +66,7 @@ def audit(
 
 
 def _audit(path: Path, gpu: str, batch: int) -> Audit:
-    from vitfold.artifacts.bundle import open_bundle
     from vitfold.audit.audit import audit_graph
-    from vitfold.errors import BundleError
 
     if path.is_file():
         return audit_graph(path, gpu=gpu, batch=batch)

@@ -4,22 +4,68 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from vitfold.artifacts.bundle import holds_steps, open_bundle
+from vitfold.bench.comparison import compare, raw_samples
+from vitfold.bench.environment import environment
+from vitfold.bench.peers import CALIBRATED, check_peers
+from vitfold.bench.timing import PROTOCOLS
 from vitfold.cli import options
-from vitfold.cli.drawing import SamplingArgs, draw_bundles
+from vitfold.cli.app import renamed
+from vitfold.cli.declaring import command
+from vitfold.cli.groups import RunArgs
 from vitfold.cli.making import given_images, judged_images, say_busy, turned
-from vitfold.cli.terminal import command, counting, note, out, print_json, skipped, steps, write_json
+from vitfold.cli.table import print_ladders
+from vitfold.cli.terminal import counting, note, print_json, skipped, steps, write_json
 from vitfold.errors import VitfoldError
-from vitfold.storage.ordinary import read_text
+from vitfold.pipeline.subjects import Lineup
+
+if TYPE_CHECKING:
+    from vitfold.artifacts.bundle import Bundle
+    from vitfold.bench.comparison import Row
+    from vitfold.images import ImageSet
+    from vitfold.model.preprocess import Exif
 
 
-@command
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """What is timed, on what and for how long."""
+
+    bundles: list[Path]
+    batch: int | None
+    images: Path | None
+    peers: list[str]
+    calibration_images: Path | None
+    calibration_size: int
+    protocol: str
+    trials: int | None
+    seconds: float | None
+    limit: int
+    skip_bad: bool
+    reference: Path | None
+    run: RunArgs
+    output: Path | None
+    json: bool
+    exif: Exif | None = None
+    keep_peers: Path | None = None
+    baseline: str | None = None
+
+
+@command(
+    brief={"peers": "Time these too, as torch,onnxruntime,openvino.", "engine": "Runs the bundle."},
+    shown="batch images peers baseline trials seconds engine output json",
+    examples=(
+        "vitfold bench vit.fold --images PHOTOS --peers torch,onnxruntime",
+        "vitfold bench float.fold int8.fold --images VAL -o bench.json",
+    ),
+)
 def bench(
+    *,
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Bundles; the first is the baseline.")],
     batch: Annotated[int | None, typer.Option(min=1, help="Images per call; default: the protocol's.")] = None,
     images: options.Images = None,
@@ -55,88 +101,140 @@ def bench(
     skip_bad: options.SkipBad = False,
     exif: options.Exif = None,
     reference: options.ReferenceBundle = None,
-    engine: options.Engine = None,
-    threads: options.Threads = None,
+    run: RunArgs,
     output: options.SamplesFile = None,
     json: options.Json = False,
 ) -> None:
-    """Time bundles, engine only and end to end, each with its fidelity; bundles of steps by drawing images."""
-    from vitfold.artifacts.bundle import holds_steps
-
+    """Time bundles, engine only and end to end, each with its fidelity."""
     if any(holds_steps(path) for path in bundles):
-        if any((images, peers, calibration_images, keep_peers, baseline, reference, engine, seconds)):
+        if any((images, peers, calibration_images, keep_peers, baseline, reference, run.engine, seconds)):
             raise VitfoldError(
                 "bundles of a diffusion model's steps are timed by drawing images; leave out --images, --peers, "
-                "--baseline, --reference, --engine and --seconds, or draw what you like with: vitfold diffuse BUNDLE"
+                "--baseline, --reference, --engine and --seconds, or draw what you like with: vitfold diffusion "
+                "sample BUNDLE"
             )
-        _bench_steps(bundles, batch or 8, trials or 5, threads, output, json=json)
-        return
-    from vitfold.artifacts.bundle import open_bundle
-    from vitfold.bench.comparison import compare, raw_samples
-    from vitfold.bench.environment import environment
-    from vitfold.bench.peers import CALIBRATED, check_peers
-    from vitfold.bench.timing import PROTOCOLS
-    from vitfold.pipeline.subjects import Lineup
+        from vitfold.cli.diffusion.bench import bench_steps
 
-    names = [name.strip() for name in (peers or "").split(",") if name.strip()]
-    check_peers(names, calibrated=calibration_images is not None)
-    if keep_peers is not None:
-        _make_empty(keep_peers)
-    opened = [turned(open_bundle(path), exif) for path in bundles]
-    given = None if reference is None else open_bundle(reference)
-    found = None if images is None else given_images(images).first(limit)
-    if found is not None:
-        for one in opened:
-            found = judged_images(found, one.manifest.spec, one.manifest.labels)
-    if found is not None and skip_bad:
-        found = found.readable(skipped)
-    calibration = None if calibration_images is None else given_images(calibration_images).first(calibration_size)
-    if calibration is not None and skip_bad:
-        calibration = calibration.readable(skipped)
-    before = environment(threads=threads)
-    with contextlib.ExitStack() as stack:
-        folder = keep_peers or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitfold-")))
-        lineup = stack.enter_context(
-            Lineup(
-                folder=folder, images=found, engine=engine, threads=threads, reference=given, calibration=calibration
-            )
+        renamed("vitfold bench with bundles of steps", "vitfold diffusion bench")
+        bench_steps(bundles, batch or 8, trials or 5, run.threads, output, json=json)
+        return
+    bench_bundles(
+        Timing(
+            bundles=bundles,
+            batch=batch,
+            images=images,
+            peers=[name.strip() for name in (peers or "").split(",") if name.strip()],
+            calibration_images=calibration_images,
+            calibration_size=calibration_size,
+            keep_peers=keep_peers,
+            baseline=baseline,
+            protocol=protocol,
+            trials=trials,
+            seconds=seconds,
+            limit=limit,
+            skip_bad=skip_bad,
+            exif=exif,
+            reference=reference,
+            run=run,
+            output=output,
+            json=json,
         )
-        with steps("bench") as say:
-            for name in names:
-                say(f"preparing {name}")
-                lineup.add_peer(name, opened[0])
-        with counting("fidelity", lineup.fidelity_images * (len(opened) + len(names))) as advance:
-            for one in opened:
-                lineup.add_bundle(one, advance)
-            lineup.measure_peers(opened[0], advance)
-        subjects = lineup.ordered(baseline)
-        with steps("bench") as say:
-            chosen = PROTOCOLS[protocol]
-            batch = batch or chosen.batch
-            rows = compare(
-                subjects,
-                batch=batch,
-                images=found,
-                trials=trials or chosen.trials,
-                seconds=seconds or chosen.seconds,
-                warmup=chosen.warmup,
-                iterations=chosen.iterations if seconds is None else None,
-                progress=say,
-            )
-    result: dict[str, Any] = {"environment": before, "protocol": protocol, "rows": [row.to_dict() for row in rows]}
-    if output is not None:
-        write_json(output, {**result, "measurements": raw_samples(rows)})
-        note(f"raw samples: {output}")
-    if json:
+    )
+
+
+def bench_bundles(asked: Timing) -> None:
+    """Time bundles beside peers, print the tables, and say what was not measured.
+
+    Raises:
+        VitfoldError: if a bundle, a peer or an image is refused.
+    """
+    check_peers(asked.peers, calibrated=asked.calibration_images is not None)
+    if asked.keep_peers is not None:
+        _make_empty(asked.keep_peers)
+    opened = [turned(open_bundle(path), asked.exif) for path in asked.bundles]
+    found, calibration = _images(asked, opened)
+    before = environment(threads=asked.run.threads)
+    rows, batch = _rows(asked, opened, found, calibration)
+    result: dict[str, Any] = {
+        "environment": before,
+        "protocol": asked.protocol,
+        "rows": [row.to_dict() for row in rows],
+    }
+    if asked.output is not None:
+        write_json(asked.output, {**result, "measurements": raw_samples(rows)})
+        note(f"raw samples: {asked.output}")
+    if asked.json:
         print_json(result)
         say_busy(before)
         return
     print_ladders(result, title=f"batch {batch}")
-    if calibration is not None and not set(names) & CALIBRATED:
+    _remark(asked, opened, rows)
+    if not rows:
+        raise VitfoldError("nothing was timed")
+
+
+def _images(asked: Timing, opened: list[Bundle]) -> tuple[ImageSet | None, ImageSet | None]:
+    """Return the images to measure on and those to calibrate peers on."""
+    found = None if asked.images is None else given_images(asked.images).first(asked.limit)
+    if found is not None:
+        for one in opened:
+            found = judged_images(found, one.manifest.spec, one.manifest.labels)
+        found = found.readable(skipped) if asked.skip_bad else found
+    if asked.calibration_images is None:
+        return found, None
+    calibration = given_images(asked.calibration_images).first(asked.calibration_size)
+    return found, calibration.readable(skipped) if asked.skip_bad else calibration
+
+
+def _rows(
+    asked: Timing, opened: list[Bundle], found: ImageSet | None, calibration: ImageSet | None
+) -> tuple[list[Row], int]:
+    """Make peers and bundles ready, measure fidelities, then times; return rows and the batch."""
+    chosen = PROTOCOLS[asked.protocol]
+    batch = asked.batch or chosen.batch
+    given = None if asked.reference is None else open_bundle(asked.reference)
+    with contextlib.ExitStack() as stack:
+        folder = asked.keep_peers or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitfold-")))
+        lineup = stack.enter_context(
+            Lineup(
+                folder=folder,
+                images=found,
+                engine=asked.run.engine,
+                threads=asked.run.threads,
+                reference=given,
+                calibration=calibration,
+            )
+        )
+        with steps("bench") as say:
+            for name in asked.peers:
+                say(f"preparing {name}")
+                lineup.add_peer(name, opened[0])
+        with counting("fidelity", lineup.fidelity_images * (len(opened) + len(asked.peers))) as advance:
+            for one in opened:
+                lineup.add_bundle(one, advance)
+            lineup.measure_peers(opened[0], advance)
+        subjects = lineup.ordered(asked.baseline)
+        with steps("bench") as say:
+            rows = compare(
+                subjects,
+                batch=batch,
+                images=found,
+                trials=asked.trials or chosen.trials,
+                seconds=asked.seconds or chosen.seconds,
+                warmup=chosen.warmup,
+                iterations=chosen.iterations if asked.seconds is None else None,
+                progress=say,
+            )
+    return rows, batch
+
+
+def _remark(asked: Timing, opened: list[Bundle], rows: list[Row]) -> None:
+    """Say what was not measured, and what to trust less."""
+    if asked.calibration_images is not None and not set(asked.peers) & CALIBRATED:
         note("--calibration-images was not used: no peer of this run is quantized")
-    if keep_peers is not None:
-        note(f"files of the peers: {keep_peers}; what NVIDIA's compiler makes of one: vitfold audit FILE.onnx")
-    if found is None:
+    if asked.keep_peers is not None:
+        note(f"files of the peers: {asked.keep_peers}; what NVIDIA's compiler makes of one: vitfold audit FILE.onnx")
+    if asked.images is None:
         note("no --images: fidelity and end-to-end time were not measured")
     if not all(one.manifest.has_trained_weights for one in opened):
         note("random weights: no fidelity, since their outputs hardly depend on the image")
@@ -144,29 +242,6 @@ def bench(
         note(f"not timed, {untimed}")
     if any(row.measurement is not None and row.measurement.noisy for row in rows):
         note("noisy rows: the machine was busy; trust speed-ups (paired trials) more than times")
-    if not rows:
-        raise VitfoldError("nothing was timed")
-
-
-def _bench_steps(
-    bundles: list[Path], batch: int, trials: int, threads: int | None, output: Path | None, *, json: bool
-) -> None:
-    """Draw one batch by every bundle; a model of latents is not decoded."""
-    from vitfold.artifacts.bundle import open_bundle
-    from vitfold.report.tables import diffusion_table
-
-    latent = open_bundle(bundles[0], steps=True).manifest.steps.latent
-    asking = SamplingArgs(classes="all", count=batch, batch=batch, threads=threads, trials=trials, latents=latent)
-    with steps("bench") as say:
-        found = draw_bundles(bundles, asking, None, None, say).document
-    if output is not None:
-        write_json(output, found)
-        note(f"raw samples: {output}")
-    if json:
-        print_json(found)
-    else:
-        out.print(diffusion_table(found))
-    say_busy(found["environment"])
 
 
 def _make_empty(folder: Path) -> None:
@@ -178,48 +253,3 @@ def _make_empty(folder: Path) -> None:
         raise VitfoldError(f"cannot keep peers in {folder}: {error}; give --keep-peers another folder") from None
     if filled:
         raise VitfoldError(f"{folder} is not empty; give --keep-peers a new folder")
-
-
-def print_ladders(result: Mapping[str, Any], *, title: str) -> None:
-    """Print the environment and one table per scope."""
-    from vitfold.bench.environment import busy_remark
-    from vitfold.report.tables import SCOPES, environment_line, ladder
-
-    out.print(environment_line(result["environment"]))
-    busy = busy_remark(result["environment"])
-    if busy is not None:
-        out.print(busy, style="yellow", soft_wrap=True)
-    for scope, name in SCOPES.items():
-        chosen = [row for row in result["rows"] if row["scope"] == scope]
-        if chosen:
-            baseline = chosen[0]["speed_up"]["baseline"]
-            out.print(ladder(chosen, title=f"{title}, {name}; median ± half IQR, speed-up against {baseline}"))
-
-
-@command
-def table(
-    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="JSON of bench or demo.")],
-    scope: Annotated[Literal["engine", "end_to_end"] | None, typer.Option(help="Only this scope.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Markdown instead of a terminal table.")] = False,
-) -> None:
-    """Print the tables of a JSON file that bench or demo wrote."""
-    import json
-
-    from vitfold.report import tables
-
-    try:
-        result = json.loads(read_text(file))
-        rows = [row for row in result["rows"] if scope in (None, row["scope"])]
-        batch = {row["batch"] for row in rows}
-        if markdown:
-            for one in tables.SCOPES:
-                chosen = [row for row in rows if row["scope"] == one]
-                if chosen:
-                    for line in tables.markdown(chosen).splitlines():
-                        out.print(line, soft_wrap=True)
-            return
-        print_ladders({**result, "rows": rows}, title=f"batch {', '.join(map(str, sorted(batch)))}")
-    except OSError as error:
-        raise VitfoldError(f"cannot read {file}: {error}; write one with: vitfold bench BUNDLE -o FILE.json") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise VitfoldError(f"{file} is not the JSON of bench or demo ({error!r}); write it again") from None

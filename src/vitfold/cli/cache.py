@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from vitfold.artifacts.cache import LIMIT, cache_entries, cache_folder, cache_limit, clear_cache
 from vitfold.cli import options
-from vitfold.cli.terminal import command, note, out, print_json
+from vitfold.cli.declaring import command
+from vitfold.cli.terminal import note, out, print_json
 
 
-@command
+@command()
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove everything that is kept.")] = False,
     json: options.Json = False,
@@ -22,8 +24,6 @@ def cache(
     folder. Everything kept can be computed again.
     """
     from rich.table import Table
-
-    from vitfold.artifacts.cache import LIMIT, cache_entries, cache_folder, cache_limit, clear_cache
 
     limit = cache_limit()
     freed = clear_cache() if clear else 0

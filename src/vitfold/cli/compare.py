@@ -6,15 +6,21 @@ from typing import Annotated
 
 import typer
 
+from vitfold.bench.peers import PEERS, check_peers
 from vitfold.cli import options
-from vitfold.cli.bench import bench
-from vitfold.cli.terminal import command, note, out
+from vitfold.cli.bench import Timing, bench_bundles
+from vitfold.cli.declaring import command
+from vitfold.cli.groups import RunArgs
+from vitfold.cli.terminal import note, out
 from vitfold.errors import EngineError
 
 TIMED = "torch,torch-compile,onnxruntime,onnxruntime-int8,openvino,nncf"
 
 
-@command
+@command(
+    shown="images calibration_images peers batch output json",
+    examples=("vitfold compare vit.fold --images PHOTOS --calibration-images TRAIN",),
+)
 def compare(
     bundle: options.BundlePath,
     peers: Annotated[
@@ -35,21 +41,24 @@ def compare(
     """Time a bundle beside its peers, with fidelities on the same images; say what is missing and how to get it."""
     names = [name.strip() for name in peers.split(",") if name.strip()]
     missing = missing_peers(names, calibrated=calibration_images is not None)
-    present = [name for name in names if name not in missing]
-    bench(
-        bundles=[bundle],
-        batch=batch,
-        images=images,
-        peers=",".join(present),
-        calibration_images=calibration_images,
-        trials=trials,
-        seconds=seconds,
-        limit=limit,
-        skip_bad=skip_bad,
-        reference=reference,
-        threads=threads,
-        output=output,
-        json=json,
+    bench_bundles(
+        Timing(
+            bundles=[bundle],
+            batch=batch,
+            images=images,
+            peers=[name for name in names if name not in missing],
+            calibration_images=calibration_images,
+            calibration_size=128,
+            protocol="quick",
+            trials=trials,
+            seconds=seconds,
+            limit=limit,
+            skip_bad=skip_bad,
+            reference=reference,
+            run=RunArgs(threads=threads),
+            output=output,
+            json=json,
+        )
     )
     say = note if json else lambda line: out.print(line, soft_wrap=True)
     for name, reason in missing.items():
@@ -62,8 +71,6 @@ def missing_peers(names: list[str], *, calibrated: bool) -> dict[str, str]:
     Raises:
         EngineError: for a name that is not a peer.
     """
-    from vitfold.bench.peers import PEERS, check_peers
-
     missing = {}
     for name in names:
         try:

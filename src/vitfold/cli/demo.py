@@ -9,15 +9,24 @@ from typing import Annotated
 
 import typer
 
+from vitfold import pipeline
+from vitfold.artifacts.bundle import Bundle
+from vitfold.bench.comparison import compare, raw_samples
+from vitfold.bench.environment import environment
 from vitfold.cli import options
-from vitfold.cli.bench import print_ladders
+from vitfold.cli.declaring import command
+from vitfold.cli.groups import CalibrationArgs
 from vitfold.cli.making import quant_recipe, require_optimize, say_busy
-from vitfold.cli.terminal import command, counted, counting, note, out, print_json, steps, working, write_json
+from vitfold.cli.table import print_ladders
+from vitfold.cli.terminal import counted, counting, note, out, print_json, steps, working, write_json
+from vitfold.images import find_images
+from vitfold.pipeline.subjects import Lineup
+from vitfold.sources import demo_folder, load_source
 
 CALIBRATION_IMAGES = 64
 
 
-@command
+@command()
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the bundles go.")] = Path(
         "out/demo"
@@ -34,16 +43,8 @@ def demo(
 ) -> None:
     """Merge and quantize the bundled CIFAR-10 model at several r, and show speed beside accuracy."""
     require_optimize()
-    from vitfold import pipeline
-    from vitfold.artifacts.bundle import Bundle
-    from vitfold.bench.comparison import compare, raw_samples
-    from vitfold.bench.environment import environment
-    from vitfold.images import find_images
-    from vitfold.pipeline.subjects import Lineup
-    from vitfold.sources import demo_folder, load_source
-
     merges = ["none", *(r.strip() for r in merge.split(",") if r.strip() not in ("", "0", "none"))]
-    wanted = quant_recipe(quant, None, CALIBRATION_IMAGES, 0)
+    wanted = quant_recipe(quant, None, CalibrationArgs(calibration_size=CALIBRATION_IMAGES))
     rungs = [(r, None) for r in merges] + ([] if wanted is None else [(r, wanted) for r in merges])
     images = find_images(demo_folder() / "images")
     before = environment()

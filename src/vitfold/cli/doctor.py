@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from vitfold.artifacts.cache import cache_entries, cache_folder, cache_limit
+from vitfold.bench.environment import environment, installed_version
 from vitfold.cli import options
-from vitfold.cli.terminal import command, heading, note, out, print_json, steps
+from vitfold.cli.declaring import command
+from vitfold.cli.terminal import heading, note, out, print_json, steps
+from vitfold.engines import runs_here
+from vitfold.errors import EngineError
+from vitfold.storage.workshop import leftovers
+from vitfold.target import TARGETS, find_target
+from vitfold.version import __version__
 
 if TYPE_CHECKING:
     from vitfold.storage.workshop import Leftover
@@ -41,15 +49,9 @@ _ALSO = {
 }
 
 
-@command
+@command()
 def doctor(as_json: options.Json = False) -> None:
     """Say what is installed, which instruction sets the processor has, and how to mend what is missing."""
-    from vitfold.artifacts.cache import cache_entries, cache_folder, cache_limit
-    from vitfold.bench.environment import environment
-    from vitfold.storage.workshop import leftovers
-    from vitfold.target import TARGETS
-    from vitfold.version import __version__
-
     facts = environment()
     parts: list[dict[str, Any]] = []
     installed = [module for package, module, _, _ in _PARTS if _version(package) is not None]
@@ -123,8 +125,6 @@ def _leftover(one: Leftover) -> str:
 
 
 def _version(package: str) -> str | None:
-    from vitfold.bench.environment import installed_version
-
     versions = (installed_version(name) for name in (package, *_ALSO.get(package, ())))
     return next((version for version in versions if version is not None), None)
 
@@ -153,10 +153,6 @@ def _import_problems(modules: list[str]) -> dict[str, str]:
 
 def _exactness() -> dict[str, bool]:
     """Measure of every engine for CPUs that starts whether it computes products of 8-bit weights exactly here."""
-    from vitfold.engines import runs_here
-    from vitfold.errors import EngineError
-    from vitfold.target import find_target
-
     found = {}
     for engine, target in (("onnxruntime", "cpu-vnni"), ("openvino", "openvino")):
         with contextlib.suppress(EngineError):

@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vitfold.artifacts.bundle import open_bundle
+from vitfold.bench.classes import class_targets
+from vitfold.bench.evaluation import run_over
+from vitfold.bench.reference import compare_outputs, optional_reference, reference_outputs
+from vitfold.bench.zero_shot import SUFFIXES, check_embeds, read_embeds, zero_shot
 from vitfold.cli import options
+from vitfold.cli.declaring import command
 from vitfold.cli.making import given_images, judged_images, turned
-from vitfold.cli.terminal import command, counting, heading, note, out, print_json
+from vitfold.cli.terminal import counting, heading, note, out, print_json
+from vitfold.engines import open_session
 from vitfold.errors import GateError, VitfoldError
+from vitfold.report.tables import fidelity_lines
 from vitfold.storage.ordinary import read_text
 
 if TYPE_CHECKING:
@@ -22,7 +30,10 @@ if TYPE_CHECKING:
 DENSE_IMAGES = 256
 
 
-@command
+@command(
+    shown="images engine min_top1 min_agreement texts json",
+    examples=("vitfold evaluate vit.fold --images VAL --min-top1 0.8",),
+)
 def evaluate(
     bundle: options.BundlePath,
     images: options.Images = None,
@@ -68,12 +79,6 @@ def evaluate(
     """Run a bundle over a folder and say how accurate and how faithful it is."""
     if images is None:
         raise typer.BadParameter("give --images DIR", param_hint="--images")
-    from vitfold.artifacts.bundle import open_bundle
-    from vitfold.bench.classes import class_targets
-    from vitfold.bench.evaluation import run_over
-    from vitfold.bench.reference import compare_outputs, optional_reference, reference_outputs
-    from vitfold.engines import open_session
-    from vitfold.report.tables import fidelity_lines
 
     if texts is None and (class_names is not None or template):
         raise typer.BadParameter("--class-names and --template need --zero-shot TEXTS", param_hint="--zero-shot")
@@ -176,8 +181,6 @@ def _text_embeds(texts: str, images: ImageSet, spec: Any, class_names: Path | No
     Raises:
         VitfoldError: if images, names, texts and model do not fit each other.
     """
-    from vitfold.bench.zero_shot import SUFFIXES, check_embeds, read_embeds
-
     if images.classes is None:
         raise VitfoldError("--zero-shot needs one sub-folder of --images per class")
     if spec.output != "image_embeds":
@@ -212,9 +215,6 @@ def _classified(
     fidelity: Fidelity, outputs: Outputs, expected: Outputs | None, images: ImageSet, embeds: Any
 ) -> tuple[Fidelity, float | None]:
     """Return the fidelity with the accuracy of the nearest text, and the top-1 of the unfolded model."""
-    from vitfold.bench.reference import compare_outputs
-    from vitfold.bench.zero_shot import zero_shot
-
     reference = None if expected is None else zero_shot(expected, embeds)
     found = compare_outputs(
         zero_shot(outputs, embeds), images, labels=images.classes, head="single_label", reference=reference

@@ -7,11 +7,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from vitfold.artifacts.bundle import open_bundle
 from vitfold.cli import options
-from vitfold.cli.terminal import command, heading, out, print_json, steps
+from vitfold.cli.declaring import command
+from vitfold.cli.terminal import heading, out, print_json, steps
 
 
-@command
+@command()
 def export(
     bundle: options.BundlePath,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The model repository to write into.")],
@@ -33,7 +35,6 @@ def export(
     json: options.Json = False,
 ) -> None:
     """Write a bundle as a model of Triton Inference Server: configuration, graph, README, client."""
-    from vitfold.artifacts.bundle import open_bundle
     from vitfold.serve.triton import export_triton
 
     with steps("export") as say:

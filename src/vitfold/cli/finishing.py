@@ -9,8 +9,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from vitfold import pipeline
+from vitfold.artifacts.bundle import publish_bundle
 from vitfold.cli.optimized import OptimizeResult
 from vitfold.errors import GateError
+from vitfold.storage.placing import check_space
 
 if TYPE_CHECKING:
     from vitfold.images import ImageSet
@@ -28,8 +31,6 @@ def check_room(place: Place, folded: Plan) -> None:
     Raises:
         BundleError: saying how much is needed and how much is free.
     """
-    from vitfold.storage.placing import check_space
-
     quantizes = folded.recipe.quant is not None and not folded.simulated
     # A race may end with the float graph in place of the quantized one; both stand in the workshop then.
     share = _FLOAT_SHARE + (_INTEGER_SHARE if quantizes else 0.0)
@@ -40,8 +41,6 @@ def make_bundle(
     folded: Plan, comparing: ImageSet | None, place: Place, say: Say, *, race: bool, keep_slower: bool
 ) -> OptimizeResult:
     """Write the bundle in the workshop, and, after a race that it lost and unless told to keep it, the float one."""
-    from vitfold import pipeline
-
     bundle = pipeline.save(folded, place.draft("made"), images=comparing, step=say)
     if not race:
         return OptimizeResult(folded=folded, bundle=bundle)
@@ -55,8 +54,6 @@ def make_bundle(
 
 def publish(made: OptimizeResult, place: Place, min_agreement: float | None) -> OptimizeResult:
     """Put a bundle that passes its gate in its place; one that fails goes with the workshop."""
-    from vitfold.artifacts.bundle import publish_bundle
-
     assert made.bundle is not None
     try:
         if min_agreement is not None:

@@ -6,31 +6,34 @@ from typing import Annotated
 
 import typer
 
+from vitfold import pipeline
 from vitfold.cli import options
-from vitfold.cli.making import given_images, load_model, require_optimize
-from vitfold.cli.terminal import command, out, print_json, steps, write_json
+from vitfold.cli.declaring import command
+from vitfold.cli.groups import JsonArgs, ModelArgs
+from vitfold.cli.making import given_images, require_optimize
+from vitfold.cli.terminal import out, steps
 from vitfold.errors import TargetError, VitfoldError
+from vitfold.report.audits import forecast_table
+from vitfold.target import find_target
 
 GPUS = "H100,A100,L40S,L4,T4"
 BATCHES = "1,8,32,128"
 
 
-@command
+@command(
+    shown="images target gpus batches output json",
+    examples=("vitfold forecast timm:vit_base_patch16_224 --images PHOTOS --gpus A100,L4",),
+)
 def forecast(
+    *,
     source: options.Source,
     images: options.Images = None,
-    exif: options.Exif = None,
     target: Annotated[str, typer.Option(help="tensorrt-fp16, tensorrt-int8 or tensorrt-fp8.")] = "tensorrt-int8",
     like: Annotated[str, typer.Option(metavar="R", help="The schedule whose distortion is allowed.")] = "8",
     gpus: Annotated[str, typer.Option(help="GPUs, comma-separated.")] = GPUS,
     batches: Annotated[str, typer.Option(help="Batches, comma-separated.")] = BATCHES,
-    arch: options.Arch = None,
-    num_classes: options.NumClasses = None,
-    image_size: options.ImageSize = None,
-    weights: options.Weights = "pretrained",
-    seed: options.Seed = 0,
-    output: options.JsonFile = None,
-    json: options.Json = False,
+    answer: JsonArgs,
+    loading: ModelArgs,
 ) -> None:
     """Solve a schedule for every GPU and batch: modelled times at a measured distortion. No GPU is needed."""
     if images is None:
@@ -40,11 +43,9 @@ def forecast(
         raise typer.BadParameter("give GPUs and batches as lists, as H100,L4 and 1,64", param_hint="--gpus, --batches")
     sizes = [int(part) for part in batches.split(",")]
     require_optimize()
-    from vitfold import pipeline
-
     found = given_images(images)
     with steps("forecast") as say:
-        model = load_model(source, say, arch, num_classes, image_size, weights, seed, exif=exif)
+        model = loading.load(source, say)
         able = [name for name in names if _runs(name, target)]
         if not able:
             raise TargetError(f"none of {gpus} runs {target}; choose others")
@@ -57,17 +58,13 @@ def forecast(
     document = {
         "source": source,
         "target": target,
-        "weights": weights,
+        "weights": loading.weights,
         "prediction": "roofline model of the transformer blocks, not a measurement",
         "left_out": [name for name in names if name not in able],
         "rows": [solution.to_dict() for solution in solutions],
     }
-    if output is not None:
-        write_json(output, document)
-    if json:
-        print_json(document)
+    if answer.write(document):
         return
-    from vitfold.report.audits import forecast_table
 
     out.print(forecast_table(document))
 
@@ -79,7 +76,6 @@ def _runs(gpu: str, target: str) -> bool:
         TargetError: if the GPU is unknown, or the target is not TensorRT's.
     """
     from vitfold.audit.roofline import find_gpu
-    from vitfold.target import find_target
 
     peak = find_gpu(gpu).peak
     return find_target(target).implied_quant != "fp8" or "fp8" in peak

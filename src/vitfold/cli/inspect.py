@@ -7,26 +7,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vitfold.artifacts.bundle import holds_steps, open_bundle
 from vitfold.cli import options
-from vitfold.cli.terminal import command, heading, out, print_json
+from vitfold.cli.declaring import command
+from vitfold.cli.terminal import heading, out, print_json
+from vitfold.engines.exactness import exact_execution
 from vitfold.errors import EngineError, VitfoldError
+from vitfold.report.tables import describe_registers, fidelity_lines
+from vitfold.schedule import describe_r
+from vitfold.target import PLAIN
 
 if TYPE_CHECKING:
     from vitfold.artifacts.bundle import Manifest
     from vitfold.recipe import QuantRecipe
 
 
-@command
+@command()
 def inspect(
     bundle: options.BundlePath,
     program: Annotated[bool, typer.Option("--program", help="Print what the graph computes, node by node.")] = False,
     json: options.Json = False,
 ) -> None:
     """Print a bundle's recipe, target, tokens per block, work, size and origin."""
-    from vitfold.artifacts.bundle import holds_steps, open_bundle
-    from vitfold.report.tables import describe_registers, fidelity_lines
-    from vitfold.schedule import describe_r
-
     if holds_steps(bundle):
         if program:
             raise VitfoldError(f"{bundle} holds one graph per step; --program shows the graph of a Vision Transformer")
@@ -116,9 +118,6 @@ def _print_program(manifest: Manifest, *, json: bool) -> None:
 
 def _needs(manifest: Manifest) -> str:
     """What the graph asks of a processor, and whether this one computes it exactly."""
-    from vitfold.engines.exactness import exact_execution
-    from vitfold.target import PLAIN
-
     engine = str(manifest.target.get("engine"))
     shown = " and ".join(f"exact products of {product}" for product in manifest.products)
     try:
@@ -140,8 +139,6 @@ def _quant(quant: QuantRecipe | None, *, simulated: bool) -> str:
 
 
 def _inspect_steps(path: Path, *, json: bool) -> None:
-    from vitfold.artifacts.bundle import open_bundle
-
     opened = open_bundle(path, steps=True)
     manifest, steps = opened.manifest, opened.manifest.steps
     if json:

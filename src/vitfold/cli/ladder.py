@@ -8,20 +8,30 @@ from typing import Annotated, Any
 
 import typer
 
+from vitfold.bench.environment import environment
 from vitfold.cli import options
-from vitfold.cli.making import given_images, judged_images, load_model, require_optimize
-from vitfold.cli.terminal import command, note, out, print_json, working, write_json
+from vitfold.cli.declaring import command
+from vitfold.cli.groups import ModelArgs
+from vitfold.cli.making import given_images, judged_images, require_optimize
+from vitfold.cli.terminal import note, out, print_json, working, write_json
 from vitfold.errors import VitfoldError
+from vitfold.pipeline.plan import registers_from_name
+from vitfold.recipe import MergeRecipe
+from vitfold.report.tables import accuracy_table
+from vitfold.schedule import resolve_r
 from vitfold.storage.ordinary import read_text
 
 METHODS = "vitfold,ptq4vit,repq,noisy,smooth,mse,percentile,minmax"
 
 
-@command
+@command(
+    shown="images calibration_images methods quant seeds output json",
+    examples=("vitfold ladder demo --images VAL --calibration-images TRAIN -o ladder.json",),
+)
 def ladder(
+    *,
     source: options.Source,
     images: options.Images = None,
-    exif: options.Exif = None,
     calibration_images: options.CalibrationImages = None,
     methods: Annotated[str, typer.Option(help="Methods, comma-separated.")] = METHODS,
     quant: Annotated[str, typer.Option(help="Bit widths, comma-separated.")] = "w8a8,w6a6,w4a4",
@@ -33,25 +43,18 @@ def ladder(
     calibration_size: options.CalibrationSize = 128,
     both: Annotated[str, typer.Option(help="Methods to simulate too where an engine executes them.")] = "vitfold",
     limit: options.Limit = None,
-    arch: options.Arch = None,
-    num_classes: options.NumClasses = None,
-    image_size: options.ImageSize = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE.json", help="Rows; an existing file is gone on with.")
     ] = None,
     json: options.Json = False,
+    loading: ModelArgs,
 ) -> None:
     """Measure every method at every bit width on --images, calibrated on --calibration-images."""
     if images is None or calibration_images is None:
         raise typer.BadParameter("give --images DIR and --calibration-images DIR", param_hint="--images")
     require_optimize()
-    from vitfold.bench.environment import environment
     from vitfold.pipeline.ladder import cell_from_dict, plan_cells, run_cells
-    from vitfold.pipeline.plan import registers_from_name
     from vitfold.quant import find_method
-    from vitfold.recipe import MergeRecipe
-    from vitfold.report.tables import accuracy_table
-    from vitfold.schedule import resolve_r
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
     for name in names:
@@ -67,7 +70,7 @@ def ladder(
     found = given_images(images)
     chosen = found if limit is None else found.first(limit)
     with working("ladder") as (say, bar):
-        model = load_model(source, say, arch, num_classes, image_size, "pretrained", 0, exif=exif)
+        model = loading.load(source, say)
         chosen = judged_images(chosen, model.spec, model.labels)
         plan = MergeRecipe(r=resolve_r(merge, model.spec))
         head = {

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vitfold.cli.terminal import note, quiet_stdout
+from vitfold.bench.classes import fitting_classes, without_classes
+from vitfold.bench.environment import busy_remark
+from vitfold.cli.terminal import note
 from vitfold.errors import VitfoldError, missing_extra
+from vitfold.images import find_images
+from vitfold.recipe import quant_from_scheme
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from vitfold.artifacts.bundle import Bundle
+    from vitfold.cli.groups import CalibrationArgs
     from vitfold.images import ImageSet
-    from vitfold.model import Model, ViTSpec
+    from vitfold.model import ViTSpec
     from vitfold.model.preprocess import Exif
     from vitfold.recipe import QuantRecipe
-
-Say = Callable[[str], None]
 
 
 def require_optimize() -> None:
@@ -30,25 +33,12 @@ def require_optimize() -> None:
             raise VitfoldError(missing_extra(package, "optimize", "making a bundle"))
 
 
-def load_model(source: str, say: Say, *arguments: Any, exif: Exif | None = None, problem: Any = None) -> Model:
-    """Load a model by arch, num_classes, image_size, weights and seed; what it prints goes to stderr."""
-    from vitfold.sources import load_source
-
-    say(f"loading {source}")
-    names = ("arch", "num_classes", "image_size", "weights", "seed")
-    with quiet_stdout():
-        model = load_source(source, **dict(zip(names, arguments, strict=True)), problem=problem).model
-    return model if exif is None else replace(model, preprocess=replace(model.preprocess, exif=exif))
-
-
 def given_images(folder: Path) -> ImageSet:
     """Find the images of a folder, and say what of it was left out.
 
     Raises:
         ImageError: if there are none.
     """
-    from vitfold.images import find_images
-
     found = find_images(folder)
     if found.remark is not None:
         note(found.remark)
@@ -57,8 +47,6 @@ def given_images(folder: Path) -> ImageSet:
 
 def judged_images(images: ImageSet, spec: ViTSpec, labels: tuple[str, ...] | None) -> ImageSet:
     """Return what a model is measured on; say before any work how class folders are read, or why there is no top-1."""
-    from vitfold.bench.classes import fitting_classes, without_classes
-
     if images.classes is None or spec.head == "features":
         return images
     if spec.head == "single_label":
@@ -78,18 +66,15 @@ def turned(bundle: Bundle, exif: Exif | None) -> Bundle:
 
 def say_busy(environment: Mapping[str, Any]) -> None:
     """Remark that a measurement was taken on a busy machine, where it was."""
-    from vitfold.bench.environment import busy_remark
-
     remark = busy_remark(environment)
     if remark is not None:
         note(remark)
 
 
-def quant_recipe(quant: str | None, method: str | None, size: int, seed: int) -> QuantRecipe | None:
+def quant_recipe(quant: str | None, method: str | None, calibration: CalibrationArgs) -> QuantRecipe | None:
     """Return the quantization that options ask for."""
-    from vitfold.recipe import quant_from_scheme
-
     found = None if quant is None else quant_from_scheme(quant.lower())
     if found is None:
         return None
+    size, seed = calibration.calibration_size, calibration.calibration_seed
     return replace(found, method=method or "vitfold", calibration_size=size, seed=seed)

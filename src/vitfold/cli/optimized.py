@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vitfold.cli.terminal import heading, note, out, print_json
+from vitfold.report.tables import describe_registers, percent
+from vitfold.schedule import describe_r
 
 if TYPE_CHECKING:
     from vitfold.artifacts.bundle import Bundle
@@ -65,8 +67,6 @@ def report_made(made: OptimizeResult, measured: RemedySearchResult | None, *, js
 
 
 def _planned(folded: Plan) -> dict[str, Any]:
-    from vitfold.schedule import describe_r
-
     macs = sum(cost.macs for cost in folded.costs())
     base = folded.recipe.merge
     quant = folded.recipe.quant
@@ -100,8 +100,6 @@ def _print(values: dict[str, Any]) -> None:
 
 
 def _print_plan(values: dict[str, Any]) -> None:
-    from vitfold.report.tables import percent
-
     heading(values["source"], f" for {values['target']}")
     out.print(f"  merge     {values['schedule']}")
     if values["quantization"]:
@@ -122,8 +120,6 @@ def _print_plan(values: dict[str, Any]) -> None:
 
 def _registers(values: dict[str, Any]) -> str:
     """What is done about sinks, and what it measured against doing nothing."""
-    from vitfold.report.tables import describe_registers
-
     shown = describe_registers(values["recipe"].get("registers"))
     found = values.get("remedies")
     if found is None:
@@ -137,8 +133,6 @@ def _registers(values: dict[str, Any]) -> str:
 
 
 def _print_bundle(values: dict[str, Any]) -> None:
-    from vitfold.report.tables import percent
-
     error = values["verified"]["median_relative_error"]
     out.print(f"  verified  {values['verified']['engine']} within {error:.1e} of the reference")
     fidelity = values["fidelity"]
@@ -163,8 +157,6 @@ def _print_bundle(values: dict[str, Any]) -> None:
 
 def print_solution(found: Solution) -> None:
     """Print what `--merge auto` chose, and by what."""
-    from vitfold.schedule import describe_r
-
     model = f"on {found.gpu} at batch {found.batch}, in a roofline model of the blocks, not a measurement"
     where = "by a table measured here at batch 1" if found.gpu is None else model
     plain, like = f"{found.ms_none:.3f} ms without merging", f"{found.ms_like:.3f} ms with r = {found.like}"

@@ -104,6 +104,69 @@ Registers = Annotated[
         rich_help_panel=RECIPE,
     ),
 ]
+KeepFloat = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Leave the N most sensitive layers float; see vitfold sensitivity.",
+        rich_help_panel=RECIPE,
+    ),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help="What the graph is written for: cpu (quantized: this processor's instruction set), portable, "
+        "cpu-avx2, cpu-vnni, cpu-amx, cpu-arm, openvino, tensorrt-fp16, tensorrt-int8, tensorrt-fp8, integer or "
+        "simulation; fastest: cpu or openvino, whichever runs faster here. "
+        "Default: cpu; a search tries cpu and openvino.",
+        rich_help_panel=RECIPE,
+    ),
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option(metavar="FILE.toml", help="Every choice in a file.", rich_help_panel=RECIPE)
+]
+Repeat = Annotated[
+    Path | None,
+    typer.Option(
+        "--from", metavar="BUNDLE", help="Make this bundle again, from the same images.", rich_help_panel=RECIPE
+    ),
+]
+KeepSlower = Annotated[
+    bool,
+    typer.Option(
+        "--keep-slower", help="Keep a quantized bundle that is not faster than the float one.", rich_help_panel=RECIPE
+    ),
+]
+Batches = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MIN,OPT,MAX", help="Batches that TensorRT builds its engine for, as 1,8,64.", rich_help_panel=RECIPE
+    ),
+]
+Gpu = Annotated[
+    str, typer.Option(help="The GPU that --merge auto models: H100, A100, L4, T4, ...", rich_help_panel=RECIPE)
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="POINTS",
+        help="Search the fastest recipe that loses at most so many points of top-1, or, "
+        "without class folders, of agreement.",
+        rich_help_panel=SEARCH,
+    ),
+]
+MaxLatency = Annotated[
+    float | None,
+    typer.Option(
+        min=0, metavar="MS", help="Search the most accurate recipe that takes at most this.", rich_help_panel=SEARCH
+    ),
+]
+SearchMinutes = Annotated[
+    float,
+    typer.Option(min=0.1, help="When a search stops trying; the same command goes on.", rich_help_panel=SEARCH),
+]
 CalibrationImages = Annotated[
     Path | None,
     typer.Option(
@@ -130,6 +193,7 @@ Exif = Annotated[
     typer.Option(
         "--exif",
         help="Whether images are turned by their EXIF orientation; default: as the source's own pipeline.",
+        rich_help_panel=SOURCE,
     ),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use at most this many images, spread evenly.")]
@@ -177,3 +241,43 @@ Features = Annotated[
     ),
 ]
 Heads = Annotated[int | None, typer.Option(min=1, help="Attention heads of a state dict.", rich_help_panel=DIFFUSION)]
+Reuse = Annotated[
+    str,
+    typer.Option(
+        metavar="METHOD",
+        help="How steps are reused, as for diffusion sample; auto: the fastest way to draw that keeps --min-psnr "
+        "(30 dB if no bound is named), --max-psnr-drop and --max-fid-rise.",
+    ),
+]
+StepMerge = Annotated[
+    str | None, typer.Option(metavar="R", help="Tokens merged before every attention and given back behind it.")
+]
+StepQuant = Annotated[
+    str | None, typer.Option(metavar="w8a8", help="8-bit linear layers in the blocks, or none; auto tries both.")
+]
+MinPsnr = Annotated[
+    float | None,
+    typer.Option(metavar="DB", help="Least PSNR to the unaccelerated images at equal seeds.", rich_help_panel=SEARCH),
+]
+MaxPsnrDrop = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="DB",
+        help="How much further from the images of four times the steps than the plain sampler.",
+        rich_help_panel=SEARCH,
+    ),
+]
+MaxFidRise = Annotated[
+    float | None,
+    typer.Option(min=0, help="How much larger a Frechet distance to --real by --features.", rich_help_panel=SEARCH),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Held-out images that confirm the winner; default: 32, or 256 for a FID.",
+        rich_help_panel=SEARCH,
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")]

@@ -8,10 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vitfold import pipeline
+from vitfold.bench.environment import environment
 from vitfold.cli import options
-from vitfold.cli.making import given_images, judged_images, load_model, quant_recipe, require_optimize
-from vitfold.cli.terminal import command, counted, heading, note, out, print_json, skipped, working, write_json
+from vitfold.cli.declaring import command
+from vitfold.cli.groups import CalibrationArgs, JsonArgs, ModelArgs
+from vitfold.cli.making import given_images, judged_images, quant_recipe, require_optimize
+from vitfold.cli.terminal import counted, heading, note, out, skipped, working
+from vitfold.decoding import prepared
+from vitfold.errors import VitfoldError
 from vitfold.model import block_layers
+from vitfold.report.sinks import advise, draw_sinks, norms_table, remedies_table, remedy_settings
 
 if TYPE_CHECKING:
     from vitfold.images import ImageSet
@@ -21,19 +28,21 @@ if TYPE_CHECKING:
 SHOWN = 6
 
 
-@command
+@command(
+    shown="images quant merge picture output json",
+    examples=("vitfold outliers timm:vit_base_patch16_224 --images PHOTOS",),
+)
 def outliers(
+    *,
     source: options.Source,
     images: options.Images = None,
-    exif: options.Exif = None,
     quant: options.Quant = "w8a8",
     method: Annotated[
         str | None, typer.Option(help="Confirm the best remedies under this method too; default: plain ranges only.")
     ] = None,
     merge: options.Merge = None,
     target: options.QuantTarget = "cpu",
-    calibration_size: options.CalibrationSize = 128,
-    calibration_seed: options.CalibrationSeed = 0,
+    drawing: CalibrationArgs,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -43,30 +52,22 @@ def outliers(
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw where the sinks lie on some of the photos.")
     ] = None,
-    arch: options.Arch = None,
-    num_classes: options.NumClasses = None,
-    image_size: options.ImageSize = None,
-    weights: options.Weights = "pretrained",
-    seed: options.Seed = 0,
     skip_bad: options.SkipBad = False,
-    output: options.JsonFile = None,
-    json: options.Json = False,
+    answer: JsonArgs,
+    loading: ModelArgs,
 ) -> None:
     """Measure token norms, what each layer's quantization costs, and every remedy against sink tokens."""
     if images is None:
         raise typer.BadParameter("give --images DIR", param_hint="--images")
-    wanted = quant_recipe(quant, method, calibration_size, calibration_seed)
+    wanted = quant_recipe(quant, method, drawing)
     if wanted is None:
         raise typer.BadParameter("give the bits to try, for example w8a8", param_hint="--quant")
     require_optimize()
-    from vitfold import pipeline
-    from vitfold.bench.environment import environment
     from vitfold.registers import measure_norms, measure_remedies
-    from vitfold.report.sinks import advise
 
     found = given_images(images)
     with working("outliers") as (say, bar):
-        model = load_model(source, say, arch, num_classes, image_size, weights, seed, exif=exif)
+        model = loading.load(source, say)
         found = judged_images(found, model.spec, model.labels)
         folded = pipeline.optimize(model, merge=merge, quant=wanted, target=target)
         pool, _ = pipeline.split_images(folded, found)
@@ -101,13 +102,10 @@ def outliers(
         "environment": environment(),
     }
     values["advice"] = advise(values, prefix=model.spec.prefix)
-    if output is not None:
-        write_json(output, values)
-    if json:
-        print_json(values)
+    if answer.write(values):
         return
     _print(values)
-    if weights == "random":
+    if loading.weights == "random":
         note("random weights: sinks are made by training, so these say nothing about the trained model")
     if picture is not None:
         note(f"sinks are drawn in {picture}")
@@ -149,10 +147,6 @@ def _draw(picture: Path, pool: ImageSet, norms: Norms, grid: tuple[int, int], pr
     """
     import numpy as np
 
-    from vitfold.decoding import prepared
-    from vitfold.errors import VitfoldError
-    from vitfold.report.sinks import draw_sinks
-
     def seen(path: Path) -> Any:
         """What the model sees of a photo, as pixels (H, W, 3)."""
         pixels = prepared(path, preprocess).transpose(1, 2, 0)
@@ -171,8 +165,6 @@ def _draw(picture: Path, pool: ImageSet, norms: Norms, grid: tuple[int, int], pr
 
 
 def _print(values: dict[str, Any]) -> None:
-    from vitfold.report.sinks import norms_table, remedies_table, remedy_settings
-
     heading(f"{values['source']}, token norms over {values['images']} images")
     out.print(norms_table(values))
     out.print(f"most sensitive {values['sensitive_site']}, outlier tokens at {values['sink_site']}", soft_wrap=True)

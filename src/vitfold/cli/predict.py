@@ -10,16 +10,19 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from vitfold.artifacts.bundle import open_bundle
 from vitfold.cli import options
+from vitfold.cli.declaring import command
 from vitfold.cli.making import turned
-from vitfold.cli.terminal import command, out, print_json, steps
+from vitfold.cli.terminal import out, print_json, steps
+from vitfold.serve.predictor import Predictor
 from vitfold.visible import visible
 
 if TYPE_CHECKING:
     from vitfold.serve.predictor import Prediction
 
 
-@command
+@command()
 def predict(
     bundle: options.BundlePath,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
@@ -33,9 +36,6 @@ def predict(
     json: options.Json = False,
 ) -> None:
     """Print the most probable labels of images, the numbers of a regression, or embeddings with --json."""
-    from vitfold.artifacts.bundle import open_bundle
-    from vitfold.serve.predictor import Predictor
-
     opened = turned(open_bundle(bundle), exif)
     with steps("predict") as say, Predictor(opened, engine=engine, threads=threads) as predictor:
         say(f"{len(images)} images")

@@ -7,14 +7,24 @@ from typing import Annotated, Any
 
 import typer
 
+from vitfold.artifacts.bundle import open_bundle
+from vitfold.bench.comparison import pixels_for
+from vitfold.bench.environment import environment
 from vitfold.cli import options
+from vitfold.cli.declaring import command
+from vitfold.cli.groups import JsonArgs
 from vitfold.cli.making import given_images, say_busy
-from vitfold.cli.terminal import command, note, out, print_json, steps, write_json
+from vitfold.cli.terminal import note, out, steps
+from vitfold.engines import open_session
 from vitfold.errors import VitfoldError
+from vitfold.pipeline import count_costs
+from vitfold.recipe import MergeRecipe
+from vitfold.report.profiles import block_table, kind_table, profile_heading
 
 
-@command
+@command()
 def profile(
+    *,
     bundle: options.BundlePath,
     batch: options.Batch = 1,
     images: options.Images = None,
@@ -24,17 +34,10 @@ def profile(
     ] = True,
     engine: options.Engine = None,
     threads: options.Threads = None,
-    output: options.JsonFile = None,
-    json: options.Json = False,
+    answer: JsonArgs,
 ) -> None:
     """Time every block and every kind of operation by the engine's own profiler."""
-    from vitfold.artifacts.bundle import open_bundle
-    from vitfold.bench.comparison import pixels_for
-    from vitfold.bench.environment import environment
-    from vitfold.engines import open_session
-    from vitfold.pipeline import count_costs
     from vitfold.profile import advise, ceiling_of, join, probes
-    from vitfold.recipe import MergeRecipe
 
     opened = open_bundle(bundle)
     manifest = opened.manifest
@@ -69,14 +72,11 @@ def profile(
             "advice": list(advise(joined)),
             "environment": before,
         }
-    if output is not None:
-        write_json(output, result)
-        note(f"profile: {output}")
+    if answer.output is not None:
+        note(f"profile: {answer.output}")
     say_busy(before)
-    if json:
-        print_json(result)
+    if answer.write(result):
         return
-    from vitfold.report.profiles import block_table, kind_table, profile_heading
 
     out.print(profile_heading(result))
     out.print(kind_table(result))

@@ -9,16 +9,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vitfold.artifacts.bundle import open_bundle
 from vitfold.bench.environment import installed_version
 from vitfold.cli import options
-from vitfold.cli.terminal import command, note, out, skipped, steps, write_text
+from vitfold.cli.declaring import command
+from vitfold.cli.making import require_optimize
+from vitfold.cli.terminal import note, out, skipped, steps, write_text
 from vitfold.errors import ImageError, ReportError, missing_extra
+from vitfold.images import batches, find_images
+from vitfold.pipeline import count_costs
+from vitfold.sources.origin import load_origin
 
 if TYPE_CHECKING:
     from vitfold.report.mosaic import Traced
 
 
-@command
+@command()
 def report(
     folder: Annotated[
         Path,
@@ -67,17 +73,11 @@ def report(
 
 def _trace(path: Path, folder: Path, count: int, *, skip_bad: bool) -> Traced:
     """Run the model that a bundle was made from on some photos, and keep what merges."""
-    from vitfold.cli.making import require_optimize
-
     require_optimize()
     import numpy as np
 
-    from vitfold.artifacts.bundle import open_bundle
-    from vitfold.images import batches, find_images
-    from vitfold.pipeline import count_costs
     from vitfold.pipeline.tracing import trace_groups
     from vitfold.report.mosaic import Traced, rgb_from_pixels
-    from vitfold.sources.origin import load_origin
 
     bundle = open_bundle(path)
     manifest = bundle.manifest

@@ -7,9 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitfold.artifacts.bundle import copy_bundle, publish_bundle
+from vitfold.artifacts.cache import entry_folder, key_of
+from vitfold.artifacts.digested import reserve_bundle
+from vitfold.artifacts.journal import ROWS, alone
+from vitfold.bench.environment import installed_version
+from vitfold.bench.reference import Reference, reference_outputs
+from vitfold.cli.groups import CalibrationArgs, SearchArgs
 from vitfold.cli.making import judged_images
 from vitfold.cli.terminal import heading, note, out, print_json, working
 from vitfold.errors import VitfoldError
+from vitfold.processor import processor
+from vitfold.report.tables import drop_text, sweep_table
+from vitfold.storage.placing import check_space
 
 if TYPE_CHECKING:
     from vitfold.images import ImageSet
@@ -21,16 +31,13 @@ ENGINES = ("cpu", "openvino")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SearchArgs:
-    """What the search is for and what it may try; `points` are percentage points of top-1 or agreement."""
+class Bounded:
+    """What a search is for and what it may try; its drop is in percentage points of top-1 or agreement."""
 
-    points: float | None
-    latency_ms: float | None
+    search: SearchArgs
+    calibration: CalibrationArgs
     quant: str | None
     target: str | None
-    calibration_size: int
-    seed: int
-    minutes: float
 
     def quants(self) -> list[str]:
         """Bits to try: the one that was named, or float and W8A8."""
@@ -38,40 +45,32 @@ class SearchArgs:
 
     def targets(self) -> list[str]:
         """Targets to try: the one that was named, or every engine for CPUs that is installed."""
-        from vitfold.bench.environment import installed_version
-
         if self.target not in (None, "fastest"):
             return [str(self.target)]
         return [name for name in ENGINES if name != "openvino" or installed_version("openvino") is not None]
 
 
-def run_search(
-    model: Model, images: ImageSet, output: Path, wanted: SearchArgs, *, overwrite: bool, json: bool
-) -> None:
+def run_search(model: Model, images: ImageSet, output: Path, wanted: Bounded, *, overwrite: bool, json: bool) -> None:
     """Search, write the winner's bundle, and say what was tried.
 
     Raises:
         VitfoldError: if the images are too few, or a latency bound is met by nothing.
     """
-    from vitfold.artifacts.bundle import copy_bundle, publish_bundle
-    from vitfold.artifacts.digested import reserve_bundle
-    from vitfold.artifacts.journal import ROWS, alone
     from vitfold.pipeline.search import check_enough, divided_for_search, find_arms, search
     from vitfold.pipeline.trials import check_decides
-    from vitfold.storage.placing import check_space
 
     check_decides(model.spec.head)
     images = judged_images(images, model.spec, model.labels)
-    calibration = images.sample(wanted.calibration_size, seed=wanted.seed)
+    calibration = images.sample(wanted.calibration.calibration_size, seed=wanted.calibration.calibration_seed)
     others = images.without(calibration)
     if others is None:
         raise VitfoldError(
             f"all {len(images.paths)} images of {images.root} went into calibration; give more of them, or a smaller "
             "--calibration-size: a search chooses and verifies on others"
         )
-    chosen, held_out = divided_for_search(others, seed=wanted.seed)
-    if wanted.points is not None:
-        check_enough(len(held_out.paths), wanted.points / 100)
+    chosen, held_out = divided_for_search(others, seed=wanted.calibration.calibration_seed)
+    if wanted.search.max_drop is not None:
+        check_enough(len(held_out.paths), wanted.search.max_drop / 100)
     with reserve_bundle(output, overwrite=overwrite) as place, working("search") as (say, _):
         check_space(place.destination, model.size_bytes)
         folder = _folder(model, calibration, chosen, held_out, wanted)
@@ -79,11 +78,11 @@ def run_search(
             laboratory = _laboratory(model, calibration, chosen, held_out, wanted, folder, say)
             arms = find_arms(laboratory, wanted.quants(), wanted.targets())
             goal = _goal(laboratory, wanted)
-            found = search(laboratory, arms, goal, minutes=wanted.minutes)
+            found = search(laboratory, arms, goal, minutes=wanted.search.search_minutes)
             fidelity: Mapping[str, Any] | None
             if found.winner is not None:
                 winner, fidelity = found.winner.bundle, found.winner.fidelity.to_dict()
-            elif wanted.points is not None:
+            elif wanted.search.max_drop is not None:
                 winner, fidelity = laboratory.plain, laboratory.plain.manifest.fidelity
             else:
                 raise VitfoldError(_nothing(found, wanted))
@@ -103,13 +102,16 @@ def run_search(
     _report(document, found, wanted)
 
 
-def _folder(model: Model, calibration: ImageSet, chosen: ImageSet, held_out: ImageSet, wanted: SearchArgs) -> Path:
+def _folder(model: Model, calibration: ImageSet, chosen: ImageSet, held_out: ImageSet, wanted: Bounded) -> Path:
     """Return where the rows and bundles of this search lie, for the same command to go on with."""
-    from vitfold.artifacts.cache import entry_folder, key_of
-    from vitfold.processor import processor
-
     digests = [model.digest(), chosen.digest(), held_out.digest(), calibration.digest()]
-    settings = [*digests, processor(), wanted.targets(), wanted.calibration_size, wanted.seed]
+    settings = [
+        *digests,
+        processor(),
+        wanted.targets(),
+        wanted.calibration.calibration_size,
+        wanted.calibration.calibration_seed,
+    ]
     return entry_folder("searches", key_of(*settings))
 
 
@@ -118,11 +120,10 @@ def _laboratory(
     calibration: ImageSet,
     chosen: ImageSet,
     held_out: ImageSet,
-    wanted: SearchArgs,
+    wanted: Bounded,
     folder: Path,
     say: Any,
 ) -> SearchContext:
-    from vitfold.bench.reference import Reference, reference_outputs
     from vitfold.pipeline.search import SearchContext
     from vitfold.pipeline.trial import SHORT
     from vitfold.pipeline.trials import EvalContext
@@ -134,8 +135,8 @@ def _laboratory(
         return EvalContext(
             model=model,
             calibration=calibration,
-            calibration_size=wanted.calibration_size,
-            calibration_seed=wanted.seed,
+            calibration_size=wanted.calibration.calibration_size,
+            calibration_seed=wanted.calibration.calibration_seed,
             images=images,
             expected=reference_outputs(digest, images, model.preprocess, lambda: Reference(model=model)),
             protocol=SHORT,
@@ -144,18 +145,16 @@ def _laboratory(
     return SearchContext(trying=trying(chosen), held_out=trying(held_out), folder=folder, say=say)
 
 
-def _goal(laboratory: SearchContext, wanted: SearchArgs) -> Goal:
+def _goal(laboratory: SearchContext, wanted: Bounded) -> Goal:
     from vitfold.pipeline.goals import LeastDrop, LeastLatency
 
-    if wanted.points is not None:
-        return LeastLatency(max_drop=wanted.points / 100, screen=laboratory.screen)
-    assert wanted.latency_ms is not None
-    return LeastDrop(max_latency_ms=wanted.latency_ms, plain_ms=laboratory.plain_ms())
+    if wanted.search.max_drop is not None:
+        return LeastLatency(max_drop=wanted.search.max_drop / 100, screen=laboratory.screen)
+    assert wanted.search.max_latency_ms is not None
+    return LeastDrop(max_latency_ms=wanted.search.max_latency_ms, plain_ms=laboratory.plain_ms())
 
 
-def _report(document: dict[str, Any], found: SearchResult, wanted: SearchArgs) -> None:
-    from vitfold.report.tables import drop_text, sweep_table
-
+def _report(document: dict[str, Any], found: SearchResult, wanted: Bounded) -> None:
     out.print(sweep_table(found.rows))
     images = document["images"]
     out.print(
@@ -176,11 +175,12 @@ def _report(document: dict[str, Any], found: SearchResult, wanted: SearchArgs) -
     note(f"search ended: {found.reason}; {found.verified} recipes were verified on held-out images")
 
 
-def _nothing(found: SearchResult, wanted: SearchArgs) -> str:
+def _nothing(found: SearchResult, wanted: Bounded) -> str:
     """Say that nothing met the bound, and what came nearest."""
-    bound = f"at most {wanted.points:g} points" if wanted.points is not None else f"{wanted.latency_ms:g} ms"
+    drop, latency = wanted.search.max_drop, wanted.search.max_latency_ms
+    bound = f"at most {drop:g} points" if drop is not None else f"{latency:g} ms"
     missed = "nothing was measured" if found.nearest is None else f"the nearest miss is {_summary(found.nearest)}"
-    if wanted.points is not None:
+    if wanted.search.max_drop is not None:
         return f"nothing faster than the float model keeps {bound}: {missed}; the bundle is the float model"
     return f"nothing takes {bound} or less: {missed}; allow more, or give a smaller model"
 

@@ -6,43 +6,43 @@ from typing import Annotated, Any
 
 import typer
 
+from vitfold import pipeline
 from vitfold.cli import options
-from vitfold.cli.making import given_images, judged_images, load_model, quant_recipe, require_optimize
-from vitfold.cli.terminal import command, counted, note, out, print_json, skipped, working
+from vitfold.cli.declaring import command
+from vitfold.cli.groups import CalibrationArgs, ModelArgs
+from vitfold.cli.making import given_images, judged_images, quant_recipe, require_optimize
+from vitfold.cli.terminal import counted, note, out, print_json, skipped, working
+from vitfold.report.tables import sensitivity_table
 
 
-@command
+@command(
+    shown="images quant method merge json",
+    examples=("vitfold sensitivity demo --images PHOTOS",),
+)
 def sensitivity(
+    *,
     source: options.Source,
     images: options.Images = None,
-    exif: options.Exif = None,
     quant: options.Quant = "w8a8",
     method: options.Method = None,
     merge: options.Merge = None,
     target: options.QuantTarget = "cpu",
-    calibration_size: options.CalibrationSize = 128,
-    calibration_seed: options.CalibrationSeed = 0,
+    drawing: CalibrationArgs,
     limit: Annotated[int, typer.Option(min=1, help="Images to measure on, not used for calibration.")] = 32,
-    arch: options.Arch = None,
-    num_classes: options.NumClasses = None,
-    image_size: options.ImageSize = None,
-    weights: options.Weights = "pretrained",
-    seed: options.Seed = 0,
     skip_bad: options.SkipBad = False,
     json: options.Json = False,
+    loading: ModelArgs,
 ) -> None:
     """Quantize one site at a time and rank them: what to put back to float first (optimize --keep-float N)."""
     if images is None:
         raise typer.BadParameter("give --images DIR", param_hint="--images")
-    wanted = quant_recipe(quant, method, calibration_size, calibration_seed)
+    wanted = quant_recipe(quant, method, drawing)
     if wanted is None:
         raise typer.BadParameter("give the bits to try, for example w8a8", param_hint="--quant")
     require_optimize()
-    from vitfold import pipeline
-
     found = given_images(images)
     with working("sensitivity") as (say, advance):
-        model = load_model(source, say, arch, num_classes, image_size, weights, seed, exif=exif)
+        model = loading.load(source, say)
         found = judged_images(found, model.spec, model.labels)
         folded = pipeline.optimize(model, merge=merge, quant=wanted, target=target)
         calibration, others = pipeline.split_images(folded, found)
@@ -60,9 +60,8 @@ def sensitivity(
     if json:
         print_json({"source": source, "images": len(others.paths), "recipe": folded.recipe.to_dict(), "sites": rows})
         return
-    from vitfold.report.tables import sensitivity_table
 
     title = f"{source}, {wanted.scheme} by {wanted.method}: one site quantized at a time, {len(others.paths)} images"
     out.print(sensitivity_table(rows, title=title))
-    if weights == "random":
+    if loading.weights == "random":
         note("random weights: the order says little about the trained model")

@@ -12,11 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vitfold.artifacts.journal import ROWS, alone
+from vitfold.bench.environment import environment
+from vitfold.bench.reference import Reference, reference_outputs
+from vitfold.bench.timing import PROTOCOLS
 from vitfold.cli import options
-from vitfold.cli.making import given_images, judged_images, load_model, require_optimize, say_busy
-from vitfold.cli.terminal import command, note, out, print_json, working
+from vitfold.cli.declaring import command
+from vitfold.cli.groups import CalibrationArgs, ModelArgs
+from vitfold.cli.making import given_images, judged_images, require_optimize, say_busy
+from vitfold.cli.terminal import note, out, print_json, working
 from vitfold.errors import RecipeError, VitfoldError, nearest
 from vitfold.recipe import RULES
+from vitfold.report.tables import sweep_table
 from vitfold.storage.ordinary import read_text
 
 if sys.version_info >= (3, 11):
@@ -32,8 +38,12 @@ if TYPE_CHECKING:
 _PLAN = ("merge", "rules", "quant", "methods", "target", "protocol")
 
 
-@command
+@command(
+    shown="output images merge quant methods target json",
+    examples=("vitfold sweep demo --merge 0,2,4 --quant none,w8a8 --images VAL -o sweep",),
+)
 def sweep(
+    *,
     source: options.Source,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Rows and bundles; gone on with.")],
     images: options.Images = None,
@@ -50,20 +60,14 @@ def sweep(
     calibration_images: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Images to calibrate on; default: drawn from --images.")
     ] = None,
-    calibration_size: options.CalibrationSize = 128,
-    calibration_seed: options.CalibrationSeed = 0,
+    drawing: CalibrationArgs,
     limit: options.Limit = None,
-    exif: options.Exif = None,
     protocol: Annotated[
         Literal["quick", "report"] | None, typer.Option(help="How every recipe is timed beside the float model.")
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Try recipes again that failed.")] = False,
-    arch: options.Arch = None,
-    num_classes: options.NumClasses = None,
-    image_size: options.ImageSize = None,
-    weights: options.Weights = "pretrained",
-    seed: options.Seed = 0,
     json: options.Json = False,
+    loading: ModelArgs,
 ) -> None:
     """Make, evaluate and time every combination; an interrupted sweep goes on where it was, by the same command."""
     if images is None:
@@ -73,14 +77,12 @@ def sweep(
         {"merge": merge, "rules": rules, "quant": quant, "methods": methods, "target": target, "protocol": protocol},
     )
     require_optimize()
-    from vitfold.bench.environment import environment
     from vitfold.pipeline.sweep import Sweep, begin_sweep, run_sweep
-    from vitfold.report.tables import sweep_table
 
     found = given_images(images)
     drawn = None if calibration_images is None else given_images(calibration_images)
     with ExitStack() as stack, working("sweep") as (say, _):
-        model = load_model(source, say, arch, num_classes, image_size, weights, seed, exif=exif)
+        model = loading.load(source, say)
         found = judged_images(found, model.spec, model.labels)
         wanted = Sweep(
             merges=tuple(chosen["merge"]),
@@ -90,16 +92,16 @@ def sweep(
             target=chosen["target"],
         )
         attempts = wanted.attempts(model.spec)
-        calibration, reported = divided(found, drawn, calibration_size, calibration_seed)
+        calibration, reported = divided(found, drawn, drawing.calibration_size, drawing.calibration_seed)
         reported = reported if limit is None else reported.first(limit)
         head = {
             "source": source,
-            "weights": weights,
+            "weights": loading.weights,
             "model_digest": model.digest(),
             "images_digest": reported.digest(),
             "calibration_digest": calibration.digest(),
-            "calibration_size": calibration_size,
-            "calibration_seed": calibration_seed,
+            "calibration_size": drawing.calibration_size,
+            "calibration_seed": drawing.calibration_seed,
             "target": wanted.target,
             "protocol": chosen["protocol"],
         }
@@ -108,14 +110,10 @@ def sweep(
         stack.enter_context(alone(output / ROWS))
         rows = begin_sweep(output, head, beside)
 
-        given = {
-            "--arch": arch, "--num-classes": num_classes, "--image-size": image_size, "--exif": exif,
-            "--weights": None if weights == "pretrained" else weights, "--seed": seed or None,
-        }  # fmt: skip
         ranges = images if calibration_images is None else calibration_images
 
         def again(attempt: Trial) -> str:
-            return _command(source, ranges, attempt, calibration_size, calibration_seed, given)
+            return _command(source, ranges, attempt, drawing, loading.words())
 
         def trying() -> EvalContext:
             return _trying(model, calibration, reported, head, say)
@@ -154,8 +152,6 @@ def divided(images: ImageSet, calibration: ImageSet | None, size: int, seed: int
 
 
 def _trying(model: Model, calibration: ImageSet, images: ImageSet, head: Mapping[str, Any], say: Any) -> EvalContext:
-    from vitfold.bench.reference import Reference, reference_outputs
-    from vitfold.bench.timing import PROTOCOLS
     from vitfold.pipeline.trial import SHORT
     from vitfold.pipeline.trials import EvalContext
 
@@ -208,12 +204,13 @@ def _planned(path: Path | None, given: Mapping[str, str | None]) -> dict[str, An
     return values
 
 
-def _command(source: str, images: Path, attempt: Trial, size: int, seed: int, given: Mapping[str, Any]) -> str:
+def _command(source: str, images: Path, attempt: Trial, drawing: CalibrationArgs, given: list[str]) -> str:
     """Return the command that makes one bundle of the sweep again."""
     words = ["vitfold", "optimize", source, "--merge", ",".join(map(str, attempt.r)), "--target", attempt.target]
     words += ["--merge-rule", attempt.rule] if attempt.rule != "tome" else []
-    words += [word for option, value in given.items() if value is not None for word in (option, str(value))]
+    words += given
     if attempt.method is not None:
         words += ["--quant", attempt.quant, "--method", attempt.method, "--images", str(images)]
-        words += ["--calibration-size", str(size), "--calibration-seed", str(seed), "--keep-slower"]
+        size, seed = str(drawing.calibration_size), str(drawing.calibration_seed)
+        words += ["--calibration-size", size, "--calibration-seed", seed, "--keep-slower"]
     return shlex.join([*words, "-o", f"{attempt.name}.fold"])

@@ -66,6 +66,8 @@ out = PlainConsole()
 log = PlainConsole(stderr=True)
 
 F = TypeVar("F", bound=Callable[..., Any])
+Say = Callable[[str], None]
+"""Names the step that begins."""
 
 
 class _Notes(logging.Handler):
@@ -82,7 +84,7 @@ class _Notes(logging.Handler):
             note(message)
 
 
-def command(function: F) -> F:
+def guarded(function: F) -> F:
     """Turn errors that the user can mend into one message and an exit code, without a traceback."""
 
     @functools.wraps(function)

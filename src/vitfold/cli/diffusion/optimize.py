@@ -1,17 +1,31 @@
-"""`vitfold optimize SOURCE --reuse`: a Diffusion Transformer in, a verified bundle of steps out."""
+"""`vitfold diffusion optimize`: a Diffusion Transformer in, a verified bundle of steps out."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitfold.cli.drawing import SamplingArgs, document, open_features
-from vitfold.cli.making import say_busy
+from vitfold.artifacts.bundle import publish_bundle
+from vitfold.artifacts.cache import entry_folder, key_of
+from vitfold.artifacts.digested import reserve_bundle
+from vitfold.artifacts.journal import ROWS, alone
+from vitfold.artifacts.steps import StepPlan
+from vitfold.bench.environment import environment
+from vitfold.cli import options
+from vitfold.cli.declaring import command
+from vitfold.cli.diffusion.drawing import SamplingArgs, default_judge, document, open_features
+from vitfold.cli.groups import JudgeArgs, StepArgs, StepSearchArgs, refuse
+from vitfold.cli.making import require_optimize, say_busy
 from vitfold.cli.terminal import heading, note, out, print_json, quiet_stdout, steps
+from vitfold.errors import CacheError
+from vitfold.processor import processor
+from vitfold.report.tables import diffusion_table, number
+from vitfold.sources.dit import load_dit
+from vitfold.version import __version__
 
 if TYPE_CHECKING:
     from vitfold.artifacts.bundle import Bundle
@@ -25,79 +39,98 @@ MIN_PSNR_DB = 30.0
 SAMPLES, FID_SAMPLES = 32, 256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Steps:
-    """What options say about a plan of steps and what bounds the search for one."""
+@command(
+    brief={"reuse": "As solved:18, or auto (default): the fastest in bounds.", "quant": "w8a8 or none."},
+    shown="output reuse merge quant steps min_psnr max_fid_rise overwrite json",
+    examples=(
+        "vitfold diffusion optimize demo-dit --min-psnr 30 -o fast.fold",
+        "vitfold diffusion optimize hf:FOLDER --reuse solved:18 --quant w8a8 -o fast.fold",
+    ),
+)
+def optimize(
+    *,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="demo-dit, hf:REPO_OR_FOLDER of diffusers, or a state dict of DiT's own."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.fold", help="The bundle to write.")],
+    way: StepSearchArgs,
+    stepping: StepArgs,
+    judging: JudgeArgs,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+) -> None:
+    """Write the steps of a Diffusion Transformer as a bundle, by a named method or the fastest within bounds."""
+    require_optimize()
+    if way.max_fid_rise is not None:
+        features, real = default_judge(source, judging.features, judging.real)
+        judging = JudgeArgs(real=real, features=features)
+    wanted = _Steps(way=way, stepping=stepping, judging=judging)
+    optimize_steps(source, output, wanted, overwrite=overwrite, json=json)
 
-    reuse: str
-    steps: int | None
-    sampler: str | None
-    guidance: float | None
-    merge: str | None
-    quant: str | None
-    min_psnr: float | None
-    max_psnr_drop: float | None
-    max_fid_rise: float | None
-    samples: int | None
-    real: Path | None
-    features: str | None
-    minutes: float
-    heads: int | None
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Steps:
+    """A plan of steps as options say it, and what bounds the search for one."""
+
+    way: StepSearchArgs
+    stepping: StepArgs
+    judging: JudgeArgs
 
     def __post_init__(self) -> None:
-        bounded = any(bound is not None for bound in (self.min_psnr, self.max_psnr_drop, self.max_fid_rise))
-        mistakes = (
-            (bounded and self.reuse != AUTO, "a bound goes with --reuse auto", "--reuse"),
-            ((self.real is None) != (self.features is None), "give both --real DIR and --features SOURCE", "--real"),
+        way, judging = self.way, self.judging
+        bounded = any(bound is not None for bound in (way.min_psnr, way.max_psnr_drop, way.max_fid_rise))
+        refuse(
+            (bounded and way.reuse != AUTO, "a bound goes with --reuse auto", "--reuse"),
             (
-                self.max_fid_rise is not None and self.features is None,
+                (judging.real is None) != (judging.features is None),
+                "give both --real DIR and --features SOURCE",
+                "--real",
+            ),
+            (
+                way.max_fid_rise is not None and judging.features is None,
                 "a Frechet distance needs real images and features: give --real DIR and --features SOURCE",
                 "--max-fid-rise",
             ),
-            (self.merge is not None and not self.merge.isdecimal(), "give the tokens merged per block", "--merge"),
+            (way.merge is not None and not way.merge.isdecimal(), "give the tokens merged per block", "--merge"),
         )
-        for made, message, hint in mistakes:
-            if made:
-                raise typer.BadParameter(message, param_hint=hint)
 
     def bounds(self) -> Bounds:
         """Return the bounds of the search: 30 dB where none is named."""
         from vitfold.diffusion.search import Bounds
 
-        none = self.max_psnr_drop is None and self.max_fid_rise is None
+        none = self.way.max_psnr_drop is None and self.way.max_fid_rise is None
         return Bounds(
-            min_psnr_db=MIN_PSNR_DB if self.min_psnr is None and none else self.min_psnr,
-            max_psnr_drop_db=self.max_psnr_drop,
-            max_fid_rise=self.max_fid_rise,
+            min_psnr_db=MIN_PSNR_DB if self.way.min_psnr is None and none else self.way.min_psnr,
+            max_psnr_drop_db=self.way.max_psnr_drop,
+            max_fid_rise=self.way.max_fid_rise,
         )
 
 
-def optimize_steps(source: str, output: Path, wanted: Steps, *, overwrite: bool, json: bool) -> None:
+def optimize_steps(source: str, output: Path, wanted: _Steps, *, overwrite: bool, json: bool) -> None:
     """Write the bundle of a plan that was named, or of the fastest one that a search finds.
 
     Raises:
         VitfoldError: if the source, the plan or the output is refused.
     """
-    from vitfold.artifacts.bundle import publish_bundle
-    from vitfold.artifacts.digested import reserve_bundle
-    from vitfold.artifacts.steps import StepPlan
     from vitfold.diffusion import find_method
     from vitfold.diffusion.compare import check_asked
     from vitfold.diffusion.compression import compress
     from vitfold.diffusion.writing import save_steps
-    from vitfold.sources.dit import load_dit
 
-    method = None if wanted.reuse == AUTO else find_method(wanted.reuse)
+    method = None if wanted.way.reuse == AUTO else find_method(wanted.way.reuse)
     with reserve_bundle(output, overwrite=overwrite) as place, steps("optimize") as say, quiet_stdout():
         say(f"loading {source}")
-        model = load_dit(source, heads=wanted.heads)
-        asked = SamplingArgs(
-            classes="all", count=8, steps=wanted.steps, sampler=wanted.sampler, guidance=wanted.guidance
-        )
+        model = load_dit(source, heads=wanted.way.heads)
+        step = wanted.stepping
+        asked = SamplingArgs(classes="all", count=8, steps=step.steps, sampler=step.sampler, guidance=step.guidance)
         few = asked.asked(model)
         check_asked(model, few)
-        merge = int(wanted.merge or 0)
-        schemes = [wanted.quant.lower()] if wanted.quant is not None else ["none"] if method else ["none", "w8a8"]
+        merge = int(wanted.way.merge or 0)
+        scheme = wanted.way.quant
+        schemes = [scheme.lower()] if scheme is not None else ["none"] if method else ["none", "w8a8"]
         say("compressing")
         able = [compress(model, r=merge, quant=scheme, steps=few.steps, guidance=few.guidance) for scheme in schemes]
         found, searched = None, None
@@ -126,26 +159,24 @@ def optimize_steps(source: str, output: Path, wanted: Steps, *, overwrite: bool,
         _print(values, found)
     if searched is not None:
         say_busy(searched["environment"])
-    note(f"next: vitfold diffuse {output} --classes 0,1,2 -o images, or vitfold bench {output}")
+    note(f"next: vitfold diffusion sample {output} --classes 0,1,2 -o images, or vitfold diffusion bench {output}")
 
 
 def _search(
-    model: DiTModel, few: SamplingConfig, able: list[Compression], wanted: Steps, say: Any
+    model: DiTModel, few: SamplingConfig, able: list[Compression], wanted: _Steps, say: Any
 ) -> tuple[StepSearchResult, dict[str, Any]]:
-    from vitfold.artifacts.journal import ROWS, alone
-    from vitfold.bench.environment import environment
     from vitfold.diffusion.search import Setup, search_steps
 
     before, bounds = environment(), wanted.bounds()
     decode = SamplingArgs(latents=model.latent and model.decoder is None).decoder(model)
     judge = None
-    if wanted.features is not None and wanted.real is not None:
-        judge = open_features(wanted.features, wanted.real, say)
-    samples = wanted.samples or (SAMPLES if wanted.max_fid_rise is None else FID_SAMPLES)
+    if wanted.judging.features is not None and wanted.judging.real is not None:
+        judge = open_features(wanted.judging.features, wanted.judging.real, say)
+    samples = wanted.way.samples or (SAMPLES if wanted.way.max_fid_rise is None else FID_SAMPLES)
     folder = _search_folder(model, few, able, bounds)
     setup = Setup(decode=decode, judge=judge, folder=folder, say=say)
     with nullcontext() if folder is None else alone(folder / ROWS):
-        found = search_steps(model, few, bounds, able, setup, samples=samples, minutes=wanted.minutes)
+        found = search_steps(model, few, bounds, able, setup, samples=samples, minutes=wanted.way.search_minutes)
     rows = [found.plain, *(one.row for one in found.tried)]
     values = document(
         model,
@@ -153,7 +184,7 @@ def _search(
         rows,
         merge=able[0].r,
         quant=able[-1].quant,
-        features=wanted.features,
+        features=wanted.judging.features,
         chosen=None if found.winner is None else found.winner.row.method,
         before=before,
     )
@@ -173,11 +204,6 @@ def _search(
 
 def _search_folder(model: DiTModel, few: SamplingConfig, able: list[Compression], bounds: Bounds) -> Path | None:
     """Where the rows of this search lie, for the same command to go on with, if they can lie anywhere."""
-    from vitfold.artifacts.cache import entry_folder, key_of
-    from vitfold.errors import CacheError
-    from vitfold.processor import processor
-    from vitfold.version import __version__
-
     # How far images are from the converged ones is measured only where a bound asks for it.
     converged, decoded = bounds.max_psnr_drop_db is not None, model.decoder is not None
     compressions = [(one.r, one.quant) for one in able]
@@ -202,7 +228,6 @@ def _summary(bundle: Bundle) -> dict[str, Any]:
 
 def _print(values: dict[str, Any], found: StepSearchResult | None) -> None:
     from vitfold.diffusion.search import describe_bounds
-    from vitfold.report.tables import diffusion_table, number
 
     if found is not None:
         out.print(diffusion_table(values))

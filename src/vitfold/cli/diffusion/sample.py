@@ -1,4 +1,4 @@
-"""`vitfold diffuse`: images of a Diffusion Transformer, and what reusing steps gains and costs."""
+"""`vitfold diffusion sample`: images of a Diffusion Transformer, and what reusing steps gains and costs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import typer
 
 from vitfold.artifacts.bundle import open_bundle
 from vitfold.artifacts.digested import MANIFEST
+from vitfold.bench.environment import environment
 from vitfold.cli import options
-from vitfold.cli.drawing import Drawing, SamplingArgs, default_judge, document, draw_bundles, open_features
+from vitfold.cli.declaring import command
+from vitfold.cli.diffusion.drawing import Drawing, SamplingArgs, default_judge, document, draw_bundles, open_features
+from vitfold.cli.groups import JudgeArgs, StepArgs
 from vitfold.cli.making import require_optimize, say_busy
-from vitfold.cli.terminal import command, note, out, print_json, quiet_stdout, steps
-from vitfold.sources.dit import REAL
+from vitfold.cli.terminal import note, out, print_json, quiet_stdout, steps
+from vitfold.report.tables import diffusion_table
+from vitfold.sources.dit import REAL, load_dit
 
 if TYPE_CHECKING:
     from vitfold.diffusion.judge import Judge
@@ -23,8 +27,19 @@ if TYPE_CHECKING:
 AUTO = "auto"
 
 
-@command
-def diffuse(
+@command(
+    brief={
+        "reuse": "How steps are reused, as solved:18 or taylor:3:1; or auto.",
+        "latents": "Write latents, not images.",
+    },
+    shown="reuse classes count steps seed output latents json",
+    examples=(
+        "vitfold diffusion sample demo-dit --reuse solved:18 --classes all -o images",
+        "vitfold diffusion sample fast.fold --classes sneaker,bag -o images",
+    ),
+)
+def sample(
+    *,
     source: Annotated[
         str,
         typer.Argument(
@@ -46,9 +61,7 @@ def diffuse(
     count: Annotated[
         int | None, typer.Option(min=1, help="So many images in all, the classes repeated; default: one each.")
     ] = None,
-    step_count: options.StepCount = None,
-    sampler: options.Sampler = None,
-    guidance: options.Guidance = None,
+    stepping: StepArgs,
     seed: Annotated[int, typer.Option(help="Image i is drawn from seed + i.")] = 0,
     batch: Annotated[int, typer.Option("--batch", help="Images drawn at once.")] = 8,
     engine: Annotated[
@@ -61,8 +74,7 @@ def diffuse(
     ] = 30.0,
     merge: Annotated[int, typer.Option(help="Tokens merged before every attention and given back behind it.")] = 0,
     quant: Annotated[str, typer.Option(metavar="w8a8", help="8-bit linear layers in the blocks, or none.")] = "none",
-    real: options.Real = None,
-    features: options.Features = None,
+    judging: JudgeArgs,
     heads: options.Heads = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Images, a contact sheet and the JSON.")
@@ -76,6 +88,7 @@ def diffuse(
     """Draw images, unaccelerated, by --reuse, and by plainly fewer steps, timed in turn at equal seeds."""
     if _names_a_bundle(source):
         open_bundle(source, steps=True)  # says what is wrong before anything is loaded
+    features, real = judging.features, judging.real
     if not latents:
         features, real = default_judge(source, features, real)
     if (real is None) != (features is None) or (real is not None and latents):
@@ -85,9 +98,9 @@ def diffuse(
         classes=classes,
         count=count,
         seed=seed,
-        steps=step_count,
-        sampler=sampler,
-        guidance=guidance,
+        steps=stepping.steps,
+        sampler=stepping.sampler,
+        guidance=stepping.guidance,
         batch=batch,
         threads=threads,
         trials=trials,
@@ -113,8 +126,6 @@ def diffuse(
     if json:
         print_json(drawing.document)
         return
-    from vitfold.report.tables import diffusion_table
-
     out.print(diffusion_table(drawing.document))
     if AUTO in (reuse or ""):
         note(f"auto chose {drawing.document['chosen']} (at least {min_psnr:g} dB to the unaccelerated images)")
@@ -143,12 +154,10 @@ class _How:
 def _draw_model(
     source: str, asking: SamplingArgs, how: _How, judge: Judge | None, features: str | None, say: Callable[[str], None]
 ) -> Drawing:
-    from vitfold.bench.environment import environment
     from vitfold.diffusion import compare as comparing
     from vitfold.diffusion import find_method
     from vitfold.diffusion import search as searching
     from vitfold.diffusion.compression import compress
-    from vitfold.sources.dit import load_dit
 
     words = [word.strip() for word in (how.reuse or "none").split(",") if word.strip()]
     methods = [find_method(word) for word in words if word != AUTO]

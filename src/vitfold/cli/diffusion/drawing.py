@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitfold.artifacts.bundle import open_bundle
 from vitfold.artifacts.digested import MANIFEST, read_header
+from vitfold.bench.environment import environment
 from vitfold.cli.terminal import note, write_json
 from vitfold.errors import RecipeError, SourceError, VitfoldError, nearest
+from vitfold.model.schedule import own_sampler
+from vitfold.sources import load_source
 from vitfold.sources.dit import REAL, judge_folder
 
 if TYPE_CHECKING:
@@ -61,7 +65,6 @@ class SamplingArgs:
     def _sampler(self, model: DiffusionModelInfo, plan: StepPlan | None) -> str:
         """The sampler asked for, else the bundle's, else the folder's own; say where that one is replaced."""
         from vitfold.diffusion import find_method
-        from vitfold.model.schedule import own_sampler
 
         if plan is not None:
             if self.sampler is not None and self.sampler != plan.sampler and not find_method(plan.reuse).reuses:
@@ -69,7 +72,7 @@ class SamplingArgs:
             if self.sampler not in (None, plan.sampler):
                 raise RecipeError(
                     f"the plan of this bundle ({plan.reuse}) was chosen for the sampler {plan.sampler}, not for "
-                    f"{self.sampler}; leave out --sampler, or make a bundle with: vitfold optimize "
+                    f"{self.sampler}; leave out --sampler, or make a bundle with: vitfold diffusion optimize "
                     f"{model.origin.source} --reuse {plan.reuse} --sampler {self.sampler} -o OUT.fold"
                 )
             return plan.sampler
@@ -172,7 +175,6 @@ def open_features(source: str, real: Path, say: Callable[[str], None]) -> Judge:
         ImageError: if there are too few real images, or one cannot be read.
     """
     from vitfold.diffusion.judge import open_judge
-    from vitfold.sources import load_source
 
     say(f"features of real images by {source}")
     return open_judge(load_source(source).model, real)
@@ -190,8 +192,6 @@ def draw_bundles(
     Raises:
         BundleError: if one cannot be opened, or they are not of one model.
     """
-    from vitfold.artifacts.bundle import open_bundle
-    from vitfold.bench.environment import environment
     from vitfold.diffusion.bench import bench_steps
 
     before = environment()
