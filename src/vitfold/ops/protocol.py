@@ -24,6 +24,11 @@ class Port:
     batch: str | int = "batch"
 
 
+def input_site(layer: str, rows: str = "") -> str:
+    """Return the name of what a linear layer multiplies: rows that are a site of their own have a name of their own."""
+    return f"{layer}.{rows}.x" if rows else f"{layer}.x"
+
+
 @runtime_checkable
 class Ops(Protocol[T]):
     """What a program may do. `layer` names parameters, `site` names the operation everywhere."""
@@ -70,7 +75,8 @@ class Ops(Protocol[T]):
     def attention(self, site: str, q: T, k: T, v: T, bias: T | None) -> T:
         """softmax(q k^T / sqrt(K) + bias) v on (B, H, N, K).
 
-        The bias (B, 1, 1, N) broadcasts over heads and queries; it and q may have batch 1 and broadcast too.
+        q is (B, H, N, K), k and v are (B, H, M, K). The bias broadcasts to (B, H, N, M), its last axis whole: per key,
+        per head, per query. It and q may have batch 1 and broadcast too.
         """
         ...
 
