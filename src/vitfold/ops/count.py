@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from vitfold.model import Array
-from vitfold.ops.composites import Composites
-from vitfold.ops.protocol import input_site
+from vitfold.ops.protocol import Ops, input_site
 from vitfold.quantizer import Quantizer, Twin
 
 Shape = tuple[int, ...]
@@ -62,7 +61,7 @@ def integer_work(costs: Iterable[SiteCost]) -> IntegerWork:
     )
 
 
-class Count(Composites[Shape]):
+class Count(Ops[Shape]):
     """Shapes of one image, with a batch axis of 1; `costs` grows in execution order.
 
     `dequantize_first` says where dequantizations of quantized operands stand: in front of the products,
@@ -123,10 +122,11 @@ class Count(Composites[Shape]):
         """The value itself."""
         return a
 
-    def elementwise(self, op: str, *operands: Shape) -> Shape:
+    def elementwise(self, op: str, a: Shape, b: Shape | None = None) -> Shape:
         """One pass; a number without axes is no traffic."""
+        operands = (a, b) if b else (a,)
         output = _broadcast(*operands)
-        self._note(self._scope, "elementwise", tuple(filter(None, operands)), output)
+        self._note(self._scope, "elementwise", operands, output)
         return output
 
     def reduce(self, op: str, a: Shape, axis: int, *, keep: bool = False) -> Shape:

@@ -89,16 +89,8 @@ class Half(Simulate):
         """Rounded."""
         return self._half(super().activation(kind, x, site), site)
 
-    def attention(
-        self,
-        site: str,
-        q: Float[Tensor, "#B H N K"],
-        k: Float[Tensor, "B H M K"],
-        v: Float[Tensor, "B H M K"],
-        bias: Float[Tensor, "#B #H #N M"] | None,
-    ) -> Float[Tensor, "B H N K"]:
-        """Scores, bias, softmax and weighted sum, each rounded."""
-        return self._attention_in_steps(site, q, k, v, bias)
+    def _in_steps(self, site: str) -> bool:
+        return True
 
     def _logits(self, site: str, q: Tensor, k: Tensor) -> Tensor:
         """Quantized scores are scaled behind the product, others in front of it."""
@@ -113,9 +105,9 @@ class Half(Simulate):
         """Rounded."""
         return self._half(super().matmul(site, a, b, transpose_b=transpose_b), site)
 
-    def elementwise(self, op: str, *operands: Tensor) -> Tensor:
+    def elementwise(self, op: str, a: Tensor, b: Tensor | None = None) -> Tensor:
         """Rounded."""
-        return self._half(super().elementwise(op, *operands))
+        return self._half(super().elementwise(op, a, b))
 
     def reduce(self, op: str, a: Tensor, axis: int, *, keep: bool = False) -> Tensor:
         """Rounded."""

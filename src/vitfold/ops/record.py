@@ -35,16 +35,8 @@ class Record(Run):
         self._see(f"{input_site(layer, rows).removesuffix('.x')}.y", y)
         return y
 
-    def attention(
-        self,
-        site: str,
-        q: Float[Tensor, "#B H N K"],
-        k: Float[Tensor, "B H M K"],
-        v: Float[Tensor, "B H M K"],
-        bias: Float[Tensor, "#B #H #N M"] | None,
-    ) -> Float[Tensor, "B H N K"]:
-        """softmax(q k^T / sqrt(K) + bias) v; seen: q, k, v, softmax, and both products."""
-        return self._attention_in_steps(site, q, k, v, bias)
+    def _in_steps(self, site: str) -> bool:
+        return True
 
     def _average(self, site: str, logits: Tensor, v: Tensor) -> Tensor:
         self._see(f"{site}.qk.y", logits)

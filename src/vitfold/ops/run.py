@@ -16,8 +16,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from vitfold.model import Array
-from vitfold.ops.composites import Composites
-from vitfold.ops.protocol import input_site
+from vitfold.ops.protocol import Ops, input_site
 
 _ELEMENTWISE: Mapping[str, Callable[..., Tensor]] = {
     "add": torch.add,
@@ -43,7 +42,7 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Run(Composites[Tensor]):
+class Run(Ops[Tensor]):
     """Torch values; parameters are shared with the NumPy arrays, not copied."""
 
     def __init__(self, params: Mapping[str, Array], *, device: str = "cpu") -> None:
@@ -57,6 +56,10 @@ class Run(Composites[Tensor]):
     def _operand(self, site: str, x: Tensor) -> Tensor:
         """What a linear layer or a product of attention takes for the operand `site`."""
         return x
+
+    def _in_steps(self, site: str) -> bool:
+        """Say whether operands or steps of this attention are seen or changed."""
+        return False
 
     def _step(self, site: str, x: Tensor) -> Tensor:
         """What the step `site` of an attention hands on."""
@@ -102,7 +105,9 @@ class Run(Composites[Tensor]):
         v: Float[Tensor, "B H M K"],
         bias: Float[Tensor, "#B #H #N M"] | None,
     ) -> Float[Tensor, "B H N K"]:
-        """Scaled dot-product attention, fused."""
+        """Scaled dot-product attention, fused where nothing within it is asked for."""
+        if self._in_steps(site):
+            return self._attention_in_steps(site, q, k, v, bias)
         if q.shape[0] != k.shape[0]:
             q = q.expand(k.shape[0], -1, -1, -1)
         mask = None if bias is None else bias.expand(-1, -1, q.shape[2], -1)
@@ -136,9 +141,9 @@ class Run(Composites[Tensor]):
         """Softmax over the last axis."""
         return a.softmax(-1)
 
-    def elementwise(self, op: str, *operands: Tensor) -> Tensor:
+    def elementwise(self, op: str, a: Tensor, b: Tensor | None = None) -> Tensor:
         """The function named `op`."""
-        return _ELEMENTWISE[op](*operands)
+        return _ELEMENTWISE[op](a) if b is None else _ELEMENTWISE[op](a, b)
 
     def reduce(self, op: str, a: Tensor, axis: int, *, keep: bool = False) -> Tensor:
         """The function named `op`."""

@@ -136,18 +136,8 @@ class Simulate(Run):
         integers = (weight / scale.reshape(-1, *[1] * quantizer.scale.ndim)).round_().to(torch.int8)
         return _WeightCodes(integers=integers.T.contiguous(), sums=integers.sum(1).float(), scale=scale)
 
-    def attention(
-        self,
-        site: str,
-        q: Float[Tensor, "#B H N K"],
-        k: Float[Tensor, "B H M K"],
-        v: Float[Tensor, "B H M K"],
-        bias: Float[Tensor, "#B #H #N M"] | None,
-    ) -> Float[Tensor, "B H N K"]:
-        """Q(softmax(Q(q) Q(k)^T / sqrt(K) + bias)) Q(v); softmax itself stays float."""
-        if any(f"{site}.{operand}" in self._quantizers for operand in ("q", "k", "v", "softmax")):
-            return self._attention_in_steps(site, q, k, v, bias)
-        return super().attention(site, q, k, v, bias)
+    def _in_steps(self, site: str) -> bool:
+        return any(f"{site}.{operand}" in self._quantizers for operand in ("q", "k", "v", "softmax"))
 
     def _average(self, site: str, logits: Tensor, v: Tensor) -> Tensor:
         if not (self._reordered and f"{site}.softmax" in self._quantizers):

@@ -12,14 +12,13 @@ import numpy as np
 import onnx_ir as ir
 
 from vitfold.model import Array
-from vitfold.ops.composites import Composites
 from vitfold.ops.count import Count
 from vitfold.ops.emit.operands import Operands
 from vitfold.ops.emit.products import Float, Fused, Pairs, Products
 from vitfold.ops.emit.reordered import Reordered
 from vitfold.ops.emit.rows import Rows
 from vitfold.ops.emit.writer import MICROSOFT, Shape, Value, Writer
-from vitfold.ops.protocol import input_site
+from vitfold.ops.protocol import Ops, input_site
 from vitfold.quantizer import Quantizer
 from vitfold.target import Target
 
@@ -34,7 +33,7 @@ def _quantized_products(writer: Writer, operands: Operands) -> Products:
     return (Pairs if operands.target.quantized_product == "qdq" else Fused)(writer, operands)
 
 
-class Emit(Composites[Value]):
+class Emit(Ops[Value]):
     """ONNX values on a tape; shapes come from `Count`, so both agree by construction.
 
     Sites that have no quantizer stay float; the weights of those that have one lie on its grid.
@@ -167,10 +166,12 @@ class Emit(Composites[Value]):
             return Value(self._float.transposed(site, a.onnx, b.onnx, len(b.shape)), shape)
         return Value(self.writer.node("MatMul", a.onnx, b.onnx, site=site), shape)
 
-    def elementwise(self, op: str, *operands: Value) -> Value:
+    def elementwise(self, op: str, a: Value, b: Value | None = None) -> Value:
         """One operator."""
-        shape = self.count.elementwise(op, *(x.shape for x in operands))
-        return Value(self.writer.node(_ELEMENTWISE[op], *(x.onnx for x in operands)), shape)
+        if b is None:
+            return Value(self.writer.node(_ELEMENTWISE[op], a.onnx), self.count.elementwise(op, a.shape))
+        shape = self.count.elementwise(op, a.shape, b.shape)
+        return Value(self.writer.node(_ELEMENTWISE[op], a.onnx, b.onnx), shape)
 
     def reduce(self, op: str, a: Value, axis: int, *, keep: bool = False) -> Value:
         """One operator, or two."""

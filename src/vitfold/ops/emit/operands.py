@@ -34,6 +34,7 @@ class Operands:
         self._writer = writer
         self._weights: dict[tuple[str, int], ir.Value] = {}
         self._codes: dict[tuple[ir.Value, float, str, int], ir.Value] = {}
+        self._ready: dict[ir.Value, tuple[str, Placed]] = {}
 
     def quantized(self, first: str, second: str) -> bool:
         """Say whether a product runs in integers: both operands are quantized.
@@ -63,6 +64,12 @@ class Operands:
         Raises:
             TargetError: if the branches need zero points that the target has not, and no bias can take their place.
         """
+        ready, placed = self._ready.get(_before_moves(x)[0], (site, None))
+        if ready != site:
+            raise ValueError(f"{site} is given the codes of {ready}")
+        if placed is not None:
+            self._codes[_key(Branch(x, placed))] = x
+            return (Branch(x, placed),)
         quantizer, linear = self.quantizers[site], site.endswith(".x")
         if isinstance(quantizer, Shifted) and linear:
             x = self._writer.node("Add", x, self._writer.constant(quantizer.offset), site=site)
@@ -111,13 +118,12 @@ class Operands:
 
         Codes are smaller to move than floats: where nothing has to recognize the pairs, quantize first.
         """
-        placed, x = branch.placed, branch.onnx
-        key = (x, float(placed.scale), placed.zero_point.dtype.str, int(placed.zero_point))
+        placed, x, key = branch.placed, branch.onnx, _key(branch)
         if key in self._codes:
             return self._codes[key]
         moves: list[ir.Node] = []
         if self.target.quantized_product != "qdq":
-            x, moves = before_moves(x)
+            x, moves = _before_moves(x)
         if placed.shift:
             x = self._writer.node("Sub", x, self._writer.number(float(placed.shift)), site=site)
         scale = self._writer.number(float(placed.scale))
@@ -127,6 +133,10 @@ class Operands:
             codes = self._writer.node(move.op_type, codes, *move.inputs[1:], site=site, **attributes)
         self._codes[key] = codes
         return codes
+
+    def hand_on(self, site: str, codes: ir.Value, placed: Placed) -> None:
+        """Remember that a value holds the codes of `site` already; until that site it may only move."""
+        self._ready[codes] = site, placed
 
     def grid(self, site: str, branch: Branch) -> ir.Value:
         """Quantize and dequantize."""
@@ -176,7 +186,12 @@ class Operands:
         return bias
 
 
-def before_moves(x: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
+def _key(branch: Branch) -> tuple[ir.Value, float, str, int]:
+    placed = branch.placed
+    return branch.onnx, float(placed.scale), placed.zero_point.dtype.str, int(placed.zero_point)
+
+
+def _before_moves(x: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
     """Return the value that Reshape and Transpose nodes moved to `x`, and these nodes in order."""
     moves: list[ir.Node] = []
     node = x.producer()

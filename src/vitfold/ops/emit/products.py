@@ -76,23 +76,63 @@ class Float(Products):
         return node("MatMul", a, turned, site=site)
 
 
-class Pairs(Products):
-    """MatMul on Q/DQ pairs, which engines turn into integer kernels; weights normalized where the target wants it."""
+class Quantized(Products):
+    """Products of codes, one per branch of the left operand; subclasses say what a product is."""
 
     def __init__(self, writer: Writer, operands: Operands) -> None:
-        self._writer, self._operands, self._target = writer, operands, operands.target
+        self._writer, self._operands = writer, operands
+
+    @abstractmethod
+    def _right(self, site: str, branch: Branch) -> ir.Value:
+        """The right operand of a product."""
+
+    @abstractmethod
+    def _product(
+        self,
+        site: str,
+        left: str,
+        branches: tuple[Branch, ...],
+        right: ir.Value,
+        placed: Placed | PlacedWeight,
+        alpha: float = 1.0,
+        bias: ir.Value | None = None,
+    ) -> ir.Value:
+        """Alpha times the sum of the branches' products with `right`, whose codes lie as `placed`, plus a bias."""
+
+    def linear(self, layer: str, site: str, x: Value, outputs: Shape) -> ir.Value:
+        """Q(x) Q(W)^T + b, one product per branch with the same weight."""
+        weight, branches = self._operands.weight(layer), self._operands.left(site, x.onnx)
+        bias = self._operands.bias(layer, site, weight, branches)
+        return self._product(layer, site, branches, self._operands.weight_codes(layer, weight), weight, bias=bias)
+
+    def scores(self, site: str, q: ir.Value, k: ir.Value, alpha: float) -> ir.Value:
+        """Alpha Q(q) Q(k)^T."""
+        branches, right = self._operands.left(f"{site}.q", q), self._operands.right(f"{site}.k", k)
+        turned = self._writer.node("Transpose", self._right(f"{site}.k", right), perm=[0, 1, 3, 2])
+        return self._product(f"{site}.qk", f"{site}.q", branches, turned, right.placed, alpha)
+
+    def average(self, site: str, scores: ir.Value, v: ir.Value) -> ir.Value:
+        """Q(softmax) Q(v)."""
+        softmax = f"{site}.softmax"
+        branches = self._operands.left(softmax, self._writer.node("Softmax", scores, site=softmax, axis=-1))
+        right = self._operands.right(f"{site}.v", v)
+        return self._product(f"{site}.av", softmax, branches, self._right(f"{site}.v", right), right.placed)
+
+
+class Pairs(Quantized):
+    """MatMul on Q/DQ pairs, which engines turn into integer kernels; weights normalized where the target wants it."""
 
     def linear(self, layer: str, site: str, x: Value, outputs: Shape) -> ir.Value:
         """Q(x) Q(W)^T + b, one product per branch with the same weight."""
         writer, operands = self._writer, self._operands
         weight, branches = operands.weight(layer), operands.left(site, x.onnx)
         bias = operands.bias(layer, site, weight, branches)
-        normalized = self._target.weight_scale == "normalized" and weight.scale.ndim > 0
-        y = self._products(layer, site, branches, self._weight(layer, weight, normalized=normalized))
+        normalized = operands.target.weight_scale == "normalized" and weight.scale.ndim > 0
+        y = self._product(layer, site, branches, self._weight(layer, weight, normalized=normalized), weight)
         if f"{layer}.y" in operands.quantizers:
             if not normalized:
                 raise TargetError(
-                    f"{layer}.y: {self._target.name} has no normalized weights; set quant.outputs = false"
+                    f"{layer}.y: {operands.target.name} has no normalized weights; set quant.outputs = false"
                 )
             y = operands.grid(f"{layer}.y", Branch(y, operands.place(f"{layer}.y")))
         if normalized:
@@ -115,37 +155,26 @@ class Pairs(Products):
         zero = writer.constant(np.zeros((), weight.zero_point.dtype))
         return writer.node("DequantizeLinear", self._operands.weight_codes(layer, weight), one, zero, site=site)
 
-    def scores(self, site: str, q: ir.Value, k: ir.Value, alpha: float) -> ir.Value:
-        """Q(q) Q(k)^T, scaled behind the product."""
-        writer, operands = self._writer, self._operands
-        branches, right = operands.left(f"{site}.q", q), operands.right(f"{site}.k", k)
-        turned = writer.node("Transpose", operands.grid(f"{site}.k", right), perm=[0, 1, 3, 2])
-        product = self._products(f"{site}.qk", f"{site}.q", branches, turned)
-        return writer.node("Mul", product, writer.number(float(np.float32(alpha))))
+    def _right(self, site: str, branch: Branch) -> ir.Value:
+        return self._operands.grid(site, branch)
 
-    def average(self, site: str, scores: ir.Value, v: ir.Value) -> ir.Value:
-        """Q(softmax) Q(v)."""
-        weights = self._writer.node("Softmax", scores, site=f"{site}.softmax", axis=-1)
-        branches = self._operands.left(f"{site}.softmax", weights)
-        right = self._operands.grid(f"{site}.v", self._operands.right(f"{site}.v", v))
-        return self._products(f"{site}.av", f"{site}.softmax", branches, right)
-
-    def _products(self, site: str, left: str, branches: tuple[Branch, ...], right: ir.Value) -> ir.Value:
+    def _product(
+        self,
+        site: str,
+        left: str,
+        branches: tuple[Branch, ...],
+        right: ir.Value,
+        placed: Placed | PlacedWeight,
+        alpha: float = 1.0,
+        bias: ir.Value | None = None,
+    ) -> ir.Value:
         node, grid = self._writer.node, self._operands.grid
-        return self._writer.total(site, [node("MatMul", grid(left, b), right, site=site) for b in branches])
+        y = self._writer.total(site, [node("MatMul", grid(left, b), right, site=site) for b in branches])
+        return y if alpha == 1.0 else node("Mul", y, self._writer.number(float(np.float32(alpha))))
 
 
-class Fused(Products):
+class Fused(Quantized):
     """ONNX Runtime's MatMulIntegerToFloat: int32 products, scaled, the bias added as they are stored."""
-
-    def __init__(self, writer: Writer, operands: Operands) -> None:
-        self._writer, self._operands = writer, operands
-
-    def linear(self, layer: str, site: str, x: Value, outputs: Shape) -> ir.Value:
-        """One product per branch with the same integer weight."""
-        weight, branches = self._operands.weight(layer), self._operands.left(site, x.onnx)
-        bias = self._operands.bias(layer, site, weight, branches)
-        return self._products(layer, site, branches, self._operands.weight_codes(layer, weight), weight, bias=bias)
 
     def linear_parts(self, layer: str, x: ir.Value, parts: int) -> list[ir.Value]:
         """One integer product each, from the same codes.
@@ -163,23 +192,13 @@ class Fused(Products):
             stop = start + size
             weight, codes = whole.rows(start, stop), operands.weight_codes(layer, whole.rows(start, stop), start, stop)
             part = None if bias is None else self._writer.constant(bias[start:stop])
-            results.append(self._products(layer, site, branches, codes, weight, bias=part))
+            results.append(self._product(layer, site, branches, codes, weight, bias=part))
         return results
 
-    def scores(self, site: str, q: ir.Value, k: ir.Value, alpha: float) -> ir.Value:
-        """Q(q) Q(k)^T / sqrt(K) in one node."""
-        branches, right = self._operands.left(f"{site}.q", q), self._operands.right(f"{site}.k", k)
-        turned = self._writer.node("Transpose", self._operands.codes(f"{site}.k", right), perm=[0, 1, 3, 2])
-        return self._products(f"{site}.qk", f"{site}.q", branches, turned, right.placed, alpha)
+    def _right(self, site: str, branch: Branch) -> ir.Value:
+        return self._operands.codes(site, branch)
 
-    def average(self, site: str, scores: ir.Value, v: ir.Value) -> ir.Value:
-        """Q(softmax) Q(v)."""
-        weights = self._writer.node("Softmax", scores, site=f"{site}.softmax", axis=-1)
-        branches, right = self._operands.left(f"{site}.softmax", weights), self._operands.right(f"{site}.v", v)
-        codes = self._operands.codes(f"{site}.v", right)
-        return self._products(f"{site}.av", f"{site}.softmax", branches, codes, right.placed)
-
-    def _products(
+    def _product(
         self,
         site: str,
         left: str,

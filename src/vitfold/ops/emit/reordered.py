@@ -15,9 +15,8 @@ import onnx_ir as ir
 from vitfold.errors import TargetError
 from vitfold.model import Array
 from vitfold.ops.emit.codes import Placed, PlacedWeight, place
-from vitfold.ops.emit.operands import Branch, Operands, before_moves
-from vitfold.ops.emit.products import Products
-from vitfold.ops.emit.writer import Shape, Value, Writer
+from vitfold.ops.emit.operands import Branch
+from vitfold.ops.emit.products import Quantized
 from vitfold.quantizer import EXPONENTIALS, Uniform
 
 _MULTIPLIER_BITS = 24
@@ -40,49 +39,32 @@ def dyadic(multiplier: float) -> tuple[int, int]:
     return round(math.ldexp(multiplier, shift)), shift
 
 
-class Reordered(Products):
+class Reordered(Quantized):
     """MatMulInteger everywhere; scales are multiplied into what follows.
 
     An attention whose result a quantized linear layer reads hands on that layer's codes, which only move in between.
     """
 
-    def __init__(self, writer: Writer, operands: Operands) -> None:
-        self._writer, self._operands = writer, operands
-        self._codes_for: dict[ir.Value, tuple[str, Placed]] = {}
+    def _right(self, site: str, branch: Branch) -> ir.Value:
+        return self._operands.codes(site, branch)
 
-    def linear(self, layer: str, site: str, x: Value, outputs: Shape) -> ir.Value:
-        """Dx Dw (Xq - zx) Wq^T + b: float or codes (B, N, I) in, float (B, N, O) out.
-
-        Branches of a twin quantizer have scales of their own and meet as floats.
-        """
-        operands, weight = self._operands, self._operands.weight(layer)
-        branches: tuple[Branch, ...] = ()
-        reader, placed = self._codes_for.get(before_moves(x.onnx)[0], ("", None))
-        if placed is None:
-            branches = operands.left(site, x.onnx)
-            coded = [(operands.codes(site, branch), branch.placed) for branch in branches]
-        elif reader == layer:
-            coded = [(x.onnx, placed)]
-        else:
-            raise ValueError(f"{layer} reads the codes of {reader}")
-        bias = operands.bias(layer, site, weight, branches)
+    def _product(
+        self,
+        site: str,
+        left: str,
+        branches: tuple[Branch, ...],
+        right: ir.Value,
+        placed: Placed | PlacedWeight,
+        alpha: float = 1.0,
+        bias: ir.Value | None = None,
+    ) -> ir.Value:
+        """D alpha (A - za) (B - zb) + b: one multiplication by all scales; branches of a twin meet as floats."""
         parts = []
-        for codes, its in coded:
-            product = self._accumulate(layer, codes, operands.weight_codes(layer, weight), its, weight)
-            parts.append(self._scaled(layer, product, weight.scale * its.scale))
-        y = self._writer.total(layer, parts)
-        return y if bias is None else self._writer.node("Add", y, bias, site=f"{layer}.bias")
-
-    def scores(self, site: str, q: ir.Value, k: ir.Value, alpha: float) -> ir.Value:
-        """Dq Dk / sqrt(K) (Qq - zq) (Kq - zk)^T: the scales and 1 / sqrt(K) are one multiplication."""
-        operands, right = self._operands, self._operands.right(f"{site}.k", k)
-        turned = self._writer.node("Transpose", operands.codes(f"{site}.k", right), perm=[0, 1, 3, 2])
-        parts = []
-        for branch in operands.left(f"{site}.q", q):
-            codes, placed = operands.codes(f"{site}.q", branch), branch.placed
-            product = self._accumulate(f"{site}.qk", codes, turned, placed, right.placed)
-            parts.append(self._scaled(f"{site}.qk", product, placed.scale * right.placed.scale * np.float32(alpha)))
-        return self._writer.total(f"{site}.qk", parts)
+        for branch in branches:
+            product = self._accumulate(site, self._operands.codes(left, branch), right, branch.placed, placed)
+            parts.append(self._scaled(site, product, branch.placed.scale * placed.scale * np.float32(alpha)))
+        y = self._writer.total(site, parts)
+        return y if bias is None else self._writer.node("Add", y, bias, site=f"{site}.bias")
 
     def average(self, site: str, scores: ir.Value, v: ir.Value) -> ir.Value:
         """out_i = Dv sum_j E_ij (Vq_j - zv) / sum_j E_ij with the codes E of exp(scores - max) on the grid 1 / 255.
@@ -105,7 +87,7 @@ class Reordered(Products):
         ):
             wanted = self._operands.place(f"{layer}.x")
             result = self._requantize(f"{layer}.x", product, total, float(right.placed.scale), wanted)
-            self._codes_for[result] = layer, wanted
+            self._operands.hand_on(f"{layer}.x", result, wanted)
             return result
         rows = writer.node("Cast", total, site=softmax, to=int(ir.DataType.FLOAT))
         return writer.node("Div", self._scaled(f"{site}.av", product, right.placed.scale), rows, site=softmax)
