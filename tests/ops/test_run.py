@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from jaxtyping import TypeCheckError
 
 from vitfold.images import Batch
+from vitfold.ops.count import Count
+from vitfold.ops.emit import Emit
 from vitfold.ops.protocol import Ops
 from vitfold.ops.run import Run
+from vitfold.program.trace import VOCABULARY
 from vitfold.transforms.tokens import log_size
 
 
@@ -36,7 +41,7 @@ WRONG = {
     "keys and values that differ": lambda: ops().attention(
         "a", torch.ones(2, 2, 3, 4), torch.ones(2, 2, 3, 4), torch.ones(2, 2, 5, 4), None
     ),
-    "a bias per query": lambda: ops().attention("a", *[torch.ones(2, 2, 3, 4)] * 3, torch.ones(2, 1, 3, 3)),
+    "a bias of one key for all": lambda: ops().attention("a", *[torch.ones(2, 2, 3, 4)] * 3, torch.ones(2, 1, 3, 1)),
     "scores with a width": lambda: ops().topk_split(torch.ones(2, 3, 4), 1),
     "a vector for an identity": lambda: ops().identity_like(torch.ones(2, 3)),
     "a grey batch": lambda: Batch(pixel_values=np.ones((2, 1, 4, 4), np.float32), index=(0, 1)),
@@ -50,8 +55,17 @@ def test_annotations_are_executed(case):
         WRONG[case]()
 
 
-def test_run_offers_every_operation_of_the_protocol():
-    assert isinstance(ops(), Ops)
+@pytest.mark.parametrize("interpreter", [Run, Count, Emit])
+def test_an_interpreter_writes_every_primitive(interpreter):
+    """The lists in the docstring of `Ops` are those of the vocabulary, and a primitive has no body to inherit."""
+    primitives, composites = (
+        set(re.findall(r"\w+", re.sub(r"\s", " ", text)))
+        for text in re.findall(r"\d\d \w+s, [^:]*:([^.]*)\.", Ops.__doc__ or "")
+    )
+    assert primitives | composites == set(VOCABULARY)
+    assert (len(primitives), len(composites)) == (24, 17)
+    assert [name for name in primitives if getattr(interpreter, name) is getattr(Ops, name)] == []
+    assert [name for name in composites if getattr(interpreter, name) is getattr(Ops, name)]
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])

@@ -1,6 +1,6 @@
 """The interpreter that computes shapes only and counts work: the cost model's input.
 
-Owns the counting rule: one multiply-accumulate (MAC) per product in linear layers, patch embedding and
+The rule: one multiply-accumulate (MAC) per product in linear layers, patch embedding and
 matrix products, for one image; attention is counted at the tokens that enter a block, the MLP at those
 that leave its merge; elementwise work, softmax and normalization count bytes but no MACs.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from vitfold.model import Array
+from vitfold.ops.protocol import Ops, input_site
 from vitfold.quantizer import Quantizer, Twin
 
 Shape = tuple[int, ...]
@@ -60,7 +61,7 @@ def integer_work(costs: Iterable[SiteCost]) -> IntegerWork:
     )
 
 
-class Count:
+class Count(Ops[Shape]):
     """Shapes of one image, with a batch axis of 1; `costs` grows in execution order.
 
     `dequantize_first` says where dequantizations of quantized operands stand: in front of the products,
@@ -117,10 +118,28 @@ class Count:
             )
         )
 
-    def _elementwise(self, kind: str, *inputs: Shape) -> Shape:
-        output = _broadcast(*inputs)
-        self._note(self._scope, kind, inputs, output)
+    def shape(self, a: Shape) -> Shape:
+        """The value itself."""
+        return a
+
+    def elementwise(self, op: str, a: Shape, b: Shape | None = None) -> Shape:
+        """One pass; a number without axes is no traffic."""
+        operands = (a, b) if b else (a,)
+        output = _broadcast(*operands)
+        self._note(self._scope, "elementwise", operands, output)
         return output
+
+    def reduce(self, op: str, a: Shape, axis: int, *, keep: bool = False) -> Shape:
+        """One pass in."""
+        axis %= len(a)
+        output = (*a[:axis], *((1,) if keep else ()), *a[axis + 1 :])
+        self._note(self._scope, "reduction", (a,), output)
+        return output
+
+    def unit(self, x: Shape) -> Shape:
+        """One pass in, one out."""
+        self._note(self._scope, "normalization", (x,), x)
+        return x
 
     def scope(self, site: str, block: int | None = None, role: str | None = None) -> None:
         """Charge unnamed operations to `site`."""
@@ -150,15 +169,9 @@ class Count:
         outputs, inputs = self._shapes[f"{layer}.weight"]
         _require(x[-1] == inputs, f"{layer} takes width {inputs}, found {x}")
         output = (*x[:-1], outputs)
-        weights, operands = inputs * outputs, (f"{layer}.{rows}.x" if rows else f"{layer}.x", f"{layer}.w")
+        weights, operands = inputs * outputs, (input_site(layer, rows), f"{layer}.w")
         self._note(layer, "linear", (x,), output, _size(x[:-1]) * weights, weights, operands)
         return output
-
-    def heads(self, layer: str, x: Shape, parts: int, heads: int) -> tuple[Shape, ...]:
-        """`linear`, one copy to turn, one to split."""
-        y = self.linear(layer, x)
-        rows = self.reshape(y, (y[1], parts * heads, y[2] // (parts * heads)))
-        return self.split(self.transpose(rows, (0, 2, 1, 3)), parts, 1)
 
     def layer_norm(self, layer: str, x: Shape, eps: float) -> Shape:
         """One pass in, one out."""
@@ -174,6 +187,8 @@ class Count:
         """Two products and a softmax over the scores."""
         _require(k[-2] == v[-2], f"{site} needs one value per key, found {k} and {v}")
         scores = self._product(f"{site}.qk", q, k, (f"{site}.q", f"{site}.k"), transpose_b=True)
+        fits = bias is None or (_broadcast(scores, bias) == scores and bias[-1] == scores[-1])
+        _require(fits, f"{site} cannot add a bias {bias} to scores {scores}")
         self._note(f"{site}.softmax", "softmax", (scores,) if bias is None else (scores, bias), scores)
         return self._product(f"{site}.av", scores, v, (f"{site}.softmax", f"{site}.v"))
 
@@ -190,58 +205,10 @@ class Count:
         self._note(site, "matmul", (a, b), output, macs=_size(output) * a[-1], operands=operands)
         return output
 
-    def add(self, a: Shape, b: Shape) -> Shape:
-        """Elementwise."""
-        return self._elementwise("elementwise", a, b)
-
-    def add_scalar(self, a: Shape, value: float) -> Shape:
-        """Elementwise."""
-        return self._elementwise("elementwise", a)
-
-    def multiply(self, a: Shape, b: Shape) -> Shape:
-        """Elementwise."""
-        return self._elementwise("elementwise", a, b)
-
-    def scale(self, a: Shape, value: float) -> Shape:
-        """Elementwise."""
-        return self._elementwise("elementwise", a)
-
-    def divide(self, a: Shape, b: Shape) -> Shape:
-        """Elementwise."""
-        return self._elementwise("elementwise", a, b)
-
-    def log(self, a: Shape) -> Shape:
-        """Elementwise."""
-        return self._elementwise("elementwise", a)
-
-    def tanh(self, a: Shape) -> Shape:
-        """Elementwise."""
-        return self._elementwise("elementwise", a)
-
-    def norm(self, x: Shape) -> Shape:
-        """Reduction."""
-        return (*self._elementwise("elementwise", x)[:-1], 1)
-
     def softmax(self, site: str, a: Shape) -> Shape:
         """One pass in, one out."""
         self._note(site, "softmax", (a,), a)
         return a
-
-    def similarity(self, site: str, metric: Shape, a: range, b: range) -> Shape:
-        """Normalization, two copies and a product."""
-        self._elementwise("normalization", metric)
-        left, right = (self.slice(metric, 1, rows.start, rows.stop, rows.step) for rows in (a, b))
-        return self.matmul(site, left, right, transpose_b=True)
-
-    def mean(self, a: Shape, axis: int) -> Shape:
-        """Reduction."""
-        output = a[:axis] + a[axis + 1 :]
-        self._note(self._scope, "reduction", (a,), output)
-        return output
-
-    def sum(self, a: Shape, axis: int) -> Shape:
-        """Reduction."""
-        return self.mean(a, axis)
 
     def reshape(self, a: Shape, shape: tuple[int, ...]) -> Shape:
         """Free; a wrong size is a bug in the program."""
@@ -281,16 +248,6 @@ class Count:
         """One copy."""
         return self.concat((rows, x), len(x) - 2)
 
-    def abs_max(self, x: Shape) -> Shape:
-        """Reduction."""
-        output = (*x[:-1], 1)
-        self._note(self._scope, "reduction", (x,), output)
-        return output
-
-    def reduce_max(self, a: Shape, axis: int) -> Shape:
-        """Reduction."""
-        return self.mean(a, axis)
-
     def argmax(self, a: Shape) -> tuple[Shape, Shape]:
         """Reduction."""
         output = (*a[:-1], 1)
@@ -325,20 +282,6 @@ class Count:
         _require(rows == (*_column(index)[:2], x[2]), f"{site} needs one row of {x} per index of {index}, found {rows}")
         self._note(site, "elementwise", (x, rows), x)
         return x
-
-    def merge_rows(
-        self, site: str, parts: tuple[Shape, ...], survivors: Shape, into: Shape, moved: Shape
-    ) -> tuple[Shape, ...]:
-        """Each part by itself."""
-        return tuple(self.scatter_add(site, self.take(x, survivors), into, self.take(x, moved)) for x in parts)
-
-    def ones_like(self, a: Shape) -> Shape:
-        """Free."""
-        return a
-
-    def identity_like(self, a: Shape) -> Shape:
-        """Free."""
-        return (a[0], a[1], a[1])
 
 
 def _size(shape: Shape) -> int:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitfold.model import Array
+from vitfold.ops.protocol import input_site
 from vitfold.ops.simulate import Simulate, fake_quantize
 from vitfold.quantizer import Float8, Quantizer, Uniform, normalized_scale
 
@@ -49,6 +50,12 @@ class Half(Simulate):
             self.overflow = (most, where)
         return rounded
 
+    def _operand(self, site: str, x: Tensor) -> Tensor:
+        return self._half(super()._operand(site, x), site)
+
+    def _step(self, site: str, x: Tensor) -> Tensor:
+        return self._half(x, site)
+
     def scope(self, site: str, block: int | None = None, role: str | None = None) -> None:
         """Remember where the operations that follow belong."""
         self._scope = site
@@ -63,9 +70,8 @@ class Half(Simulate):
 
     def linear(self, layer: str, x: Float[Tensor, "*B I"], rows: str = "") -> Float[Tensor, "*B O"]:
         """The product, its scale and the bias are three nodes."""
-        site = f"{layer}.{rows}.x" if rows else f"{layer}.x"
         weight = self._quantizers.get(f"{layer}.w")
-        y = self._half(self._rounded(site, x), site) @ self._params[f"{layer}.weight"].T
+        y = self._operand(input_site(layer, rows), x) @ self._params[f"{layer}.weight"].T
         bias = self._params.get(f"{layer}.bias")
         if isinstance(weight, Uniform | Float8) and weight.scale.ndim:
             scale = torch.from_numpy(normalized_scale(weight))
@@ -83,25 +89,15 @@ class Half(Simulate):
         """Rounded."""
         return self._half(super().activation(kind, x, site), site)
 
-    def attention(
-        self,
-        site: str,
-        q: Float[Tensor, "#B H N K"],
-        k: Float[Tensor, "B H M K"],
-        v: Float[Tensor, "B H M K"],
-        bias: Float[Tensor, "#B 1 1 M"] | None,
-    ) -> Float[Tensor, "B H N K"]:
-        """Scores, bias, softmax and weighted sum, each rounded; quantized scores are scaled behind the product."""
-        alpha = 1.0 / math.sqrt(q.shape[-1])
+    def _in_steps(self, site: str) -> bool:
+        return True
+
+    def _logits(self, site: str, q: Tensor, k: Tensor) -> Tensor:
+        """Quantized scores are scaled behind the product, others in front of it."""
+        alpha, k = 1.0 / math.sqrt(q.shape[-1]), k.transpose(-1, -2)
         if f"{site}.q" in self._quantizers:
-            q, k = (self._half(self._rounded(f"{site}.{name}", x)) for name, x in (("q", q), ("k", k)))
-            logits = self._half(self._half(q @ k.transpose(-1, -2), f"{site}.qk") * alpha, f"{site}.qk")
-        else:
-            logits = self._half(self._half(q * alpha, f"{site}.q") @ k.transpose(-1, -2), f"{site}.qk")
-        if bias is not None:
-            logits = self._half(logits + bias, f"{site}.bias")
-        weights = self._half(self._rounded(f"{site}.softmax", self._half(logits.softmax(-1), f"{site}.softmax")))
-        return self._half(weights @ self._half(self._rounded(f"{site}.v", v)), f"{site}.av")
+            return self._half(self._half(q @ k, f"{site}.qk") * alpha, f"{site}.qk")
+        return self._half(self._half(q * alpha, f"{site}.q") @ k, f"{site}.qk")
 
     def matmul(
         self, site: str, a: Float[Tensor, ...], b: Float[Tensor, ...], *, transpose_b: bool = False
@@ -109,49 +105,17 @@ class Half(Simulate):
         """Rounded."""
         return self._half(super().matmul(site, a, b, transpose_b=transpose_b), site)
 
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
+    def elementwise(self, op: str, a: Tensor, b: Tensor | None = None) -> Tensor:
         """Rounded."""
-        return self._half(super().add(a, b))
+        return self._half(super().elementwise(op, a, b))
 
-    def add_scalar(self, a: Tensor, value: float) -> Tensor:
+    def reduce(self, op: str, a: Tensor, axis: int, *, keep: bool = False) -> Tensor:
         """Rounded."""
-        return self._half(super().add_scalar(a, value))
-
-    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
-        """Rounded."""
-        return self._half(super().multiply(a, b))
-
-    def scale(self, a: Tensor, value: float) -> Tensor:
-        """Rounded."""
-        return self._half(super().scale(a, value))
-
-    def divide(self, a: Tensor, b: Tensor) -> Tensor:
-        """Rounded."""
-        return self._half(super().divide(a, b))
-
-    def log(self, a: Tensor) -> Tensor:
-        """Rounded."""
-        return self._half(super().log(a))
-
-    def norm(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N 1"]:
-        """Rounded."""
-        return self._half(super().norm(x))
+        return self._half(super().reduce(op, a, axis, keep=keep))
 
     def softmax(self, site: str, a: Tensor) -> Tensor:
         """Rounded."""
         return self._half(super().softmax(site, a), site)
-
-    def similarity(self, site: str, metric: Float[Tensor, "B N K"], a: range, b: range) -> Float[Tensor, "B A M"]:
-        """Rounded."""
-        return self._half(super().similarity(site, metric, a, b), site)
-
-    def mean(self, a: Tensor, axis: int) -> Tensor:
-        """Rounded."""
-        return self._half(super().mean(a, axis))
-
-    def sum(self, a: Tensor, axis: int) -> Tensor:
-        """Rounded."""
-        return self._half(super().sum(a, axis))
 
     def scatter_add(self, site: str, x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
         """Rounded."""

@@ -1,14 +1,15 @@
-"""The seam between programs and interpreters: the primitive operations.
+"""The seam between programs and interpreters: the operations in which programs are written.
 
-Owns the vocabulary in which programs are written. Axis 0 of every activation is the batch B, which
-no operation names: shapes passed to operations are those of one image. An interpreter decides what a
-value `T` is: a torch tensor, an ONNX value, a shape.
+Axis 0 of every activation is the batch B, which no operation names: shapes passed to operations are those of one image.
+An interpreter decides what a value `T` is: a torch tensor, an ONNX value, a shape.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
+
+import numpy as np
 
 from vitfold.model import Array
 
@@ -24,9 +25,23 @@ class Port:
     batch: str | int = "batch"
 
 
+def input_site(layer: str, rows: str = "") -> str:
+    """Return the name of what a linear layer multiplies: rows that are a site of their own have a name of their own."""
+    return f"{layer}.{rows}.x" if rows else f"{layer}.x"
+
+
 @runtime_checkable
 class Ops(Protocol[T]):
-    """What a program may do. `layer` names parameters, `site` names the operation everywhere."""
+    """What a program may do. `layer` names parameters, `site` names the operation everywhere.
+
+    24 primitives, which every interpreter writes: param, constant, patch_embed, linear, layer_norm, activation,
+    attention, matmul, softmax, elementwise, reduce, unit, reshape, transpose, split, slice, concat, prepend_rows,
+    argmax, topk_split, affine_index, pad_index, take, scatter_add.
+
+    17 composites, written here once over others: add, multiply, divide, log, tanh, add_scalar, scale, mean, sum,
+    reduce_max, abs_max, norm, heads, similarity, merge_rows, ones_like, identity_like. An interpreter overrides one
+    where it, or its target, has a fused form. Programs are recorded with the names of both.
+    """
 
     def scope(self, site: str, block: int | None = None, role: str | None = None) -> None:
         """Name the operations that follow, up to the next call, for graphs, profiles and counts.
@@ -34,6 +49,10 @@ class Ops(Protocol[T]):
         `role` says what they are, "embed", "attention", "merge", "mlp", "pool" or "head", and `block` of which block; a
         call without a role keeps both.
         """
+        ...
+
+    def shape(self, a: T) -> tuple[int, ...]:
+        """Return the shape of a value, with whatever stands for the batch in front."""
         ...
 
     def param(self, name: str) -> T:
@@ -57,7 +76,10 @@ class Ops(Protocol[T]):
 
     def heads(self, layer: str, x: T, parts: int, heads: int) -> tuple[T, ...]:
         """Apply a linear layer and part its outputs, part by part, into heads: (B, N, I) -> parts x (B, H, N, K)."""
-        ...
+        y = self.linear(layer, x)
+        _, rows, width = self.shape(y)
+        turned = self.transpose(self.reshape(y, (rows, parts * heads, width // (parts * heads))), (0, 2, 1, 3))
+        return self.split(turned, parts, 1)
 
     def layer_norm(self, layer: str, x: T, eps: float) -> T:
         """Normalize the last axis, then scale and shift."""
@@ -70,7 +92,8 @@ class Ops(Protocol[T]):
     def attention(self, site: str, q: T, k: T, v: T, bias: T | None) -> T:
         """softmax(q k^T / sqrt(K) + bias) v on (B, H, N, K).
 
-        The bias (B, 1, 1, N) broadcasts over heads and queries; it and q may have batch 1 and broadcast too.
+        q is (B, H, N, K), k and v are (B, H, M, K). The bias broadcasts to (B, H, N, M), its last axis whole: per key,
+        per head, per query. It and q may have batch 1 and broadcast too.
         """
         ...
 
@@ -78,37 +101,49 @@ class Ops(Protocol[T]):
         """Multiply the last two axes; leading axes broadcast."""
         ...
 
+    def elementwise(self, op: str, a: T, b: T | None = None) -> T:
+        """`op` of operands that broadcast: add, multiply or divide of two, log or tanh of one."""
+        ...
+
+    def reduce(self, op: str, a: T, axis: int, *, keep: bool = False) -> T:
+        """`op` over one axis, which disappears or is kept with length 1: mean, sum, max, abs_max or norm."""
+        ...
+
+    def unit(self, x: T) -> T:
+        """Divide rows (B, N, D) by their Euclidean norms; rows of zeros stay."""
+        ...
+
     def add(self, a: T, b: T) -> T:
         """a + b, broadcast."""
-        ...
+        return self.elementwise("add", a, b)
 
     def add_scalar(self, a: T, value: float) -> T:
         """a + value."""
-        ...
+        return self.add(a, self.constant(np.array(value, np.float32)))
 
     def multiply(self, a: T, b: T) -> T:
         """a * b, broadcast."""
-        ...
+        return self.elementwise("multiply", a, b)
 
     def scale(self, a: T, value: float) -> T:
         """a * value."""
-        ...
+        return self.multiply(a, self.constant(np.array(value, np.float32)))
 
     def divide(self, a: T, b: T) -> T:
         """a / b, broadcast."""
-        ...
+        return self.elementwise("divide", a, b)
 
     def log(self, a: T) -> T:
         """Natural logarithm."""
-        ...
+        return self.elementwise("log", a)
 
     def tanh(self, a: T) -> T:
         """Hyperbolic tangent."""
-        ...
+        return self.elementwise("tanh", a)
 
     def norm(self, x: T) -> T:
         """Euclidean norm of each row: (B, N, D) -> (B, N, 1)."""
-        ...
+        return self.reduce("norm", x, -1, keep=True)
 
     def softmax(self, site: str, a: T) -> T:
         """Softmax over the last axis."""
@@ -116,15 +151,17 @@ class Ops(Protocol[T]):
 
     def similarity(self, site: str, metric: T, a: range, b: range) -> T:
         """Cosine of the rows `a` with the rows `b` of (B, N, K): (B, len(a), len(b)); 0 with a zero row."""
-        ...
+        rows = self.unit(metric)
+        left, right = (self.slice(rows, 1, span.start, span.stop, span.step) for span in (a, b))
+        return self.matmul(site, left, right, transpose_b=True)
 
     def mean(self, a: T, axis: int) -> T:
         """Mean over one axis, which disappears."""
-        ...
+        return self.reduce("mean", a, axis)
 
     def sum(self, a: T, axis: int) -> T:
         """Sum over one axis, which disappears."""
-        ...
+        return self.reduce("sum", a, axis)
 
     def reshape(self, a: T, shape: tuple[int, ...]) -> T:
         """Reshape everything behind the batch axis to `shape`."""
@@ -152,11 +189,11 @@ class Ops(Protocol[T]):
 
     def abs_max(self, x: T) -> T:
         """Return the largest absolute value of each row: (B, N, D) -> (B, N, 1)."""
-        ...
+        return self.reduce("abs_max", x, -1, keep=True)
 
     def reduce_max(self, a: T, axis: int) -> T:
         """Maximum over one axis, which disappears."""
-        ...
+        return self.reduce("max", a, axis)
 
     def argmax(self, a: T) -> tuple[T, T]:
         """Return the largest value of the last axis and its index (the first, on ties): (B, N, M) -> 2 x (B, N, 1)."""
@@ -189,14 +226,15 @@ class Ops(Protocol[T]):
     def merge_rows(self, site: str, parts: tuple[T, ...], survivors: T, into: T, moved: T) -> tuple[T, ...]:
         """Sum rows that merge, of every part (B, N, D): rows `survivors`, row `into[i]` of which `moved[i]` joins.
 
-        The same as `take` of the survivors and `scatter_add` of the rows that move, for all parts at once.
+        A target may join all parts in one.
         """
-        ...
+        return tuple(self.scatter_add(site, self.take(x, survivors), into, self.take(x, moved)) for x in parts)
 
     def ones_like(self, a: T) -> T:
         """Ones of the shape and type of `a`, whose values are finite."""
-        ...
+        return self.add_scalar(self.scale(a, 0.0), 1.0)
 
     def identity_like(self, a: T) -> T:
         """The identity matrix (B, N, N) for a (B, N, 1), whose values are finite."""
-        ...
+        identity = self.constant(np.eye(self.shape(a)[1], dtype=np.float32)[None])
+        return self.add(self.scale(a, 0.0), identity)

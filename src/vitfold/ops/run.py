@@ -1,12 +1,13 @@
-"""The interpreter that executes a program eagerly in torch; the reference for all others.
+"""The interpreter that executes a program eagerly in torch: what each operation means numerically.
 
-Owns what each operation means numerically. Gradients flow when the caller asks for them.
+Gradients flow when the caller asks for them. Interpreters that see or round values derive from it and override
+`_operand`, which is shown what stands in front of a product, and `_step`, which is shown what an attention computes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -15,13 +16,54 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from vitfold.model import Array
+from vitfold.ops.protocol import Ops, input_site
+
+_ELEMENTWISE: Mapping[str, Callable[..., Tensor]] = {
+    "add": torch.add,
+    "multiply": torch.mul,
+    "divide": torch.div,
+    "log": torch.log,
+    "tanh": torch.tanh,
+}
+_REDUCTIONS: Mapping[str, Callable[..., Tensor]] = {
+    "mean": torch.mean,
+    "sum": torch.sum,
+    "max": torch.amax,
+    "abs_max": lambda a, axis, keepdim: a.abs().amax(axis, keepdim=keepdim),
+    "norm": lambda a, axis, keepdim: a.square().sum(axis, keepdim=keepdim).sqrt(),
+}
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu_erf": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "relu": F.relu,
+    "elu": F.elu,
+}
 
 
-class Run:
+class Run(Ops[Tensor]):
     """Torch values; parameters are shared with the NumPy arrays, not copied."""
 
     def __init__(self, params: Mapping[str, Array], *, device: str = "cpu") -> None:
         self._params = {name: torch.from_numpy(array).to(device) for name, array in params.items()}
+        self._device = device
+
+    def shape(self, a: Tensor) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(a.shape)
+
+    def _operand(self, site: str, x: Tensor) -> Tensor:
+        """What a linear layer or a product of attention takes for the operand `site`."""
+        return x
+
+    def _in_steps(self, site: str) -> bool:
+        """Say whether operands or steps of this attention are seen or changed."""
+        return False
+
+    def _step(self, site: str, x: Tensor) -> Tensor:
+        """What the step `site` of an attention hands on."""
+        return x
 
     def scope(self, site: str, block: int | None = None, role: str | None = None) -> None:
         """Names are of no use here."""
@@ -30,25 +72,20 @@ class Run:
         """Return the parameter itself."""
         return self._params[name]
 
+    def constant(self, values: Array) -> Tensor:
+        """The numbers in single precision."""
+        return torch.from_numpy(np.asarray(values, np.float32)).to(self._device)
+
     def patch_embed(self, layer: str, image: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B N D"]:
         """Convolve with stride = kernel."""
         weight = self._params[f"{layer}.weight"]
         patches = F.conv2d(image, weight, self._params.get(f"{layer}.bias"), stride=weight.shape[2:])
         return patches.flatten(2).transpose(1, 2)
 
-    def constant(self, values: Array) -> Tensor:
-        """The numbers in single precision."""
-        return torch.from_numpy(np.asarray(values, np.float32))
-
     def linear(self, layer: str, x: Float[Tensor, "*B I"], rows: str = "") -> Float[Tensor, "*B O"]:
         """X W^T + b."""
+        x = self._operand(input_site(layer, rows), x)
         return F.linear(x, self._params[f"{layer}.weight"], self._params.get(f"{layer}.bias"))
-
-    def heads(self, layer: str, x: Float[Tensor, "B N I"], parts: int, heads: int) -> tuple[Tensor, ...]:
-        """`linear`, then one view per part."""
-        y = self.linear(layer, x)
-        rows = self.reshape(y, (y.shape[1], parts * heads, y.shape[2] // (parts * heads)))
-        return self.split(self.transpose(rows, (0, 2, 1, 3)), parts, 1)
 
     def layer_norm(self, layer: str, x: Float[Tensor, "*B D"], eps: float) -> Float[Tensor, "*B D"]:
         """LayerNorm over the last axis."""
@@ -56,19 +93,9 @@ class Run:
 
     def activation(self, kind: str, x: Float[Tensor, "*B"], site: str) -> Float[Tensor, "*B"]:
         """The function named `kind`."""
-        if kind == "gelu_erf":
-            return F.gelu(x)
-        if kind == "gelu_tanh":
-            return F.gelu(x, approximate="tanh")
-        if kind == "quick_gelu":
-            return x * torch.sigmoid(1.702 * x)
-        if kind == "silu":
-            return F.silu(x)
-        if kind == "relu":
-            return F.relu(x)
-        if kind == "elu":
-            return F.elu(x)
-        raise ValueError(f"unknown activation {kind!r}")
+        if kind not in _ACTIVATIONS:
+            raise ValueError(f"unknown activation {kind!r}")
+        return _ACTIVATIONS[kind](x)
 
     def attention(
         self,
@@ -76,13 +103,33 @@ class Run:
         q: Float[Tensor, "#B H N K"],
         k: Float[Tensor, "B H M K"],
         v: Float[Tensor, "B H M K"],
-        bias: Float[Tensor, "#B 1 1 M"] | None,
+        bias: Float[Tensor, "#B #H #N M"] | None,
     ) -> Float[Tensor, "B H N K"]:
-        """Scaled dot-product attention."""
+        """Scaled dot-product attention, fused where nothing within it is asked for."""
+        if self._in_steps(site):
+            return self._attention_in_steps(site, q, k, v, bias)
         if q.shape[0] != k.shape[0]:
             q = q.expand(k.shape[0], -1, -1, -1)
         mask = None if bias is None else bias.expand(-1, -1, q.shape[2], -1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0 / math.sqrt(q.shape[-1]))
+
+    def _attention_in_steps(self, site: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """softmax(q k^T / sqrt(K) + bias) v, every operand and every step shown."""
+        q = q.expand(k.shape[0], -1, -1, -1)
+        q, k, v = (self._operand(f"{site}.{name}", x) for name, x in (("q", q), ("k", k), ("v", v)))
+        logits = self._logits(site, q, k)
+        if bias is not None:
+            logits = self._step(f"{site}.bias", logits + bias)
+        return self._average(site, logits, v)
+
+    def _logits(self, site: str, q: Tensor, k: Tensor) -> Tensor:
+        """Q k^T / sqrt(K)."""
+        return self._step(f"{site}.qk", (q @ k.transpose(-1, -2)) * (1.0 / math.sqrt(q.shape[-1])))
+
+    def _average(self, site: str, logits: Tensor, v: Tensor) -> Tensor:
+        """softmax(logits) v."""
+        weights = self._step(f"{site}.softmax", logits.softmax(-1))
+        return self._step(f"{site}.av", self._operand(f"{site}.softmax", weights) @ v)
 
     def matmul(
         self, site: str, a: Float[Tensor, ...], b: Float[Tensor, ...], *, transpose_b: bool = False
@@ -90,54 +137,21 @@ class Run:
         """Batched product of the last two axes."""
         return a @ (b.transpose(-1, -2) if transpose_b else b)
 
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
-        """a + b."""
-        return a + b
-
-    def add_scalar(self, a: Tensor, value: float) -> Tensor:
-        """a + value."""
-        return a + value
-
-    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
-        """a * b."""
-        return a * b
-
-    def scale(self, a: Tensor, value: float) -> Tensor:
-        """a * value."""
-        return a * value
-
-    def divide(self, a: Tensor, b: Tensor) -> Tensor:
-        """a / b."""
-        return a / b
-
-    def log(self, a: Tensor) -> Tensor:
-        """Natural logarithm."""
-        return torch.log(a)
-
-    def tanh(self, a: Tensor) -> Tensor:
-        """Hyperbolic tangent."""
-        return torch.tanh(a)
-
-    def norm(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N 1"]:
-        """Euclidean norm of rows."""
-        return x.square().sum(-1, keepdim=True).sqrt()
-
     def softmax(self, site: str, a: Tensor) -> Tensor:
         """Softmax over the last axis."""
         return a.softmax(-1)
 
-    def similarity(self, site: str, metric: Float[Tensor, "B N K"], a: range, b: range) -> Float[Tensor, "B A M"]:
-        """Cosine of rows."""
-        unit = F.normalize(metric, dim=-1)
-        return unit[:, a.start : a.stop : a.step] @ unit[:, b.start : b.stop : b.step].transpose(-1, -2)
+    def elementwise(self, op: str, a: Tensor, b: Tensor | None = None) -> Tensor:
+        """The function named `op`."""
+        return _ELEMENTWISE[op](a) if b is None else _ELEMENTWISE[op](a, b)
 
-    def mean(self, a: Tensor, axis: int) -> Tensor:
-        """Mean over one axis."""
-        return a.mean(axis)
+    def reduce(self, op: str, a: Tensor, axis: int, *, keep: bool = False) -> Tensor:
+        """The function named `op`."""
+        return _REDUCTIONS[op](a, axis, keepdim=keep)
 
-    def sum(self, a: Tensor, axis: int) -> Tensor:
-        """Sum over one axis."""
-        return a.sum(axis)
+    def unit(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Rows of length 1."""
+        return F.normalize(x, dim=-1)
 
     def reshape(self, a: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Reshape behind the batch axis."""
@@ -166,14 +180,6 @@ class Run:
     ) -> Float[Tensor, "B *H P+N D"]:
         """Rows in front of every image's."""
         return torch.cat((rows.expand(x.shape[0], *rows.shape[1:]), x), -2)
-
-    def abs_max(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N 1"]:
-        """Largest absolute value of each row."""
-        return x.abs().amax(-1, keepdim=True)
-
-    def reduce_max(self, a: Tensor, axis: int) -> Tensor:
-        """Maximum over one axis."""
-        return a.amax(axis)
 
     def argmax(self, a: Float[Tensor, "B N M"]) -> tuple[Float[Tensor, "B N 1"], Int[Tensor, "B N 1"]]:
         """Largest value of the last axis and its index."""
@@ -211,21 +217,6 @@ class Run:
         """Add rows onto rows."""
         return x.scatter_add(1, index.expand_as(rows), rows)
 
-    def merge_rows(
-        self,
-        site: str,
-        parts: tuple[Float[Tensor, "B N _"], ...],
-        survivors: Int[Tensor, "B M 1"],
-        into: Int[Tensor, "B R 1"],
-        moved: Int[Tensor, "B R 1"],
-    ) -> tuple[Float[Tensor, "B M _"], ...]:
-        """Each part by itself."""
-        return tuple(self.scatter_add(site, self.take(x, survivors), into, self.take(x, moved)) for x in parts)
-
-    def ones_like(self, a: Tensor) -> Tensor:
-        """Ones."""
-        return torch.ones_like(a)
-
     def identity_like(self, a: Float[Tensor, "B N 1"]) -> Float[Tensor, "B N N"]:
-        """One identity matrix per image."""
+        """One identity matrix for all images: a view."""
         return torch.eye(a.shape[1], dtype=a.dtype, device=a.device).expand(a.shape[0], -1, -1)

@@ -1,12 +1,11 @@
 """The interpreter that runs a program with quantization simulated: quantize, dequantize, compute in float.
 
-Owns quantizers in torch; `quantizer` states the same arithmetic in NumPy. Weights are expected on
-their grid already (`quant` puts them there), so only activations are rounded here.
+`quantizer` states the arithmetic of quantizers in NumPy, this in torch. Weights are expected on their grid already
+(`quant` puts them there), so only activations are rounded here.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitfold.model import Array
+from vitfold.ops.protocol import input_site
 from vitfold.ops.run import Run
 from vitfold.quantizer import EXPONENTIALS, LARGEST_E4M3, Float8, Quantizer, Shifted, Twin, Uniform, normalized_scale
 
@@ -86,22 +86,18 @@ class Simulate(Run):
         self._reordered = reordered
         self._codes: dict[str, _WeightCodes | None] = {}
 
-    def _rounded(self, site: str, x: Tensor) -> Tensor:
+    def _operand(self, site: str, x: Tensor) -> Tensor:
         quantizer = self._quantizers.get(site)
         return x if quantizer is None else fake_quantize(x, quantizer)
 
     def linear(self, layer: str, x: Float[Tensor, "*B I"], rows: str = "") -> Float[Tensor, "*B O"]:
         """Q(X) W^T + b; in integers where both are uniform, which is exact and three times as fast."""
-        site = f"{layer}.{rows}.x" if rows else f"{layer}.x"
-        if rows and site not in self._quantizers:
-            return super().linear(layer, x)
-        if f"{layer}.y" in self._quantizers:
-            return self._rounded_output(layer, self._rounded(site, x))
-        if rows:
-            return super().linear(layer, self._rounded(site, x))
-        codes = self._weight_codes(layer)
+        site = input_site(layer, rows)
+        if f"{layer}.y" in self._quantizers and (not rows or site in self._quantizers):
+            return self._rounded_output(layer, self._operand(site, x))
+        codes = None if rows else self._weight_codes(layer)
         if codes is None:
-            return super().linear(layer, self._rounded(f"{layer}.x", x))
+            return super().linear(layer, x, rows)
         quantizer = self._quantizers[f"{layer}.x"]
         assert isinstance(quantizer, Uniform)
         scale, low, high = _aligned(quantizer, 2)
@@ -140,22 +136,11 @@ class Simulate(Run):
         integers = (weight / scale.reshape(-1, *[1] * quantizer.scale.ndim)).round_().to(torch.int8)
         return _WeightCodes(integers=integers.T.contiguous(), sums=integers.sum(1).float(), scale=scale)
 
-    def attention(
-        self,
-        site: str,
-        q: Float[Tensor, "#B H N K"],
-        k: Float[Tensor, "B H M K"],
-        v: Float[Tensor, "B H M K"],
-        bias: Float[Tensor, "#B 1 1 M"] | None,
-    ) -> Float[Tensor, "B H N K"]:
-        """Q(softmax(Q(q) Q(k)^T / sqrt(K) + bias)) Q(v); softmax itself stays float."""
-        if not any(f"{site}.{operand}" in self._quantizers for operand in ("q", "k", "v", "softmax")):
-            return super().attention(site, q, k, v, bias)
-        q, k, v = (self._rounded(f"{site}.{name}", operand) for name, operand in (("q", q), ("k", k), ("v", v)))
-        logits = (q @ k.transpose(-1, -2)) * (1.0 / math.sqrt(q.shape[-1]))
-        if bias is not None:
-            logits = logits + bias
-        if self._reordered and f"{site}.softmax" in self._quantizers:
-            powers = fake_quantize(torch.exp(logits - logits.amax(-1, keepdim=True)), EXPONENTIALS)
-            return (powers @ v) / powers.sum(-1, keepdim=True)
-        return self._rounded(f"{site}.softmax", logits.softmax(-1)) @ v
+    def _in_steps(self, site: str) -> bool:
+        return any(f"{site}.{operand}" in self._quantizers for operand in ("q", "k", "v", "softmax"))
+
+    def _average(self, site: str, logits: Tensor, v: Tensor) -> Tensor:
+        if not (self._reordered and f"{site}.softmax" in self._quantizers):
+            return super()._average(site, logits, v)
+        powers = fake_quantize(torch.exp(logits - logits.amax(-1, keepdim=True)), EXPONENTIALS)
+        return (powers @ v) / powers.sum(-1, keepdim=True)

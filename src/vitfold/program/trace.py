@@ -31,7 +31,7 @@ class Traced:
 VOCABULARY: Mapping[str, inspect.Signature] = {
     name: inspect.signature(method)
     for name, method in vars(Ops).items()
-    if callable(method) and not name.startswith("_") and name != "scope"
+    if callable(method) and not name.startswith("_") and name not in ("scope", "shape")
 }
 """Every operation of `Ops`, with its signature."""
 _SEVERAL = {name for name, one in VOCABULARY.items() if str(one.return_annotation).startswith("tuple")}
@@ -64,6 +64,10 @@ class Recorder:
         self._scope = site
         if role is not None:
             self._block, self._role = block, role
+
+    def shape(self, a: Traced) -> Shape:
+        """Return the shape of a value."""
+        return a.shape
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
         if op not in VOCABULARY:

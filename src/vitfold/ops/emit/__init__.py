@@ -11,9 +11,7 @@ from vitfold.ops.emit.graph import (
     write_together,
 )
 from vitfold.ops.emit.lowering import Emit
-from vitfold.ops.emit.quantized import MICROSOFT
-from vitfold.ops.emit.rows import Value
-from vitfold.ops.emit.writer import SITE_KEY
+from vitfold.ops.emit.writer import MICROSOFT, SITE_KEY, Value
 
 __all__ = [
     "INPUT_NAME",

@@ -1,8 +1,4 @@
-"""How a quantizer's codes are placed in the integer type of a target.
-
-Owns the arithmetic of moving codes and zero points, which is exact, and says what no runtime
-executes. Which nodes result is `quantized`'s business.
-"""
+"""How a quantizer's codes are placed in the type of a target: moving codes and zero points, which is exact."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A whole ONNX graph from a program, and its file.
-
-Owns inputs, outputs, opsets and where weights are stored.
-"""
+"""A whole ONNX graph from a program, and its file: inputs, outputs, opsets, and where weights are stored."""
 
 from __future__ import annotations
 
@@ -16,8 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from vitfold.model import Array, Model
 from vitfold.ops.count import SiteCost
 from vitfold.ops.emit.lowering import Emit
-from vitfold.ops.emit.quantized import MICROSOFT
-from vitfold.ops.emit.rows import Value
+from vitfold.ops.emit.writer import MICROSOFT, Value
 from vitfold.ops.protocol import Port
 from vitfold.quantizer import Quantizer
 from vitfold.target import Target
@@ -108,8 +104,8 @@ def emit_ports(
     graph = ir.Graph(
         entries,
         exits,
-        nodes=ops.tape.nodes,
-        initializers=ops.tape.initializers,
+        nodes=ops.writer.tape.nodes,
+        initializers=ops.writer.tape.initializers,
         opset_imports={"": target.opset, MICROSOFT: 1} if target.contrib else {"": target.opset},
         name="vitfold",
     )

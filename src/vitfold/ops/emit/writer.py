@@ -1,12 +1,10 @@
-"""Writing ONNX nodes, constants and weights with onnx-ir.
-
-Owns names, metadata and the sharing of constants. What is written is `lowering`'s choice.
-"""
+"""Writing ONNX nodes, constants and weights with onnx-ir: names, metadata, shared constants."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,31 +17,38 @@ from vitfold.target import Target
 
 Shape = tuple[int, ...]
 SITE_KEY = "vitfold.site"
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """An ONNX value and the shape of one image's share of it (batch axis 1)."""
+
+    onnx: ir.Value
+    shape: Shape
 
 
 class Writer:
-    """An onnx-ir tape with named nodes, shared constants and parameters as initializers."""
+    """An onnx-ir tape with named nodes, shared constants and parameters as initializers.
+
+    `scope` names the nodes that have no site of their own; `real` is the graph's float type.
+    """
 
     def __init__(self, params: Mapping[str, Array], target: Target) -> None:
         self.tape = Tape()
-        self._params = params
-        self._target = target
-        self._real = np.dtype(target.float_type)
-        self._scope = "input"
+        self.params = params
+        self.scope = "input"
+        self.real = ir.DataType.from_numpy(np.dtype(target.float_type))
         self._constants: dict[tuple[str, Shape, bytes], ir.Value] = {}
         self._weights: dict[tuple[str, bool], ir.Value] = {}
         self._names: Counter[str] = Counter()
-
-    @property
-    def _real_type(self) -> ir.DataType:
-        return ir.DataType.from_numpy(self._real)
 
     def _unique(self, base: str) -> str:
         self._names[base] += 1
         seen = self._names[base]
         return base if seen == 1 else f"{base}.{seen}"
 
-    def _nodes(
+    def nodes(
         self,
         op_type: str,
         *inputs: ir.Value | None,
@@ -52,7 +57,8 @@ class Writer:
         domain: str = "",
         **attributes: Any,
     ) -> Sequence[ir.Value]:
-        name = self._unique(site if site is not None else f"{self._scope}.{op_type.lower()}")
+        """Append a node of `site`, or of the scope, and return its outputs."""
+        name = self._unique(site if site is not None else f"{self.scope}.{op_type.lower()}")
         names = [name] if outputs == 1 else [f"{name}.out{i}" for i in range(outputs)]
         values: Sequence[ir.Value] = self.tape.op_multi_out(
             op_type,
@@ -61,14 +67,15 @@ class Writer:
             outputs=[ir.Value(name=f"{n}:0") for n in names],
             domain=domain,
             name=name,
-            metadata_props={SITE_KEY: site or self._scope},
+            metadata_props={SITE_KEY: site or self.scope},
         )
         return values
 
-    def _node(
+    def node(
         self, op_type: str, *inputs: ir.Value | None, site: str | None = None, domain: str = "", **attributes: Any
     ) -> ir.Value:
-        return self._nodes(op_type, *inputs, site=site, domain=domain, **attributes)[0]
+        """Append a node of one output."""
+        return self.nodes(op_type, *inputs, site=site, domain=domain, **attributes)[0]
 
     def _as_real(self, array: Array, name: str) -> Array:
         """Return reals in the graph's float type.
@@ -77,7 +84,7 @@ class Writer:
             TargetError: if half precision cannot hold one of them.
         """
         with np.errstate(over="ignore"):
-            real = array.astype(self._real, copy=False)
+            real = array.astype(self.real.numpy(), copy=False)
         if real is not array and not np.isfinite(real).all() and np.isfinite(array).all():
             raise TargetError(
                 f"half precision cannot hold a number of {name}: {np.abs(array).max():,.0f} is beyond 65,504; make the "
@@ -85,36 +92,52 @@ class Writer:
             )
         return real
 
-    def _constant(self, array: Array) -> ir.Value:
+    def constant(self, array: Array) -> ir.Value:
         """Return an initializer, reals in the graph's float type; equal small constants are shared."""
         if array.dtype == np.float32:
-            array = self._as_real(array, self._scope)
+            array = self._as_real(array, self.scope)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             name = self._unique(f"const.{len(self._constants)}")
             self._constants[key] = self.tape.initializer(ir.tensor(array, name=name))
         return self._constants[key]
 
-    def _integers(self, *values: int) -> ir.Value:
-        return self._constant(np.array(values, np.int64))
+    def integers(self, *values: int) -> ir.Value:
+        """A vector of int64."""
+        return self.constant(np.array(values, np.int64))
 
-    def _number(self, value: float) -> ir.Value:
-        return self._constant(np.array(value, np.float32))
+    def number(self, value: float) -> ir.Value:
+        """A scalar of the graph's float type."""
+        return self.constant(np.array(value, np.float32))
 
-    def _weight(self, name: str, *, transposed: bool = False) -> ir.Value:
+    def weight(self, name: str, *, transposed: bool = False) -> ir.Value:
         """Return a parameter as initializer; a transposed copy exists only while it is written."""
         key = (name, transposed)
         if key not in self._weights:
-            array = self._as_real(self._params[name], name)
-            label = f"{name}.T" if transposed else name
+            array = self._as_real(self.params[name], name)
             if transposed:
-                shape = ir.Shape((array.shape[1], array.shape[0]))
-
-                def turned(array: Array = array, label: str = label) -> ir.Tensor:
-                    return ir.tensor(np.ascontiguousarray(array.T), name=label)
-
-                tensor: ir.TensorProtocol = ir.LazyTensor(turned, self._real_type, shape, name=label)
+                shape = (array.shape[1], array.shape[0])
+                self._weights[key] = self.lazy(f"{name}.T", shape, self.real, lambda: array.T)
             else:
-                tensor = ir.tensor(array, name=label)
-            self._weights[key] = self.tape.initializer(tensor)
+                self._weights[key] = self.tape.initializer(ir.tensor(array, name=name))
         return self._weights[key]
+
+    def lazy(self, name: str, shape: Shape, kind: ir.DataType, make: Callable[[], Array]) -> ir.Value:
+        """Return an initializer whose numbers exist only while they are written."""
+
+        def tensor() -> ir.Tensor:
+            return ir.tensor(np.ascontiguousarray(make()), name=name)
+
+        return self.tape.initializer(ir.LazyTensor(tensor, kind, ir.Shape(shape), name=name))
+
+    def bias(self, layer: str) -> ir.Value | None:
+        """The bias of a layer; None where it has none."""
+        name = f"{layer}.bias"
+        return self.weight(name) if name in self.params else None
+
+    def total(self, site: str, parts: Sequence[ir.Value]) -> ir.Value:
+        """The sum of products."""
+        sum_of = parts[0]
+        for part in parts[1:]:
+            sum_of = self.node("Add", sum_of, part, site=f"{site}.sum")
+        return sum_of
