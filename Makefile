@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/vitfold demo -o out/demo
 
 test: $(VENV)/.dev check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check src tests

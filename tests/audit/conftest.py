@@ -38,7 +38,7 @@ def quantizers_for(model: Model, *, float8: bool, attention: bool = True) -> dic
     found: dict[str, Quantizer] = {}
     linears, attentions = find_sites(model.spec)
     for site in linears:
-        if site.is_head:
+        if site.role == "head":
             continue
         reach = np.abs(model.params[f"{site.layer}.weight"]).max(1)
         found[f"{site.layer}.x"] = tensor(0.03)

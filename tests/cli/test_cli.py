@@ -15,7 +15,6 @@ from invoking import DEMO, RANDOM, ROOT, error, run, run_json
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from vitfold.bench import environment
 from vitfold.cli import doctor
 from vitfold.program import program_from_dict
 from vitfold.program.queries import attention_of
@@ -238,10 +237,10 @@ def test_doctor_names_the_extra_of_what_is_missing(monkeypatch: pytest.MonkeyPat
     assert "vitfold[tensorrt]" in "".join(run("doctor").stdout.split())
 
 
-def test_doctor_finds_tensorrt_under_the_name_of_a_cuda_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "installed_version", {"tensorrt-cu12": "10.8"}.get)
-    assert doctor._version("tensorrt") == "10.8"
-    assert doctor._version("onnxruntime") is None
+def test_doctor_finds_tensorrt_under_the_name_of_a_cuda_version() -> None:
+    installed = {"tensorrt-cu12": "10.8"}.get
+    assert doctor._version("tensorrt", installed) == "10.8"
+    assert doctor._version("onnxruntime", installed) is None
 
 
 def test_a_file_with_an_architecture(folder: Path, few: Path) -> None:

@@ -174,7 +174,7 @@ def test_latents_become_images_by_the_vae(source: str, tmp_path: Path) -> None:
         (("--classes", "shirt"), "--classes are numbers, names or all, found 'shirt'; this model has no names", 1),
         (("--sampler", "euler"), "unknown sampler", 1),
         (("--merge", "99"), "16 tokens can merge 0 to 8", 1),
-        (("--quant", "w4a4"), "unknown quantization 'w4a4'", 1),
+        (("--quant", "w4a4"), "w4a4 does not run: integer kernels take activations of 8 bits", 1),
         (("--engine", "openvino"), "'openvino' is not one of", 2),
         (("--heads", "2"), "--heads 2 belongs to a file", 1),
     ],

@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +125,8 @@ def _leftover(one: Leftover) -> str:
     return f"{one.path.name}: {one.size_bytes / 1e6:.1f} MB of an interrupted command; {cure}"
 
 
-def _version(package: str) -> str | None:
-    versions = (installed_version(name) for name in (package, *_ALSO.get(package, ())))
+def _version(package: str, find: Callable[[str], str | None] = installed_version) -> str | None:
+    versions = (find(name) for name in (package, *_ALSO.get(package, ())))
     return next((version for version in versions if version is not None), None)
 
 

@@ -96,11 +96,11 @@ def cells(rows: Sequence[RowDict]) -> list[list[str]]:
 
 
 def ladder(rows: Sequence[RowDict], *, title: str) -> Table:
-    """Return a terminal table that fits into 80 columns where names are short."""
+    """Return a terminal table; where 80 columns are too few, figures wrap and names do not."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in columns(rows):
         left = name == "rung"
-        table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold")
+        table.add_column(name, justify="left" if left else "right", no_wrap=left, overflow="fold")
     for row in cells(rows):
         table.add_row(*row)
     return table
@@ -154,7 +154,8 @@ def sweep_table(rows: Sequence[RowDict]) -> Table:
     """Return the terminal table of a sweep or a search."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in SWEEP_COLUMNS:
-        table.add_column(name, justify="left" if name == "recipe" else "right", overflow="fold")
+        left = name == "recipe"
+        table.add_column(name, justify="left" if left else "right", no_wrap=left, overflow="fold")
     for row in sweep_cells(rows):
         table.add_row(*row)
     return table
@@ -273,7 +274,7 @@ def diffusion_table(result: Mapping[str, Any]) -> Table:
     shown = [place for place, name in enumerate(header) if name not in beyond]
     for place in shown:
         left = header[place] == "sampler"
-        table.add_column(header[place], justify="left" if left else "right", no_wrap=not left, overflow="fold")
+        table.add_column(header[place], justify="left" if left else "right", no_wrap=left, overflow="fold")
     for line in body:
         table.add_row(*(line[place] for place in shown))
     return table
