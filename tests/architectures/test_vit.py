@@ -143,3 +143,20 @@ def test_a_recipe_that_does_not_fit_is_refused_before_anything_runs(tiny_model, 
     model = tiny_model()
     with pytest.raises(RecipeError, match=r"block 1: 9 tokens enter it, 1 of them protected, so at most 4"):
         run_torch(model, random_images(model.spec, 1), (8, 5))
+
+
+@pytest.mark.parametrize("pool", ["token", "none"])
+def test_a_run_from_given_tokens_sees_what_stands_behind_them_alone(tiny_model, random_images, pool):
+    """Nothing in front of the block runs again, so it needs no image."""
+    model = tiny_model(num_layers=3, **POOLS[pool])
+    spec, merge, seen = model.spec, MergeRecipe(r=(4, 3, 2)), []
+    image = torch.from_numpy(random_images(spec, 2))
+    with torch.inference_mode():
+        whole = forward(Run(model.params), spec, merge, image, observe=lambda at, tokens: seen.append((at, tokens)))
+        again = []
+        rest = forward(
+            Run(model.params), spec, merge, None, given=seen[2], observe=lambda at, tokens: again.append((at, tokens))
+        )
+    torch.testing.assert_close(rest, whole)
+    assert [at for at, _ in again] == [3]
+    torch.testing.assert_close(again[0][1].x, seen[3][1].x)

@@ -172,7 +172,7 @@ def emit_dit(cut: str, name: str, path: Path) -> None:
     write_onnx(graph, path)
 
 
-def compare(name: str, found: dict[str, Any]) -> None:
+def assert_as_recorded(name: str, found: dict[str, Any]) -> None:
     if os.environ.get("VITFOLD_RECORD") == "1":
         kept = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
         RECORDED.write_text(json.dumps({**kept, name: found}, indent=1, sort_keys=True) + "\n")
@@ -186,19 +186,19 @@ def compare(name: str, found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", VITS)
 def test_a_vision_transformer(tiny_model, tmp_path, name):
     emit_vit(name, tiny_model, tmp_path / "model.onnx")
-    compare(f"vit: {name}", record(tmp_path / "model.onnx"))
+    assert_as_recorded(f"vit: {name}", record(tmp_path / "model.onnx"))
 
 
 @pytest.mark.parametrize("name", SINKS)
 def test_what_is_done_about_sinks(tiny_model, tmp_path, name):
     emit_sinks(name, tiny_model, tmp_path / "model.onnx")
-    compare(f"sinks: {name}", record(tmp_path / "model.onnx"))
+    assert_as_recorded(f"sinks: {name}", record(tmp_path / "model.onnx"))
 
 
 @pytest.mark.parametrize(("cut", "name"), DIT_PARTS)
 def test_a_diffusion_transformer(tmp_path, cut, name):
     emit_dit(cut, name, tmp_path / "model.onnx")
-    compare(f"dit: {cut}, {name}", record(tmp_path / "model.onnx"))
+    assert_as_recorded(f"dit: {cut}, {name}", record(tmp_path / "model.onnx"))
 
 
 def test_what_is_recorded_tells_graphs_apart(tiny_model: Callable[..., Model], tmp_path: Path) -> None:

@@ -165,3 +165,12 @@ def test_deleted_patches_come_back_as_the_mean_of_their_neighbours(three, random
     rows = found.flatten(2)
     spread = (rows - rows.mean(2 if ends == "a grid" else 1, keepdim=True)).abs().max()
     assert float(spread) < 1e-3, "equal patches stay equal, those that were deleted too"
+
+
+def test_every_table_of_operations_speaks_the_vocabulary():
+    """An operation under a name of yesterday would silently be one without a rule."""
+    from vitfold.program import VOCABULARY, axes, queries
+    from vitfold.transforms import merging, rows
+
+    tables = (axes.ON_LAST_AXIS, axes._RULES, queries._ROWWISE, merging._ROWWISE, rows.RULES)
+    assert set().union(*tables) <= set(VOCABULARY)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vitfold.artifacts.cache import key_of
 from vitfold.diffusion.eager import eager
 from vitfold.diffusion.methods import find_method
 from vitfold.diffusion.parts import Part, parts
@@ -18,7 +19,6 @@ from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTModel
 from vitfold.ops.protocol import Ops
 from vitfold.ops.run import Run
-from vitfold.program import replay
 from vitfold.quant import Progress, QuantConstraints, calibrate_network
 from vitfold.quant import find_method as find_quant_method
 from vitfold.quant.network import ArrayExamples, Network
@@ -103,7 +103,7 @@ def network_of_step(model: DiTModel, r: int) -> Network:
         params=model.params,
         linears=tuple(site for site in linears if site.block is not None),
         attentions=attentions,
-        digest=f"{model.digest()} {r}",
+        digest=key_of(model.digest(), r),
     )
 
 
@@ -116,7 +116,7 @@ class _Watched(Part):
     def run(self, ops: Ops[Any], *inputs: Any) -> tuple[Any, ...]:
         """Keep the inputs, then run."""
         self.seen.append(tuple(value.numpy().copy() for value in inputs))
-        return replay(self.program, ops, *inputs)
+        return Part.run(self, ops, *inputs)
 
 
 def states_along(model: DiTModel, count: int, *, r: int, steps: int, guidance: float, seed: int) -> ArrayExamples:

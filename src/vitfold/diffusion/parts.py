@@ -115,11 +115,7 @@ def _always(spec: DiTSpec) -> Written:
     }
 
 
-def _whole(spec: DiTSpec, history: int, counts: tuple[int, ...]) -> Written:  # noqa: ARG001
-    return {}
-
-
-def _stack(spec: DiTSpec, history: int, counts: tuple[int, ...]) -> Written:  # noqa: ARG001
+def _stack(spec: DiTSpec, history: int) -> Written:
     image, given = _image(spec)
     return {
         "full": (
@@ -135,7 +131,7 @@ def _stack(spec: DiTSpec, history: int, counts: tuple[int, ...]) -> Written:  # 
     }
 
 
-def _modules(spec: DiTSpec, history: int, counts: tuple[int, ...]) -> Written:  # noqa: ARG001
+def _modules(spec: DiTSpec) -> Written:
     image, given = _image(spec)
     names = [f"{RESIDUAL}.{kind}.{block}" for block in range(spec.num_layers) for kind in ("attn", "mlp")]
     return {
@@ -148,7 +144,7 @@ def _modules(spec: DiTSpec, history: int, counts: tuple[int, ...]) -> Written:  
     }
 
 
-def _first(spec: DiTSpec, history: int, counts: tuple[int, ...]) -> Written:  # noqa: ARG001
+def _first(spec: DiTSpec, history: int) -> Written:
     image, given = _image(spec)
     (x,) = _of_tokens(spec, "x")
     return {
@@ -166,7 +162,7 @@ def _first(spec: DiTSpec, history: int, counts: tuple[int, ...]) -> Written:  # 
     }
 
 
-def _tokens(spec: DiTSpec, history: int, counts: tuple[int, ...]) -> Written:  # noqa: ARG001
+def _tokens(spec: DiTSpec, counts: tuple[int, ...]) -> Written:
     image, given = _image(spec)
     added = [f"{RESIDUAL}.{block}" for block in range(spec.num_layers)]
     kept = _of_tokens(spec, *(f"kept.{block}" for block in range(spec.num_layers)))
@@ -181,11 +177,11 @@ def _tokens(spec: DiTSpec, history: int, counts: tuple[int, ...]) -> Written:  #
 
 
 _CUTS: Mapping[Cut, Callable[[DiTSpec, int, tuple[int, ...]], Written]] = {
-    "whole": _whole,
-    "stack": _stack,
-    "modules": _modules,
-    "first": _first,
-    "tokens": _tokens,
+    "whole": lambda _spec, _history, _counts: {},
+    "stack": lambda spec, history, _counts: _stack(spec, history),
+    "modules": lambda spec, _history, _counts: _modules(spec),
+    "first": lambda spec, history, _counts: _first(spec, history),
+    "tokens": lambda spec, _history, counts: _tokens(spec, counts),
 }
 
 

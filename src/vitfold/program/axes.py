@@ -15,6 +15,8 @@ from vitfold.program.program import Node, Program, Ref, Shape
 from vitfold.program.queries import attentions_of
 
 Axis = tuple[Ref, int]
+ON_LAST_AXIS = frozenset({"linear", "layer_norm", "softmax", "norm", "abs_max"})
+"""Operations that mix what stands along the last axis."""
 Pairs = Iterator[tuple[Axis, Axis]]
 
 
@@ -36,14 +38,12 @@ def token_spans(program: Program) -> Mapping[Ref, Span]:
     found: dict[Axis, tuple[int, int]] = {}
     for attention in attentions_of(program):
         if attention.block is not None:
-            key = attention.inputs["k"]
-            assert isinstance(key, int)
-            found[classes.root((Ref(key), 2))] = (0, program.shapes[Ref(key)][2])
+            key = attention.operand("k")
+            found[classes.root((key, 2))] = (0, program.shapes[key][2])
     for node in program.nodes:
         if node.op == "slice" and node.attributes["step"] == 1:
-            a, axis = node.inputs["a"], node.attributes["axis"]
-            assert isinstance(a, int)
-            whole = found.get(classes.root((Ref(a), axis)))
+            axis = node.attributes["axis"]
+            whole = found.get(classes.root((node.source, axis)))
             if whole is not None:
                 first = whole[0] + node.attributes["start"]
                 length = node.attributes["stop"] - node.attributes["start"]
@@ -79,44 +79,38 @@ def _equal_axes(node: Node, shapes: Mapping[Ref, Shape]) -> Pairs:
     return iter(()) if rule is None else rule(node, shapes)
 
 
-def _operand(node: Node, name: str) -> Ref:
-    ref = node.inputs[name]
-    assert isinstance(ref, int)
-    return Ref(ref)
-
-
 def _all(name: str, *, but_last: bool = False) -> Callable[[Node, Mapping[Ref, Shape]], Pairs]:
     def rule(node: Node, shapes: Mapping[Ref, Shape]) -> Pairs:
-        a = _operand(node, name)
+        a = node.operand(name)
         for axis in range(1, len(shapes[a]) - but_last):
             yield (a, axis), (node.outputs[0], axis)
 
     return rule
 
 
-def _heads(node: Node, shapes: Mapping[Ref, Shape]) -> Pairs:  # noqa: ARG001
+def _heads(node: Node, _shapes: Mapping[Ref, Shape]) -> Pairs:
     for ref in node.outputs:
-        yield (_operand(node, "x"), 1), (ref, 2)
+        yield (node.operand("x"), 1), (ref, 2)
 
 
 def _elementwise(node: Node, shapes: Mapping[Ref, Shape]) -> Pairs:
     (made,) = node.outputs
     for name in ("a", "b"):
-        ref = _operand(node, name)
+        ref = node.operand(name)
         ahead = len(shapes[made]) - len(shapes[ref])
         for axis in range(1, len(shapes[ref])):
             if shapes[ref][axis] == shapes[made][axis + ahead] and shapes[ref][axis] > 1:
                 yield (ref, axis), (made, axis + ahead)
 
 
-def _transpose(node: Node, shapes: Mapping[Ref, Shape]) -> Pairs:  # noqa: ARG001
+def _transpose(node: Node, _shapes: Mapping[Ref, Shape]) -> Pairs:
     for axis, source in enumerate(node.attributes["perm"]):
-        yield (_operand(node, "a"), source), (node.outputs[0], axis)
+        yield (node.operand("a"), source), (node.outputs[0], axis)
 
 
 def _reshape(node: Node, shapes: Mapping[Ref, Shape]) -> Pairs:
     """An axis stays one where as much stands in front of it and it is as long."""
-    a, (made,) = _operand(node, "a"), node.outputs
+    a, (made,) = node.operand("a"), node.outputs
     before, after = shapes[a], shapes[made]
     places = {(math.prod(after[:axis]), after[axis]): axis for axis in range(1, len(after)) if after[axis] > 1}
     for axis in range(1, len(before)):
@@ -127,7 +121,7 @@ def _reshape(node: Node, shapes: Mapping[Ref, Shape]) -> Pairs:
 
 def _but_one(node: Node, shapes: Mapping[Ref, Shape]) -> Pairs:
     """Split and slice: all axes but the one that is cut; where nothing is cut off, that one too."""
-    a, axis = _operand(node, "a"), node.attributes["axis"]
+    a, axis = node.operand("a"), node.attributes["axis"]
     for ref in node.outputs:
         for one in range(1, len(shapes[a])):
             if one != axis or shapes[ref][one] == shapes[a][one]:
@@ -145,13 +139,13 @@ def _concat(node: Node, shapes: Mapping[Ref, Shape]) -> Pairs:
 
 def _prepend_rows(node: Node, shapes: Mapping[Ref, Shape]) -> Pairs:
     for name in ("rows", "x"):
-        ref = _operand(node, name)
+        ref = node.operand(name)
         for axis in (*range(1, len(shapes[ref]) - 2), len(shapes[ref]) - 1):
             yield (ref, axis), (node.outputs[0], axis)
 
 
 def _attention(node: Node, shapes: Mapping[Ref, Shape]) -> Pairs:
-    q, k, v = (_operand(node, name) for name in ("q", "k", "v"))
+    q, k, v = (node.operand(name) for name in ("q", "k", "v"))
     (made,) = node.outputs
     yield (q, 2), (made, 2)
     yield (k, 2), (v, 2)
@@ -166,14 +160,14 @@ def _attention(node: Node, shapes: Mapping[Ref, Shape]) -> Pairs:
 
 
 def _matmul(node: Node, shapes: Mapping[Ref, Shape]) -> Pairs:
-    a, b, (made,) = _operand(node, "a"), _operand(node, "b"), node.outputs
+    a, b, (made,) = node.operand("a"), node.operand("b"), node.outputs
     rank = len(shapes[made])
     yield (a, len(shapes[a]) - 2), (made, rank - 2)
     yield (b, len(shapes[b]) - (2 if node.attributes["transpose_b"] else 1)), (made, rank - 1)
 
 
 def _reduced(node: Node, shapes: Mapping[Ref, Shape]) -> Pairs:
-    a, gone = _operand(node, "a"), node.attributes["axis"]
+    a, gone = node.operand("a"), node.attributes["axis"]
     for axis in range(1, len(shapes[a])):
         if axis != gone:
             yield (a, axis), (node.outputs[0], axis - (axis > gone))

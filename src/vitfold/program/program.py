@@ -62,6 +62,18 @@ class Node:
         """The name that people know it by: its layer, its site, else its scope."""
         return str(self.attributes.get("layer") or self.attributes.get("site") or self.scope)
 
+    def operand(self, name: str) -> Ref:
+        """Return the value that a parameter takes, which has to be a single one."""
+        ref = self.inputs[name]
+        assert isinstance(ref, int)
+        return Ref(ref)
+
+    @property
+    def source(self) -> Ref:
+        """The value that it reads, which has to be the only one."""
+        (ref,) = dict.fromkeys(self.reads())
+        return ref
+
     def reads(self) -> Iterator[Ref]:
         """Return the values that it reads, in order; one that it reads twice comes twice."""
         for operand in self.inputs.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from vitfold.errors import ProgramError
 from vitfold.program.program import Node, Program, Ref
@@ -51,39 +52,39 @@ def linears_of(program: Program) -> tuple[Node, ...]:
 
 def norm_before(program: Program, node: Node) -> Node | None:
     """Return the LayerNorm whose output alone feeds a linear layer and feeds nothing else; None if none does."""
-    (source,) = dict.fromkeys(node.reads())
-    maker = makers(program).get(source)
-    if maker is None or maker.op != "layer_norm" or source in program.outputs.values():
+    maker = makers(program).get(node.source)
+    if maker is None or maker.op != "layer_norm" or node.source in program.outputs.values():
         return None
-    return maker if readers(program)[source] == (node,) else None
+    return maker if readers(program)[node.source] == (node,) else None
 
 
-def streams(program: Program) -> tuple[Ref, ...]:
-    """Return the residual stream (B, N, D) that enters every block, and what leaves the last one.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residual:
+    """A block's attention, the addition that puts its result onto the residual stream, and that stream (B, N, D)."""
 
-    It is what a block reads from before it and its residual addition behind attention adds to.
+    attention: Node
+    addition: Node
+    stream: Ref
+
+
+def residuals(program: Program) -> tuple[Residual, ...]:
+    """Return the attention of every block with the residual addition behind it.
 
     Raises:
-        ProgramError: if a block has no such addition.
+        ProgramError: if a block has none.
     """
-    found = []
-    blocks = blocks_of(program)
-    for block in range(blocks):
+    read_by, found = readers(program), []
+    for block in range(blocks_of(program)):
         attention = attention_of(program, block)
-        added = None if attention is None else residual_behind(program, attention)
-        if added is None:
+        one = None if attention is None else _residual_behind(program, read_by, attention)
+        if one is None:
             raise ProgramError(f"block {block} has no attention with a residual addition behind it")
-        found.append(added[1])
-    last = [node for node in program.nodes if node.block == blocks - 1]
-    return (*found, last[-1].outputs[0]) if last else ()
+        found.append(one)
+    return tuple(found)
 
 
-def residual_behind(program: Program, attention: Node) -> tuple[Node, Ref] | None:
-    """Return the addition that puts an attention's result onto the residual stream, and that stream; None if none does.
-
-    Between them stand only operations on single rows, as the projection, a scale or a norm.
-    """
-    read_by = readers(program)
+def _residual_behind(program: Program, read_by: Mapping[Ref, tuple[Node, ...]], attention: Node) -> Residual | None:
+    """Follow an attention's result through operations on single rows, as the projection, a scale or a norm."""
     (value,) = attention.outputs
     while True:
         following = read_by[value]
@@ -94,7 +95,7 @@ def residual_behind(program: Program, attention: Node) -> tuple[Node, Ref] | Non
             other = next((Ref(ref) for ref in node.reads() if ref != value), None)
             shape = node.shapes[0]
             if other is not None and len(shape) == 3 and program.shapes[other] == shape:
-                return node, other
+                return Residual(attention=attention, addition=node, stream=other)
         if node.op not in _ROWWISE or len(node.outputs) != 1:
             return None
         (value,) = node.outputs

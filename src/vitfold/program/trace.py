@@ -142,7 +142,8 @@ def replay(
     Args:
         given: outputs of the program that are known already: what they follow from is not computed again.
         only: the outputs to return, all if None.
-        observe: is shown every output that is made, `observe(name, value)`, returned or not, as soon as it is there.
+        observe: is shown every output, `observe(name, value)`, returned or not, as soon as it is there; none that what
+            is given follows from.
 
     Raises:
         ValueError: if there are more or fewer inputs than the program has.
@@ -155,8 +156,10 @@ def replay(
     returned = [program.outputs[name] for name in (program.outputs if only is None else only)]
     watched: dict[Ref, list[str]] = {}
     if observe is not None:
+        passed = _needed(program, {program.outputs[name] for name in given}, {})
+        before = {ref for node in passed for ref in node.outputs}
         for name, ref in program.outputs.items():
-            if name not in given:
+            if name not in given and ref not in before:
                 watched.setdefault(ref, []).append(name)
     nodes = _needed(program, {*returned, *watched}, values)
     last_use = {ref: number for number, node in enumerate(nodes) for ref in (*node.reads(), *node.outputs)}

@@ -91,9 +91,9 @@ def sites_of(program: Program) -> Sites:
 
 
 def _linear(program: Program, made_by: Mapping[Ref, Node], node: Node) -> LinearSite:
-    norm, before = norm_before(program, node), made_by.get(_input(node))
+    norm, before = norm_before(program, node), made_by.get(node.source)
     averaging = _attention_before(made_by, node)
-    read = program.shapes[_input(node)][-1]
+    read = program.shapes[node.source][-1]
     values = None if averaging is None else _values_of(made_by, averaging)
     return LinearSite(
         layer=node.site,
@@ -108,24 +108,18 @@ def _linear(program: Program, made_by: Mapping[Ref, Node], node: Node) -> Linear
     )
 
 
-def _input(node: Node) -> Ref:
-    (ref,) = dict.fromkeys(node.reads())
-    return ref
-
-
 def _attention_before(made_by: Mapping[Ref, Node], node: Node) -> Node | None:
     """The attention whose result a layer reads, through nothing but a change of shape."""
-    before = made_by.get(_input(node))
+    before = made_by.get(node.source)
     while before is not None and before.op in ("reshape", "transpose"):
-        before = made_by.get(_input(before))
+        before = made_by.get(before.source)
     return before if before is not None and before.op == "attention" else None
 
 
 def _values_of(made_by: Mapping[Ref, Node], attention: Node) -> str | None:
     """The layer that makes queries, keys and values in this order."""
-    ref = attention.inputs["v"]
-    assert isinstance(ref, int)
-    maker = made_by.get(Ref(ref))
+    ref = attention.operand("v")
+    maker = made_by.get(ref)
     if maker is None or maker.op != "heads" or maker.attributes["parts"] != 3 or maker.outputs[2] != ref:
         return None
     return maker.site

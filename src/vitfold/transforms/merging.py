@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from vitfold.errors import ProgramError
 from vitfold.ops.protocol import Ops
 from vitfold.program import Node, Program, Ref
-from vitfold.program.axes import Span, token_spans
+from vitfold.program.axes import ON_LAST_AXIS, Span, token_spans
 from vitfold.program.program import Shape
-from vitfold.program.queries import attention_of, blocks_of, makers, readers, residual_behind, streams
+from vitfold.program.queries import makers, readers, residuals
 from vitfold.program.trace import Recorder, Traced, call
 from vitfold.recipe import RULES, MergeRecipe
 from vitfold.transforms.rules import Reduction, reduce_tokens
@@ -67,12 +67,12 @@ def merged(
         shapes: those of the parameters.
 
     Raises:
-        ProgramError: if a block that shall merge has no attention with a residual addition behind it.
+        ProgramError: if a block has no attention with a residual addition behind it.
     """
     replaying = _Merging(program, shapes, recipe, layout, deletion, sources=sources)
     try:
         return replaying.run()
-    except _NeedsSources:
+    except _MissingSourcesError:
         return _Merging(program, shapes, recipe, layout, deletion, sources=True).run()
 
 
@@ -89,17 +89,19 @@ def merged_around_attention(program: Program, shapes: Mapping[str, Shape], r: in
     return _Around(program, shapes, r).run() if r else program
 
 
-class _NeedsSources(Exception):  # noqa: N818
+class _MissingSourcesError(Exception):
     """Rows have to be given back, and nobody kept whose they are."""
 
 
 class _Replay:
     """A replay that knows where tokens are; subclasses say where they merge."""
 
-    def __init__(self, program: Program, shapes: Mapping[str, Shape]) -> None:
-        self._program, self._spans = program, token_spans(program)
+    def __init__(self, program: Program, shapes: Mapping[str, Shape], prefix: int) -> None:
+        self._program, self._spans, self._prefix = program, token_spans(program), prefix
+        self._made_by = makers(program)
+        self._originals = max((span.stop for span in self._spans.values()), default=0)
         self._recorder = Recorder(shapes, program.inputs)
-        self._made: dict[Ref, Traced] = dict(enumerate(self._recorder.enter()))  # type: ignore[arg-type]
+        self._made: dict[Ref, Traced] = {value.ref: value for value in self._recorder.enter()}
         self._generation: dict[Ref, int] = {}
         self._whole: dict[Ref, Traced] = {}
         self._tokens: dict[int, Tokens[Traced]] = {}
@@ -158,10 +160,8 @@ class _Replay:
 
     def _resized(self, node: Node, count: int) -> Node | None:
         """The node with attributes for `count` tokens; None if it does not treat rows alike."""
-        (ref, *_) = node.outputs
-        span = self._spans.get(ref)
         if node.op == "reshape":
-            assert span is not None
+            span = self._spans[node.outputs[0]]
             shape = list(node.attributes["shape"])
             shape[span.axis - 1] = self._length(span, count)
             return replace(node, attributes={**node.attributes, "shape": tuple(shape)})
@@ -174,21 +174,9 @@ class _Replay:
                 return None
             stop = node.attributes["start"] + self._length(whole, count)
             return replace(node, attributes={**node.attributes, "stop": stop})
-        along = node.attributes.get("axis")
-        if node.op in _ROWWISE or (node.op in ("split", "concat") and along != operand.axis):
-            return node if node.op not in _LAST_AXIS or operand.axis != self._rank(node) - 1 else None
-        return None
-
-    def _rank(self, node: Node) -> int:
-        return len(node.shapes[0])
-
-    @property
-    def _prefix(self) -> int:
-        return next(iter(self._tokens.values())).prefix
-
-    @property
-    def _originals(self) -> int:
-        return max(span.stop for span in self._spans.values())
+        if node.op in ON_LAST_AXIS:
+            return node if operand.axis != len(node.shapes[0]) - 1 else None
+        return node if node.op in _ROWWISE and node.attributes.get("axis") != operand.axis else None
 
     def _length(self, span: Span, count: int) -> int:
         """How many rows of a span are left where `count` of all are: those of the prefix are."""
@@ -200,14 +188,14 @@ class _Replay:
         """Merged keys count by their size."""
         if node.inputs["bias"] is not None:
             return None
-        q, k, v = (self._made[self._ref(node, name)] for name in ("q", "k", "v"))
-        tokens = self._part(generation, self._spans[self._ref(node, "k")])
+        q, k, v = (self._made[node.operand(name)] for name in ("q", "k", "v"))
+        tokens = self._part(generation, self._spans[node.operand("k")])
         bias = log_size(self._ops, tokens) if self._prop_attn else None
         return (self._ops.attention(node.attributes["site"], q, k, v, bias),)
 
     def _reduced(self, node: Node, generation: int) -> tuple[Traced, ...] | None:
         """A mean over tokens weights them by their size."""
-        a = self._ref(node, "a")
+        a = node.operand("a")
         if self._spans[a].axis != node.attributes["axis"]:
             return call(self._ops, node, self._made)
         tokens = self._part(generation, self._spans[a])
@@ -240,13 +228,13 @@ class _Replay:
         if ref not in self._whole:
             tokens = self._tokens[generation]
             if tokens.source is None:
-                raise _NeedsSources
+                raise _MissingSourcesError
             self._whole[ref] = self._restored(ref, self._made[ref], self._spans[ref], tokens)
         return self._whole[ref]
 
     def _restored(self, ref: Ref, value: Traced, span: Span, tokens: Tokens[Traced]) -> Traced:
         """Give every original token the row that holds it, along whatever axis the tokens are."""
-        node, ops, shape = makers(self._program)[ref], self._ops, self._program.shapes[ref]
+        node, ops, shape = self._made_by[ref], self._ops, self._program.shapes[ref]
         self._recorder.scope(node.scope, node.block, node.role)
         last = len(shape) - 1
         if last == 1:
@@ -277,12 +265,6 @@ class _Replay:
         rows = self._ops.slice(source, 1, span.start, span.start + self._length(span, tokens.count))
         return self._ops.slice(rows, 2, span.start, span.stop)
 
-    @staticmethod
-    def _ref(node: Node, name: str) -> Ref:
-        ref = node.inputs[name]
-        assert isinstance(ref, int)
-        return Ref(ref)
-
     def _begin(self, ref: Ref, tokens: Tokens[Traced]) -> None:
         """Let a value be of a new generation."""
         generation = len(self._tokens) + 1
@@ -303,26 +285,20 @@ class _Merging(_Replay):
         *,
         sources: bool,
     ) -> None:
-        super().__init__(program, shapes)
+        super().__init__(program, shapes, layout.prefix)
         self._recipe, self._layout, self._deletion, self._keeps = recipe, layout, deletion, sources
         self._prop_attn = recipe.prop_attn
-        self._blocks, self._streams = blocks_of(program), streams(program)
+        blocks = residuals(program)
+        self._blocks = len(blocks)
+        last = [node for node in program.nodes if node.block == self._blocks - 1][-1:]
+        self._streams = (*(block.stream for block in blocks), *(node.outputs[0] for node in last))
         self._seen: dict[str, Traced] = {}
         self._open = 0
-        self._merges: dict[int, tuple[int, Node]] = {}
-        for block, r in enumerate(recipe.r):
-            attention = attention_of(program, block)
-            behind = None if attention is None else residual_behind(program, attention)
-            if r and (attention is None or behind is None):
-                raise ProgramError(f"block {block} has no residual addition behind its attention; it cannot merge")
-            if r and attention is not None and behind is not None:
-                self._merges[id(behind[0])] = (r, attention)
+        self._merges = {
+            id(block.addition): (r, block.attention) for r, block in zip(recipe.r, blocks, strict=False) if r
+        }
         self._deletes = deletion is not None and deletion.count > 0
         self._conserved = not self._deletes and (not any(recipe.r) or RULES[recipe.rule].conserves)
-
-    @property
-    def _prefix(self) -> int:
-        return self._layout.prefix
 
     def _stream(self, ref: Ref) -> Tokens[Traced]:
         """The tokens that a value of the residual stream holds."""
@@ -362,7 +338,7 @@ class _Merging(_Replay):
         if attention is None:
             return
         (ref,) = node.outputs
-        q, k = self._ref(attention, "q"), self._ref(attention, "k")
+        q, k = attention.operand("q"), attention.operand("k")
         here = Reduction(
             tokens=self._stream(ref),
             q=self._made[q],
@@ -385,34 +361,29 @@ class _Merging(_Replay):
             raise ProgramError(
                 f"{self._name(ref)} needs deleted tokens back among {len(whole.shape)} axes; delete none"
             )
-        prefix = max(self._layout.prefix - span.start, 0)
+        prefix = max(self._prefix - span.start, 0)
         return refill(self._ops, prefix, self._layout.grid, source, whole)
 
     def _name(self, ref: Ref) -> str:
         readings = readers(self._program)[ref]
-        return readings[0].site if readings else makers(self._program)[ref].site
+        return readings[0].site if readings else self._made_by[ref].site
 
 
 class _Around(_Replay):
     """Merges in front of every attention, undone behind its projection."""
 
     def __init__(self, program: Program, shapes: Mapping[str, Shape], r: int) -> None:
-        super().__init__(program, shapes)
+        super().__init__(program, shapes, prefix=0)
         self._r = r
         self._sources: dict[int, Ref] = {}
-        made_by = makers(program)
         for node in program.nodes:
             if node.op == "attention" and node.block is not None:
-                found = {_read_by_linear(made_by, self._ref(node, name)) for name in ("q", "k", "v")}
+                found = {_read_by_linear(self._made_by, node.operand(name)) for name in ("q", "k", "v")}
                 if len(found) != 1 or None in found:
                     raise ProgramError(f"{node.site} does not take queries, keys and values from one value; use r = 0")
                 (source,) = found
                 assert source is not None
                 self._sources[node.block] = source
-
-    @property
-    def _prefix(self) -> int:
-        return 0
 
     def _before(self, node: Node) -> None:
         if node.block is None or node.op not in ("linear", "heads"):
@@ -439,15 +410,27 @@ def _read_by_linear(made_by: Mapping[Ref, Node], ref: Ref) -> Ref | None:
         node = made_by.get(ref)
         if node is None:
             return None
-        (ref,) = dict.fromkeys(node.reads())
+        ref = node.source
         if node.op in ("linear", "heads"):
             return ref
 
 
-_LAST_AXIS = {"linear", "layer_norm", "softmax", "norm", "abs_max"}
-_ROWWISE = {
-    *_LAST_AXIS,
-    *("heads", "activation", "scale", "add_scalar", "log", "tanh", "transpose", "add", "multiply", "divide", "split"),
-    *("slice", "concat", "ones_like"),
-}
+_ROWWISE = frozenset(
+    {
+        *(
+            "heads",
+            "activation",
+            "scale",
+            "add_scalar",
+            "log",
+            "tanh",
+            "transpose",
+            "add",
+            "multiply",
+            "divide",
+            "split",
+        ),
+        *("slice", "concat", "ones_like"),
+    }
+)
 """Operations that treat rows of tokens alike, where their attributes do not name the token axis."""

@@ -21,7 +21,7 @@ def rewrite(program: Program, shapes: Mapping[str, Shape], change: Change) -> Pr
         shapes: those of the parameters.
     """
     recorder = Recorder(shapes, program.inputs)
-    values: dict[Ref, Traced] = dict(zip(map(Ref, range(len(program.inputs))), recorder.enter(), strict=True))
+    values: dict[Ref, Traced] = {value.ref: value for value in recorder.enter()}
     for node in program.nodes:
         recorder.scope(node.scope, node.block, node.role)
         results = change(recorder.ops, node, {name: _given(values, ref) for name, ref in node.inputs.items()})

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from vitfold.ops.protocol import Ops
 from vitfold.program import Node, Operand, Program, Ref
+from vitfold.program.axes import ON_LAST_AXIS
 from vitfold.program.program import Shape
 from vitfold.program.queries import makers
 from vitfold.program.trace import Recorder, Traced, call
@@ -63,7 +64,7 @@ def without_dead_rows(program: Program, shapes: Mapping[str, Shape]) -> Program:
     made_by = makers(program)
     whole, some = _demand(program, made_by)
     recorder = Recorder(shapes, program.inputs)
-    values: dict[Ref | Rows, Traced] = dict(zip(map(Ref, range(len(program.inputs))), recorder.enter(), strict=True))
+    values: dict[Ref | Rows, Traced] = {value.ref: value for value in recorder.enter()}
     waiting: dict[Ref, list[Rows]] = {}
     for rows in some:
         waiting.setdefault(rows.ref, []).append(rows)
@@ -152,24 +153,16 @@ def _rows_of_slice(node: Node) -> Rows | None:
     """Return the rows (B, start:stop, D) that a slice without gaps takes; None for any other node."""
     if node.op != "slice" or node.attributes["step"] != 1 or (node.attributes["axis"], len(node.shapes[0])) != (1, 3):
         return None
-    a = node.inputs["a"]
-    assert isinstance(a, int)
-    return Rows(Ref(a), node.attributes["axis"], node.attributes["start"], node.attributes["stop"])
-
-
-def _one(node: Node, name: str) -> Ref:
-    operand = node.inputs[name]
-    assert isinstance(operand, int)
-    return Ref(operand)
+    return Rows(node.source, node.attributes["axis"], node.attributes["start"], node.attributes["stop"])
 
 
 def _rowwise(name: str) -> Rule:
     """An operation on the last axis, or on single elements, of one operand."""
 
     def rule(program: Program, node: Node, rows: Rows) -> Moved | None:
-        if rows.axis == len(program.shapes[rows.ref]) - 1 and node.op in _ON_LAST_AXIS:
+        if rows.axis == len(program.shapes[rows.ref]) - 1 and node.op in ON_LAST_AXIS:
             return None
-        return Moved(node, {name: replace(rows, ref=_one(node, name))})
+        return Moved(node, {name: replace(rows, ref=node.operand(name))})
 
     return rule
 
@@ -179,7 +172,7 @@ def _elementwise(program: Program, node: Node, rows: Rows) -> Moved | None:
     rank = len(program.shapes[rows.ref])
     operands: dict[str, Given] = {}
     for name in ("a", "b"):
-        ref = _one(node, name)
+        ref = node.operand(name)
         shape = program.shapes[ref]
         axis = rows.axis - (rank - len(shape))
         has = axis >= 0 and shape[axis] == program.shapes[rows.ref][rows.axis]
@@ -187,20 +180,20 @@ def _elementwise(program: Program, node: Node, rows: Rows) -> Moved | None:
     return Moved(node, operands)
 
 
-def _transpose(program: Program, node: Node, rows: Rows) -> Moved | None:  # noqa: ARG001
-    return Moved(node, {"a": replace(rows, ref=_one(node, "a"), axis=node.attributes["perm"][rows.axis])})
+def _transpose(_program: Program, node: Node, rows: Rows) -> Moved | None:
+    return Moved(node, {"a": replace(rows, ref=node.operand("a"), axis=node.attributes["perm"][rows.axis])})
 
 
 def _reshape(program: Program, node: Node, rows: Rows) -> Moved | None:
     """The axis has to be one of the operand's: as long, with as much in front of it."""
-    before, after = program.shapes[_one(node, "a")], program.shapes[rows.ref]
+    before, after = program.shapes[node.operand("a")], program.shapes[rows.ref]
     front = math.prod(after[: rows.axis])
     for axis, length in enumerate(before):
         if length == after[rows.axis] and math.prod(before[:axis]) == front and axis > 0:
             shape = list(after[1:])
             shape[rows.axis - 1] = rows.stop - rows.start
             changed = replace(node, attributes={**node.attributes, "shape": tuple(shape)})
-            return Moved(changed, {"a": Rows(_one(node, "a"), axis, rows.start, rows.stop)})
+            return Moved(changed, {"a": Rows(node.operand("a"), axis, rows.start, rows.stop)})
     return None
 
 
@@ -209,9 +202,9 @@ def _attention(program: Program, node: Node, rows: Rows) -> Moved | None:
     bias = node.inputs["bias"]
     if rows.axis != 2 or (isinstance(bias, int) and program.shapes[Ref(bias)][2] != 1):
         return None
-    whole: dict[str, Given] = {name: _one(node, name) for name in ("k", "v")}
-    q = replace(rows, ref=_one(node, "q"))
-    return Moved(node, {"q": q, **whole, "bias": None if bias is None else _one(node, "bias")})
+    whole: dict[str, Given] = {name: node.operand(name) for name in ("k", "v")}
+    q = replace(rows, ref=node.operand("q"))
+    return Moved(node, {"q": q, **whole, "bias": None if bias is None else node.operand("bias")})
 
 
 def _concat(program: Program, node: Node, rows: Rows) -> Moved | None:
@@ -229,9 +222,9 @@ def _concat(program: Program, node: Node, rows: Rows) -> Moved | None:
     return None
 
 
-def _slice(program: Program, node: Node, rows: Rows) -> Moved | None:  # noqa: ARG001
+def _slice(_program: Program, node: Node, rows: Rows) -> Moved | None:
     """Slices of two axes change places, slices of one are one."""
-    a, start = _one(node, "a"), int(node.attributes["start"])
+    a, start = node.operand("a"), int(node.attributes["start"])
     if node.attributes["axis"] != rows.axis:
         return Moved(node, {"a": replace(rows, ref=a)})
     if node.attributes["step"] != 1:
@@ -247,22 +240,22 @@ def _split(program: Program, node: Node, rows: Rows) -> Moved | None:
     start = length * node.outputs.index(rows.ref)
     cut = {"axis": node.attributes["axis"], "start": start, "stop": start + length, "step": 1}
     part = replace(node, op="slice", attributes=cut, outputs=(rows.ref,), shapes=(program.shapes[rows.ref],))
-    return Moved(part, {"a": replace(rows, ref=_one(node, "a"))})
+    return Moved(part, {"a": replace(rows, ref=node.operand("a"))})
 
 
 def _take(program: Program, node: Node, rows: Rows) -> Moved | None:
     """The first rows of a gather that keeps them in their places."""
-    if rows.axis != 1 or rows.stop > _kept_in_front(program, _one(node, "index")):
+    if rows.axis != 1 or rows.stop > _kept_in_front(program, node.operand("index")):
         return None
-    return Moved(None, {"x": replace(rows, ref=_one(node, "x"))})
+    return Moved(None, {"x": replace(rows, ref=node.operand("x"))})
 
 
 def _merge_rows(program: Program, node: Node, rows: Rows) -> Moved | None:
     """The first rows where they keep their places and nothing joins them."""
     parts = node.inputs["parts"]
     assert isinstance(parts, tuple)
-    kept = _kept_in_front(program, _one(node, "survivors"))
-    if rows.axis != 1 or rows.stop > min(kept, _least_index(program, _one(node, "into"))):
+    kept = _kept_in_front(program, node.operand("survivors"))
+    if rows.axis != 1 or rows.stop > min(kept, _least_index(program, node.operand("into"))):
         return None
     return Moved(None, {"part": replace(rows, ref=parts[node.outputs.index(rows.ref)])})
 
@@ -293,9 +286,8 @@ _LONG = 8
 """Only slices that leave at most so much of a long axis move: cutting a few rows off costs a copy of all others, and
 taking two rows apart makes two products of one.
 """
-_ON_LAST_AXIS = {"linear", "layer_norm", "softmax", "norm", "magnitude"}
 RULES: Mapping[str, Rule] = {
-    **{op: _rowwise("x") for op in ("linear", "layer_norm", "activation", "norm", "magnitude")},
+    **{op: _rowwise("x") for op in ("linear", "layer_norm", "activation", "norm", "abs_max")},
     **{op: _rowwise("a") for op in ("add_scalar", "scale", "log", "tanh", "softmax", "ones_like")},
     **dict.fromkeys(("add", "multiply", "divide"), _elementwise),
     "transpose": _transpose,

@@ -82,9 +82,9 @@ class Quantized(Products):
     def __init__(self, writer: Writer, operands: Operands) -> None:
         self._writer, self._operands = writer, operands
 
-    @abstractmethod
     def _right(self, site: str, branch: Branch) -> ir.Value:
-        """The right operand of a product."""
+        """The right operand of a product: its codes."""
+        return self._operands.codes(site, branch)
 
     @abstractmethod
     def _product(
@@ -194,9 +194,6 @@ class Fused(Quantized):
             part = None if bias is None else self._writer.constant(bias[start:stop])
             results.append(self._product(layer, site, branches, codes, weight, bias=part))
         return results
-
-    def _right(self, site: str, branch: Branch) -> ir.Value:
-        return self._operands.codes(site, branch)
 
     def _product(
         self,

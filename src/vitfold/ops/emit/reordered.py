@@ -45,9 +45,6 @@ class Reordered(Quantized):
     An attention whose result a quantized linear layer reads hands on that layer's codes, which only move in between.
     """
 
-    def _right(self, site: str, branch: Branch) -> ir.Value:
-        return self._operands.codes(site, branch)
-
     def _product(
         self,
         site: str,
