@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import tomli_w
 
 from vitfold.errors import RecipeError, nearest
-from vitfold.model import ViTSpec, block_layers
+from vitfold.model import Architecture, block_layers
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -368,7 +368,7 @@ def largest_r(tokens: int, prefix: int) -> int:
     return max(0, (tokens - prefix) // 2)
 
 
-def tokens_per_block(spec: ViTSpec, r: tuple[int, ...]) -> tuple[int, ...]:
+def tokens_per_block(spec: Architecture, r: tuple[int, ...]) -> tuple[int, ...]:
     """Return the tokens that enter each block and, last, those that leave the last: L + 1 numbers.
 
     Equation: N_{l+1} = N_l - r_l - d_{l+1}, with the d_l sink tokens that are deleted in front of block l.

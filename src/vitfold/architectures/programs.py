@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from vitfold.architectures.vit import vit
-from vitfold.model import ViTSpec, param_shapes
+from vitfold.errors import RecipeError
+from vitfold.model import Architecture, GraphSpec, ViTSpec, param_shapes
 from vitfold.ops.protocol import Ops, Port, T
-from vitfold.program import Program, replay, trace
+from vitfold.program import Program, program_from_dict, replay, trace
 from vitfold.program.program import Shape
 from vitfold.recipe import MergeRecipe, tokens_per_block
 from vitfold.transforms import without_dead_rows
@@ -23,15 +25,17 @@ UNMERGED = MergeRecipe(r=())
 
 
 @functools.lru_cache(maxsize=64)
-def shapes_of(spec: ViTSpec) -> Mapping[str, Shape]:
+def shapes_of(spec: Architecture) -> Mapping[str, Shape]:
     """Return the shapes of all parameters that a model of this architecture may have."""
     required, optional = param_shapes(spec)
     return MappingProxyType(required | optional)
 
 
 @functools.lru_cache(maxsize=64)
-def plain_program(spec: ViTSpec) -> Program:
-    """Return the program of the architecture as its paper has it."""
+def plain_program(spec: Architecture) -> Program:
+    """Return the program of the architecture: as its paper has it, or as it came."""
+    if isinstance(spec, GraphSpec):
+        return program_from_dict(json.loads(spec.program))
     return trace(
         lambda ops, image: vit(ops, spec, image),
         shapes_of(spec),
@@ -41,7 +45,7 @@ def plain_program(spec: ViTSpec) -> Program:
 
 
 @functools.lru_cache(maxsize=64)
-def program_of(spec: ViTSpec, merge: MergeRecipe = UNMERGED, *, sources: bool = False) -> Program:
+def program_of(spec: Architecture, merge: MergeRecipe = UNMERGED, *, sources: bool = False) -> Program:
     """Return the program with merging and with what is done about sinks.
 
     Its outputs are the model's own, `spec.output`, then the tokens in front of every block and behind the last one by
@@ -54,18 +58,22 @@ def program_of(spec: ViTSpec, merge: MergeRecipe = UNMERGED, *, sources: bool = 
     shapes, sinks = shapes_of(spec), spec.sinks
     deletion = Deletion(block=sinks.block, count=sinks.deletions) if sinks is not None and sinks.deletions else None
     layout = Layout(prefix=spec.prefix, grid=spec.grid)
+    if spec.unmergeable:
+        if any(merge.r):
+            raise RecipeError(f"tokens of this model cannot merge: {spec.unmergeable}; leave --merge out")
+        return plain_program(spec)
     program = merged(plain_program(spec), shapes, merge, layout, deletion=deletion, sources=sources)
     if sinks is None:
         return program
     program = with_sinks(program, shapes, sinks, spec.prefix)
-    if sinks.neurons and spec.pool == "none":
+    if sinks.neurons and isinstance(spec, ViTSpec) and spec.pool == "none":
         program = without_row(program, shapes, spec.output, spec.prefix - 1)
     return program
 
 
 def forward(
     ops: Ops[T],
-    spec: ViTSpec,
+    spec: Architecture,
     merge: MergeRecipe,
     image: T | None,
     *,
@@ -110,10 +118,10 @@ def _named(program: Program, block: int, tokens: Tokens[T]) -> dict[str, T]:
 
 
 @functools.lru_cache(maxsize=64)
-def deployed_program(spec: ViTSpec, merge: MergeRecipe) -> Program:
+def deployed_program(spec: Architecture, merge: MergeRecipe) -> Program:
     """Return the program that is written for a runtime: without the rows of its last block that pooling does not read.
 
     Raises:
         RecipeError: if more tokens shall merge than there are.
     """
-    return without_dead_rows(only_outputs(program_of(spec, merge), spec.output), shapes_of(spec))
+    return without_dead_rows(only_outputs(program_of(spec, merge), *spec.output_names), shapes_of(spec))

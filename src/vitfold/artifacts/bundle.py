@@ -13,7 +13,7 @@ from vitfold.artifacts.manifest import checked_origin, checked_target, checked_v
 from vitfold.artifacts.steps import Steps, read_steps
 from vitfold.artifacts.vision import Vision, read_vision
 from vitfold.errors import BundleError, VitfoldError
-from vitfold.model import Preprocess, ViTSpec
+from vitfold.model import Architecture, Preprocess
 from vitfold.products import Product, products_of, products_of_recipe
 from vitfold.recipe import Recipe
 from vitfold.storage.checked import ImplausibleError, entry
@@ -58,7 +58,7 @@ class Manifest:
         return self.held
 
     @property
-    def spec(self) -> ViTSpec:
+    def spec(self) -> Architecture:
         """The Vision Transformer's architecture."""
         return self._vision.spec
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any, get_type_hints
 
-from vitfold.model import DiTSpec, ViTSpec, spec_to_dict
+from vitfold.model import DiTSpec, GraphSpec, ViTSpec, spec_to_dict
 from vitfold.model.dit import dit_spec_to_dict
 from vitfold.storage.checked import ImplausibleError, Range, entry, section
 from vitfold.target import ENGINES, Target
@@ -27,7 +27,7 @@ def plain_fields(held: Any, *, but: Collection[str] = ()) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, ViTSpec):
+    if isinstance(value, ViTSpec | GraphSpec):
         return spec_to_dict(value)
     if isinstance(value, DiTSpec):
         return dit_spec_to_dict(value)

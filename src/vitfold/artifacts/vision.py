@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitfold.artifacts.manifest import COUNT, sha256_entry
-from vitfold.model import Preprocess, ViTSpec, preprocess_from_dict, vit_spec_from_dict
+from vitfold.model import Architecture, Preprocess, ViTSpec, preprocess_from_dict, spec_from_dict
+from vitfold.model.graph import KIND
 from vitfold.model.sinks import Sinks
 from vitfold.model.spec import with_names_of_today
 from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe, RegistersRecipe, recipe_from_dict, tokens_per_block
@@ -24,7 +25,7 @@ class Vision:
     was calibrated: method, seed, images with their digests, environment.
     """
 
-    spec: ViTSpec
+    spec: Architecture
     preprocess: Preprocess
     recipe: Recipe
     tokens: tuple[int, ...]
@@ -97,11 +98,13 @@ def _check_quantization(target: Mapping[str, Any], recipe: Recipe) -> None:
                 raise ImplausibleError(f"target.{key} is missing")
 
 
-def _spec(value: Any) -> ViTSpec:
+def _spec(value: Any) -> Architecture:
+    if isinstance(value, dict) and value.get("kind") == KIND:
+        return spec_from_dict(value)
     values = check_fields(ViTSpec, value, "spec", _SPEC)
     if values.get("sinks") is not None:
         check_fields(Sinks, values["sinks"], "spec.sinks", {"tau": (0.0, 1e9), "rows": (0, 2**16)})
-    return vit_spec_from_dict(values)
+    return spec_from_dict(values)
 
 
 def _recipe(value: Any, name: str) -> Recipe:
@@ -112,7 +115,7 @@ def _recipe(value: Any, name: str) -> Recipe:
     return recipe_from_dict(values, name=name)
 
 
-def _tokens(values: Mapping[str, Any], spec: ViTSpec, recipe: Recipe) -> tuple[int, ...]:
+def _tokens(values: Mapping[str, Any], spec: Architecture, recipe: Recipe) -> tuple[int, ...]:
     found: tuple[int, ...] = entry(values, "tokens", tuple[int, ...], within=(1, 2**32))
     expected = tokens_per_block(spec, recipe.merge.r)
     # Tokens that a remedy against sinks deletes are in the spec of simulated bundles only.

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from vitfold.bench.environment import installed_version
 from vitfold.engines import DEFAULT, Session, open_graph
 from vitfold.engines.exactness import is_exact
-from vitfold.errors import EngineError, missing_extra, nearest
+from vitfold.errors import EngineError, SourceError, missing_extra, nearest
 from vitfold.images import ImageSet, batches
 from vitfold.model import Preprocess
 from vitfold.products import Product
@@ -117,7 +117,12 @@ def load_original(origin: Mapping[str, Any]) -> Any:
     """
     from vitfold.sources.origin import load_origin
 
-    return load_origin(origin).original
+    module = load_origin(origin).original
+    if module is None:
+        raise SourceError(
+            f"{origin['source']} is a graph, not a torch module, and peers start from one; compare with another bundle"
+        )
+    return module
 
 
 def open_peer(

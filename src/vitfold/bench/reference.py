@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vitfold.architectures.programs import UNMERGED, forward
+from vitfold.architectures.programs import program_of
 from vitfold.artifacts.bundle import Bundle
 from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
 from vitfold.bench.classes import class_targets
@@ -23,9 +23,11 @@ from vitfold.bench.fidelity import Fidelity, measure_fidelity
 from vitfold.engines import DEFAULT, ENGINES, Session, open_graph, open_session
 from vitfold.errors import SourceError, VitfoldError
 from vitfold.images import ImageSet
-from vitfold.model import Model, Preprocess
+from vitfold.model import Architecture, Model, Preprocess, ViTSpec
 from vitfold.model.spec import Head
+from vitfold.program import replay
 from vitfold.target import find_target
+from vitfold.transforms.rewriting import only_outputs
 
 Advance = Callable[[int], Any]
 
@@ -60,13 +62,21 @@ class Reference:
 
         model = self.model
         assert model is not None
-        graph = emit_graph(lambda ops, image: forward(ops, model.spec, UNMERGED, image), model, find_target("cpu"))
+        program = only_outputs(program_of(model.spec), *model.spec.output_names)
+        graph = emit_graph(lambda ops, image: replay(program, ops, image), model, find_target("cpu"))
         write_onnx(graph, folder / "reference.onnx")
         return open_graph(folder / "reference.onnx", DEFAULT)
 
 
 def _is_float32(bundle: Bundle) -> bool:
     return str(bundle.manifest.target.get("float_type", "float32")) == "float32"
+
+
+def _with_answer(spec: Architecture, held: Architecture) -> Architecture:
+    """An architecture whose outputs stand for what those of a bundle do."""
+    if isinstance(spec, ViTSpec) and isinstance(held, ViTSpec):
+        return replace(spec, problem=held.problem)
+    return spec
 
 
 def reference_from_origin(bundle: Bundle) -> Reference:
@@ -82,7 +92,7 @@ def reference_from_origin(bundle: Bundle) -> Reference:
     # What an older vitfold did not read from this source changes how images and outputs are taken, not the weights.
     model = replace(
         model,
-        spec=replace(model.spec, problem=manifest.spec.problem),
+        spec=_with_answer(model.spec, manifest.spec),
         preprocess=replace(model.preprocess, exif=manifest.preprocess.exif),
     )
     if model.digest() != bundle.manifest.model_digest:

@@ -88,7 +88,7 @@ def evaluate(
     if not manifest.has_trained_weights:
         note("random weights: these figures say nothing about accuracy, since outputs hardly depend on the image")
     found = given_images(images)
-    if manifest.spec.output == "last_hidden_state" and len(found.paths) > DENSE_IMAGES:
+    if manifest.spec.dense and len(found.paths) > DENSE_IMAGES:
         # Every output is kept for the comparison, and one of these is as large as an image.
         limit = min(limit or DENSE_IMAGES, DENSE_IMAGES)
         note(f"outputs are one vector per token: using {limit} of {len(found.paths)} images, spread evenly")

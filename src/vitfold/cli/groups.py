@@ -30,6 +30,7 @@ class ModelArgs:
     num_classes: options.NumClasses = None
     image_size: options.ImageSize = None
     problem: options.Problem = None
+    preprocess: options.Preprocessing = None
     weights: options.Weights = "pretrained"
     seed: options.Seed = 0
     exif: options.Exif = None
@@ -46,6 +47,7 @@ class ModelArgs:
                 weights=self.weights,
                 seed=self.seed,
                 problem=self.problem,
+                preprocess=self.preprocess,
             ).model
         return model if self.exif is None else replace(model, preprocess=replace(model.preprocess, exif=self.exif))
 
@@ -56,6 +58,7 @@ class ModelArgs:
             "--num-classes": self.num_classes,
             "--image-size": self.image_size,
             "--problem": self.problem,
+            "--preprocess": self.preprocess,
             "--exif": self.exif,
             "--weights": None if self.weights == "pretrained" else self.weights,
             "--seed": self.seed or None,

@@ -13,6 +13,7 @@ from vitfold.cli.declaring import command
 from vitfold.cli.terminal import heading, out, print_json
 from vitfold.engines.exactness import exact_execution
 from vitfold.errors import EngineError, VitfoldError
+from vitfold.model import ViTSpec
 from vitfold.report.tables import describe_registers, fidelity_lines
 from vitfold.schedule import describe_r
 from vitfold.target import PLAIN
@@ -68,9 +69,11 @@ def inspect(
         ("origin", f"{manifest.origin['source']} ({manifest.origin['loader']})"),
         (
             "model",
-            f"{spec.num_layers} blocks, width {spec.embed_dim}, {spec.num_heads} heads, patch {spec.patch_size[0]}, "
+            f"{spec.num_layers} blocks, width {spec.embed_dim}, {spec.num_heads} heads, "
+            f"{f'patch {spec.patch_size[0]}, ' if isinstance(spec, ViTSpec) else ''}"
             f"input {spec.image_size[0]} x {spec.image_size[1]}, "
-            f"pool {spec.pool}, {spec.output} of {spec.output_width}, {spec.head.replace('_', ' ')}",
+            f"{f'pool {spec.pool}, ' if isinstance(spec, ViTSpec) else ''}{', '.join(spec.output_names)} of "
+            f"{spec.output_width}, {spec.head.replace('_', ' ')}",
         ),
         (
             "preprocess",

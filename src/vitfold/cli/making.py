@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vitfold.artifacts.bundle import Bundle
     from vitfold.cli.groups import CalibrationArgs
     from vitfold.images import ImageSet
-    from vitfold.model import ViTSpec
+    from vitfold.model import Architecture
     from vitfold.model.preprocess import Exif
     from vitfold.recipe import QuantRecipe
 
@@ -45,7 +45,7 @@ def given_images(folder: Path) -> ImageSet:
     return found
 
 
-def judged_images(images: ImageSet, spec: ViTSpec, labels: tuple[str, ...] | None) -> ImageSet:
+def judged_images(images: ImageSet, spec: Architecture, labels: tuple[str, ...] | None) -> ImageSet:
     """Return what a model is measured on; say before any work how class folders are read, or why there is no top-1."""
     if images.classes is None or spec.head == "features":
         return images

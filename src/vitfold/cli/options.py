@@ -44,6 +44,15 @@ Problem = Annotated[
         rich_help_panel=SOURCE,
     ),
 ]
+Preprocessing = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|FAMILY",
+        help="How images are prepared for an ONNX file: a preprocessor_config.json, or as for vit, deit, dinov2, clip "
+        "or siglip; default: what lies beside the file.",
+        rich_help_panel=SOURCE,
+    ),
+]
 Weights = Annotated[
     Literal["pretrained", "random"],
     typer.Option(help="random: seeded random weights, for timing without a download.", rich_help_panel=SOURCE),

@@ -24,6 +24,7 @@ from vitfold.bench.statistics import Rise, paired_rise, resampled_places, share_
 from vitfold.errors import ImageError
 from vitfold.images import find_images, read_image
 from vitfold.model import Array, Model
+from vitfold.model.spec import as_vit
 from vitfold.ops.run import Run
 from vitfold.storage.ordinary import check_ordinary
 
@@ -84,7 +85,7 @@ class Judge:
         enough = min(len(images), self.real.count) >= FRECHET_IMAGES
         pixels = [Image.fromarray(_bytes(image)) for image in images]
         found = features(self.model, pixels)
-        spec, right = self.model.spec, None
+        spec, right = as_vit(self.model.spec, "judging images needs"), None
         if spec.outputs == classes and spec.output == "logits":
             with torch.inference_mode():
                 logits = head(Run(self.model.params), spec, torch.from_numpy(found)).numpy()
@@ -145,7 +146,7 @@ def _read_moments(path: Path, model: Model) -> Moments:
 
 def features(model: Model, images: list[Image.Image]) -> Float[np.ndarray, "B F"]:
     """Return what the model pools, before its head."""
-    spec = replace(model.spec, outputs=0, output="image_embeds", head_activation="none")
+    spec = replace(as_vit(model.spec, "judging images needs"), outputs=0, output="image_embeds", head_activation="none")
     run, found = Run(model.params), []
     with torch.inference_mode():
         for start in range(0, len(images), _BATCH):

@@ -56,7 +56,10 @@ EXECUTIONS: Mapping[str, Mapping[str, str]] = {
     FLOATING: {"session.disable_quant_qdq": "1"},
 }
 """Session settings of each way to execute integer products: int8 weights become uint8, Q/DQ pairs are not fused."""
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_TYPES = {
+    **{"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"},
+    **{f"tensor({name})": name for name in ("uint8", "int8", "int32", "int64", "bool")},
+}
 _KERNEL = "_kernel_time"
 _CODES = {"uint8", "int8"}
 
@@ -215,7 +218,7 @@ class _Binding:
     def read(self, inputs: Sequence[Array]) -> None:
         """Bind all inputs."""
         for port, array in zip(self._ends.inputs, inputs, strict=True):
-            self.binding.bind_input(port.name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+            self.binding.bind_input(port.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         self._inputs = list(inputs)
 
     def takes(self, inputs: Sequence[Array]) -> bool:
@@ -226,7 +229,7 @@ class _Binding:
             if new.shape != old.shape or any(new is one for one in self.outputs):
                 return False
             name = self._ends.inputs[place].name
-            self.binding.bind_input(name, "cpu", 0, np.float32, new.shape, new.ctypes.data)
+            self.binding.bind_input(name, "cpu", 0, new.dtype, new.shape, new.ctypes.data)
             self._inputs[place] = new
         return True
 
@@ -235,11 +238,11 @@ def _ends(path: Path, session: ort.InferenceSession) -> Ends:
     """Return the ends of a graph.
 
     Raises:
-        EngineError: if it reads something else than float32.
+        EngineError: if it reads something else than numbers.
     """
     for one in session.get_inputs():
-        if one.type != "tensor(float)":
-            raise EngineError(f"{path} reads {one.name[:60]} as {one.type}; vitfold hands over tensors of float32")
+        if one.type not in _TYPES:
+            raise EngineError(f"{path} reads {one.name[:60]} as {one.type}; vitfold hands over tensors of numbers")
     return Ends(*(tuple(_port(one) for one in ends) for ends in (session.get_inputs(), session.get_outputs())))
 
 
@@ -249,6 +252,7 @@ def _port(end: ort.NodeArg) -> Port:
         name=end.name,
         shape=tuple(axis if isinstance(axis, int) else OPEN_AXIS for axis in shape),
         batch=batch if isinstance(batch, int | str) else "batch",
+        dtype=_TYPES.get(end.type, "float32"),
     )
 
 

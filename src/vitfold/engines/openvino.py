@@ -88,7 +88,8 @@ class OpenVinoSession(Session):
         except RuntimeError as error:
             raise EngineError(self._refusal("load", error)) from None
         only_image(path, len(self._model.inputs), len(self._model.outputs))
-        super().__init__({MAIN: Ends(*((_port(ends[0]),) for ends in (self._model.inputs, self._model.outputs)))})
+        ends = (self._model.inputs, self._model.outputs)
+        super().__init__({MAIN: Ends(*(tuple(_port(one) for one in side) for side in ends))})
         self._requests: OrderedDict[int, Any] = OrderedDict()
         self._request: Any = None
 
@@ -148,7 +149,7 @@ class OpenVinoSession(Session):
             self._request.infer(share_outputs=True)
         except RuntimeError as error:
             raise EngineError(f"OpenVINO failed while running {self._path}: {error}") from None
-        return (self._request.get_output_tensor().data,)
+        return tuple(self._request.get_output_tensor(i).data for i in range(len(self._model.outputs)))
 
     def profile(self, runs: int = 20, beside: Mapping[str, Call] | None = None) -> EngineProfile:
         """Compile the graph once more with the plugin's counters on; nodes that it fused away report no time."""

@@ -166,7 +166,8 @@ class Session(ABC):
             if port is not None and not _takes(port, values.shape):
                 shape = (port.batch, *port.shape)
                 raise EngineError(f"the graph takes {name} of shape {shape}, found {values.shape}; resize the images")
-        self._tensors.update({name: np.ascontiguousarray(values, np.float32) for name, values in inputs.items()})
+            dtype = "float32" if port is None else port.dtype
+            self._tensors[name] = np.ascontiguousarray(values, np.dtype(dtype))
         self._written = ()
 
     def run(self, part: str = MAIN, names: Mapping[str, str] = _NO_NAMES) -> None:
@@ -198,11 +199,21 @@ class Session(ABC):
         return {name: np.array(self._tensors[name]) for name in names or self._written}
 
     def __call__(self, pixel_values: Array) -> Array:
-        """Run the only part on its only input (B, ...) and return its only output (B, ...)."""
-        self.bind({self.input: pixel_values})
-        self.run()
-        (output,) = self.fetch().values()
-        return output
+        """Run the only part on its only input (B, ...) and return its first output (B, ...).
+
+        A graph of a fixed batch runs as often as it takes, its last batch filled up with the last row.
+        """
+        size, count = self.parts[MAIN].inputs[0].batch, len(pixel_values)
+        first = self.parts[MAIN].outputs[0].name
+        if not isinstance(size, int) or count == size:
+            self.bind({self.input: pixel_values})
+            self.run()
+            return self.fetch(first)[first]
+        missing = -count % size
+        rows = np.concatenate((pixel_values, np.repeat(pixel_values[-1:], missing, 0))) if missing else pixel_values
+        made = [self(rows[start : start + size]) for start in range(0, len(rows), size)]
+        whole: Array = np.concatenate(made)[:count]
+        return whole
 
     def profile(self, runs: int = 20, beside: Mapping[str, Call] | None = None) -> EngineProfile:
         """Time each node of the main part on what is bound, by the engine's own profiler.
@@ -248,16 +259,16 @@ def _takes(port: Port, shape: tuple[int, ...]) -> bool:
     )
 
 
-def only_image(path: object, inputs: int, outputs: int) -> None:
-    """Check that a graph has one input and one output.
+def only_image(path: object, inputs: int, outputs: int, *, most: int | None = None) -> None:
+    """Check that a graph has one input, and an output, at most `most` of them.
 
     Raises:
         EngineError: if it has not.
     """
-    if (inputs, outputs) != (1, 1):
+    if inputs != 1 or outputs < 1 or (most is not None and outputs > most):
         raise EngineError(
-            f"{path} has {inputs} inputs and {outputs} outputs; vitfold runs graphs with one image input and one "
-            "output: export only the vision encoder"
+            f"{path} has {inputs} inputs and {outputs} outputs; vitfold runs graphs with one image input and "
+            f"{'one output' if most == 1 else 'outputs'}: export only the vision encoder"
         )
 
 

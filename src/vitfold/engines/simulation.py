@@ -17,7 +17,7 @@ from vitfold.artifacts.bundle import MAIN, QUANTIZERS, WEIGHTS, Bundle
 from vitfold.engines.session import OPEN_AXIS, Ends
 from vitfold.engines.torch import TorchSession
 from vitfold.errors import BundleError, EngineError, SourceError
-from vitfold.model import Array, ViTSpec
+from vitfold.model import Architecture, Array
 from vitfold.model.params import check_params
 from vitfold.ops.half import Half
 from vitfold.ops.protocol import Port
@@ -35,7 +35,7 @@ class SimulationSession(TorchSession):
 
     def __init__(
         self,
-        spec: ViTSpec,
+        spec: Architecture,
         params: Mapping[str, Array],
         quantizers: Mapping[str, Quantizer],
         merge: MergeRecipe,
@@ -46,7 +46,7 @@ class SimulationSession(TorchSession):
     ) -> None:
         ops = Half(params, quantizers) if half else Simulate(params, quantizers, reordered=reordered)
         ends = Ends(
-            (Port(name="pixel_values", shape=(spec.channels, *spec.image_size)),),
+            (Port(name=spec.input, shape=(spec.channels, *spec.image_size)),),
             (Port(name=spec.output, shape=(OPEN_AXIS,)),),
         )
         super().__init__({MAIN: lambda x: (forward(ops, spec, merge, x),)}, {MAIN: ends}, threads=threads)
@@ -94,7 +94,7 @@ def open_simulation(bundle: Bundle, *, threads: int | None = None) -> Simulation
     return SimulationSession(manifest.spec, weights, quantizers, manifest.recipe.merge, threads=threads)
 
 
-def _fits(site: str, quantizer: Quantizer, spec: ViTSpec, weights: Mapping[str, Array]) -> bool:
+def _fits(site: str, quantizer: Quantizer, spec: Architecture, weights: Mapping[str, Array]) -> bool:
     """Say whether a quantizer has one scale, or one per channel or head of what it rounds."""
     layer, _, operand = site.rpartition(".")
     if isinstance(quantizer, Shifted):

@@ -140,7 +140,7 @@ class _Builder:
         # What is no ONNX at all may parse as a graph of nothing.
         if not parsed or not self._network.num_inputs:
             raise EngineError(self._rejection())
-        only_image(path, self._network.num_inputs, self._network.num_outputs)
+        only_image(path, self._network.num_inputs, self._network.num_outputs, most=1)
         self._check_float8()
         given, returned = self._network.get_input(0), self._network.get_output(0)
         self.input, self.output = given.name, returned.name

@@ -1,16 +1,28 @@
 """Models as plain data: spec, parameters, preprocessing, labels, origin. No torch here."""
 
 from vitfold.model.dit import DiffusionModelInfo, DiTModel, DiTSpec
+from vitfold.model.graph import GraphEnd, GraphSpec
 from vitfold.model.params import Array, Model, Origin, check_params
 from vitfold.model.preprocess import Preprocess, preprocess_from_dict
 from vitfold.model.sinks import Sinks
-from vitfold.model.spec import ViTSpec, block_layers, param_shapes, spec_to_dict, vit_spec_from_dict
+from vitfold.model.spec import (
+    Architecture,
+    ViTSpec,
+    block_layers,
+    param_shapes,
+    spec_from_dict,
+    spec_to_dict,
+    vit_spec_from_dict,
+)
 
 __all__ = [
+    "Architecture",
     "Array",
     "DiTModel",
     "DiTSpec",
     "DiffusionModelInfo",
+    "GraphEnd",
+    "GraphSpec",
     "Model",
     "Origin",
     "Preprocess",
@@ -20,6 +32,7 @@ __all__ = [
     "check_params",
     "param_shapes",
     "preprocess_from_dict",
+    "spec_from_dict",
     "spec_to_dict",
     "vit_spec_from_dict",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vitfold.model.params import Model
+from vitfold.model.spec import ViTSpec
 
 
 def fold_layer_scale(model: Model) -> Model:
@@ -15,7 +16,7 @@ def fold_layer_scale(model: Model) -> Model:
 
     Source: CaiT (2103.17239), equation 4; the fold is algebra.
     """
-    if not model.spec.layer_scale:
+    if not isinstance(model.spec, ViTSpec) or not model.spec.layer_scale:
         return model
     params = dict(model.params)
     for i in range(model.spec.num_layers):

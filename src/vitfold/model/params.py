@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vitfold.errors import SourceError
 from vitfold.model.preprocess import Preprocess
-from vitfold.model.spec import Shape, ViTSpec, param_shapes, spec_to_dict, with_first_names
+from vitfold.model.spec import Architecture, Shape, param_shapes, spec_to_dict, with_first_names
 
 Array = NDArray[Any]
 
@@ -36,7 +36,7 @@ class Origin:
 class Model:
     """A Vision Transformer as data; checked at construction, so that a half-made one can't exist."""
 
-    spec: ViTSpec
+    spec: Architecture
     params: Mapping[str, Array]
     preprocess: Preprocess
     labels: tuple[str, ...] | None
@@ -55,7 +55,7 @@ class Model:
         """Bytes of all parameters."""
         return sum(int(p.nbytes) for p in self.params.values())
 
-    def with_params(self, spec: ViTSpec, params: Mapping[str, Array]) -> Model:
+    def with_params(self, spec: Architecture, params: Mapping[str, Array]) -> Model:
         """Return this model with another spec and parameters; the shape of every fold."""
         return replace(self, spec=spec, params=params)
 
@@ -74,7 +74,7 @@ def params_digest(head: Any, params: Mapping[str, Array]) -> str:
     return total.hexdigest()
 
 
-def check_params(spec: ViTSpec, params: Mapping[str, Array]) -> None:
+def check_params(spec: Architecture, params: Mapping[str, Array]) -> None:
     """Check names, shapes, types and finiteness of `params` against `spec`.
 
     Raises:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vitfold.errors import SourceError
+from vitfold.model.graph import KIND, GraphSpec, graph_spec_from_dict, graph_spec_to_dict
 from vitfold.model.sinks import Sinks, sinks_from_dict
 
 Activation = Literal["gelu_erf", "gelu_tanh", "quick_gelu", "silu", "relu"]
@@ -120,6 +121,26 @@ class ViTSpec:
         return "multi_label" if self.problem == "single_label" and self.outputs == 1 else self.problem
 
     @property
+    def input(self) -> str:
+        """The name of the input."""
+        return "pixel_values"
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The names of all outputs."""
+        return (self.output,)
+
+    @property
+    def dense(self) -> bool:
+        """True if the output is more than one vector per image."""
+        return self.output == "last_hidden_state"
+
+    @property
+    def unmergeable(self) -> str:
+        """Why tokens of this architecture never merge: nothing forbids it."""
+        return ""
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Whole patches down and across; pixels beyond the last one are not seen, as in every zoo."""
         return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
@@ -155,6 +176,24 @@ class ViTSpec:
         return self.outputs or self.pooled_width
 
 
+Architecture = ViTSpec | GraphSpec
+"""What a model computes: a Vision Transformer by its dimensions, or somebody's graph by its program."""
+
+
+def as_vit(spec: Architecture, purpose: str) -> ViTSpec:
+    """Return the dimensions of a Vision Transformer.
+
+    Raises:
+        SourceError: if the model is somebody's graph, whose parts have no names of vitfold's.
+    """
+    if isinstance(spec, ViTSpec):
+        return spec
+    raise SourceError(
+        f"{purpose} a Vision Transformer of timm, transformers, torchvision or open_clip, and this model came as a "
+        "graph; load it from there instead"
+    )
+
+
 def sigmoid(x: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
     """Return 1 / (1 + exp(-x)), without overflow."""
     tail = np.exp(-np.abs(x))
@@ -185,6 +224,11 @@ def with_first_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return {earlier.get(name, name): value for name, value in values.items()}
 
 
+def spec_from_dict(values: dict[str, Any]) -> Architecture:
+    """Rebuild an architecture from `spec_to_dict`; an unknown key is an error, since it would change the function."""
+    return graph_spec_from_dict(values) if values.get("kind") == KIND else vit_spec_from_dict(values)
+
+
 def vit_spec_from_dict(values: dict[str, Any]) -> ViTSpec:
     """Rebuild a spec from `spec_to_dict`; an unknown key is an error, since it would change the function."""
     known = {f.name for f in fields(ViTSpec)}
@@ -199,8 +243,10 @@ def vit_spec_from_dict(values: dict[str, Any]) -> ViTSpec:
     return ViTSpec(**values)
 
 
-def spec_to_dict(spec: ViTSpec) -> dict[str, Any]:
+def spec_to_dict(spec: Architecture) -> dict[str, Any]:
     """Return the spec as plain JSON values; `sinks` only where there are some, `problem` where it is not the usual."""
+    if isinstance(spec, GraphSpec):
+        return graph_spec_to_dict(spec)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(replace(spec, sinks=None)).items()}
     del values["sinks"]
     if spec.problem == "single_label":
@@ -208,17 +254,21 @@ def spec_to_dict(spec: ViTSpec) -> dict[str, Any]:
     return values if spec.sinks is None else {**values, "sinks": spec.sinks.to_dict()}
 
 
-def block_layers(spec: ViTSpec) -> dict[str, int]:
+def block_layers(spec: Architecture) -> dict[str, int]:
     """Return the linear layers of all blocks in order of execution, each with its block."""
+    if isinstance(spec, GraphSpec):
+        return {}
     parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     return {f"blocks.{block}.{part}": block for block in range(spec.num_layers) for part in parts}
 
 
-def param_shapes(spec: ViTSpec) -> tuple[dict[str, Shape], dict[str, Shape]]:
+def param_shapes(spec: Architecture) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """Return (required, optional) parameter names and shapes; linear weights are (out, in).
 
-    Biases of linear layers are optional; those of LayerNorm are required.
+    Biases of linear layers are optional, unless the architecture is a graph; those of LayerNorm are required.
     """
+    if isinstance(spec, GraphSpec):
+        return dict(spec.shapes), {}
     required: dict[str, Shape] = {}
     optional: dict[str, Shape] = {}
     width = spec.embed_dim

@@ -277,6 +277,20 @@ class Count(Ops[Shape]):
         self._note(self._scope, "layout", (output,), output)
         return output
 
+    def foreign(
+        self,
+        site: str,
+        parts: tuple[Shape, ...],
+        graph: Array,
+        weights: tuple[str, ...],
+        shapes: tuple[tuple[int, ...], ...],
+        macs: int = 0,
+    ) -> tuple[Shape, ...]:
+        """What the piece states of itself; its convolutions count as products."""
+        read = sum(_size(self._shapes[name]) for name in weights)
+        self._note(site, "foreign", (*parts, *shapes[:-1]), shapes[-1], macs=macs, weights=read)
+        return shapes
+
     def scatter_add(self, site: str, x: Shape, index: Shape, rows: Shape) -> Shape:
         """Counted as additions of bytes, not as the one-hot product that some targets use."""
         _require(rows == (*_column(index)[:2], x[2]), f"{site} needs one row of {x} per index of {index}, found {rows}")

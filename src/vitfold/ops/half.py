@@ -117,6 +117,23 @@ class Half(Simulate):
         """Rounded."""
         return self._half(super().softmax(site, a), site)
 
+    def foreign(
+        self,
+        site: str,
+        parts: tuple[Tensor, ...],
+        graph: Array,
+        weights: tuple[str, ...],
+        shapes: tuple[tuple[int, ...], ...],
+        macs: int = 0,
+    ) -> tuple[Tensor, ...]:
+        """Rounded behind the piece, not within."""
+        return tuple(self._half(y, site) for y in super().foreign(site, parts, graph, weights, shapes, macs))
+
+    def rms_norm(self, layer: str, x: Tensor, eps: float) -> Tensor:
+        """One operator, single precision within."""
+        root = (x.square().mean(-1, keepdim=True) + eps).sqrt()
+        return self._half(x / root * self._params[f"{layer}.weight"], layer)
+
     def scatter_add(self, site: str, x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
         """Rounded."""
         return self._half(super().scatter_add(site, x, index, rows), site)

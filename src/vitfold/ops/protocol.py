@@ -16,13 +16,19 @@ from vitfold.model import Array
 T = TypeVar("T")
 
 
+BINARY = ("add", "subtract", "multiply", "divide", "power", "maximum", "minimum")
+UNARY = ("log", "tanh", "exp", "sqrt", "reciprocal", "negative", "abs", "sin", "cos", "erf", "sigmoid", "floor")
+"""Functions of single elements, by the names that NumPy has for them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Port:
-    """An end of a program: (batch, *shape); a batch that is a name may vary."""
+    """An end of a program: (batch, *shape), numbers of the type that NumPy calls `dtype`; a named batch may vary."""
 
     name: str
     shape: tuple[int, ...]
     batch: str | int = "batch"
+    dtype: str = "float32"
 
 
 def input_site(layer: str, rows: str = "") -> str:
@@ -34,13 +40,13 @@ def input_site(layer: str, rows: str = "") -> str:
 class Ops(Protocol[T]):
     """What a program may do. `layer` names parameters, `site` names the operation everywhere.
 
-    24 primitives, which every interpreter writes: param, constant, patch_embed, linear, layer_norm, activation,
+    25 primitives, which every interpreter writes: param, constant, patch_embed, linear, layer_norm, activation,
     attention, matmul, softmax, elementwise, reduce, unit, reshape, transpose, split, slice, concat, prepend_rows,
-    argmax, topk_split, affine_index, pad_index, take, scatter_add.
+    argmax, topk_split, affine_index, pad_index, take, scatter_add, foreign.
 
-    17 composites, written here once over others: add, multiply, divide, log, tanh, add_scalar, scale, mean, sum,
-    reduce_max, abs_max, norm, heads, similarity, merge_rows, ones_like, identity_like. An interpreter overrides one
-    where it, or its target, has a fused form. Programs are recorded with the names of both.
+    18 composites, written here once over others: add, multiply, divide, log, tanh, add_scalar, scale, mean, sum,
+    reduce_max, abs_max, norm, rms_norm, heads, similarity, merge_rows, ones_like, identity_like. An interpreter
+    overrides one where it, or its target, has a fused form. Programs are recorded with the names of both.
     """
 
     def scope(self, site: str, block: int | None = None, role: str | None = None) -> None:
@@ -85,6 +91,15 @@ class Ops(Protocol[T]):
         """Normalize the last axis, then scale and shift."""
         ...
 
+    def rms_norm(self, layer: str, x: T, eps: float) -> T:
+        """x / sqrt(mean(x^2) + eps) times the weight, along the last axis.
+
+        Source: RMSNorm (1910.07467), equation 4.
+        """
+        mean = self.reduce("mean", self.multiply(x, x), -1, keep=True)
+        root = self.elementwise("sqrt", self.add_scalar(mean, eps))
+        return self.multiply(self.divide(x, root), self.param(f"{layer}.weight"))
+
     def activation(self, kind: str, x: T, site: str) -> T:
         """Apply the activation function `kind`: those of `model.spec.Activation`, and elu."""
         ...
@@ -102,7 +117,7 @@ class Ops(Protocol[T]):
         ...
 
     def elementwise(self, op: str, a: T, b: T | None = None) -> T:
-        """`op` of operands that broadcast: add, multiply or divide of two, log or tanh of one."""
+        """`op` of operands that broadcast: one of `BINARY` of two, of `UNARY` of one."""
         ...
 
     def reduce(self, op: str, a: T, axis: int, *, keep: bool = False) -> T:
@@ -221,6 +236,22 @@ class Ops(Protocol[T]):
 
     def scatter_add(self, site: str, x: T, index: T, rows: T) -> T:
         """Add rows (B, R, D) onto rows `index` (B, R, 1) of x (B, N, D); several may meet in one row."""
+        ...
+
+    def foreign(
+        self,
+        site: str,
+        parts: tuple[T, ...],
+        graph: Array,
+        weights: tuple[str, ...],
+        shapes: tuple[tuple[int, ...], ...],
+        macs: int = 0,
+    ) -> tuple[T, ...]:
+        """Run a piece of somebody's ONNX graph, which has no other name here.
+
+        `graph` holds the bytes of an ONNX model whose inputs are the parts, batch first, and then the parameters
+        `weights`; its outputs, batch first, have `shapes` for one image, for which it multiplies `macs` times.
+        """
         ...
 
     def merge_rows(self, site: str, parts: tuple[T, ...], survivors: T, into: T, moved: T) -> tuple[T, ...]:

@@ -16,14 +16,29 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from vitfold.model import Array
+from vitfold.ops.foreign import run_foreign
 from vitfold.ops.protocol import Ops, input_site
 
 _ELEMENTWISE: Mapping[str, Callable[..., Tensor]] = {
     "add": torch.add,
+    "subtract": torch.sub,
     "multiply": torch.mul,
     "divide": torch.div,
+    "power": torch.pow,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
     "log": torch.log,
     "tanh": torch.tanh,
+    "exp": torch.exp,
+    "sqrt": torch.sqrt,
+    "reciprocal": torch.reciprocal,
+    "negative": torch.neg,
+    "abs": torch.abs,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "erf": torch.erf,
+    "sigmoid": torch.sigmoid,
+    "floor": torch.floor,
 }
 _REDUCTIONS: Mapping[str, Callable[..., Tensor]] = {
     "mean": torch.mean,
@@ -216,6 +231,19 @@ class Run(Ops[Tensor]):
     ) -> Float[Tensor, "B N D"]:
         """Add rows onto rows."""
         return x.scatter_add(1, index.expand_as(rows), rows)
+
+    def foreign(
+        self,
+        site: str,
+        parts: tuple[Tensor, ...],
+        graph: Array,
+        weights: tuple[str, ...],
+        shapes: tuple[tuple[int, ...], ...],
+        macs: int = 0,
+    ) -> tuple[Tensor, ...]:
+        """In ONNX Runtime; no gradient passes through."""
+        found = run_foreign(graph, [part.detach().cpu().numpy() for part in parts], [self._params[w] for w in weights])
+        return tuple(torch.from_numpy(array).to(self._device) for array in found)
 
     def identity_like(self, a: Float[Tensor, "B N 1"]) -> Float[Tensor, "B N N"]:
         """One identity matrix for all images: a view."""

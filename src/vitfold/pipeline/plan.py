@@ -12,7 +12,7 @@ from vitfold.architectures.programs import deployed_program, forward
 from vitfold.audit.limits import check_attention
 from vitfold.engines import quantized_target
 from vitfold.errors import ArgumentError, RecipeError, TargetError
-from vitfold.model import Model, ViTSpec, param_shapes
+from vitfold.model import Architecture, Model, param_shapes
 from vitfold.model.folds import fold_layer_scale
 from vitfold.ops.count import Count, IntegerWork, SiteCost, integer_work
 from vitfold.program import replay
@@ -141,7 +141,7 @@ def optimize(
     return Plan(model=model, folded=folded, recipe=recipe, target=chosen, batch=batch, remarks=remarks)
 
 
-def keep_fusible(recipe: Recipe, target: Target, spec: ViTSpec) -> tuple[Recipe, tuple[str, ...]]:
+def keep_fusible(recipe: Recipe, target: Target, spec: Architecture) -> tuple[Recipe, tuple[str, ...]]:
     """Keep the attention of those blocks float which TensorRT could not run as one kernel in INT8; also say so."""
     quant = recipe.quant
     if quant is None or not target.runtime.strongly_typed or not quant.attention or quant.format != "integer":
@@ -219,7 +219,7 @@ def _check_format(target: Target, quant: QuantRecipe | None) -> None:
         raise TargetError(f"target {target.name} runs 8-bit floats ({quant.scheme} are integers); give --quant fp8")
 
 
-def resolve_quant(quant: QuantRecipe, target: Target, spec: ViTSpec) -> QuantRecipe:
+def resolve_quant(quant: QuantRecipe, target: Target, spec: Architecture) -> QuantRecipe:
     """Settle what the target decides: whether attention products are quantized.
 
     Raises:
@@ -245,7 +245,7 @@ def resolve_quant(quant: QuantRecipe, target: Target, spec: ViTSpec) -> QuantRec
     return quant
 
 
-def read_recipe(path: str | Path, spec: ViTSpec) -> Recipe:
+def read_recipe(path: str | Path, spec: Architecture) -> Recipe:
     """Read a recipe file and resolve it for an architecture: `merge.r` may be any form of --merge.
 
     Raises:
@@ -269,7 +269,7 @@ def read_recipe(path: str | Path, spec: ViTSpec) -> Recipe:
 
 
 def count_costs(
-    spec: ViTSpec,
+    spec: Architecture,
     recipe: MergeRecipe,
     quantizers: Mapping[str, Quantizer] | None = None,
     *,

@@ -14,7 +14,7 @@ from vitfold.audit.canonical import BlockShape, block_kernels
 from vitfold.audit.roofline import Gpu, find_gpu, predict
 from vitfold.errors import RecipeError, TargetError
 from vitfold.images import ImageSet, batches
-from vitfold.model import Array, Model, ViTSpec
+from vitfold.model import Architecture, Array, Model, ViTSpec
 from vitfold.recipe import MergeRecipe, Order
 from vitfold.schedule import resolve_r
 from vitfold.schedule.solve import MOST_MERGES, STEP, Distortion, Seconds, Space, schedule_seconds, solve
@@ -60,7 +60,7 @@ class Solution:
 class Measured:
     """What merging does to a model's output on images: by single merges, and how to measure a schedule."""
 
-    spec: ViTSpec
+    spec: Architecture
     space: Space
     measure: Distortion
     images: int
@@ -143,12 +143,12 @@ def _solve(merging: Measured, seconds: Seconds, like: str) -> Solution:
     )
 
 
-def check_forecast(spec: ViTSpec, *, target: str, gpu: str, batch: int) -> None:
+def check_forecast(spec: Architecture, *, target: str, gpu: str, batch: int) -> None:
     """Raise what `solve_merge` would raise, before anything is measured."""
     block_seconds(spec, find_target(target), find_gpu(gpu), batch)
 
 
-def block_seconds(spec: ViTSpec, target: Target, gpu: Gpu, batch: int) -> Seconds:
+def block_seconds(spec: Architecture, target: Target, gpu: Gpu, batch: int) -> Seconds:
     """Return the model's seconds of a block on a GPU.
 
     Raises:
@@ -162,7 +162,7 @@ def block_seconds(spec: ViTSpec, target: Target, gpu: Gpu, batch: int) -> Second
     precision: Bits = {"w8a8": "int8", "fp8": "fp8"}.get(target.implied_quant, "fp16")  # type: ignore[assignment]
     if precision not in gpu.peak:
         raise TargetError(f"{gpu.name} does not multiply {precision}; choose another target or GPU")
-    hidden = spec.mlp_dim * (2 if spec.mlp == "swiglu" else 1)
+    hidden = spec.mlp_dim * (2 if isinstance(spec, ViTSpec) and spec.mlp == "swiglu" else 1)
     shape = BlockShape(
         width=spec.embed_dim, heads=spec.num_heads, head_width=spec.head_dim, hidden=hidden, inner=spec.mlp_dim
     )
@@ -175,7 +175,7 @@ def block_seconds(spec: ViTSpec, target: Target, gpu: Gpu, batch: int) -> Second
     return seconds
 
 
-def _one(spec: ViTSpec, block: int, share: float) -> tuple[int, ...]:
+def _one(spec: Architecture, block: int, share: float) -> tuple[int, ...]:
     """One merge of a share of the tokens in one block."""
     most = (spec.tokens - spec.prefix) // 2
     merged = max(1, min(most, round(share * spec.tokens)))

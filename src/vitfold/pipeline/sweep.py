@@ -15,7 +15,7 @@ from typing import Any
 from vitfold.artifacts.bundle import Bundle, open_bundle
 from vitfold.artifacts.journal import HEAD, ROWS, append_row, read_rows
 from vitfold.errors import BundleError, JournalError, RecipeError, VitfoldError
-from vitfold.model import ViTSpec
+from vitfold.model import Architecture
 from vitfold.pipeline.plan import optimize
 from vitfold.pipeline.trials import CHECKED_IMAGES, EvalContext, Say, Trial, failed_row, measure_attempt
 from vitfold.pipeline.writing import save
@@ -36,7 +36,7 @@ class Sweep:
     methods: tuple[str, ...] = ("vitfold",)
     target: str = "cpu"
 
-    def attempts(self, spec: ViTSpec) -> list[Trial]:
+    def attempts(self, spec: Architecture) -> list[Trial]:
         """Return one attempt per recipe, named by what it does.
 
         Raises:

@@ -12,7 +12,7 @@ import numpy as np
 from vitfold.bench.measurement import Measurement
 from vitfold.bench.timing import Protocol, interleave
 from vitfold.engines import Session, open_graph
-from vitfold.model import ViTSpec
+from vitfold.model import Architecture
 from vitfold.pipeline.plan import Plan
 from vitfold.pipeline.writing import write_graph
 from vitfold.products import products_of_recipe
@@ -35,7 +35,7 @@ def opened(folded: Plan) -> Iterator[Session]:
             yield session
 
 
-def timed(sessions: Mapping[str, Session], spec: ViTSpec, *, protocol: Protocol = SHORT) -> dict[str, Measurement]:
+def timed(sessions: Mapping[str, Session], spec: Architecture, *, protocol: Protocol = SHORT) -> dict[str, Measurement]:
     """Time sessions on the same random images (B, channels, height, width), interleaved, engine only."""
     pixels = np.random.default_rng(0).standard_normal(
         (protocol.batch, spec.channels, *spec.image_size), dtype=np.float32

@@ -142,7 +142,7 @@ def write_graph(folded: Plan, path: Path) -> int:
 
     program = deployed_program(folded.folded.spec, folded.recipe.merge)
     graph = emit_graph(
-        lambda ops, image: replay(program, ops, image)[0],
+        lambda ops, image: replay(program, ops, image),
         folded.folded,
         folded.target,
         folded.quantizers,

@@ -15,7 +15,7 @@ from vitfold.program.program import Node, Program, Ref, Shape
 from vitfold.program.queries import attentions_of
 
 Axis = tuple[Ref, int]
-ON_LAST_AXIS = frozenset({"linear", "layer_norm", "softmax", "norm", "abs_max"})
+ON_LAST_AXIS = frozenset({"linear", "layer_norm", "rms_norm", "softmax", "norm", "abs_max"})
 """Operations that mix what stands along the last axis."""
 Pairs = Iterator[tuple[Axis, Axis]]
 
@@ -95,8 +95,7 @@ def _heads(node: Node, _shapes: Mapping[Ref, Shape]) -> Pairs:
 
 def _elementwise(node: Node, shapes: Mapping[Ref, Shape]) -> Pairs:
     (made,) = node.outputs
-    for name in ("a", "b"):
-        ref = node.operand(name)
+    for ref in node.reads():
         ahead = len(shapes[made]) - len(shapes[ref])
         for axis in range(1, len(shapes[ref])):
             if shapes[ref][axis] == shapes[made][axis + ahead] and shapes[ref][axis] > 1:
@@ -177,9 +176,9 @@ _RULES: Mapping[str, Callable[[Node, Mapping[Ref, Shape]], Pairs]] = {
     "linear": _all("x", but_last=True),
     "norm": _all("x", but_last=True),
     "abs_max": _all("x", but_last=True),
-    **{op: _all("x") for op in ("layer_norm", "activation")},
+    **{op: _all("x") for op in ("layer_norm", "rms_norm", "activation")},
     **{op: _all("a") for op in ("add_scalar", "scale", "log", "tanh", "softmax", "ones_like")},
-    **dict.fromkeys(("add", "multiply", "divide"), _elementwise),
+    **dict.fromkeys(("add", "multiply", "divide", "elementwise"), _elementwise),
     **dict.fromkeys(("split", "slice"), _but_one),
     **dict.fromkeys(("mean", "sum", "reduce_max"), _reduced),
     "heads": _heads,

@@ -125,7 +125,7 @@ class Program:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {
-            "inputs": [{"name": p.name, "shape": list(p.shape), "batch": p.batch} for p in self.inputs],
+            "inputs": [_port_to_dict(port) for port in self.inputs],
             "nodes": [_node_to_dict(node) for node in self.nodes],
             "outputs": dict(self.outputs),
         }
@@ -140,7 +140,13 @@ def program_from_dict(values: Mapping[str, Any]) -> Program:
     try:
         return Program(
             inputs=tuple(
-                Port(name=end["name"], shape=tuple(end["shape"]), batch=end["batch"]) for end in values["inputs"]
+                Port(
+                    name=end["name"],
+                    shape=tuple(end["shape"]),
+                    batch=end["batch"],
+                    dtype=end.get("dtype", "float32"),
+                )
+                for end in values["inputs"]
             ),
             nodes=tuple(_node_from_dict(node) for node in values["nodes"]),
             outputs={name: Ref(ref) for name, ref in values["outputs"].items()},
@@ -170,6 +176,11 @@ def _shown(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
+def _port_to_dict(port: Port) -> dict[str, Any]:
+    values = {"name": port.name, "shape": list(port.shape), "batch": port.batch}
+    return values if port.dtype == "float32" else {**values, "dtype": port.dtype}
+
+
 def _node_to_dict(node: Node) -> dict[str, Any]:
     values: dict[str, Any] = {
         "op": node.op,
@@ -188,7 +199,7 @@ def _plain(value: Any) -> Any:
         return {"dtype": value.dtype, "shape": list(value.shape), "data": data}
     if isinstance(value, range):
         return {"range": [value.start, value.stop, value.step]}
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
 def _node_from_dict(values: Mapping[str, Any]) -> Node:
@@ -209,7 +220,7 @@ def _node_from_dict(values: Mapping[str, Any]) -> Node:
 
 def _restored(value: Any) -> Any:
     if isinstance(value, list):
-        return tuple(value)
+        return tuple(map(_restored, value))
     if isinstance(value, Mapping) and "range" in value:
         return range(*value["range"])
     if isinstance(value, Mapping):

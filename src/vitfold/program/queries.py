@@ -76,15 +76,18 @@ def residuals(program: Program) -> tuple[Residual, ...]:
     read_by, found = readers(program), []
     for block in range(blocks_of(program)):
         attention = attention_of(program, block)
-        one = None if attention is None else _residual_behind(program, read_by, attention)
+        one = None if attention is None else residual_behind(program, read_by, attention)
         if one is None:
             raise ProgramError(f"block {block} has no attention with a residual addition behind it")
         found.append(one)
     return tuple(found)
 
 
-def _residual_behind(program: Program, read_by: Mapping[Ref, tuple[Node, ...]], attention: Node) -> Residual | None:
-    """Follow an attention's result through operations on single rows, as the projection, a scale or a norm."""
+def residual_behind(program: Program, read_by: Mapping[Ref, tuple[Node, ...]], attention: Node) -> Residual | None:
+    """Return an attention with the residual addition behind it, None if there is none.
+
+    What stands between them works on single rows: the projection, a scale, a norm.
+    """
     (value,) = attention.outputs
     while True:
         following = read_by[value]
@@ -101,4 +104,7 @@ def _residual_behind(program: Program, read_by: Mapping[Ref, tuple[Node, ...]], 
         (value,) = node.outputs
 
 
-_ROWWISE = {"transpose", "reshape", "linear", "multiply", "layer_norm", "scale", "add", "add_scalar"}
+_ROWWISE = {
+    *("transpose", "reshape", "linear", "multiply", "divide", "layer_norm", "rms_norm", "scale", "add", "add_scalar"),
+    "elementwise",
+}

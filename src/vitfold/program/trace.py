@@ -74,7 +74,7 @@ class Recorder:
             raise AttributeError(op)
         return lambda *args, **kwargs: self._record(op, *args, **kwargs)
 
-    def _record(self, op: str, *args: Any, **kwargs: Any) -> Any:
+    def _record(self, op: str, /, *args: Any, **kwargs: Any) -> Any:
         bound = VOCABULARY[op].bind(self, *args, **kwargs)
         bound.apply_defaults()
         given = {name: value for name, value in bound.arguments.items() if name != "self"}

@@ -17,7 +17,7 @@ import torch
 
 from vitfold.errors import CalibrationError, RecipeError, nearest
 from vitfold.images import ImageSet
-from vitfold.model import Array, Model, ViTSpec
+from vitfold.model import Architecture, Array, Model
 from vitfold.quant.attention import search_attention
 from vitfold.quant.calibration_cache import search_once
 from vitfold.quant.collect import Samples, collect
@@ -243,7 +243,7 @@ def _problems(
     return problems
 
 
-def check_globs(quant: QuantRecipe, spec: ViTSpec) -> None:
+def check_globs(quant: QuantRecipe, spec: Architecture) -> None:
     """Check that every glob of the plan matches a site.
 
     Raises:

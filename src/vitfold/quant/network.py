@@ -135,6 +135,6 @@ def network_of(model: Model, merge: MergeRecipe) -> Network:
         linears=linears,
         attentions=attentions,
         leave_out=0 if spec.sinks is None else spec.sinks.leave_out,
-        embeds=spec.output != "logits",
+        embeds=spec.head == "features",
         digest=key_of(model.digest(), merge),
     )

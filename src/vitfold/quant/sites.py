@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from vitfold.architectures.programs import plain_program
-from vitfold.model import ViTSpec
+from vitfold.model import Architecture
 from vitfold.program import Node, Program, Ref
 from vitfold.program.queries import attentions_of, linears_of, makers, norm_before
 from vitfold.transforms.sinks import PREFIX_ROWS
@@ -62,7 +62,7 @@ Sites = tuple[tuple[LinearSite, ...], tuple[AttentionSite, ...]]
 
 
 @functools.lru_cache(maxsize=64)
-def find_sites(spec: ViTSpec) -> Sites:
+def find_sites(spec: Architecture) -> Sites:
     """Return the quantizable layers and attentions of a Vision Transformer in execution order."""
     linears, attentions = sites_of(plain_program(spec))
     split = spec.sinks.layers if spec.sinks is not None and spec.sinks.split_prefix else ()
@@ -70,7 +70,7 @@ def find_sites(spec: ViTSpec) -> Sites:
     return linears, attentions
 
 
-def apart_layers(spec: ViTSpec) -> tuple[str, ...]:
+def apart_layers(spec: Architecture) -> tuple[str, ...]:
     """Return the layers of blocks in which tokens can go apart: not those that see averages, which have no outliers."""
     return tuple(site.layer for site in find_sites(spec)[0] if site.block is not None and site.attention is None)
 

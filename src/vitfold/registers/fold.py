@@ -15,7 +15,8 @@ import numpy as np
 
 from vitfold.errors import RecipeError, nearest
 from vitfold.images import ImageSet
-from vitfold.model import Array, Model, Sinks, ViTSpec
+from vitfold.model import Architecture, Array, Model, Sinks
+from vitfold.model.spec import as_vit
 from vitfold.quant.sites import apart_layers, find_sites
 from vitfold.recipe import RegistersRecipe
 from vitfold.registers.curate import curate
@@ -32,7 +33,7 @@ def fold_registers(
     """
     if recipe.site is None:
         raise ValueError("a recipe is resolved before it is folded")
-    spec = model.spec
+    spec = as_vit(model.spec, "registers need")
     for name in ("start", "block"):
         if getattr(recipe, name) >= spec.num_layers:
             raise RecipeError(f"registers.{name} = {getattr(recipe, name)}; the model has {spec.num_layers} blocks")
@@ -45,7 +46,7 @@ def fold_registers(
     return replace(model, spec=replace(spec, sinks=_sinks(spec, recipe)))
 
 
-def _sinks(spec: ViTSpec, recipe: RegistersRecipe) -> Sinks:
+def _sinks(spec: Architecture, recipe: RegistersRecipe) -> Sinks:
     """What needs no arrays."""
     if recipe.remedy == "delete":
         return Sinks(block=recipe.block, deletions=recipe.deletions)
@@ -59,7 +60,7 @@ def _sinks(spec: ViTSpec, recipe: RegistersRecipe) -> Sinks:
     return Sinks(layers=layers, split_prefix=True)
 
 
-def match_layers(spec: ViTSpec, globs: tuple[str, ...]) -> tuple[str, ...]:
+def match_layers(spec: Architecture, globs: tuple[str, ...]) -> tuple[str, ...]:
     """Return the layers that some glob matches, in execution order.
 
     Raises:
@@ -84,7 +85,7 @@ def _cached(
             continue
         for name, rows in (("cached_k", k), ("cached_v", v)):
             params[f"{attention.site}.{name}"] = np.ascontiguousarray(rows[block][None, :, None])
-    return model.with_params(replace(model.spec, sinks=sinks), params)
+    return model.with_params(replace(as_vit(model.spec, "registers need"), sinks=sinks), params)
 
 
 def _with_register(model: Model, neurons: tuple[tuple[int, int], ...]) -> Model:
@@ -93,7 +94,7 @@ def _with_register(model: Model, neurons: tuple[tuple[int, int], ...]) -> Model:
     Raises:
         RecipeError: if the model pools its prefix tokens too, so that another one would change the mean.
     """
-    spec, params = model.spec, dict(model.params)
+    spec, params = as_vit(model.spec, "registers need"), dict(model.params)
     if spec.pool == "avg" and spec.pool_prefix:
         raise RecipeError("neurons add a token, and this model averages all tokens; choose another remedy")
     register = np.zeros((1, 1, spec.embed_dim), np.float32)

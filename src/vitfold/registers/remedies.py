@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from vitfold.model import ViTSpec, block_layers
+from vitfold.model import Architecture, block_layers
 from vitfold.quant.sites import apart_layers
 from vitfold.recipe import RegistersRecipe, Remedy
 
@@ -25,7 +25,7 @@ class Case:
     over squared output with one layer quantized alone, the noisiest first.
     """
 
-    spec: ViTSpec
+    spec: Architecture
     site: str
     noise: tuple[tuple[str, float], ...]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from vitfold.errors import RecipeError
-from vitfold.model import ViTSpec
+from vitfold.model import Architecture
 from vitfold.recipe import largest_r, tokens_per_block
 
 ACCEPTED = (
@@ -20,7 +20,7 @@ _log = logging.getLogger("vitfold")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 
 
-def resolve_r(value: object, spec: ViTSpec) -> tuple[int, ...]:
+def resolve_r(value: object, spec: Architecture) -> tuple[int, ...]:
     """Return the tokens that each block removes: L integers that the model can carry out.
 
     `None`, "none" and 0 remove nothing. A number is the same r in every block, and "r:inflection" the
@@ -59,7 +59,7 @@ def describe_r(r: Sequence[int]) -> str:
     return ",".join(parts)
 
 
-def _from_text(text: str, spec: ViTSpec) -> tuple[int, ...]:
+def _from_text(text: str, spec: Architecture) -> tuple[int, ...]:
     if text.lower() == "none":
         return (0,) * spec.num_layers
     if "," in text:
@@ -79,7 +79,7 @@ def _inflected(r: int, inflection: float, depth: int) -> tuple[int, ...]:
     return tuple(least + (most - least) * block // (depth - 1) for block in range(depth))
 
 
-def _literal(r: list[int], spec: ViTSpec) -> tuple[int, ...]:
+def _literal(r: list[int], spec: Architecture) -> tuple[int, ...]:
     if len(r) > spec.num_layers:
         raise RecipeError(f"r has {len(r)} entries, the model has {spec.num_layers} blocks; give at most one per block")
     if len(r) < spec.num_layers:
@@ -90,7 +90,7 @@ def _literal(r: list[int], spec: ViTSpec) -> tuple[int, ...]:
     return padded
 
 
-def _clamped(wanted: tuple[int, ...], spec: ViTSpec) -> tuple[int, ...]:
+def _clamped(wanted: tuple[int, ...], spec: Architecture) -> tuple[int, ...]:
     tokens_per_block(spec, (*wanted[:1], *(0,) * (spec.num_layers - 1)))
     count, r = spec.tokens, []
     for removed in wanted:

@@ -23,7 +23,7 @@ from vitfold.decoding import listed, prepared
 from vitfold.engines import ENGINES, Session, open_session
 from vitfold.errors import ArgumentError, BundleError, EngineError, VitfoldError, check_whole
 from vitfold.images import prepared_ahead
-from vitfold.model.spec import Head, sigmoid
+from vitfold.model.spec import Head, ViTSpec, sigmoid
 
 ImageLike = Any
 """A path, a Pillow image, the bytes of a file, an open binary file, an array or a tensor of 8 bits; see `decoding`."""
@@ -150,7 +150,7 @@ class Predictor:
         with self._turn:
             rows = self.session(pixels)
         spec = self.bundle.manifest.spec
-        last = spec.embed_dim if spec.output == "last_hidden_state" else spec.output_width
+        last = spec.embed_dim if spec.output == "last_hidden_state" and isinstance(spec, ViTSpec) else spec.output_width
         if rows.ndim < 2 or (len(rows), rows.shape[-1]) != (len(pixels), last):
             raise EngineError(
                 f"{self.bundle.path}: the graph returned {rows.shape} for {len(pixels)} images, and its manifest "

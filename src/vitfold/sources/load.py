@@ -5,7 +5,9 @@ Torch and the zoos are imported on the first call, not with this module.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +20,8 @@ from vitfold.model import Model, Origin, Preprocess, ViTSpec
 from vitfold.model.spec import Problem
 from vitfold.sources import hub
 from vitfold.storage.digest import file_sha256
+
+_log = logging.getLogger("vitfold")
 
 if TYPE_CHECKING:
     import torch
@@ -33,17 +37,20 @@ ZOOS = {
     "torchvision": ("torchvision", "torchvision", "torchvision"),
     "open_clip": ("open_clip", "open_clip", "open_clip"),
 }
-FORMS = "timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME, open_clip:NAME/TAG, FILE.safetensors with --arch, or demo"
+FORMS = (
+    "timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME, open_clip:NAME/TAG, FILE.safetensors with --arch, FILE.onnx, "
+    "or demo"
+)
 _STEPS = "optimize its steps with --reuse auto, or draw with it: vitfold diffuse"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A model, and the module that it was read from: eval mode, float32, on the CPU."""
+    """A model, and the module that it was read from, if any: eval mode, float32, on the CPU."""
 
     model: Model
-    original: torch.nn.Module
+    original: torch.nn.Module | None
 
 
 def load_source(
@@ -55,11 +62,14 @@ def load_source(
     weights: Weights = "pretrained",
     seed: int = 0,
     problem: Problem | None = None,
+    preprocess: str | None = None,
+    graph: bool = True,
 ) -> Loaded:
     """Load a pretrained model and check that the program computes what the original computes.
 
     Args:
-        source: timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME, open_clip:NAME/TAG, FILE.safetensors, or demo.
+        source: timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME, open_clip:NAME/TAG, FILE.safetensors, FILE.onnx, or
+            demo.
         arch: timm architecture of a file.
         num_classes: classes of the head; pretrained heads cannot be changed.
         image_size: side of the square input in pixels; positions are resampled to it.
@@ -67,6 +77,9 @@ def load_source(
         seed: of random weights.
         problem: what the logits of a classifier stand for, where the source does not say so: "single_label",
             "multi_label" or "regression".
+        preprocess: of an ONNX file: a file that says how images are prepared, or a family: vit, deit, dinov2, clip,
+            siglip.
+        graph: whether a model that none of the readers here knows by its class is read as a graph.
 
     Raises:
         SourceError: if the source is unknown, unreadable, or has a feature that vitfold does not run.
@@ -81,19 +94,63 @@ def load_source(
     }  # fmt: skip
     if problem is not None:
         arguments["problem"] = problem
+    if preprocess is not None:
+        arguments["preprocess"] = preprocess
+    if _is_graph(source):
+        return Loaded(model=_load_graph(source, arguments), original=None)
+    if preprocess is not None:
+        raise SourceError(f"--preprocess belongs to an ONNX file, and {source} says itself how images are prepared")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built = _build(source, arguments)
     origin = Origin(source=built.source, loader=_loader(built.zoo), arguments={**arguments, **built.digests})
     facts = {**built.facts, "problem": problem or built.facts.get("problem")}
     module, preprocess, labels = built.module.float().cpu().eval(), facts.get("preprocess"), facts.get("labels")
-    model = _translate(built.translator, module, facts, origin, preprocess, labels, unnamed=weights == "random")
-    if image_size is not None and any(image_size % patch for patch in model.spec.patch_size):
+    try:
+        model = _translate(built.translator, module, facts, origin, preprocess, labels, unnamed=weights == "random")
+    except SourceError as reason:
+        if not graph:
+            raise
+        model, module = _as_graph(
+            module, origin, reason, preprocess=preprocess, labels=labels, facts=facts, translator=built.translator,
+            size=None if image_size is None else (image_size, image_size),
+        )  # fmt: skip
+    if image_size is not None and any(
+        image_size % patch for patch in (model.spec.patch_size if isinstance(model.spec, ViTSpec) else ())
+    ):
         raise SourceError(
-            f"--image-size {image_size} is not a multiple of the patch size {model.spec.patch_size[0]}: "
+            f"--image-size {image_size} is not a multiple of the patch size: "
             "the last pixels would not be seen; choose a multiple"
         )
     return Loaded(model=model, original=module)
+
+
+def _is_graph(source: str) -> bool:
+    return Path(source).suffix == ".onnx" and source.partition(":")[0] not in ZOOS
+
+
+def _load_graph(source: str, arguments: Mapping[str, Any]) -> Model:
+    """Load an ONNX file."""
+    for option, name in (("--arch", "arch"), ("--num-classes", "num_classes")):
+        if arguments[name] is not None:
+            raise SourceError(f"{option} belongs to weights, and {source} is a whole graph; leave it out")
+    onnx = import_package("onnx", "optimize", f"loading {source}")
+    path, size = Path(source).expanduser().resolve(), arguments["image_size"]
+    loader = importlib.import_module("vitfold.sources.onnx.loading")
+    kept = {
+        name: arguments[name] for name in ("image_size", "problem", "preprocess") if arguments.get(name) is not None
+    }
+    origin = Origin(
+        source=str(path), loader=_loader(onnx), arguments={**kept, "weights": "pretrained", **_digests(path)}
+    )
+    model: Model = loader.load_file(
+        path,
+        origin,
+        image_size=None if size is None else (size, size),
+        problem=arguments.get("problem"),
+        preprocess=arguments.get("preprocess"),
+    )
+    return model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -148,16 +205,22 @@ def adapt(
     labels: Sequence[str] | None = None,
     origin: str | None = None,
     problem: Problem | None = None,
+    image_size: tuple[int, int] | None = None,
+    outputs: Sequence[str] | None = None,
+    graph: bool = True,
 ) -> Model:
     """Read a torch module in memory; it is left as it is, and its float32 weights are shared.
 
     Args:
-        module: one of the supported classes of timm, transformers, torchvision or open_clip, as it is or behind
-            torch.compile or DataParallel, or a subclass that overrides nothing of what it computes.
+        module: a class of timm, transformers, torchvision or open_clip that vitfold knows, as it is or behind
+            torch.compile or DataParallel; any other one is read as a graph, by what it computes for an image.
         preprocess: replaces what the zoo says about the module.
         labels: names of the classes, one per output.
         origin: where the weights came from, for the record.
         problem: what the logits of a classifier stand for, where the module does not say so.
+        image_size: height and width of the images of a graph, where nothing else says it.
+        outputs: which of a graph's outputs by name, all if None.
+        graph: whether a module that none of the readers here knows is read as a graph.
 
     Raises:
         SourceError: if the class or one of its parts is not supported.
@@ -169,7 +232,15 @@ def adapt(
     from vitfold.sources.modules import bare_module, find_translator
 
     module = bare_module(module)
-    translator, zoo = find_translator(module)
+    translator: Any = None
+    unknown: SourceError | None = None
+    zoo: Any = torch
+    try:
+        translator, zoo = find_translator(module)
+    except SourceError as error:
+        if not graph:
+            raise
+        unknown = error
     tensors = [*module.parameters(), *module.buffers()]
     plain = all(
         t.device.type in ("cpu", "meta") and (t.dtype == torch.float32 or not t.is_floating_point()) for t in tensors
@@ -182,7 +253,18 @@ def adapt(
     try:
         where = Origin(source=origin or "memory", loader=_loader(zoo), arguments={})
         names = tuple(labels) if labels is not None else None
-        return _translate(translator, module, {"problem": problem}, where, preprocess, names)
+        facts = {"problem": problem}
+        try:
+            if unknown is not None or outputs is not None:
+                raise unknown or SourceError("outputs were chosen by name")
+            return _translate(translator, module, facts, where, preprocess, names)
+        except SourceError as reason:
+            if not graph:
+                raise
+            return _as_graph(
+                module, where, reason, preprocess=preprocess, labels=names, facts=facts, translator=translator,
+                size=image_size, outputs=outputs,
+            )[0]  # fmt: skip
     finally:
         for part in training:
             part.training = True
@@ -215,6 +297,61 @@ def _translate(
     model = Model(spec=spec, params=found.params, preprocess=preprocess, labels=labels, origin=origin)
     check_parity(found.forward, model, blocks=found.blocks)
     return model
+
+
+def _as_graph(
+    module: torch.nn.Module,
+    origin: Origin,
+    reason: SourceError,
+    *,
+    preprocess: Preprocess | None,
+    labels: Sequence[str] | None,
+    facts: Facts,
+    translator: Any,
+    size: tuple[int, int] | None,
+    outputs: Sequence[str] | None = None,
+) -> tuple[Model, torch.nn.Module]:
+    """Read a module as a graph, since no reader knows its class for `reason`; return also the part that was read.
+
+    Raises:
+        SourceError: with that reason too, if it is no graph that vitfold can hold.
+    """
+    from vitfold.sources.onnx.exporting import image_part, read_module
+    from vitfold.sources.onnx.loading import model_of
+
+    try:
+        shape = _input_shape(module, size or (None if preprocess is None else preprocess.crop_size))
+        part, path = image_part(module, shape)
+        read = read_module(part, shape, outputs=outputs, head=facts.get("problem"))
+    except SourceError as error:
+        raise SourceError(f"{reason}; as a graph: {error}") from None
+    if path:
+        _log.info("taking %s of %s, which takes images alone", path, type(module).__name__)
+    if translator is not None and preprocess is None:
+        with contextlib.suppress(SourceError, AttributeError, KeyError):
+            preprocess, found = translator.describe(part, read.spec, facts)
+            labels = labels or found
+    return model_of(read, origin, labels=labels, preprocess=preprocess), part
+
+
+def _input_shape(module: torch.nn.Module, size: tuple[int, int] | None) -> tuple[int, ...]:
+    """Channels, height and width of a module's images: as given, else as its configuration says.
+
+    Raises:
+        SourceError: if nothing says it.
+    """
+    stated: Any = (getattr(module, "pretrained_cfg", None) or {}).get("input_size")
+    config = getattr(module, "config", None)
+    for part in (config, getattr(config, "vision_config", None), getattr(config, "encoder", None)):
+        side = getattr(part, "image_size", None)
+        if stated is None and side is not None:
+            sides = side if isinstance(side, list | tuple) else [side] * 2
+            stated = (getattr(part, "num_channels", 3), *sides)
+    if size is not None:
+        return (stated[0] if stated else 3, *size)
+    if stated is None:
+        raise SourceError("nothing says how large its images are; give image_size=(HEIGHT, WIDTH)")
+    return tuple(int(n) for n in stated)
 
 
 def _with_problem(spec: ViTSpec, problem: Problem | None) -> ViTSpec:

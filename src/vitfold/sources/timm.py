@@ -48,7 +48,6 @@ POOLS = {"token": "token", "avg": "avg", "map": "map", "": "none"}
 def build(name: str, *, num_classes: int | None, image_size: int | None, pretrained: bool) -> Built:
     """Create a model of timm's registry; refuse what vitfold can't run before anything is downloaded."""
     import timm
-    import torch
 
     options: dict[str, Any] = {}
     if num_classes is not None:
@@ -57,9 +56,6 @@ def build(name: str, *, num_classes: int | None, image_size: int | None, pretrai
         options["img_size"] = image_size
     if ":" not in name:
         _check_name(name)
-        with torch.device("meta"):
-            draft = timm.create_model(name, pretrained=False)
-        Reader(draft, classes=CLASSES)
         if pretrained:
             _check_pretrained(name, num_classes)
     if not pretrained:

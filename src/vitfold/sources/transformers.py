@@ -96,7 +96,7 @@ def build(name: str, *, num_classes: int | None, image_size: int | None, pretrai
             "give the repository or folder that it was quantized from",
         )
     kind = _class_of(transformers, config, base, classifies=adapter is not None and adapter.classes is not None)
-    family = MODELS[f"transformers.{kind.__name__}"][0]
+    family = MODELS.get(f"transformers.{kind.__name__}", ("", "", ""))[0]
     processor = read_processor(name) or (None if base == name else read_processor(base))
     _check_classes(name, kind.__name__, config, num_classes, pretrained)
     if adapter is not None:
@@ -111,7 +111,7 @@ def build(name: str, *, num_classes: int | None, image_size: int | None, pretrai
     if image_size is None and family == "dinov2" and processor is not None:
         # DINOv2 interpolates its 518-pixel positions at every forward; its processor names the size in use.
         image_size = preprocess_from_processor(processor, None).crop_size[0]
-    if image_size is not None:
+    if image_size is not None and family:
         set_image_size(module, image_size)
     return module, {"processor": processor}
 
@@ -127,6 +127,8 @@ def _class_of(transformers: Any, config: Any, name: str, *, classifies: bool = F
     wanted = INSTEAD.get(found, found)
     if classifies and f"transformers.{wanted.removesuffix('Model')}ForImageClassification" in MODELS:
         wanted = f"{wanted.removesuffix('Model')}ForImageClassification"
+    if f"transformers.{wanted}" not in MODELS and isinstance(getattr(transformers, wanted, None), type):
+        return getattr(transformers, wanted)
     if f"transformers.{wanted}" not in MODELS:
         known = [full.partition(".")[2] for full in MODELS]
         reason = REFUSED.get(f"transformers.{found}")

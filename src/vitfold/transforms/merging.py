@@ -430,7 +430,7 @@ _ROWWISE = frozenset(
             "divide",
             "split",
         ),
-        *("slice", "concat", "ones_like"),
+        *("slice", "concat", "ones_like", "elementwise"),
     }
 )
 """Operations that treat rows of tokens alike, where their attributes do not name the token axis."""

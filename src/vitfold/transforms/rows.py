@@ -171,8 +171,11 @@ def _elementwise(program: Program, node: Node, rows: Rows) -> Moved | None:
     """Operands broadcast: those that have the axis give their rows."""
     rank = len(program.shapes[rows.ref])
     operands: dict[str, Given] = {}
-    for name in ("a", "b"):
-        ref = node.operand(name)
+    for name, given in node.inputs.items():
+        if not isinstance(given, int):
+            operands[name] = None
+            continue
+        ref = Ref(given)
         shape = program.shapes[ref]
         axis = rows.axis - (rank - len(shape))
         has = axis >= 0 and shape[axis] == program.shapes[rows.ref][rows.axis]
@@ -287,9 +290,9 @@ _LONG = 8
 taking two rows apart makes two products of one.
 """
 RULES: Mapping[str, Rule] = {
-    **{op: _rowwise("x") for op in ("linear", "layer_norm", "activation", "norm", "abs_max")},
+    **{op: _rowwise("x") for op in ("linear", "layer_norm", "rms_norm", "activation", "norm", "abs_max")},
     **{op: _rowwise("a") for op in ("add_scalar", "scale", "log", "tanh", "softmax", "ones_like")},
-    **dict.fromkeys(("add", "multiply", "divide"), _elementwise),
+    **dict.fromkeys(("add", "multiply", "divide", "elementwise"), _elementwise),
     "transpose": _transpose,
     "reshape": _reshape,
     "attention": _attention,

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from vitfold.model import Array, Model
+from vitfold.model import Architecture, Array, GraphSpec, Model
 from vitfold.ops.count import SiteCost
 from vitfold.ops.emit.lowering import Emit
 from vitfold.ops.emit.writer import MICROSOFT, Value
@@ -41,12 +42,12 @@ class Graph:
 
 
 def emit_graph(
-    program: Callable[[Emit, Value], Value],
+    program: Callable[[Emit, Value], Value | tuple[Value, ...]],
     model: Model,
     target: Target,
     quantizers: Mapping[str, Quantizer] | None = None,
 ) -> Graph:
-    """Run `program` over the emitting operations and return the ONNX graph; the batch stays symbolic.
+    """Run `program` over the emitting operations and return the ONNX graph; its ends are those of the architecture.
 
     The model's weights lie on the grids of `quantizers`, if given; sites without one stay float.
 
@@ -54,8 +55,31 @@ def emit_graph(
         TargetError: naming the site whose quantizer the target cannot execute.
     """
     spec = model.spec
+
+    def results(ops: Emit, pixels: Value) -> tuple[Value, ...]:
+        made = program(ops, pixels)
+        return made if isinstance(made, tuple) else (made,)
+
+    return emit_ports(
+        results,
+        model.params,
+        target,
+        quantizers,
+        inputs=(input_port(spec),),
+        outputs=spec.output_names,
+        dtypes={end.name: end.dtype for end in spec.outputs_of} if isinstance(spec, GraphSpec) else {},
+    )
+
+
+def input_port(spec: Architecture) -> Port:
+    """Return the end at which images enter."""
     shape = (spec.channels, *spec.image_size)
-    return emit_program(program, model.params, target, quantizers, shape=shape, output_name=spec.output)
+    if not isinstance(spec, GraphSpec):
+        return Port(name=spec.input, shape=shape)
+    end = spec.inputs[0]
+    lengths = tuple(length for length in end.shape[1:] if isinstance(length, int))
+    whole = lengths if len(lengths) == len(end.shape) - 1 else shape
+    return Port(name=end.name, shape=whole, batch=end.shape[0], dtype=end.dtype)
 
 
 def emit_program(
@@ -86,27 +110,33 @@ def emit_ports(
     *,
     inputs: Sequence[Port],
     outputs: Sequence[str],
+    dtypes: Mapping[str, str] | None = None,
 ) -> Graph:
-    """Like `emit_program`, for a program of several inputs, `program(ops, *values)`, and as many outputs as names."""
+    """Like `emit_program`, for a program of several inputs, `program(ops, *values)`, and as many outputs as names.
+
+    Args:
+        dtypes: the types of outputs that are not in single precision, by NumPy's names.
+    """
     ops = Emit(params, target, quantizers)
     entries = [
-        ir.Value(name=port.name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape((port.batch, *port.shape)))
+        ir.Value(name=port.name, type=ir.TensorType(_kind(port.dtype)), shape=ir.Shape((port.batch, *port.shape)))
         for port in inputs
     ]
     results = program(ops, *(ops.enter(entry, (1, *port.shape)) for entry, port in zip(entries, inputs, strict=True)))
     exits = []
     for name, result in zip(outputs, results, strict=True):
-        output = ops.leave(result)
+        kind = _kind((dtypes or {}).get(name, "float32"))
+        output = ops.leave(result, kind)
         output.name = name
-        output.type = ir.TensorType(ir.DataType.FLOAT)
-        output.shape = ir.Shape(("batch", *result.shape[1:]))
+        output.type = ir.TensorType(kind)
+        output.shape = ir.Shape((inputs[0].batch if dtypes else "batch", *result.shape[1:]))
         exits.append(output)
     graph = ir.Graph(
         entries,
         exits,
         nodes=ops.writer.tape.nodes,
         initializers=ops.writer.tape.initializers,
-        opset_imports={"": target.opset, MICROSOFT: 1} if target.contrib else {"": target.opset},
+        opset_imports={"": ops.opset, MICROSOFT: 1} if target.contrib else {"": ops.opset},
         name="vitfold",
     )
     onnx = ir.Model(graph, ir_version=_IR_VERSION, producer_name="vitfold")
@@ -118,6 +148,10 @@ def emit_ports(
         costs=tuple(ops.count.costs),
         weight_bytes=weight_bytes,
     )
+
+
+def _kind(dtype: str) -> ir.DataType:
+    return ir.DataType.from_numpy(np.dtype(dtype))
 
 
 def write_onnx(graph: Graph, path: Path) -> None:

@@ -13,16 +13,21 @@ import onnx_ir as ir
 
 from vitfold.model import Array
 from vitfold.ops.count import Count
+from vitfold.ops.emit.foreign import copy_foreign, opset_of
 from vitfold.ops.emit.operands import Operands
 from vitfold.ops.emit.products import Float, Fused, Pairs, Products
 from vitfold.ops.emit.reordered import Reordered
 from vitfold.ops.emit.rows import Rows
 from vitfold.ops.emit.writer import MICROSOFT, Shape, Value, Writer
-from vitfold.ops.protocol import Ops, input_site
+from vitfold.ops.protocol import UNARY, Ops, input_site
 from vitfold.quantizer import Quantizer
 from vitfold.target import Target
 
-_ELEMENTWISE = {"add": "Add", "multiply": "Mul", "divide": "Div", "log": "Log", "tanh": "Tanh"}
+_ELEMENTWISE = {
+    **{"add": "Add", "subtract": "Sub", "multiply": "Mul", "divide": "Div", "power": "Pow"},
+    **{"maximum": "Max", "minimum": "Min", "negative": "Neg"},
+    **{name: name.capitalize() for name in UNARY if name != "negative"},
+}
 _REDUCTIONS = {"mean": "ReduceMean", "sum": "ReduceSum", "max": "ReduceMax", "abs_max": "ReduceMax", "norm": "ReduceL2"}
 
 
@@ -46,6 +51,7 @@ class Emit(Ops[Value]):
         self.count = Count(shapes, quantizers, dequantize_first=target.quantized_product == "qdq")
         self.writer = Writer(params, target)
         self._target = target
+        self.opset = target.opset
         self._rows = Rows(self.writer, target)
         self._operands = Operands(self.writer, target, quantizers or {})
         self._float = Float(self.writer, target)
@@ -65,18 +71,18 @@ class Emit(Ops[Value]):
         self.count.scope(site)
 
     def enter(self, image: ir.Value, shape: Shape) -> Value:
-        """Take the float32 input over into the graph's float type."""
-        if self.writer.real == ir.DataType.FLOAT:
+        """Take an input of reals over into the graph's float type."""
+        if image.dtype == self.writer.real or (image.dtype is not None and not image.dtype.is_floating_point()):
             return Value(image, shape)
         return Value(self.writer.node("Cast", image, to=int(self.writer.real)), shape)
 
-    def leave(self, result: Value) -> ir.Value:
-        """Hand the output over as float32; an input that is handed on gets a value of its own."""
+    def leave(self, result: Value, kind: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        """Hand the output over in its type; an input that is handed on gets a value of its own."""
         if result.onnx.producer() is None:
             return self.writer.node("Identity", result.onnx)
-        if self.writer.real == ir.DataType.FLOAT:
+        if self.writer.real == kind or not kind.is_floating_point():
             return result.onnx
-        return self.writer.node("Cast", result.onnx, to=int(ir.DataType.FLOAT))
+        return self.writer.node("Cast", result.onnx, to=int(kind))
 
     def param(self, name: str) -> Value:
         """An initializer."""
@@ -127,6 +133,14 @@ class Emit(Ops[Value]):
         shape, writer = self.count.layer_norm(layer, x.shape, eps), self.writer
         scale, bias = writer.weight(f"{layer}.weight"), writer.weight(f"{layer}.bias")
         return Value(writer.node("LayerNormalization", x.onnx, scale, bias, site=layer, axis=-1, epsilon=eps), shape)
+
+    def rms_norm(self, layer: str, x: Value, eps: float) -> Value:
+        """One operator where the target has it, which in FP16 keeps its sum in single precision."""
+        if not self._target.contrib:
+            return super().rms_norm(layer, x, eps)
+        shape, scale = self.count.rms_norm(layer, x.shape, eps), self.writer.weight(f"{layer}.weight")
+        normal = self.writer.node("SimplifiedLayerNormalization", x.onnx, scale, site=layer, axis=-1, epsilon=eps)
+        return Value(normal, shape)
 
     def activation(self, kind: str, x: Value, site: str) -> Value:
         """Gelu as one operator; the others as their textbook form."""
@@ -253,6 +267,21 @@ class Emit(Ops[Value]):
         """In the target's form."""
         shape = self.count.scatter_add(site, x.shape, index.shape, rows.shape)
         return Value(self._rows.scatter_add(site, x, index.onnx, rows), shape)
+
+    def foreign(
+        self,
+        site: str,
+        parts: tuple[Value, ...],
+        graph: Array,
+        weights: tuple[str, ...],
+        shapes: tuple[tuple[int, ...], ...],
+        macs: int = 0,
+    ) -> tuple[Value, ...]:
+        """The nodes as they were."""
+        self.opset = max(self.opset, opset_of(graph))
+        self.count.foreign(site, tuple(part.shape for part in parts), graph, weights, shapes, macs)
+        inputs = [part.onnx for part in parts] + [self.writer.weight(name) for name in weights]
+        return tuple(map(Value, copy_foreign(self.writer, site, graph, inputs), shapes))
 
     def merge_rows(
         self, site: str, parts: tuple[Value, ...], survivors: Value, into: Value, moved: Value

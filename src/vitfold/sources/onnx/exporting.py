@@ -1,0 +1,183 @@
+"""Any torch module as a graph: exported by torch.onnx, in the way that works for it, and read like a file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitfold.errors import SourceError
+from vitfold.model.graph import Kind
+from vitfold.sources.onnx.model import ReadGraph, read
+from vitfold.sources.onnx.reading import BATCHES, read_plain, read_plain_pair
+
+INPUT = "pixel_values"
+OUTPUT = "output"
+_OPSET = 17
+_NAMED = ("logits", "image_embeds", "pooler_output", "last_hidden_state", "predicted_depth", "pred_boxes", "heatmaps")
+"""Outputs by these names come first, in this order."""
+
+
+def read_module(
+    module: nn.Module, shape: Sequence[int], *, outputs: Sequence[str] | None = None, head: Kind | None = None
+) -> ReadGraph:
+    """Read a module by what it computes for one input of shape (B, *shape).
+
+    Args:
+        outputs: which of its named outputs, all if None.
+
+    Raises:
+        SourceError: if torch cannot export it, or it has what vitfold cannot hold, with every reason.
+        ParityError: if the program does not compute what the export does.
+    """
+    wrapped = _Tensors(module, outputs)
+    example = torch.randn(BATCHES[0], *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        names = wrapped.names(example)
+    reasons = []
+    with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
+        for name, way in WAYS.items():
+            try:
+                with _quietly():
+                    plain, model = way(wrapped, example, names, Path(folder))
+                return read(plain, model, Path(type(module).__name__), head=head)
+            except SourceError as error:
+                reasons.append(f"{name}: {error}")
+            except Exception as error:  # the exporters raise errors of many classes
+                reasons.append(f"{name}: {_short(error)}")
+    raise SourceError(f"{type(module).__name__} cannot be read as a graph: {'; '.join(reasons)}")
+
+
+class _Tensors(nn.Module):
+    """A module of one input whose outputs are tensors by name."""
+
+    def __init__(self, module: nn.Module, outputs: Sequence[str] | None) -> None:
+        super().__init__()
+        self.module, self._wanted = module, outputs
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs in order."""
+        return tuple(self._named(self.module(pixel_values)).values())
+
+    def names(self, example: Tensor) -> tuple[str, ...]:
+        """Return the outputs' names."""
+        return tuple(self._named(self.module(example)))
+
+    def _named(self, made: Any) -> dict[str, Tensor]:
+        if isinstance(made, Tensor):
+            found = {OUTPUT: made}
+        elif isinstance(made, Mapping):
+            found = {str(name): value for name, value in made.items() if isinstance(value, Tensor)}
+        else:
+            values = made if isinstance(made, tuple | list) else [made]
+            found = {f"{OUTPUT}{i or ''}": value for i, value in enumerate(values) if isinstance(value, Tensor)}
+        found = {name: value for name, value in found.items() if value.is_floating_point()}
+        if self._wanted is not None:
+            missing = [name for name in self._wanted if name not in found]
+            if missing:
+                raise SourceError(f"there is no output {missing[0]!r}; there are {', '.join(found)}")
+            return {name: found[name] for name in self._wanted}
+        first = [name for name in _NAMED if name in found]
+        return {name: found[name] for name in (*first, *(name for name in found if name not in first))}
+
+
+def _with_any_batch(module: nn.Module, example: Tensor, names: Sequence[str], folder: Path) -> Any:
+    """Export by torch.export with an open batch."""
+    path = folder / "open.onnx"
+    batch = torch.export.Dim("batch", min=1)
+    _export(module, example, names, path, dynamo=True, dynamic_shapes={INPUT: {0: batch}})
+    return read_plain(path)
+
+
+def _batch_by_batch(module: nn.Module, example: Tensor, names: Sequence[str], folder: Path) -> Any:
+    """Export by torch.export for each of the two batches."""
+    paths = (folder / "first.onnx", folder / "second.onnx")
+    for path, size in zip(paths, BATCHES, strict=True):
+        rows = torch.cat([example] * 2)[:size]
+        _export(module, rows, names, path, dynamo=True)
+    return read_plain_pair(paths)
+
+
+def _by_torchscript(module: nn.Module, example: Tensor, names: Sequence[str], folder: Path) -> Any:
+    """Export by tracing."""
+    path = folder / "traced.onnx"
+    axes = {name: {0: "batch"} for name in (INPUT, *names)}
+    _export(module, example, names, path, dynamo=False, opset_version=_OPSET, dynamic_axes=axes)
+    return read_plain(path)
+
+
+WAYS: Mapping[str, Callable[[nn.Module, Tensor, Sequence[str], Path], Any]] = {
+    "torch.export with an open batch": _with_any_batch,
+    "torch.export for two batches": _batch_by_batch,
+    "tracing": _by_torchscript,
+}
+"""How a module is exported, in the order in which it is tried."""
+
+
+def _export(module: nn.Module, example: Tensor, names: Sequence[str], path: Path, **options: Any) -> None:
+    torch.onnx.export(module, (example,), path, input_names=[INPUT], output_names=list(names), **options)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep what exporters say off the terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            torch.no_grad(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _short(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def image_part(module: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, str]:
+    """Return the outermost part of a module that runs on images alone, and its path; "" is the module itself.
+
+    Raises:
+        SourceError: if there is none.
+    """
+    example = torch.zeros(1, *shape)
+    reason = None
+    for path, part in _candidates(module):
+        try:
+            with torch.no_grad():
+                part(example)
+        except Exception as error:  # whatever a stranger's forward raises
+            reason = reason or error
+            continue
+        return part, path
+    raise SourceError(
+        f"{type(module).__name__} does not run on one input of {tuple(example.shape)}: "
+        f"{_short(reason or Exception())}; give the part that does, or another image size"
+    )
+
+
+def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The module, then parts that say of themselves that they take pixels."""
+    yield "", module
+    for path, part in module.named_modules():
+        if path and getattr(part, "main_input_name", None) == "pixel_values":
+            yield path, part
+    for path in ("visual", "vision_model", "image_encoder", "encoder", "backbone"):
+        if isinstance(getattr(module, path, None), nn.Module):
+            yield path, getattr(module, path)
