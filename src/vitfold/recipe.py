@@ -379,6 +379,10 @@ def tokens_per_block(spec: Architecture, r: tuple[int, ...]) -> tuple[int, ...]:
     """
     if len(r) not in (0, spec.num_layers):
         raise RecipeError(f"merge.r has {len(r)} entries, the model has {spec.num_layers} blocks; give one per block")
+    if spec.unmergeable:
+        if any(r):
+            raise RecipeError(f"tokens of this model cannot merge: {spec.unmergeable}; leave --merge out")
+        return (spec.tokens,) * (spec.num_layers + 1)
     deleted = [0 if spec.sinks is None else spec.sinks.deleted(block) for block in range(spec.num_layers)] + [0]
     counts = [spec.tokens - deleted[0]]
     for block, removed in enumerate(r or (0,) * spec.num_layers):

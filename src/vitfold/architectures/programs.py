@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from vitfold.architectures.vit import vit
-from vitfold.errors import RecipeError
 from vitfold.model import Architecture, GraphSpec, ViTSpec, param_shapes
 from vitfold.ops.protocol import Ops, Port, T
 from vitfold.program import Program, program_from_dict, replay, trace
@@ -59,8 +58,6 @@ def program_of(spec: Architecture, merge: MergeRecipe = UNMERGED, *, sources: bo
     deletion = Deletion(block=sinks.block, count=sinks.deletions) if sinks is not None and sinks.deletions else None
     layout = Layout(prefix=spec.prefix, grid=spec.grid)
     if spec.unmergeable:
-        if any(merge.r):
-            raise RecipeError(f"tokens of this model cannot merge: {spec.unmergeable}; leave --merge out")
         return plain_program(spec)
     program = merged(plain_program(spec), shapes, merge, layout, deletion=deletion, sources=sources)
     if sinks is None:

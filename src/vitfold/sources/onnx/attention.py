@@ -15,10 +15,10 @@ import numpy as np
 from vitfold.model import Array
 from vitfold.ops.protocol import Ops
 from vitfold.program import Node, Program, Ref
-from vitfold.program.program import Literal, Shape
+from vitfold.program.program import Shape
 from vitfold.program.queries import makers, readers
 from vitfold.program.trace import Recorder, Traced, call
-from vitfold.sources.onnx.views import factor_of, view_of
+from vitfold.sources.onnx.views import factor_of, known_numbers, view_of
 from vitfold.transforms.dead import without_dead_nodes
 
 _EXACT = 1e-6
@@ -150,7 +150,7 @@ def _scaled_by_head(
     shape = node.shapes[0]
     pair = (node.operand("a"), node.operand("b"))
     for one, other in (pair, pair[::-1]):
-        numbers = _known_numbers(params, made_by, other)
+        numbers = known_numbers(params, made_by.get(other))
         if numbers is not None and program.shapes[one] == shape and numbers.shape[-2:] == (1, 1):
             whole = np.broadcast_to(numbers, (*shape[:-2], 1, 1))
             return one, whole.reshape((1, math.prod(shape[1:-2]), 1, 1))
@@ -166,7 +166,7 @@ def _added(
     for one, other in (pair, pair[::-1]):
         if program.shapes[one] != shape:
             continue
-        numbers = _known_numbers(params, made_by, other)
+        numbers = known_numbers(params, made_by.get(other))
         if numbers is not None:
             whole = np.broadcast_to(numbers, shape).reshape((1, math.prod(shape[1:-2]), *shape[-2:]))
             return one, whole, None
@@ -183,17 +183,6 @@ def _leads_to_product(made_by: Mapping[Ref, Node], ref: Ref) -> bool:
             return False
         node = made_by.get(number[0])
     return node is not None
-
-
-def _known_numbers(params: Mapping[str, Array], made_by: Mapping[Ref, Node], ref: Ref) -> Array | None:
-    node = made_by.get(ref)
-    if node is not None and node.op == "param":
-        return params[node.attributes["name"]]
-    if node is not None and node.op == "constant":
-        literal = node.attributes["values"]
-        assert isinstance(literal, Literal)
-        return literal.array()
-    return None
 
 
 class _Writing:

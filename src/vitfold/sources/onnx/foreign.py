@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 from vitfold.model import Array
 from vitfold.sources.onnx.placing import Lifted, Place, UnliftableError, place_in, rest_of
-from vitfold.sources.onnx.reading import BATCHES, Shape
+from vitfold.sources.onnx.reading import Shape
 
 if TYPE_CHECKING:
     from vitfold.sources.onnx.lifting import Lift
@@ -94,13 +94,15 @@ def _leaving(lift: Lift, name: str, given: list[str]) -> tuple[Shape, Place]:
     """The shape of a result for one image, and where its batch is: in front as in what it is made of, if possible."""
     shapes = lift.shapes_of(name)
     differing = [i for i, (a, b) in enumerate(zip(*shapes, strict=True)) if a != b]
+    if lift.plain.batch is not None and shapes[0] and shapes[0][0] % lift.plain.batch == 0:
+        differing = [0]
     if not differing:
         raise UnliftableError(f"makes {name} without a batch")
     ahead = math.prod(shapes[0][: differing[0]])
     befores = {lift.values[one].place.before for one in given if lift.values[one].place.axis == differing[0]}
     for before in (*befores, 1):
         try:
-            place = place_in(shapes, BATCHES, ahead * before)
+            place = place_in(shapes, lift.plain.batches, ahead * before)
         except UnliftableError:
             continue
         shape = list(shapes[0])
@@ -134,9 +136,10 @@ def _with_batch(lift: Lift, name: str, entry: str, initializers: list[onnx.Tenso
     first, second = lift.plain.varying[name]
     if first.shape != second.shape:
         raise UnliftableError("has as many numbers as images")
-    step = (second - first) // (BATCHES[1] - BATCHES[0])
-    base = first - step * BATCHES[0]
-    if not np.array_equal(base + step * BATCHES[1], second):
+    few, more = lift.plain.batches
+    step = (second - first) // (more - few)
+    base = first - step * few
+    if not np.array_equal(base + step * more, second):
         raise UnliftableError("has numbers that do not grow with the batch evenly")
     for suffix, array in (("step", step), ("base", base)):
         initializers.append(numpy_helper.from_array(_like(array, first), f"{name}/{suffix}"))
@@ -158,7 +161,7 @@ def _products(lift: Lift, node: onnx.NodeProto) -> int:
     made, weight = lift.plain.shapes[node.output[0]][0], _shape(lift, node.input[1])
     read = _shape(lift, node.input[0])
     work = {"Conv": math.prod(made) * math.prod(weight[1:]), "ConvTranspose": math.prod(read) * math.prod(weight[1:])}
-    return work.get(node.op_type, math.prod(made) * read[-1]) // BATCHES[0]
+    return work.get(node.op_type, math.prod(made) * read[-1]) // lift.plain.batches[0]
 
 
 def _shape(lift: Lift, name: str) -> Shape:

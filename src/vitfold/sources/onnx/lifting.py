@@ -16,7 +16,7 @@ from vitfold.program import Program
 from vitfold.program.trace import Recorder, Traced
 from vitfold.sources.onnx.foreign import foreign_piece
 from vitfold.sources.onnx.placing import Lifted, Place, UnliftableError, place_in
-from vitfold.sources.onnx.reading import BATCHES, End, Plain, Shape
+from vitfold.sources.onnx.reading import End, Plain, Shape
 
 _SMALL = 16
 """Constants up to so many numbers stand in the program itself, longer ones are parameters."""
@@ -149,7 +149,7 @@ class Lift:
     def placed(self, name: str, in_front: int) -> tuple[Shape, Place]:
         """Return a value's shape for one image, and where its batch is, `in_front` elements behind the beginning."""
         shapes = self.shapes_of(name)
-        place = place_in(shapes, BATCHES, in_front)
+        place = place_in(shapes, self.plain.batches, in_front)
         first = list(shapes[0])
         first[place.axis] = place.before * place.after
         return tuple(first), place
@@ -217,7 +217,8 @@ def _as_it_is(lift: Lift, node: onnx.NodeProto, reason: str) -> None:
 
 def _port(end: End, plain: Plain) -> Port:
     shapes = plain.shapes[end.name]
-    if not end.shape or [i for i, (a, b) in enumerate(zip(*shapes, strict=True)) if a != b] != [0]:
+    differing = [i for i, (a, b) in enumerate(zip(*shapes, strict=True)) if a != b]
+    if not end.shape or differing != ([0] if plain.batch is None else []):
         raise SourceError(f"the input {end.name} has no batch axis in front; export the model with one")
     return Port(name=end.name, shape=shapes[0][1:], batch=end.shape[0])
 

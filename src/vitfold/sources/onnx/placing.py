@@ -76,6 +76,8 @@ def place_in(shapes: tuple[Shape, Shape], batches: tuple[int, int], in_front: in
         UnliftableError: if it is not there, or within what cannot be parted.
     """
     first, second = shapes
+    if batches[0] == batches[1]:
+        return _place_of_one(first, batches[0], in_front)
     differing = [i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b]
     if len(first) != len(second) or len(differing) != 1:
         raise UnliftableError("has the batch in no axis, or in several")
@@ -87,6 +89,19 @@ def place_in(shapes: tuple[Shape, Shape], batches: tuple[int, int], in_front: in
     if length % before:
         raise UnliftableError("parts the batch")
     return Place(axis, before, length // before)
+
+
+def _place_of_one(shape: Shape, batch: int, in_front: int) -> Place:
+    """Find the batch where only one is known: the axis that begins with it, else the first that it can be parted from."""
+    found = []
+    for axis, length in enumerate(shape):
+        ahead = math.prod(shape[:axis])
+        before = in_front // ahead if in_front % ahead == 0 else 0
+        if before and length % (before * batch) == 0:
+            found.append(Place(axis, before, length // (before * batch)))
+    if not found:
+        raise UnliftableError("parts the batch")
+    return min(found, key=lambda place: (place.before > 1, place.after > 1, place.axis))
 
 
 def in_front_of(lifted: Lifted) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.reference
 import onnxruntime
 from onnx import TensorProto, numpy_helper
 
@@ -29,6 +30,7 @@ _FLOATS = (TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
 _QUANTIZED = ("QuantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger", "DynamicQuantizeLinear", "MatMulNBits")
 _FLOW = ("If", "Loop", "Scan", "SequenceAt", "SequenceConstruct", "SplitToSequence", "ConcatFromSequence", "Optional")
+_COUNTING = ("NonZero", "NonMaxSuppression", "Unique", "Compress", "StringSplit")
 _OFF = (
     *("MatMulAddFusion", "BiasGeluFusion", "FastGeluFusion", "BiasSoftmaxFusion", "BiasDropoutFusion"),
     *("SkipLayerNormFusion", "EmbedLayerNormFusion", "AttentionFusion", "GemmActivationFusion", "ConvActivationFusion"),
@@ -58,7 +60,8 @@ class End:
 class Plain:
     """A file's graph in normal form: nodes in order, constants, and the shape of every value for both batches.
 
-    `varying` are whole numbers that differ between the batches; `batch` is the one that the file insists on, if any.
+    `varying` are numbers that differ between the batches; `batch` is the one that the file insists on, if any, for
+    which both shapes are.
     """
 
     nodes: tuple[onnx.NodeProto, ...]
@@ -70,6 +73,11 @@ class Plain:
     outputs: tuple[End, ...]
     opset: int
     batch: int | None
+
+    @property
+    def batches(self) -> tuple[int, int]:
+        """The batches that both shapes of a value belong to."""
+        return BATCHES if self.batch is None else (self.batch, self.batch)
 
 
 def read_plain(path: Path, *, image_size: Sequence[int] | None = None) -> tuple[Plain, onnx.ModelProto]:
@@ -86,9 +94,10 @@ def read_plain(path: Path, *, image_size: Sequence[int] | None = None) -> tuple[
     batch = next((int(end.shape[0]) for end in inputs if end.shape and isinstance(end.shape[0], int)), None)
     fixed = _at_opset(fixed)
     if batch is not None:
-        fixed = _with_any_batch(fixed, batch)
+        only = _normalized(at_batch(fixed, batch), path)
+        return _joined(only, only, inputs, outputs, batch, path), fixed
     first, second = (_normalized(at_batch(fixed, size), path) for size in BATCHES)
-    return _joined(first, second, inputs, outputs, batch, path), fixed
+    return _joined(first, second, inputs, outputs, None, path), fixed
 
 
 def read_plain_pair(paths: tuple[Path, Path]) -> tuple[Plain, onnx.ModelProto]:
@@ -261,35 +270,6 @@ def _opset(model: onnx.ModelProto) -> int:
     return max((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), default=1)
 
 
-def _with_any_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
-    """Return a model of one batch for any: lengths that begin with it are taken from what is reshaped.
-
-    Whether that is right is not sure here: the parity of the lifted program decides.
-    """
-    loose = onnx.ModelProto()
-    loose.CopyFrom(model)
-    constants = {tensor.name: tensor for tensor in loose.graph.initializer}
-    for node in loose.graph.node:
-        if node.op_type == "Constant" and node.attribute[0].type == onnx.AttributeProto.TENSOR:
-            constants[node.output[0]] = node.attribute[0].t
-    changed = set()
-    for node in loose.graph.node:
-        if node.op_type not in ("Reshape", "Expand"):
-            continue
-        tensor = constants.get(node.input[1])
-        if tensor is None or tensor.name in changed:
-            continue
-        shape = numpy_helper.to_array(tensor).copy()
-        if node.op_type == "Reshape" and shape.ndim == 1 and len(shape) and shape[0] > 0 and shape[0] % batch == 0:
-            if -1 not in shape:
-                shape[0] = -1
-            elif shape[0] == batch:
-                shape[0] = 0
-            tensor.CopyFrom(numpy_helper.from_array(shape, tensor.name))
-            changed.add(tensor.name)
-    return loose
-
-
 def at_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     """Return a model whose inputs are of one batch."""
     fixed = onnx.ModelProto()
@@ -333,12 +313,40 @@ def _normalized(model: onnx.ModelProto, path: Path) -> _Normal:
             f"{path} decides at run time what it computes ({flow.op_type} at {flow.name or flow.output[0]}); export it "
             "for fixed sizes, without branches and loops"
         )
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in found.graph.initializer}
-    for node in found.graph.node:
-        if node.op_type == "Constant":
-            constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+    counting = next((node for node in found.graph.node if node.op_type in _COUNTING), None)
+    if counting is not None:
+        raise SourceError(
+            f"in {path} the numbers of an image decide how much there is ({counting.op_type} at "
+            f"{counting.name or counting.output[0]}); export the model up to there"
+        )
+    constants = _constants(found)
     shapes, types = _shapes(found, path)
     return _Normal(model=found, constants=constants, shapes=shapes, types=types)
+
+
+def _constants(model: onnx.ModelProto) -> dict[str, Array]:
+    """Return all constants, and take the nodes that follow from them alone out of the model."""
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    kept = []
+    for node in model.graph.node:
+        if any(name and name not in constants for name in node.input):
+            kept.append(node)
+            continue
+        alone = onnx.helper.make_graph(
+            [node],
+            "constant",
+            [],
+            [onnx.helper.make_empty_tensor_value_info(name) for name in node.output],
+            [numpy_helper.from_array(constants[name], name) for name in dict.fromkeys(node.input) if name],
+        )
+        bare = onnx.helper.make_model(alone, opset_imports=model.opset_import, ir_version=model.ir_version)
+        made = onnx.reference.ReferenceEvaluator(bare).run(None, {})
+        for name, array in zip(node.output, made, strict=True):
+            constants[name] = np.asarray(array)
+            model.graph.initializer.append(numpy_helper.from_array(constants[name], name))
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    return constants
 
 
 def _shapes(model: onnx.ModelProto, path: Path) -> tuple[dict[str, Shape], dict[str, int]]:
@@ -414,8 +422,7 @@ def _joined(
     first: _Normal, second: _Normal, inputs: tuple[End, ...], outputs: tuple[End, ...], batch: int | None, path: Path
 ) -> Plain:
     """Put both batches together."""
-    nodes = [node for node in first.model.graph.node if node.op_type != "Constant"]
-    others = [node for node in second.model.graph.node if node.op_type != "Constant"]
+    nodes, others = list(first.model.graph.node), list(second.model.graph.node)
     if [node.op_type for node in nodes] != [node.op_type for node in others]:
         raise SourceError(
             f"{path} computes something else for {BATCHES[1]} images than for {BATCHES[0]}; export it with one batch "

@@ -47,6 +47,17 @@ def view_of(program: Program, made_by: Mapping[Ref, Node], ref: Ref, *, scaled: 
     return View(base=ref, index=index[0], factor=factor, chain=tuple(node for node, _ in reversed(chain)))
 
 
+def known_numbers(params: Mapping[str, Array], node: Node | None) -> Array | None:
+    """Return what a node makes, where that is known before any input is."""
+    if node is not None and node.op == "param":
+        return params[node.attributes["name"]]
+    if node is not None and node.op == "constant":
+        literal = node.attributes["values"]
+        assert isinstance(literal, Literal)
+        return literal.array()
+    return None
+
+
 def factor_of(made_by: Mapping[Ref, Node], node: Node) -> tuple[Ref, float] | None:
     """Return what a node multiplies by a single known number, and that number."""
     if node.op == "scale":
@@ -56,14 +67,11 @@ def factor_of(made_by: Mapping[Ref, Node], node: Node) -> tuple[Ref, float] | No
     a, b = node.operand("a"), node.operand("b")
     for one, other in ((a, b), (b, a)):
         maker = made_by.get(other)
-        if maker is None or maker.op != "constant":
+        numbers = known_numbers({}, maker) if maker is not None and maker.op == "constant" else None
+        if numbers is None or numbers.size != 1 or (node.op == "divide" and other == a):
             continue
-        literal = maker.attributes["values"]
-        assert isinstance(literal, Literal)
-        if math.prod(literal.shape) != 1 or (node.op == "divide" and other == a):
-            continue
-        number = float(literal.array().reshape(()))
-        if len(node.shapes[0]) >= len(literal.shape) and number:
+        number = float(numbers.reshape(()))
+        if number:
             return one, number if node.op == "multiply" else 1.0 / number
     return None
 
