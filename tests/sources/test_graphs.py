@@ -329,7 +329,7 @@ def test_shapes_and_orders_of_axes_are_followed_with_the_batch_anywhere(seed):
         plain, _ = _plain_of(model)
         lifted = lift(plain)
     except SourceError as error:
-        assert "batch" in str(error)
+        assert "batch" in str(error)  # noqa: PT017
         return
     (made,) = replay(lifted.program, Run(dict(lifted.params)), torch.from_numpy(given["x"]))
     out = lifted.outputs["y"]
@@ -374,8 +374,8 @@ def custom_operator(path, _):
 
 
 def quantized(path, _):
-    body = "s = Constant<value = float {0.1}>() z = Constant<value = uint8 {0}>() q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z)"
-    _save(_text_model(body), path)
+    constants = "s = Constant<value = float {0.1}>() z = Constant<value = uint8 {0}>()"
+    _save(_text_model(f"{constants} q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z)"), path)
 
 
 def newer_opset(path, _):

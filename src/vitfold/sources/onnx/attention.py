@@ -84,15 +84,18 @@ def _attentions(program: Program, params: Mapping[str, Array]) -> list[Found]:
     found = []
     for node in program.nodes:
         if node.op == "softmax":
-            average = _only_reader(read_by, node.outputs[0])
-            if average is not None and average.op == "matmul" and average.operand("a") == node.outputs[0]:
+            weights, average = node.outputs[0], _only_reader(read_by, node.outputs[0])
+            if average is not None and average.op == "reshape" and average.shapes[0][-1] == node.shapes[0][-1]:
+                (weights,) = average.outputs
+                average = _only_reader(read_by, weights)
+            if average is not None and average.op == "matmul" and average.operand("a") == weights:
                 one = _scores_of(program, params, made_by, node, average)
                 found += [] if one is None else [one]
     return found
 
 
 def _only_reader(read_by: Mapping[Ref, tuple[Node, ...]], ref: Ref) -> Node | None:
-    """The only reader of a value, behind reshapes that leave its last two axes."""
+    """The only reader of a value."""
     found = read_by[ref]
     return found[0] if len(found) == 1 else None
 
@@ -102,7 +105,7 @@ def _scores_of(
 ) -> Found | None:
     """Follow a softmax back to the product of queries and keys."""
     ref, factor = softmax.operand("a"), 1.0
-    lead = program.shapes[ref][1:-2]
+    shape = program.shapes[average.operand("a")]
     known: Array | None = None
     by_head: Array | None = None
     biases: list[Ref] = []
@@ -111,7 +114,9 @@ def _scores_of(
         if number is not None:
             ref, factor = number[0], factor * number[1]
             continue
-        if node.op == "reshape" and node.shapes[0][-2:] == program.shapes[node.operand("a")][-2:] and not biases:
+        plain = known is None and by_head is None and not biases
+        kept = -1 if plain else -2
+        if node.op == "reshape" and node.shapes[0][kept:] == program.shapes[node.operand("a")][kept:] and not biases:
             ref = node.operand("a")
             continue
         scaled = _scaled_by_head(program, params, made_by, node) if node.op == "multiply" and by_head is None else None
@@ -128,7 +133,7 @@ def _scores_of(
             biases.append(bias)
         else:
             return None
-    if node is None or math.prod(lead) != math.prod(node.shapes[0][1:-2]):
+    if node is None or (math.prod(shape[1:-2]), shape[-2:]) != (math.prod(node.shapes[0][1:-2]), node.shapes[0][-2:]):
         return None
     if program.shapes[node.operand("a")][1:-2] != program.shapes[node.operand("b")][1:-2]:
         return None
