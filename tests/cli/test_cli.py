@@ -26,6 +26,16 @@ def merged(folder: Path, few: Path) -> Path:
     return folder / "merged.fold"
 
 
+@pytest.fixture
+def broken_packages(tmp_path: Path) -> Path:
+    """A folder that, on PYTHONPATH, lets no package of doctor's list be imported."""
+    for _, module, _, _ in doctor._PARTS:
+        (tmp_path / f"{module.partition('.')[0]}.py").write_text(
+            "raise OSError('broken on purpose')\n", encoding="utf-8"
+        )
+    return tmp_path
+
+
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Path:
     run("optimize", "demo", "-o", folder / "plain.fold")
@@ -217,24 +227,24 @@ def test_cache_says_what_is_kept_and_clears_it(tmp_path: Path, monkeypatch: pyte
     assert "VITFOLD_CACHE_GB='much' is no number of gigabytes" in error("cache")
 
 
-def test_doctor_says_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_what_is_there(monkeypatch: pytest.MonkeyPatch, broken_packages: Path) -> None:
     values = run_json("doctor")
     assert values["environment"]["cores"] >= 1
     packages = {part["package"]: part for part in values["packages"]}
     assert {"onnxruntime", "torch", "openvino", "nncf", "tensorrt", "tensorrt-rtx-cu13"} <= set(packages)
-    monkeypatch.setattr(doctor, "_import_problems", lambda modules: {"torch": "OSError: it is a test"})
-    shown = run("doctor").stdout
-    assert "onnxruntime" in shown
-    assert "OSError" in shown
+    assert packages["onnxruntime"]["problem"] is None
+    monkeypatch.setenv("PYTHONPATH", str(broken_packages))
+    shown = "".join(run("doctor").stdout.split())
+    assert "OSError:brokenonpurpose" in shown
+    assert "vitfold[peers]" in shown
 
 
-def test_doctor_names_the_extra_of_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda package: None)
-    monkeypatch.setattr(doctor, "_import_problems", lambda modules: {})
-    cures = {part["package"]: part["cure"] for part in run_json("doctor")["packages"]}
+def test_doctor_names_the_extra_of_what_is_missing() -> None:
+    rows = doctor.package_rows(lambda package: None, lambda modules: {})
+    assert {part["problem"] for part in rows} == {"not installed"}
+    cures = {part["package"]: part["cure"] for part in rows}
     assert cures["tensorrt"] == "pip install -U 'vitfold[tensorrt]'"
     assert cures["tensorrt-rtx-cu13"] == "pip install -U 'vitfold[audit]'"
-    assert "vitfold[tensorrt]" in "".join(run("doctor").stdout.split())
 
 
 def test_doctor_finds_tensorrt_under_the_name_of_a_cuda_version() -> None:
@@ -381,16 +391,16 @@ def test_interrupting_leaves_no_half_written_bundle(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_needs_no_torch() -> None:
+def test_help_needs_no_torch(broken_packages: Path) -> None:
     script = (
-        "import contextlib, io, sys\n"
+        "import contextlib, io, os, sys\n"
         "class Block:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in ('torch', 'timm', 'onnx_ir', 'transformers'):\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Block())\n"
-        "from vitfold.cli import doctor, main\n"
-        "doctor._import_problems = lambda modules: {}\n"
+        "from vitfold.cli import main\n"
+        f"os.environ['PYTHONPATH'] = {str(broken_packages)!r}\n"
         "for arguments in (['--help'], ['optimize', '--help'], ['--version'], ['doctor', '--json']):\n"
         "    sys.argv = ['vitfold', *arguments]\n"
         "    with contextlib.redirect_stdout(io.StringIO()) as shown:\n"

@@ -13,7 +13,7 @@ from invoking import ROOT, error, run, run_json
 from specs import vit_base
 from vitfold.artifacts.bundle import open_bundle
 from vitfold.bench.timing import Protocol
-from vitfold.cli.sweep import _planned
+from vitfold.cli.sweep import SweepArgs
 from vitfold.engines import DEFAULT, quantized_target
 from vitfold.pipeline import search, trial
 from vitfold.pipeline.sweep import Sweep
@@ -127,7 +127,7 @@ def test_a_plan_with_an_unknown_key_is_named(few: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_sweeps_that_come_along_can_be_carried_out(path: Path) -> None:
-    values = _planned(path, {})
+    values = SweepArgs(plan=path).chosen()
     sweep = Sweep(merges=tuple(values["merge"]), quants=tuple(values["quant"]), methods=tuple(values["methods"]))
     assert len(sweep.attempts(vit_base())) == len(values["merge"]) * (
         values["quant"].count("none") + (len(values["quant"]) - values["quant"].count("none")) * len(values["methods"])

@@ -22,6 +22,11 @@ def refuse(*mistakes: tuple[bool, str, str]) -> None:
             raise typer.BadParameter(message, param_hint=hint)
 
 
+def listed(text: str | None) -> list[str]:
+    """Return the words of a list separated by commas."""
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelArgs:
     """How a source is loaded, and how its images are read."""
@@ -176,6 +181,7 @@ class StepSearchArgs:
     reuse: options.Reuse = "auto"
     merge: options.StepMerge = None
     quant: options.StepQuant = None
+    method: options.StepMethod = None
     min_psnr: options.MinPsnr = None
     max_psnr_drop: options.MaxPsnrDrop = None
     max_fid_rise: options.MaxFidRise = None

@@ -264,6 +264,13 @@ StepMerge = Annotated[
 StepQuant = Annotated[
     str | None, typer.Option(metavar="w8a8", help="8-bit linear layers in the blocks, or none; auto tries both.")
 ]
+StepMethod = Annotated[
+    str | None,
+    typer.Option(
+        help="How --quant rounds: gptq (default; clips nothing), vitfold, ptq4vit, repq, noisy, smooth, mse, "
+        "percentile or minmax."
+    ),
+]
 MinPsnr = Annotated[
     float | None,
     typer.Option(metavar="DB", help="Least PSNR to the unaccelerated images at equal seeds.", rich_help_panel=SEARCH),

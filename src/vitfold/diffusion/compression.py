@@ -49,6 +49,11 @@ class Compression:
         return "none" if self.recipe is None else self.recipe.scheme.lower()
 
     @property
+    def method(self) -> str | None:
+        """The method of quantization, where something was quantized."""
+        return None if self.recipe is None else self.recipe.method
+
+    @property
     def suffix(self) -> str:
         """How tables call it, behind the name of a method."""
         return (f", r={self.r}" if self.r else "") + (f", {self.quant}" if self.recipe is not None else "")

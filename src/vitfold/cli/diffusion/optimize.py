@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,6 +82,7 @@ class _Steps:
 
     def __post_init__(self) -> None:
         way, judging = self.way, self.judging
+        quantizes = way.reuse == AUTO if way.quant is None else way.quant != "none"
         bounded = any(bound is not None for bound in (way.min_psnr, way.max_psnr_drop, way.max_fid_rise))
         refuse(
             (bounded and way.reuse != AUTO, "a bound goes with --reuse auto", "--reuse"),
@@ -93,6 +95,11 @@ class _Steps:
                 way.max_fid_rise is not None and judging.features is None,
                 "a Frechet distance needs real images and features: give --real DIR and --features SOURCE",
                 "--max-fid-rise",
+            ),
+            (
+                way.method is not None and not quantizes,
+                "a method says how --quant rounds; give --quant w8a8",
+                "--method",
             ),
             (way.merge is not None and not way.merge.isdecimal(), "give the tokens merged per block", "--merge"),
         )
@@ -132,7 +139,8 @@ def optimize_steps(source: str, output: Path, wanted: _Steps, *, overwrite: bool
         scheme = wanted.way.quant
         schemes = [scheme.lower()] if scheme is not None else ["none"] if method else ["none", "w8a8"]
         say("compressing")
-        able = [compress(model, r=merge, quant=scheme, steps=few.steps, guidance=few.guidance) for scheme in schemes]
+        along = partial(compress, model, r=merge, method=wanted.way.method, steps=few.steps, guidance=few.guidance)
+        able = [along(quant=scheme) for scheme in schemes]
         found, searched = None, None
         chosen, count = able[0], few.steps
         if method is None:
@@ -149,6 +157,7 @@ def optimize_steps(source: str, output: Path, wanted: _Steps, *, overwrite: bool
             guidance=few.guidance,
             merge=chosen.r,
             quant=chosen.quant,
+            method=chosen.method,
         )
         draft = save_steps(model, plan, method, chosen, place.draft(), search=searched, say=say)
         bundle = publish_bundle(place, draft)
@@ -184,6 +193,7 @@ def _search(
         rows,
         merge=able[0].r,
         quant=able[-1].quant,
+        method=able[-1].method,
         features=wanted.judging.features,
         chosen=None if found.winner is None else found.winner.row.method,
         before=before,
@@ -206,7 +216,7 @@ def _search_folder(model: DiTModel, few: SamplingConfig, able: list[Compression]
     """Where the rows of this search lie, for the same command to go on with, if they can lie anywhere."""
     # How far images are from the converged ones is measured only where a bound asks for it.
     converged, decoded = bounds.max_psnr_drop_db is not None, model.decoder is not None
-    compressions = [(one.r, one.quant) for one in able]
+    compressions = [(one.r, one.quant, one.method) for one in able]
     settings = [__version__, model.digest(), asdict(few), compressions, processor(), converged, decoded]
     try:
         return entry_folder("step-searches", key_of(*settings))
@@ -238,7 +248,8 @@ def _print(values: dict[str, Any], found: StepSearchResult | None) -> None:
         row = found.winner.row
         shown = f"{row.speedup['median']:.2f}x, {number(row.psnr_db, '.1f')} dB"
         out.print(f"  held out  {shown} on {values['held_out']['images']} seeds")
-    out.print(f"  quant     {plan['quant']}, {plan['merge']} tokens merged per block")
+    by = f" by {plan['method']}" if plan["method"] else ""
+    out.print(f"  quant     {plan['quant']}{by}, {plan['merge']} tokens merged per block")
     db = values["verified"]["psnr_db"]
     exact = "the same images as" if db is None else f"within {db:.0f} dB of"
     out.print(f"  verified  {values['verified']['engine']} draws {exact} the reference")
