@@ -115,13 +115,13 @@ def test_a_search_writes_the_winner(source: str, tmp_path: Path, monkeypatch: py
 def test_other_commands_say_who_takes_it(stack: Path, tmp_path: Path) -> None:
     said = error("evaluate", stack, "--images", tmp_path)
     assert "holds the steps of a diffusion model" in said
-    assert "vitfold diffuse" in said
+    assert "vitfold diffusion sample" in said
     assert "a bundle has its own method" in error("diffusion", "sample", stack, "--reuse", "none", code=2)
 
 
 def test_a_source_of_steps_needs_a_method_of_reuse(source: str, tmp_path: Path) -> None:
     for name in (source, "demo-dit"):
-        assert "optimize its steps with --reuse auto" in error("optimize", name, "-o", tmp_path / "x.fold")
+        assert f"vitfold diffusion optimize {name}" in error("optimize", name, "-o", tmp_path / "x.fold")
 
 
 def test_damage_is_named(plain: Path, tmp_path: Path) -> None:

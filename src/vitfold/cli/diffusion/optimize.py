@@ -41,7 +41,14 @@ SAMPLES, FID_SAMPLES = 32, 256
 
 
 @command(
-    brief={"reuse": "As solved:18, or auto (default): the fastest in bounds.", "quant": "w8a8 or none."},
+    brief={
+        "reuse": "As solved:18, or auto: the fastest.",
+        "merge": "Tokens merged per block.",
+        "quant": "w8a8 or none.",
+        "min_psnr": "Least PSNR to unaccelerated images.",
+        "max_fid_rise": "How much larger a FID.",
+        "steps": "Denoising steps; default: 50.",
+    },
     shown="output reuse merge quant steps min_psnr max_fid_rise overwrite json",
     examples=(
         "vitfold diffusion optimize demo-dit --min-psnr 30 -o fast.fold",

@@ -154,12 +154,12 @@ def _kind(dtype: str) -> ir.DataType:
     return ir.DataType.from_numpy(np.dtype(dtype))
 
 
-def write_onnx(graph: Graph, path: Path) -> None:
-    """Write the graph; weights beyond 256 MiB go to `<name>.data` beside it.
+def write_onnx(graph: Graph, path: Path, *, external_bytes: int = EXTERNAL_DATA_BYTES) -> None:
+    """Write the graph; weights beyond `external_bytes` go to `<name>.data` beside it.
 
     Such a file is written several times faster than one protobuf message, and has no 2 GiB limit.
     """
-    external = f"{path.name}.data" if graph.weight_bytes > EXTERNAL_DATA_BYTES else None
+    external = f"{path.name}.data" if graph.weight_bytes > external_bytes else None
     ir.save(graph.model, path, external_data=external)
 
 
