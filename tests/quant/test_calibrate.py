@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from quantizing import run_exactly, single
-from vitfold.architectures.programs import forward
+from vitfold.architectures.programs import forward, plain_program
 from vitfold.artifacts.cache import cache_folder
 from vitfold.errors import CalibrationError, RecipeError
 from vitfold.images import ImageSet, batches, find_images
@@ -22,6 +22,7 @@ from vitfold.ops.emit import emit_graph, write_onnx
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate, fake_quantize
 from vitfold.pipeline.calibration import constraints_of
+from vitfold.program.queries import projections_of
 from vitfold.quant import METHODS, Calibrated, Progress, QuantConstraints, calibrate, find_method
 from vitfold.quant.sites import find_sites
 from vitfold.quantizer import Float8, Log, Twin, Uniform
@@ -144,7 +145,9 @@ def executed(done: Calibrated, name: str, pixels: Array, folder: Path, merge: Me
     def program(ops: Any, image: Any) -> Any:
         return forward(ops, done.model.spec, merge, image)
 
-    write_onnx(emit_graph(program, done.model, single(TARGETS[name]), done.quantizers), folder / "model.onnx")
+    projections = projections_of(plain_program(done.model.spec))
+    graph = emit_graph(program, done.model, single(TARGETS[name]), done.quantizers, projections=projections)
+    write_onnx(graph, folder / "model.onnx")
     return run_exactly(folder / "model.onnx", TARGETS[name], done.quantizers, pixels)
 
 

@@ -8,6 +8,7 @@ Source: operand reordering (2504.18547); its algebra in the reference, 4.1.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -15,8 +16,9 @@ import onnx_ir as ir
 from vitfold.errors import TargetError
 from vitfold.model import Array
 from vitfold.ops.emit.codes import Placed, PlacedWeight, place
-from vitfold.ops.emit.operands import Branch
+from vitfold.ops.emit.operands import Branch, Operands
 from vitfold.ops.emit.products import Quantized
+from vitfold.ops.emit.writer import Writer
 from vitfold.quantizer import EXPONENTIALS, Uniform
 
 _MULTIPLIER_BITS = 24
@@ -42,8 +44,13 @@ def dyadic(multiplier: float) -> tuple[int, int]:
 class Reordered(Quantized):
     """MatMulInteger everywhere; scales are multiplied into what follows.
 
-    An attention whose result a quantized linear layer reads hands on that layer's codes, which only move in between.
+    An attention whose result a quantized linear layer reads hands on that layer's codes, which only move in between:
+    `projections` names the layer by the attention's site.
     """
+
+    def __init__(self, writer: Writer, operands: Operands, projections: Mapping[str, str]) -> None:
+        super().__init__(writer, operands)
+        self._projections = projections
 
     def _product(
         self,
@@ -78,9 +85,11 @@ class Reordered(Quantized):
         total = writer.node("ReduceSum", integers, writer.integers(-1), site=f"{softmax}.sum", keepdims=1)
         right = self._operands.right(name, v)
         product = self._accumulate(f"{site}.av", codes, self._operands.codes(name, right), placed, right.placed)
-        layer = self._projection(site)
-        if self._operands.quantized(f"{layer}.x", f"{layer}.w") and isinstance(
-            self._operands.quantizers[f"{layer}.x"], Uniform
+        layer = self._projections.get(site)
+        if (
+            layer
+            and self._operands.quantized(f"{layer}.x", f"{layer}.w")
+            and isinstance(self._operands.quantizers[f"{layer}.x"], Uniform)
         ):
             wanted = self._operands.place(f"{layer}.x")
             result = self._requantize(f"{layer}.x", product, total, float(right.placed.scale), wanted)
@@ -88,11 +97,6 @@ class Reordered(Quantized):
             return result
         rows = writer.node("Cast", total, site=softmax, to=int(ir.DataType.FLOAT))
         return writer.node("Div", self._scaled(f"{site}.av", product, right.placed.scale), rows, site=softmax)
-
-    def _projection(self, site: str) -> str:
-        """The layer that reads an attention: `blocks.0.attn.proj`, but `pool.proj` for `pool.attn`."""
-        inside = f"{site}.proj"
-        return inside if f"{inside}.weight" in self._writer.params else f"{site.rpartition('.')[0]}.proj"
 
     def _requantize(self, name: str, product: ir.Value, total: ir.Value, scale: float, reader: Placed) -> ir.Value:
         """clamp(round(acc m / (sum 2^e)) + z) in int64, with m 2^-e ~ Dv / Do; Div truncates towards zero.
