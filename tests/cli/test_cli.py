@@ -269,7 +269,7 @@ def test_usage_errors_exit_with_two(merged: Path) -> None:
     assert "Invalid value for -o: give -o OUT.fold" in error("optimize", "demo", code=2)
     both = ("-o", "x.fold", "--merge", "2", "--recipe", "r.toml")
     assert "Invalid value for --recipe: give either --recipe or --merge" in error("optimize", "demo", *both, code=2)
-    assert "Invalid value for --images: give --images DIR" in error("evaluate", merged, code=2)
+    assert "Missing option '--images'" in error("evaluate", merged, code=2)
     assert "Missing argument 'BUNDLE...'" in error("bench", code=2)
     assert "Missing argument 'IMAGE...'" in error("predict", merged, code=2)
 

@@ -149,7 +149,7 @@ class Gates:
 def evaluate(
     *,
     bundle: options.BundlePath,
-    images: options.Images = None,
+    images: options.NeededImages,
     batch: options.Batch = 8,
     limit: options.Limit = None,
     skip_bad: options.SkipBad = False,
@@ -161,8 +161,6 @@ def evaluate(
     json: options.Json = False,
 ) -> None:
     """Run a bundle over a folder and say how accurate and how faithful it is."""
-    if images is None:
-        raise typer.BadParameter("give --images DIR", param_hint="--images")
     opened = turned(open_bundle(bundle), exif)
     given = None if reference is None else open_bundle(reference)
     manifest = opened.manifest

@@ -68,8 +68,10 @@ class CellArgs:
 def ladder(
     *,
     source: options.Source,
-    images: options.Images = None,
-    calibration_images: options.CalibrationImages = None,
+    images: options.NeededImages,
+    calibration_images: Annotated[
+        Path, typer.Option(metavar="DIR", help="Images from which quantization takes ranges; measure on others.")
+    ],
     cells: CellArgs,
     merge: options.Merge = None,
     calibration_size: options.CalibrationSize = 128,
@@ -81,8 +83,6 @@ def ladder(
     loading: ModelArgs,
 ) -> None:
     """Measure every method at every bit width on --images, calibrated on --calibration-images."""
-    if images is None or calibration_images is None:
-        raise typer.BadParameter("give --images DIR and --calibration-images DIR", param_hint="--images")
     require_optimize()
     from vitfold.pipeline.ladder import cell_from_dict, run_cells
 

@@ -27,6 +27,9 @@ Images = Annotated[
     Path | None,
     typer.Option("--images", metavar="DIR", help="A folder of images, or of one sub-folder per class."),
 ]
+NeededImages = Annotated[
+    Path, typer.Option("--images", metavar="DIR", help="A folder of images, or of one sub-folder per class.")
+]
 Arch = Annotated[
     str | None, typer.Option(metavar="TIMM_NAME", help="Architecture of a .safetensors file.", rich_help_panel=SOURCE)
 ]

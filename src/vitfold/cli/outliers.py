@@ -13,7 +13,7 @@ from vitfold.bench.environment import environment
 from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.groups import CalibrationArgs, JsonArgs, ModelArgs
-from vitfold.cli.making import given_images, judged_images, quant_recipe, require_optimize
+from vitfold.cli.making import given_images, judged_images, needed_quant, require_optimize
 from vitfold.cli.terminal import counted, heading, note, out, skipped, working
 from vitfold.decoding import prepared
 from vitfold.errors import VitfoldError
@@ -45,7 +45,7 @@ Confirm = Annotated[
 def outliers(
     *,
     source: options.Source,
-    images: options.Images = None,
+    images: options.NeededImages,
     quant: options.Quant = "w8a8",
     method: Confirm = None,
     merge: options.Merge = None,
@@ -58,11 +58,7 @@ def outliers(
     loading: ModelArgs,
 ) -> None:
     """Measure token norms, what each layer's quantization costs, and every remedy against sink tokens."""
-    if images is None:
-        raise typer.BadParameter("give --images DIR", param_hint="--images")
-    wanted = quant_recipe(quant, method, drawing)
-    if wanted is None:
-        raise typer.BadParameter("give the bits to try, for example w8a8", param_hint="--quant")
+    wanted = needed_quant(quant, method, drawing)
     require_optimize()
     from vitfold.registers import measure_norms, measure_remedies
 

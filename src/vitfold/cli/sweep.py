@@ -91,7 +91,7 @@ def sweep(
     *,
     source: options.Source,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Rows and bundles; gone on with.")],
-    images: options.Images = None,
+    images: options.NeededImages,
     over: SweepArgs,
     calibration_images: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Images to calibrate on; default: drawn from --images.")
@@ -103,8 +103,6 @@ def sweep(
     loading: ModelArgs,
 ) -> None:
     """Make, evaluate and time every combination; an interrupted sweep goes on where it was, by the same command."""
-    if images is None:
-        raise VitfoldError("a sweep measures accuracy or agreement on images: give --images DIR")
     chosen = over.chosen()
     require_optimize()
     from vitfold.pipeline.sweep import begin_sweep, run_sweep

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from vitfold.quant import Progress as Report
 
 EXIT_ERROR = 1
-EXIT_USAGE = 2
 EXIT_GATE = 3
 EXIT_INTERRUPTED = 130
 

@@ -48,10 +48,9 @@ class Compression:
         """The bits that were asked for."""
         return "none" if self.recipe is None else self.recipe.scheme.lower()
 
-    @property
-    def method(self) -> str | None:
-        """The method of quantization, where something was quantized."""
-        return None if self.recipe is None else self.recipe.method
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a plan says of it, as plain JSON values."""
+        return {"merge": self.r, "quant": self.quant, "method": None if self.recipe is None else self.recipe.method}
 
     @property
     def suffix(self) -> str:

@@ -212,17 +212,7 @@ def draw_bundles(
         bundles, asked, threads=asking.threads, trials=asking.trials, decode=decode, judge=judge, say=say
     )
     plan = bundles[-1].manifest.steps.plan
-    found = document(
-        first,
-        asked,
-        rows,
-        merge=plan.merge,
-        quant=plan.quant,
-        method=plan.method,
-        features=features,
-        chosen=None,
-        before=before,
-    )
+    found = document(first, asked, rows, plan.compression, features=features, chosen=None, before=before)
     found["bundles"] = {
         bundle.name: {"digest": bundle.digest, **bundle.manifest.steps.plan.to_dict()} for bundle in bundles
     }
@@ -233,10 +223,8 @@ def document(
     model: DiffusionModelInfo,
     asked: SamplingConfig,
     rows: Sequence[SamplerRow],
+    compression: Mapping[str, Any],
     *,
-    merge: int,
-    quant: str,
-    method: str | None,
     features: str | None,
     chosen: ReuseMethod | None,
     before: Mapping[str, Any],
@@ -250,9 +238,7 @@ def document(
         "sampler": asked.sampler,
         "guidance": asked.guidance,
         "batch": asked.batch,
-        "merge": merge,
-        "quant": quant,
-        "method": method,
+        **compression,
         "features": _shown_features(model.origin.source, features),
         "engine": rows[0].measurement.engine,
         "chosen": None if chosen is None else chosen.text,

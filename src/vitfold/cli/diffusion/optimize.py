@@ -162,9 +162,7 @@ def optimize_steps(source: str, output: Path, wanted: _Steps, *, overwrite: bool
             steps=count,
             sampler=few.sampler,
             guidance=few.guidance,
-            merge=chosen.r,
-            quant=chosen.quant,
-            method=chosen.method,
+            **chosen.to_dict(),
         )
         draft = save_steps(model, plan, method, chosen, place.draft(), search=searched, say=say)
         bundle = publish_bundle(place, draft)
@@ -198,9 +196,7 @@ def _search(
         model,
         few,
         rows,
-        merge=able[0].r,
-        quant=able[-1].quant,
-        method=able[-1].method,
+        able[-1].to_dict(),
         features=wanted.judging.features,
         chosen=None if found.winner is None else found.winner.row.method,
         before=before,
@@ -223,7 +219,7 @@ def _search_folder(model: DiTModel, few: SamplingConfig, able: list[Compression]
     """Where the rows of this search lie, for the same command to go on with, if they can lie anywhere."""
     # How far images are from the converged ones is measured only where a bound asks for it.
     converged, decoded = bounds.max_psnr_drop_db is not None, model.decoder is not None
-    compressions = [(one.r, one.quant, one.method) for one in able]
+    compressions = [one.to_dict() for one in able]
     settings = [__version__, model.digest(), asdict(few), compressions, processor(), converged, decoded]
     try:
         return entry_folder("step-searches", key_of(*settings))

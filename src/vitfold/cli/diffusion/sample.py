@@ -170,15 +170,5 @@ def _draw_model(
         judge=judge,
         say=say,
     )
-    found = document(
-        model,
-        asked,
-        rows,
-        merge=how.merge,
-        quant=how.quant,
-        method=compression.method,
-        features=features,
-        chosen=chosen,
-        before=before,
-    )
+    found = document(model, asked, rows, compression.to_dict(), features=features, chosen=chosen, before=before)
     return Drawing(model=model, asked=asked, rows=rows, decode=decode, document=found)
