@@ -18,7 +18,8 @@ from vitfold.engines.trtexec import trtexec_command
 from vitfold.errors import EngineError, RecipeError, TargetError
 from vitfold.images import ImageSet
 from vitfold.model import Model
-from vitfold.pipeline.racing import Openers
+from vitfold.pipeline.racing import raced
+from vitfold.pipeline.trial import opened
 from vitfold.quantizer import load_quant_params
 from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe
 
@@ -130,16 +131,12 @@ def test_where_tensorrt_starts_it_races_half_precision(int8: tuple[Bundle, pipel
         asked.append((engine, batch))
         return open_graph(path, "onnxruntime", literal=True)
 
-    openers = Openers(
-        obstacle=lambda engine: None,
-        file=stand_in,
-        bundle=lambda bundle: open_session(bundle, engine="onnxruntime"),
-    )
-    found = pipeline.race(*int8, protocol=Protocol(trials=3, seconds=0.05), openers=openers)
-    assert found is not None
+    bundle, plan = int8
+    with opened(pipeline.float_plan(plan), stand_in) as plain, open_session(bundle, engine="onnxruntime") as quantized:
+        found = raced(plain, quantized, plan, Protocol(trials=3, seconds=0.05))
     assert asked == [("tensorrt", (1, 2, 4))]
     assert found.reason is None or "GPU" in found.reason
-    assert pipeline.float_plan(int8[1]).target.name == "tensorrt-fp16"
+    assert pipeline.float_plan(plan).target.name == "tensorrt-fp16"
 
 
 def test_a_recipe_file_is_resolved(tiny_model: Callable[..., Model], tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,9 +12,9 @@ from vitfold.artifacts.bundle import Bundle
 from vitfold.bench.environment import installed_version
 from vitfold.bench.measurement import speed_up
 from vitfold.bench.timing import Protocol
-from vitfold.engines import PLAIN, Session, engine_obstacle, open_graph, open_session, quantized_target, runs_here
+from vitfold.engines import PLAIN, Session, engine_obstacle, open_session, quantized_target, runs_here
 from vitfold.pipeline.plan import Plan
-from vitfold.pipeline.trial import SHORT, Opener, opened, timed
+from vitfold.pipeline.trial import SHORT, opened, timed
 from vitfold.recipe import Recipe
 from vitfold.target import find_target
 
@@ -49,28 +48,21 @@ def float_plan(folded: Plan) -> Plan:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Openers:
-    """What a race opens its runners with, and what says why an engine does not start here."""
-
-    obstacle: Callable[[str], str | None] = engine_obstacle
-    file: Opener = open_graph
-    bundle: Callable[[Bundle], Session] = open_session
-
-
-def race(quantized: Bundle, folded: Plan, *, protocol: Protocol = SHORT, openers: Openers | None = None) -> Race | None:
+def race(quantized: Bundle, folded: Plan, *, protocol: Protocol = SHORT) -> Race | None:
     """Time the bundle against the float graph of the same merging, interleaved; None where nothing can be timed.
 
     Simulated bundles have no time, others none on a machine where their engine does not start, and those for a
     processor with exact 8-bit products none on one that has to run them in another way.
     """
-    openers = openers or Openers()
-    if quantized.manifest.simulated or openers.obstacle(folded.target.engine) is not None:
+    if quantized.manifest.simulated or engine_obstacle(folded.target.engine) is not None:
         return None
-    with opened(float_plan(folded), openers.file) as plain, openers.bundle(quantized) as session:
-        if session.execution != PLAIN:
-            return None
-        measured = timed({"float": plain, "quantized": session}, folded.model.spec, protocol=protocol)
+    with opened(float_plan(folded)) as plain, open_session(quantized) as session:
+        return raced(plain, session, folded, protocol) if session.execution == PLAIN else None
+
+
+def raced(plain: Session, quantized: Session, folded: Plan, protocol: Protocol) -> Race:
+    """Time two opened graphs of a plan, the float one and the quantized one."""
+    measured = timed({"float": plain, "quantized": quantized}, folded.model.spec, protocol=protocol)
     ratio = speed_up(measured["float"], measured["quantized"])
     return Race(**ratio, reason=None if ratio["median"] > 1.0 else _reason(folded))
 

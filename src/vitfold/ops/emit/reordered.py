@@ -17,7 +17,7 @@ from vitfold.errors import TargetError
 from vitfold.model import Array
 from vitfold.ops.emit.codes import Placed, PlacedWeight, place
 from vitfold.ops.emit.operands import Branch, Operands
-from vitfold.ops.emit.products import Quantized
+from vitfold.ops.emit.products import Product, Quantized
 from vitfold.ops.emit.writer import Writer
 from vitfold.quantizer import EXPONENTIALS, Uniform
 
@@ -52,23 +52,15 @@ class Reordered(Quantized):
         super().__init__(writer, operands)
         self._projections = projections
 
-    def _product(
-        self,
-        site: str,
-        left: str,
-        branches: tuple[Branch, ...],
-        right: ir.Value,
-        placed: Placed | PlacedWeight,
-        alpha: float = 1.0,
-        bias: ir.Value | None = None,
-    ) -> ir.Value:
+    def _product(self, one: Product) -> ir.Value:
         """D alpha (A - za) (B - zb) + b: one multiplication by all scales; branches of a twin meet as floats."""
         parts = []
-        for branch in branches:
-            product = self._accumulate(site, self._operands.codes(left, branch), right, branch.placed, placed)
-            parts.append(self._scaled(site, product, branch.placed.scale * placed.scale * np.float32(alpha)))
-        y = self._writer.total(site, parts)
-        return y if bias is None else self._writer.node("Add", y, bias, site=f"{site}.bias")
+        for branch in one.branches:
+            codes, scale = self._operands.codes(one.left, branch), branch.placed.scale * one.placed.scale
+            product = self._accumulate(one.site, codes, one.right, branch.placed, one.placed)
+            parts.append(self._scaled(one.site, product, scale * np.float32(one.alpha)))
+        y = self._writer.total(one.site, parts)
+        return y if one.bias is None else self._writer.node("Add", y, one.bias, site=f"{one.site}.bias")
 
     def average(self, site: str, scores: ir.Value, v: ir.Value) -> ir.Value:
         """out_i = Dv sum_j E_ij (Vq_j - zv) / sum_j E_ij with the codes E of exp(scores - max) on the grid 1 / 255.
