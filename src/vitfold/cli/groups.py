@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -43,32 +43,16 @@ class ModelArgs:
     def load(self, source: str, say: Say) -> Model:
         """Load a model; what its zoo prints goes to stderr."""
         say(f"loading {source}")
+        how = {name: value for name, value in asdict(self).items() if name != "exif"}
         with quiet_stdout():
-            model = load_source(
-                source,
-                arch=self.arch,
-                num_classes=self.num_classes,
-                image_size=self.image_size,
-                weights=self.weights,
-                seed=self.seed,
-                problem=self.problem,
-                preprocess=self.preprocess,
-            ).model
+            model = load_source(source, **how).model
         return model if self.exif is None else replace(model, preprocess=replace(model.preprocess, exif=self.exif))
 
     def words(self) -> list[str]:
         """Return the options that say the same on a command line."""
-        given = {
-            "--arch": self.arch,
-            "--num-classes": self.num_classes,
-            "--image-size": self.image_size,
-            "--problem": self.problem,
-            "--preprocess": self.preprocess,
-            "--exif": self.exif,
-            "--weights": None if self.weights == "pretrained" else self.weights,
-            "--seed": self.seed or None,
-        }
-        return [word for option, value in given.items() if value is not None for word in (option, str(value))]
+        usual = ModelArgs()
+        given = {name: value for name, value in asdict(self).items() if value != getattr(usual, name)}
+        return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,12 +24,9 @@ SHORT = Protocol(trials=7, seconds=2.0)
 MOST_SECONDS = "VITFOLD_RACE_SECONDS"
 """The environment variable that bounds how long a race, a search or a sweep times one subject."""
 
-Opener = Callable[..., Session]
-"""Opens the graph of a file in an engine, as `engines.open_graph` does."""
-
 
 @contextmanager
-def opened(folded: Plan, open_file: Opener = open_graph) -> Iterator[Session]:
+def opened(folded: Plan, open_file: Callable[..., Session] = open_graph) -> Iterator[Session]:
     """Write the graph of a plan to a temporary folder and open it in the engine of its target."""
     with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
         path = Path(folder) / "model.onnx"

@@ -26,8 +26,6 @@ from vitfold.sources.onnx.views import with_short_views
 from vitfold.transforms.dead import without_dead_nodes
 
 TOLERANCE = 1e-5
-_HALF_TOLERANCE = 5e-3
-"""Files in half precision are computed in single precision here: what they round is not rounded."""
 _FEATURES = ("embed", "feature", "hidden", "token", "pool")
 _MOST_PREFIX = 64
 
