@@ -30,11 +30,6 @@ class StepPlan:
     quant: str = "none"
     method: str | None = None
 
-    @property
-    def compression(self) -> dict[str, Any]:
-        """What each step computes less by itself, as plain JSON values."""
-        return {"merge": self.merge, "quant": self.quant, "method": self.method}
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)

@@ -212,7 +212,8 @@ def draw_bundles(
         bundles, asked, threads=asking.threads, trials=asking.trials, decode=decode, judge=judge, say=say
     )
     plan = bundles[-1].manifest.steps.plan
-    found = document(first, asked, rows, plan.compression, features=features, chosen=None, before=before)
+    compression = {key: getattr(plan, key) for key in ("merge", "quant", "method")}
+    found = document(first, asked, rows, compression, features=features, chosen=None, before=before)
     found["bundles"] = {
         bundle.name: {"digest": bundle.digest, **bundle.manifest.steps.plan.to_dict()} for bundle in bundles
     }
