@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -72,6 +73,22 @@ def build_tiny_model(*, without: Iterable[str] = (), seed: int = 0, **overrides:
         labels=None,
         origin=Origin(source="tests:tiny", loader="tests", arguments={}),
     )
+
+
+@pytest.fixture
+def hide_packages(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function after which these packages count as not installed, and all others, if asked, as installed."""
+    found = importlib.metadata.version
+
+    def hide(*absent: str, others: str | None = None) -> None:
+        def version(name: str) -> str:
+            if name in absent:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return others or found(name)
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+
+    return hide
 
 
 @pytest.fixture

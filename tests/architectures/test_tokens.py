@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracles import tome
 from vitfold.ops.run import Run
 from vitfold.recipe import largest_r
-from vitfold.transforms.tokens import Match, Tokens, log_size, match, merge, unmerge, weighted_mean
+from vitfold.transforms.tokens import Match, Tokens, log_size, match, merge, unmerge
 
 WIDTH, METRIC_WIDTH = 6, 8
 PREFIXES = (0, 1, 2, 5)
@@ -182,27 +182,13 @@ def test_unmerge_gives_every_original_the_row_of_its_group(shape, data):
 
 @small
 @given(shape=shapes)
-def test_unmerge_and_weighted_mean_without_a_merge_change_nothing(shape):
+def test_unmerge_without_a_merge_changes_nothing(shape):
     prefix, patches, seed = shape
     x = draw(2, prefix + patches, WIDTH, seed)
     tokens = Tokens(x=x, count=prefix + patches, prefix=prefix)
     ops = Run({})
     assert unmerge(ops, "u", tokens) is x
     assert log_size(ops, tokens) is None
-    assert torch.equal(weighted_mean(ops, tokens, originals=patches, with_prefix=False), x[:, prefix:].mean(1))
-
-
-@small
-@given(shape=shapes, data=st.data(), with_prefix=st.booleans())
-def test_weighted_mean_after_merging_is_the_mean_of_the_originals(shape, data, with_prefix):
-    prefix, patches, seed = shape
-    count = prefix + patches
-    x = draw(2, count, WIDTH, seed)
-    r = data.draw(st.integers(1, largest_r(count, prefix)))
-    tokens = merge_once(Tokens(x=x, count=count, prefix=prefix), draw(2, count, METRIC_WIDTH, seed + 1), r)
-    originals = x if with_prefix else x[:, prefix:]
-    mean = weighted_mean(Run({}), tokens, originals=originals.shape[1], with_prefix=with_prefix)
-    torch.testing.assert_close(mean, originals.mean(1), rtol=1e-5, atol=1e-5)
 
 
 def test_trace_off_carries_no_source():

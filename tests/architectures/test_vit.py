@@ -93,6 +93,21 @@ def test_r_zero_changes_nothing(tiny_model, random_images, run_torch, pool):
     assert relative_error(run_torch(model, images, (4, 2)), plain) > 1e-4, "merging must do something"
 
 
+@pytest.mark.parametrize("pool", ["avg", "avg with prefix"])
+def test_average_pooling_counts_every_row_by_its_size(tiny_model, random_images, pool):
+    model = tiny_model(**POOLS[pool], final_norm=False, outputs=0, output="image_embeds")
+    images, seen = torch.from_numpy(random_images(model.spec, 2)), {}
+    recipe = MergeRecipe(r=(4, 2))
+    found = forward(
+        Run(model.params), model.spec, recipe, images, observe=lambda block, tokens: seen.update({block: tokens})
+    )
+    tokens = seen[2]
+    first = 0 if model.spec.pool_prefix else tokens.prefix
+    x, size = tokens.x[:, first:], tokens.size[:, first:]
+    assert float(size.max()) > 1
+    torch.testing.assert_close(found, (x * size).sum(1) / size.sum(1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("pool", POOLS)
 def test_merging_identical_patches_changes_nothing(tiny_model, random_images, run_torch, pool):
     """Duplicated tokens and + log size are the same thing, in the blocks and in every pooling."""

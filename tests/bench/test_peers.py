@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,6 @@ from vitfold.bench.peers import (
     installed_version,
     open_peer,
 )
-from vitfold.engines import onnxruntime as engine
 from vitfold.engines.exactness import SWITCH, exact_execution
 from vitfold.errors import EngineError, ImageError
 from vitfold.images import ImageSet
@@ -127,25 +127,16 @@ def test_weights_lose_a_bit_only_where_the_processor_saturates(monkeypatch: pyte
     assert peers._saturates(engine)
 
 
-def test_peers_run_on_as_many_threads_as_the_bundles(
-    module: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int | None] = []
+def test_peers_run_on_as_many_threads_as_the_bundles(module: torch.nn.Module, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     try:
         open_peer("torch", module, SHAPE, tmp_path, threads=before + 1).session.close()
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
-    original = engine.OnnxRuntimeSession
-
-    def remembered(graphs: Any, *, threads: int | None = None, **options: Any) -> engine.OnnxRuntimeSession:
-        asked.append(threads)
-        return original(graphs, threads=threads, **options)
-
-    monkeypatch.setattr(engine, "OnnxRuntimeSession", remembered)
-    open_peer("onnxruntime", module, SHAPE, tmp_path, threads=1).session.close()
-    assert asked == [1]
+    with open_peer("onnxruntime", module, SHAPE, tmp_path, threads=1).session as session:
+        (runner,) = session._sessions.values()
+        assert runner.get_session_options().intra_op_num_threads == 1
 
 
 def test_unknown_peers_offer_the_nearest(module: torch.nn.Module, tmp_path: Path) -> None:
@@ -170,18 +161,18 @@ def test_unknown_peers_offer_the_nearest(module: torch.nn.Module, tmp_path: Path
     ],
 )
 def test_a_missing_package_names_its_extra(
-    name: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+    name: str, package: str, extra: str, hide_packages: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(peers, "installed_version", lambda asked: None if asked == package else "1.0")
+    hide_packages(package, others="1.0")
     with pytest.raises(EngineError, match=rf"peer {name} needs the package {package}.*vitfold\[{extra}\]"):
         check_peers([name], calibrated=True)
 
 
 @pytest.mark.parametrize("name", sorted(CALIBRATED))
 def test_quantized_peers_ask_for_images(
-    name: str, module: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, module: torch.nn.Module, tmp_path: Path, hide_packages: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(peers, "installed_version", lambda _: "1.0")
+    hide_packages(others="1.0")
     with pytest.raises(EngineError, match=f"{name}.*--calibration-images"):
         check_peers([name])
     with pytest.raises(EngineError, match=f"{name}.*--calibration-images"):
@@ -295,10 +286,14 @@ def test_what_modelopt_refuses_is_passed_on(
 
 
 def test_missing_modelopt_is_told_how_to_install(
-    module: torch.nn.Module, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: torch.nn.Module,
+    calibration: Calibration,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hide_packages: Callable[..., None],
 ) -> None:
     monkeypatch.delenv(MODELOPT_PYTHON, raising=False)
-    monkeypatch.setattr(peers, "installed_version", lambda asked: None if asked == "nvidia-modelopt" else "1.0")
+    hide_packages("nvidia-modelopt", others="1.0")
     install = rf"python -m venv.*pip install 'nvidia-modelopt\[onnx\]'.*export {MODELOPT_PYTHON}="
     with pytest.raises(EngineError, match=f"peer modelopt needs NVIDIA ModelOpt.*{install}"):
         check_peers(["modelopt"], calibrated=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 
@@ -11,10 +12,12 @@ from vitfold.bench import timing
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    now = [0]
-    monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: now[0])
-    return now
+def clock() -> list[int]:
+    return [0]
+
+
+def interleave(clock: list[int], subjects: Mapping[str, Callable[[], None]], **how: Any) -> Any:
+    return timing.interleave(subjects, clock=lambda: clock[0], **how)
 
 
 def worker(clock: list[int], name: str, cost_ns: int, calls: list[str]) -> Callable[[], None]:
@@ -28,33 +31,33 @@ def worker(clock: list[int], name: str, cost_ns: int, calls: list[str]) -> Calla
 def test_every_trial_visits_every_subject_and_starts_with_another(clock: list[int]) -> None:
     calls: list[str] = []
     subjects = {name: worker(clock, name, 10**9, calls) for name in "abc"}
-    samples = timing.interleave(subjects, trials=3, seconds=3.0, warmup=0)
+    samples = interleave(clock, subjects, trials=3, seconds=3.0, warmup=0)
     assert calls == list("aabbcc" + "bbccaa" + "ccaabb")
     assert samples == {name: ((10**9,),) * 3 for name in "abc"}
 
 
 def test_warmup_and_the_first_run_of_a_visit_are_not_recorded(clock: list[int]) -> None:
     calls: list[str] = []
-    samples = timing.interleave({"a": worker(clock, "a", 10**9, calls)}, trials=2, seconds=2.0, warmup=3)
+    samples = interleave(clock, {"a": worker(clock, "a", 10**9, calls)}, trials=2, seconds=2.0, warmup=3)
     assert len(calls) == 3 + 2 * 2
     assert samples["a"] == ((10**9,), (10**9,))
 
 
 def test_a_visit_records_for_its_share_of_the_seconds(clock: list[int]) -> None:
-    samples = timing.interleave({"a": worker(clock, "a", 10**7, [])}, trials=2, seconds=0.2, warmup=0)
+    samples = interleave(clock, {"a": worker(clock, "a", 10**7, [])}, trials=2, seconds=0.2, warmup=0)
     assert [len(trial) for trial in samples["a"]] == [10, 10]
 
 
 def test_iterations_are_bounded(clock: list[int]) -> None:
-    samples = timing.interleave({"a": worker(clock, "a", 1, [])}, trials=1, seconds=1.0, max_iterations=7)
+    samples = interleave(clock, {"a": worker(clock, "a", 1, [])}, trials=1, seconds=1.0, max_iterations=7)
     assert len(samples["a"][0]) == 7
 
 
 def test_a_protocol_may_count_iterations_instead(clock: list[int]) -> None:
     report = timing.PROTOCOLS["report"]
     calls: list[str] = []
-    samples = timing.interleave(
-        {"a": worker(clock, "a", 10**10, calls)}, trials=2, warmup=report.warmup, iterations=report.iterations
+    samples = interleave(
+        clock, {"a": worker(clock, "a", 10**10, calls)}, trials=2, warmup=report.warmup, iterations=report.iterations
     )
     assert [len(trial) for trial in samples["a"]] == [1000, 1000]
     assert len(calls) == 200 + 2 * (1 + 1000)
@@ -67,11 +70,11 @@ def test_garbage_collection_is_restored_when_a_subject_fails(clock: list[int]) -
 
     assert gc.isenabled()
     with pytest.raises(RuntimeError, match="broken"):
-        timing.interleave({"a": broken}, warmup=0)
+        interleave(clock, {"a": broken}, warmup=0)
     assert gc.isenabled()
 
 
 @pytest.mark.parametrize("arguments", [{"trials": 0}, {"seconds": 0.0}, {"warmup": -1}, {"iterations": 0}])
 def test_senseless_arguments_are_refused(arguments: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
-        timing.interleave({"a": lambda: None}, **arguments)
+        interleave(clock, {"a": lambda: None}, **arguments)

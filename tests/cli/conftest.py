@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 from invoking import DEMO
 
-from vitfold import pipeline
-from vitfold.bench.timing import Protocol
+from vitfold.pipeline.trial import MOST_SECONDS
 
 
 @pytest.fixture(scope="session")
@@ -21,11 +19,10 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(shared_cache: Path) -> Iterator[None]:
-    """One cache for all commands, and races whose result nobody relies on last a fraction of a second."""
+    """One cache for all commands, and races, whose results nobody relies on, of a fraction of a second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VITFOLD_CACHE", str(shared_cache))
-        for name in ("race", "fastest"):
-            patch.setattr(pipeline, name, partial(getattr(pipeline, name), protocol=Protocol(trials=3, seconds=0.1)))
+        patch.setenv(MOST_SECONDS, "0.1")
         yield
 
 

@@ -14,8 +14,10 @@ import pytest
 from invoking import DEMO, RANDOM, ROOT, error, run, run_json
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
 from vitfold.cli import doctor
+from vitfold.cli.app import COMMANDS, DIFFUSION, app
 from vitfold.program import program_from_dict
 from vitfold.program.queries import attention_of
 
@@ -24,6 +26,16 @@ from vitfold.program.queries import attention_of
 def merged(folder: Path, few: Path) -> Path:
     run("optimize", "demo", "-o", folder / "merged.fold", "--merge", "2", "--images", few)
     return folder / "merged.fold"
+
+
+@pytest.fixture
+def broken_packages(tmp_path: Path) -> Path:
+    """A folder that, on PYTHONPATH, lets no package of doctor's list be imported."""
+    for _, module, _, _ in doctor._PARTS:
+        (tmp_path / f"{module.partition('.')[0]}.py").write_text(
+            "raise OSError('broken on purpose')\n", encoding="utf-8"
+        )
+    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -217,24 +229,24 @@ def test_cache_says_what_is_kept_and_clears_it(tmp_path: Path, monkeypatch: pyte
     assert "VITFOLD_CACHE_GB='much' is no number of gigabytes" in error("cache")
 
 
-def test_doctor_says_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_what_is_there(monkeypatch: pytest.MonkeyPatch, broken_packages: Path) -> None:
     values = run_json("doctor")
     assert values["environment"]["cores"] >= 1
     packages = {part["package"]: part for part in values["packages"]}
     assert {"onnxruntime", "torch", "openvino", "nncf", "tensorrt", "tensorrt-rtx-cu13"} <= set(packages)
-    monkeypatch.setattr(doctor, "_import_problems", lambda modules: {"torch": "OSError: it is a test"})
-    shown = run("doctor").stdout
-    assert "onnxruntime" in shown
+    assert packages["onnxruntime"]["problem"] is None
+    monkeypatch.setenv("PYTHONPATH", str(broken_packages))
+    shown = "".join(run("doctor").stdout.split())
     assert "OSError" in shown
+    assert "vitfold[peers]" in shown
 
 
-def test_doctor_names_the_extra_of_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda package: None)
-    monkeypatch.setattr(doctor, "_import_problems", lambda modules: {})
-    cures = {part["package"]: part["cure"] for part in run_json("doctor")["packages"]}
+def test_doctor_names_the_extra_of_what_is_missing() -> None:
+    rows = doctor.package_rows(lambda package: None, lambda modules: {})
+    assert {part["problem"] for part in rows} == {"not installed"}
+    cures = {part["package"]: part["cure"] for part in rows}
     assert cures["tensorrt"] == "pip install -U 'vitfold[tensorrt]'"
     assert cures["tensorrt-rtx-cu13"] == "pip install -U 'vitfold[audit]'"
-    assert "vitfold[tensorrt]" in "".join(run("doctor").stdout.split())
 
 
 def test_doctor_finds_tensorrt_under_the_name_of_a_cuda_version() -> None:
@@ -257,7 +269,7 @@ def test_usage_errors_exit_with_two(merged: Path) -> None:
     assert "Invalid value for -o: give -o OUT.fold" in error("optimize", "demo", code=2)
     both = ("-o", "x.fold", "--merge", "2", "--recipe", "r.toml")
     assert "Invalid value for --recipe: give either --recipe or --merge" in error("optimize", "demo", *both, code=2)
-    assert "Invalid value for --images: give --images DIR" in error("evaluate", merged, code=2)
+    assert "Missing option '--images'" in error("evaluate", merged, code=2)
     assert "Missing argument 'BUNDLE...'" in error("bench", code=2)
     assert "Missing argument 'IMAGE...'" in error("predict", merged, code=2)
 
@@ -381,16 +393,27 @@ def test_interrupting_leaves_no_half_written_bundle(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_needs_no_torch() -> None:
+@pytest.mark.parametrize(
+    "words",
+    [(), ("diffusion",), *((name,) for name in COMMANDS), *(("diffusion", name) for name in DIFFUSION)],
+    ids=" ".join,
+)
+def test_help_fits_a_screen(words: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "80"})
+    assert done.exit_code == 0
+    assert len(done.stdout.rstrip().splitlines()) <= 40
+
+
+def test_help_needs_no_torch(broken_packages: Path) -> None:
     script = (
-        "import contextlib, io, sys\n"
+        "import contextlib, io, os, sys\n"
         "class Block:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in ('torch', 'timm', 'onnx_ir', 'transformers'):\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Block())\n"
-        "from vitfold.cli import doctor, main\n"
-        "doctor._import_problems = lambda modules: {}\n"
+        "from vitfold.cli import main\n"
+        f"os.environ['PYTHONPATH'] = {str(broken_packages)!r}\n"
         "for arguments in (['--help'], ['optimize', '--help'], ['--version'], ['doctor', '--json']):\n"
         "    sys.argv = ['vitfold', *arguments]\n"
         "    with contextlib.redirect_stdout(io.StringIO()) as shown:\n"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from invoking import error, run
 
 from vitfold.bench import peers
-from vitfold.bench.environment import installed_version
 from vitfold.cli.compare import TIMED
 
 QUICK = ("--trials", "1", "--seconds", "0.1", "--threads", "1", "--limit", "4")
@@ -21,14 +21,10 @@ def bundle(folder: Path, small: tuple[str, ...]) -> Path:
     return folder / "compared.fold"
 
 
-@pytest.fixture
-def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = ("openvino", "nncf")
-    monkeypatch.setattr(peers, "installed_version", lambda name: None if name in absent else installed_version(name))
-
-
-@pytest.mark.usefixtures("without_openvino")
-def test_missing_peers_are_listed_and_the_others_measured(bundle: Path, few: Path, folder: Path) -> None:
+def test_missing_peers_are_listed_and_the_others_measured(
+    bundle: Path, few: Path, folder: Path, hide_packages: Callable[..., None]
+) -> None:
+    hide_packages("openvino", "nncf")
     file = folder / "compare.json"
     result = run("compare", bundle, "--peers", "torch,openvino,nncf", "--images", few, "-o", file, *QUICK)
     said = " ".join(result.stdout.split())

@@ -1,4 +1,4 @@
-"""`vitfold diffuse` as a user types it."""
+"""`vitfold diffusion sample` as a user types it."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 from vitfold import pipeline
 from vitfold.artifacts.bundle import open_bundle
+from vitfold.artifacts.digested import reserve_bundle
+from vitfold.cli.finishing import make_bundle, publish
+from vitfold.cli.optimized import OptimizeResult, report_made
+from vitfold.images import find_images
 from vitfold.quantizer import load_quant_params
+from vitfold.recipe import QuantRecipe, Recipe
+from vitfold.sources import load_source
 
 QUICK = ("--method", "minmax", "--calibration-size", "8")
 
@@ -126,31 +133,40 @@ def test_the_race_is_reported(folder: Path, few: Path, small: tuple[str, ...]) -
     assert (open_bundle(folder / "race.fold").manifest.recipe.quant is not None) == (race["kept"] == "quantized")
 
 
-def test_a_faster_bundle_is_kept(
-    folder: Path, few: Path, small: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def calibrated(few: Path, small: tuple[str, ...]) -> pipeline.Plan:
+    model = load_source(small[0], arch="test_vit", image_size=32, num_classes=10).model
+    plan = pipeline.optimize(model, recipe=Recipe(quant=QuantRecipe(method="minmax", calibration_size=8)))
+    return pipeline.calibrate_plan(plan, find_images(few))
+
+
+def raced(plan: pipeline.Plan, path: Path, race: pipeline.Race, *, keep_slower: bool = False) -> OptimizeResult:
+    """What `optimize` makes of a plan where the race ends as given."""
+    with reserve_bundle(path, overwrite=True) as place:
+        made = make_bundle(plan, None, place, lambda _: None, race=lambda *_: race, keep_slower=keep_slower)
+        return publish(made, place, None)
+
+
+def test_a_faster_bundle_is_kept(calibrated: pipeline.Plan, tmp_path: Path, capsys: Any) -> None:
     won = pipeline.Race(median=1.5, iqr=0.1, reason=None)
-    monkeypatch.setattr(pipeline, "race", lambda bundle, folded: won)
-    result = run("optimize", *small, "-o", folder / "won.fold", "--quant", "w8a8", "--images", few, *QUICK)
-    assert "1.50x" in result.stdout
-    assert "kept" not in result.stderr
-    assert open_bundle(folder / "won.fold").manifest.recipe.quant is not None
+    report_made(raced(calibrated, tmp_path / "won.fold", won), None, json=False)
+    said = capsys.readouterr()
+    assert "1.50x" in said.out
+    assert "kept" not in said.err
+    assert open_bundle(tmp_path / "won.fold").manifest.recipe.quant is not None
 
 
-def test_a_slower_bundle_gives_way_to_the_float_one(
-    folder: Path, few: Path, small: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lost = pipeline.Race(median=0.8, iqr=0.1, reason="it is a test")
-    monkeypatch.setattr(pipeline, "race", lambda bundle, folded: lost)
-    arguments = ("optimize", *small, "-o", folder / "lost.fold", "--quant", "w8a8", "--images", few, *QUICK)
-    result = run(*arguments)
-    assert "0.80x" in result.stderr
-    assert "it is a test" in result.stderr
-    assert "float model was kept" in result.stderr
-    assert open_bundle(folder / "lost.fold").manifest.recipe.quant is None
-    result = run(*arguments, "--overwrite", "--keep-slower")
-    assert "kept all the same" in result.stderr
-    assert open_bundle(folder / "lost.fold").manifest.recipe.quant is not None
+def test_a_slower_bundle_gives_way_to_the_float_one(calibrated: pipeline.Plan, tmp_path: Path, capsys: Any) -> None:
+    lost, path = pipeline.Race(median=0.8, iqr=0.1, reason="it is a test"), tmp_path / "lost.fold"
+    report_made(raced(calibrated, path, lost), None, json=False)
+    said = capsys.readouterr().err
+    assert "0.80x" in said
+    assert "it is a test" in said
+    assert "float model was kept" in said
+    assert open_bundle(path).manifest.recipe.quant is None
+    report_made(raced(calibrated, path, lost, keep_slower=True), None, json=False)
+    assert "kept all the same" in capsys.readouterr().err
+    assert open_bundle(path).manifest.recipe.quant is not None
 
 
 def test_a_ladder_goes_on_where_it_stopped(folder: Path, few: Path, small: tuple[str, ...]) -> None:

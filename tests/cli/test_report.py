@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,6 @@ from invoking import DEMO, error, run
 
 from diffusing import write_folder
 from vitfold.artifacts.bundle import open_bundle
-from vitfold.bench import environment
 
 pytest.importorskip("plotly")
 pytest.importorskip("jinja2")
@@ -104,13 +103,6 @@ def test_what_is_not_shown_is_said(results: Path, tmp_path: Path) -> None:
     assert "not shown: audit (audit)" in said.stderr
 
 
-def test_a_missing_extra_is_named(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.metadata.version
-
-    def version(package: str) -> str:
-        if package == "jinja2":
-            raise importlib.metadata.PackageNotFoundError(package)
-        return found(package)
-
-    monkeypatch.setattr(environment.importlib.metadata, "version", version)
+def test_a_missing_extra_is_named(results: Path, tmp_path: Path, hide_packages: Callable[..., None]) -> None:
+    hide_packages("jinja2")
     assert "pip install 'vitfold[report]'" in error("report", results, "-o", tmp_path / "page.html")

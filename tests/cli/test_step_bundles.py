@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -92,41 +92,56 @@ def test_what_is_in_a_bundle(stack: Path) -> None:
     said = run("inspect", stack).stdout
     assert "stack:2" in said
     assert "condition full resume" in said
-    assert run_json("inspect", stack)["plan"]["quant"] == "w8a8"
+    assert "w8a8 by gptq" in said
+    plan = run_json("inspect", stack)["plan"]
+    assert (plan["quant"], plan["method"]) == ("w8a8", "gptq")
 
 
-def test_a_search_writes_the_winner(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vitfold.diffusion import search as step_search
+def test_a_bundle_names_its_method_of_quantization(source: str, tmp_path: Path) -> None:
+    path = tmp_path / "minmax.fold"
+    asked = ("--reuse", "none", "--quant", "w8a8", "--method", "minmax")
+    assert run_json("diffusion", "optimize", source, *QUICK, *asked, "-o", path)["plan"]["method"] == "minmax"
+    assert "w8a8 by minmax" in run("inspect", path).stdout
+    drawn = run_json("diffusion", "sample", source, *QUICK, *asked, "--trials", "1")
+    assert (drawn["quant"], drawn["method"]) == ("w8a8", "minmax")
 
-    few = partial(step_search.StepSpace, methods=("stack:2",), solved=(0.8,))
-    monkeypatch.setattr(step_search, "StepSpace", few)
-    arguments = ("--reuse", "auto", "--min-psnr", "0", "--samples", "2", "--quant", "none")
-    found = run_json("diffusion", "optimize", source, *QUICK, *arguments, "-o", tmp_path / "auto.fold")
+
+def test_an_earlier_bundle_does_not_name_it(stack: Path, tmp_path: Path) -> None:
+    path = tmp_path / "earlier.fold"
+    shutil.copytree(stack, path)
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    del manifest["plan"]["method"]
+    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert run_json("inspect", path)["plan"]["method"] is None
+    assert "w8a8" in run("inspect", path).stdout
+
+
+def test_a_search_writes_the_winner(source: str, tmp_path: Path) -> None:
+    arguments = ("--steps", "8", "--reuse", "auto", "--min-psnr", "0", "--samples", "2", "--quant", "none")
+    found = run_json("diffusion", "optimize", source, *arguments, "-o", tmp_path / "auto.fold")
     assert found["bounds"] == {"min_psnr_db": 0.0, "max_psnr_drop_db": None, "max_fid_rise": None}
-    assert {row["name"] for row in found["rows"]} >= {"none", "stack:2", "solved:4", "none, 3 steps"}
+    assert {row["name"] for row in found["rows"]} >= {"none", "stack:2", "guidance:4", "solved:4", "none, 4 steps"}
     chosen = "none" if found["held_out"]["winner"] is None else found["held_out"]["winner"]["reuse"]
     assert found["plan"]["reuse"] == chosen
     kept = run_json("inspect", tmp_path / "auto.fold")["search"]
     assert kept["winner"] == found["winner"]
-    said = run("diffusion", "optimize", source, *QUICK, *arguments, "-o", tmp_path / "auto.fold", "--overwrite")
+    said = run("diffusion", "optimize", source, *arguments, "-o", tmp_path / "auto.fold", "--overwrite")
     assert "at least 0 dB to the unaccelerated images" in said.stderr
 
 
 def test_other_commands_say_who_takes_it(stack: Path, tmp_path: Path) -> None:
     said = error("evaluate", stack, "--images", tmp_path)
     assert "holds the steps of a diffusion model" in said
-    assert "vitfold diffuse" in said
+    assert "vitfold diffusion sample" in said
     assert "a bundle has its own method" in error("diffusion", "sample", stack, "--reuse", "none", code=2)
 
 
 def test_a_source_of_steps_needs_a_method_of_reuse(source: str, tmp_path: Path) -> None:
     for name in (source, "demo-dit"):
-        assert "optimize its steps with --reuse auto" in error("optimize", name, "-o", tmp_path / "x.fold")
+        assert f"vitfold diffusion optimize {name}" in error("optimize", name, "-o", tmp_path / "x.fold")
 
 
 def test_damage_is_named(plain: Path, tmp_path: Path) -> None:
-    import shutil
-
     path = tmp_path / "damaged.fold"
     shutil.copytree(plain, path)
     (path / "weights.bin").write_bytes(b"0")
@@ -148,6 +163,8 @@ def test_models_must_be_one(plain: Path, tmp_path: Path) -> None:
         (("--reuse", "stack:2", "--min-psnr", "30"), "a bound goes with --reuse auto", 2),
         (("--reuse", "auto", "--max-fid-rise", "1"), "give --real DIR and --features SOURCE", 2),
         (("--reuse", "stack", "--merge", "auto"), "give the tokens merged per block", 2),
+        (("--reuse", "stack", "--method", "minmax"), "how --quant rounds", 2),
+        (("--reuse", "stack", "--quant", "w8a8", "--method", "gptk"), "gptq", 1),
         (("--reuse", "stack", "--target", "openvino"), "No such option: --target", 2),
         (("--reuse", "stack", "--quant", "w4a4"), "w4a4 does not run: integer kernels take activations of 8 bits", 1),
     ],

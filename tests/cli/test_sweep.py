@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,24 +11,14 @@ from invoking import ROOT, error, run, run_json
 
 from specs import vit_base
 from vitfold.artifacts.bundle import open_bundle
-from vitfold.bench.timing import Protocol
-from vitfold.cli.sweep import _planned
+from vitfold.cli.sweep import SweepArgs
 from vitfold.engines import DEFAULT, quantized_target
-from vitfold.pipeline import search, trial
 from vitfold.pipeline.sweep import Sweep
+from vitfold.pipeline.trial import SHORT
 
-MOMENT = Protocol(trials=3, seconds=0.06)
 SWEEP = ("--merge", "0,1", "--quant", "none,w8a8,w4a4", "--methods", "minmax", "--target", "cpu-vnni")
 NAMES = ["r0", "r0-w8a8-minmax", "r0-w4a4-minmax", "r1", "r1-w8a8-minmax", "r1-w4a4-minmax"]
 TIMINGS = ("latency_ns", "throughput_ips", "speedup", "noisy")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _moments():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "SHORT", MOMENT)
-        patch.setattr(search, "PROBE", replace(MOMENT, seconds=0.03))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +51,7 @@ def test_every_combination_has_a_row_and_failures_say_why(swept: dict, folder: P
         assert row["error"] is None
         assert row["images"] == 12
         assert row["speedup"]["low"] <= row["speedup"]["median"] <= row["speedup"]["high"]
-        assert len(row["latency_ns"]["trials"]) == MOMENT.trials
+        assert len(row["latency_ns"]["trials"]) == SHORT.trials
         bundle = open_bundle(folder / "whole" / row["bundle"])
         assert list(bundle.manifest.recipe.merge.r) == row["merge"]
     assert rows["r0"]["top1_agreement"] == 1.0
@@ -127,7 +116,7 @@ def test_a_plan_with_an_unknown_key_is_named(few: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_sweeps_that_come_along_can_be_carried_out(path: Path) -> None:
-    values = _planned(path, {})
+    values = SweepArgs(plan=path).chosen()
     sweep = Sweep(merges=tuple(values["merge"]), quants=tuple(values["quant"]), methods=tuple(values["methods"]))
     assert len(sweep.attempts(vit_base())) == len(values["merge"]) * (
         values["quant"].count("none") + (len(values["quant"]) - values["quant"].count("none")) * len(values["methods"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,37 @@ def test_commands_and_options_exist() -> None:
         assert "Usage:" in shown, line
         for option in (word for word in words if word.startswith("-")):
             assert option in shown, (line, option)
+
+
+def test_my_own_model_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hide_packages: Callable[..., None]
+) -> None:
+    """A smaller architecture stands in; the extra that is installed there brings nothing else."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VITFOLD_CACHE", str(tmp_path / "cache"))
+    hide_packages("onnxscript", "onnx", "sympy", "openvino", "nncf", "transformers", "torchvision")
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit", num_classes=3).state_dict(), "mine.safetensors")
+    folders = (ROOT / "assets/demo/images" / name for name in ("airplane", "bird", "ship"))
+    for folder, name in zip(folders, ("birds", "boats", "cars"), strict=True):
+        Path("val", name).mkdir(parents=True)
+        for path in sorted(folder.iterdir())[:3]:
+            shutil.copy(path, Path("val", name))
+    shutil.copy(path, "photo.jpg")
+    block = README.partition("## My own fine-tuned model")[2].partition("```console\n")[2].partition("```")[0]
+    commands = [shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("vitfold ")]
+    assert [words[1] for words in commands] == ["optimize", "evaluate", "bench", "predict"]
+    for _, command, *words in commands:
+        quick = ["--trials", "2", "--seconds", "0.1"] if command == "bench" else []
+        smaller = ["test_vit" if word == "vit_small_patch16_224" else word for word in words]
+        done = CliRunner().invoke(app, [command, *smaller, *quick])
+        worse = command == "evaluate"  # random weights are
+        assert done.exit_code == (3 if worse else 0), (command, done.output)
+    assert "photo.jpg" in done.stdout
 
 
 def test_make_targets_exist() -> None:

@@ -134,7 +134,7 @@ OTHERS = (
     Refused("transformers' CLIP", ("vision_model.embeddings.patch_embedding.weight",), ("names of transformers",)),
     Refused("transformers in a wrapper", ("module.embeddings.patch_embeddings.projection.bias",), ("config.json",)),
     Refused("diffusers", ("transformer_blocks.0.attn1.to_q.weight",), ("names of diffusers", "hf:FOLDER")),
-    Refused("DiT", ("x_embedder.proj.weight", "blocks.0.attn.qkv.weight"), ("Diffusion", "vitfold diffuse")),
+    Refused("DiT", ("x_embedder.proj.weight", "blocks.0.attn.qkv.weight"), ("Diffusion", "vitfold diffusion sample")),
     Refused("torchvision", ("encoder.layers.encoder_layer_0.ln_1.weight", "conv_proj.bias"), ("torchvision", "adapt")),
     Refused("open_clip", ("visual.transformer.resblocks.0.ln_1.weight",), ("open_clip", "model.visual")),
     Refused("open_clip's tower", ("conv1.weight", "transformer.resblocks.0.ln_1.weight"), ("open_clip",)),

@@ -19,7 +19,6 @@ from vitfold.architectures.programs import forward
 from vitfold.model import Array, Model, param_shapes
 from vitfold.ops.count import Count
 from vitfold.ops.emit import INPUT_NAME, MICROSOFT, SITE_KEY, emit_graph, write_onnx
-from vitfold.ops.emit import graph as emission
 from vitfold.ops.run import Run
 from vitfold.recipe import MergeRecipe, largest_r, tokens_per_block
 from vitfold.target import TARGETS, Target
@@ -74,9 +73,11 @@ def program(model: Model, r: tuple[int, ...], *, prop_attn: bool = True) -> Call
     return lambda ops, image: forward(ops, model.spec, recipe, image)
 
 
-def written(model: Model, target: Target, r: tuple[int, ...], folder: Path, *, prop_attn: bool = True) -> Path:
+def written(
+    model: Model, target: Target, r: tuple[int, ...], folder: Path, *, prop_attn: bool = True, **how: int
+) -> Path:
     path = folder / "model.onnx"
-    write_onnx(emit_graph(program(model, r, prop_attn=prop_attn), model, target), path)
+    write_onnx(emit_graph(program(model, r, prop_attn=prop_attn), model, target), path, **how)
     return path
 
 
@@ -224,10 +225,9 @@ def test_targets_without_quantizers_emit_one_of_the_float_graphs(tiny_model, tmp
 
 
 @pytest.mark.parametrize("target", FLOAT_TARGETS)
-def test_large_weights_go_to_external_data(tiny_model, random_images, run_torch, tmp_path, target, monkeypatch):
+def test_large_weights_go_to_external_data(tiny_model, random_images, run_torch, tmp_path, target):
     model = tiny_model()
-    monkeypatch.setattr(emission, "EXTERNAL_DATA_BYTES", 1000)
-    path = written(model, TARGETS[target], (4, 2), tmp_path)
+    path = written(model, TARGETS[target], (4, 2), tmp_path, external_bytes=1000)
     data = tmp_path / "model.onnx.data"
     assert data.stat().st_size > model.size_bytes / 2 > path.stat().st_size / 2
     assert path.stat().st_size < model.size_bytes / 2

@@ -28,7 +28,7 @@ from quantizing import (
     symmetric,
     twin_sign,
 )
-from vitfold.architectures.programs import forward
+from vitfold.architectures.programs import forward, plain_program
 from vitfold.engines.exactness import exact_execution, find_execution
 from vitfold.engines.onnxruntime import session_options
 from vitfold.errors import EngineError, TargetError
@@ -37,6 +37,7 @@ from vitfold.ops.count import integer_work
 from vitfold.ops.emit import SITE_KEY, emit_graph, write_onnx
 from vitfold.ops.emit.codes import place, place_weight
 from vitfold.ops.simulate import Simulate
+from vitfold.program.queries import projections_of
 from vitfold.quantizer import Log, Quantizer, QuantParams, Shifted, Twin, Uniform
 from vitfold.recipe import MergeRecipe
 from vitfold.target import TARGETS as KNOWN
@@ -64,8 +65,8 @@ def quantized_for(target: Target, model: Model, images: Array, r=(), **choices: 
 def executed(
     program: Any, model: Model, target: Target, quantizers: dict[str, Quantizer], images: Array, folder: Path
 ) -> Array:
-    path = folder / "model.onnx"
-    write_onnx(emit_graph(program, model, target, quantizers), path)
+    path, projections = folder / "model.onnx", projections_of(plain_program(model.spec))
+    write_onnx(emit_graph(program, model, target, quantizers, projections=projections), path)
     return run_exactly(path, target, quantizers, images)
 
 

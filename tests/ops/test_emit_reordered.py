@@ -15,10 +15,12 @@ from onnx import numpy_helper
 
 from oracles import reordered as oracle
 from quantizing import blocks_alone, quantized, symmetric
+from vitfold.architectures.programs import plain_program
 from vitfold.errors import TargetError
 from vitfold.model import Array, Model
 from vitfold.ops.emit import INPUT_NAME, SITE_KEY, emit_graph, write_onnx
 from vitfold.ops.emit.reordered import dyadic
+from vitfold.program.queries import projections_of
 from vitfold.quantizer import Quantizer
 from vitfold.target import TARGETS
 
@@ -27,7 +29,9 @@ INTEGER = TARGETS["integer"]
 
 def block_graph(model: Model, quantizers: dict[str, Quantizer], path: Path, r: int = 0) -> onnx.ModelProto:
     """Two blocks of which the first merges, so that the second has a log-size bias; all tensors are outputs."""
-    write_onnx(emit_graph(blocks_alone(model.spec, (r, 0)), model, INTEGER, quantizers), path)
+    projections = projections_of(plain_program(model.spec))
+    program = blocks_alone(model.spec, (r, 0))
+    write_onnx(emit_graph(program, model, INTEGER, quantizers, projections=projections), path)
     return onnx.load(str(path))
 
 

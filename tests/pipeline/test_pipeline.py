@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from specs import vit_base
 from vitfold import pipeline
 from vitfold.artifacts.bundle import MODEL, QUANTIZERS, Bundle, open_bundle
 from vitfold.bench.timing import Protocol
-from vitfold.engines import Session, open_graph, open_session
+from vitfold.engines import Session, engine_obstacle, open_graph, open_session
 from vitfold.engines.trtexec import trtexec_command
 from vitfold.errors import EngineError, RecipeError, TargetError
 from vitfold.images import ImageSet
 from vitfold.model import Model
-from vitfold.pipeline import racing, trial
+from vitfold.pipeline.racing import raced
+from vitfold.pipeline.trial import opened
 from vitfold.quantizer import load_quant_params
 from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe
 
@@ -116,16 +118,12 @@ def int8(tiny_model: Callable[..., Model], tmp_path: Path, photos: ImageSet) -> 
     return pipeline.save(done, tmp_path / "int8.fold"), done
 
 
-def test_where_tensorrt_does_not_start_there_is_no_race(
-    int8: tuple[Bundle, pipeline.Plan], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(racing, "engine_obstacle", lambda engine: "no GPU")
+@pytest.mark.skipif(engine_obstacle("tensorrt") is None, reason="TensorRT starts here")
+def test_where_tensorrt_does_not_start_there_is_no_race(int8: tuple[Bundle, pipeline.Plan]) -> None:
     assert pipeline.race(*int8) is None
 
 
-def test_where_tensorrt_starts_it_races_half_precision(
-    int8: tuple[Bundle, pipeline.Plan], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_tensorrt_starts_it_races_half_precision(int8: tuple[Bundle, pipeline.Plan]) -> None:
     """ONNX Runtime stands in for TensorRT; the float graph covers the same batches."""
     asked: list[tuple[str, object]] = []
 
@@ -133,14 +131,12 @@ def test_where_tensorrt_starts_it_races_half_precision(
         asked.append((engine, batch))
         return open_graph(path, "onnxruntime", literal=True)
 
-    monkeypatch.setattr(racing, "engine_obstacle", lambda engine: None)
-    monkeypatch.setattr(trial, "open_graph", stand_in)
-    monkeypatch.setattr(racing, "open_session", lambda bundle: open_session(bundle, engine="onnxruntime"))
-    found = pipeline.race(*int8, protocol=Protocol(trials=3, seconds=0.05))
-    assert found is not None
+    bundle, plan = int8
+    with opened(pipeline.float_plan(plan), stand_in) as plain, open_session(bundle, engine="onnxruntime") as quantized:
+        found = raced(plain, quantized, plan, Protocol(trials=3, seconds=0.05))
     assert asked == [("tensorrt", (1, 2, 4))]
     assert found.reason is None or "GPU" in found.reason
-    assert pipeline.float_plan(int8[1]).target.name == "tensorrt-fp16"
+    assert pipeline.float_plan(plan).target.name == "tensorrt-fp16"
 
 
 def test_a_recipe_file_is_resolved(tiny_model: Callable[..., Model], tmp_path: Path) -> None:

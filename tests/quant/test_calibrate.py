@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 
 from quantizing import run_exactly, single
-from vitfold.architectures.programs import forward
+from vitfold.architectures.programs import forward, plain_program
 from vitfold.artifacts.cache import cache_folder
 from vitfold.errors import CalibrationError, RecipeError
 from vitfold.images import ImageSet, batches, find_images
@@ -23,7 +22,8 @@ from vitfold.ops.emit import emit_graph, write_onnx
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate, fake_quantize
 from vitfold.pipeline.calibration import constraints_of
-from vitfold.quant import METHODS, Calibrated, QuantConstraints, calibrate, find_method
+from vitfold.program.queries import projections_of
+from vitfold.quant import METHODS, Calibrated, Progress, QuantConstraints, calibrate, find_method
 from vitfold.quant.sites import find_sites
 from vitfold.quantizer import Float8, Log, Twin, Uniform
 from vitfold.recipe import MergeRecipe, QuantRecipe
@@ -145,7 +145,9 @@ def executed(done: Calibrated, name: str, pixels: Array, folder: Path, merge: Me
     def program(ops: Any, image: Any) -> Any:
         return forward(ops, done.model.spec, merge, image)
 
-    write_onnx(emit_graph(program, done.model, single(TARGETS[name]), done.quantizers), folder / "model.onnx")
+    projections = projections_of(plain_program(done.model.spec))
+    graph = emit_graph(program, done.model, single(TARGETS[name]), done.quantizers, projections=projections)
+    write_onnx(graph, folder / "model.onnx")
     return run_exactly(folder / "model.onnx", TARGETS[name], done.quantizers, pixels)
 
 
@@ -266,34 +268,31 @@ def test_too_few_images_are_refused(tiny_model, images):
 
 
 class Searches:
-    """Counts searches, and stops after some."""
+    """Counts searches by what progress says, and stops before one after some."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        module = sys.modules["vitfold.quant.calibrate"]  # the package has a function of this name
+    def __init__(self) -> None:
         self.found: list[str] = []
         self.most = 10**6
-        for name in ("search_linear", "search_attention"):
-            original = getattr(module, name)
+        self.progress = Progress(step=self._step)
 
-            def counted(first: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
-                if len(self.found) == self.most:
-                    raise KeyboardInterrupt
-                self.found.append(first if isinstance(first, str) else first.site.layer)
-                return original(first, *args, **kwargs)
-
-            monkeypatch.setattr(module, name, counted)
+    def _step(self, text: str) -> None:
+        what, _, rest = text.partition(": ")
+        if what == "searching ranges":
+            if len(self.found) == self.most:
+                raise KeyboardInterrupt
+            self.found.append(rest.split()[0])
 
 
 @pytest.fixture
-def searches(monkeypatch) -> Searches:
-    return Searches(monkeypatch)
+def searches() -> Searches:
+    return Searches()
 
 
 @pytest.mark.parametrize("method", ["vitfold", "noisy"])
 def test_a_second_run_searches_nothing(tiny_model, images, searches, method):
-    first = calibrate(tiny_model(), MERGE, recipe(8, method), images, scheme=FREE)
+    first = calibrate(tiny_model(), MERGE, recipe(8, method), images, scheme=FREE, progress=searches.progress)
     assert len(searches.found) == 4 * 2 + 1 + 2
-    second = calibrate(tiny_model(), MERGE, recipe(8, method), images, scheme=FREE)
+    second = calibrate(tiny_model(), MERGE, recipe(8, method), images, scheme=FREE, progress=searches.progress)
     assert len(searches.found) == 4 * 2 + 1 + 2
     assert second.quantizers.digest() == first.quantizers.digest()
     assert second.model.digest() == first.model.digest()
@@ -302,21 +301,21 @@ def test_a_second_run_searches_nothing(tiny_model, images, searches, method):
 def test_an_interrupted_run_resumes(tiny_model, images, searches):
     searches.most = 4
     with pytest.raises(KeyboardInterrupt):
-        calibrate(tiny_model(), MERGE, recipe(), images)
+        calibrate(tiny_model(), MERGE, recipe(), images, progress=searches.progress)
     assert len(list((cache_folder() / "search").iterdir())) == 4
     searches.most = 10**6
-    calibrate(tiny_model(), MERGE, recipe(), images)
+    calibrate(tiny_model(), MERGE, recipe(), images, progress=searches.progress)
     assert len(searches.found) == len(set(searches.found)) == 4 * 2 + 1 + 2
 
 
 def test_a_damaged_search_is_repeated(tiny_model, images, searches):
-    first = calibrate(tiny_model(), MERGE, recipe(), images)
+    first = calibrate(tiny_model(), MERGE, recipe(), images, progress=searches.progress)
     count = len(searches.found)
     entry = min((cache_folder() / "search").iterdir())
     whole = entry.read_bytes()
     for damaged in (b"", whole[:40], whole[:-1]):
         entry.write_bytes(damaged)
-        again = calibrate(tiny_model(), MERGE, recipe(), images)
+        again = calibrate(tiny_model(), MERGE, recipe(), images, progress=searches.progress)
         count += 1
         assert len(searches.found) == count
         assert again.quantizers.digest() == first.quantizers.digest()
@@ -324,7 +323,7 @@ def test_a_damaged_search_is_repeated(tiny_model, images, searches):
 
 
 def test_only_what_changed_is_searched_again(tiny_model, images, searches):
-    calibrate(tiny_model(), MERGE, recipe(), images)
+    calibrate(tiny_model(), MERGE, recipe(), images, progress=searches.progress)
     changes: list[tuple[QuantRecipe, QuantConstraints, set[str]]] = [
         (recipe(sites={"blocks.1.mlp.fc2": "w8a6"}), QuantConstraints(), {"blocks.1.mlp.fc2"}),
         (recipe(), QuantConstraints(weight_bits=7), {s.layer for s in find_sites(tiny_model().spec)[0]} | ATTENTIONS),
@@ -336,7 +335,7 @@ def test_only_what_changed_is_searched_again(tiny_model, images, searches):
     ]
     for quant, scheme, expected in changes:
         searches.found.clear()
-        calibrate(tiny_model(), MERGE, quant, images, scheme=scheme)
+        calibrate(tiny_model(), MERGE, quant, images, scheme=scheme, progress=searches.progress)
         assert set(searches.found) == expected
 
 

@@ -30,6 +30,7 @@ from vitfold.model import Array, Model
 from vitfold.model.folds import fold_layer_scale
 from vitfold.ops.emit import emit_graph, emit_ports, write_onnx
 from vitfold.program import replay
+from vitfold.program.queries import projections_of
 from vitfold.quant.sites import find_sites
 from vitfold.quantizer import Quantizer
 from vitfold.recipe import MergeRecipe
@@ -144,7 +145,11 @@ def record(path: Path) -> dict[str, Any]:
 def vit_graph(model: Model, merge: Mapping[str, Any], target: Target, path: Path, quantizers: Any = None) -> None:
     recipe = MergeRecipe(**{"r": (), **merge})
     program = deployed_program(model.spec, recipe)
-    write_onnx(emit_graph(lambda ops, image: replay(program, ops, image)[0], model, target, quantizers), path)
+    projections = projections_of(program)
+    graph = emit_graph(
+        lambda ops, image: replay(program, ops, image)[0], model, target, quantizers, projections=projections
+    )
+    write_onnx(graph, path)
 
 
 def emit_vit(name: str, tiny_model: Callable[..., Model], path: Path) -> None:

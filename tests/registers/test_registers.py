@@ -137,11 +137,7 @@ def test_a_probe_measures_what_a_whole_run_would(planted, pictures):
     whole = replace(changed, spec=replace(changed.spec, sinks=replace(changed.spec.sinks, leave_out=0)))
     late = probe.effect(whole, SITE)
     early = Probe(model, NONE, QuantRecipe(), pictures, batch=5)
-    from vitfold.registers import probe as module
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_first_block", lambda _: 0)
-        full = early.effect(whole, SITE)
+    full = early.effect(whole, SITE, first=0)
     assert late.sqnr_db == pytest.approx(full.sqnr_db, abs=1e-3)
     assert late.max_norm == pytest.approx(full.max_norm)
 
@@ -254,21 +250,21 @@ def test_registers_without_quantization_and_wrong_names_are_refused(tiny_model):
     assert pipeline.optimize(tiny_model(), quant="w8a8", registers="none").recipe.registers is None
 
 
-def test_a_register_that_makes_attention_too_long_for_one_kernel_keeps_it_in_half_precision(tiny_model, photos):
-    model = tiny_model(image_size=(112, 288), class_token=False, pool="avg", head_dim=32)
-    sizes = {"resize": "exact", "resize_size": (112, 288), "crop_size": (112, 288)}
+@pytest.mark.parametrize(("size", "sites"), [((112, 288), {}), ((128, 256), {"blocks.1.attn": "float"})])
+def test_a_register_that_makes_attention_too_long_for_one_kernel_keeps_it_in_half_precision(
+    tiny_model, photos, size, sites
+):
+    """TensorRT's fused INT8 attention takes 512 tokens: 504 and a register, but not 512 and one."""
+    model = tiny_model(image_size=size, class_token=False, pool="avg", head_dim=32)
+    sizes = {"resize": "exact", "resize_size": size, "crop_size": size}
     model = replace(model, preprocess=replace(model.preprocess, **sizes))
-    assert model.spec.tokens == 504
+    assert model.spec.tokens == (512 if sites else 504)
     recipe = RegistersRecipe(remedy="prefix", site="blocks.0.mlp.fc2", start=1)
     folded = pipeline.optimize(model, quant="w8a8", registers=recipe, target="tensorrt-int8")
     done, found = pipeline.find_registers(folded, photos)
     assert found is None
-    assert done.remarks == ()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitfold.audit.limits.INT8_ATTENTION_TOKENS", 504)
-        done, _ = pipeline.find_registers(folded, photos)
-    assert done.recipe.quant.sites == {"blocks.1.attn": "float"}
-    assert "505 tokens" in done.remarks[0]
+    assert done.recipe.quant.sites == sites
+    assert ["513 tokens" in remark for remark in done.remarks] == [True] * len(sites)
 
 
 @pytest.mark.parametrize("target", ["cpu", "openvino", "integer", "tensorrt-int8", "tensorrt-fp8"])

@@ -152,7 +152,7 @@ def held_out(**changes: Any) -> dict[str, Any]:
 
 
 def write_sheet(folder: Path, *, side: int = 32, lines: int = 7) -> Path:
-    """Write what lies beside a document of `vitfold diffuse`: a line per row, a column per class."""
+    """Write what lies beside a document of `vitfold diffusion sample`: a line per row, a column per class."""
     images = np.random.default_rng(0).random((3, 1, side, side), np.float32)
     path = folder / "sheet.png"
     contact_sheet({str(line): images for line in range(lines)}).save(path)

@@ -109,10 +109,9 @@ def test_fewer_steps_that_come_as_near_stand_beside_the_headline(tmp_path: Path)
     assert page.headlines(load_folder(tmp_path))[0]["text"].endswith("; 1.25x by 16 plain steps at 30.5 dB")
 
 
-def test_a_page_that_is_too_large_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "MOST_BYTES", 1000)
+def test_a_page_that_is_too_large_says_so(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="fewer --photos"):
-        page.render_page(load_folder(documents.fill(tmp_path)), title="x", command="y")
+        page.render_page(load_folder(documents.fill(tmp_path)), title="x", command="y", most_bytes=1000)
 
 
 def test_what_was_not_measured_is_not_drawn() -> None:

@@ -130,7 +130,9 @@ def test_columns_that_only_some_documents_fill() -> None:
 
 
 def test_a_row_that_lacks_something_is_refused() -> None:
-    with pytest.raises(ReportError, match="diffuse is not what vitfold diffuse writes .*full_steps.*; measure again"):
+    with pytest.raises(
+        ReportError, match="diffuse is not what vitfold diffusion sample writes .*full_steps.*; measure again"
+    ):
         samplers(rows=without("full_steps"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -198,7 +199,7 @@ def test_a_failure_leaves_the_old_model(
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vitfold.serve.triton.shutil.copyfile", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(BundleError, match="free some space"):
         export_triton(bundles("cpu"), tmp_path, overwrite=True)
     assert files(tmp_path) == before

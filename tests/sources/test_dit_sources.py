@@ -141,7 +141,7 @@ def test_other_commands_say_what_draws(folder: Path, tmp_path: Path) -> None:
 
     (tmp_path / "model_index.json").write_text("{}", encoding="utf-8")
     for found in (tmp_path, folder / "transformer"):
-        with pytest.raises(SourceError, match="vitfold diffuse hf:"):
+        with pytest.raises(SourceError, match="vitfold diffusion sample hf:"):
             load_source(f"hf:{found}")
 
 

@@ -19,8 +19,8 @@ import vitfold
 from vitfold.architectures.programs import plain_program
 from vitfold.errors import ParityError, RecipeError, SourceError
 from vitfold.images import ImageSet, find_images
-from vitfold.pipeline import calibrate_plan
 from vitfold.ops.run import Run
+from vitfold.pipeline import calibrate_plan
 from vitfold.program import program_from_dict, replay
 from vitfold.program.queries import attentions_of, linears_of
 from vitfold.sources import load_source

@@ -232,13 +232,13 @@ def open_bundle(path: str | Path, *, steps: bool | None = False) -> Bundle:
     kind = header.values.get("kind")
     if "kind" in header.values and (kind != STEPS or steps is False):
         raise BundleError(
-            f"{folder} holds the steps of a diffusion model, which only these take: vitfold diffuse, vitfold bench and "
-            "vitfold inspect"
+            f"{folder} holds the steps of a diffusion model, which only these take: vitfold diffusion sample, "
+            "vitfold diffusion bench and vitfold inspect"
         )
     if kind is None and steps:
         raise BundleError(
-            f"{folder} is not a bundle of a diffusion model's steps; make one with: vitfold optimize demo-dit "
-            "--reuse auto -o OUT.fold"
+            f"{folder} is not a bundle of a diffusion model's steps; make one with: vitfold diffusion optimize "
+            "demo-dit -o OUT.fold"
         )
     try:
         manifest = _manifest(header.values, name=f"{folder}/{MANIFEST}")

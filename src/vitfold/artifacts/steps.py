@@ -17,7 +17,10 @@ PARTS = ("condition", "step", "full", "front", "rest", "resume", "refresh")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """How images are drawn: the method of reuse with its numbers, and what each step computes less by itself."""
+    """How images are drawn: the method of reuse with its numbers, and what each step computes less by itself.
+
+    `method` is how the linear layers were quantized; None where none were, or where an older manifest doesn't say.
+    """
 
     reuse: str
     steps: int
@@ -25,6 +28,7 @@ class StepPlan:
     guidance: float
     merge: int = 0
     quant: str = "none"
+    method: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""

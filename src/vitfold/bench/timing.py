@@ -39,6 +39,7 @@ def interleave(
     iterations: int | None = None,
     settling: bool = True,
     progress: Progress | None = None,
+    clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Time each subject `trials` times, in turn, and return nanoseconds per iteration and trial.
 
@@ -66,17 +67,18 @@ def interleave(
             for name in names[start:] + names[:start]:
                 if progress is not None:
                     progress(f"trial {trial + 1}/{trials}: {name}")
-                samples[name].append(_visit(subjects[name], budget_ns, most, settling=settling))
+                samples[name].append(_visit(subjects[name], budget_ns, most, settling=settling, clock=clock))
     finally:
         if collecting:
             gc.enable()
     return {name: tuple(trials_ns) for name, trials_ns in samples.items()}
 
 
-def _visit(call: Callable[[], None], budget_ns: int, max_iterations: int, *, settling: bool) -> tuple[int, ...]:
+def _visit(
+    call: Callable[[], None], budget_ns: int, max_iterations: int, *, settling: bool, clock: Callable[[], int]
+) -> tuple[int, ...]:
     if settling:
         call()
-    clock = time.perf_counter_ns
     recorded: list[int] = []
     begin = clock()
     while True:

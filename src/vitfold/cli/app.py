@@ -45,8 +45,10 @@ COMMANDS = {
     "ladder": Entry(at="ladder:ladder", panel="Understand", help="Measure methods of quantization by bit width."),
     "audit": Entry(at="audit:audit", panel="Understand", help="Say what NVIDIA's compiler makes of a graph; no GPU."),
     "forecast": Entry(at="forecast:forecast", panel="Understand", help="Model on which GPUs merging pays; no GPU."),
-    "doctor": Entry(at="doctor:doctor", panel="Mend", help="Say what is missing here, and the command that mends it."),
-    "cache": Entry(at="cache:cache", panel="Mend", help="Say what is kept between commands, or remove it."),
+    "doctor": Entry(
+        at="doctor:doctor", panel="Understand", help="Say what is missing here, and the command that mends it."
+    ),
+    "cache": Entry(at="cache:cache", panel="Understand", help="Say what is kept between commands, or remove it."),
     "diffuse": Entry(at="diffusion.sample:sample", panel="", help="", now="diffusion sample"),
 }
 DIFFUSION = {
@@ -119,7 +121,7 @@ _SETTINGS: dict[str, Any] = {
 app = typer.Typer(
     name="vitfold",
     cls=_Root,
-    help="Make pretrained Vision Transformers fast without retraining, and say what it cost.",
+    help="Make Vision Transformers fast without retraining, and say what it cost.",
     **_SETTINGS,
 )
 _diffusion = typer.Typer(cls=_Diffusion, help="Draw with Diffusion Transformers in less time.", **_SETTINGS)
@@ -130,7 +132,7 @@ def _draws() -> None:
     pass
 
 
-app.add_typer(_diffusion, name="diffusion", rich_help_panel="Diffusion Transformers")
+app.add_typer(_diffusion, name="diffusion", rich_help_panel="Make")
 
 
 def _version(value: bool | None) -> None:

@@ -18,7 +18,7 @@ from vitfold.bench.timing import PROTOCOLS
 from vitfold.cli import options
 from vitfold.cli.app import renamed
 from vitfold.cli.declaring import command
-from vitfold.cli.groups import RunArgs
+from vitfold.cli.groups import listed
 from vitfold.cli.making import given_images, judged_images, say_busy, turned
 from vitfold.cli.table import print_ladders
 from vitfold.cli.terminal import counting, note, print_json, skipped, steps, write_json
@@ -29,31 +29,50 @@ if TYPE_CHECKING:
     from vitfold.artifacts.bundle import Bundle
     from vitfold.bench.comparison import Row
     from vitfold.images import ImageSet
-    from vitfold.model.preprocess import Exif
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """What is timed, on what and for how long."""
+    """Beside what bundles are timed, on what and for how long."""
 
-    bundles: list[Path]
-    batch: int | None
-    images: Path | None
-    peers: list[str]
-    calibration_images: Path | None
-    calibration_size: int
-    protocol: str
-    trials: int | None
-    seconds: float | None
-    limit: int
-    skip_bad: bool
-    reference: Path | None
-    run: RunArgs
-    output: Path | None
-    json: bool
-    exif: Exif | None = None
-    keep_peers: Path | None = None
-    baseline: str | None = None
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per call; default: the protocol's.")] = None
+    images: options.Images = None
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            help="Time these beside the bundles (comma-separated): torch, torch-compile, onnxruntime, "
+            "onnxruntime-int8, openvino, nncf; modelopt and modelopt-fp8 get a fidelity, but no time."
+        ),
+    ] = None
+    calibration_images: options.CalibrationImages = None
+    calibration_size: options.CalibrationSize = 128
+    keep_peers: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the files of the peers in this new folder, for instance for audit."),
+    ] = None
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="The row that speed-ups refer to; default: the first peer, else the first bundle."),
+    ] = None
+    protocol: Annotated[
+        Literal["quick", "report"],
+        typer.Option(
+            help="quick: batch 1, 10 rounds, 3 s per subject and scope; report: batch 128, 200 warm-up and 5 x 1000 "
+            "recorded iterations."
+        ),
+    ] = "quick"
+    trials: Annotated[int | None, typer.Option(min=1, help="Interleaved rounds, if not the protocol's.")] = None
+    seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="Recorded seconds per subject and scope, if not the protocol's.")
+    ] = None
+    limit: options.TimedImages = 200
+    skip_bad: options.SkipBad = False
+    exif: options.Exif = None
+    reference: options.ReferenceBundle = None
+    engine: options.Engine = None
+    threads: options.Threads = None
+    output: options.SamplesFile = None
+    json: options.Json = False
 
 
 @command(
@@ -67,94 +86,39 @@ class Timing:
 def bench(
     *,
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Bundles; the first is the baseline.")],
-    batch: Annotated[int | None, typer.Option(min=1, help="Images per call; default: the protocol's.")] = None,
-    images: options.Images = None,
-    peers: Annotated[
-        str | None,
-        typer.Option(
-            help="Time these beside the bundles (comma-separated): torch, torch-compile, onnxruntime, "
-            "onnxruntime-int8, openvino, nncf; modelopt and modelopt-fp8 get a fidelity, but no time."
-        ),
-    ] = None,
-    calibration_images: options.CalibrationImages = None,
-    calibration_size: options.CalibrationSize = 128,
-    keep_peers: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Keep the files of the peers in this new folder, for instance for audit."),
-    ] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(help="The row that speed-ups refer to; default: the first peer, else the first bundle."),
-    ] = None,
-    protocol: Annotated[
-        Literal["quick", "report"],
-        typer.Option(
-            help="quick: batch 1, 10 rounds, 3 s per subject and scope; report: batch 128, 200 warm-up and 5 x 1000 "
-            "recorded iterations."
-        ),
-    ] = "quick",
-    trials: Annotated[int | None, typer.Option(min=1, help="Interleaved rounds, if not the protocol's.")] = None,
-    seconds: Annotated[
-        float | None, typer.Option(min=0.1, help="Recorded seconds per subject and scope, if not the protocol's.")
-    ] = None,
-    limit: options.TimedImages = 200,
-    skip_bad: options.SkipBad = False,
-    exif: options.Exif = None,
-    reference: options.ReferenceBundle = None,
-    run: RunArgs,
-    output: options.SamplesFile = None,
-    json: options.Json = False,
+    asked: Timing,
 ) -> None:
     """Time bundles, engine only and end to end, each with its fidelity."""
-    if any(holds_steps(path) for path in bundles):
-        if any((images, peers, calibration_images, keep_peers, baseline, reference, run.engine, seconds)):
-            raise VitfoldError(
-                "bundles of a diffusion model's steps are timed by drawing images; leave out --images, --peers, "
-                "--baseline, --reference, --engine and --seconds, or draw what you like with: vitfold diffusion "
-                "sample BUNDLE"
-            )
-        from vitfold.cli.diffusion.bench import bench_steps
-
-        renamed("vitfold bench with bundles of steps", "vitfold diffusion bench")
-        bench_steps(bundles, batch or 8, trials or 5, run.threads, output, json=json)
+    if not any(holds_steps(path) for path in bundles):
+        bench_bundles(bundles, asked)
         return
-    bench_bundles(
-        Timing(
-            bundles=bundles,
-            batch=batch,
-            images=images,
-            peers=[name.strip() for name in (peers or "").split(",") if name.strip()],
-            calibration_images=calibration_images,
-            calibration_size=calibration_size,
-            keep_peers=keep_peers,
-            baseline=baseline,
-            protocol=protocol,
-            trials=trials,
-            seconds=seconds,
-            limit=limit,
-            skip_bad=skip_bad,
-            exif=exif,
-            reference=reference,
-            run=run,
-            output=output,
-            json=json,
+    beside = (asked.images, asked.peers, asked.calibration_images, asked.keep_peers, asked.baseline, asked.reference)
+    if any((*beside, asked.engine, asked.seconds)):
+        raise VitfoldError(
+            "bundles of a diffusion model's steps are timed by drawing images; leave out --images, --peers, "
+            "--baseline, --reference, --engine and --seconds, or draw what you like with: vitfold diffusion "
+            "sample BUNDLE"
         )
-    )
+    from vitfold.cli.diffusion.bench import bench_steps
+
+    renamed("vitfold bench with bundles of steps", "vitfold diffusion bench")
+    bench_steps(bundles, asked.batch or 8, asked.trials or 5, asked.threads, asked.output, json=asked.json)
 
 
-def bench_bundles(asked: Timing) -> None:
+def bench_bundles(bundles: list[Path], asked: Timing) -> None:
     """Time bundles beside peers, print the tables, and say what was not measured.
 
     Raises:
         VitfoldError: if a bundle, a peer or an image is refused.
     """
-    check_peers(asked.peers, calibrated=asked.calibration_images is not None)
+    peers = listed(asked.peers)
+    check_peers(peers, calibrated=asked.calibration_images is not None)
     if asked.keep_peers is not None:
         _make_empty(asked.keep_peers)
-    opened = [turned(open_bundle(path), asked.exif) for path in asked.bundles]
+    opened = [turned(open_bundle(path), asked.exif) for path in bundles]
     found, calibration = _images(asked, opened)
-    before = environment(threads=asked.run.threads)
-    rows, batch = _rows(asked, opened, found, calibration)
+    before = environment(threads=asked.threads)
+    rows, batch = _rows(asked, peers, opened, found, calibration)
     result: dict[str, Any] = {
         "environment": before,
         "protocol": asked.protocol,
@@ -187,7 +151,7 @@ def _images(asked: Timing, opened: list[Bundle]) -> tuple[ImageSet | None, Image
 
 
 def _rows(
-    asked: Timing, opened: list[Bundle], found: ImageSet | None, calibration: ImageSet | None
+    asked: Timing, peers: list[str], opened: list[Bundle], found: ImageSet | None, calibration: ImageSet | None
 ) -> tuple[list[Row], int]:
     """Make peers and bundles ready, measure fidelities, then times; return rows and the batch."""
     chosen = PROTOCOLS[asked.protocol]
@@ -199,17 +163,17 @@ def _rows(
             Lineup(
                 folder=folder,
                 images=found,
-                engine=asked.run.engine,
-                threads=asked.run.threads,
+                engine=asked.engine,
+                threads=asked.threads,
                 reference=given,
                 calibration=calibration,
             )
         )
         with steps("bench") as say:
-            for name in asked.peers:
+            for name in peers:
                 say(f"preparing {name}")
                 lineup.add_peer(name, opened[0])
-        with counting("fidelity", lineup.fidelity_images * (len(opened) + len(asked.peers))) as advance:
+        with counting("fidelity", lineup.fidelity_images * (len(opened) + len(peers))) as advance:
             for one in opened:
                 lineup.add_bundle(one, advance)
             lineup.measure_peers(opened[0], advance)
@@ -230,7 +194,7 @@ def _rows(
 
 def _remark(asked: Timing, opened: list[Bundle], rows: list[Row]) -> None:
     """Say what was not measured, and what to trust less."""
-    if asked.calibration_images is not None and not set(asked.peers) & CALIBRATED:
+    if asked.calibration_images is not None and not set(listed(asked.peers)) & CALIBRATED:
         note("--calibration-images was not used: no peer of this run is quantized")
     if asked.keep_peers is not None:
         note(f"files of the peers: {asked.keep_peers}; what NVIDIA's compiler makes of one: vitfold audit FILE.onnx")

@@ -10,7 +10,7 @@ from vitfold.bench.peers import PEERS, check_peers
 from vitfold.cli import options
 from vitfold.cli.bench import Timing, bench_bundles
 from vitfold.cli.declaring import command
-from vitfold.cli.groups import RunArgs
+from vitfold.cli.groups import listed
 from vitfold.cli.terminal import note, out
 from vitfold.errors import EngineError
 
@@ -39,26 +39,24 @@ def compare(
     json: options.Json = False,
 ) -> None:
     """Time a bundle beside its peers, with fidelities on the same images; say what is missing and how to get it."""
-    names = [name.strip() for name in peers.split(",") if name.strip()]
+    names = listed(peers)
     missing = missing_peers(names, calibrated=calibration_images is not None)
     bench_bundles(
+        [bundle],
         Timing(
-            bundles=[bundle],
             batch=batch,
             images=images,
-            peers=[name for name in names if name not in missing],
+            peers=",".join(name for name in names if name not in missing),
             calibration_images=calibration_images,
-            calibration_size=128,
-            protocol="quick",
             trials=trials,
             seconds=seconds,
             limit=limit,
             skip_bad=skip_bad,
             reference=reference,
-            run=RunArgs(threads=threads),
+            threads=threads,
             output=output,
             json=json,
-        )
+        ),
     )
     say = note if json else lambda line: out.print(line, soft_wrap=True)
     for name, reason in missing.items():

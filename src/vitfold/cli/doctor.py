@@ -54,23 +54,9 @@ _ALSO = {
 def doctor(as_json: options.Json = False) -> None:
     """Say what is installed, which instruction sets the processor has, and how to mend what is missing."""
     facts = environment()
-    parts: list[dict[str, Any]] = []
-    installed = [module for package, module, _, _ in _PARTS if _version(package) is not None]
     with steps("doctor") as say:
         say("importing what is installed")
-        problems = _import_problems(installed)
-    for package, module, purpose, cure in _PARTS:
-        version = _version(package)
-        problem = problems.get(module)
-        parts.append(
-            {
-                "package": package,
-                "version": version,
-                "purpose": purpose,
-                "problem": problem if version is not None else "not installed",
-                "cure": None if version is not None and problem is None else f"pip install -U '{cure}'",
-            }
-        )
+        parts = package_rows(installed_version, _import_problems)
     exact = _exactness()
     advice = _advice(exact)
     kept = sum(entry.size for entry in cache_entries())
@@ -102,6 +88,35 @@ def doctor(as_json: options.Json = False) -> None:
         f"  cache       {cache_folder()}, {kept / 1e9:.1f} of at most {cache_limit() / 1e9:.1f} GB",
         soft_wrap=True,
     )
+    out.print(_table(parts))
+    for name, target in TARGETS.items():
+        out.print(f"  target {name:9} {target.why}")
+    for line in (*advice, *map(_leftover, partial)):
+        note(line)
+
+
+def package_rows(
+    version_of: Callable[[str], str | None], problems_of: Callable[[list[str]], dict[str, str]]
+) -> list[dict[str, Any]]:
+    """Return a row per package: its version by `version_of`, what importing it meets with, and what mends that."""
+    versions = {package: _version(package, version_of) for package, _, _, _ in _PARTS}
+    problems = problems_of([module for package, module, _, _ in _PARTS if versions[package] is not None])
+    rows = []
+    for package, module, purpose, cure in _PARTS:
+        problem = "not installed" if versions[package] is None else problems.get(module)
+        rows.append(
+            {
+                "package": package,
+                "version": versions[package],
+                "purpose": purpose,
+                "problem": problem,
+                "cure": None if problem is None else f"pip install -U '{cure}'",
+            }
+        )
+    return rows
+
+
+def _table(parts: list[dict[str, Any]]) -> Table:
     table = Table(pad_edge=False)
     for column in ("package", "version", "for", "to mend it"):
         table.add_column(column)
@@ -110,11 +125,7 @@ def doctor(as_json: options.Json = False) -> None:
         if part["problem"] and part["version"]:
             state += f" ({part['problem']})"
         table.add_row(part["package"], state, part["purpose"], part["cure"] or "")
-    out.print(table)
-    for name, target in TARGETS.items():
-        out.print(f"  target {name:9} {target.why}")
-    for line in (*advice, *map(_leftover, partial)):
-        note(line)
+    return table
 
 
 def _leftover(one: Leftover) -> str:
@@ -125,7 +136,7 @@ def _leftover(one: Leftover) -> str:
     return f"{one.path.name}: {one.size_bytes / 1e6:.1f} MB of an interrupted command; {cure}"
 
 
-def _version(package: str, find: Callable[[str], str | None] = installed_version) -> str | None:
+def _version(package: str, find: Callable[[str], str | None]) -> str | None:
     versions = (find(name) for name in (package, *_ALSO.get(package, ())))
     return next((version for version in versions if version is not None), None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from vitfold.bench.reference import compare_outputs, optional_reference, referen
 from vitfold.bench.zero_shot import SUFFIXES, check_embeds, read_embeds, zero_shot
 from vitfold.cli import options
 from vitfold.cli.declaring import command
+from vitfold.cli.groups import RunArgs, refuse
 from vitfold.cli.making import given_images, judged_images, turned
 from vitfold.cli.terminal import counting, heading, note, out, print_json
 from vitfold.engines import open_session
@@ -23,26 +24,20 @@ from vitfold.report.tables import fidelity_lines
 from vitfold.storage.ordinary import read_text
 
 if TYPE_CHECKING:
+    from vitfold.artifacts.bundle import Bundle, Manifest
     from vitfold.bench.evaluation import Outputs
     from vitfold.bench.fidelity import Fidelity
     from vitfold.images import ImageSet
+    from vitfold.model import Architecture, Array
 
 DENSE_IMAGES = 256
+_WORDS = {"top1": "top-1", "agreement": "agreement", "cosine": "cosine", "sqnr_db": "SQNR (dB)"}
 
 
-@command(
-    shown="images engine min_top1 min_agreement texts json",
-    examples=("vitfold evaluate vit.fold --images VAL --min-top1 0.8",),
-)
-def evaluate(
-    bundle: options.BundlePath,
-    images: options.Images = None,
-    batch: options.Batch = 8,
-    limit: options.Limit = None,
-    skip_bad: options.SkipBad = False,
-    reference: options.ReferenceBundle = None,
-    engine: options.Engine = None,
-    threads: options.Threads = None,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextArgs:
+    """Texts that name the classes of embeddings."""
+
     texts: Annotated[
         str | None,
         typer.Option(
@@ -51,20 +46,55 @@ def evaluate(
             help="Classify embeddings by the nearest text: open_clip:ARCH/TAG or hf:REPO_OR_FOLDER, whose text tower "
             "embeds the class names once, or a .npy or .safetensors file (classes, width).",
         ),
-    ] = None,
+    ] = None
     class_names: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="One name a line, in the order of class folders; default: their names."),
-    ] = None,
+    ] = None
     template: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="A prompt with {} for the name; several are averaged.")
-    ] = None,
-    min_top1: Annotated[float | None, typer.Option(min=0, max=1, help="Exit with 3 if top-1 is lower.")] = None,
-    min_agreement: options.MinAgreement = None,
-    min_cosine: Annotated[float | None, typer.Option(min=-1, max=1, help="Exit with 3 if cosine is lower.")] = None,
+    ] = None
+
+    def __post_init__(self) -> None:
+        alone = self.texts is None and (self.class_names is not None or bool(self.template))
+        refuse((alone, "--class-names and --template need --zero-shot TEXTS", "--zero-shot"))
+
+    def embeds(self, images: ImageSet, spec: Architecture) -> Array | None:
+        """Return one text embedding per class folder, (C, D), where texts are given.
+
+        Raises:
+            VitfoldError: if images, names, texts and model do not fit each other.
+        """
+        if self.texts is None:
+            return None
+        if images.classes is None:
+            raise VitfoldError("--zero-shot needs one sub-folder of --images per class")
+        if spec.output != "image_embeds":
+            raise VitfoldError(f"--zero-shot classifies image embeddings, and this model's output is {spec.output}")
+        if Path(self.texts).suffix in SUFFIXES:
+            if self.class_names is not None or self.template:
+                raise VitfoldError(f"{self.texts} holds embeddings already; leave --class-names and --template out")
+            embeds = read_embeds(Path(self.texts))
+        else:
+            from vitfold.sources.text_towers import TEMPLATE, text_embeds
+
+            names = _class_names(self.class_names, images.classes)
+            note(f"embedding {len(names)} class names by {self.texts}, once")
+            embeds = text_embeds(self.texts, names, self.template or (TEMPLATE,))
+        check_embeds(embeds, classes=len(images.classes), width=spec.output_width, name=self.texts)
+        return embeds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gates:
+    """Bounds on what is measured."""
+
+    min_top1: Annotated[float | None, typer.Option(min=0, max=1, help="Exit with 3 if top-1 is lower.")] = None
+    min_agreement: options.MinAgreement = None
+    min_cosine: Annotated[float | None, typer.Option(min=-1, max=1, help="Exit with 3 if cosine is lower.")] = None
     min_sqnr: Annotated[
         float | None, typer.Option(metavar="DB", help="Exit with 3 if the SQNR of outputs is lower, in decibels.")
-    ] = None,
+    ] = None
     max_error: Annotated[
         float | None,
         typer.Option(
@@ -72,53 +102,87 @@ def evaluate(
             help="Exit with 3 if the mean difference of probabilities (several labels), or the relative error of a "
             "regression, is higher.",
         ),
-    ] = None,
+    ] = None
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a bound is on something that is measured beside the unfolded model."""
+        bounds = (self.min_agreement, self.min_cosine, self.min_sqnr, self.max_error)
+        return any(bound is not None for bound in bounds)
+
+    def check(self, fidelity: Fidelity) -> None:
+        """Check figures against their bounds.
+
+        Raises:
+            GateError: at the first that misses its bound, or was not measured.
+        """
+        least = {
+            "top1": self.min_top1,
+            "agreement": self.min_agreement,
+            "cosine": self.min_cosine,
+            "sqnr_db": self.min_sqnr,
+        }
+        for name, bound in least.items():
+            value = getattr(fidelity, name)
+            if bound is None or (value is not None and value >= bound):
+                continue
+            if name == "sqnr_db" and value is None and fidelity.reference is not None:
+                continue  # outputs are equal
+            shown = "not measured" if value is None else f"{value:.4f}"
+            raise GateError(f"{_WORDS[name]} is {shown}, the bound is {bound}")
+        if self.max_error is None:
+            return
+        error = fidelity.relative_error if fidelity.probability_error is None else fidelity.probability_error
+        if error is None:
+            raise GateError(
+                "--max-error bounds the difference of probabilities or of a regression's numbers, and this model gives "
+                "neither; bound --min-agreement or --min-cosine"
+            )
+        if error > self.max_error:
+            raise GateError(f"the error is {error:.4f}, the bound is {self.max_error}")
+
+
+@command(
+    shown="images engine min_top1 min_agreement texts json",
+    examples=("vitfold evaluate vit.fold --images VAL --min-top1 0.8",),
+)
+def evaluate(
+    *,
+    bundle: options.BundlePath,
+    images: options.NeededImages,
+    batch: options.Batch = 8,
+    limit: options.Limit = None,
+    skip_bad: options.SkipBad = False,
+    reference: options.ReferenceBundle = None,
+    run: RunArgs,
+    naming: TextArgs,
+    gates: Gates,
     exif: options.Exif = None,
     json: options.Json = False,
 ) -> None:
     """Run a bundle over a folder and say how accurate and how faithful it is."""
-    if images is None:
-        raise typer.BadParameter("give --images DIR", param_hint="--images")
-
-    if texts is None and (class_names is not None or template):
-        raise typer.BadParameter("--class-names and --template need --zero-shot TEXTS", param_hint="--zero-shot")
     opened = turned(open_bundle(bundle), exif)
     given = None if reference is None else open_bundle(reference)
     manifest = opened.manifest
+    head = manifest.spec.head
     if not manifest.has_trained_weights:
         note("random weights: these figures say nothing about accuracy, since outputs hardly depend on the image")
-    found = given_images(images)
-    if manifest.spec.dense and len(found.paths) > DENSE_IMAGES:
-        # Every output is kept for the comparison, and one of these is as large as an image.
-        limit = min(limit or DENSE_IMAGES, DENSE_IMAGES)
-        note(f"outputs are one vector per token: using {limit} of {len(found.paths)} images, spread evenly")
-    chosen = found if limit is None else found.first(limit)
-    if chosen.classes is not None and manifest.spec.head == "single_label":
-        class_targets(chosen, manifest.labels, manifest.spec.output_width)
-    chosen = judged_images(chosen, manifest.spec, manifest.labels)
-    embeds = None if texts is None else _text_embeds(texts, chosen, manifest.spec, class_names, template)
+    chosen = _chosen(given_images(images), limit, manifest)
+    embeds = naming.embeds(chosen, manifest.spec)
     with (
-        open_session(opened, engine=engine, threads=threads) as session,
+        open_session(opened, engine=run.engine, threads=run.threads) as session,
         counting("evaluate", len(chosen.paths)) as advance,
     ):
         outputs = run_over(session, chosen, manifest.preprocess, batch=batch, skip_bad=skip_bad, advance=advance)
         ran_on = session.engine
-    expected: Outputs | None = None
     try:
-        with counting("unfolded model, once", len(chosen.paths)) as advance:
-            expected = reference_outputs(
-                manifest.model_digest,
-                chosen,
-                manifest.preprocess,
-                optional_reference(opened, given),
-                skip_bad=skip_bad,
-                advance=advance,
-            )
+        expected = _expected(opened, given, chosen, skip_bad=skip_bad)
     except VitfoldError as error:
-        if _needs_reference(chosen, given, min_agreement, min_cosine, min_sqnr, max_error):
+        if chosen.classes is None or given is not None or gates.needs_reference:
             raise
         note(f"agreement and cosine are not measured: {error}")
-    fidelity = compare_outputs(outputs, chosen, labels=manifest.labels, head=manifest.spec.head, reference=expected)
+        expected = None
+    fidelity = compare_outputs(outputs, chosen, labels=manifest.labels, head=head, reference=expected)
     unfolded: float | None = None
     if embeds is not None:
         fidelity, unfolded = _classified(fidelity, outputs, expected, chosen, embeds)
@@ -127,76 +191,33 @@ def evaluate(
         for one in outputs.skipped[:10]:
             note(f"  {one}")
     if json:
-        zero_shot = {} if texts is None else {"zero_shot": {"texts": texts, "unfolded_top1": unfolded}}
+        zero_shot = {} if embeds is None else {"zero_shot": {"texts": naming.texts, "unfolded_top1": unfolded}}
         print_json({**fidelity.to_dict(), **zero_shot, "engine": ran_on, "skipped": list(outputs.skipped)})
     else:
-        heading(opened.name, f" on {fidelity.images} images of {found.root}")
-        out.print(f"  {'engine':10} {ran_on}")
-        for name, shown in fidelity_lines(fidelity.to_dict(), head=manifest.spec.head, unfolded=unfolded):
+        heading(opened.name, f" on {fidelity.images} images of {chosen.root}")
+        for name, shown in [("engine", ran_on), *fidelity_lines(fidelity.to_dict(), head=head, unfolded=unfolded)]:
             out.print(f"  {name:10} {shown}")
-    _check_gates(
-        fidelity,
-        least={"top1": min_top1, "agreement": min_agreement, "cosine": min_cosine, "sqnr_db": min_sqnr},
-        most=max_error,
-    )
+    gates.check(fidelity)
 
 
-def _needs_reference(images: ImageSet, *bounds: object) -> bool:
-    """Whether nothing can be said without the unfolded model, or what was asked for cannot."""
-    return images.classes is None or any(bound is not None for bound in bounds)
+def _chosen(found: ImageSet, limit: int | None, manifest: Manifest) -> ImageSet:
+    """Return the images that are evaluated, read as the model's classes where they name classes."""
+    if manifest.spec.dense and len(found.paths) > DENSE_IMAGES:
+        # Every output is kept for the comparison, and one of these is as large as an image.
+        limit = min(limit or DENSE_IMAGES, DENSE_IMAGES)
+        note(f"outputs are one vector per token: using {limit} of {len(found.paths)} images, spread evenly")
+    chosen = found if limit is None else found.first(limit)
+    if chosen.classes is not None and manifest.spec.head == "single_label":
+        class_targets(chosen, manifest.labels, manifest.spec.output_width)
+    return judged_images(chosen, manifest.spec, manifest.labels)
 
 
-_WORDS = {"top1": "top-1", "agreement": "agreement", "cosine": "cosine", "sqnr_db": "SQNR (dB)"}
-
-
-def _check_gates(fidelity: Fidelity, *, least: dict[str, float | None], most: float | None) -> None:
-    """Check figures against their bounds.
-
-    Raises:
-        GateError: at the first that misses its bound, or was not measured.
-    """
-    for name, bound in least.items():
-        value = getattr(fidelity, name)
-        if bound is None or (value is not None and value >= bound):
-            continue
-        if name == "sqnr_db" and value is None and fidelity.reference is not None:
-            continue  # outputs are equal
-        shown = "not measured" if value is None else f"{value:.4f}"
-        raise GateError(f"{_WORDS[name]} is {shown}, the bound is {bound}")
-    if most is None:
-        return
-    error = fidelity.relative_error if fidelity.probability_error is None else fidelity.probability_error
-    if error is None:
-        raise GateError(
-            "--max-error bounds the difference of probabilities or of a regression's numbers, and this model gives "
-            "neither; bound --min-agreement or --min-cosine"
-        )
-    if error > most:
-        raise GateError(f"the error is {error:.4f}, the bound is {most}")
-
-
-def _text_embeds(texts: str, images: ImageSet, spec: Any, class_names: Path | None, templates: list[str] | None) -> Any:
-    """Return one text embedding per class folder.
-
-    Raises:
-        VitfoldError: if images, names, texts and model do not fit each other.
-    """
-    if images.classes is None:
-        raise VitfoldError("--zero-shot needs one sub-folder of --images per class")
-    if spec.output != "image_embeds":
-        raise VitfoldError(f"--zero-shot classifies image embeddings, and this model's output is {spec.output}")
-    if Path(texts).suffix in SUFFIXES:
-        if class_names is not None or templates:
-            raise VitfoldError(f"{texts} holds embeddings already; leave --class-names and --template out")
-        embeds = read_embeds(Path(texts))
-    else:
-        from vitfold.sources.text_towers import TEMPLATE, text_embeds
-
-        names = _class_names(class_names, images.classes)
-        note(f"embedding {len(names)} class names by {texts}, once")
-        embeds = text_embeds(texts, names, templates or (TEMPLATE,))
-    check_embeds(embeds, classes=len(images.classes), width=spec.output_width, name=texts)
-    return embeds
+def _expected(opened: Bundle, given: Bundle | None, images: ImageSet, *, skip_bad: bool) -> Outputs:
+    """Return what the unfolded model says of the images, computed once."""
+    manifest, reference = opened.manifest, optional_reference(opened, given)
+    digest, preprocess = manifest.model_digest, manifest.preprocess
+    with counting("unfolded model, once", len(images.paths)) as advance:
+        return reference_outputs(digest, images, preprocess, reference, skip_bad=skip_bad, advance=advance)
 
 
 def _class_names(path: Path | None, folders: tuple[str, ...]) -> list[str]:

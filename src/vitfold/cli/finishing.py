@@ -1,6 +1,6 @@
 """From a calibrated plan to a bundle in its place: written, raced and judged in the workshop, then renamed once.
 
-Owns the order: whatever fails or is interrupted before the rename leaves what stood there as it was.
+Whatever fails or is interrupted before the rename leaves what stood there as it was.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from vitfold.errors import GateError
 from vitfold.storage.placing import check_space
 
 if TYPE_CHECKING:
+    from vitfold.artifacts.bundle import Bundle
     from vitfold.images import ImageSet
     from vitfold.pipeline import Plan
     from vitfold.storage.placing import Place
 
 Say = Callable[[str], None]
+Race = Callable[["Bundle", "Plan"], "pipeline.Race | None"]
 _FLOAT_SHARE, _INTEGER_SHARE = 1.05, 0.35
 """What a graph takes of the bytes of its weights in float32."""
 
@@ -38,14 +40,14 @@ def check_room(place: Place, folded: Plan) -> None:
 
 
 def make_bundle(
-    folded: Plan, comparing: ImageSet | None, place: Place, say: Say, *, race: bool, keep_slower: bool
+    folded: Plan, comparing: ImageSet | None, place: Place, say: Say, *, race: Race | None, keep_slower: bool
 ) -> OptimizeResult:
-    """Write the bundle in the workshop, and, after a race that it lost and unless told to keep it, the float one."""
+    """Write the bundle in the workshop, and, after a `race` that it lost and unless told to keep it, the float one."""
     bundle = pipeline.save(folded, place.draft("made"), images=comparing, step=say)
-    if not race:
+    if race is None:
         return OptimizeResult(folded=folded, bundle=bundle)
     say("racing the float model")
-    result = pipeline.race(bundle, folded)
+    result = race(bundle, folded)
     if result is not None and not result.faster and not keep_slower:
         folded = pipeline.float_plan(folded)
         bundle = pipeline.save(folded, place.draft("float"), images=comparing, step=say)

@@ -9,10 +9,10 @@ import typer
 from vitfold import pipeline
 from vitfold.cli import options
 from vitfold.cli.declaring import command
-from vitfold.cli.groups import JsonArgs, ModelArgs
+from vitfold.cli.groups import JsonArgs, ModelArgs, listed
 from vitfold.cli.making import given_images, require_optimize
 from vitfold.cli.terminal import out, steps
-from vitfold.errors import TargetError, VitfoldError
+from vitfold.errors import TargetError
 from vitfold.report.audits import forecast_table
 from vitfold.target import find_target
 
@@ -27,7 +27,7 @@ BATCHES = "1,8,32,128"
 def forecast(
     *,
     source: options.Source,
-    images: options.Images = None,
+    images: options.NeededImages,
     target: Annotated[str, typer.Option(help="tensorrt-fp16, tensorrt-int8 or tensorrt-fp8.")] = "tensorrt-int8",
     like: Annotated[str, typer.Option(metavar="R", help="The schedule whose distortion is allowed.")] = "8",
     gpus: Annotated[str, typer.Option(help="GPUs, comma-separated.")] = GPUS,
@@ -36,9 +36,7 @@ def forecast(
     loading: ModelArgs,
 ) -> None:
     """Solve a schedule for every GPU and batch: modelled times at a measured distortion. No GPU is needed."""
-    if images is None:
-        raise VitfoldError("forecast measures on images what merging does: give --images DIR")
-    names = [name.strip() for name in gpus.split(",") if name.strip()]
+    names = listed(gpus)
     if not names or not all(part.strip().isdigit() and int(part) > 0 for part in batches.split(",")):
         raise typer.BadParameter("give GPUs and batches as lists, as H100,L4 and 1,64", param_hint="--gpus, --batches")
     sizes = [int(part) for part in batches.split(",")]

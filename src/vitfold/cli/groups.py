@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -22,6 +22,11 @@ def refuse(*mistakes: tuple[bool, str, str]) -> None:
             raise typer.BadParameter(message, param_hint=hint)
 
 
+def listed(text: str | None) -> list[str]:
+    """Return the words of a list separated by commas."""
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelArgs:
     """How a source is loaded, and how its images are read."""
@@ -38,32 +43,16 @@ class ModelArgs:
     def load(self, source: str, say: Say) -> Model:
         """Load a model; what its zoo prints goes to stderr."""
         say(f"loading {source}")
+        how = {name: value for name, value in asdict(self).items() if name != "exif"}
         with quiet_stdout():
-            model = load_source(
-                source,
-                arch=self.arch,
-                num_classes=self.num_classes,
-                image_size=self.image_size,
-                weights=self.weights,
-                seed=self.seed,
-                problem=self.problem,
-                preprocess=self.preprocess,
-            ).model
+            model = load_source(source, **how).model
         return model if self.exif is None else replace(model, preprocess=replace(model.preprocess, exif=self.exif))
 
     def words(self) -> list[str]:
         """Return the options that say the same on a command line."""
-        given = {
-            "--arch": self.arch,
-            "--num-classes": self.num_classes,
-            "--image-size": self.image_size,
-            "--problem": self.problem,
-            "--preprocess": self.preprocess,
-            "--exif": self.exif,
-            "--weights": None if self.weights == "pretrained" else self.weights,
-            "--seed": self.seed or None,
-        }
-        return [word for option, value in given.items() if value is not None for word in (option, str(value))]
+        usual = ModelArgs()
+        given = {name: value for name, value in asdict(self).items() if value != getattr(usual, name)}
+        return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +165,7 @@ class StepSearchArgs:
     reuse: options.Reuse = "auto"
     merge: options.StepMerge = None
     quant: options.StepQuant = None
+    method: options.StepMethod = None
     min_psnr: options.MinPsnr = None
     max_psnr_drop: options.MaxPsnrDrop = None
     max_fid_rise: options.MaxFidRise = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +19,7 @@ from vitfold.schedule import describe_r
 from vitfold.target import PLAIN
 
 if TYPE_CHECKING:
-    from vitfold.artifacts.bundle import Manifest
+    from vitfold.artifacts.bundle import Bundle, Manifest
     from vitfold.recipe import QuantRecipe
 
 
@@ -36,49 +36,58 @@ def inspect(
         _inspect_steps(bundle, json=json)
         return
     opened = open_bundle(bundle)
-    manifest = opened.manifest
     if program:
-        _print_program(manifest, json=json)
-        return
-    if json:
-        print_json(
-            {
-                "recipe": manifest.recipe.to_dict(),
-                "target": dict(manifest.target),
-                "products": [product.name for product in manifest.products],
-                "tokens": list(manifest.tokens),
-                "macs": manifest.macs,
-                "size_bytes": opened.size_bytes,
-                "origin": dict(manifest.origin),
-                "digest": opened.digest,
-                "model_digest": manifest.model_digest,
-                "output": manifest.spec.output,
-                "head": manifest.spec.head,
-                "labels": None if manifest.labels is None else list(manifest.labels),
-                "preprocess": manifest.preprocess.to_dict(),
-                "verified": dict(manifest.verified),
-                "fidelity": manifest.fidelity,
-                "calibration": manifest.calibration,
-                "vitfold": manifest.vitfold,
-            }
-        )
-        return
-    spec, pre, registers = manifest.spec, manifest.preprocess, manifest.recipe.registers
-    fidelity = manifest.fidelity
-    lines = [
+        _print_program(opened.manifest, json=json)
+    elif json:
+        print_json(_document(opened))
+    else:
+        _print_lines(opened.path, _lines(opened))
+
+
+def _document(opened: Bundle) -> dict[str, Any]:
+    manifest = opened.manifest
+    return {
+        "recipe": manifest.recipe.to_dict(),
+        "target": dict(manifest.target),
+        "products": [product.name for product in manifest.products],
+        "tokens": list(manifest.tokens),
+        "macs": manifest.macs,
+        "size_bytes": opened.size_bytes,
+        "origin": dict(manifest.origin),
+        "digest": opened.digest,
+        "model_digest": manifest.model_digest,
+        "output": manifest.spec.output,
+        "head": manifest.spec.head,
+        "labels": None if manifest.labels is None else list(manifest.labels),
+        "preprocess": manifest.preprocess.to_dict(),
+        "verified": dict(manifest.verified),
+        "fidelity": manifest.fidelity,
+        "calibration": manifest.calibration,
+        "vitfold": manifest.vitfold,
+    }
+
+
+def _lines(opened: Bundle) -> list[tuple[str, str]]:
+    manifest = opened.manifest
+    spec, pre, registers, fidelity = manifest.spec, manifest.preprocess, manifest.recipe.registers, manifest.fidelity
+    patch, pool = (f"patch {spec.patch_size[0]}, ", f"pool {spec.pool}, ") if isinstance(spec, ViTSpec) else ("", "")
+    model = (
+        f"{spec.num_layers} blocks, width {spec.embed_dim}, {spec.num_heads} heads, {patch}"
+        f"input {spec.image_size[0]} x {spec.image_size[1]}, "
+        f"{pool}{', '.join(spec.output_names)} of {spec.output_width}, {spec.head.replace('_', ' ')}"
+    )
+    turning = "applied" if pre.exif == "apply" else "ignored"
+    verified = manifest.verified
+    figures = "not measured; see vitfold evaluate"
+    if fidelity is not None:
+        figures = "; ".join(f"{name} {figure}" for name, figure in fidelity_lines(fidelity, head=spec.head))
+        figures += f"; on {fidelity['images']} images"
+    return [
         ("origin", f"{manifest.origin['source']} ({manifest.origin['loader']})"),
-        (
-            "model",
-            f"{spec.num_layers} blocks, width {spec.embed_dim}, {spec.num_heads} heads, "
-            f"{f'patch {spec.patch_size[0]}, ' if isinstance(spec, ViTSpec) else ''}"
-            f"input {spec.image_size[0]} x {spec.image_size[1]}, "
-            f"{f'pool {spec.pool}, ' if isinstance(spec, ViTSpec) else ''}{', '.join(spec.output_names)} of "
-            f"{spec.output_width}, {spec.head.replace('_', ' ')}",
-        ),
+        ("model", model),
         (
             "preprocess",
-            f"{pre.resize} {pre.resize_size}, crop {pre.crop_size}, {pre.interpolation}, EXIF orientation "
-            f"{'applied' if pre.exif == 'apply' else 'ignored'}",
+            f"{pre.resize} {pre.resize_size}, crop {pre.crop_size}, {pre.interpolation}, EXIF orientation {turning}",
         ),
         ("target", f"{manifest.target['name']} ({manifest.target['engine']})"),
         *([("needs", _needs(manifest))] if manifest.products else []),
@@ -88,22 +97,15 @@ def inspect(
         ("tokens", " ".join(map(str, manifest.tokens))),
         ("work", f"{manifest.macs / 1e9:.3g} GMACs per image"),
         ("size", f"{opened.size_bytes / 1e6:.1f} MB"),
-        (
-            "verified",
-            f"{manifest.verified['engine']}, median relative error {manifest.verified['median_relative_error']:.1e}",
-        ),
-        (
-            "fidelity",
-            "not measured; see vitfold evaluate"
-            if fidelity is None
-            else "; ".join(f"{name} {figure}" for name, figure in fidelity_lines(fidelity, head=spec.head))
-            + f"; on {fidelity['images']} images",
-        ),
+        ("verified", f"{verified['engine']}, median relative error {verified['median_relative_error']:.1e}"),
+        ("fidelity", figures),
         ("digest", opened.digest),
+        *([("trtexec", str(manifest.target["trtexec"]))] if "trtexec" in manifest.target else []),
     ]
-    if "trtexec" in manifest.target:
-        lines.append(("trtexec", str(manifest.target["trtexec"])))
-    heading(str(opened.path))
+
+
+def _print_lines(path: Path, lines: list[tuple[str, str]]) -> None:
+    heading(str(path))
     for name, value in lines:
         out.print(f"  {name:11}{value}", soft_wrap=True)
 
@@ -160,12 +162,10 @@ def _inspect_steps(path: Path, *, json: bool) -> None:
         ("reuse", plan.reuse),
         ("sampler", f"{plan.steps} steps of {plan.sampler}, guidance {plan.guidance:g}"),
         ("merge", f"{plan.merge} tokens per block"),
-        ("quant", plan.quant),
+        ("quant", plan.quant if plan.method is None else f"{plan.quant} by {plan.method}"),
         ("parts", " ".join(manifest.parts)),
         ("size", f"{opened.size_bytes / 1e6:.1f} MB"),
         ("verified", f"{manifest.verified['engine']}, {'equal' if db is None else f'{db:.0f} dB'} to the reference"),
         ("digest", opened.digest),
     ]
-    heading(str(opened.path))
-    for name, value in lines:
-        out.print(f"  {name:11}{value}", soft_wrap=True)
+    _print_lines(opened.path, lines)

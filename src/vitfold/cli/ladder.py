@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json as json_module
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vitfold.bench.environment import environment
 from vitfold.cli import options
 from vitfold.cli.declaring import command
-from vitfold.cli.groups import ModelArgs
+from vitfold.cli.groups import ModelArgs, listed
 from vitfold.cli.making import given_images, judged_images, require_optimize
-from vitfold.cli.terminal import note, out, print_json, working, write_json
+from vitfold.cli.terminal import counted, note, out, print_json, working, write_json
 from vitfold.errors import VitfoldError
 from vitfold.pipeline.plan import registers_from_name
 from vitfold.recipe import MergeRecipe
@@ -21,7 +22,43 @@ from vitfold.report.tables import accuracy_table
 from vitfold.schedule import resolve_r
 from vitfold.storage.ordinary import read_text
 
+if TYPE_CHECKING:
+    from vitfold.pipeline.ladder import Cell
+
 METHODS = "vitfold,ptq4vit,repq,noisy,smooth,mse,percentile,minmax"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellArgs:
+    """What is measured: every method at every bit width, for every seed and remedy."""
+
+    methods: Annotated[str, typer.Option(help="Methods, comma-separated.")] = METHODS
+    quant: Annotated[str, typer.Option(help="Bit widths, comma-separated.")] = "w8a8,w6a6,w4a4"
+    seeds: Annotated[str, typer.Option(help="Seeds that draw calibration images, comma-separated.")] = "0,1,2"
+    registers: Annotated[
+        str, typer.Option(help="What to do about sink tokens, comma-separated, as none,regcache; see optimize.")
+    ] = "none"
+    both: Annotated[str, typer.Option(help="Methods to simulate too where an engine executes them.")] = "vitfold"
+
+    def cells(self) -> list[Cell]:
+        """Return what is measured, one cell a row.
+
+        Raises:
+            RecipeError: if a method or a remedy is not known.
+        """
+        from vitfold.pipeline.ladder import plan_cells
+        from vitfold.quant import find_method
+
+        for name in listed(self.methods):
+            find_method(name)
+        for name in listed(self.registers):
+            registers_from_name(name)
+        try:
+            seeds = [int(seed) for seed in self.seeds.split(",")]
+        except ValueError:
+            raise typer.BadParameter(f"seeds are integers, found {self.seeds!r}", param_hint="--seeds") from None
+        schemes, both, remedies = listed(self.quant), listed(self.both), listed(self.registers)
+        return plan_cells(listed(self.methods), schemes, seeds, both=both, registers=remedies)
 
 
 @command(
@@ -31,17 +68,13 @@ METHODS = "vitfold,ptq4vit,repq,noisy,smooth,mse,percentile,minmax"
 def ladder(
     *,
     source: options.Source,
-    images: options.Images = None,
-    calibration_images: options.CalibrationImages = None,
-    methods: Annotated[str, typer.Option(help="Methods, comma-separated.")] = METHODS,
-    quant: Annotated[str, typer.Option(help="Bit widths, comma-separated.")] = "w8a8,w6a6,w4a4",
-    seeds: Annotated[str, typer.Option(help="Seeds that draw calibration images, comma-separated.")] = "0,1,2",
+    images: options.NeededImages,
+    calibration_images: Annotated[
+        Path, typer.Option(metavar="DIR", help="Images from which quantization takes ranges; measure on others.")
+    ],
+    cells: CellArgs,
     merge: options.Merge = None,
-    registers: Annotated[
-        str, typer.Option(help="What to do about sink tokens, comma-separated, as none,regcache; see optimize.")
-    ] = "none",
     calibration_size: options.CalibrationSize = 128,
-    both: Annotated[str, typer.Option(help="Methods to simulate too where an engine executes them.")] = "vitfold",
     limit: options.Limit = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE.json", help="Rows; an existing file is gone on with.")
@@ -50,23 +83,10 @@ def ladder(
     loading: ModelArgs,
 ) -> None:
     """Measure every method at every bit width on --images, calibrated on --calibration-images."""
-    if images is None or calibration_images is None:
-        raise typer.BadParameter("give --images DIR and --calibration-images DIR", param_hint="--images")
     require_optimize()
-    from vitfold.pipeline.ladder import cell_from_dict, plan_cells, run_cells
-    from vitfold.quant import find_method
+    from vitfold.pipeline.ladder import cell_from_dict, run_cells
 
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    for name in names:
-        find_method(name)
-    remedies = [name.strip() for name in registers.split(",") if name.strip()]
-    for name in remedies:
-        registers_from_name(name)
-    schemes = [scheme.strip() for scheme in quant.split(",") if scheme.strip()]
-    try:
-        drawn = [int(seed) for seed in seeds.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"seeds are integers, found {seeds!r}", param_hint="--seeds") from None
+    planned = cells.cells()
     found = given_images(images)
     chosen = found if limit is None else found.first(limit)
     with working("ladder") as (say, bar):
@@ -81,35 +101,12 @@ def ladder(
             "images_digest": chosen.digest(),
             "calibration_size": calibration_size,
         }
-        rows = _kept(output, head)
-        done = {cell_from_dict(row) for row in rows if row["error"] is None}
-        rows = [row for row in rows if row["error"] is None]
-        cells = [
-            cell
-            for cell in plan_cells(names, schemes, drawn, both=both.split(","), registers=remedies)
-            if cell not in done
-        ]
-        seen = [0]
-
-        def step(text: str) -> None:
-            seen[0] = 0
-            say(text)
-
-        def advance(count: int) -> None:
-            seen[0] += count
-            bar(seen[0], len(chosen.paths))
-
+        rows = [row for row in _kept(output, head) if row["error"] is None]
+        done = {cell_from_dict(row) for row in rows}
         result: dict[str, Any] = {**head, "environment": environment(), "rows": rows}
-        for row in run_cells(
-            model,
-            plan,
-            cells,
-            chosen,
-            given_images(calibration_images),
-            size=calibration_size,
-            step=step,
-            advance=advance,
-        ):
+        progress, calibration = counted(say, bar, len(chosen.paths)), given_images(calibration_images)
+        left = [cell for cell in planned if cell not in done]
+        for row in run_cells(model, plan, left, chosen, calibration, size=calibration_size, progress=progress):
             rows.append(row)
             if output is not None:
                 write_json(output, result)

@@ -1,7 +1,7 @@
 """Progress where no terminal shows a bar: in a file, in CI, under nohup.
 
-Owns when a line is due: with each kind of step, then every tenth of the work, but no line within five seconds of
-another, and every half minute.
+A line comes with each kind of step, then every tenth of the work, but none within five seconds of another, and every
+half minute.
 """
 
 from __future__ import annotations

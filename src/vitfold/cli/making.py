@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from vitfold.bench.classes import fitting_classes, without_classes
 from vitfold.bench.environment import busy_remark
 from vitfold.cli.terminal import note
@@ -69,6 +71,14 @@ def say_busy(environment: Mapping[str, Any]) -> None:
     remark = busy_remark(environment)
     if remark is not None:
         note(remark)
+
+
+def needed_quant(quant: str | None, method: str | None, calibration: CalibrationArgs) -> QuantRecipe:
+    """Return the quantization that options ask for, where a command is about nothing else."""
+    found = quant_recipe(quant, method, calibration)
+    if found is None:
+        raise typer.BadParameter("give the bits to try, for example w8a8", param_hint="--quant")
+    return found
 
 
 def quant_recipe(quant: str | None, method: str | None, calibration: CalibrationArgs) -> QuantRecipe | None:

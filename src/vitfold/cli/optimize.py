@@ -207,8 +207,8 @@ def _make(job: _Job, found: ImageSet | None) -> None:
             if wanted.target == "fastest":
                 say("racing ONNX Runtime and OpenVINO")
                 plan = replace(plan, folded=pipeline.fastest(plan.folded))
-            first = plan.calibration is not None and wanted.repeat is None
-            made = make_bundle(plan.folded, plan.comparing, place, say, race=first, keep_slower=wanted.keep_slower)
+            race = None if plan.calibration is None or wanted.repeat is not None else pipeline.race
+            made = make_bundle(plan.folded, plan.comparing, place, say, race=race, keep_slower=wanted.keep_slower)
             made = publish(made, place, job.min_agreement)
     report_made(made, measured, json=job.json)
     if solution is not None:

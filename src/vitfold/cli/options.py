@@ -27,6 +27,9 @@ Images = Annotated[
     Path | None,
     typer.Option("--images", metavar="DIR", help="A folder of images, or of one sub-folder per class."),
 ]
+NeededImages = Annotated[
+    Path, typer.Option("--images", metavar="DIR", help="A folder of images, or of one sub-folder per class.")
+]
 Arch = Annotated[
     str | None, typer.Option(metavar="TIMM_NAME", help="Architecture of a .safetensors file.", rich_help_panel=SOURCE)
 ]
@@ -263,6 +266,13 @@ StepMerge = Annotated[
 ]
 StepQuant = Annotated[
     str | None, typer.Option(metavar="w8a8", help="8-bit linear layers in the blocks, or none; auto tries both.")
+]
+StepMethod = Annotated[
+    str | None,
+    typer.Option(
+        help="How --quant rounds: gptq (default; clips nothing), vitfold, ptq4vit, repq, noisy, smooth, mse, "
+        "percentile or minmax."
+    ),
 ]
 MinPsnr = Annotated[
     float | None,

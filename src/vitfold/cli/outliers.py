@@ -13,7 +13,7 @@ from vitfold.bench.environment import environment
 from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.groups import CalibrationArgs, JsonArgs, ModelArgs
-from vitfold.cli.making import given_images, judged_images, quant_recipe, require_optimize
+from vitfold.cli.making import given_images, judged_images, needed_quant, require_optimize
 from vitfold.cli.terminal import counted, heading, note, out, skipped, working
 from vitfold.decoding import prepared
 from vitfold.errors import VitfoldError
@@ -23,9 +23,19 @@ from vitfold.report.sinks import advise, draw_sinks, norms_table, remedies_table
 if TYPE_CHECKING:
     from vitfold.images import ImageSet
     from vitfold.model import Model
-    from vitfold.registers import Norms
+    from vitfold.registers import Norms, RemedySearchResult
 
 SHOWN = 6
+Picture = Annotated[
+    Path | None, typer.Option(metavar="FILE.png", help="Draw where the sinks lie on some of the photos.")
+]
+Sample = Annotated[
+    int | None,
+    typer.Option(min=2, help="Use so many of the calibration images; default: as many as take about three minutes."),
+]
+Confirm = Annotated[
+    str | None, typer.Option(help="Confirm the best remedies under this method too; default: plain ranges only.")
+]
 
 
 @command(
@@ -35,33 +45,20 @@ SHOWN = 6
 def outliers(
     *,
     source: options.Source,
-    images: options.Images = None,
+    images: options.NeededImages,
     quant: options.Quant = "w8a8",
-    method: Annotated[
-        str | None, typer.Option(help="Confirm the best remedies under this method too; default: plain ranges only.")
-    ] = None,
+    method: Confirm = None,
     merge: options.Merge = None,
     target: options.QuantTarget = "cpu",
     drawing: CalibrationArgs,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="Use so many of the calibration images; default: as many as take about three minutes."
-        ),
-    ] = None,
-    picture: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw where the sinks lie on some of the photos.")
-    ] = None,
+    limit: Sample = None,
+    picture: Picture = None,
     skip_bad: options.SkipBad = False,
     answer: JsonArgs,
     loading: ModelArgs,
 ) -> None:
     """Measure token norms, what each layer's quantization costs, and every remedy against sink tokens."""
-    if images is None:
-        raise typer.BadParameter("give --images DIR", param_hint="--images")
-    wanted = quant_recipe(quant, method, drawing)
-    if wanted is None:
-        raise typer.BadParameter("give the bits to try, for example w8a8", param_hint="--quant")
+    wanted = needed_quant(quant, method, drawing)
     require_optimize()
     from vitfold.registers import measure_norms, measure_remedies
 
@@ -74,31 +71,21 @@ def outliers(
         pool = pool.readable(skipped) if skip_bad else pool
         pool = _limited(folded.folded, pool, limit)
         progress = counted(say, bar, len(pool.paths))
-        measured = measure_remedies(
-            folded.folded,
-            folded.recipe.merge,
-            wanted,
-            pool,
-            confirm=None if method is None else pipeline.constraints_of(folded.target),
-            progress=progress,
-        )
+        confirm = None if method is None else pipeline.constraints_of(folded.target)
+        merged = folded.recipe.merge
+        measured = measure_remedies(folded.folded, merged, wanted, pool, confirm=confirm, progress=progress)
         progress.step("token norms")
         norms = measure_norms(folded.folded, pool, advance=progress.advance)
         if picture is not None:
             progress.step("picture")
             _draw(picture, pool, norms, folded.model.spec.grid, folded.model.preprocess)
-    values: dict[str, Any] = {
+    values = {
         "source": source,
         "images": len(pool.paths),
         "quantization": f"{wanted.scheme}, plain ranges",
         "method": method,
-        "merge": list(folded.recipe.merge.r),
-        "blocks": _blocks(norms, measured.case.noise, block_layers(folded.model.spec)),
-        "sensitive_site": measured.case.noisiest_site,
-        "sink_site": measured.site,
-        "layers": [{"layer": layer, "noise_to_signal": noise} for layer, noise in measured.case.noise],
-        "remedies": [one.to_dict() for one in measured.remedies],
-        "chosen": measured.chosen.name,
+        "merge": list(merged.r),
+        **_measured(measured, norms, block_layers(folded.model.spec)),
         "environment": environment(),
     }
     values["advice"] = advise(values, prefix=model.spec.prefix)
@@ -124,19 +111,27 @@ def _limited(model: Model, pool: ImageSet, limit: int | None) -> ImageSet:
     return pool.first(count)
 
 
-def _blocks(norms: Norms, noise: tuple[tuple[str, float], ...], owners: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Norms behind every block, and the noise that its layers make, each quantized alone."""
-    return [
+def _measured(measured: RemedySearchResult, norms: Norms, owners: Mapping[str, int]) -> dict[str, Any]:
+    """Norms behind every block, the noise that its layers make, each quantized alone, and what remedies do."""
+    blocks = [
         {
             "block": block,
             "max_norm": float(norms.max_norm[block]),
             "mean_norm": float(norms.mean_norm[block]),
             "max_prefix_norm": float(norms.prefix_norm[block]),
             "max_patch_norm": float(norms.patch_norm[block]),
-            "noise_to_signal": sum(one for site, one in noise if owners.get(site) == block),
+            "noise_to_signal": sum(one for site, one in measured.case.noise if owners.get(site) == block),
         }
         for block in range(len(norms.max_norm))
     ]
+    return {
+        "blocks": blocks,
+        "sensitive_site": measured.case.noisiest_site,
+        "sink_site": measured.site,
+        "layers": [{"layer": layer, "noise_to_signal": noise} for layer, noise in measured.case.noise],
+        "remedies": [one.to_dict() for one in measured.remedies],
+        "chosen": measured.chosen.name,
+    }
 
 
 def _draw(picture: Path, pool: ImageSet, norms: Norms, grid: tuple[int, int], preprocess: Any) -> None:

@@ -29,7 +29,7 @@ def report(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR", help="JSON files of bench, evaluate, ladder, sensitivity, profile, sweep and diffuse."
+            metavar="DIR", help="JSON files of bench, evaluate, ladder, sensitivity, profile, sweep and diffusion."
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.html", help="The page.")],

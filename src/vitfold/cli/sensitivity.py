@@ -10,7 +10,7 @@ from vitfold import pipeline
 from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.groups import CalibrationArgs, ModelArgs
-from vitfold.cli.making import given_images, judged_images, quant_recipe, require_optimize
+from vitfold.cli.making import given_images, judged_images, needed_quant, require_optimize
 from vitfold.cli.terminal import counted, note, out, print_json, skipped, working
 from vitfold.report.tables import sensitivity_table
 
@@ -22,7 +22,7 @@ from vitfold.report.tables import sensitivity_table
 def sensitivity(
     *,
     source: options.Source,
-    images: options.Images = None,
+    images: options.NeededImages,
     quant: options.Quant = "w8a8",
     method: options.Method = None,
     merge: options.Merge = None,
@@ -34,11 +34,7 @@ def sensitivity(
     loading: ModelArgs,
 ) -> None:
     """Quantize one site at a time and rank them: what to put back to float first (optimize --keep-float N)."""
-    if images is None:
-        raise typer.BadParameter("give --images DIR", param_hint="--images")
-    wanted = quant_recipe(quant, method, drawing)
-    if wanted is None:
-        raise typer.BadParameter("give the bits to try, for example w8a8", param_hint="--quant")
+    wanted = needed_quant(quant, method, drawing)
     require_optimize()
     found = given_images(images)
     with working("sensitivity") as (say, advance):

@@ -6,6 +6,8 @@ import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -33,9 +35,52 @@ else:
 if TYPE_CHECKING:
     from vitfold.images import ImageSet
     from vitfold.model import Model
+    from vitfold.pipeline.sweep import Sweep
     from vitfold.pipeline.trials import EvalContext, Trial
 
-_PLAN = ("merge", "rules", "quant", "methods", "target", "protocol")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepArgs:
+    """What is swept over, by options or in a file; an option wins."""
+
+    merge: Annotated[
+        str | None, typer.Option(metavar="R,R,...", help="Schedules, comma-separated: 0,2,4,8:-1; lists in --plan.")
+    ] = None
+    rules: Annotated[str | None, typer.Option(help="Merging rules, comma-separated: tome,tofu,pitome,evit.")] = None
+    quant: Annotated[str | None, typer.Option(help="Bits, comma-separated: none,w8a8.")] = None
+    methods: Annotated[str | None, typer.Option(help="Methods of quantization, comma-separated.")] = None
+    plan: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="A sweep in a file; see recipes/sweeps/.")] = (
+        None
+    )
+    target: Annotated[str | None, typer.Option(help="As for optimize; default: cpu.")] = None
+    protocol: Annotated[
+        Literal["quick", "report"] | None, typer.Option(help="How every recipe is timed beside the float model.")
+    ] = None
+
+    def chosen(self) -> dict[str, Any]:
+        """Return what is swept over: options, else the plan's, else one recipe of each.
+
+        Raises:
+            RecipeError: if the plan is not TOML or has unknown keys.
+        """
+        values: dict[str, Any] = {
+            "merge": ["0"],
+            "rules": ["tome"],
+            "quant": ["none"],
+            "methods": ["vitfold"],
+            "target": "cpu",
+            "protocol": "quick",
+        }
+        if self.plan is not None:
+            values |= _read_plan(self.plan, values)
+        for key, value in values.items():
+            given = getattr(self, key)
+            if given is not None:
+                values[key] = [part.strip() for part in given.split(",")] if isinstance(value, list) else given
+        unknown = [rule for rule in values["rules"] if rule not in RULES]
+        if unknown:
+            raise RecipeError(f"no merging rule is called {unknown[0]!r}; {nearest(unknown[0], RULES)}")
+        return values
 
 
 @command(
@@ -46,52 +91,28 @@ def sweep(
     *,
     source: options.Source,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Rows and bundles; gone on with.")],
-    images: options.Images = None,
-    merge: Annotated[
-        str | None, typer.Option(metavar="R,R,...", help="Schedules, comma-separated: 0,2,4,8:-1; lists in --plan.")
-    ] = None,
-    rules: Annotated[str | None, typer.Option(help="Merging rules, comma-separated: tome,tofu,pitome,evit.")] = None,
-    quant: Annotated[str | None, typer.Option(help="Bits, comma-separated: none,w8a8.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Methods of quantization, comma-separated.")] = None,
-    plan: Annotated[
-        Path | None, typer.Option(metavar="FILE.toml", help="A sweep in a file; see recipes/sweeps/.")
-    ] = None,
-    target: Annotated[str | None, typer.Option(help="As for optimize; default: cpu.")] = None,
+    images: options.NeededImages,
+    over: SweepArgs,
     calibration_images: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Images to calibrate on; default: drawn from --images.")
     ] = None,
     drawing: CalibrationArgs,
     limit: options.Limit = None,
-    protocol: Annotated[
-        Literal["quick", "report"] | None, typer.Option(help="How every recipe is timed beside the float model.")
-    ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Try recipes again that failed.")] = False,
     json: options.Json = False,
     loading: ModelArgs,
 ) -> None:
     """Make, evaluate and time every combination; an interrupted sweep goes on where it was, by the same command."""
-    if images is None:
-        raise VitfoldError("a sweep measures accuracy or agreement on images: give --images DIR")
-    chosen = _planned(
-        plan,
-        {"merge": merge, "rules": rules, "quant": quant, "methods": methods, "target": target, "protocol": protocol},
-    )
+    chosen = over.chosen()
     require_optimize()
-    from vitfold.pipeline.sweep import Sweep, begin_sweep, run_sweep
+    from vitfold.pipeline.sweep import begin_sweep, run_sweep
 
     found = given_images(images)
     drawn = None if calibration_images is None else given_images(calibration_images)
     with ExitStack() as stack, working("sweep") as (say, _):
         model = loading.load(source, say)
         found = judged_images(found, model.spec, model.labels)
-        wanted = Sweep(
-            merges=tuple(chosen["merge"]),
-            rules=tuple(chosen["rules"]),
-            quants=tuple(chosen["quant"]),
-            methods=tuple(chosen["methods"]),
-            target=chosen["target"],
-        )
-        attempts = wanted.attempts(model.spec)
+        attempts = sweep_of(chosen).attempts(model.spec)
         calibration, reported = divided(found, drawn, drawing.calibration_size, drawing.calibration_seed)
         reported = reported if limit is None else reported.first(limit)
         head = {
@@ -100,24 +121,16 @@ def sweep(
             "model_digest": model.digest(),
             "images_digest": reported.digest(),
             "calibration_digest": calibration.digest(),
-            "calibration_size": drawing.calibration_size,
-            "calibration_seed": drawing.calibration_seed,
-            "target": wanted.target,
+            **asdict(drawing),
+            "target": chosen["target"],
             "protocol": chosen["protocol"],
         }
         beside = {"environment": environment()}
         begin_sweep(output, head, beside)
         stack.enter_context(alone(output / ROWS))
         rows = begin_sweep(output, head, beside)
-
-        ranges = images if calibration_images is None else calibration_images
-
-        def again(attempt: Trial) -> str:
-            return _command(source, ranges, attempt, drawing, loading.words())
-
-        def trying() -> EvalContext:
-            return _trying(model, calibration, reported, head, say)
-
+        again = partial(_command, source, calibration_images or images, drawing, loading.words())
+        trying = partial(_trying, model, calibration, reported, head, say)
         for row in run_sweep(output, attempts, rows, trying, retry=retry, command=again, say=say):
             rows.append(row)
     latest = {row["recipe"]: row for row in rows}
@@ -131,6 +144,19 @@ def sweep(
         if row["error"] is not None:
             note(f"{row['recipe']}: {row['error']}")
     note(f"rows and bundles: {output}; a page of them: vitfold report {output} -o report.html")
+
+
+def sweep_of(chosen: Mapping[str, Any]) -> Sweep:
+    """Return what is tried of what was chosen."""
+    from vitfold.pipeline.sweep import Sweep
+
+    return Sweep(
+        merges=tuple(chosen["merge"]),
+        rules=tuple(chosen["rules"]),
+        quants=tuple(chosen["quant"]),
+        methods=tuple(chosen["methods"]),
+        target=chosen["target"],
+    )
 
 
 def divided(images: ImageSet, calibration: ImageSet | None, size: int, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -168,43 +194,24 @@ def _trying(model: Model, calibration: ImageSet, images: ImageSet, head: Mapping
     )
 
 
-def _planned(path: Path | None, given: Mapping[str, str | None]) -> dict[str, Any]:
-    """Return what is swept over: options, else the plan's, else one recipe of each.
-
-    Raises:
-        RecipeError: if the plan is not TOML or has unknown keys.
-    """
-    values: dict[str, Any] = {
-        "merge": ["0"],
-        "rules": ["tome"],
-        "quant": ["none"],
-        "methods": ["vitfold"],
-        "target": "cpu",
-    }
-    values["protocol"] = "quick"
-    if path is not None:
-        try:
-            read = tomllib.loads(read_text(path))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise RecipeError(f"cannot read the sweep {path}: {error}; see recipes/sweeps/ for examples") from None
-        for key, value in read.items():
-            if key not in _PLAN:
-                raise RecipeError(f"{path}: unknown key {key}; {nearest(key, _PLAN)}")
-            if isinstance(value, list) != isinstance(values[key], list):
-                raise RecipeError(f"{path}: {key} must be {'a list' if isinstance(values[key], list) else 'text'}")
-            values[key] = [str(part) for part in value] if isinstance(value, list) else value
-        if values["protocol"] not in ("quick", "report"):
-            raise RecipeError(f"{path}: protocol is quick or report, found {values['protocol']!r}")
-    for key, text in given.items():
-        if text is not None:
-            values[key] = [part.strip() for part in text.split(",")] if isinstance(values[key], list) else text
-    unknown = [rule for rule in values["rules"] if rule not in RULES]
-    if unknown:
-        raise RecipeError(f"no merging rule is called {unknown[0]!r}; {nearest(unknown[0], RULES)}")
-    return values
+def _read_plan(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a file says of the known keys, each a list or a text as it is there."""
+    try:
+        read = tomllib.loads(read_text(path))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"cannot read the sweep {path}: {error}; see recipes/sweeps/ for examples") from None
+    for key, value in read.items():
+        if key not in known:
+            raise RecipeError(f"{path}: unknown key {key}; {nearest(key, tuple(known))}")
+        if isinstance(value, list) != isinstance(known[key], list):
+            raise RecipeError(f"{path}: {key} must be {'a list' if isinstance(known[key], list) else 'text'}")
+        read[key] = [str(part) for part in value] if isinstance(value, list) else value
+    if read.get("protocol", "quick") not in ("quick", "report"):
+        raise RecipeError(f"{path}: protocol is quick or report, found {read['protocol']!r}")
+    return read
 
 
-def _command(source: str, images: Path, attempt: Trial, drawing: CalibrationArgs, given: list[str]) -> str:
+def _command(source: str, images: Path, drawing: CalibrationArgs, given: list[str], attempt: Trial) -> str:
     """Return the command that makes one bundle of the sweep again."""
     words = ["vitfold", "optimize", source, "--merge", ",".join(map(str, attempt.r)), "--target", attempt.target]
     words += ["--merge-rule", attempt.rule] if attempt.rule != "tome" else []

@@ -1,7 +1,7 @@
 """What commands share with the terminal: results on stdout, everything else on stderr.
 
-Owns exit codes (0 done, 1 the user can mend it, 2 usage, 3 a gate failed), progress and JSON. Text is printed as it
-is: nothing in it is markup, and what a terminal would act on is shown as an escape.
+Exit codes are 0 (done), 1 (the user can mend it), 2 (usage) and 3 (a gate failed). Text is printed as it is: nothing
+in it is markup, and what a terminal would act on is shown as an escape.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from vitfold.quant import Progress as Report
 
 EXIT_ERROR = 1
-EXIT_USAGE = 2
 EXIT_GATE = 3
 EXIT_INTERRUPTED = 130
 

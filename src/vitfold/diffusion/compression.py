@@ -48,6 +48,10 @@ class Compression:
         """The bits that were asked for."""
         return "none" if self.recipe is None else self.recipe.scheme.lower()
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a plan says of it, as plain JSON values."""
+        return {"merge": self.r, "quant": self.quant, "method": None if self.recipe is None else self.recipe.method}
+
     @property
     def suffix(self) -> str:
         """How tables call it, behind the name of a method."""

@@ -75,17 +75,14 @@ def sample(
         return _one_by_one(executor, spec, scheduler, method, labels, again)
     rows = 2 * count if guidance != 1.0 else count
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
-    shape = (spec.channels, spec.image_size, spec.image_size)
-    x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]) * scheduler.init_noise_sigma
+    x = _noise(spec, generators) * scheduler.init_noise_sigma
     timesteps = [int(t) for t in scheduler.timesteps]
     conditions, row_of = _conditions(executor, spec, timesteps, labels, guided=rows > count)
-    must = full_steps(method, len(timesteps))
     state = _State(
         executor=executor,
         method=method,
-        must=must,
-        depth=spec.num_layers,
-        channels=spec.channels,
+        must=full_steps(method, len(timesteps)),
+        spec=spec,
         count=count,
         rows=rows,
     )
@@ -93,11 +90,8 @@ def sample(
     took: dict[bool, list[int]] = {True: [], False: []}
     for step, t in enumerate(scheduler.timesteps):
         began, full_before = time.perf_counter_ns(), state.full
-        entering = scheduler.scale_model_input(x, t).float()
-        state.given = {
-            "image": np.tile(entering.numpy(), (rows // count, 1, 1, 1)),
-            "given": conditions[step][row_of],
-        }
+        entering = scheduler.scale_model_input(x, t).float().numpy()
+        state.given = {"image": np.tile(entering, (rows // count, 1, 1, 1)), "given": conditions[step][row_of]}
         predicted = torch.from_numpy(_finite(state.advance(step, guidance), f"step {step + 1} of {len(timesteps)}"))
         if spec.learned_sigma and not _learned(scheduler):
             predicted = predicted[:, : spec.channels]
@@ -111,6 +105,11 @@ def sample(
         reused_ns=tuple(took[False]),
         kept_bytes=executor.kept_bytes,
     )
+
+
+def _noise(spec: DiTSpec, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    shape = (spec.channels, spec.image_size, spec.image_size)
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def _finite(values: Array, where: str) -> Array:
@@ -159,8 +158,7 @@ class _State:
     executor: Session
     method: ReuseMethod
     must: tuple[bool, ...]
-    depth: int
-    channels: int
+    spec: DiTSpec
     count: int
     rows: int
     full: int = 0
@@ -185,7 +183,7 @@ class _State:
         if self.rows == self.count:
             return found
         with_class, without = found[: self.count], found[self.count :]
-        return _guided(with_class, without, guidance, self.channels)
+        return _guided(with_class, without, guidance, self.spec.channels)
 
     def _past_guidance(self, step: int, guidance: float) -> Array:
         if self.must[step] or self.difference is None:
@@ -199,7 +197,7 @@ class _State:
             self.executor.run("step")
             found = self._prediction()
         with_class = found[: self.count]
-        return _guided(with_class, with_class + self.difference, guidance, self.channels)
+        return _guided(with_class, with_class + self.difference, guidance, self.spec.channels)
 
     def _prediction(self) -> Array:
         return self.executor.fetch("prediction")["prediction"]
@@ -244,7 +242,7 @@ class _State:
 
     def _renew(self, *, whole: bool) -> None:
         """A refreshed step reads what one side keeps and writes the other."""
-        depth, (before, now) = self.depth, self.own
+        depth, (before, now) = self.spec.num_layers, self.own
         names = {f"{RESIDUAL}.{block}": f"{now}.{block}" for block in range(depth)}
         kept = {f"kept.{block}": f"{before}.{block}" for block in range(depth)}
         self._run("full" if whole else "refresh", names if whole else {**names, **kept})

@@ -6,7 +6,7 @@ Rows are handed out one by one, so that the caller can keep them and an interrup
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from vitfold.pipeline.calibration import calibrate_plan
 from vitfold.pipeline.plan import Plan, optimize, registers_from_name
 from vitfold.pipeline.verifying import open_written, simulation
 from vitfold.pipeline.writing import write_graph
+from vitfold.quant import Progress
 from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe, bits_from_scheme
 from vitfold.target import TARGETS
 
@@ -81,20 +82,20 @@ def run_cells(
     *,
     size: int,
     batch: int = 4,
-    step: Callable[[str], Any] = lambda _: None,
-    advance: Callable[[int], Any] | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield one row per cell: the cell, its fidelity on `images`, or the error that stopped it."""
     digest = model.digest()
-    step("float model")
-    expected = reference_outputs(digest, images, model.preprocess, lambda: Reference(model=model), advance=advance)
+    told = progress or Progress()
+    told.step("float model")
+    expected = reference_outputs(digest, images, model.preprocess, lambda: Reference(model=model), advance=told.advance)
     for cell in cells:
         remedy = "" if cell.registers == "none" else f" with {cell.registers}"
-        step(f"{cell.method} {cell.scheme}{remedy}, seed {cell.seed}")
+        told.step(f"{cell.method} {cell.scheme}{remedy}, seed {cell.seed}")
         try:
             folded = _calibrated(model, merge, cell, calibration, size)
             with tempfile.TemporaryDirectory(prefix="vitfold-") as folder, _open(folded, cell, Path(folder)) as session:
-                outputs = run_over(session, images, model.preprocess, batch=batch, advance=advance)
+                outputs = run_over(session, images, model.preprocess, batch=batch, advance=told.advance)
         except VitfoldError as error:
             yield {**cell.to_dict(), "fidelity": None, "error": str(error)}
             continue

@@ -12,7 +12,7 @@ from vitfold.artifacts.bundle import Bundle
 from vitfold.bench.environment import installed_version
 from vitfold.bench.measurement import speed_up
 from vitfold.bench.timing import Protocol
-from vitfold.engines import PLAIN, engine_obstacle, open_session, quantized_target, runs_here
+from vitfold.engines import PLAIN, Session, engine_obstacle, open_session, quantized_target, runs_here
 from vitfold.pipeline.plan import Plan
 from vitfold.pipeline.trial import SHORT, opened, timed
 from vitfold.recipe import Recipe
@@ -57,9 +57,12 @@ def race(quantized: Bundle, folded: Plan, *, protocol: Protocol = SHORT) -> Race
     if quantized.manifest.simulated or engine_obstacle(folded.target.engine) is not None:
         return None
     with opened(float_plan(folded)) as plain, open_session(quantized) as session:
-        if session.execution != PLAIN:
-            return None
-        measured = timed({"float": plain, "quantized": session}, folded.model.spec, protocol=protocol)
+        return raced(plain, session, folded, protocol) if session.execution == PLAIN else None
+
+
+def raced(plain: Session, quantized: Session, folded: Plan, protocol: Protocol) -> Race:
+    """Time two opened graphs of a plan, the float one and the quantized one."""
+    measured = timed({"float": plain, "quantized": quantized}, folded.model.spec, protocol=protocol)
     ratio = speed_up(measured["float"], measured["quantized"])
     return Race(**ratio, reason=None if ratio["median"] > 1.0 else _reason(folded))
 

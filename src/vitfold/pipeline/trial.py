@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,21 +14,24 @@ import numpy as np
 from vitfold.bench.measurement import Measurement
 from vitfold.bench.timing import Protocol, interleave
 from vitfold.engines import Session, open_graph
+from vitfold.errors import EngineError
 from vitfold.model import Architecture
 from vitfold.pipeline.plan import Plan
 from vitfold.pipeline.writing import write_graph
 from vitfold.products import products_of_recipe
 
 SHORT = Protocol(trials=7, seconds=2.0)
+MOST_SECONDS = "VITFOLD_RACE_SECONDS"
+"""The environment variable that bounds how long a race, a search or a sweep times one subject."""
 
 
 @contextmanager
-def opened(folded: Plan) -> Iterator[Session]:
+def opened(folded: Plan, open_file: Callable[..., Session] = open_graph) -> Iterator[Session]:
     """Write the graph of a plan to a temporary folder and open it in the engine of its target."""
     with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
         path = Path(folder) / "model.onnx"
         write_graph(folded, path)
-        with open_graph(
+        with open_file(
             path,
             folded.target.engine,
             products=products_of_recipe(folded.target.to_dict(), folded.recipe.quant),
@@ -36,7 +41,11 @@ def opened(folded: Plan) -> Iterator[Session]:
 
 
 def timed(sessions: Mapping[str, Session], spec: Architecture, *, protocol: Protocol = SHORT) -> dict[str, Measurement]:
-    """Time sessions on the same random images (B, channels, height, width), interleaved, engine only."""
+    """Time sessions on the same random images (B, channels, height, width), interleaved, engine only.
+
+    Raises:
+        EngineError: if $VITFOLD_RACE_SECONDS is no number of seconds.
+    """
     pixels = np.random.default_rng(0).standard_normal(
         (protocol.batch, spec.channels, *spec.image_size), dtype=np.float32
     )
@@ -45,7 +54,7 @@ def timed(sessions: Mapping[str, Session], spec: Architecture, *, protocol: Prot
     samples = interleave(
         {name: session.run for name, session in sessions.items()},
         trials=protocol.trials,
-        seconds=protocol.seconds,
+        seconds=min(protocol.seconds, _most_seconds()),
         warmup=protocol.warmup,
         iterations=protocol.iterations,
     )
@@ -55,3 +64,14 @@ def timed(sessions: Mapping[str, Session], spec: Architecture, *, protocol: Prot
         )
         for name, session in sessions.items()
     }
+
+
+def _most_seconds() -> float:
+    text = os.environ.get(MOST_SECONDS, "").strip()
+    try:
+        seconds = float(text) if text else math.inf
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise EngineError(f"{MOST_SECONDS}={text!r} is no number of seconds; give one such as 0.5, or leave it out")
+    return seconds

@@ -25,6 +25,7 @@ from vitfold.images import ImageSet
 from vitfold.pipeline.plan import Plan
 from vitfold.pipeline.verifying import open_written, simulation, verification_images, verify
 from vitfold.program import replay
+from vitfold.program.queries import projections_of
 from vitfold.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -146,6 +147,7 @@ def write_graph(folded: Plan, path: Path) -> int:
         folded.folded,
         folded.target,
         folded.quantizers,
+        projections=projections_of(program),
     )
     write_onnx(graph, path)
     return graph.macs

@@ -162,6 +162,13 @@ def _line(node: Node) -> str:
     return f"{made} = {node.op}({', '.join(given)}) {', '.join(map(_shown, node.shapes))}"
 
 
+def resolved(operand: Operand, table: Mapping[Ref, Any]) -> Any:
+    """Return what a table holds for an operand: a value, one for each of several, or None for none."""
+    if isinstance(operand, tuple):
+        return tuple(table[ref] for ref in operand)
+    return None if operand is None else table[operand]
+
+
 def _operand(operand: Operand) -> str:
     if isinstance(operand, tuple):
         return f"[{', '.join(f'%{ref}' for ref in operand)}]"

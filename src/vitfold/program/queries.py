@@ -58,6 +58,21 @@ def norm_before(program: Program, node: Node) -> Node | None:
     return maker if readers(program)[node.source] == (node,) else None
 
 
+def attention_before(made_by: Mapping[Ref, Node], node: Node) -> Node | None:
+    """Return the attention whose result a layer reads, through nothing but a change of shape; None if none is."""
+    before = made_by.get(node.source)
+    while before is not None and before.op in ("reshape", "transpose"):
+        before = made_by.get(before.source)
+    return before if before is not None and before.op == "attention" else None
+
+
+def projections_of(program: Program) -> Mapping[str, str]:
+    """Return, by the site of every attention, the linear layer that reads its result, where one does."""
+    made_by = makers(program)
+    found = ((attention_before(made_by, node), node) for node in linears_of(program))
+    return {attention.site: node.site for attention, node in found if attention is not None}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Residual:
     """A block's attention, the addition that puts its result onto the residual stream, and that stream (B, N, D)."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from vitfold.ops.count import Count
 from vitfold.ops.protocol import Ops, Port
-from vitfold.program.program import Literal, Node, Operand, Program, Ref, Shape
+from vitfold.program.program import Literal, Node, Operand, Program, Ref, Shape, resolved
 
 T = TypeVar("T")
 
@@ -37,6 +37,7 @@ VOCABULARY: Mapping[str, inspect.Signature] = {
 _SEVERAL = {name for name, one in VOCABULARY.items() if str(one.return_annotation).startswith("tuple")}
 
 
+@Ops.register  # without it, every isinstance looks for every method
 class Recorder:
     """The interpreter whose result is a program; any of `VOCABULARY` may be called, as on every interpreter."""
 
@@ -194,16 +195,10 @@ def _needed(program: Program, wanted: set[Ref], known: Mapping[Ref, Any]) -> lis
 
 def call(ops: Ops[T], node: Node, values: Mapping[Ref, T]) -> tuple[T, ...]:
     """Ask an interpreter for one node; return its results, also where there is one only."""
-
-    def given(operand: Operand) -> Any:
-        if isinstance(operand, tuple):
-            return tuple(values[ref] for ref in operand)
-        return None if operand is None else values[operand]
-
     attributes = {
         name: value.array() if isinstance(value, Literal) else value for name, value in node.attributes.items()
     }
-    inputs = {name: given(operand) for name, operand in node.inputs.items()}
+    inputs = {name: resolved(operand, values) for name, operand in node.inputs.items()}
     results = getattr(ops, node.op)(**inputs, **attributes)
     return tuple(results) if node.op in _SEVERAL else (results,)
 

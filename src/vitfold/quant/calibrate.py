@@ -170,21 +170,22 @@ def _search(
     method = find_method(quant.method)
     quantizers: dict[str, Quantizer] = {}
     for number, (site, problem) in enumerate(problems.items(), start=1):
-        progress.step(f"searching ranges: {site} {number}/{len(problems)}")
         preset = presets.get(f"{site}.x")
+        say = functools.partial(progress.step, f"searching ranges: {site} {number}/{len(problems)}")
         quantizers |= search_once(
-            (problem, method, preset), functools.partial(search_linear, problem, method, preset=preset)
+            (problem, method, preset), functools.partial(search_linear, problem, method, preset=preset), say
         )
     for number, attention in enumerate(network.attentions if quant.attention else (), start=1):
         bits = quant.bits(attention.site, weight=False)
         if bits is None:
             continue
-        progress.step(f"searching ranges: {attention.site} {number}/{len(network.attentions)}")
+        say = functools.partial(progress.step, f"searching ranges: {attention.site} {number}/{len(network.attentions)}")
         found = samples.attentions[attention.site]
         how = {"symmetric": scheme.symmetric, "uniform_only": scheme.uniform_only}
         quantizers |= search_once(
             (attention, found, bits, method, scheme),
             functools.partial(search_attention, attention.site, found, bits, method, **how),
+            say,
         )
     if scheme.half_scales:
         return {site: in_half(quantizer) for site, quantizer in quantizers.items()}

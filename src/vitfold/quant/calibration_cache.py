@@ -17,8 +17,15 @@ from vitfold.quantizer import Quantizer, QuantParams, load_quant_params
 _KIND = "search"
 
 
-def search_once(inputs: tuple[object, ...], search: Callable[[], Mapping[str, Quantizer]]) -> Mapping[str, Quantizer]:
-    """Return what `search` finds for these inputs, from the cache where it has been found before."""
+def search_once(
+    inputs: tuple[object, ...],
+    search: Callable[[], Mapping[str, Quantizer]],
+    say: Callable[[], object] = lambda: None,
+) -> Mapping[str, Quantizer]:
+    """Return what `search` finds for these inputs, from the cache where it has been found before.
+
+    `say` is called before a search, and not where there is none.
+    """
     key = key_of(_code(), *inputs)
     path = find_file(_KIND, key)
     if path is not None:
@@ -26,6 +33,7 @@ def search_once(inputs: tuple[object, ...], search: Callable[[], Mapping[str, Qu
             return load_quant_params(path)
         except BundleError:
             path.unlink(missing_ok=True)
+    say()
     found = QuantParams(search())
     keep_file(_KIND, key, found.save)
     return found

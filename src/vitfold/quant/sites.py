@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from vitfold.architectures.programs import plain_program
 from vitfold.model import Architecture
 from vitfold.program import Node, Program, Ref
-from vitfold.program.queries import attentions_of, linears_of, makers, norm_before
+from vitfold.program.queries import attention_before, attentions_of, linears_of, makers, norm_before
 from vitfold.transforms.sinks import PREFIX_ROWS
 
 
@@ -92,7 +92,7 @@ def sites_of(program: Program) -> Sites:
 
 def _linear(program: Program, made_by: Mapping[Ref, Node], node: Node) -> LinearSite:
     norm, before = norm_before(program, node), made_by.get(node.source)
-    averaging = _attention_before(made_by, node)
+    averaging = attention_before(made_by, node)
     read = program.shapes[node.source][-1]
     values = None if averaging is None else _values_of(made_by, averaging)
     return LinearSite(
@@ -106,14 +106,6 @@ def _linear(program: Program, made_by: Mapping[Ref, Node], node: Node) -> Linear
         groups=node.attributes.get("parts", 1),
         wide=sum(shape[1] * shape[3] if node.op == "heads" else shape[-1] for shape in node.shapes) > read,
     )
-
-
-def _attention_before(made_by: Mapping[Ref, Node], node: Node) -> Node | None:
-    """The attention whose result a layer reads, through nothing but a change of shape."""
-    before = made_by.get(node.source)
-    while before is not None and before.op in ("reshape", "transpose"):
-        before = made_by.get(before.source)
-    return before if before is not None and before.op == "attention" else None
 
 
 def _values_of(made_by: Mapping[Ref, Node], attention: Node) -> str | None:

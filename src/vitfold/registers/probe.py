@@ -116,12 +116,15 @@ class Probe:
         linears = find_sites(self._model.spec)[0]
         return [s for s in linears if s.block is not None and f"{s.layer}.w" in self._weights]
 
-    def effect(self, model: Model, site: str) -> Effect:
-        """Quantize a model with a remedy and compare it with the float model without; `site` is the sensitive layer."""
+    def effect(self, model: Model, site: str, *, first: int | None = None) -> Effect:
+        """Quantize a model with a remedy and compare it with the float model without; `site` is the sensitive layer.
+
+        Runs begin at block `first`, by default the first that the remedy changes, on the tokens kept in front of it.
+        """
         if self._quantized is None:
             ops = Simulate(self._params, self._quantizers(self._ranges))
             self._quantized = self._run(self._model, ops, 0, None)
-        first = _first_block(model)
+        first = _first_block(model) if first is None else first
         ranges, norms = dict(self._ranges), dict(self._norms)
         if model is not self._model:
             self._run(model, self._watching(model, ranges, norms), first, self._float, keep=False)

@@ -48,7 +48,7 @@ def _speed(root: Path, argument: str) -> str:
 
 
 def _accuracy(root: Path, pattern: str) -> str:
-    header = "| rung | images | top-1 % | agree % | cosine |\n|---|---:|---:|---:|---:|"
+    header = "| variant | images | top-1 % | agree % | cosine |\n|---|---:|---:|---:|---:|"
     lines = [header]
     for path in sorted(root.glob(pattern)):
         values = json.loads(path.read_text(encoding="utf-8"))

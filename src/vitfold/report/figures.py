@@ -99,18 +99,18 @@ def latencies(points: Sequence[Point]) -> list[Plot]:
 
 def against_r(points: Sequence[Point]) -> list[Plot]:
     """Accuracy and speed against the tokens merged per block, a line per quantization."""
-    rungs = [p for p in points if p.r is not None]
-    if len({p.r for p in rungs}) < 2:
+    merged = [p for p in points if p.r is not None]
+    if len({p.r for p in merged}) < 2:
         return []
-    key = quality_key(rungs)
+    key = quality_key(merged)
     measures = [] if key is None else [(key, *QUALITIES[key][:2], "Accuracy against merging")]
     measures.append(("paired_ms", "latency, ms", 1.0, "Latency against merging"))
     plots = []
     for name, axis, scale, heading in measures:
         figure = go.Figure()
-        for place, family in enumerate(_families(rungs)):
+        for place, family in enumerate(_families(merged)):
             chosen = sorted(
-                (p for p in rungs if p.family == family and getattr(p, name) is not None), key=lambda p: p.r or 0.0
+                (p for p in merged if p.family == family and getattr(p, name) is not None), key=lambda p: p.r or 0.0
             )
             if chosen:
                 figure.add_scatter(

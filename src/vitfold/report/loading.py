@@ -114,7 +114,7 @@ def load_folder(path: Path) -> Folder:
 
 
 def _sheet(file: Path) -> Path | None:
-    """The contact sheet beside a document; where several lie there, it is that of what `vitfold diffuse` wrote."""
+    """The contact sheet beside a document; where several lie there, that of `vitfold diffusion sample`."""
     owner, sheet = file.with_name("diffuse.json"), file.with_name(SHEET)
     return sheet if sheet.is_file() and (file == owner or not owner.exists()) else None
 

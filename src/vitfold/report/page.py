@@ -40,11 +40,13 @@ class _Figures:
         return {"id": self.specs[-1]["id"], "title": plot.title, "height": plot.height}
 
 
-def render_page(folder: Folder, *, title: str, command: str, traced: Sequence[Traced] = ()) -> str:
+def render_page(
+    folder: Folder, *, title: str, command: str, traced: Sequence[Traced] = (), most_bytes: int = MOST_BYTES
+) -> str:
     """Return the page.
 
     Raises:
-        ReportError: if it would be larger than 5 MB: then there are too many pictures.
+        ReportError: if it would be larger than `most_bytes`: then there are too many pictures.
     """
     sections = build_sections(folder, traced, command)
     found = _Figures()
@@ -68,9 +70,10 @@ def render_page(folder: Folder, *, title: str, command: str, traced: Sequence[Tr
     )
     page = _LONE.sub(lambda found: visible(found[0]), page)
     size = len(page.encode("utf-8"))
-    if size > MOST_BYTES:
+    if size > most_bytes:
         raise ReportError(
-            f"the page would have {size / 1e6:.1f} MB, more than 5; give fewer --photos, or move a sheet.png elsewhere"
+            f"the page would have {size / 1e6:.1f} MB, more than {most_bytes / 1e6:g}; give fewer --photos, or move a "
+            "sheet.png elsewhere"
         )
     return page
 

@@ -1,4 +1,4 @@
-"""Ways to sample as points: time, likeness and distance of a row of `diffuse`, of bundles of steps or a search."""
+"""Ways to sample as points: time, likeness and distance of each row of what `vitfold diffusion` measures."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def samplers_of(document: Document) -> list[Sampler]:
         families = [UNACCELERATED, *(_family(row, content) for row in content["rows"][1:])]
         return [_sampler(row, family, content) for row, family in zip(content["rows"], families, strict=True)]
     except (KeyError, TypeError) as error:
-        raise ReportError(f"{document.name} is not what vitfold diffuse writes ({error!r}); measure again") from None
+        raise ReportError(
+            f"{document.name} is not what vitfold diffusion sample writes ({error!r}); measure again"
+        ) from None
 
 
 def _sampler(row: Mapping[str, Any], family: str, content: Mapping[str, Any]) -> Sampler:

@@ -21,7 +21,7 @@ SCOPES = {"engine": "engine only", "end_to_end": "end to end, file to label"}
 
 def columns(rows: Sequence[RowDict]) -> list[str]:
     """Return the header; where classifiers show top-1, encoders show cosine, other heads their own errors."""
-    return ["rung", "tok.", "GMACs", _quality(rows), "agree %", "latency ms", "img/s", "speed-up", "MB"]
+    return ["variant", "tok.", "GMACs", _quality(rows), "agree %", "latency ms", "img/s", "speed-up", "MB"]
 
 
 def _quality(rows: Sequence[RowDict]) -> str:
@@ -99,7 +99,7 @@ def ladder(rows: Sequence[RowDict], *, title: str) -> Table:
     """Return a terminal table; where 80 columns are too few, figures wrap and names do not."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in columns(rows):
-        left = name == "rung"
+        left = name == "variant"
         table.add_column(name, justify="left" if left else "right", no_wrap=left, overflow="fold")
     for row in cells(rows):
         table.add_row(*row)
@@ -182,7 +182,7 @@ def accuracy_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     """
     rows = [row for row in result["rows"] if row["fidelity"] is not None]
     schemes = list(dict.fromkeys(row["scheme"] for row in rows))
-    named = [(_rung(row), row["engine"], row["scheme"]) for row in rows]
+    named = [(_variant(row), row["engine"], row["scheme"]) for row in rows]
     lines = list(dict.fromkeys((name, engine) for name, engine, scheme in named if scheme == "W8A8"))
     lines += [(name, "simulation") for name in dict.fromkeys(name for name, _, _ in named)]
     published = published_figures(result["source"])
@@ -193,7 +193,7 @@ def accuracy_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
             chosen = [
                 row["fidelity"]
                 for row in rows
-                if (_rung(row), row["scheme"], row["engine"]) == (method, scheme, engine)
+                if (_variant(row), row["scheme"], row["engine"]) == (method, scheme, engine)
             ]
             figure = published.get(scheme, {}).get(method)
             shown.append(_spread(chosen) + (f" [{figure:.2f}]" if figure is not None and chosen else ""))
@@ -202,7 +202,7 @@ def accuracy_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     return ["method", "run by", *schemes], body
 
 
-def _rung(row: RowDict) -> str:
+def _variant(row: RowDict) -> str:
     """The method, and the remedy against sinks where there is one."""
     return f"{row['method']} + {row['registers']}" if "registers" in row else str(row["method"])
 
@@ -266,7 +266,7 @@ _BEYOND = ("reused", "SSIM", "Frechet rise", "kept MB")
 
 
 def diffusion_table(result: Mapping[str, Any]) -> Table:
-    """Return the terminal table of `vitfold diffuse`: time per image beside likeness to the unaccelerated images."""
+    """Return the table of `vitfold diffusion sample`: time per image beside likeness to the unaccelerated images."""
     title = f"{len(result['classes'])} images, {result['steps']} steps of {result['sampler']}, {result['engine']}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     header, body = diffusion_rows(result)

@@ -41,7 +41,7 @@ FORMS = (
     "timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME, open_clip:NAME/TAG, FILE.safetensors with --arch, FILE.onnx, "
     "or demo"
 )
-_STEPS = "optimize its steps with --reuse auto, or draw with it: vitfold diffuse"
+_STEPS = "make it faster: vitfold diffusion optimize {0}, or draw with it: vitfold diffusion sample {0}"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
@@ -409,7 +409,7 @@ def _file(source: str) -> Path:
     if path.exists():
         raise SourceError(f"{source} is not a .safetensors file; a source is {FORMS}")
     if source == "demo-dit":
-        raise SourceError(f"{source} is a Diffusion Transformer; {_STEPS} {source}")
+        raise SourceError(f"{source} is a Diffusion Transformer; {_STEPS.format(source)}")
     raise SourceError(f"unknown source {source!r}; did you mean timm:{source}? A source is {FORMS}")
 
 
@@ -419,7 +419,7 @@ def _refuse_diffusion(folder: Path) -> None:
     if (folder / "model_index.json").is_file() or any(
         "Transformer2DModel" in path.read_text(encoding="utf-8", errors="replace") for path in configs
     ):
-        raise SourceError(f"{folder} holds a diffusion model of diffusers; {_STEPS} hf:{folder}")
+        raise SourceError(f"{folder} holds a diffusion model of diffusers; {_STEPS.format(f'hf:{folder}')}")
 
 
 def demo_folder() -> Path:

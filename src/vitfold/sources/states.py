@@ -38,7 +38,8 @@ _OTHERS = (
     ),
     (
         re.compile(r"^(x_embedder|y_embedder|t_embedder)\."),
-        "that is a Diffusion Transformer; draw with it (vitfold diffuse {path}), or optimize its steps (--reuse auto)",
+        "that is a Diffusion Transformer; make it faster: vitfold diffusion optimize {path}, or draw with it: vitfold "
+        "diffusion sample {path}",
     ),
     (
         re.compile(r"^encoder\.layers\.encoder_layer_\d+\."),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from vitfold.program import Node, Operand, Program, Ref
+from vitfold.program import Node, Program, Ref
+from vitfold.program.program import resolved
 
 
 def without_dead_nodes(program: Program) -> Program:
@@ -31,13 +32,8 @@ def _numbered(program: Program) -> Program:
 
 
 def _renamed(node: Node, number: Mapping[Ref, Ref]) -> Node:
-    def operand(given: Operand) -> Operand:
-        if isinstance(given, tuple):
-            return tuple(number[ref] for ref in given)
-        return None if given is None else number[given]
-
     return replace(
         node,
-        inputs={name: operand(given) for name, given in node.inputs.items()},
+        inputs={name: resolved(given, number) for name, given in node.inputs.items()},
         outputs=tuple(number[ref] for ref in node.outputs),
     )

@@ -94,38 +94,6 @@ def log_size(ops: Ops[T], tokens: Tokens[T]) -> T | None:
     return ops.log(ops.reshape(tokens.size, (1, 1, tokens.count)))
 
 
-def weighted_mean(ops: Ops[T], tokens: Tokens[T], *, originals: int | None, with_prefix: bool) -> T:
-    """Return the mean over the original tokens, (B, D): every row counts as often as its size.
-
-    Equation: sum_n s_n x_n / N_0 over the patch rows, or over all rows; N_0 = sum_n s_n, where it depends on the
-    image (`originals` is None).
-    """
-    x, size = tokens.x, tokens.size
-    if size is not None:
-        x = ops.multiply(x, size)
-    if not with_prefix and tokens.prefix:
-        x = ops.slice(x, 1, tokens.prefix, tokens.count)
-        size = None if size is None else ops.slice(size, 1, tokens.prefix, tokens.count)
-    if size is None:
-        return ops.mean(x, 1)
-    if originals is None:
-        return ops.divide(ops.sum(x, 1), ops.sum(size, 1))
-    return ops.scale(ops.sum(x, 1), 1.0 / originals)
-
-
-def without_prefix(ops: Ops[T], tokens: Tokens[T]) -> Tokens[T]:
-    """Leave the prefix rows out, of x and of sizes: (B, N, D) -> (B, N - P, D)."""
-    rows = (tokens.prefix, tokens.count)
-    return replace(
-        tokens,
-        x=ops.slice(tokens.x, 1, *rows),
-        size=None if tokens.size is None else ops.slice(tokens.size, 1, *rows),
-        source=None if tokens.source is None else ops.slice(tokens.source, 1, *rows),
-        count=tokens.count - tokens.prefix,
-        prefix=0,
-    )
-
-
 def unmerge(ops: Ops[T], site: str, tokens: Tokens[T]) -> T:
     """Give every original token the row that holds it: (B, N, D) -> (B, N_0, D), raster order.
 

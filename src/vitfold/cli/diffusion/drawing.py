@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from vitfold.artifacts.bundle import open_bundle
 from vitfold.artifacts.digested import MANIFEST, read_header
 from vitfold.bench.environment import environment
+from vitfold.cli import options
 from vitfold.cli.terminal import note, write_json
 from vitfold.errors import RecipeError, SourceError, VitfoldError, nearest
 from vitfold.model.schedule import own_sampler
@@ -33,16 +36,23 @@ STEPS, GUIDANCE = 50, 1.5  # the guidance by which the paper measures DiT-XL
 class SamplingArgs:
     """What options ask for; None takes what a bundle was made with, or the default."""
 
-    classes: str = "0"
-    count: int | None = None
-    seed: int = 0
-    steps: int | None = None
-    sampler: str | None = None
-    guidance: float | None = None
-    batch: int = 8
-    threads: int | None = None
-    trials: int = 3
-    latents: bool = False
+    classes: Annotated[
+        str, typer.Option(metavar="C,C,...", help="One image per class, by number or name; all for every class.")
+    ] = "0"
+    count: Annotated[
+        int | None, typer.Option(min=1, help="So many images in all, the classes repeated; default: one each.")
+    ] = None
+    steps: options.StepCount = None
+    sampler: options.Sampler = None
+    guidance: options.Guidance = None
+    seed: Annotated[int, typer.Option(help="Image i is drawn from seed + i.")] = 0
+    batch: Annotated[int, typer.Option("--batch", help="Images drawn at once.")] = 8
+    threads: options.Threads = None
+    trials: Annotated[int, typer.Option(min=1, help="Times that every way of sampling is timed, in turn.")] = 3
+    latents: Annotated[
+        bool,
+        typer.Option("--latents", help="Write latents (latents.npz) instead of images, for models without their VAE."),
+    ] = False
 
     def asked(self, model: DiffusionModelInfo, plan: StepPlan | None = None) -> SamplingConfig:
         """Return it for a model, or for a bundle of its steps.
@@ -202,9 +212,8 @@ def draw_bundles(
         bundles, asked, threads=asking.threads, trials=asking.trials, decode=decode, judge=judge, say=say
     )
     plan = bundles[-1].manifest.steps.plan
-    found = document(
-        first, asked, rows, merge=plan.merge, quant=plan.quant, features=features, chosen=None, before=before
-    )
+    compression = {key: getattr(plan, key) for key in ("merge", "quant", "method")}
+    found = document(first, asked, rows, compression, features=features, chosen=None, before=before)
     found["bundles"] = {
         bundle.name: {"digest": bundle.digest, **bundle.manifest.steps.plan.to_dict()} for bundle in bundles
     }
@@ -215,9 +224,8 @@ def document(
     model: DiffusionModelInfo,
     asked: SamplingConfig,
     rows: Sequence[SamplerRow],
+    compression: Mapping[str, Any],
     *,
-    merge: int,
-    quant: str,
     features: str | None,
     chosen: ReuseMethod | None,
     before: Mapping[str, Any],
@@ -231,8 +239,7 @@ def document(
         "sampler": asked.sampler,
         "guidance": asked.guidance,
         "batch": asked.batch,
-        "merge": merge,
-        "quant": quant,
+        **compression,
         "features": _shown_features(model.origin.source, features),
         "engine": rows[0].measurement.engine,
         "chosen": None if chosen is None else chosen.text,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +41,14 @@ SAMPLES, FID_SAMPLES = 32, 256
 
 
 @command(
-    brief={"reuse": "As solved:18, or auto (default): the fastest in bounds.", "quant": "w8a8 or none."},
+    brief={
+        "reuse": "As solved:18, or auto: the fastest.",
+        "merge": "Tokens merged per block.",
+        "quant": "w8a8 or none.",
+        "min_psnr": "Least PSNR to unaccelerated images.",
+        "max_fid_rise": "How much larger a FID.",
+        "steps": "Denoising steps; default: 50.",
+    },
     shown="output reuse merge quant steps min_psnr max_fid_rise overwrite json",
     examples=(
         "vitfold diffusion optimize demo-dit --min-psnr 30 -o fast.fold",
@@ -67,89 +75,30 @@ def optimize(
     if way.max_fid_rise is not None:
         features, real = default_judge(source, judging.features, judging.real)
         judging = JudgeArgs(real=real, features=features)
-    wanted = _Steps(way=way, stepping=stepping, judging=judging)
-    optimize_steps(source, output, wanted, overwrite=overwrite, json=json)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Steps:
-    """A plan of steps as options say it, and what bounds the search for one."""
-
-    way: StepSearchArgs
-    stepping: StepArgs
-    judging: JudgeArgs
-
-    def __post_init__(self) -> None:
-        way, judging = self.way, self.judging
-        bounded = any(bound is not None for bound in (way.min_psnr, way.max_psnr_drop, way.max_fid_rise))
-        refuse(
-            (bounded and way.reuse != AUTO, "a bound goes with --reuse auto", "--reuse"),
-            (
-                (judging.real is None) != (judging.features is None),
-                "give both --real DIR and --features SOURCE",
-                "--real",
-            ),
-            (
-                way.max_fid_rise is not None and judging.features is None,
-                "a Frechet distance needs real images and features: give --real DIR and --features SOURCE",
-                "--max-fid-rise",
-            ),
-            (way.merge is not None and not way.merge.isdecimal(), "give the tokens merged per block", "--merge"),
-        )
-
-    def bounds(self) -> Bounds:
-        """Return the bounds of the search: 30 dB where none is named."""
-        from vitfold.diffusion.search import Bounds
-
-        none = self.way.max_psnr_drop is None and self.way.max_fid_rise is None
-        return Bounds(
-            min_psnr_db=MIN_PSNR_DB if self.way.min_psnr is None and none else self.way.min_psnr,
-            max_psnr_drop_db=self.way.max_psnr_drop,
-            max_fid_rise=self.way.max_fid_rise,
-        )
-
-
-def optimize_steps(source: str, output: Path, wanted: _Steps, *, overwrite: bool, json: bool) -> None:
-    """Write the bundle of a plan that was named, or of the fastest one that a search finds.
-
-    Raises:
-        VitfoldError: if the source, the plan or the output is refused.
-    """
+    _check(way, judging)
     from vitfold.diffusion import find_method
     from vitfold.diffusion.compare import check_asked
     from vitfold.diffusion.compression import compress
     from vitfold.diffusion.writing import save_steps
 
-    method = None if wanted.way.reuse == AUTO else find_method(wanted.way.reuse)
+    method = None if way.reuse == AUTO else find_method(way.reuse)
     with reserve_bundle(output, overwrite=overwrite) as place, steps("optimize") as say, quiet_stdout():
         say(f"loading {source}")
-        model = load_dit(source, heads=wanted.way.heads)
-        step = wanted.stepping
-        asked = SamplingArgs(classes="all", count=8, steps=step.steps, sampler=step.sampler, guidance=step.guidance)
-        few = asked.asked(model)
+        model = load_dit(source, heads=way.heads)
+        few = SamplingArgs(classes="all", count=8, **asdict(stepping)).asked(model)
         check_asked(model, few)
-        merge = int(wanted.way.merge or 0)
-        scheme = wanted.way.quant
-        schemes = [scheme.lower()] if scheme is not None else ["none"] if method else ["none", "w8a8"]
         say("compressing")
-        able = [compress(model, r=merge, quant=scheme, steps=few.steps, guidance=few.guidance) for scheme in schemes]
+        able = _compressions(model, way, few)
         found, searched = None, None
         chosen, count = able[0], few.steps
         if method is None:
-            found, searched = _search(model, few, able, wanted, say)
+            found, searched = _search(model, few, able, way, judging, say)
             winner = found.winner
             if winner is None:
                 method, chosen = find_method("none"), compress(model)
             else:
                 method, chosen, count = winner.row.method, winner.compression, winner.row.steps
-        plan = StepPlan(
-            reuse=method.text,
-            steps=count,
-            sampler=few.sampler,
-            guidance=few.guidance,
-            merge=chosen.r,
-            quant=chosen.quant,
-        )
+        plan = StepPlan(reuse=method.text, steps=count, sampler=few.sampler, guidance=few.guidance, **chosen.to_dict())
         draft = save_steps(model, plan, method, chosen, place.draft(), search=searched, say=say)
         bundle = publish_bundle(place, draft)
     values = {**(searched or {}), **_summary(bundle)}
@@ -162,29 +111,69 @@ def optimize_steps(source: str, output: Path, wanted: _Steps, *, overwrite: bool
     note(f"next: vitfold diffusion sample {output} --classes 0,1,2 -o images, or vitfold diffusion bench {output}")
 
 
+def _check(way: StepSearchArgs, judging: JudgeArgs) -> None:
+    quantizes = way.reuse == AUTO if way.quant is None else way.quant != "none"
+    bounded = any(bound is not None for bound in (way.min_psnr, way.max_psnr_drop, way.max_fid_rise))
+    lacking = "a Frechet distance needs real images and features: give --real DIR and --features SOURCE"
+    refuse(
+        (bounded and way.reuse != AUTO, "a bound goes with --reuse auto", "--reuse"),
+        ((judging.real is None) != (judging.features is None), "give both --real DIR and --features SOURCE", "--real"),
+        (way.max_fid_rise is not None and judging.features is None, lacking, "--max-fid-rise"),
+        (way.method is not None and not quantizes, "a method says how --quant rounds; give --quant w8a8", "--method"),
+        (way.merge is not None and not way.merge.isdecimal(), "give the tokens merged per block", "--merge"),
+    )
+
+
+def _compressions(model: DiTModel, way: StepSearchArgs, few: SamplingConfig) -> list[Compression]:
+    """What steps may be compressed with: as named, else not at all, and where that is searched in 8 bits too."""
+    from vitfold.diffusion.compression import compress
+
+    schemes = ["none", "w8a8"] if way.reuse == AUTO else ["none"]
+    if way.quant is not None:
+        schemes = [way.quant.lower()]
+    along = partial(compress, model, r=int(way.merge or 0), method=way.method, steps=few.steps, guidance=few.guidance)
+    return [along(quant=scheme) for scheme in schemes]
+
+
+def _bounds(way: StepSearchArgs) -> Bounds:
+    """Return the bounds of the search: 30 dB where none is named."""
+    from vitfold.diffusion.search import Bounds
+
+    none = way.min_psnr is None and way.max_psnr_drop is None and way.max_fid_rise is None
+    return Bounds(
+        min_psnr_db=MIN_PSNR_DB if none else way.min_psnr,
+        max_psnr_drop_db=way.max_psnr_drop,
+        max_fid_rise=way.max_fid_rise,
+    )
+
+
 def _search(
-    model: DiTModel, few: SamplingConfig, able: list[Compression], wanted: _Steps, say: Any
+    model: DiTModel,
+    few: SamplingConfig,
+    able: list[Compression],
+    way: StepSearchArgs,
+    judging: JudgeArgs,
+    say: Any,
 ) -> tuple[StepSearchResult, dict[str, Any]]:
     from vitfold.diffusion.search import Setup, search_steps
 
-    before, bounds = environment(), wanted.bounds()
+    before, bounds = environment(), _bounds(way)
     decode = SamplingArgs(latents=model.latent and model.decoder is None).decoder(model)
     judge = None
-    if wanted.judging.features is not None and wanted.judging.real is not None:
-        judge = open_features(wanted.judging.features, wanted.judging.real, say)
-    samples = wanted.way.samples or (SAMPLES if wanted.way.max_fid_rise is None else FID_SAMPLES)
+    if judging.features is not None and judging.real is not None:
+        judge = open_features(judging.features, judging.real, say)
+    samples = way.samples or (SAMPLES if way.max_fid_rise is None else FID_SAMPLES)
     folder = _search_folder(model, few, able, bounds)
     setup = Setup(decode=decode, judge=judge, folder=folder, say=say)
     with nullcontext() if folder is None else alone(folder / ROWS):
-        found = search_steps(model, few, bounds, able, setup, samples=samples, minutes=wanted.way.search_minutes)
+        found = search_steps(model, few, bounds, able, setup, samples=samples, minutes=way.search_minutes)
     rows = [found.plain, *(one.row for one in found.tried)]
     values = document(
         model,
         few,
         rows,
-        merge=able[0].r,
-        quant=able[-1].quant,
-        features=wanted.judging.features,
+        able[-1].to_dict(),
+        features=judging.features,
         chosen=None if found.winner is None else found.winner.row.method,
         before=before,
     )
@@ -206,7 +195,7 @@ def _search_folder(model: DiTModel, few: SamplingConfig, able: list[Compression]
     """Where the rows of this search lie, for the same command to go on with, if they can lie anywhere."""
     # How far images are from the converged ones is measured only where a bound asks for it.
     converged, decoded = bounds.max_psnr_drop_db is not None, model.decoder is not None
-    compressions = [(one.r, one.quant) for one in able]
+    compressions = [one.to_dict() for one in able]
     settings = [__version__, model.digest(), asdict(few), compressions, processor(), converged, decoded]
     try:
         return entry_folder("step-searches", key_of(*settings))
@@ -238,7 +227,8 @@ def _print(values: dict[str, Any], found: StepSearchResult | None) -> None:
         row = found.winner.row
         shown = f"{row.speedup['median']:.2f}x, {number(row.psnr_db, '.1f')} dB"
         out.print(f"  held out  {shown} on {values['held_out']['images']} seeds")
-    out.print(f"  quant     {plan['quant']}, {plan['merge']} tokens merged per block")
+    by = f" by {plan['method']}" if plan["method"] else ""
+    out.print(f"  quant     {plan['quant']}{by}, {plan['merge']} tokens merged per block")
     db = values["verified"]["psnr_db"]
     exact = "the same images as" if db is None else f"within {db:.0f} dB of"
     out.print(f"  verified  {values['verified']['engine']} draws {exact} the reference")

@@ -15,7 +15,7 @@ from vitfold.bench.environment import environment
 from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.diffusion.drawing import Drawing, SamplingArgs, default_judge, document, draw_bundles, open_features
-from vitfold.cli.groups import JudgeArgs, StepArgs
+from vitfold.cli.groups import JudgeArgs, listed, refuse
 from vitfold.cli.making import require_optimize, say_busy
 from vitfold.cli.terminal import note, out, print_json, quiet_stdout, steps
 from vitfold.report.tables import diffusion_table
@@ -25,6 +25,34 @@ if TYPE_CHECKING:
     from vitfold.diffusion.judge import Judge
 
 AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelWay:
+    """What becomes of a model before it draws; a bundle has all of it settled."""
+
+    reuse: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD",
+            help="none, solved, stack, taylor, chebyshev, fora, first-block, guidance, tokencache, with numbers as "
+            "taylor:3:2; several separated by commas; or auto. A bundle has its own.",
+        ),
+    ] = None
+    engine: Annotated[
+        Literal["onnxruntime", "torch"], typer.Option(help="onnxruntime, or torch for the reference.")
+    ] = "onnxruntime"
+    min_psnr: Annotated[
+        float, typer.Option(help="What auto allows: decibels to the unaccelerated images at equal seeds.")
+    ] = 30.0
+    merge: Annotated[int, typer.Option(help="Tokens merged before every attention and given back behind it.")] = 0
+    quant: Annotated[str, typer.Option(metavar="w8a8", help="8-bit linear layers in the blocks, or none.")] = "none"
+    method: options.StepMethod = None
+    heads: options.Heads = None
+
+    def __post_init__(self) -> None:
+        methodless = self.method is not None and self.quant == "none"
+        refuse((methodless, "a method says how --quant rounds; give --quant w8a8", "--method"))
 
 
 @command(
@@ -47,70 +75,27 @@ def sample(
             help="demo-dit, hf:REPO_OR_FOLDER of diffusers, a state dict of DiT's own, or a bundle of steps.",
         ),
     ],
-    reuse: Annotated[
-        str | None,
-        typer.Option(
-            metavar="METHOD",
-            help="none, solved, stack, taylor, chebyshev, fora, first-block, guidance, tokencache, with numbers as "
-            "taylor:3:2; several separated by commas; or auto. A bundle has its own.",
-        ),
-    ] = None,
-    classes: Annotated[
-        str, typer.Option(metavar="C,C,...", help="One image per class, by number or name; all for every class.")
-    ] = "0",
-    count: Annotated[
-        int | None, typer.Option(min=1, help="So many images in all, the classes repeated; default: one each.")
-    ] = None,
-    stepping: StepArgs,
-    seed: Annotated[int, typer.Option(help="Image i is drawn from seed + i.")] = 0,
-    batch: Annotated[int, typer.Option("--batch", help="Images drawn at once.")] = 8,
-    engine: Annotated[
-        Literal["onnxruntime", "torch"], typer.Option(help="onnxruntime, or torch for the reference.")
-    ] = "onnxruntime",
-    threads: options.Threads = None,
-    trials: Annotated[int, typer.Option(min=1, help="Times that every way of sampling is timed, in turn.")] = 3,
-    min_psnr: Annotated[
-        float, typer.Option(help="What auto allows: decibels to the unaccelerated images at equal seeds.")
-    ] = 30.0,
-    merge: Annotated[int, typer.Option(help="Tokens merged before every attention and given back behind it.")] = 0,
-    quant: Annotated[str, typer.Option(metavar="w8a8", help="8-bit linear layers in the blocks, or none.")] = "none",
+    how: ModelWay,
+    asking: SamplingArgs,
     judging: JudgeArgs,
-    heads: options.Heads = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Images, a contact sheet and the JSON.")
     ] = None,
-    latents: Annotated[
-        bool,
-        typer.Option("--latents", help="Write latents (latents.npz) instead of images, for models without their VAE."),
-    ] = False,
     json: options.Json = False,
 ) -> None:
     """Draw images, unaccelerated, by --reuse, and by plainly fewer steps, timed in turn at equal seeds."""
     if _names_a_bundle(source):
         open_bundle(source, steps=True)  # says what is wrong before anything is loaded
     features, real = judging.features, judging.real
-    if not latents:
+    if not asking.latents:
         features, real = default_judge(source, features, real)
-    if (real is None) != (features is None) or (real is not None and latents):
+    if (real is None) != (features is None) or (real is not None and asking.latents):
         raise typer.BadParameter("give both --real DIR and --features SOURCE, and images", param_hint="--real")
     require_optimize()
-    asking = SamplingArgs(
-        classes=classes,
-        count=count,
-        seed=seed,
-        steps=stepping.steps,
-        sampler=stepping.sampler,
-        guidance=stepping.guidance,
-        batch=batch,
-        threads=threads,
-        trials=trials,
-        latents=latents,
-    )
-    how = _How(reuse=reuse, min_psnr=min_psnr, merge=merge, quant=quant, engine=engine, heads=heads)
     with steps("diffuse") as say, quiet_stdout():
         judge = None if real is None or features is None else open_features(features, real, say)
         if (Path(source) / MANIFEST).is_file():
-            if how != _How(min_psnr=min_psnr):
+            if how != ModelWay(min_psnr=how.min_psnr):
                 raise typer.BadParameter(
                     "a bundle has its own method and graphs; leave out --reuse, --merge, --quant, --engine and --heads",
                     param_hint="SOURCE",
@@ -127,8 +112,8 @@ def sample(
         print_json(drawing.document)
         return
     out.print(diffusion_table(drawing.document))
-    if AUTO in (reuse or ""):
-        note(f"auto chose {drawing.document['chosen']} (at least {min_psnr:g} dB to the unaccelerated images)")
+    if AUTO in (how.reuse or ""):
+        note(f"auto chose {drawing.document['chosen']} (at least {how.min_psnr:g} dB to the unaccelerated images)")
     if output is not None:
         note(f"images and sheet.png in {output}")
 
@@ -139,27 +124,20 @@ def _names_a_bundle(source: str) -> bool:
     return (path / MANIFEST).is_file() or (path.suffix == ".fold" and ":" not in source)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _How:
-    """What becomes of a model before it draws; a bundle has all of it settled."""
-
-    min_psnr: float
-    reuse: str | None = None
-    merge: int = 0
-    quant: str = "none"
-    engine: str = "onnxruntime"
-    heads: int | None = None
-
-
 def _draw_model(
-    source: str, asking: SamplingArgs, how: _How, judge: Judge | None, features: str | None, say: Callable[[str], None]
+    source: str,
+    asking: SamplingArgs,
+    how: ModelWay,
+    judge: Judge | None,
+    features: str | None,
+    say: Callable[[str], None],
 ) -> Drawing:
     from vitfold.diffusion import compare as comparing
     from vitfold.diffusion import find_method
     from vitfold.diffusion import search as searching
     from vitfold.diffusion.compression import compress
 
-    words = [word.strip() for word in (how.reuse or "none").split(",") if word.strip()]
+    words = listed(how.reuse or "none")
     methods = [find_method(word) for word in words if word != AUTO]
     before = environment()
     say(f"loading {source}")
@@ -169,7 +147,9 @@ def _draw_model(
     comparing.check_asked(model, asked)
     if how.merge or how.quant != "none":
         say("compressing")
-    compression = compress(model, r=how.merge, quant=how.quant, steps=asked.steps, guidance=asked.guidance)
+    compression = compress(
+        model, r=how.merge, quant=how.quant, method=how.method, steps=asked.steps, guidance=asked.guidance
+    )
     chosen = None
     if AUTO in words:
         few = replace(asked, labels=asked.labels[: asked.batch])
@@ -190,7 +170,5 @@ def _draw_model(
         judge=judge,
         say=say,
     )
-    found = document(
-        model, asked, rows, merge=how.merge, quant=how.quant, features=features, chosen=chosen, before=before
-    )
+    found = document(model, asked, rows, compression.to_dict(), features=features, chosen=chosen, before=before)
     return Drawing(model=model, asked=asked, rows=rows, decode=decode, document=found)

@@ -46,10 +46,13 @@ def emit_graph(
     model: Model,
     target: Target,
     quantizers: Mapping[str, Quantizer] | None = None,
+    *,
+    projections: Mapping[str, str] | None = None,
 ) -> Graph:
     """Run `program` over the emitting operations and return the ONNX graph; its ends are those of the architecture.
 
-    The model's weights lie on the grids of `quantizers`, if given; sites without one stay float.
+    The model's weights lie on the grids of `quantizers`, if given; sites without one stay float. Where `projections`
+    names the linear layer that reads an attention, products of integers hand on codes to it.
 
     Raises:
         TargetError: naming the site whose quantizer the target cannot execute.
@@ -68,6 +71,7 @@ def emit_graph(
         inputs=(input_port(spec),),
         outputs=spec.output_names,
         dtypes={end.name: end.dtype for end in spec.outputs_of} if isinstance(spec, GraphSpec) else {},
+        projections=projections,
     )
 
 
@@ -111,13 +115,15 @@ def emit_ports(
     inputs: Sequence[Port],
     outputs: Sequence[str],
     dtypes: Mapping[str, str] | None = None,
+    projections: Mapping[str, str] | None = None,
 ) -> Graph:
     """Like `emit_program`, for a program of several inputs, `program(ops, *values)`, and as many outputs as names.
 
     Args:
         dtypes: the types of outputs that are not in single precision, by NumPy's names.
+        projections: the linear layer that reads each attention, by its site.
     """
-    ops = Emit(params, target, quantizers)
+    ops = Emit(params, target, quantizers, projections)
     entries = [
         ir.Value(name=port.name, type=ir.TensorType(_kind(port.dtype)), shape=ir.Shape((port.batch, *port.shape)))
         for port in inputs
@@ -154,12 +160,12 @@ def _kind(dtype: str) -> ir.DataType:
     return ir.DataType.from_numpy(np.dtype(dtype))
 
 
-def write_onnx(graph: Graph, path: Path) -> None:
-    """Write the graph; weights beyond 256 MiB go to `<name>.data` beside it.
+def write_onnx(graph: Graph, path: Path, *, external_bytes: int = EXTERNAL_DATA_BYTES) -> None:
+    """Write the graph; weights beyond `external_bytes` go to `<name>.data` beside it.
 
     Such a file is written several times faster than one protobuf message, and has no 2 GiB limit.
     """
-    external = f"{path.name}.data" if graph.weight_bytes > EXTERNAL_DATA_BYTES else None
+    external = f"{path.name}.data" if graph.weight_bytes > external_bytes else None
     ir.save(graph.model, path, external_data=external)
 
 

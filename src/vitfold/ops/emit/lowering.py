@@ -31,21 +31,26 @@ _ELEMENTWISE = {
 _REDUCTIONS = {"mean": "ReduceMean", "sum": "ReduceSum", "max": "ReduceMax", "abs_max": "ReduceMax", "norm": "ReduceL2"}
 
 
-def _quantized_products(writer: Writer, operands: Operands) -> Products:
+def _quantized_products(writer: Writer, operands: Operands, projections: Mapping[str, str]) -> Products:
     """The form of products whose operands have quantizers."""
     if operands.target.quantized_product == "integer":
-        return Reordered(writer, operands)
+        return Reordered(writer, operands, projections)
     return (Pairs if operands.target.quantized_product == "qdq" else Fused)(writer, operands)
 
 
 class Emit(Ops[Value]):
     """ONNX values on a tape; shapes come from `Count`, so both agree by construction.
 
-    Sites that have no quantizer stay float; the weights of those that have one lie on its grid.
+    Sites that have no quantizer stay float; the weights of those that have one lie on its grid. `projections` names
+    the linear layer that reads an attention's result, by the attention's site.
     """
 
     def __init__(
-        self, params: Mapping[str, Array], target: Target, quantizers: Mapping[str, Quantizer] | None = None
+        self,
+        params: Mapping[str, Array],
+        target: Target,
+        quantizers: Mapping[str, Quantizer] | None = None,
+        projections: Mapping[str, str] | None = None,
     ) -> None:
         shapes = {name: array.shape for name, array in params.items()}
         self.count = Count(shapes, quantizers, dequantize_first=target.quantized_product == "qdq")
@@ -55,7 +60,7 @@ class Emit(Ops[Value]):
         self._rows = Rows(self.writer, target)
         self._operands = Operands(self.writer, target, quantizers or {})
         self._float = Float(self.writer, target)
-        self._quantized = _quantized_products(self.writer, self._operands)
+        self._quantized = _quantized_products(self.writer, self._operands, projections or {})
 
     def _products(self, first: str, second: str) -> Products:
         """The form of the product of these two operands."""

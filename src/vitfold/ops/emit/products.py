@@ -6,6 +6,7 @@ What quantized ones have to equal is `ops.simulate`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -76,6 +77,19 @@ class Float(Products):
         return node("MatMul", a, turned, site=site)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Product:
+    """Operands of a product of codes: branches of the site `left`, and codes `right` that lie as `placed`."""
+
+    site: str
+    left: str
+    branches: tuple[Branch, ...]
+    right: ir.Value
+    placed: Placed | PlacedWeight
+    alpha: float = 1.0
+    bias: ir.Value | None = None
+
+
 class Quantized(Products):
     """Products of codes, one per branch of the left operand; subclasses say what a product is."""
 
@@ -87,36 +101,29 @@ class Quantized(Products):
         return self._operands.codes(site, branch)
 
     @abstractmethod
-    def _product(
-        self,
-        site: str,
-        left: str,
-        branches: tuple[Branch, ...],
-        right: ir.Value,
-        placed: Placed | PlacedWeight,
-        alpha: float = 1.0,
-        bias: ir.Value | None = None,
-    ) -> ir.Value:
-        """Alpha times the sum of the branches' products with `right`, whose codes lie as `placed`, plus a bias."""
+    def _product(self, one: Product) -> ir.Value:
+        """Alpha times the sum of the branches' products with the right operand, plus a bias."""
 
     def linear(self, layer: str, site: str, x: Value, outputs: Shape) -> ir.Value:
         """Q(x) Q(W)^T + b, one product per branch with the same weight."""
         weight, branches = self._operands.weight(layer), self._operands.left(site, x.onnx)
         bias = self._operands.bias(layer, site, weight, branches)
-        return self._product(layer, site, branches, self._operands.weight_codes(layer, weight), weight, bias=bias)
+        codes = self._operands.weight_codes(layer, weight)
+        return self._product(Product(layer, site, branches, codes, weight, bias=bias))
 
     def scores(self, site: str, q: ir.Value, k: ir.Value, alpha: float) -> ir.Value:
         """Alpha Q(q) Q(k)^T."""
         branches, right = self._operands.left(f"{site}.q", q), self._operands.right(f"{site}.k", k)
         turned = self._writer.node("Transpose", self._right(f"{site}.k", right), perm=[0, 1, 3, 2])
-        return self._product(f"{site}.qk", f"{site}.q", branches, turned, right.placed, alpha)
+        return self._product(Product(f"{site}.qk", f"{site}.q", branches, turned, right.placed, alpha))
 
     def average(self, site: str, scores: ir.Value, v: ir.Value) -> ir.Value:
         """Q(softmax) Q(v)."""
         softmax = f"{site}.softmax"
         branches = self._operands.left(softmax, self._writer.node("Softmax", scores, site=softmax, axis=-1))
         right = self._operands.right(f"{site}.v", v)
-        return self._product(f"{site}.av", softmax, branches, self._right(f"{site}.v", right), right.placed)
+        codes = self._right(f"{site}.v", right)
+        return self._product(Product(f"{site}.av", softmax, branches, codes, right.placed))
 
 
 class Pairs(Quantized):
@@ -128,7 +135,8 @@ class Pairs(Quantized):
         weight, branches = operands.weight(layer), operands.left(site, x.onnx)
         bias = operands.bias(layer, site, weight, branches)
         normalized = operands.target.weight_scale == "normalized" and weight.scale.ndim > 0
-        y = self._product(layer, site, branches, self._weight(layer, weight, normalized=normalized), weight)
+        codes = self._weight(layer, weight, normalized=normalized)
+        y = self._product(Product(layer, site, branches, codes, weight))
         if f"{layer}.y" in operands.quantizers:
             if not normalized:
                 raise TargetError(
@@ -158,19 +166,11 @@ class Pairs(Quantized):
     def _right(self, site: str, branch: Branch) -> ir.Value:
         return self._operands.grid(site, branch)
 
-    def _product(
-        self,
-        site: str,
-        left: str,
-        branches: tuple[Branch, ...],
-        right: ir.Value,
-        placed: Placed | PlacedWeight,
-        alpha: float = 1.0,
-        bias: ir.Value | None = None,
-    ) -> ir.Value:
+    def _product(self, one: Product) -> ir.Value:
         node, grid = self._writer.node, self._operands.grid
-        y = self._writer.total(site, [node("MatMul", grid(left, b), right, site=site) for b in branches])
-        return y if alpha == 1.0 else node("Mul", y, self._writer.number(float(np.float32(alpha))))
+        products = [node("MatMul", grid(one.left, b), one.right, site=one.site) for b in one.branches]
+        y = self._writer.total(one.site, products)
+        return y if one.alpha == 1.0 else node("Mul", y, self._writer.number(float(np.float32(one.alpha))))
 
 
 class Fused(Quantized):
@@ -192,32 +192,23 @@ class Fused(Quantized):
             stop = start + size
             weight, codes = whole.rows(start, stop), operands.weight_codes(layer, whole.rows(start, stop), start, stop)
             part = None if bias is None else self._writer.constant(bias[start:stop])
-            results.append(self._product(layer, site, branches, codes, weight, bias=part))
+            results.append(self._product(Product(layer, site, branches, codes, weight, bias=part)))
         return results
 
-    def _product(
-        self,
-        site: str,
-        left: str,
-        branches: tuple[Branch, ...],
-        right: ir.Value,
-        placed: Placed | PlacedWeight,
-        alpha: float = 1.0,
-        bias: ir.Value | None = None,
-    ) -> ir.Value:
+    def _product(self, one: Product) -> ir.Value:
         writer, parts = self._writer, []
-        for index, branch in enumerate(branches):
+        for index, branch in enumerate(one.branches):
             zero = branch.placed.zero_point
             inputs: list[ir.Value | None] = [
-                self._operands.codes(left, branch),
-                right,
-                writer.number(float(branch.placed.scale * np.float32(alpha))),
-                writer.constant(np.asarray(placed.scale)),
+                self._operands.codes(one.left, branch),
+                one.right,
+                writer.number(float(branch.placed.scale * np.float32(one.alpha))),
+                writer.constant(np.asarray(one.placed.scale)),
                 writer.constant(zero) if zero.any() else None,
-                writer.constant(placed.zero_point) if placed.zero_point.any() else None,
-                bias if index == 0 else None,
+                writer.constant(one.placed.zero_point) if one.placed.zero_point.any() else None,
+                one.bias if index == 0 else None,
             ]
             while inputs[-1] is None:
                 inputs.pop()
-            parts.append(writer.node("MatMulIntegerToFloat", *inputs, site=site, domain=MICROSOFT))
-        return writer.total(site, parts)
+            parts.append(writer.node("MatMulIntegerToFloat", *inputs, site=one.site, domain=MICROSOFT))
+        return writer.total(one.site, parts)

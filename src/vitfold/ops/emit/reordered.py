@@ -8,6 +8,7 @@ Source: operand reordering (2504.18547); its algebra in the reference, 4.1.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -15,8 +16,9 @@ import onnx_ir as ir
 from vitfold.errors import TargetError
 from vitfold.model import Array
 from vitfold.ops.emit.codes import Placed, PlacedWeight, place
-from vitfold.ops.emit.operands import Branch
-from vitfold.ops.emit.products import Quantized
+from vitfold.ops.emit.operands import Branch, Operands
+from vitfold.ops.emit.products import Product, Quantized
+from vitfold.ops.emit.writer import Writer
 from vitfold.quantizer import EXPONENTIALS, Uniform
 
 _MULTIPLIER_BITS = 24
@@ -42,26 +44,23 @@ def dyadic(multiplier: float) -> tuple[int, int]:
 class Reordered(Quantized):
     """MatMulInteger everywhere; scales are multiplied into what follows.
 
-    An attention whose result a quantized linear layer reads hands on that layer's codes, which only move in between.
+    An attention whose result a quantized linear layer reads hands on that layer's codes, which only move in between:
+    `projections` names the layer by the attention's site.
     """
 
-    def _product(
-        self,
-        site: str,
-        left: str,
-        branches: tuple[Branch, ...],
-        right: ir.Value,
-        placed: Placed | PlacedWeight,
-        alpha: float = 1.0,
-        bias: ir.Value | None = None,
-    ) -> ir.Value:
+    def __init__(self, writer: Writer, operands: Operands, projections: Mapping[str, str]) -> None:
+        super().__init__(writer, operands)
+        self._projections = projections
+
+    def _product(self, one: Product) -> ir.Value:
         """D alpha (A - za) (B - zb) + b: one multiplication by all scales; branches of a twin meet as floats."""
         parts = []
-        for branch in branches:
-            product = self._accumulate(site, self._operands.codes(left, branch), right, branch.placed, placed)
-            parts.append(self._scaled(site, product, branch.placed.scale * placed.scale * np.float32(alpha)))
-        y = self._writer.total(site, parts)
-        return y if bias is None else self._writer.node("Add", y, bias, site=f"{site}.bias")
+        for branch in one.branches:
+            codes, scale = self._operands.codes(one.left, branch), branch.placed.scale * one.placed.scale
+            product = self._accumulate(one.site, codes, one.right, branch.placed, one.placed)
+            parts.append(self._scaled(one.site, product, scale * np.float32(one.alpha)))
+        y = self._writer.total(one.site, parts)
+        return y if one.bias is None else self._writer.node("Add", y, one.bias, site=f"{one.site}.bias")
 
     def average(self, site: str, scores: ir.Value, v: ir.Value) -> ir.Value:
         """out_i = Dv sum_j E_ij (Vq_j - zv) / sum_j E_ij with the codes E of exp(scores - max) on the grid 1 / 255.
@@ -78,9 +77,11 @@ class Reordered(Quantized):
         total = writer.node("ReduceSum", integers, writer.integers(-1), site=f"{softmax}.sum", keepdims=1)
         right = self._operands.right(name, v)
         product = self._accumulate(f"{site}.av", codes, self._operands.codes(name, right), placed, right.placed)
-        layer = self._projection(site)
-        if self._operands.quantized(f"{layer}.x", f"{layer}.w") and isinstance(
-            self._operands.quantizers[f"{layer}.x"], Uniform
+        layer = self._projections.get(site)
+        if (
+            layer
+            and self._operands.quantized(f"{layer}.x", f"{layer}.w")
+            and isinstance(self._operands.quantizers[f"{layer}.x"], Uniform)
         ):
             wanted = self._operands.place(f"{layer}.x")
             result = self._requantize(f"{layer}.x", product, total, float(right.placed.scale), wanted)
@@ -88,11 +89,6 @@ class Reordered(Quantized):
             return result
         rows = writer.node("Cast", total, site=softmax, to=int(ir.DataType.FLOAT))
         return writer.node("Div", self._scaled(f"{site}.av", product, right.placed.scale), rows, site=softmax)
-
-    def _projection(self, site: str) -> str:
-        """The layer that reads an attention: `blocks.0.attn.proj`, but `pool.proj` for `pool.attn`."""
-        inside = f"{site}.proj"
-        return inside if f"{inside}.weight" in self._writer.params else f"{site.rpartition('.')[0]}.proj"
 
     def _requantize(self, name: str, product: ir.Value, total: ir.Value, scale: float, reader: Placed) -> ir.Value:
         """clamp(round(acc m / (sum 2^e)) + z) in int64, with m 2^-e ~ Dv / Do; Div truncates towards zero.
