@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vitfold.architectures.programs import deployed_program, plain_program
 from vitfold.artifacts.bundle import holds_steps, open_bundle
 from vitfold.cli import options
 from vitfold.cli.declaring import command
+from vitfold.cli.graph_facts import graph_document, graph_lines, load_graph
 from vitfold.cli.terminal import heading, out, print_json
 from vitfold.engines.exactness import exact_execution
 from vitfold.errors import EngineError, VitfoldError
@@ -20,6 +22,7 @@ from vitfold.target import PLAIN
 
 if TYPE_CHECKING:
     from vitfold.artifacts.bundle import Bundle, Manifest
+    from vitfold.program import Program
     from vitfold.recipe import QuantRecipe
 
 
@@ -29,7 +32,10 @@ def inspect(
     program: Annotated[bool, typer.Option("--program", help="Print what the graph computes, node by node.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Print a bundle's recipe, target, tokens per block, work, size and origin."""
+    """Print a bundle's recipe, target, tokens per block, work, size and origin; or what an ONNX file is made of."""
+    if bundle.suffix == ".onnx":
+        _inspect_graph(bundle, program=program, json=json)
+        return
     if holds_steps(bundle):
         if program:
             raise VitfoldError(f"{bundle} holds one graph per step; --program shows the graph of a Vision Transformer")
@@ -42,6 +48,16 @@ def inspect(
         print_json(_document(opened))
     else:
         _print_lines(opened.path, _lines(opened))
+
+
+def _inspect_graph(path: Path, *, program: bool, json: bool) -> None:
+    model = load_graph(path)
+    if program:
+        _print_whole(plain_program(model.spec), json=json)
+    elif json:
+        print_json(graph_document(model))
+    else:
+        _print_lines(path, graph_lines(graph_document(model)))
 
 
 def _document(opened: Bundle) -> dict[str, Any]:
@@ -111,9 +127,10 @@ def _print_lines(path: Path, lines: list[tuple[str, str]]) -> None:
 
 
 def _print_program(manifest: Manifest, *, json: bool) -> None:
-    from vitfold.architectures.programs import deployed_program
+    _print_whole(deployed_program(manifest.spec, manifest.recipe.merge), json=json)
 
-    found = deployed_program(manifest.spec, manifest.recipe.merge)
+
+def _print_whole(found: Program, *, json: bool) -> None:
     if json:
         print_json(found.to_dict())
     else:

@@ -92,7 +92,7 @@ def place_in(shapes: tuple[Shape, Shape], batches: tuple[int, int], in_front: in
 
 
 def _place_of_one(shape: Shape, batch: int, in_front: int) -> Place:
-    """Find the batch where only one is known: the axis that begins with it, else the first that it can be parted from."""
+    """Find the batch where only one is known: the axis that begins with it, else the first that can be parted."""
     found = []
     for axis, length in enumerate(shape):
         ahead = math.prod(shape[:axis])
