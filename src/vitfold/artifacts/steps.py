@@ -31,8 +31,11 @@ class StepPlan:
     method: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
+        """Return plain JSON values; `method` only where one is known."""
+        values = asdict(self)
+        if self.method is None:
+            del values["method"]
+        return values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -180,6 +180,13 @@ Architecture = ViTSpec | GraphSpec
 """What a model computes: a Vision Transformer by its dimensions, or somebody's graph by its program."""
 
 
+def classes_of(spec: Architecture) -> int:
+    """Return how many classes, labels or numbers a model answers with; 0 if it gives features."""
+    if isinstance(spec, ViTSpec):
+        return spec.outputs if spec.output == "logits" else 0
+    return 0 if spec.head == "features" else spec.output_width
+
+
 def as_vit(spec: Architecture, purpose: str) -> ViTSpec:
     """Return the dimensions of a Vision Transformer.
 

@@ -14,6 +14,7 @@ from vitfold.engines import quantized_target
 from vitfold.errors import ArgumentError, RecipeError, TargetError
 from vitfold.model import Architecture, Model, param_shapes
 from vitfold.model.folds import fold_layer_scale
+from vitfold.model.spec import as_vit
 from vitfold.ops.count import Count, IntegerWork, SiteCost, integer_work
 from vitfold.program import replay
 from vitfold.quantizer import Quantizer, QuantParams
@@ -121,6 +122,8 @@ def optimize(
         merged = MergeRecipe(r=resolve_r(merge, model.spec), rule=rule)
         recipe = Recipe(merge=merged, quant=found, registers=registers_from_name(registers))
     tokens_per_block(model.spec, recipe.merge.r)
+    if recipe.registers is not None:
+        as_vit(model.spec, "registers need")
     if RULES[recipe.merge.rule].class_token and not model.spec.class_token:
         raise RecipeError(
             f"merge.rule {recipe.merge.rule} asks the class token, which this model does not have; use tome or pitome"

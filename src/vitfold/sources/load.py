@@ -88,6 +88,7 @@ def load_source(
     if not isinstance(source, str):
         raise ArgumentError(f"a source is text, {FORMS}; found {type(source).__name__}")
     _check_arguments(source, arch, num_classes, image_size, weights)
+    _check_problem(problem)
     torch = import_package("torch", "optimize", "loading a model")
     arguments: dict[str, Any] = {
         "arch": arch, "num_classes": num_classes, "image_size": image_size, "weights": weights, "seed": seed,
@@ -102,7 +103,7 @@ def load_source(
         raise SourceError(f"--preprocess belongs to an ONNX file, and {source} says itself how images are prepared")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        built = _build(source, arguments)
+        built = _build(source, arguments, known=not graph)
     origin = Origin(source=built.source, loader=_loader(built.zoo), arguments={**arguments, **built.digests})
     facts = {**built.facts, "problem": problem or built.facts.get("problem")}
     module, preprocess, labels = built.module.float().cpu().eval(), facts.get("preprocess"), facts.get("labels")
@@ -165,8 +166,8 @@ class _Built:
     digests: Mapping[str, Any]
 
 
-def _build(source: str, arguments: Mapping[str, Any]) -> _Built:
-    """Let a zoo build the module of a source."""
+def _build(source: str, arguments: Mapping[str, Any], *, known: bool) -> _Built:
+    """Let a zoo build the module of a source; with `known` refuse classes that have no reader before a download."""
     sizes = {name: arguments[name] for name in ("num_classes", "image_size")}
     prefix, _, name = source.partition(":")
     if prefix not in ZOOS or not name:
@@ -194,7 +195,7 @@ def _build(source: str, arguments: Mapping[str, Any]) -> _Built:
     if of_timm is not None:
         name, zoo, here = of_timm, import_package("timm", "optimize", f"loading {source}"), "timm"
     translator = importlib.import_module(f"vitfold.sources.{here}")
-    module, facts = translator.build(name, pretrained=arguments["weights"] == "pretrained", **sizes)
+    module, facts = translator.build(name, pretrained=arguments["weights"] == "pretrained", known=known, **sizes)
     return _Built(module=module, facts=facts, zoo=zoo, translator=translator, source=source, digests=digests)
 
 
@@ -231,6 +232,7 @@ def adapt(
         raise SourceError(f"adapt needs a torch.nn.Module, found {type(module).__name__}; for a name use load_source")
     from vitfold.sources.modules import bare_module, find_translator
 
+    _check_problem(problem)
     module = bare_module(module)
     translator: Any = None
     unknown: SourceError | None = None
@@ -319,10 +321,11 @@ def _as_graph(
     from vitfold.sources.onnx.exporting import image_part, read_module
     from vitfold.sources.onnx.loading import model_of
 
+    problem = facts.get("problem") or _stated_problem(module, reason)
     try:
         shape = _input_shape(module, size or (None if preprocess is None else preprocess.crop_size))
         part, path = image_part(module, shape)
-        read = read_module(part, shape, outputs=outputs, head=facts.get("problem"))
+        read = read_module(part, shape, outputs=outputs, head=problem)
     except SourceError as error:
         raise SourceError(f"{reason}; as a graph: {error}") from None
     if path:
@@ -334,6 +337,20 @@ def _as_graph(
     return model_of(read, origin, labels=labels, preprocess=preprocess), part
 
 
+def _stated_problem(module: torch.nn.Module, reason: SourceError) -> Problem | None:
+    """What a configuration of transformers says that logits stand for.
+
+    Raises:
+        SourceError: `reason`, if that is none that vitfold knows.
+    """
+    stated = getattr(getattr(module, "config", None), "problem_type", None)
+    known: dict[str, Problem] = {"single_label_classification": "single_label", "regression": "regression"}
+    known["multi_label_classification"] = "multi_label"
+    if stated is not None and stated not in known:
+        raise reason
+    return None if stated is None else known[stated]
+
+
 def _input_shape(module: torch.nn.Module, size: tuple[int, int] | None) -> tuple[int, ...]:
     """Channels, height and width of a module's images: as given, else as its configuration says.
 
@@ -341,6 +358,9 @@ def _input_shape(module: torch.nn.Module, size: tuple[int, int] | None) -> tuple
         SourceError: if nothing says it.
     """
     stated: Any = (getattr(module, "pretrained_cfg", None) or {}).get("input_size")
+    held = getattr(getattr(module, "patch_embed", None), "img_size", None)
+    if stated is not None and isinstance(held, tuple) and len(held) == 2:
+        stated = (stated[0], *held)
     config = getattr(module, "config", None)
     for part in (config, getattr(config, "vision_config", None), getattr(config, "encoder", None)):
         side = getattr(part, "image_size", None)
@@ -352,6 +372,11 @@ def _input_shape(module: torch.nn.Module, size: tuple[int, int] | None) -> tuple
     if stated is None:
         raise SourceError("nothing says how large its images are; give image_size=(HEIGHT, WIDTH)")
     return tuple(int(n) for n in stated)
+
+
+def _check_problem(problem: str | None) -> None:
+    if problem is not None and problem not in get_args(Problem):
+        raise SourceError(f"unsupported problem {problem!r}; supported: {', '.join(get_args(Problem))}")
 
 
 def _with_problem(spec: ViTSpec, problem: Problem | None) -> ViTSpec:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from vitfold.errors import SourceError, nearest
-from vitfold.model import Preprocess, ViTSpec
+from vitfold.model import Architecture, Preprocess, ViTSpec
 from vitfold.model.spec import Activation
 from vitfold.sources import timm as timm_source
 from vitfold.sources.failures import load_error
@@ -38,7 +38,14 @@ CLASSES = (
 MODELS = ("open_clip.VisionTransformer", "open_clip.TimmModel", "open_clip.CLIP", "open_clip.CustomTextCLIP")
 
 
-def build(name: str, *, num_classes: int | None, image_size: int | None, pretrained: bool) -> Built:
+def build(
+    name: str,
+    *,
+    num_classes: int | None,
+    image_size: int | None,
+    pretrained: bool,
+    known: bool = False,  # noqa: ARG001
+) -> Built:
     """Create NAME or NAME/PRETRAINED_TAG and keep its image tower."""
     import open_clip
 
@@ -169,7 +176,7 @@ def _timm_tower(visual: Any) -> Translation:
     return Translation(spec=found.spec, params=found.params, forward=visual, blocks=found.blocks)
 
 
-def describe(module: Any, spec: ViTSpec, _facts: Facts) -> tuple[Preprocess, tuple[str, ...] | None]:
+def describe(module: Any, spec: Architecture, _facts: Facts) -> tuple[Preprocess, tuple[str, ...] | None]:
     """Return the tower's evaluation transform; it has no classes."""
     from open_clip.transform import PreprocessCfg
 

@@ -13,8 +13,8 @@ import numpy as np
 from torch import nn
 
 from vitfold.errors import SourceError, nearest
-from vitfold.model import Preprocess, ViTSpec
-from vitfold.model.spec import Activation, Mlp, Output
+from vitfold.model import Architecture, Preprocess, ViTSpec
+from vitfold.model.spec import Activation, Mlp, Output, classes_of
 from vitfold.sources.failures import load_error
 from vitfold.sources.hub import read_config
 from vitfold.sources.reader import (
@@ -45,9 +45,12 @@ CLASSES = (
 POOLS = {"token": "token", "avg": "avg", "map": "map", "": "none"}
 
 
-def build(name: str, *, num_classes: int | None, image_size: int | None, pretrained: bool) -> Built:
-    """Create a model of timm's registry; refuse what vitfold can't run before anything is downloaded."""
+def build(
+    name: str, *, num_classes: int | None, image_size: int | None, pretrained: bool, known: bool = False
+) -> Built:
+    """Create a model of timm's registry; with `known` refuse other classes before anything is downloaded."""
     import timm
+    import torch
 
     options: dict[str, Any] = {}
     if num_classes is not None:
@@ -56,6 +59,10 @@ def build(name: str, *, num_classes: int | None, image_size: int | None, pretrai
         options["img_size"] = image_size
     if ":" not in name:
         _check_name(name)
+        if known:
+            with torch.device("meta"):
+                draft = timm.create_model(name, pretrained=False)
+            Reader(draft, classes=CLASSES)
         if pretrained:
             _check_pretrained(name, num_classes)
     if not pretrained:
@@ -270,12 +277,12 @@ def _is_image_tower(module: Any, outputs: int) -> bool:
     return "clip" in arch and outputs == config.get("num_classes") and "ft_" not in tag and "in1" not in tag
 
 
-def describe(module: Any, spec: ViTSpec, _facts: Facts) -> tuple[Preprocess, tuple[str, ...] | None]:
+def describe(module: Any, spec: Architecture, _facts: Facts) -> tuple[Preprocess, tuple[str, ...] | None]:
     """Return timm's evaluation transform, at the size that the model has, and the names of its classes."""
     from timm.data import resolve_model_data_config
 
     config = resolve_model_data_config(module, args={"input_size": (3, *spec.image_size)})
-    return preprocess_from_data_config(config), labels_from_timm(module, spec.outputs)
+    return preprocess_from_data_config(config), labels_from_timm(module, classes_of(spec))
 
 
 def preprocess_from_data_config(config: dict[str, Any]) -> Preprocess:

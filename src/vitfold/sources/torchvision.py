@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vitfold.errors import SourceError, nearest
-from vitfold.model import Preprocess, ViTSpec
+from vitfold.model import Architecture, Preprocess, ViTSpec
 from vitfold.model.spec import Activation
 from vitfold.sources.failures import load_error
 from vitfold.sources.reader import (
@@ -26,15 +26,18 @@ from vitfold.sources.reader import (
 CLASSES = ("torchvision.VisionTransformer", "torchvision.Encoder", "torchvision.EncoderBlock", "torchvision.MLPBlock")
 
 
-def build(name: str, *, num_classes: int | None, image_size: int | None, pretrained: bool) -> Built:
+def build(
+    name: str, *, num_classes: int | None, image_size: int | None, pretrained: bool, known: bool = False
+) -> Built:
     """Create a model of torchvision's registry; NAME/WEIGHTS picks other than the default weights."""
     from torchvision import models
 
     arch, _, tag = name.partition("/")
     if arch not in models.list_models():
         raise SourceError(f"torchvision has no model {arch!r}; {nearest(arch, models.list_models())}")
-    with torch.device("meta"):
-        Reader(models.get_model(arch, weights=None), classes=CLASSES)
+    if known:
+        with torch.device("meta"):
+            Reader(models.get_model(arch, weights=None), classes=CLASSES)
     options: dict[str, Any] = {}
     if image_size is not None:
         options["image_size"] = image_size
@@ -42,12 +45,13 @@ def build(name: str, *, num_classes: int | None, image_size: int | None, pretrai
         if num_classes is not None:
             options["num_classes"] = num_classes
         module = models.get_model(arch, weights=None, **options)
-        nn.init.trunc_normal_(module.heads.head.weight, std=0.02)  # its own init is zero: logits without information
+        if hasattr(module, "heads"):
+            nn.init.trunc_normal_(module.heads.head.weight, std=0.02)  # its own init is zero: logits say nothing
         return module, {}
-    known = models.get_model_weights(arch)
-    if tag and tag not in known.__members__:
-        raise SourceError(f"torchvision has no weights {tag!r} for {arch}; {nearest(tag, known.__members__)}")
-    weights = known[tag] if tag else known.DEFAULT
+    held = models.get_model_weights(arch)
+    if tag and tag not in held.__members__:
+        raise SourceError(f"torchvision has no weights {tag!r} for {arch}; {nearest(tag, held.__members__)}")
+    weights = held[tag] if tag else held.DEFAULT
     classes = len(weights.meta["categories"])
     if num_classes not in (None, classes):
         raise SourceError(
@@ -123,7 +127,7 @@ def _head(reader: Reader, heads: nn.Module) -> int:
     return int(reader.params["head.weight"].shape[0])
 
 
-def describe(_module: Any, spec: ViTSpec, facts: Facts) -> tuple[Preprocess, tuple[str, ...] | None]:
+def describe(_module: Any, spec: Architecture, facts: Facts) -> tuple[Preprocess, tuple[str, ...] | None]:
     """Return the weights' preset, or the default 256 / 224 of ImageClassification, and the classes' names."""
     from torchvision.transforms._presets import ImageClassification
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vitfold.errors import SourceError
-from vitfold.model import Preprocess, ViTSpec
-from vitfold.model.spec import Activation, Mlp, Problem
+from vitfold.model import Architecture, Preprocess, ViTSpec
+from vitfold.model.spec import Activation, Mlp, Problem, classes_of
 from vitfold.sources.failures import load_error
 from vitfold.sources.hub import architecture
 from vitfold.sources.reader import (
@@ -76,8 +76,13 @@ LAYOUT = {
 INSTEAD = {"CLIPModel": "CLIPVisionModelWithProjection", "SiglipModel": "SiglipVisionModel"}
 
 
-def build(name: str, *, num_classes: int | None, image_size: int | None, pretrained: bool) -> Built:
-    """Create a model from a folder or a repository of the hub, with the class that its config names."""
+def build(
+    name: str, *, num_classes: int | None, image_size: int | None, pretrained: bool, known: bool = False
+) -> Built:
+    """Create a model from a folder or a repository of the hub, with the class that its config names.
+
+    With `known` classes that are not in `MODELS` are refused.
+    """
     import transformers
 
     folder = Path(name)
@@ -95,7 +100,8 @@ def build(name: str, *, num_classes: int | None, image_size: int | None, pretrai
             f"hf:{base}, whose weights are quantized already (quantization_config in its config.json),",
             "give the repository or folder that it was quantized from",
         )
-    kind = _class_of(transformers, config, base, classifies=adapter is not None and adapter.classes is not None)
+    classifies = adapter is not None and adapter.classes is not None
+    kind = _class_of(transformers, config, base, classifies=classifies, known=known)
     family = MODELS.get(f"transformers.{kind.__name__}", ("", "", ""))[0]
     processor = read_processor(name) or (None if base == name else read_processor(base))
     _check_classes(name, kind.__name__, config, num_classes, pretrained)
@@ -122,21 +128,21 @@ def _projection(kind: Any, config: Any) -> dict[str, Any]:
     return {"projection_dim": config.projection_dim} if whole else {}
 
 
-def _class_of(transformers: Any, config: Any, name: str, *, classifies: bool = False) -> Any:
+def _class_of(transformers: Any, config: Any, name: str, *, classifies: bool = False, known: bool = False) -> Any:
     found = architecture(config, name)
     wanted = INSTEAD.get(found, found)
     if classifies and f"transformers.{wanted.removesuffix('Model')}ForImageClassification" in MODELS:
         wanted = f"{wanted.removesuffix('Model')}ForImageClassification"
-    if f"transformers.{wanted}" not in MODELS and isinstance(getattr(transformers, wanted, None), type):
+    if f"transformers.{wanted}" not in MODELS and not known and isinstance(getattr(transformers, wanted, None), type):
         return getattr(transformers, wanted)
     if f"transformers.{wanted}" not in MODELS:
-        known = [full.partition(".")[2] for full in MODELS]
+        names = [full.partition(".")[2] for full in MODELS]
         reason = REFUSED.get(f"transformers.{found}")
         if reason is not None:
             raise refuse(f"{reason} (transformers.{found})", PLAIN)
         raise SourceError(
-            f"hf:{name} is a {found or config.model_type}, which vitfold does not run; {same_body(wanted, known)}"
-            f"supported: {', '.join(known)}"
+            f"hf:{name} is a {found or config.model_type}, which vitfold does not run; {same_body(wanted, names)}"
+            f"supported: {', '.join(names)}"
         )
     return getattr(transformers, wanted)
 
@@ -370,16 +376,14 @@ def _head(reader: Reader, head: Any, *, logits: bool) -> dict[str, Any]:
     return {"outputs": outputs, "output": "logits" if logits else "image_embeds"}
 
 
-def describe(module: Any, spec: ViTSpec, facts: Facts) -> tuple[Preprocess, tuple[str, ...] | None]:
-    """Return the processor's transform, or the family's default, and the names of the classes."""
-    family = MODELS[class_name(module)][0]
+def describe(module: Any, spec: Architecture, facts: Facts) -> tuple[Preprocess | None, tuple[str, ...] | None]:
+    """Return the processor's transform, or the family's default if it has one, and the names of the classes."""
+    family = MODELS.get(class_name(module), ("", "", ""))[0]
     if "DeiT" in class_name(module):
         family = "deit"
-    processor = facts.get("processor") or default_processor(family, spec.image_size)
-    preprocess = preprocess_from_processor(processor, spec.image_size)
-    if spec.output != "logits":
-        return preprocess, None
-    names = [module.config.id2label.get(i) for i in range(spec.outputs)]
-    if all(isinstance(name, str) and not name.startswith("LABEL_") for name in names):
+    processor = facts.get("processor") or (default_processor(family, spec.image_size) if family else None)
+    preprocess = None if processor is None else preprocess_from_processor(processor, spec.image_size)
+    names = [module.config.id2label.get(i) for i in range(classes_of(spec))]
+    if names and all(isinstance(name, str) and not name.startswith("LABEL_") for name in names):
         return preprocess, tuple(names)
     return preprocess, None
