@@ -152,7 +152,7 @@ def test_a_faster_bundle_is_kept(calibrated: pipeline.Plan, tmp_path: Path, caps
     report_made(raced(calibrated, tmp_path / "won.fold", won), None, json=False)
     said = capsys.readouterr()
     assert "1.50x" in said.out
-    assert "kept" not in said.err
+    assert "was kept" not in said.err
     assert open_bundle(tmp_path / "won.fold").manifest.recipe.quant is not None
 
 

@@ -13,10 +13,11 @@ from vitfold.artifacts.manifest import checked_origin, checked_target, checked_v
 from vitfold.artifacts.steps import Steps, read_steps
 from vitfold.artifacts.vision import Vision, read_vision
 from vitfold.errors import BundleError, VitfoldError
-from vitfold.model import Architecture, Preprocess
+from vitfold.model import Architecture, GraphSpec, Preprocess
 from vitfold.products import Product, products_of, products_of_recipe
 from vitfold.recipe import Recipe
 from vitfold.storage.checked import ImplausibleError, entry
+from vitfold.storage.ordinary import check_ordinary
 from vitfold.storage.placing import Place
 from vitfold.target import ENGINES, find_target
 
@@ -25,6 +26,8 @@ MAIN = "main"
 MODEL = "model.onnx"
 WEIGHTS = "weights.safetensors"
 QUANTIZERS = "quantizers.safetensors"
+PROGRAM = "program.json"
+_PROGRAM_BYTES = 256 * 1024 * 1024
 RECIPE = "recipe.toml"
 STEPS = "diffusion"
 """The kind that a manifest states if the bundle holds steps."""
@@ -178,7 +181,11 @@ def write_bundle(path: str | Path, write: Callable[[Path], Manifest], *, overwri
         manifest = write(folder)
         if isinstance(manifest.held, Vision):
             (folder / RECIPE).write_text(manifest.recipe.to_toml(), encoding="utf-8")
-        return manifest.to_dict()
+        values = manifest.to_dict()
+        if isinstance(manifest.held, Vision) and isinstance(manifest.held.spec, GraphSpec):
+            (folder / PROGRAM).write_text(manifest.held.spec.program, encoding="utf-8")
+            values = {**values, "spec": {**values["spec"], "program": PROGRAM}}
+        return values
 
     with reserve_bundle(path, overwrite=overwrite) as place:
         return publish_bundle(place, open_bundle(seal(place.draft(), fill), steps=None))
@@ -240,15 +247,34 @@ def open_bundle(path: str | Path, *, steps: bool | None = False) -> Bundle:
             f"{folder} is not a bundle of a diffusion model's steps; make one with: vitfold diffusion optimize "
             "demo-dit -o OUT.fold"
         )
+    spec = header.values.get("spec")
+    graph = isinstance(spec, dict) and spec.get("program") == PROGRAM
     try:
-        manifest = _manifest(header.values, name=f"{folder}/{MANIFEST}")
+        values = {**header.values, "spec": {**spec, "program": _program(folder / PROGRAM)}} if graph else header.values
+        manifest = _manifest(values, name=f"{folder}/{MANIFEST}")
     except (ImplausibleError, VitfoldError) as error:
         raise BundleError(f"{folder / MANIFEST} is damaged: {error}; make the bundle again") from None
     needed = [graph_name(part) for part in manifest.parts]
     needed += [WEIGHTS, QUANTIZERS] if manifest.simulated else []
     needed += [RECIPE] if isinstance(manifest.held, Vision) else []
+    needed += [PROGRAM] if graph else []
     size = check_files(folder, header, needed)
     return Bundle(path=folder, manifest=manifest, size_bytes=size, digest=header.digest)
+
+
+def _program(path: Path) -> str:
+    """Read the program of a graph.
+
+    Raises:
+        ImplausibleError: if the file is missing, no text, or longer than any program.
+    """
+    try:
+        check_ordinary(path)
+        if path.stat().st_size > _PROGRAM_BYTES:
+            raise ImplausibleError(f"{PROGRAM} is too long")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ImplausibleError(f"{PROGRAM} cannot be read ({error})") from None
 
 
 def _manifest(values: Mapping[str, Any], *, name: str) -> Manifest:

@@ -6,17 +6,18 @@ Torch and the zoos are imported on the first call, not with this module.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from vitfold.errors import ArgumentError, SourceError, missing_extra, nearest
-from vitfold.model import Model, Origin, Preprocess, ViTSpec
+from vitfold.model import Architecture, Model, Origin, Preprocess, ViTSpec
 from vitfold.model.spec import Problem
 from vitfold.sources import hub
 from vitfold.storage.digest import file_sha256
@@ -89,20 +90,16 @@ def load_source(
         raise ArgumentError(f"a source is text, {FORMS}; found {type(source).__name__}")
     _check_arguments(source, arch, num_classes, image_size, weights)
     _check_problem(problem)
-    torch = import_package("torch", "optimize", "loading a model")
+    import_package("torch", "optimize", "loading a model")
     arguments: dict[str, Any] = {
         "arch": arch, "num_classes": num_classes, "image_size": image_size, "weights": weights, "seed": seed,
     }  # fmt: skip
-    if problem is not None:
-        arguments["problem"] = problem
-    if preprocess is not None:
-        arguments["preprocess"] = preprocess
+    arguments |= {k: v for k, v in (("problem", problem), ("preprocess", preprocess)) if v is not None}
     if _is_graph(source):
         return Loaded(model=_load_graph(source, arguments), original=None)
     if preprocess is not None:
         raise SourceError(f"--preprocess belongs to an ONNX file, and {source} says itself how images are prepared")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(seed):
         built = _build(source, arguments, known=not graph)
     origin = Origin(source=built.source, loader=_loader(built.zoo), arguments={**arguments, **built.digests})
     facts = {**built.facts, "problem": problem or built.facts.get("problem")}
@@ -116,14 +113,25 @@ def load_source(
             module, origin, reason, preprocess=preprocess, labels=labels, facts=facts, translator=built.translator,
             size=None if image_size is None else (image_size, image_size),
         )  # fmt: skip
-    if image_size is not None and any(
-        image_size % patch for patch in (model.spec.patch_size if isinstance(model.spec, ViTSpec) else ())
-    ):
+    _check_patches(model.spec, image_size)
+    return Loaded(model=model, original=module)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _check_patches(spec: Architecture, image_size: int | None) -> None:
+    if image_size is not None and isinstance(spec, ViTSpec) and any(image_size % patch for patch in spec.patch_size):
         raise SourceError(
             f"--image-size {image_size} is not a multiple of the patch size: "
             "the last pixels would not be seen; choose a multiple"
         )
-    return Loaded(model=model, original=module)
 
 
 def _is_graph(source: str) -> bool:
@@ -243,30 +251,37 @@ def adapt(
         if not graph:
             raise
         unknown = error
-    tensors = [*module.parameters(), *module.buffers()]
-    plain = all(
-        t.device.type in ("cpu", "meta") and (t.dtype == torch.float32 or not t.is_floating_point()) for t in tensors
-    )
-    if not plain:
-        copy = importlib.import_module("copy")
-        module = copy.deepcopy(module).float().cpu()
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
+    with _evaluated(module) as plain:
         where = Origin(source=origin or "memory", loader=_loader(zoo), arguments={})
         names = tuple(labels) if labels is not None else None
         facts = {"problem": problem}
         try:
             if unknown is not None or outputs is not None:
                 raise unknown or SourceError("outputs were chosen by name")
-            return _translate(translator, module, facts, where, preprocess, names)
+            return _translate(translator, plain, facts, where, preprocess, names)
         except SourceError as reason:
             if not graph:
                 raise
             return _as_graph(
-                module, where, reason, preprocess=preprocess, labels=names, facts=facts, translator=translator,
+                plain, where, reason, preprocess=preprocess, labels=names, facts=facts, translator=translator,
                 size=image_size, outputs=outputs,
             )[0]  # fmt: skip
+
+
+@contextlib.contextmanager
+def _evaluated(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The module in eval mode, or a copy of it in float32 on the CPU where it is not there; left as it was found."""
+    import torch
+
+    if any(
+        t.device.type not in ("cpu", "meta") or (t.dtype != torch.float32 and t.is_floating_point())
+        for t in (*module.parameters(), *module.buffers())
+    ):
+        module = copy.deepcopy(module).float().cpu()
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield module
     finally:
         for part in training:
             part.training = True
