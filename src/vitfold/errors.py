@@ -17,6 +17,10 @@ class SourceError(VitfoldError):
     """A model could not be loaded, or has a feature that vitfold does not run."""
 
 
+class UnsupportedError(SourceError):
+    """A model is of a class, or has a feature, that no reader here knows."""
+
+
 class ParityError(SourceError):
     """The loaded program does not compute what the original computes."""
 

@@ -249,8 +249,10 @@ def open_bundle(path: str | Path, *, steps: bool | None = False) -> Bundle:
         )
     spec = header.values.get("spec")
     graph = isinstance(spec, dict) and spec.get("program") == PROGRAM
+    values = header.values
     try:
-        values = {**header.values, "spec": {**spec, "program": _program(folder / PROGRAM)}} if graph else header.values
+        if isinstance(spec, dict) and graph:
+            values = {**values, "spec": {**spec, "program": _program(folder / PROGRAM)}}
         manifest = _manifest(values, name=f"{folder}/{MANIFEST}")
     except (ImplausibleError, VitfoldError) as error:
         raise BundleError(f"{folder / MANIFEST} is damaged: {error}; make the bundle again") from None

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from vitfold.errors import ArgumentError, SourceError, missing_extra, nearest
+from vitfold.errors import ArgumentError, SourceError, UnsupportedError, missing_extra, nearest
 from vitfold.model import Architecture, Model, Origin, Preprocess, ViTSpec
 from vitfold.model.spec import Problem
 from vitfold.sources import hub
@@ -106,7 +106,7 @@ def load_source(
     module, preprocess, labels = built.module.float().cpu().eval(), facts.get("preprocess"), facts.get("labels")
     try:
         model = _translate(built.translator, module, facts, origin, preprocess, labels, unnamed=weights == "random")
-    except SourceError as reason:
+    except UnsupportedError as reason:
         if not graph:
             raise
         model, module = _as_graph(
@@ -243,11 +243,11 @@ def adapt(
     _check_problem(problem)
     module = bare_module(module)
     translator: Any = None
-    unknown: SourceError | None = None
+    unknown: UnsupportedError | None = None
     zoo: Any = torch
     try:
         translator, zoo = find_translator(module)
-    except SourceError as error:
+    except UnsupportedError as error:
         if not graph:
             raise
         unknown = error
@@ -257,9 +257,9 @@ def adapt(
         facts = {"problem": problem}
         try:
             if unknown is not None or outputs is not None:
-                raise unknown or SourceError("outputs were chosen by name")
+                raise unknown or UnsupportedError("outputs were chosen by name")
             return _translate(translator, plain, facts, where, preprocess, names)
-        except SourceError as reason:
+        except UnsupportedError as reason:
             if not graph:
                 raise
             return _as_graph(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from vitfold.errors import SourceError
+from vitfold.errors import UnsupportedError
 from vitfold.sources.reader import PLAIN, REFUSED, class_name, refuse, same_body, why_not
 
 # Package -> the file here that reads its classes.
@@ -83,7 +83,7 @@ def find_translator(module: nn.Module) -> tuple[Any, Any]:
     """Return the file here that reads this class, and the zoo it comes from.
 
     Raises:
-        SourceError: naming the class, and the supported ones.
+        UnsupportedError: naming the class, and the supported ones.
     """
     name = class_name(module)
     package, _, stem = name.partition(".")
@@ -93,12 +93,12 @@ def find_translator(module: nn.Module) -> tuple[Any, Any]:
         raise refuse(f"{why_not(module)} ({name})", PLAIN)
     inner = next((at for at, part in module.named_modules() if at and _is_known(class_name(part))), None)
     if inner is not None:
-        raise SourceError(
+        raise UnsupportedError(
             f"vitfold does not read {name} ({type(module).__module__}), nor what it does beside the model within; pass "
             f"that one: its attribute {inner}"
         )
     stems = [one.partition(".")[2] for one in _known(package)] if package in READERS else []
     shown = ", ".join(one for package in READERS for one in _known(package))
-    raise SourceError(
+    raise UnsupportedError(
         f"vitfold does not read {name} ({type(module).__module__}); {same_body(stem, stems)}supported: {shown}"
     )

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
-from vitfold.errors import SourceError
+from vitfold.errors import SourceError, UnsupportedError
 from vitfold.model import Array, ViTSpec
 from vitfold.model.spec import Activation
 
@@ -115,9 +115,9 @@ def class_name(module: nn.Module) -> str:
     return f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}"
 
 
-def refuse(found: str, instead: str) -> SourceError:
+def refuse(found: str, instead: str) -> UnsupportedError:
     """Return the error for a feature that the program does not run."""
-    return SourceError(f"this model has {found}, which vitfold does not run; {instead}")
+    return UnsupportedError(f"this model has {found}, which vitfold does not run; {instead}")
 
 
 PLAIN = "use a plain ViT such as timm:vit_base_patch16_224 or timm:vit_small_patch14_dinov2"
