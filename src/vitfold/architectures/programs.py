@@ -98,9 +98,9 @@ def forward(
         seen[name] = value
         block = last.get(name)
         if block is not None and observe is not None:
-            columns = {column: seen.pop(stream_name(block, column), None) for column in ("size", "source")}
+            size, source = (seen.pop(stream_name(block, column), None) for column in ("size", "source"))
             count = program.shapes[program.outputs[name]][1]
-            observe(block, Tokens(x=value, count=count, prefix=spec.prefix, **columns))
+            observe(block, Tokens(x=value, count=count, prefix=spec.prefix, size=size, source=source))
 
     inputs = () if image is None else (image,)
     watching = see if observe is not None else None

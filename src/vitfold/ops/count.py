@@ -291,6 +291,14 @@ class Count(Ops[Shape]):
         self._note(site, "foreign", (*parts, *shapes[:-1]), shapes[-1], macs=macs, weights=read)
         return shapes
 
+    def lookup(self, name: str, rows: Shape, columns: Shape | None = None) -> Shape:
+        """One copy of what is picked."""
+        shape = self._shapes[name]
+        batch, count, _ = _column(rows)
+        output = (batch, *shape[1:-2], count, shape[-1] if columns is None else _column(columns)[1])
+        self._note(self._scope, "layout", (output,), output)
+        return output
+
     def scatter_add(self, site: str, x: Shape, index: Shape, rows: Shape) -> Shape:
         """Counted as additions of bytes, not as the one-hot product that some targets use."""
         _require(rows == (*_column(index)[:2], x[2]), f"{site} needs one row of {x} per index of {index}, found {rows}")

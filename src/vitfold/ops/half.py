@@ -117,6 +117,10 @@ class Half(Simulate):
         """Rounded."""
         return self._half(super().softmax(site, a), site)
 
+    def lookup(self, name: str, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+        """Rounded, as parameters are."""
+        return self._half(super().lookup(name, rows, columns))
+
     def foreign(
         self,
         site: str,

@@ -40,9 +40,9 @@ def input_site(layer: str, rows: str = "") -> str:
 class Ops(Protocol[T]):
     """What a program may do. `layer` names parameters, `site` names the operation everywhere.
 
-    25 primitives, which every interpreter writes: param, constant, patch_embed, linear, layer_norm, activation,
+    26 primitives, which every interpreter writes: param, constant, patch_embed, linear, layer_norm, activation,
     attention, matmul, softmax, elementwise, reduce, unit, reshape, transpose, split, slice, concat, prepend_rows,
-    argmax, topk_split, affine_index, pad_index, take, scatter_add, foreign.
+    argmax, topk_split, affine_index, pad_index, take, lookup, scatter_add, foreign.
 
     18 composites, written here once over others: add, multiply, divide, log, tanh, add_scalar, scale, mean, sum,
     reduce_max, abs_max, norm, rms_norm, heads, similarity, merge_rows, ones_like, identity_like. An interpreter
@@ -232,6 +232,13 @@ class Ops(Protocol[T]):
 
     def take(self, x: T, index: T) -> T:
         """Gather rows of every image: x (B, N, D), index (B, R, 1) -> (B, R, D)."""
+        ...
+
+    def lookup(self, name: str, rows: T, columns: T | None = None) -> T:
+        """Pick rows of a parameter (1, ..., N, D), for every image others: rows (B, R, 1) -> (B, ..., R, D).
+
+        With `columns` (B, M, 1) it picks the entries where both meet: (B, ..., R, M).
+        """
         ...
 
     def scatter_add(self, site: str, x: T, index: T, rows: T) -> T:

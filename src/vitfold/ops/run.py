@@ -226,6 +226,14 @@ class Run(Ops[Tensor]):
         """Gather rows of every image."""
         return x.gather(1, index.expand(-1, -1, x.shape[2]))
 
+    def lookup(self, name: str, rows: Int[Tensor, "B R 1"], columns: Int[Tensor, "B M 1"] | None = None) -> Tensor:
+        """Index the parameter."""
+        table = self._params[name][0]
+        flat = table.reshape(-1, *table.shape[-2:])
+        index = rows[:, :, 0]
+        found = flat[:, index] if columns is None else flat[:, index[:, :, None], columns[:, None, :, 0]]
+        return found.transpose(0, 1).reshape(len(rows), *table.shape[:-2], *found.shape[2:])
+
     def scatter_add(
         self, site: str, x: Float[Tensor, "B N D"], index: Int[Tensor, "B R 1"], rows: Float[Tensor, "B R D"]
     ) -> Float[Tensor, "B N D"]:

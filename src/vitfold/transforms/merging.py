@@ -69,11 +69,15 @@ def merged(
     Raises:
         ProgramError: if a block has no attention with a residual addition behind it.
     """
-    replaying = _Merging(program, shapes, recipe, layout, deletion, sources=sources)
-    try:
-        return replaying.run()
-    except _MissingSourcesError:
-        return _Merging(program, shapes, recipe, layout, deletion, sources=True).run()
+    places = False
+    while True:
+        replaying = _Merging(program, shapes, recipe, layout, deletion, sources=sources, places=places)
+        try:
+            return replaying.run()
+        except _MissingPlacesError:
+            places = True
+        except _MissingSourcesError:
+            sources = True
 
 
 def merged_around_attention(program: Program, shapes: Mapping[str, Shape], r: int) -> Program:
@@ -91,6 +95,10 @@ def merged_around_attention(program: Program, shapes: Mapping[str, Shape], r: in
 
 class _MissingSourcesError(Exception):
     """Rows have to be given back, and nobody kept whose they are."""
+
+
+class _MissingPlacesError(Exception):
+    """Something known stands in the order of the original tokens, and nobody kept which places rows have."""
 
 
 class _Replay:
@@ -134,9 +142,11 @@ class _Replay:
 
     def _place(self, node: Node) -> None:
         """Record a node for whatever generation its operands are of."""
-        generations = {self._generation.get(ref, ORIGINAL) for ref in node.reads() if ref in self._spans}
+        moving = [ref for ref in node.reads() if ref in self._spans and self._spans[ref].stop > self._prefix]
+        known = [ref for ref in moving if self._is_known(ref)] if node.op in _TABLES else []
+        generations = {self._generation.get(ref, ORIGINAL) for ref in moving if ref not in known}
         generation = generations.pop() if len(generations) == 1 else ORIGINAL
-        results = None if generation == ORIGINAL else self._shorter(node, generation)
+        results = None if generation == ORIGINAL else self._shorter(node, generation, known)
         if results is None:
             generation = ORIGINAL
             operands = {ref: self._original(ref) for ref in node.reads()}
@@ -147,16 +157,46 @@ class _Replay:
             if generation != ORIGINAL and ref in self._spans and self._spans[ref].stop > self._prefix:
                 self._generation[ref] = generation
 
-    def _shorter(self, node: Node, generation: int) -> tuple[Traced, ...] | None:
+    def _is_known(self, ref: Ref) -> bool:
+        """Whether a value is a parameter, which has a row for every original token."""
+        maker = self._made_by.get(ref)
+        return maker is not None and maker.op == "param"
+
+    def _shorter(self, node: Node, generation: int, known: list[Ref]) -> tuple[Traced, ...] | None:
         """Record a node on merged tokens; None where it needs the original ones."""
         if node.op == "attention":
             return self._attention(node, generation)
+        if known:
+            return self._beside_known(node, generation, known)
         if node.op in ("mean", "sum"):
             return self._reduced(node, generation)
         if any(ref not in self._spans for ref in node.outputs):
             return None
         changed = self._resized(node, self._tokens[generation].count)
         return None if changed is None else call(self._ops, changed, self._made)
+
+    def _beside_known(self, node: Node, generation: int, known: list[Ref]) -> tuple[Traced, ...] | None:
+        """An operation on single elements, with the rows of parameters (positions, rotary tables) that tokens keep."""
+        values: dict[Ref, Traced] = {ref: self._made[ref] for ref in node.reads()}
+        for ref in known:
+            span, shape = self._spans[ref], self._program.shapes[ref]
+            if span.axis != len(shape) - 2 or node.outputs[0] not in self._spans:
+                return None
+            values[ref] = self._ops.lookup(self._name_of(ref), self._places(generation, span))
+        return call(self._ops, node, values)
+
+    def _name_of(self, ref: Ref) -> str:
+        return str(self._made_by[ref].attributes["name"])
+
+    def _places(self, generation: int, span: Span) -> Traced:
+        """Which rows of a span its tokens keep, counted from its beginning."""
+        tokens = self._tokens[generation]
+        if tokens.origin is None:
+            raise _MissingPlacesError
+        rows = tokens.origin
+        if (span.start, span.stop) != (0, self._originals):
+            rows = self._ops.slice(rows, 1, span.start, span.start + self._length(span, tokens.count))
+        return self._ops.affine_index(rows, 1, -span.start) if span.start else rows
 
     def _resized(self, node: Node, count: int) -> Node | None:
         """The node with attributes for `count` tokens; None if it does not treat rows alike."""
@@ -174,9 +214,22 @@ class _Replay:
                 return None
             stop = node.attributes["start"] + self._length(whole, count)
             return replace(node, attributes={**node.attributes, "stop": stop})
+        if node.op == "concat" and node.attributes["axis"] == operand.axis:
+            return node if self._adjoin(node) else None
         if node.op in ON_LAST_AXIS:
             return node if operand.axis != len(node.shapes[0]) - 1 else None
         return node if node.op in _ROWWISE and node.attributes.get("axis") != operand.axis else None
+
+    def _adjoin(self, node: Node) -> bool:
+        """Whether a concatenation puts the parts of a sequence one behind the other, as they were."""
+        spans = [self._spans.get(ref) for ref in node.reads()]
+        whole = self._spans.get(node.outputs[0])
+        ends = [whole.start if whole is not None else -1]
+        for span in spans:
+            if span is None or span.start != ends[-1]:
+                return False
+            ends.append(span.stop)
+        return whole is not None and ends[-1] == whole.stop
 
     def _length(self, span: Span, count: int) -> int:
         """How many rows of a span are left where `count` of all are: those of the prefix are."""
@@ -185,12 +238,19 @@ class _Replay:
         return span.stop - span.start - (self._originals - count)
 
     def _attention(self, node: Node, generation: int) -> tuple[Traced, ...] | None:
-        """Merged keys count by their size."""
-        if node.inputs["bias"] is not None:
-            return None
+        """Merged keys count by their size; a known bias of pairs is that of the places that tokens keep."""
+        span = self._spans[node.operand("k")]
         q, k, v = (self._made[node.operand(name)] for name in ("q", "k", "v"))
-        tokens = self._part(generation, self._spans[node.operand("k")])
+        tokens = self._part(generation, span)
         bias = log_size(self._ops, tokens) if self._prop_attn else None
+        given = node.inputs["bias"]
+        if isinstance(given, int):
+            lengths = {self._program.shapes[Ref(given)][axis] for axis in (2, 3)}
+            if not self._is_known(Ref(given)) or lengths != {span.stop - span.start}:
+                return None
+            rows = self._places(generation, span)
+            pairs = self._ops.lookup(self._name_of(Ref(given)), rows, rows)
+            bias = pairs if bias is None else self._ops.add(pairs, bias)
         return (self._ops.attention(node.attributes["site"], q, k, v, bias),)
 
     def _reduced(self, node: Node, generation: int) -> tuple[Traced, ...] | None:
@@ -284,8 +344,10 @@ class _Merging(_Replay):
         deletion: Deletion | None,
         *,
         sources: bool,
+        places: bool,
     ) -> None:
         super().__init__(program, shapes, layout.prefix)
+        self._keeps_places = places
         self._recipe, self._layout, self._deletion, self._keeps = recipe, layout, deletion, sources
         self._prop_attn = recipe.prop_attn
         blocks = residuals(program)
@@ -305,7 +367,7 @@ class _Merging(_Replay):
         generation = self._generation.get(ref, ORIGINAL)
         if generation == ORIGINAL:
             x = self._made[ref]
-            return Tokens(x=x, count=x.shape[1], prefix=self._prefix)
+            return Tokens(x=x, count=x.shape[1], prefix=self._prefix, placed=self._keeps_places)
         return replace(self._tokens[generation], x=self._made[ref])
 
     def _before(self, node: Node) -> None:
@@ -341,8 +403,8 @@ class _Merging(_Replay):
         q, k = attention.operand("q"), attention.operand("k")
         here = Reduction(
             tokens=self._stream(ref),
-            q=self._made[q],
-            k=self._made[k],
+            q=self._as_long(q, ref),
+            k=self._as_long(k, ref),
             r=r,
             width=self._made[ref].shape[-1],
             head_width=self._made[q].shape[-1],
@@ -353,6 +415,11 @@ class _Merging(_Replay):
         )
         self._recorder.scope(node.scope, node.block, "merge")
         self._begin(ref, reduce_tokens(self._ops, self._recipe.rule, f"blocks.{node.block}.merge", here))
+
+    def _as_long(self, ref: Ref, stream: Ref) -> Traced:
+        """A value with the tokens of the stream, which had its own back where it met others."""
+        whole = self._generation.get(stream, ORIGINAL) == ORIGINAL
+        return self._original(ref) if whole else self._made[ref]
 
     def _filled(self, ref: Ref, whole: Traced, source: Traced, span: Span) -> Traced:
         if not self._deletes:
@@ -415,6 +482,8 @@ def _read_by_linear(made_by: Mapping[Ref, Node], ref: Ref) -> Ref | None:
             return ref
 
 
+_TABLES = frozenset({"add", "multiply", "divide", "elementwise", "attention"})
+"""Operations that may take a parameter with a row for every token: it gives the rows of the places that tokens keep."""
 _ROWWISE = frozenset(
     {
         *(

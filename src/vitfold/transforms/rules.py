@@ -11,7 +11,7 @@ from typing import Any, Generic
 
 from vitfold.ops.protocol import Ops, T
 from vitfold.recipe import Order
-from vitfold.transforms.tokens import Match, Tokens, match, merge
+from vitfold.transforms.tokens import Match, Tokens, match, merge, places
 
 _PRUNED_BLOCKS = 0.5
 _MARGIN = 0.9
@@ -127,6 +127,7 @@ def evit(ops: Ops[T], site: str, here: Reduction[T]) -> Tokens[T]:
         count=count - r,
         size=None if tokens.size is None else joined(tokens.size, 1),
         source=None if source is None else joined(source, here.originals),
+        origin=places(ops, tokens, ops.concat((survivors, ops.slice(dropped, 1, 0, 1)), 1)),
     )
 
 
@@ -152,6 +153,7 @@ def _pruned(ops: Ops[T], site: str, here: Reduction[T], pairs: Match[T]) -> Toke
         count=tokens.count - here.r,
         size=None if tokens.size is None else ops.take(tokens.size, pairs.survivors),
         source=source,
+        origin=places(ops, tokens, pairs.survivors),
     )
 
 

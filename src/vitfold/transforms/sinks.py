@@ -19,7 +19,7 @@ from vitfold.program.program import Shape
 from vitfold.program.trace import Recorder, Traced, replay
 from vitfold.recipe import Order
 from vitfold.transforms.rewriting import rewrite
-from vitfold.transforms.tokens import Tokens
+from vitfold.transforms.tokens import Tokens, places
 
 PREFIX_ROWS = "prefix"
 SINK_ROWS = "sinks"
@@ -111,6 +111,7 @@ def delete_largest(ops: Ops[T], tokens: Tokens[T], count: int, *, order: Order |
         count=tokens.count - count,
         size=None if tokens.size is None else ops.take(tokens.size, survivors),
         source=source,
+        origin=places(ops, tokens, survivors),
     )
 
 

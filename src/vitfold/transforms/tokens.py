@@ -14,7 +14,9 @@ class Tokens(Generic[T]):
     """A sequence with what merging must remember.
 
     `x` is (B, N, D). `size` (B, N, 1) counts the original tokens in each row, None before the first
-    merge. `source` (B, N, N_0) is 1 where row n holds original token m, None unless traced.
+    merge. `source` (B, N, N_0) is 1 where row n holds original token m, None unless traced. `origin` (B, N, 1) is the
+    original token whose place row n keeps: the one that others joined; None where all are in their places, or where
+    `placed` does not ask for it.
     """
 
     x: T
@@ -22,6 +24,8 @@ class Tokens(Generic[T]):
     prefix: int
     size: T | None = None
     source: T | None = None
+    origin: T | None = None
+    placed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +85,17 @@ def merge(ops: Ops[T], site: str, tokens: Tokens[T], pairs: Match[T], *, r: int,
     if trace:
         source = source if source is not None else ops.identity_like(size)
         (source,) = ops.merge_rows(f"{site}.source", (source,), pairs.survivors, pairs.into, pairs.moved)
-    return replace(tokens, x=ops.divide(summed, total), count=tokens.count - r, size=total, source=source)
+    origin = places(ops, tokens, pairs.survivors)
+    return replace(
+        tokens, x=ops.divide(summed, total), count=tokens.count - r, size=total, source=source, origin=origin
+    )
+
+
+def places(ops: Ops[T], tokens: Tokens[T], rows: T) -> T | None:
+    """Return the places that rows (B, R, 1) of a sequence keep, None where nobody asks."""
+    if not tokens.placed:
+        return None
+    return rows if tokens.origin is None else ops.take(tokens.origin, rows)
 
 
 def log_size(ops: Ops[T], tokens: Tokens[T]) -> T | None:

@@ -268,6 +268,11 @@ class Emit(Ops[Value]):
         shape = self.count.take(x.shape, index.shape)
         return Value(self._rows.take(x, index.onnx), shape)
 
+    def lookup(self, name: str, rows: Value, columns: Value | None = None) -> Value:
+        """A gather from the parameter, whose rows, or entries, lie in front."""
+        shape = self.count.lookup(name, rows.shape, None if columns is None else columns.shape)
+        return Value(self._rows.lookup(name, rows, columns, shape), shape)
+
     def scatter_add(self, site: str, x: Value, index: Value, rows: Value) -> Value:
         """In the target's form."""
         shape = self.count.scatter_add(site, x.shape, index.shape, rows.shape)

@@ -5,9 +5,13 @@ Lengths are static: how many rows is known when a graph is written, which ones i
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
+from vitfold.model import Array
 from vitfold.ops.emit.writer import MICROSOFT, Value, Writer
 from vitfold.target import Target
 
@@ -21,6 +25,7 @@ class Rows:
     def __init__(self, writer: Writer, target: Target) -> None:
         self._writer, self._target = writer, target
         self._derived: dict[tuple[ir.Value, int], ir.Value] = {}
+        self._tables: dict[str, ir.Value] = {}
 
     def prepend(self, rows: Value, x: Value) -> ir.Value:
         """Pad with zero rows and add, so that the graph never asks for its batch size.
@@ -101,6 +106,35 @@ class Rows:
         if self._target.gather == "gather_nd":
             return node("GatherND", x.onnx, index, batch_dims=1)
         return node("GatherElements", x.onnx, self._widened(index, width), axis=1)
+
+    def lookup(self, name: str, rows: Value, columns: Value | None, shape: tuple[int, ...]) -> ir.Value:
+        """Gather from a table (N, L D), or (N N, L) where rows and columns meet, with L leading axes in one."""
+        node, integers, writer = self._writer.node, self._writer.integers, self._writer
+        array = writer.params[name]
+        lead = math.prod(array.shape[1:-2])
+        count, width = array.shape[-2:]
+        flat = array.reshape(lead, count, width)
+        if columns is None:
+            table = self._table(f"{name}.rows", (count, lead * width), lambda: flat.transpose(1, 0, 2))
+            found = node("Gather", table, node("Reshape", rows.onnx, integers(0, shape[-2])), axis=0)
+            if lead > 1:
+                parted = node("Reshape", found, integers(0, shape[-2], lead, width))
+                found = node("Transpose", parted, perm=[0, 2, 1, 3])
+            return node("Reshape", found, integers(0, *shape[1:]))
+        table = self._table(f"{name}.entries", (count * width, lead), lambda: flat.transpose(1, 2, 0))
+        across = node("Reshape", columns.onnx, integers(0, 1, shape[-1]))
+        index = node("Add", node("Mul", rows.onnx, integers(width)), across)
+        found = node("Transpose", node("Gather", table, index, axis=0), perm=[0, 3, 1, 2])
+        return node("Reshape", found, integers(0, *shape[1:]))
+
+    def _table(self, name: str, shape: tuple[int, ...], make: Callable[[], Array]) -> ir.Value:
+        """A parameter in another order of axes, once."""
+        if name not in self._tables:
+            real = self._writer.real
+            self._tables[name] = self._writer.lazy(
+                name, shape, real, lambda: make().reshape(shape).astype(real.numpy(), copy=False)
+            )
+        return self._tables[name]
 
     def _one_hot(self, index: ir.Value, depth: int) -> ir.Value:
         """(B, R, depth) with a 1 at `index` in each row; made once per index."""
