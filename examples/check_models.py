@@ -123,6 +123,32 @@ def vitpose() -> nn.Module:
     return tf.VitPoseForPoseEstimation(tf.VitPoseConfig(backbone_config=backbone, num_labels=5))
 
 
+def detr() -> nn.Module:
+    """Return a small DETR."""
+    import transformers as tf
+
+    backbone = tf.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], out_features=["stage2"])
+    return tf.DetrForObjectDetection(
+        tf.DetrConfig(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone,
+                      d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+                      decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, num_queries=6)
+    )  # fmt: skip
+
+
+def rt_detr() -> nn.Module:
+    """Return a small RT-DETR."""
+    import transformers as tf
+
+    backbone = tf.RTDetrResNetConfig(embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1],
+                                     out_features=["stage2", "stage3", "stage4"], layer_type="basic")  # fmt: skip
+    return tf.RTDetrForObjectDetection(
+        tf.RTDetrConfig(backbone_config=backbone, encoder_hidden_dim=32, encoder_in_channels=[16, 32, 32], d_model=32,
+                        encoder_ffn_dim=64, decoder_ffn_dim=64, decoder_layers=1, num_queries=6,
+                        encoder_attention_heads=4,
+                        decoder_attention_heads=4, decoder_in_channels=[32, 32, 32], anchor_image_size=[64, 64])
+    )  # fmt: skip
+
+
 MODELS: dict[str, Make] = {
     "google/vit-base-patch16-224": hf("ViTForImageClassification", "ViTConfig", **_VIT),
     "google/vit-base-patch16-224-in21k": hf("ViTModel", "ViTConfig", **_VIT),
@@ -227,11 +253,13 @@ MODELS: dict[str, Make] = {
         backbone_channel_list=[128, 64, 32, 16],
         fpn_hidden_size=32,
     ),
-    "Salesforce/blip-image-captioning-base": vision_and_text("BlipForConditionalGeneration", "BlipConfig"),
-    "Salesforce/blip2-opt-2.7b": hf("Blip2VisionModel", "Blip2VisionConfig", **_VIT),
+    "Salesforce/blip-image-captioning-base": vision_and_text(
+        "BlipForConditionalGeneration", "BlipConfig", initializer_range=0.02
+    ),
+    "Salesforce/blip2-opt-2.7b": hf("Blip2VisionModel", "Blip2VisionConfig", **_VIT, initializer_range=0.02),
     "google/owlv2-base-patch16": hf("Owlv2VisionModel", "Owlv2VisionConfig", **_VIT),
-    "facebook/detr-resnet-50": timm_model("resnet50"),
-    "PekingU/rtdetr_r50vd": timm_model("resnet50d"),
+    "facebook/detr-resnet-50": detr,
+    "PekingU/rtdetr_r50vd": rt_detr,
     "hustvl/yolos-small": hf(
         "YolosForObjectDetection", "YolosConfig", **{**_VIT, "image_size": [64, 64]}, num_detection_tokens=5
     ),
@@ -264,6 +292,8 @@ MODELS: dict[str, Make] = {
 }
 """Checkpoints that people run, each as a small model of its class."""
 SHAPES = {
+    "facebook/detr-resnet-50": (3, 64, 64),
+    "PekingU/rtdetr_r50vd": (3, 64, 64),
     "MCG-NJU/videomae-base": (4, 3, 64, 64),
     "google/vivit-b-16x2": (4, 3, 64, 64),
     "MIT/ast-finetuned-audioset": (64, 32),

@@ -173,8 +173,9 @@ def bound_for(rounding: float) -> float:
 
 
 def relative_errors(expected: Float[np.ndarray, "B ..."], found: Float[np.ndarray, "B ..."]) -> Float[np.ndarray, " B"]:
-    """Return, per image, the largest difference over the largest magnitude."""
+    """Return, per image, the largest difference over the largest magnitude; where that is zero, the difference."""
     rows = (len(expected), -1)
     errors: Float[np.ndarray, " B"] = np.abs(found.reshape(rows) - expected.reshape(rows)).max(axis=1)
-    relative: Float[np.ndarray, " B"] = errors / np.abs(expected.reshape(rows)).max(axis=1)
+    scale = np.abs(expected.reshape(rows)).max(axis=1)
+    relative: Float[np.ndarray, " B"] = errors / np.where(scale == 0, 1.0, scale)
     return relative

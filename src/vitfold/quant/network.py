@@ -130,7 +130,7 @@ def network_of(model: Model, merge: MergeRecipe) -> Network:
     spec = model.spec
     linears, attentions = find_sites(spec)
     return Network(
-        program=only_outputs(program_of(spec, merge), spec.output),
+        program=only_outputs(program_of(spec, merge), *spec.output_names),
         params=model.params,
         linears=linears,
         attentions=attentions,

@@ -377,7 +377,8 @@ def _input_shape(module: torch.nn.Module, size: tuple[int, int] | None) -> tuple
     if stated is not None and isinstance(held, tuple) and len(held) == 2:
         stated = (stated[0], *held)
     config = getattr(module, "config", None)
-    for part in (config, getattr(config, "vision_config", None), getattr(config, "encoder", None)):
+    for name in ("", "vision_config", "encoder", "backbone_config"):
+        part = getattr(config, name, None) if name else config
         side = getattr(part, "image_size", None)
         if stated is None and side is not None:
             sides = side if isinstance(side, list | tuple) else [side] * 2

@@ -427,6 +427,21 @@ def _joined(ops: Ops[Traced], values: list[Traced], parts: list[Lifted | None], 
     return ops.concat(tuple(pieces), ours)
 
 
+def _batch_norm(lift: Lift, node: onnx.NodeProto) -> None:
+    """Factors and shifts per channel, which the statistics of training fix."""
+    x = _reals(lift, node.input[0])
+    if not x.place.front or x.rank < 2:
+        raise UnliftableError("has channels along the batch")
+    scale, bias, mean, variance = (lift.constant(name).astype(np.float64) for name in node.input[1:5])
+    factor = scale / np.sqrt(variance + _attributes(node).get("epsilon", 1e-5))
+    shape = (1, -1, *(1,) * (x.rank - 2))
+    site = site_of(node)
+    factors = lift.known(f"{site}.factor", factor.astype(np.float32).reshape(shape))
+    shifts = lift.known(f"{site}.shift", (bias - mean * factor).astype(np.float32).reshape(shape))
+    value = lift.ops.add(lift.ops.multiply(x.value, factors), shifts)
+    lift.values[node.output[0]] = Lifted(value, x.place, x.shape)
+
+
 def _reduction(op: str) -> Rule:
     def rule(lift: Lift, node: onnx.NodeProto) -> None:
         x, axes = _reals(lift, node.input[0]), _numbers(lift, node, 1, "axes")
@@ -508,6 +523,7 @@ RULES: Mapping[str, Rule] = {
     "MatMul": _matmul,
     "Gemm": _gemm,
     "Conv": _conv,
+    "BatchNormalization": _batch_norm,
     "Softmax": _softmax,
     "Split": _split,
     "Slice": _slice,
