@@ -39,7 +39,7 @@ PATCH_ROWS = 16
 """Rows of patches that are looked at per image; neighbours tell the same."""
 HELD_OUT = 8
 """One group of images in so many is held out."""
-BATCH = 16
+BATCH = 32
 COLUMNS = ("x", "size", "source")
 
 
@@ -303,6 +303,6 @@ def _mean_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Relative squared error of outputs, mean over images, from pairs of exact ones and others."""
     errors = []
     for exact, found in pairs:
-        exact, found = exact.flatten(1), found.flatten(1)
-        errors.append((found - exact).square().sum(1) / exact.square().sum(1).clamp_min(1e-12))
+        wrong, whole = ((value.flatten(1)).square().sum(1) for value in (found - exact, exact))
+        errors.append(wrong / whole.clamp_min(1e-12))
     return float(torch.cat(errors).mean())

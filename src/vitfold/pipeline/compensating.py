@@ -66,6 +66,7 @@ def compensate_plan(folded: Plan, images: ImageSet, *, progress: Progress | None
     if not folded.needs_compensation:
         return folded
     from vitfold.compensation import compensate
+    from vitfold.quant import Progress
     from vitfold.quant.network import ImageExamples
 
     model, merge, digest = folded.folded, folded.recipe.merge, images.digest()
@@ -73,8 +74,8 @@ def compensate_plan(folded: Plan, images: ImageSet, *, progress: Progress | None
     kept = read_arrays("compensation", key)
     if kept is None or _RECORD not in kept:
         examples = ImageExamples(images=images, preprocess=model.preprocess)
-        hooks = {} if progress is None else {"step": progress.step, "advance": progress.advance}
-        done = compensate(model, merge, examples, **hooks)
+        progress = progress or Progress()
+        done = compensate(model, merge, examples, step=progress.step, advance=progress.advance)
         kept = {name: array for name, array in done.model.params.items() if array is not model.params.get(name)}
         kept[_RECORD] = np.frombuffer(json.dumps(done.to_dict()).encode(), np.uint8)
         keep_arrays("compensation", key, kept)
