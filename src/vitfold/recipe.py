@@ -68,9 +68,6 @@ class MergeRecipe:
 
     def __post_init__(self) -> None:
         _check_r(self.r, name="merge.r")
-        for name in ("prop_attn", "compensate"):
-            if type(getattr(self, name)) is not bool:
-                raise RecipeError(f"merge.{name} must be true or false, found {getattr(self, name)!r}")
         if self.rule not in RULES:
             raise RecipeError(f"merge.rule is {', '.join(RULES)}, found {self.rule!r}")
         if self.order not in (None, *get_args(Order)):
@@ -335,8 +332,12 @@ def check_merge(values: Mapping[str, Any], *, name: str) -> MergeRecipe:
         RecipeError: naming the file and the key.
     """
     r = values.get("r", ())
+    _check_r(r, name=f"{name}: merge.r")
+    for key in ("prop_attn", "compensate"):
+        if not isinstance(values.get(key, False), bool):
+            raise RecipeError(f"{name}: merge.{key} must be true or false, found {values[key]!r}")
     try:
-        return MergeRecipe(**{**values, "r": tuple(r) if isinstance(r, list) else r})
+        return MergeRecipe(**{**values, "r": tuple(r)})
     except RecipeError as error:
         raise RecipeError(f"{name}: {error}") from None
 
