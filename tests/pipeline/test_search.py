@@ -57,11 +57,10 @@ class SearchContext:
         seconds *= 0.5 if attempt.target == "openvino" else 1.0
         seconds = 2.0 if attempt.target in self.slower else seconds
         cost = self.quantizing / (10 if attempt.float_sites else 1) if attempt.quant == "w8a8" else 0.0
+        mended = (self.mended or 1.0) if attempt.compensate else 1.0
         row = {
             **attempt.to_dict(),
-            "drop": drop(
-                self.merging(attempt.r) * ((self.mended or 1.0) if attempt.compensate else 1.0) + cost
-            ).to_dict(),
+            "drop": drop(self.merging(attempt.r) * mended + cost).to_dict(),
             "latency_ns": {"median": seconds * 1e7},
             "speedup": {"median": 1 / seconds, "low": 0.99 / seconds, "high": 1.01 / seconds},
             "error": None,

@@ -141,7 +141,11 @@ def _check(job: _Job) -> None:
     """Refuse options that contradict each other, before any work."""
     wanted, search = job.wanted, job.search
     merge, target, needs = wanted.merge or "", wanted.target or "", "--max-drop, --max-latency-ms"
-    own = any((wanted.merge, wanted.method, wanted.registers, wanted.recipe)) or wanted.keep_float > 0 or job.dry_run
+    own = (
+        any((wanted.merge, wanted.method, wanted.registers, wanted.recipe, wanted.compensate))
+        or wanted.keep_float > 0
+        or job.dry_run
+    )
     unnamed = wanted.recipe is not None or wanted.repeat is not None or merge.startswith("auto")
     refuse(
         (job.output is None and not job.dry_run, "give -o OUT.fold, or --dry-run", "-o"),
