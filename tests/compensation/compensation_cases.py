@@ -20,5 +20,5 @@ def drawn(count: int, *, seed: int = 0) -> ArrayExamples:
 
 
 def compensated(model: Model, merge: MergeRecipe) -> Compensated:
-    """Compensate a tiny model on 256 images."""
-    return compensate(model, merge, drawn(256))
+    """Compensate a tiny model on 512 images."""
+    return compensate(model, merge, drawn(512))
