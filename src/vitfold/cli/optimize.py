@@ -175,7 +175,7 @@ def _check(job: _Job) -> None:
         ),
         (
             bool(search) and own,
-            "a search chooses --merge, --compensate, --method, --registers, --keep-float and the recipe itself; leave them out",
+            "a search chooses --merge, --compensate, --method, --registers, --keep-float and recipes; leave them out",
             needs,
         ),
         (bool(search) and job.source is None, "a search needs SOURCE", "SOURCE"),
