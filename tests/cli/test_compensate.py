@@ -41,4 +41,6 @@ def test_what_compensation_needs_is_said_before_any_work(many: Path, tmp_path: P
         (few / path.name).write_bytes(path.read_bytes())
     line = ("optimize", *SOURCE, "--merge", 3, "--compensate", "-o", tmp_path / "a.fold")
     assert "--compensate needs --images" in error(*line, code=2)
+    unmerged = ("optimize", *SOURCE, "--compensate", "--images", few, "-o", tmp_path / "a.fold")
+    assert "--compensate needs --images" in error(*unmerged, code=2)
     assert "15 images are too few to compensate merging" in error(*line, "--images", few)

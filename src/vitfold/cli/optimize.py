@@ -169,8 +169,8 @@ def _check(job: _Job) -> None:
         (search.max_drop is not None and search.max_latency_ms is not None, "give one of both", needs),
         (bool(search) and job.images is None, "a search measures on images: give --images DIR", "--images"),
         (
-            wanted.compensate and (job.images is None or wanted.recipe is not None or wanted.repeat is not None),
-            "--compensate needs --images, and goes with --merge; a recipe and a bundle say it themselves",
+            wanted.compensate and (job.images is None or (merge in ("", "0", "none") and not search)),
+            "--compensate needs --images, and goes with --merge; recipes say merge.compensate = true",
             "--compensate",
         ),
         (
