@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from conftest import build_tiny_model
 
+from conftest import build_tiny_model
 from vitfold.architectures.programs import plain_program
 from vitfold.program.queries import closing_linears, output_linear
 
