@@ -42,7 +42,7 @@ MERGE = MergeRecipe(r=(2, 2), order="index")
 QUANT = QuantRecipe()
 REGISTERS = RegistersRecipe(remedy="prefix", site="blocks.0.mlp.fc1")
 OTHERS: dict[type, dict[str, Any]] = {
-    MergeRecipe: {"r": (2, 3), "prop_attn": False, "order": "score", "rule": "evit"},
+    MergeRecipe: {"r": (2, 3), "prop_attn": False, "order": "score", "rule": "evit", "compensate": True},
     QuantRecipe: {
         "weights": 4,
         "activations": 6,

@@ -26,9 +26,9 @@ schedules = st.lists(st.integers(0, 500), max_size=12).map(tuple)
 
 
 @settings(derandomize=True, deadline=None, max_examples=30)
-@given(r=schedules, prop_attn=st.booleans())
-def test_toml_round_trip(r, prop_attn):
-    recipe = Recipe(merge=MergeRecipe(r=r, prop_attn=prop_attn))
+@given(r=schedules, prop_attn=st.booleans(), compensate=st.booleans())
+def test_toml_round_trip(r, prop_attn, compensate):
+    recipe = Recipe(merge=MergeRecipe(r=r, prop_attn=prop_attn, compensate=compensate))
     read = recipe_from_dict(parse_recipe(recipe.to_toml(), name="x.toml"), name="x.toml")
     assert read == recipe
     assert read.digest() == recipe.digest()
@@ -74,10 +74,11 @@ def test_r_of_a_wrong_type_is_refused(r):
         recipe_from_dict({"merge": {"r": r}}, name="x")
 
 
-@pytest.mark.parametrize("prop_attn", [1, 0, "true", None, []], ids=repr)
-def test_prop_attn_of_a_wrong_type_is_refused(prop_attn):
-    with pytest.raises(RecipeError, match=r"x: merge\.prop_attn must be true or false, found"):
-        recipe_from_dict({"merge": {"prop_attn": prop_attn}}, name="x")
+@pytest.mark.parametrize("key", ["prop_attn", "compensate"])
+@pytest.mark.parametrize("value", [1, 0, "true", None, []], ids=repr)
+def test_a_choice_of_a_wrong_type_is_refused(key, value):
+    with pytest.raises(RecipeError, match=rf"x: merge\.{key} must be true or false, found"):
+        recipe_from_dict({"merge": {key: value}}, name="x")
 
 
 @pytest.mark.usefixtures("without_type_checks")

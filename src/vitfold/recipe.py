@@ -54,7 +54,7 @@ class MergeRecipe:
     `order` says in which order the rows of A that stay go on: as they stood ("index"), or by their similarity
     ("score"), which spares compilers that sort by kernels two of them. It decides who is matched with whom in the
     next merge. None: as the target prefers it; resolved recipes name one. `rule` says which tokens go, and what
-    becomes of them.
+    becomes of them. `compensate` says whether weights are refitted to what merging changes, on images.
 
     Source: ToMe (2210.09461), sections 3.1 and 3.2; its released code orders by index where a model has a class
     token, else by score.
@@ -64,6 +64,7 @@ class MergeRecipe:
     prop_attn: bool = True
     order: Order | None = None
     rule: str = "tome"
+    compensate: bool = False
 
     def __post_init__(self) -> None:
         _check_r(self.r, name="merge.r")
@@ -260,6 +261,8 @@ class Recipe:
             del values["merge"]["order"]
         if self.merge.rule == "tome":
             del values["merge"]["rule"]
+        if not self.merge.compensate:
+            del values["merge"]["compensate"]
         if self.quant is None:
             del values["quant"]
         else:
@@ -316,17 +319,27 @@ def check_keys(values: Mapping[str, Any], *, name: str) -> None:
 def recipe_from_dict(values: Mapping[str, Any], *, name: str) -> Recipe:
     """Rebuild a resolved recipe from `Recipe.to_dict`."""
     check_keys(values, name=name)
-    merge = dict(values.get("merge", {}))
-    prop_attn = merge.get("prop_attn", True)
-    if not isinstance(prop_attn, bool):
-        raise RecipeError(f"{name}: merge.prop_attn must be true or false, found {prop_attn!r}")
-    r, order = merge.get("r", ()), merge.get("order")
-    _check_r(r, name=f"{name}: merge.r")
+    merged = check_merge(values.get("merge", {}), name=name)
     quant = None if "quant" not in values else check_quant(values["quant"], name=name)
     registers = check_registers(values.get("registers"), name=name)
-    rule = merge.get("rule", "tome")
-    merged = MergeRecipe(r=tuple(r), prop_attn=prop_attn, order=order, rule=rule)
     return Recipe(merge=merged, quant=quant, registers=registers)
+
+
+def check_merge(values: Mapping[str, Any], *, name: str) -> MergeRecipe:
+    """Return the section [merge] as a value.
+
+    Raises:
+        RecipeError: naming the file and the key.
+    """
+    r = values.get("r", ())
+    _check_r(r, name=f"{name}: merge.r")
+    for key in ("prop_attn", "compensate"):
+        if not isinstance(values.get(key, False), bool):
+            raise RecipeError(f"{name}: merge.{key} must be true or false, found {values[key]!r}")
+    try:
+        return MergeRecipe(**{**values, "r": tuple(r)})
+    except RecipeError as error:
+        raise RecipeError(f"{name}: {error}") from None
 
 
 def check_quant(values: Mapping[str, Any], *, name: str) -> QuantRecipe:

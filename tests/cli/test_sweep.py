@@ -168,6 +168,7 @@ def test_a_bound_that_nothing_meets_shows_the_nearest_miss(few: Path, small, tmp
         (("--max-drop", "1"), 1, "8 images cannot tell a drop of 1 points"),
         (("--max-drop", "1", "--max-latency-ms", "5"), 2, "give one of both"),
         (("--max-drop", "1", "--merge", "4"), 2, "a search chooses --merge"),
+        (("--max-drop", "1", "--compensate"), 2, "a search chooses --merge"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused(few, small, tmp_path, arguments, code, message) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +26,10 @@ def drop(value: float, images: int = 1000) -> Drop:
 class SearchContext:
     """Merging drops as much as it distorts / 10; quantizing adds `quantizing`, on OpenVINO everything takes half.
 
-    Screening sees `hidden` more, with an interval as wide as that.
+    Screening sees `hidden` more, with an interval as wide as that. Compensated merging drops `mended` of what it did.
     """
+
+    mended: float | None = None
 
     quantizing: float = 0.0
     held_out: float = 0.0
@@ -35,6 +38,10 @@ class SearchContext:
     rows: list[dict[str, Any]] = field(default_factory=list)
     screened: list[tuple[int, ...]] = field(default_factory=list)
     tried: list[str] = field(default_factory=list)
+
+    @property
+    def trying(self) -> Any:
+        return SimpleNamespace(refitting=None if self.mended is None else "images")
 
     def merging(self, r: tuple[int, ...]) -> float:
         return r[0] / 1000
@@ -50,9 +57,10 @@ class SearchContext:
         seconds *= 0.5 if attempt.target == "openvino" else 1.0
         seconds = 2.0 if attempt.target in self.slower else seconds
         cost = self.quantizing / (10 if attempt.float_sites else 1) if attempt.quant == "w8a8" else 0.0
+        mended = (self.mended or 1.0) if attempt.compensate else 1.0
         row = {
             **attempt.to_dict(),
-            "drop": drop(self.merging(attempt.r) + cost).to_dict(),
+            "drop": drop(self.merging(attempt.r) * mended + cost).to_dict(),
             "latency_ns": {"median": seconds * 1e7},
             "speedup": {"median": 1 / seconds, "low": 0.99 / seconds, "high": 1.01 / seconds},
             "error": None,
@@ -115,6 +123,18 @@ def test_what_meets_the_bound_is_followed_by_bolder_recipes_until_none_can() -> 
     assert [name.rpartition("-r")[2] for name in laboratory.tried] == ["10_0_0", "20_0_0", "30_0_0"]
     assert found.winner is not None
     assert found.winner.row["merge"] == [30, 0, 0]
+
+
+def test_what_merges_too_much_is_tried_compensated_and_bolder_from_there() -> None:
+    plain, mending = SearchContext(), SearchContext(mended=0.4)
+    before, after = (run(one, [arm()], least_latency(one)) for one in (plain, mending))
+    assert before.winner is not None
+    assert after.winner is not None
+    assert not any(row["compensate"] for row in before.rows)
+    assert after.winner.row["compensate"]
+    assert "-compensated" in after.winner.row["recipe"]
+    assert after.winner.row["merge"][0] > before.winner.row["merge"][0]
+    assert len(mending.tried) == len(set(mending.tried))
 
 
 def test_what_fails_on_held_out_images_does_not_win() -> None:

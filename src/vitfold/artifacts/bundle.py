@@ -95,6 +95,11 @@ class Manifest:
         """How a quantized bundle was calibrated."""
         return self._vision.calibration
 
+    @property
+    def compensation(self) -> Mapping[str, Any] | None:
+        """What refitting layers to the merging changed, None where none was refitted."""
+        return self._vision.compensation
+
     def changed(self, **values: Any) -> Manifest:
         """Return the manifest with other values of the Vision Transformer."""
         return replace(self, held=replace(self._vision, **values))

@@ -42,7 +42,17 @@ _MARK_TEXT = (
 )
 KINDS = frozenset(
     (
-        *("calibration", "exactness", "predictors", "reference", "registers", "remedies", "search", "searches"),
+        *(
+            "calibration",
+            "compensation",
+            "exactness",
+            "predictors",
+            "reference",
+            "registers",
+            "remedies",
+            "search",
+            "searches",
+        ),
         *("step-searches", "tensorrt", "texts"),
     )
 )

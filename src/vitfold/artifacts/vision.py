@@ -22,7 +22,8 @@ class Vision:
 
     `tokens` are those that enter each block and those that leave the last; `macs` are per image. `fidelity` says how
     far the bundle is from the unfolded model on real images, if any were given, `calibration` how a quantized bundle
-    was calibrated: method, seed, images with their digests, environment.
+    was calibrated: method, seed, images with their digests, environment, and `compensation` on how many images which
+    layers were refitted to merging, with which ridge, and the error of the output on held-out images before and after.
     """
 
     spec: Architecture
@@ -32,6 +33,7 @@ class Vision:
     macs: int
     fidelity: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
+    compensation: Mapping[str, Any] | None = None
 
 
 _SIZE: Range = (1, 2**16)
@@ -85,6 +87,7 @@ def read_vision(
         macs=entry(values, "macs", int, within=COUNT),
         fidelity=fidelity,
         calibration=_calibration(entry(values, "calibration", Mapping[str, Any] | None)),
+        compensation=_compensation(entry(values, "compensation", Mapping[str, Any] | None)),
     )
 
 
@@ -149,6 +152,28 @@ def _calibration(values: dict[str, Any] | None) -> dict[str, Any] | None:
         if name.startswith("/") or ".." in name.split("/"):
             raise ImplausibleError(f"{where}.path leads out of the folder of images")
         sha256_entry(image, "sha256", where)
+    return values
+
+
+def _compensation(values: dict[str, Any] | None) -> dict[str, Any] | None:
+    if values is None:
+        return None
+    where = "compensation"
+    for key in ("images", "held_out"):
+        entry(values, key, int, where, COUNT)
+    for key in ("error_before", "error_after"):
+        entry(values, key, float, where, (0.0, 1e39))
+    entry(values, "root", str, where)
+    entry(values, "seed", int, where, _RECIPE["seed"])
+    sha256_entry(values, "digest", where)
+    layers = values.get("layers")
+    if not isinstance(layers, list):
+        as_type(layers, tuple[str, ...], f"{where}.layers")
+    for i, layer in enumerate(layers or ()):
+        at = f"{where}.layers[{i}]"
+        entry(section(layer, at), "layer", str, at)
+        entry(layer, "ridge", float | None, at, (0.0, 1e9))
+        entry(layer, "left_ratio", float, at, (-1.0, 1e9))
     return values
 
 

@@ -93,6 +93,7 @@ class RecipeArgs:
 
     merge: options.Merge = None
     merge_rule: options.MergeRule = "tome"
+    compensate: options.Compensate = False
     quant: options.Quant = None
     method: options.Method = None
     registers: options.Registers = None

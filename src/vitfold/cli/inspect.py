@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,6 +80,7 @@ def _document(opened: Bundle) -> dict[str, Any]:
         "verified": dict(manifest.verified),
         "fidelity": manifest.fidelity,
         "calibration": manifest.calibration,
+        "compensation": manifest.compensation,
         "vitfold": manifest.vitfold,
     }
 
@@ -108,6 +110,7 @@ def _lines(opened: Bundle) -> list[tuple[str, str]]:
         ("target", f"{manifest.target['name']} ({manifest.target['engine']})"),
         *([("needs", _needs(manifest))] if manifest.products else []),
         ("merge", describe_r(manifest.recipe.merge.r)),
+        *([("refitted", _compensated(manifest.compensation))] if manifest.compensation is not None else []),
         ("quant", _quant(manifest.recipe.quant, simulated=manifest.simulated)),
         *([("registers", describe_registers(registers.to_dict()))] if registers is not None else []),
         ("tokens", " ".join(map(str, manifest.tokens))),
@@ -149,6 +152,15 @@ def _needs(manifest: Manifest) -> str:
     if execution is None:
         return f"{shown}; this processor computes them wrongly, opening it will say so"
     return f"{shown}; {'so it does here' if execution == PLAIN else 'here in another way, slower'}"
+
+
+def _compensated(record: Mapping[str, Any]) -> str:
+    """What refitted layers gained on held-out images."""
+    refitted = sum(layer["ridge"] is not None for layer in record["layers"])
+    return (
+        f"{refitted} layers on {record['images']} images; error of the output {record['error_before']:.3g} before, "
+        f"{record['error_after']:.3g} after, on {record['held_out']} held-out ones"
+    )
 
 
 def _quant(quant: QuantRecipe | None, *, simulated: bool) -> str:

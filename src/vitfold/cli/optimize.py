@@ -59,11 +59,12 @@ class _Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """What is to be made, the images that its ranges come from, and those that it is compared on."""
+    """What is to be made, the images that ranges and refitted layers come from, and those that it is compared on."""
 
     folded: Plan
     calibration: ImageSet | None
     comparing: ImageSet | None
+    refitting: ImageSet | None = None
 
 
 @command(
@@ -140,7 +141,11 @@ def _check(job: _Job) -> None:
     """Refuse options that contradict each other, before any work."""
     wanted, search = job.wanted, job.search
     merge, target, needs = wanted.merge or "", wanted.target or "", "--max-drop, --max-latency-ms"
-    own = any((wanted.merge, wanted.method, wanted.registers, wanted.recipe)) or wanted.keep_float > 0 or job.dry_run
+    own = (
+        any((wanted.merge, wanted.method, wanted.registers, wanted.recipe, wanted.compensate))
+        or wanted.keep_float > 0
+        or job.dry_run
+    )
     unnamed = wanted.recipe is not None or wanted.repeat is not None or merge.startswith("auto")
     refuse(
         (job.output is None and not job.dry_run, "give -o OUT.fold, or --dry-run", "-o"),
@@ -164,8 +169,13 @@ def _check(job: _Job) -> None:
         (search.max_drop is not None and search.max_latency_ms is not None, "give one of both", needs),
         (bool(search) and job.images is None, "a search measures on images: give --images DIR", "--images"),
         (
+            wanted.compensate and (job.images is None or (merge in ("", "0", "none") and not search)),
+            "--compensate needs --images, and goes with --merge; recipes say merge.compensate = true",
+            "--compensate",
+        ),
+        (
             bool(search) and own,
-            "a search chooses --merge, --method, --registers, --keep-float and the recipe itself; leave them out",
+            "a search chooses --merge, --compensate, --method, --registers, --keep-float and recipes; leave them out",
             needs,
         ),
         (bool(search) and job.source is None, "a search needs SOURCE", "SOURCE"),
@@ -238,6 +248,7 @@ def _planned(job: _Job, found: ImageSet | None, say: Say) -> tuple[_Plan, Soluti
         model,
         merge=schedule,
         rule=wanted.merge_rule,
+        compensate=wanted.compensate,
         quant=asked or wanted.quant,
         registers=wanted.registers,
         recipe=read,
@@ -286,6 +297,13 @@ def _repeated(path: Path, images: Path | None, found: ImageSet | None, say: Say)
         target=str(manifest.target["name"]),
         batch=None if batch is None else tuple(batch),
     )
+    if manifest.compensation is not None:
+        refitting, others = pipeline.recorded_division(manifest.compensation, images)
+        calibration = None
+        if manifest.calibration is not None:
+            calibration = pipeline.recorded_images(manifest.calibration, images)
+        comparing = judged_images(others, model.spec, model.labels)
+        return _Plan(folded=folded, calibration=calibration, comparing=comparing, refitting=refitting)
     if manifest.calibration is None:
         found = None if found is None else judged_images(found, model.spec, model.labels)
         return _Plan(folded=folded, calibration=None, comparing=found)
@@ -298,8 +316,17 @@ def _divided(folded: Plan, found: ImageSet | None, *, dry_run: bool) -> _Plan:
     """Divide the images between calibration and comparison.
 
     Raises:
-        VitfoldError: if the recipe quantizes and there are no images.
+        VitfoldError: if the recipe quantizes or compensates and there are no images.
     """
+    if folded.needs_compensation and not (found is None and dry_run):
+        if found is None:
+            raise VitfoldError(
+                "compensating merging refits weights on images: give --images DIR, some 2000 pictures like those that "
+                "the model will see"
+            )
+        refitting, comparing = pipeline.divide_for_compensation(found)
+        calibration = pipeline.split_images(folded, refitting)[0] if folded.needs_calibration else None
+        return _Plan(folded=folded, calibration=calibration, comparing=comparing, refitting=refitting)
     if not folded.needs_calibration or (found is None and dry_run):
         return _Plan(folded=folded, calibration=None, comparing=found)
     if found is None:
@@ -316,11 +343,12 @@ def _decodable(plan: _Plan, *, skip_bad: bool) -> _Plan:
     calibration = plan.calibration
     comparing = None if plan.comparing is None else plan.comparing.first(pipeline.FIDELITY_IMAGES)
     if not skip_bad:
-        for image_set in (calibration, comparing):
-            for path in () if image_set is None or calibration is None else image_set.paths:
+        for image_set in (plan.refitting or calibration, comparing):
+            for path in () if image_set is None or (plan.refitting or calibration) is None else image_set.paths:
                 read_image(path)
         return replace(plan, comparing=comparing)
     calibration = None if calibration is None else calibration.readable(skipped)
+    refitting = None if plan.refitting is None else plan.refitting.readable(skipped)
     if comparing is not None:
         try:
             comparing = comparing.readable(skipped)
@@ -328,13 +356,16 @@ def _decodable(plan: _Plan, *, skip_bad: bool) -> _Plan:
             if calibration is None:
                 raise
             comparing = calibration
-    return replace(plan, calibration=calibration, comparing=comparing)
+    return replace(plan, calibration=calibration, comparing=comparing, refitting=refitting)
 
 
 def _calibrated(
     plan: _Plan, keep_float: int, say: Say, advance: Callable[[int, int], None]
 ) -> tuple[_Plan, RemedySearchResult | None]:
-    """Find registers and quantize, where the plan asks for it, all but the `keep_float` most sensitive sites."""
+    """Compensate, find registers and quantize, where asked for, all but the `keep_float` most sensitive sites."""
+    if plan.refitting is not None:
+        progress = counted(say, advance, len(plan.refitting.paths))
+        plan = replace(plan, folded=pipeline.compensate_plan(plan.folded, plan.refitting, progress=progress))
     folded, calibration = plan.folded, plan.calibration
     if calibration is None:
         return plan, None

@@ -93,6 +93,15 @@ MergeRule = Annotated[
         rich_help_panel=RECIPE,
     ),
 ]
+Compensate = Annotated[
+    bool,
+    typer.Option(
+        "--compensate/--no-compensate",
+        help="Refit weights in closed form to what merging changes, on --images (2000 are good, labels are not used); "
+        "costs nothing at run time.",
+        rich_help_panel=RECIPE,
+    ),
+]
 Quant = Annotated[
     str | None,
     typer.Option(

@@ -56,7 +56,7 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Bounded, *,
     Raises:
         VitfoldError: if the images are too few, or a latency bound is met by nothing.
     """
-    from vitfold.pipeline.search import check_enough, divided_for_search, find_arms, search
+    from vitfold.pipeline.search import check_enough, divided_for_refitting, divided_for_search, find_arms, search
     from vitfold.pipeline.trials import check_decides
 
     check_decides(model.spec.head)
@@ -68,6 +68,7 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Bounded, *,
             f"all {len(images.paths)} images of {images.root} went into calibration; give more of them, or a smaller "
             "--calibration-size: a search chooses and verifies on others"
         )
+    refitting, others = divided_for_refitting(others, seed=wanted.calibration.calibration_seed)
     chosen, held_out = divided_for_search(others, seed=wanted.calibration.calibration_seed)
     if wanted.search.max_drop is not None:
         check_enough(len(held_out.paths), wanted.search.max_drop / 100)
@@ -75,7 +76,7 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Bounded, *,
         check_space(place.destination, model.size_bytes)
         folder = _folder(model, calibration, chosen, held_out, wanted)
         with alone(folder / ROWS):
-            laboratory = _laboratory(model, calibration, chosen, held_out, wanted, folder, say)
+            laboratory = _laboratory(model, calibration, refitting, chosen, held_out, wanted, folder, say)
             arms = find_arms(laboratory, wanted.quants(), wanted.targets())
             goal = _goal(laboratory, wanted)
             found = search(laboratory, arms, goal, minutes=wanted.search.search_minutes)
@@ -89,7 +90,12 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Bounded, *,
             publish_bundle(place, copy_bundle(winner, place.draft(), fidelity=fidelity))
     document = {
         "bundle": str(output),
-        "images": {"calibration": len(calibration.paths), "search": len(chosen.paths), "held_out": len(held_out.paths)},
+        "images": {
+            "calibration": len(calibration.paths),
+            "refitting": 0 if refitting is None else len(refitting.paths),
+            "search": len(chosen.paths),
+            "held_out": len(held_out.paths),
+        },
         "winner": None if found.winner is None else found.winner.row["recipe"],
         "held_out": None if found.winner is None else found.winner.held_out.to_dict(),
         "verified": found.verified,
@@ -118,6 +124,7 @@ def _folder(model: Model, calibration: ImageSet, chosen: ImageSet, held_out: Ima
 def _laboratory(
     model: Model,
     calibration: ImageSet,
+    refitting: ImageSet | None,
     chosen: ImageSet,
     held_out: ImageSet,
     wanted: Bounded,
@@ -140,6 +147,7 @@ def _laboratory(
             images=images,
             expected=reference_outputs(digest, images, model.preprocess, lambda: Reference(model=model)),
             protocol=SHORT,
+            refitting=refitting,
         )
 
     return SearchContext(trying=trying(chosen), held_out=trying(held_out), folder=folder, say=say)
@@ -158,7 +166,8 @@ def _report(document: dict[str, Any], found: SearchResult, wanted: Bounded) -> N
     out.print(sweep_table(found.rows))
     images = document["images"]
     out.print(
-        f"calibrated on {images['calibration']} images, chosen on {images['search']}, verified on {images['held_out']}",
+        f"calibrated on {images['calibration']} images, merging compensated on {images['refitting']}, chosen on "
+        f"{images['search']}, verified on {images['held_out']}",
     )
     if found.winner is None:
         note(_nothing(found, wanted))

@@ -9,6 +9,7 @@ from vitfold.pipeline.calibration import (
     recorded_images,
     split_images,
 )
+from vitfold.pipeline.compensating import compensate_plan, divide_for_compensation, recorded_division
 from vitfold.pipeline.latency import measure_latency, on_this_machine, roughly_calibrated
 from vitfold.pipeline.plan import Plan, count_costs, optimize, read_recipe
 from vitfold.pipeline.racing import Race, fastest, float_plan, race
@@ -33,8 +34,10 @@ __all__ = [
     "Solution",
     "calibrate_plan",
     "check_forecast",
+    "compensate_plan",
     "constraints_of",
     "count_costs",
+    "divide_for_compensation",
     "fastest",
     "find_registers",
     "float_plan",
@@ -46,6 +49,7 @@ __all__ = [
     "race",
     "rank_sites",
     "read_recipe",
+    "recorded_division",
     "recorded_images",
     "roughly_calibrated",
     "run_reference",

@@ -31,13 +31,21 @@ class Arm:
         points = [[seconds, distortion, list(r)] for seconds, distortion, r in self.points]
         return {"quant": self.quant, "target": self.target, "points": points}
 
-    def attempt(self, index: int, float_sites: int = 0) -> Trial:
+    def attempt(self, index: int, float_sites: int = 0, *, compensate: bool = False) -> Trial:
         """Return the recipe of a point."""
         r = self.points[index][2]
-        kept = f"-float{float_sites}" if float_sites else ""
+        kept = (f"-float{float_sites}" if float_sites else "") + ("-compensated" if compensate else "")
         name = f"{self.quant}-{self.target}{kept}-r{'_'.join(map(str, r))}"
         method = None if self.quant == "none" else "vitfold"
-        return Trial(name=name, r=r, quant=self.quant, method=method, target=self.target, float_sites=float_sites)
+        return Trial(
+            name=name,
+            r=r,
+            quant=self.quant,
+            method=method,
+            target=self.target,
+            float_sites=float_sites,
+            compensate=compensate,
+        )
 
 
 def arm_from_dict(values: Mapping[str, Any]) -> Arm:
@@ -79,10 +87,15 @@ class LeastLatency:
         wanted = _GENTLER * arm.points[index][1]
         return next((i for i in range(index + 1, len(arm.points)) if arm.points[i][1] <= wanted), None)
 
-    def bolder(self, arm: Arm, index: int) -> int | None:
-        """The next schedule that distorts clearly more, unless merging alone surely breaks the bound."""
+    def bolder(self, arm: Arm, index: int, *, compensated: bool = False) -> int | None:
+        """The next schedule that distorts clearly more, unless merging alone surely breaks the bound.
+
+        What compensation makes of merging is not known before; there the trial decides.
+        """
         wanted = arm.points[index][1] / _GENTLER
         found = next((i for i in range(index - 1, -1, -1) if arm.points[i][1] >= wanted), None)
+        if compensated:
+            return found
         return None if found is None or self.screen(arm.points[found][2]).low > self.max_drop else found
 
     def cost(self, arm: Arm, index: int) -> float:
@@ -123,7 +136,7 @@ class LeastDrop:
         wanted = arm.points[index][0] / CLOSE
         return next((i for i in range(index - 1, -1, -1) if arm.points[i][0] <= wanted), None)
 
-    def bolder(self, arm: Arm, index: int) -> int | None:
+    def bolder(self, arm: Arm, index: int, *, compensated: bool = False) -> int | None:  # noqa: ARG002
         """The next schedule that is predicted to take clearly longer, and distorts less."""
         wanted = arm.points[index][0] * CLOSE
         return next((i for i in range(index + 1, len(arm.points)) if arm.points[i][0] >= wanted), None)

@@ -26,6 +26,7 @@ from vitfold.recipe import (
     QuantRecipe,
     Recipe,
     RegistersRecipe,
+    check_merge,
     check_quant,
     check_registers,
     parse_recipe,
@@ -47,7 +48,8 @@ class Plan:
     `quantizers` and `calibration` (what it was done with, plain JSON values) are None until
     `calibration.calibrate_plan` has run; then the weights of `folded` lie on their grids. `batch` is the least, the
     usual and the largest batch that an engine is to be built for, where one is built. `remarks` say what the target
-    made of the recipe.
+    made of the recipe. Where the recipe compensates merging, `compensated` (the folded model with refitted weights) and
+    `compensation` (what was measured, plain JSON values) are None until `compensating.compensate_plan` has run.
     """
 
     model: Model
@@ -58,6 +60,13 @@ class Plan:
     calibration: Mapping[str, Any] | None = None
     batch: tuple[int, int, int] | None = None
     remarks: tuple[str, ...] = ()
+    compensated: Model | None = None
+    compensation: Mapping[str, Any] | None = None
+
+    @property
+    def float_model(self) -> Model:
+        """What is deployed, before anything is rounded."""
+        return self.compensated or self.model
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -68,6 +77,11 @@ class Plan:
     def needs_calibration(self) -> bool:
         """True if the recipe quantizes and that has not been done yet."""
         return self.recipe.quant is not None and self.quantizers is None
+
+    @property
+    def needs_compensation(self) -> bool:
+        """True if the recipe compensates merging and that has not been done yet."""
+        return self.recipe.merge.compensate and any(self.recipe.merge.r) and self.compensated is None
 
     @property
     def simulated(self) -> bool:
@@ -92,6 +106,7 @@ def optimize(
     merge: Merge = None,
     quant: str | QuantRecipe | None = None,
     rule: str = "tome",
+    compensate: bool = False,
     registers: str | RegistersRecipe | None = None,
     recipe: Recipe | None = None,
     target: str = "cpu",
@@ -105,6 +120,8 @@ def optimize(
     Args:
         merge: r per block as `schedule.resolve_r` takes it; not together with `recipe`.
         rule: which tokens go and what becomes of them; not together with `recipe`.
+        compensate: whether weights are refitted to what merging changes, on images (`pipeline.compensate_plan`); not
+            together with `recipe`.
         quant: "w8a8" and its like, "fp8", "none", or the whole section; not together with `recipe`.
         registers: "none", "auto", the name of a remedy, or the whole section; not together with `recipe`.
         batch: least, usual and largest batch, for targets whose engines are built for them.
@@ -119,7 +136,7 @@ def optimize(
         raise RecipeError("give either a recipe or a merge schedule, a quantization and registers, not both")
     if recipe is None:
         found = quant_from_scheme(find_target(target).implied_quant) if quant is None else _quant_recipe(quant)
-        merged = MergeRecipe(r=resolve_r(merge, model.spec), rule=rule)
+        merged = MergeRecipe(r=resolve_r(merge, model.spec), rule=rule, compensate=compensate)
         recipe = Recipe(merge=merged, quant=found, registers=registers_from_name(registers))
     tokens_per_block(model.spec, recipe.merge.r)
     if recipe.registers is not None:
@@ -260,10 +277,7 @@ def read_recipe(path: str | Path, spec: Architecture) -> Recipe:
         raise RecipeError(f"cannot read the recipe {path}: {error}; see recipes/ for examples") from None
     values = parse_recipe(text, name=str(path))
     merge, quant = values.get("merge", {}), values.get("quant")
-    prop_attn = merge.get("prop_attn", True)
-    if not isinstance(prop_attn, bool):
-        raise RecipeError(f"{path}: merge.prop_attn must be true or false, found {prop_attn!r}")
-    merged = MergeRecipe(r=resolve_r(merge.get("r"), spec), prop_attn=prop_attn, rule=merge.get("rule", "tome"))
+    merged = check_merge({**merge, "r": resolve_r(merge.get("r"), spec)}, name=str(path))
     return Recipe(
         merge=merged,
         quant=None if quant is None else check_quant(quant, name=str(path)),

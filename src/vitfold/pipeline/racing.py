@@ -44,7 +44,12 @@ def float_plan(folded: Plan) -> Plan:
     from vitfold.model.folds import fold_layer_scale
 
     return replace(
-        folded, folded=fold_layer_scale(folded.model), recipe=recipe, target=target, quantizers=None, calibration=None
+        folded,
+        folded=fold_layer_scale(folded.float_model),
+        recipe=recipe,
+        target=target,
+        quantizers=None,
+        calibration=None,
     )
 
 

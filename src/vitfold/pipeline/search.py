@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,15 @@ class Verdict:
     bundle: Bundle
     held_out: Drop
     fidelity: Fidelity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class _Step:
+    """A point of an arm, with how many sites stay float and whether merging is compensated."""
+
+    index: int
+    float_sites: int = 0
+    compensate: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,49 +188,72 @@ def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minute
 
     On every arm the trial starts where `goal` says; from what met the bound it goes on to bolder recipes, from what
     missed it to gentler ones. One whose drop comes from quantization more than from merging is tried again with its
-    most sensitive sites float. What meets the bound has to keep it on held-out images too.
+    most sensitive sites float, one that merges too much with its merging compensated, where there are images for that.
+    What meets the bound has to keep it on held-out images too.
     """
     ends, verified = time.monotonic() + 60 * minutes, 0
     # An arm waits with the best that it could promise at all; only when its turn comes is it found out what it does.
-    waiting: list[tuple[float, int, int | None, int]] = [
-        (min(goal.cost(arm, i) for i in range(len(arm.points))), n, None, 0) for n, arm in enumerate(arms)
+    waiting: list[tuple[float, int, _Step | None]] = [
+        (min(goal.cost(arm, i) for i in range(len(arm.points))), n, None) for n, arm in enumerate(arms)
     ]
     heapq.heapify(waiting)
     best: Verdict | None = None
-    tried: set[tuple[int, int]] = set()
+    tried: set[tuple[int, _Step]] = set()
     reason = "every recipe that promised more was tried"
     while waiting:
-        cost, number, index, float_sites = heapq.heappop(waiting)
+        cost, number, step = heapq.heappop(waiting)
         if best is not None and cost > CLOSE * goal.reached(best.row):
             break
         if time.monotonic() > ends:
             reason = f"its {minutes:g} minutes were over; the same command goes on"
             break
         arm = arms[number]
-        if index is None:
-            index = goal.start(arm)
-            heapq.heappush(waiting, (goal.cost(arm, index), number, index, 0))
+        if step is None:
+            step = _Step(index=goal.start(arm))
+            heapq.heappush(waiting, (goal.cost(arm, step.index), number, step))
             continue
-        tried.add((number, index))
-        row = laboratory.measure(arm.attempt(index, float_sites))
+        if (number, step) in tried:
+            continue
+        tried.add((number, step))
+        row = laboratory.measure(arm.attempt(step.index, step.float_sites, compensate=step.compensate))
+        kept = False
         if goal.meets(row) and _pays(row):
             verdict = laboratory.verify(row)
             verified += 1
-            if verdict.held_out.drop <= goal.max_drop:
-                if best is None or goal.reached(row) < goal.reached(best.row):
-                    best = verdict
-                bolder = goal.bolder(arm, index)
-                if bolder is not None and (number, bolder) not in tried:
-                    heapq.heappush(waiting, (goal.cost(arm, bolder), number, bolder, 0))
-                continue
-        if float_sites == 0 and isinstance(goal, LeastLatency) and _quantization_costs(arm, index, row, laboratory):
-            heapq.heappush(waiting, (cost, number, index, FLOAT_SITES))
-        following = goal.further(arm, index) if float_sites == 0 else None
-        if following is not None and (number, following) not in tried:
-            heapq.heappush(waiting, (goal.cost(arm, following), number, following, 0))
+            kept = verdict.held_out.drop <= goal.max_drop
+            if kept and (best is None or goal.reached(row) < goal.reached(best.row)):
+                best = verdict
+        for following in _following(laboratory, goal, arm, step, row, kept=kept):
+            heapq.heappush(waiting, (goal.cost(arm, following.index), number, following))
     rows = [row for row in laboratory.rows if any((row["quant"], row["target"]) == (a.quant, a.target) for a in arms)]
     nearest = min((row for row in rows if row["error"] is None), key=goal.missed_by, default=None)
     return SearchResult(winner=best, rows=tuple(rows), verified=verified, nearest=nearest, reason=reason)
+
+
+def _following(
+    laboratory: SearchContext, goal: Goal, arm: Arm, step: _Step, row: Mapping[str, Any], *, kept: bool
+) -> Iterator[_Step]:
+    """Yield what to try behind a step that kept the bound or did not."""
+    index, mends = step.index, laboratory.trying.refitting is not None and any(arm.points[step.index][2])
+    if kept:
+        bolder = goal.bolder(arm, index, compensated=step.compensate)
+        if bolder is not None:
+            yield _Step(index=bolder, compensate=step.compensate)
+        elif mends and isinstance(goal, LeastLatency):
+            bolder = goal.bolder(arm, index, compensated=True)
+            if bolder is not None:
+                yield _Step(index=bolder, compensate=True)
+        if mends and not isinstance(goal, LeastLatency):
+            yield replace(step, compensate=True)
+        return
+    if step.float_sites == 0 and isinstance(goal, LeastLatency):
+        if mends and not step.compensate:
+            yield replace(step, compensate=True)
+        if _quantization_costs(arm, index, row, laboratory):
+            yield replace(step, float_sites=FLOAT_SITES)
+    following = goal.further(arm, index) if step.float_sites == 0 and not step.compensate else None
+    if following is not None:
+        yield _Step(index=following)
 
 
 def divided_for_search(images: ImageSet, *, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -231,6 +263,17 @@ def divided_for_search(images: ImageSet, *, seed: int) -> tuple[ImageSet, ImageS
     if others is None:
         raise VitfoldError("a search needs images to choose by and others to verify on; give more images")
     return chosen, others
+
+
+def divided_for_refitting(images: ImageSet, *, seed: int) -> tuple[ImageSet | None, ImageSet]:
+    """Return a third of the images for refitting layers, drawn by a seed, and the others; none, if that is too few."""
+    from vitfold.compensation import LEAST_IMAGES, MOST_IMAGES
+
+    count = min(MOST_IMAGES, len(images.paths) // 3)
+    if count < LEAST_IMAGES:
+        return None, images
+    chosen = images.sample(count, seed=seed)
+    return chosen, images.without(chosen) or images
 
 
 def check_enough(images: int, max_drop: float) -> None:

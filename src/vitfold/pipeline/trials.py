@@ -27,6 +27,7 @@ from vitfold.images import ImageSet
 from vitfold.model import Model
 from vitfold.model.spec import Head
 from vitfold.pipeline.calibration import calibrate_plan, keep_float
+from vitfold.pipeline.compensating import compensate_plan
 from vitfold.pipeline.plan import Plan, optimize
 from vitfold.pipeline.trial import SHORT, timed
 from vitfold.pipeline.writing import save
@@ -57,7 +58,10 @@ def check_decides(head: Head) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One recipe by name: r per block by a rule, bits or "none", method, target, and how many sites stay float."""
+    """One recipe by name: r per block by a rule, bits or "none", method, target, and how many sites stay float.
+
+    `compensate` says whether layers are refitted to the merging.
+    """
 
     name: str
     r: tuple[int, ...]
@@ -66,6 +70,7 @@ class Trial:
     method: str | None = None
     target: str = "cpu"
     float_sites: int = 0
+    compensate: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, as rows begin."""
@@ -77,12 +82,16 @@ class Trial:
             "method": self.method,
             "target": self.target,
             "float_sites": self.float_sites,
+            "compensate": self.compensate,
         }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EvalContext:
-    """What all attempts share: the model, images to calibrate and to report on, and what the float model says there."""
+    """What all attempts share: the model, images to calibrate and to report on, and what the float model says there.
+
+    `refitting` are the images that layers are refitted on, None where there are too few.
+    """
 
     model: Model
     calibration: ImageSet
@@ -91,6 +100,7 @@ class EvalContext:
     images: ImageSet
     expected: Outputs
     protocol: Protocol = SHORT
+    refitting: ImageSet | None = None
 
     def right(self, outputs: Outputs) -> Bool[np.ndarray, " B"]:
         """Say of every image whether its top-1 class is its folder's, or, without folders, the float model's.
@@ -136,8 +146,17 @@ def plan_attempt(attempt: Trial, trying: EvalContext, *, say: Say = lambda _: No
             seed=trying.calibration_seed,
         )
     folded = optimize(
-        trying.model, merge=list(attempt.r), rule=attempt.rule, quant=quant or "none", target=attempt.target
+        trying.model,
+        merge=list(attempt.r),
+        rule=attempt.rule,
+        compensate=attempt.compensate,
+        quant=quant or "none",
+        target=attempt.target,
     )
+    if folded.needs_compensation:
+        assert trying.refitting is not None
+        say("compensating merging")
+        folded = compensate_plan(folded, trying.refitting)
     if quant is None:
         return folded
     say("calibrating")

@@ -94,13 +94,14 @@ def simulation(folded: Plan) -> SimulationSession:
 
 
 def run_float(folded: Plan, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[np.ndarray, "B ..."]:
-    """Run the loaded model with the recipe's merging, nothing rounded."""
+    """Run the loaded model, compensated where it is, with the recipe's merging, nothing rounded."""
     import torch
 
     from vitfold.ops.run import Run
 
     with torch.inference_mode():
-        output = forward(Run(folded.model.params), folded.model.spec, folded.recipe.merge, torch.from_numpy(pixels))
+        model = folded.float_model
+        output = forward(Run(model.params), model.spec, folded.recipe.merge, torch.from_numpy(pixels))
     result: Float[np.ndarray, "B ..."] = output.numpy()
     return result
 

@@ -52,6 +52,8 @@ def save(
     """
     if folded.needs_calibration:
         raise RecipeError("the recipe quantizes and the model is not calibrated; call calibrate_plan before save")
+    if folded.needs_compensation:
+        raise RecipeError("the recipe compensates merging and that was not done; call compensate_plan before save")
     say = step or (lambda _: None)
     model = folded.model
     if images is not None and images.classes is not None and model.spec.head == "single_label":
@@ -78,6 +80,7 @@ def save(
             macs=macs,
             fidelity=None if fidelity is None else fidelity.to_dict(),
             calibration=folded.calibration,
+            compensation=folded.compensation,
         )
         return Manifest(
             vitfold=__version__,

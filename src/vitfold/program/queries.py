@@ -119,6 +119,40 @@ def residual_behind(program: Program, read_by: Mapping[Ref, tuple[Node, ...]], a
         (value,) = node.outputs
 
 
+def closing_linears(program: Program) -> tuple[tuple[str | None, str | None], ...]:
+    """Return, for every block, the linear layers whose results its attention and its MLP add to the residual stream.
+
+    None where something stands between a layer and the stream, as a scale or a norm, or where others read it, too.
+
+    Raises:
+        ProgramError: if a block has no attention with a residual addition behind it.
+    """
+    made_by, read_by, found = makers(program), readers(program), []
+    for block, residual in enumerate(residuals(program)):
+        last = [node for node in program.nodes if node.block == block][-1]
+        mlp = None if last is residual.addition else _added_linear(made_by, read_by, last)
+        found.append((_added_linear(made_by, read_by, residual.addition), mlp))
+    return tuple(found)
+
+
+def output_linear(program: Program) -> str | None:
+    """Return the linear layer whose result is the first output of a program, None if another operation makes it."""
+    ref = next(iter(program.outputs.values()))
+    maker = makers(program).get(ref)
+    return maker.site if maker is not None and maker.op == "linear" else None
+
+
+def _added_linear(made_by: Mapping[Ref, Node], read_by: Mapping[Ref, tuple[Node, ...]], addition: Node) -> str | None:
+    """The linear layer whose result an addition takes and nothing else does."""
+    if addition.op != "add":
+        return None
+    for ref in addition.reads():
+        maker = made_by.get(Ref(ref))
+        if maker is not None and maker.op == "linear" and read_by[Ref(ref)] == (addition,):
+            return maker.site
+    return None
+
+
 _ROWWISE = {
     *("transpose", "reshape", "linear", "multiply", "divide", "layer_norm", "rms_norm", "scale", "add", "add_scalar"),
     "elementwise",

@@ -1,0 +1,5 @@
+"""Weights that mend what merging shifts, in closed form, from images without labels."""
+
+from vitfold.compensation.refit import LEAST_IMAGES, MOST_IMAGES, Compensated, Refit, check_enough, compensate
+
+__all__ = ["LEAST_IMAGES", "MOST_IMAGES", "Compensated", "Refit", "check_enough", "compensate"]

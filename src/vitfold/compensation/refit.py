@@ -1,0 +1,308 @@
+"""Refitting the layers that write to the residual stream, block by block, behind the first merge.
+
+Merged tokens should come to the size-weighted means of the tokens that the unmerged model has in their places. The
+last linear layers of attention and MLP are refitted, in order, so that they do, each on what the layers before it
+now make. Only weights change: it costs nothing at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vitfold.architectures.programs import UNMERGED, plain_program, program_of
+from vitfold.compensation.ridge import Fit, RidgeSums, fit_change, no_sums
+from vitfold.compensation.streams import LIMIT_BYTES, Columns, Streams
+from vitfold.errors import CalibrationError, RecipeError
+from vitfold.model import Array, Model
+from vitfold.ops.run import Run
+from vitfold.program import Program, replay
+from vitfold.program.queries import closing_linears, linears_of, output_linear
+from vitfold.quant.network import Examples
+from vitfold.recipe import MergeRecipe
+from vitfold.transforms.merging import stream_name
+
+LEAST_IMAGES = 256
+"""Fewer do not tell a layer's hidden units apart."""
+MOST_IMAGES = 4096
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""Shares of the mean second moment of a layer's inputs."""
+PREFIX_WEIGHT = 16.0
+"""How many original tokens a row of the prefix counts as: classifiers read it."""
+PATCH_ROWS = 16
+"""Rows of patches that are looked at per image; neighbours tell the same."""
+HELD_OUT = 8
+"""One group of images in so many is held out."""
+BATCH = 32
+COLUMNS = ("x", "size", "source")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refit:
+    """What became of one layer: its ridge, None where nothing helped, and the share of the error left held out."""
+
+    layer: str
+    ridge: float | None
+    left: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {"layer": self.layer, "ridge": self.ridge, "left_ratio": self.left}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Compensated:
+    """A model with refitted weights, and what was measured on held-out images.
+
+    `error_before` and `error_after` are relative squared errors of the output against the unmerged model's.
+    """
+
+    model: Model
+    refits: tuple[Refit, ...]
+    images: int
+    held_out: int
+    error_before: float
+    error_after: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "images": self.images,
+            "held_out": self.held_out,
+            "error_before": self.error_before,
+            "error_after": self.error_after,
+            "layers": [one.to_dict() for one in self.refits],
+        }
+
+
+def check_enough(count: int) -> None:
+    """Check that so many images are enough to refit layers.
+
+    Raises:
+        CalibrationError: if not.
+    """
+    if count < LEAST_IMAGES:
+        raise CalibrationError(
+            f"{count} images are too few to compensate merging; give at least {LEAST_IMAGES}, better 2000, or leave "
+            "--compensate out"
+        )
+
+
+def compensate(
+    model: Model,
+    merge: MergeRecipe,
+    examples: Examples,
+    *,
+    limit_bytes: int = LIMIT_BYTES,
+    step: Callable[[str], Any] = lambda _: None,
+    advance: Callable[[int], Any] = lambda _: None,
+) -> Compensated:
+    """Return the model with weights under which merged tokens come nearest to the means of unmerged ones.
+
+    Every eighth group of images is held out: ridges are chosen there, layer by layer, with no change among the
+    choices, and so is whether all of it helps the output. Without merging the model is returned as it is.
+
+    Args:
+        limit_bytes: memory for the tokens of all images; the rest goes to temporary files.
+
+    Raises:
+        CalibrationError: on too few images.
+        RecipeError: if no layer writes straight to the residual stream.
+    """
+    if not any(merge.r):
+        return Compensated(model=model, refits=(), images=0, held_out=0, error_before=0.0, error_after=0.0)
+    check_enough(examples.count)
+    if model.spec.sinks is not None:
+        raise RecipeError("merging is compensated before anything is done about sink tokens; fold them afterwards")
+    with torch.inference_mode(), Streams(limit_bytes // 2) as exact, Streams(limit_bytes // 2) as merged:
+        walk = _Walk(model, merge, exact, merged, step)
+        for number, group in enumerate(examples.batches(BATCH)):
+            walk.enter(number, group.inputs)
+            advance(group.size)
+        return walk.run(examples.count)
+
+
+class _Walk:
+    """The unmerged and the merged model side by side, from block to block."""
+
+    def __init__(
+        self, model: Model, merge: MergeRecipe, exact: Streams, merged: Streams, step: Callable[[str], Any]
+    ) -> None:
+        self._model, self._step, self._end = model, step, model.spec.num_layers
+        plain = plain_program(model.spec)
+        self._closing, self._last = closing_linears(plain), output_linear(plain)
+        self._first = next(block for block, r in enumerate(merge.r) if r)
+        layers = {layer for block in (*self._closing[self._first :], (self._last,)) for layer in block if layer}
+        if not layers - {self._last}:
+            raise RecipeError(
+                "no layer of this model writes straight to the residual stream, so merging cannot be compensated; "
+                "leave merge.compensate out"
+            )
+        self._whole = _showing(program_of(model.spec, UNMERGED), layers)
+        self._shorter = _showing(program_of(model.spec, merge, sources=True), layers)
+        self._exact, self._merged = exact, merged
+        self._params: dict[str, Array] = dict(model.params)
+        self._refits: list[Refit] = []
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def enter(self, number: int, inputs: tuple[Tensor, ...]) -> None:
+        """Take a group of images: its tokens in front of the first merge."""
+        entry, output = stream_name(self._first, "x"), self._model.spec.output
+        (x,) = replay(self._whole, Run(self._model.params), *inputs, only=(entry,))
+        self._exact[number] = self._merged[number] = {"x": x}
+        if number % HELD_OUT == HELD_OUT - 1:
+            exact, merged = (_run(one, self._model.params, {entry: x}, output) for one in (self._whole, self._shorter))
+            self._before[number] = (exact[output], merged[output])
+
+    def run(self, images: int) -> Compensated:
+        """Refit every layer, and keep that if it helps the output."""
+        for block in range(self._first, self._end):
+            attention, mlp = self._closing[block]
+            self._advance_exact(block, attention)
+            if attention is not None and block > self._first:
+                self._refit(block, attention, behind_merge=False)
+            if mlp is not None:
+                self._refit(block, mlp, behind_merge=True)
+            for number in range(len(self._merged)):
+                self._merged[number] = self._next(self._shorter, self._params, block, self._merged[number])
+        return self._judged(images)
+
+    def _advance_exact(self, block: int, attention: str | None) -> None:
+        """Run a block of the unmerged model: its tokens behind attention, `attended`, and behind the MLP, `x`."""
+        for number in range(len(self._exact)):
+            x = self._exact[number]["x"]
+            shown = () if attention is None else (f"{attention}.y",)
+            found = self._next(self._whole, self._model.params, block, {"x": x}, *shown)
+            if attention is not None:
+                found["attended"] = x + found.pop(f"{attention}.y")
+            self._exact[number] = found
+
+    def _refit(self, block: int, layer: str, *, behind_merge: bool) -> None:
+        """Fit a layer on what reaches it now, and change its parameters where that helps on held-out images."""
+        self._step(f"compensating {layer}")
+        sums, held_out = self._sums(layer)
+        draw = torch.Generator().manual_seed(block)
+        for number in range(len(self._merged)):
+            entering, exact = self._merged[number], self._exact[number]
+            if behind_merge:
+                found = self._next(self._shorter, self._params, block, entering, f"{layer}.x")
+                source, now, wanted = found["source"], found["x"], exact["x"]
+            else:
+                given = _named(self._shorter, block, entering)
+                found = _run(self._shorter, self._params, given, f"{layer}.x", f"{layer}.y")
+                source, now, wanted = entering["source"], entering["x"] + found[f"{layer}.y"], exact["attended"]
+            size = source.sum(2, keepdim=True)
+            missing = (source @ wanted) / size - now
+            chosen = self._chosen(size.shape[1], draw)
+            rows = (found[f"{layer}.x"], missing, self._weights(size, len(chosen)))
+            into = held_out if number in self._before else sums
+            into.add(*(value[:, chosen].flatten(0, 1) for value in rows))
+        self._take(layer, fit_change(sums, held_out, RIDGES))
+
+    def _sums(self, layer: str) -> tuple[RidgeSums, RidgeSums]:
+        outputs, inputs = self._params[f"{layer}.weight"].shape
+        return no_sums(inputs, outputs), no_sums(inputs, outputs)
+
+    def _chosen(self, tokens: int, draw: torch.Generator) -> Int[Tensor, " S"]:
+        """The rows that are looked at: all of the prefix, some of the patches."""
+        prefix = self._model.spec.prefix
+        patches = torch.randperm(tokens - prefix, generator=draw)[:PATCH_ROWS]
+        return torch.cat((torch.arange(prefix), prefix + patches))
+
+    def _weights(self, size: Float[Tensor, "B N 1"], chosen: int) -> Float[Tensor, "B N 1"]:
+        """How many original tokens each row counts as, those of patches also for rows that are not looked at."""
+        prefix = self._model.spec.prefix
+        weights = size * ((size.shape[1] - prefix) / max(chosen - prefix, 1))
+        weights[:, :prefix] = PREFIX_WEIGHT
+        return weights
+
+    def _take(self, layer: str, fit: Fit) -> None:
+        """Change a layer as a fit says."""
+        self._refits.append(Refit(layer=layer, ridge=fit.ridge, left=fit.left))
+        if fit.change is None:
+            return
+        change = fit.change.numpy()
+        bias = self._params.get(f"{layer}.bias", np.zeros(len(change), np.float32))
+        self._params[f"{layer}.weight"] = self._params[f"{layer}.weight"] + change[:, :-1]
+        self._params[f"{layer}.bias"] = bias + change[:, -1]
+
+    def _next(
+        self, program: Program, params: Mapping[str, Array], block: int, columns: Columns, *shown: str
+    ) -> dict[str, Tensor]:
+        """Run one block: the columns of the tokens that leave it, and what else is to be shown."""
+        behind = {stream_name(block + 1, column): column for column in COLUMNS}
+        names = [name for name in behind if name in program.outputs]
+        found = _run(program, params, _named(program, block, columns), *names, *shown)
+        return {behind.get(name, name): value for name, value in found.items()}
+
+    def _judged(self, images: int) -> Compensated:
+        """Refit the layer that makes the output; keep what helps the output of held-out images most."""
+        candidates: list[tuple[Mapping[str, Array], tuple[Refit, ...]]] = [(self._model.params, ())]
+        candidates.append((dict(self._params), tuple(self._refits)))
+        if self._last is not None:
+            self._refit_output(self._last)
+            candidates.append((self._params, tuple(self._refits)))
+        errors = [_mean_error(self._before.values())]
+        for params, _ in candidates[1:]:
+            outputs = (self._output(self._shorter, params, self._merged[number]) for number in self._before)
+            errors.append(_mean_error(zip((exact for exact, _ in self._before.values()), outputs, strict=True)))
+        best = int(np.argmin(errors))
+        params, refits = candidates[best]
+        return Compensated(
+            model=self._model.with_params(self._model.spec, params) if best else self._model,
+            refits=refits,
+            images=images,
+            held_out=sum(len(exact) for exact, _ in self._before.values()),
+            error_before=errors[0],
+            error_after=errors[best],
+        )
+
+    def _refit_output(self, layer: str) -> None:
+        """Fit the layer that makes the output, on the unmerged model's output."""
+        self._step(f"compensating {layer}")
+        sums, held_out = self._sums(layer)
+        for number in range(len(self._merged)):
+            exact = self._output(self._whole, self._model.params, self._exact[number])
+            given = _named(self._shorter, self._end, self._merged[number])
+            found = _run(self._shorter, self._params, given, f"{layer}.x", f"{layer}.y")
+            x, missing = (value.flatten(0, -2) for value in (found[f"{layer}.x"], exact - found[f"{layer}.y"]))
+            into = held_out if number in self._before else sums
+            into.add(x, missing, torch.ones(len(x), 1))
+        self._take(layer, fit_change(sums, held_out, RIDGES))
+
+    def _output(self, program: Program, params: Mapping[str, Array], columns: Columns) -> Tensor:
+        output = self._model.spec.output
+        return _run(program, params, _named(program, self._end, columns), output)[output]
+
+
+def _showing(program: Program, layers: Collection[str]) -> Program:
+    """Return the program with inputs and outputs of linear layers among its own, as `{layer}.x` and `{layer}.y`."""
+    found = {node.site: node for node in linears_of(program)}
+    shown = {f"{layer}.x": found[layer].source for layer in layers}
+    shown |= {f"{layer}.y": found[layer].outputs[0] for layer in layers}
+    return replace(program, outputs={**program.outputs, **shown})
+
+
+def _run(program: Program, params: Mapping[str, Array], given: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return dict(zip(names, replay(program, Run(params), given=given, only=names), strict=True))
+
+
+def _named(program: Program, block: int, columns: Columns) -> dict[str, Tensor]:
+    """Name columns as outputs of a program in front of a block; those that it does not have are left out."""
+    named = {stream_name(block, column): value for column, value in columns.items()}
+    return {name: value for name, value in named.items() if name in program.outputs}
+
+
+def _mean_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Relative squared error of outputs, mean over images, from pairs of exact ones and others."""
+    errors = []
+    for exact, found in pairs:
+        wrong, whole = ((value.flatten(1)).square().sum(1) for value in (found - exact, exact))
+        errors.append(wrong / whole.clamp_min(1e-12))
+    return float(torch.cat(errors).mean())

@@ -1,0 +1,82 @@
+"""Ridge regression of a change to a linear layer, from sums over rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_JITTER = 1e-6
+"""What keeps the bias's equation regular, as a share of its own moment."""
+
+
+@dataclass(slots=True, eq=False)
+class RidgeSums:
+    """Weighted sums over rows of inputs x (a one behind them) and of what their outputs miss.
+
+    `square` sums x^T x, `cross` sums missing^T x, `missing` sums |missing|^2.
+    """
+
+    square: Float[Tensor, "J J"]
+    cross: Float[Tensor, "O J"]
+    missing: float = 0.0
+
+    def add(self, x: Float[Tensor, "R I"], missing: Float[Tensor, "R O"], weight: Float[Tensor, "R 1"]) -> None:
+        """Take more rows."""
+        x = torch.cat((x, torch.ones(len(x), 1)), 1)
+        weighted = x * weight
+        self.square.addmm_(x.T, weighted)
+        self.cross.addmm_(missing.T, weighted)
+        self.missing += float((missing.square() * weight).sum())
+
+    def change(self, ridge: float) -> Float[Tensor, "O J"]:
+        """Return what to add to the weight and, in the last column, to the bias.
+
+        Equation: D = argmin sum |missing - D x|^2 + lambda |D|^2 = C (S + lambda I)^-1, lambda = ridge mean(diag S);
+        the bias is not held back.
+        """
+        square = self.square.double()
+        held = ridge * square.diagonal()[:-1].mean()
+        square.diagonal()[:-1].add_(held)
+        square.diagonal()[-1].mul_(1.0 + _JITTER)
+        found: Tensor = torch.linalg.solve(square, self.cross.double().T).T
+        return found.float()
+
+    def left(self, change: Float[Tensor, "O J"]) -> float:
+        """Return the share of |missing|^2 that a change leaves; above 1 it makes things worse."""
+        if self.missing == 0.0:
+            return 1.0
+        change = change.double()
+        gained = 2.0 * (change * self.cross).sum() - ((change @ self.square.double()) * change).sum()
+        return float(1.0 - gained / self.missing)
+
+
+def no_sums(inputs: int, outputs: int) -> RidgeSums:
+    """Return the sums over no rows for a layer of so many inputs and outputs."""
+    return RidgeSums(torch.zeros(inputs + 1, inputs + 1), torch.zeros(outputs, inputs + 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Fit:
+    """The change that leaves least on held-out rows, with its ridge, and the share that it leaves there.
+
+    Without a change where each would make things worse.
+    """
+
+    change: Float[Tensor, "O J"] | None
+    ridge: float | None
+    left: float
+
+
+def fit_change(sums: RidgeSums, held_out: RidgeSums, ridges: Sequence[float]) -> Fit:
+    """Try ridges; no change at all is one of the choices."""
+    best = Fit(change=None, ridge=None, left=1.0)
+    for ridge in ridges:
+        change = sums.change(ridge)
+        left = held_out.left(change)
+        if left < best.left:
+            best = Fit(change=change, ridge=ridge, left=left)
+    return best

@@ -1,0 +1,86 @@
+"""Compensation of merging as a step of the pipeline: which images, what is kept, and what the bundle says about it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
+from vitfold.errors import CalibrationError
+from vitfold.images import ImageSet, find_images
+from vitfold.pipeline.plan import Plan
+from vitfold.pipeline.writing import FIDELITY_IMAGES
+
+if TYPE_CHECKING:
+    from vitfold.quant import Progress
+
+SEED = 0
+_FORMAT = 1
+_RECORD = "record"
+
+
+def divide_for_compensation(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Return the images that layers are refitted on, and others to compare on, a quarter of all at most.
+
+    Raises:
+        CalibrationError: if they are too few.
+    """
+    from vitfold.compensation import MOST_IMAGES, check_enough
+
+    count = min(MOST_IMAGES, len(images.paths) - min(FIDELITY_IMAGES, len(images.paths) // 4))
+    check_enough(count)
+    chosen = images.sample(count, seed=SEED)
+    return chosen, images.without(chosen) or images
+
+
+def recorded_division(record: Mapping[str, Any], root: str | Path | None) -> tuple[ImageSet, ImageSet]:
+    """Return the images that a bundle's layers were refitted on, checked by their digest, and others.
+
+    Raises:
+        CalibrationError: if they are not the same any more.
+    """
+    folder = Path(root or record["root"])
+    chosen, others = divide_for_compensation(find_images(folder))
+    if chosen.digest() != record["digest"]:
+        raise CalibrationError(
+            f"the images of {folder} are not those that merging was compensated on; give their folder with --images "
+            "DIR, or make the bundle anew without --from"
+        )
+    return chosen, others
+
+
+def compensate_plan(folded: Plan, images: ImageSet, *, progress: Progress | None = None) -> Plan:
+    """Refit weights to what the plan's merging changes, on exactly these images; kept for the next call.
+
+    A plan that merges nothing, or does not ask for it, is returned as it is.
+
+    Raises:
+        CalibrationError: on too few images.
+        RecipeError: if no layer of the model can be refitted.
+    """
+    if not folded.needs_compensation:
+        return folded
+    from vitfold.compensation import compensate
+    from vitfold.quant import Progress
+    from vitfold.quant.network import ImageExamples
+
+    model, merge, digest = folded.folded, folded.recipe.merge, images.digest()
+    key = key_of(_FORMAT, model.digest(), replace(merge, compensate=True), digest)
+    kept = read_arrays("compensation", key)
+    if kept is None or _RECORD not in kept:
+        examples = ImageExamples(images=images, preprocess=model.preprocess)
+        progress = progress or Progress()
+        done = compensate(model, merge, examples, step=progress.step, advance=progress.advance)
+        kept = {name: array for name, array in done.model.params.items() if array is not model.params.get(name)}
+        kept[_RECORD] = np.frombuffer(json.dumps(done.to_dict()).encode(), np.uint8)
+        keep_arrays("compensation", key, kept)
+    measured = json.loads(kept[_RECORD].tobytes())
+    refitted = {name: array for name, array in kept.items() if name != _RECORD}
+    mended = model.with_params(model.spec, {**model.params, **refitted})
+    record = {**measured, "root": str(Path(images.root).absolute()), "seed": SEED, "digest": digest}
+    return replace(folded, folded=mended, compensated=mended, compensation=record)

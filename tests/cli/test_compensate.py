@@ -1,0 +1,46 @@
+"""`vitfold optimize --compensate`: what it makes, what it says, and that it is made again alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from invoking import error, run, run_json
+from PIL import Image
+
+SOURCE = ("timm:test_vit", "--weights", "random", "--image-size", 64, "--num-classes", 10)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """350 small pictures of one colour each, with a little noise."""
+    folder, draw = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
+    for i in range(350):
+        pixels = draw.uniform(0, 255, (1, 1, 3)) + draw.normal(0, 12, (32, 32, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def test_a_bundle_with_compensated_merging_says_so_and_is_made_again(many: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a.fold", tmp_path / "b.fold"
+    made = run_json("optimize", *SOURCE, "--merge", 3, "--compensate", "--images", many, "-o", first)
+    assert made["recipe"]["merge"]["compensate"] is True
+    found = run_json("inspect", first)
+    assert found["compensation"]["images"] == 350 - 87
+    assert found["compensation"]["error_after"] <= found["compensation"]["error_before"]
+    assert "refitted" in run("inspect", first).stdout
+    run("optimize", "--from", first, "-o", second)
+    assert run_json("inspect", second)["digest"] == found["digest"]
+
+
+def test_what_compensation_needs_is_said_before_any_work(many: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(many.iterdir())[:20]:
+        (few / path.name).write_bytes(path.read_bytes())
+    line = ("optimize", *SOURCE, "--merge", 3, "--compensate", "-o", tmp_path / "a.fold")
+    assert "--compensate needs --images" in error(*line, code=2)
+    unmerged = ("optimize", *SOURCE, "--compensate", "--images", few, "-o", tmp_path / "a.fold")
+    assert "--compensate needs --images" in error(*unmerged, code=2)
+    assert "15 images are too few to compensate merging" in error(*line, "--images", few)

@@ -1,0 +1,95 @@
+"""Compensation in the pipeline: which images, what a bundle records of it, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitfold import pipeline
+from vitfold.artifacts.bundle import open_bundle
+from vitfold.engines import open_session
+from vitfold.errors import CalibrationError, RecipeError
+from vitfold.images import ImageSet, find_images
+from vitfold.model import Model
+from vitfold.pipeline import compensate_plan, divide_for_compensation, recorded_division
+from vitfold.recipe import QuantRecipe
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    """350 small pictures of random gradients."""
+    folder, draw = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
+    rise = np.linspace(0, 1, 32)
+    for i in range(350):
+        base, right, down = draw.uniform(0, 255, (3, 1, 1, 3))
+        pixels = base + (right - base) * rise[None, :, None] / 2 + (down - base) * rise[:, None, None] / 2
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.png")
+    return find_images(folder)
+
+
+def test_images_are_divided_once_and_found_again(many: ImageSet) -> None:
+    chosen, others = divide_for_compensation(many)
+    assert (len(chosen.paths), len(others.paths)) == (350 - 87, 87)
+    assert not set(chosen.paths) & set(others.paths)
+    record = {"root": many.root, "digest": chosen.digest()}
+    assert recorded_division(record, None)[0].paths == chosen.paths
+    with pytest.raises(CalibrationError, match="are not those that merging was compensated on"):
+        recorded_division({**record, "digest": "0" * 64}, None)
+
+
+def test_too_few_images_are_refused_before_any_work(many: ImageSet) -> None:
+    with pytest.raises(CalibrationError, match="225 images are too few to compensate merging"):
+        divide_for_compensation(many.first(300))
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_compensated_model_becomes_a_bundle(
+    tiny_model: Callable[..., Model], tmp_path: Path, own_cache: Path, many: ImageSet, bits: int | None
+) -> None:
+    """What was refitted stands in the manifest; the graph holds the refitted weights, rounded or not."""
+    quant = None if bits is None else QuantRecipe(weights=bits, activations=bits, method="minmax")
+    model = tiny_model(layer_scale=True)
+    plan = pipeline.optimize(model, merge=3, compensate=True, quant=quant, target="cpu" if bits is None else "portable")
+    with pytest.raises(RecipeError, match="call compensate_plan"):
+        pipeline.save(plan, tmp_path / "a.fold") if bits is None else pipeline.calibrate_plan(plan, many.first(4))
+    chosen, others = divide_for_compensation(many)
+    done = compensate_plan(plan, chosen)
+    assert not done.needs_compensation
+    assert done.compensation is not None
+    assert done.compensation["error_after"] < done.compensation["error_before"]
+    if bits is not None:
+        done = pipeline.calibrate_plan(done, chosen.first(16))
+    bundle = open_bundle(pipeline.save(done, tmp_path / "a.fold", images=others).path)
+    assert bundle.manifest.recipe.merge.compensate
+    assert bundle.manifest.compensation == done.compensation
+    pixels = np.random.default_rng(0).standard_normal((4, 3, 32, 32), dtype=np.float32)
+    with open_session(bundle) as session:
+        found = session(pixels)
+    np.testing.assert_allclose(found, pipeline.run_reference(done, pixels), rtol=0.05, atol=0.05 * np.abs(found).max())
+    plain = pipeline.run_reference(pipeline.optimize(model, merge=3), pixels)
+    assert np.abs(found - plain).max() > 0.01 * np.abs(plain).max()
+
+
+def test_the_second_time_it_is_read_from_the_cache(
+    tiny_model: Callable[..., Model], own_cache: Path, many: ImageSet
+) -> None:
+    plan = pipeline.optimize(tiny_model(), merge=3, compensate=True)
+    first = compensate_plan(plan, many)
+    assert len(list((own_cache / "compensation").glob("*.safetensors"))) == 1
+    second = compensate_plan(plan, many)
+    assert first.compensation == second.compensation
+    assert first.folded.digest() == second.folded.digest() != plan.folded.digest()
+    other = compensate_plan(
+        replace(plan, recipe=pipeline.optimize(tiny_model(), merge=2, compensate=True).recipe), many
+    )
+    assert other.folded.digest() != first.folded.digest()
+
+
+def test_without_merging_nothing_is_to_be_done(tiny_model: Callable[..., Model], many: ImageSet) -> None:
+    plan = pipeline.optimize(tiny_model(), merge=0, compensate=True)
+    assert compensate_plan(plan, many) is plan
