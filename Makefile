@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check results search registers ladder audits diffusion readme clean
+.PHONY: demo test check models results search registers ladder audits diffusion readme clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vitfold demo -o out/demo
@@ -139,6 +139,10 @@ diffusion: $(VENV)/.dev
 	$(BIN)/vitfold diffusion optimize demo-dit --reuse auto --min-psnr 30 -o $(WORK)/diffusion/auto.fold --overwrite --json > results/diffusion-search.json
 	$(BIN)/vitfold diffusion optimize demo-dit --reuse none -o $(WORK)/diffusion/plain.fold --overwrite
 	$(BIN)/vitfold diffusion bench $(WORK)/diffusion/plain.fold $(WORK)/diffusion/auto.fold --batch 8 --trials 11 -o results/diffusion-bench.json
+
+# Which checkpoints work, and how: small models of their classes, about 10 minutes.
+models: $(VENV)/.dev
+	$(BIN)/python examples/check_models.py --output results/models.json
 
 readme:
 	$(BIN)/python -m vitfold.report.document README.md docs/*.md

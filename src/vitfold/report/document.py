@@ -1,9 +1,9 @@
 """Tables inside Markdown documents, generated from the JSON files in results/.
 
 The markers, each ended by its closing twin: `<!-- table: FILE.json SCOPE -->`, `<!-- accuracy: PATTERN -->`, `<!--
-ladder: FILE.json -->`, `<!-- audit: FILE.json -->`, `<!-- forecast: FILE.json -->`, `<!-- outliers: FILE.json -->`,
-`<!-- sweep: FILE.json -->` and `<!-- diffusion: FILE.json [likeness] -->` (likeness: without distances, which need
-more images). `python -m vitfold.report.document README.md` fills them in; a test compares.
+ladder: FILE.json -->`, `<!-- models: FILE.json -->`, `<!-- audit: FILE.json -->`, `<!-- forecast: FILE.json -->`, `<!--
+outliers: FILE.json -->`, `<!-- sweep: FILE.json -->` and `<!-- diffusion: FILE.json [likeness] -->` (likeness: without
+distances, which need more images). `python -m vitfold.report.document README.md` fills them in; a test compares.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vitfold.report.tables import (
     sweep_cells,
 )
 
-_KINDS = "table|accuracy|ladder|audit|forecast|outliers|sweep|diffusion"
+_KINDS = "table|accuracy|ladder|models|audit|forecast|outliers|sweep|diffusion"
 _BLOCK = re.compile(rf"(<!-- ({_KINDS}): ([^>]+?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
@@ -66,6 +66,24 @@ def _ladder(root: Path, name: str) -> str:
     return _lines(header, body, left=2)
 
 
+def _models(root: Path, name: str) -> str:
+    header = ["checkpoint", "class", "read", "merges", "INT8", "as they were", "why not"]
+    body = []
+    for row in json.loads((root / name).read_text(encoding="utf-8"))["models"]:
+        foreign = ", ".join(f"{count} {kind}" for kind, count in (row.get("foreign") or {}).items())
+        read = {"reader": "by class", "graph": "as a graph", None: "no"}[row["read"]]
+        why = row["error"] or row.get("why") or ""
+        shown = ["yes" if row[key] is not None else "no" for key in ("merges", "int8")]
+        body.append([row["checkpoint"], row.get("class") or "", read, *shown, foreign, _first(why)])
+    return _lines(header, body, left=len(header))
+
+
+def _first(text: str) -> str:
+    """What a reason says before it goes into details."""
+    reason = text.rpartition("; as a graph: ")[2]
+    return reason.partition(";")[0].replace("|", "/")[:140]
+
+
 def _audit(root: Path, name: str) -> str:
     audits = json.loads((root / name).read_text(encoding="utf-8"))["audits"]
     return _lines(overview_columns(GPUS), overview_cells(audits, GPUS), left=5)
@@ -100,6 +118,7 @@ _MAKERS = {
     "table": _speed,
     "accuracy": _accuracy,
     "ladder": _ladder,
+    "models": _models,
     "audit": _audit,
     "forecast": _forecast,
     "outliers": _outliers,
