@@ -117,3 +117,52 @@ def test_registers_need_a_model_by_name(mine, tmp_path):
     model = vitfold.adapt(mine, image_size=(32, 32))
     with pytest.raises(vitfold.VitfoldError, match="graph"):
         vitfold.save(vitfold.optimize(model, registers="delete", quant="w8a8"), tmp_path / "r.fold")
+
+
+CODE = """
+import torch
+from torch import nn
+
+class Tower(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches, self.block = nn.Conv2d(3, 16, 8, 8), nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.block(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+def build():
+    return Tower()
+
+def nothing():
+    return 7
+"""
+
+
+def test_code_that_builds_a_module_is_a_source(tmp_path):
+    (tmp_path / "mine.py").write_text(CODE)
+    loaded = load_source(f"{tmp_path}/mine.py:build", image_size=32, seed=3)
+    assert (loaded.model.spec.num_layers, loaded.model.spec.grid, loaded.model.spec.output_width) == (1, (4, 4), 4)
+    assert load_source(f"{tmp_path}/mine.py:build", image_size=32, seed=3).model.digest() == loaded.model.digest()
+    for source, said in (("mine.py:absent", "absent"), ("mine.py:nothing", "int"), ("gone.py:build", "no file")):
+        with pytest.raises(SourceError, match=said):
+            load_source(f"{tmp_path}/{source}", image_size=32)
+    (tmp_path / "broken.py").write_text("import no_such_package")
+    with pytest.raises(SourceError, match="no_such_package"):
+        load_source(f"{tmp_path}/broken.py:build", image_size=32)
+
+
+def test_what_torch_export_saved_is_a_source(tmp_path):
+    scope: dict[str, object] = {}
+    exec(CODE, scope)
+    module = scope["Tower"]().eval()  # type: ignore[operator]
+    batch = torch.export.Dim("batch", min=1)
+    torch.export.save(
+        torch.export.export(module, (torch.zeros(2, 3, 32, 32),), dynamic_shapes=({0: batch},)), tmp_path / "m.pt2"
+    )
+    loaded = load_source(str(tmp_path / "m.pt2"), image_size=32)
+    assert loaded.model.spec.num_layers == 1
+    (tmp_path / "bad.pt2").write_bytes(b"nothing")
+    with pytest.raises(SourceError, match="torch.export"):
+        load_source(str(tmp_path / "bad.pt2"), image_size=32)

@@ -70,7 +70,7 @@ class _Plan:
 @command(
     shown="output merge quant images max_drop target dry_run overwrite json",
     brief={
-        "source": "demo, timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME, open_clip:NAME, or FILE.safetensors.",
+        "source": "timm:NAME, hf:FOLDER, torchvision:NAME, open_clip:NAME, FILE.onnx or FILE.safetensors.",
         "merge": "Tokens merged per block, as 8 or 8,8,4; auto; or none.",
         "quant": "Bits of weights and activations, as w8a8, or none.",
         "images": "Photos, or a sub-folder per class; needed to quantize.",
@@ -91,7 +91,8 @@ def optimize(
         str | None,
         typer.Argument(
             metavar="SOURCE",
-            help="demo, timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME, open_clip:NAME, or FILE.safetensors with "
+            help="demo, timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME, open_clip:NAME, FILE.onnx, FILE.pt2, "
+            "FILE.py:FUNCTION, or FILE.safetensors with "
             "--arch; not with --from.",
         ),
     ] = None,

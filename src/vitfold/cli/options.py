@@ -19,7 +19,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="demo, timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME, open_clip:NAME, or FILE.safetensors with --arch.",
+        help="demo, timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME, open_clip:NAME, FILE.onnx, FILE.pt2, "
+        "FILE.py:FUNCTION, or FILE.safetensors with --arch.",
     ),
 ]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle made by `vitfold optimize`.")]

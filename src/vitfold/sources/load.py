@@ -40,7 +40,7 @@ ZOOS = {
 }
 FORMS = (
     "timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME, open_clip:NAME/TAG, FILE.safetensors with --arch, FILE.onnx, "
-    "or demo"
+    "FILE.py:FUNCTION, FILE.pt2, or demo"
 )
 _STEPS = "make it faster: vitfold diffusion optimize {0}, or draw with it: vitfold diffusion sample {0}"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -97,6 +97,8 @@ def load_source(
     arguments |= {k: v for k, v in (("problem", problem), ("preprocess", preprocess)) if v is not None}
     if _is_graph(source):
         return Loaded(model=_load_graph(source, arguments), original=None)
+    if _is_code(source):
+        return _load_code(source, arguments, graph=graph)
     if preprocess is not None:
         raise SourceError(f"--preprocess belongs to an ONNX file, and {source} says itself how images are prepared")
     with _seeded(seed):
@@ -109,7 +111,9 @@ def load_source(
     except UnsupportedError as reason:
         if not graph:
             raise
-        model, module = _as_graph(
+        from vitfold.sources.graphs import as_graph
+
+        model, module = as_graph(
             module, origin, reason, preprocess=preprocess, labels=labels, facts=facts, translator=built.translator,
             size=None if image_size is None else (image_size, image_size),
         )  # fmt: skip
@@ -136,6 +140,39 @@ def _check_patches(spec: Architecture, image_size: int | None) -> None:
 
 def _is_graph(source: str) -> bool:
     return Path(source).suffix == ".onnx" and source.partition(":")[0] not in ZOOS
+
+
+def _is_code(source: str) -> bool:
+    path, colon, name = source.rpartition(":")
+    return (bool(colon) and path.endswith(".py") and bool(name)) or source.endswith(".pt2")
+
+
+def _load_code(source: str, arguments: Mapping[str, Any], *, graph: bool) -> Loaded:
+    """Load a module that code builds (FILE.py:FUNCTION) or that torch.export saved (FILE.pt2)."""
+    for option, name in (("--arch", "arch"), ("--num-classes", "num_classes")):
+        if arguments[name] is not None:
+            raise SourceError(f"{option} belongs to weights, and {source} is a whole model; leave it out")
+    from vitfold.sources.code import build_from_code, load_exported
+
+    exported = source.endswith(".pt2")
+    file, name = (source, "") if exported else source.rsplit(":", 1)
+    path, size = Path(file).expanduser().resolve(), arguments["image_size"]
+    with _seeded(arguments["seed"]):
+        module = load_exported(path) if exported else build_from_code(path, name)
+    model = adapt(
+        module,
+        problem=arguments.get("problem"),
+        image_size=None if size is None else (size, size),
+        graph=graph,
+        evaluated=exported,
+    )
+    kept = {name: value for name, value in arguments.items() if value is not None}
+    origin = Origin(
+        source=str(path) if exported else f"{path}:{name}",
+        loader=model.origin.loader,
+        arguments={**kept, "weights": "pretrained", **_digests(path)},
+    )
+    return Loaded(model=replace(model, origin=origin), original=module if exported else module.eval())
 
 
 def _load_graph(source: str, arguments: Mapping[str, Any]) -> Model:
@@ -217,6 +254,7 @@ def adapt(
     image_size: tuple[int, int] | None = None,
     outputs: Sequence[str] | None = None,
     graph: bool = True,
+    evaluated: bool = False,
 ) -> Model:
     """Read a torch module in memory; it is left as it is, and its float32 weights are shared.
 
@@ -230,6 +268,7 @@ def adapt(
         image_size: height and width of the images of a graph, where nothing else says it.
         outputs: which of a graph's outputs by name, all if None.
         graph: whether a module that none of the readers here knows is read as a graph.
+        evaluated: whether the module computes as in evaluation and cannot be asked to, as what torch.export saved.
 
     Raises:
         SourceError: if the class or one of its parts is not supported.
@@ -251,7 +290,7 @@ def adapt(
         if not graph:
             raise
         unknown = error
-    with _evaluated(module) as plain:
+    with contextlib.nullcontext(module) if evaluated else _evaluated(module) as plain:
         where = Origin(source=origin or "memory", loader=_loader(zoo), arguments={})
         names = tuple(labels) if labels is not None else None
         facts = {"problem": problem}
@@ -262,7 +301,9 @@ def adapt(
         except UnsupportedError as reason:
             if not graph:
                 raise
-            return _as_graph(
+            from vitfold.sources.graphs import as_graph
+
+            return as_graph(
                 plain, where, reason, preprocess=preprocess, labels=names, facts=facts, translator=translator,
                 size=image_size, outputs=outputs,
             )[0]  # fmt: skip
@@ -316,80 +357,6 @@ def _translate(
     return model
 
 
-def _as_graph(
-    module: torch.nn.Module,
-    origin: Origin,
-    reason: SourceError,
-    *,
-    preprocess: Preprocess | None,
-    labels: Sequence[str] | None,
-    facts: Facts,
-    translator: Any,
-    size: tuple[int, int] | None,
-    outputs: Sequence[str] | None = None,
-) -> tuple[Model, torch.nn.Module]:
-    """Read a module as a graph, since no reader knows its class for `reason`; return also the part that was read.
-
-    Raises:
-        SourceError: with that reason too, if it is no graph that vitfold can hold.
-    """
-    from vitfold.sources.onnx.exporting import image_part, read_module
-    from vitfold.sources.onnx.loading import model_of
-
-    problem = facts.get("problem") or _stated_problem(module, reason)
-    try:
-        shape = _input_shape(module, size or (None if preprocess is None else preprocess.crop_size))
-        part, path = image_part(module, shape)
-        read = read_module(part, shape, outputs=outputs, head=problem)
-    except SourceError as error:
-        raise SourceError(f"{reason}; as a graph: {error}") from None
-    if path:
-        _log.info("taking %s of %s, which takes images alone", path, type(module).__name__)
-    if translator is not None and preprocess is None:
-        with contextlib.suppress(SourceError, AttributeError, KeyError):
-            preprocess, found = translator.describe(part, read.spec, facts)
-            labels = labels or found
-    return model_of(read, origin, labels=labels, preprocess=preprocess), part
-
-
-def _stated_problem(module: torch.nn.Module, reason: SourceError) -> Problem | None:
-    """What a configuration of transformers says that logits stand for.
-
-    Raises:
-        SourceError: `reason`, if that is none that vitfold knows.
-    """
-    stated = getattr(getattr(module, "config", None), "problem_type", None)
-    known: dict[str, Problem] = {"single_label_classification": "single_label", "regression": "regression"}
-    known["multi_label_classification"] = "multi_label"
-    if stated is not None and stated not in known:
-        raise reason
-    return None if stated is None else known[stated]
-
-
-def _input_shape(module: torch.nn.Module, size: tuple[int, int] | None) -> tuple[int, ...]:
-    """Channels, height and width of a module's images: as given, else as its configuration says.
-
-    Raises:
-        SourceError: if nothing says it.
-    """
-    stated: Any = (getattr(module, "pretrained_cfg", None) or {}).get("input_size")
-    held = getattr(getattr(module, "patch_embed", None), "img_size", None)
-    if stated is not None and isinstance(held, tuple) and len(held) == 2:
-        stated = (stated[0], *held)
-    config = getattr(module, "config", None)
-    for name in ("", "vision_config", "encoder", "backbone_config"):
-        part = getattr(config, name, None) if name else config
-        side = getattr(part, "image_size", None)
-        if stated is None and side is not None:
-            sides = side if isinstance(side, list | tuple) else [side] * 2
-            stated = (getattr(part, "num_channels", 3), *sides)
-    if size is not None:
-        return (stated[0] if stated else 3, *size)
-    if stated is None:
-        raise SourceError("nothing says how large its images are; give image_size=(HEIGHT, WIDTH)")
-    return tuple(int(n) for n in stated)
-
-
 def _check_problem(problem: str | None) -> None:
     if problem is not None and problem not in get_args(Problem):
         raise SourceError(f"unsupported problem {problem!r}; supported: {', '.join(get_args(Problem))}")
@@ -437,7 +404,7 @@ def _file(source: str) -> Path:
     if path.suffix in PICKLES:
         raise SourceError(
             f"{source} may hold a pickle, which can run any code when opened; save its weights with "
-            "safetensors.torch.save_file and pass that file"
+            "safetensors.torch.save_file and pass that file; export a whole module by torch.onnx.export"
         )
     if path.suffix == ".safetensors":
         return path.resolve()
