@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from vitfold.architectures.vit import vit
@@ -100,8 +101,8 @@ def forward(
         if block is not None and observe is not None:
             size, source, origin = (seen.pop(stream_name(block, column), None) for column in COLUMNS[1:])
             count = program.shapes[program.outputs[name]][1]
-            columns = {"size": size, "source": source, "origin": origin, "placed": origin is not None}
-            observe(block, Tokens(x=value, count=count, prefix=spec.prefix, **columns))
+            tokens = Tokens(x=value, count=count, prefix=spec.prefix, size=size, source=source, origin=origin)
+            observe(block, replace(tokens, placed=origin is not None))
 
     inputs = () if image is None else (image,)
     watching = see if observe is not None else None
