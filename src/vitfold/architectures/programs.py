@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from vitfold.architectures.vit import vit
@@ -14,7 +15,7 @@ from vitfold.program import Program, program_from_dict, replay, trace
 from vitfold.program.program import Shape
 from vitfold.recipe import MergeRecipe, tokens_per_block
 from vitfold.transforms import without_dead_rows
-from vitfold.transforms.merging import Deletion, Layout, merged, stream_name
+from vitfold.transforms.merging import COLUMNS, Deletion, Layout, merged, stream_name
 from vitfold.transforms.rewriting import only_outputs
 from vitfold.transforms.sinks import with_sinks, without_row
 from vitfold.transforms.tokens import Tokens
@@ -98,9 +99,10 @@ def forward(
         seen[name] = value
         block = last.get(name)
         if block is not None and observe is not None:
-            size, source = (seen.pop(stream_name(block, column), None) for column in ("size", "source"))
+            size, source, origin = (seen.pop(stream_name(block, column), None) for column in COLUMNS[1:])
             count = program.shapes[program.outputs[name]][1]
-            observe(block, Tokens(x=value, count=count, prefix=spec.prefix, size=size, source=source))
+            tokens = Tokens(x=value, count=count, prefix=spec.prefix, size=size, source=source, origin=origin)
+            observe(block, replace(tokens, placed=origin is not None))
 
     inputs = () if image is None else (image,)
     watching = see if observe is not None else None
@@ -109,7 +111,7 @@ def forward(
 
 
 def _named(program: Program, block: int, tokens: Tokens[T]) -> dict[str, T]:
-    columns = {column: getattr(tokens, column) for column in ("x", "size", "source")}
+    columns = {column: getattr(tokens, column) for column in COLUMNS}
     named = {stream_name(block, column): value for column, value in columns.items() if value is not None}
     return {name: value for name, value in named.items() if name in program.outputs}
 

@@ -26,7 +26,7 @@ from vitfold.program import Program, replay
 from vitfold.program.queries import closing_linears, linears_of, output_linear
 from vitfold.quant.network import Examples
 from vitfold.recipe import MergeRecipe
-from vitfold.transforms.merging import stream_name
+from vitfold.transforms.merging import COLUMNS, stream_name
 
 LEAST_IMAGES = 256
 """Fewer do not tell a layer's hidden units apart."""
@@ -40,7 +40,6 @@ PATCH_ROWS = 16
 HELD_OUT = 8
 """One group of images in so many is held out."""
 BATCH = 32
-COLUMNS = ("x", "size", "source")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

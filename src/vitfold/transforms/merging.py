@@ -44,8 +44,12 @@ class Deletion:
     count: int
 
 
+COLUMNS = ("x", "size", "source", "origin")
+"""What is kept of the tokens in front of a block: all that what follows may read."""
+
+
 def stream_name(boundary: int, column: str) -> str:
-    """Name an output that holds a column ("x", "size" or "source") of the tokens in front of block `boundary`."""
+    """Name an output that holds one of `COLUMNS` of the tokens in front of block `boundary`."""
     return f"tokens.{boundary}.{column}"
 
 
@@ -61,7 +65,8 @@ def merged(
     """Return the program in which block l merges `recipe.r[l]` tokens behind its attention.
 
     The tokens in front of every block, and behind the last one, are outputs, too, by `stream_name`: `x` (B, N, D),
-    `size` (B, N, 1) where there was a merge, and `source` (B, N, N_0) with `sources`, or where an output needs it.
+    `size` (B, N, 1) where there was a merge, `source` (B, N, N_0) with `sources`, or where an output needs it, and
+    `origin` (B, N, 1) where something asks for the places of tokens.
 
     Args:
         shapes: those of the parameters.
@@ -380,7 +385,7 @@ class _Merging(_Replay):
     def _note(self, boundary: int) -> None:
         """Keep the tokens in front of a block as outputs."""
         tokens = self._stream(self._streams[boundary])
-        for column in ("x", "size", "source"):
+        for column in COLUMNS:
             value = getattr(tokens, column)
             if value is not None:
                 self._seen[stream_name(boundary, column)] = value
