@@ -142,7 +142,7 @@ diffusion: $(VENV)/.dev
 
 # Which checkpoints work, and how: small models of their classes, about 10 minutes.
 models: $(VENV)/.dev
-	$(BIN)/python examples/check_models.py --output results/models.json
+	$(BIN)/python examples/check_models.py --output docs/models.json
 
 readme:
 	$(BIN)/python -m vitfold.report.document README.md docs/*.md

@@ -1,6 +1,6 @@
 """Load the architectures that people run, with random weights and few blocks, and write which of them work, and how.
 
-    python examples/check_models.py [NAME ...] [--output results/models.json]
+    python examples/check_models.py [NAME ...] [--output docs/models.json]
 
 Every model is read, its program compared with what it came from, merged where it merges, quantized on random pictures,
 written, and verified in ONNX Runtime. A model that fails is listed with the reason.

@@ -135,9 +135,10 @@ class Manifest:
         return has_trained_weights(self.origin)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, without the format header and the file list."""
+        """Return plain JSON values without format header and file list; `compensation` only where there is one."""
         kind = {"kind": STEPS} if isinstance(self.held, Steps) else {}
-        return {**kind, **plain_fields(self.held), **plain_fields(self, but=("held",))}
+        left = ("compensation",) if isinstance(self.held, Vision) and self.held.compensation is None else ()
+        return {**kind, **plain_fields(self.held, but=left), **plain_fields(self, but=("held",))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
