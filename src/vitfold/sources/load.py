@@ -101,13 +101,20 @@ def load_source(
         return _load_code(source, arguments, graph=graph)
     if preprocess is not None:
         raise SourceError(f"--preprocess belongs to an ONNX file, and {source} says itself how images are prepared")
-    with _seeded(seed):
+    return _from_zoo(source, arguments, graph=graph)
+
+
+def _from_zoo(source: str, arguments: Mapping[str, Any], *, graph: bool) -> Loaded:
+    """Let a zoo build a module, and read it by its class, else as a graph."""
+    image_size = arguments["image_size"]
+    with _seeded(arguments["seed"]):
         built = _build(source, arguments, known=not graph)
     origin = Origin(source=built.source, loader=_loader(built.zoo), arguments={**arguments, **built.digests})
-    facts = {**built.facts, "problem": problem or built.facts.get("problem")}
+    facts = {**built.facts, "problem": arguments.get("problem") or built.facts.get("problem")}
     module, preprocess, labels = built.module.float().cpu().eval(), facts.get("preprocess"), facts.get("labels")
+    unnamed = arguments["weights"] == "random"
     try:
-        model = _translate(built.translator, module, facts, origin, preprocess, labels, unnamed=weights == "random")
+        model = _translate(built.translator, module, facts, origin, preprocess, labels, unnamed=unnamed)
     except UnsupportedError as reason:
         if not graph:
             raise
@@ -281,9 +288,7 @@ def adapt(
 
     _check_problem(problem)
     module = bare_module(module)
-    translator: Any = None
-    unknown: UnsupportedError | None = None
-    zoo: Any = torch
+    translator, zoo, unknown = None, torch, None
     try:
         translator, zoo = find_translator(module)
     except UnsupportedError as error:
@@ -292,8 +297,7 @@ def adapt(
         unknown = error
     with contextlib.nullcontext(module) if evaluated else _evaluated(module) as plain:
         where = Origin(source=origin or "memory", loader=_loader(zoo), arguments={})
-        names = tuple(labels) if labels is not None else None
-        facts = {"problem": problem}
+        names, facts = None if labels is None else tuple(labels), {"problem": problem}
         try:
             if unknown is not None or outputs is not None:
                 raise unknown or UnsupportedError("outputs were chosen by name")
