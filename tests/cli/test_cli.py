@@ -280,7 +280,7 @@ def test_usage_errors_exit_with_two(merged: Path) -> None:
         (("timm:vit_base_patch16_242", "--weights", "random"), "vit_base_patch16_224"),
         (("tim:vit_base_patch16_224",), "timm"),
         (("nosuchfile.safetensors", "--arch", "vit_tiny_patch16_224"), "nosuchfile"),
-        (("timm:swin_tiny_patch4_window7_224", "--weights", "random"), "Swin"),
+        (("timm:resnet18", "--weights", "random"), "no attention"),
     ],
 )
 def test_unknown_models_offer_what_is_near(folder: Path, source: tuple[str, ...], expected: str) -> None:

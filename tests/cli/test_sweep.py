@@ -137,7 +137,7 @@ def test_a_search_writes_a_bundle_and_says_what_it_tried(few: Path, small, tmp_p
         tmp_path / "a.fold",
     )
     found = run_json(*arguments, "--target", "cpu")
-    assert found["images"] == {"calibration": 4, "search": 8, "held_out": 8}
+    assert found["images"] == {"calibration": 4, "search": 8, "held_out": 8, "refitting": 0}
     bundle = open_bundle(tmp_path / "a.fold")
     if found["winner"] is None:
         assert bundle.manifest.recipe.is_lossless

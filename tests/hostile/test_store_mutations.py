@@ -330,6 +330,8 @@ def test_bundles_of_the_first_version_still_open(tmp_path: Path) -> None:
         manifest = open_bundle(work, steps=None).manifest
         assert manifest.model_digest == values["model_digest"]
         today = values | {"spec": with_names_of_today(values["spec"])}
+        if "plan" in values:
+            today["plan"] = {"method": None} | values["plan"]
         assert manifest.to_dict().items() <= today.items()
 
 

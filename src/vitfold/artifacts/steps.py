@@ -31,11 +31,8 @@ class StepPlan:
     method: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; `method` only where one is known."""
-        values = asdict(self)
-        if self.method is None:
-            del values["method"]
-        return values
+        """Return plain JSON values."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitfold.errors import SourceError
+from vitfold.errors import SourceError, UnsupportedError
 from vitfold.model.graph import Kind
 from vitfold.sources.onnx.model import ReadGraph, read
 from vitfold.sources.onnx.reading import BATCHES, read_plain, read_plain_pair
@@ -49,6 +49,8 @@ def read_module(
                 with _quietly():
                     plain, model = way(wrapped, example, names, Path(folder))
                 return read(plain, model, Path(type(module).__name__), head=head)
+            except UnsupportedError:
+                raise
             except SourceError as error:
                 reasons.append(f"{name}: {error}")
             except Exception as error:  # the exporters raise errors of many classes

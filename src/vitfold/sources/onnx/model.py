@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import torch
 
-from vitfold.errors import ParityError, SourceError
+from vitfold.errors import ParityError, SourceError, UnsupportedError
 from vitfold.model import Array, GraphEnd, GraphSpec
 from vitfold.model.graph import Kind
 from vitfold.ops.run import Run
@@ -65,7 +65,9 @@ def read(plain: Plain, model: onnx.ModelProto, path: Path, *, head: Kind | None 
     found = with_blocks(program, params)
     error = _check_parity(path, plain, model, lifted, found)
     if not any(node.op == "attention" for node in found.program.nodes):
-        raise SourceError(f"{path} has no attention: vitfold makes transformers faster, not convolutional networks")
+        raise UnsupportedError(
+            f"{path} has no attention: vitfold makes transformers faster, not convolutional networks"
+        )
     names = _read_by(found.program)
     params = {name: np.array(array) for name, array in found.params.items() if name in names}
     return ReadGraph(spec=_spec(plain, image, lifted, found, params, head), params=params, error=error)
