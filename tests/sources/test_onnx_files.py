@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper, parser
+from PIL import Image
 from torch import nn
 
 import vitfold
@@ -237,13 +238,48 @@ def test_windows_are_quantized_and_say_why_nothing_merges(tmp_path, make_images)
     assert vitfold.save(plan, tmp_path / "w.fold").manifest.tokens == (64, 64)
 
 
-def test_merging_goes_through_turned_keys_and_gives_a_map_its_places_back(tmp_path):
+@pytest.mark.parametrize("target", ["cpu", "portable", "tensorrt-fp16"])
+def test_merging_goes_through_turned_keys_and_gives_a_map_its_places_back(target, tmp_path):
     model = vitfold.load(str(export(randomized(Rotary()), tmp_path / "m.onnx")), preprocess="vit")
-    bundle = vitfold.save(vitfold.optimize(model, merge=20), tmp_path / "r.fold")
+    bundle = vitfold.save(vitfold.optimize(model, merge=20, target=target), tmp_path / "r.fold")
     session = onnxruntime.InferenceSession(bundle.path / "model.onnx")
     image = np.ones((1, 3, SIZE, SIZE), np.float32)
     assert session.run(None, {"images": image})[0].shape == (1, 16, 16, 16)
     assert bundle.manifest.tokens == (64, 44)
+
+
+class Raw(nn.Module):
+    """A model that prepares its pixels itself."""
+
+    def __init__(self, *, last: bool) -> None:
+        super().__init__()
+        self.body, self.last = tiny_timm(), last
+
+    def forward(self, x):
+        x = (x.float() / 255 - 0.5) / 0.5
+        return self.body(x.permute(0, 3, 1, 2) if self.last else x)
+
+
+def export_raw(path, shape, *, last=False):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Raw(last=last).eval(), (torch.zeros(2, *shape, dtype=torch.uint8),), path, dynamo=False, opset_version=17,
+            input_names=["x"], output_names=["y"], dynamic_axes={name: {0: "n"} for name in "xy"},
+        )  # fmt: skip
+    return path
+
+
+def test_pixels_of_eight_bits_go_in_as_they_are(tmp_path, make_images):
+    model = vitfold.load(str(export_raw(tmp_path / "raw.onnx", (3, SIZE, SIZE))), preprocess="vit")
+    images = make_images(8)
+    bundle = vitfold.save(vitfold.optimize(model), tmp_path / "raw.fold", images=images)
+    assert onnxruntime.InferenceSession(bundle.path / "model.onnx").get_inputs()[0].type == "tensor(uint8)"
+    assert bundle.manifest.fidelity is not None
+    assert bundle.manifest.fidelity["cosine"] > 0.9999
+    assert float(model.preprocess(Image.new("RGB", (SIZE, SIZE), (7, 7, 7))).mean()) == pytest.approx(7.0)
+    with pytest.raises(SourceError, match="channels last"):
+        vitfold.load(str(export_raw(tmp_path / "last.onnx", (SIZE, SIZE, 3), last=True)))
 
 
 def test_several_outputs_keep_their_names(tmp_path):
@@ -482,7 +518,6 @@ def test_an_open_size_is_chosen(tmp_path):
 @pytest.fixture
 def make_images(tmp_path):
     """The factory `make_images(count)` of sets of random pictures."""
-    from PIL import Image
 
     def make(count: int) -> ImageSet:
         folder = tmp_path / "pictures"

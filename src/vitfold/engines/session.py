@@ -167,7 +167,8 @@ class Session(ABC):
                 shape = (port.batch, *port.shape)
                 raise EngineError(f"the graph takes {name} of shape {shape}, found {values.shape}; resize the images")
             dtype = "float32" if port is None else port.dtype
-            self._tensors[name] = np.ascontiguousarray(values, np.dtype(dtype))
+            whole = np.dtype(dtype).kind in "iu" and values.dtype.kind == "f"
+            self._tensors[name] = np.ascontiguousarray(np.rint(values) if whole else values, np.dtype(dtype))
         self._written = ()
 
     def run(self, part: str = MAIN, names: Mapping[str, str] = _NO_NAMES) -> None:

@@ -11,21 +11,31 @@ import numpy as np
 from vitfold.model import Array
 
 _KEPT = 4096
+_TYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}
+"""Types that ONNX calls otherwise than NumPy."""
 
 
 def run_foreign(graph: Array, parts: Sequence[Array], weights: Sequence[Any]) -> list[Array]:
     """Run a piece in ONNX Runtime, on the CPU; `weights` are arrays or tensors of torch."""
-    session, names = _session(graph.tobytes())
-    given = [np.ascontiguousarray(part) for part in (*parts, *(np.asarray(weight) for weight in weights))]
-    found: list[Array] = session.run(None, dict(zip(names, given, strict=True)))
+    session, ends = _session(graph.tobytes())
+    given = {
+        name: _of_type(np.asarray(part), dtype) for (name, dtype), part in zip(ends, (*parts, *weights), strict=True)
+    }
+    found: list[Array] = session.run(None, given)
     return found
 
 
+def _of_type(array: Array, dtype: str) -> Array:
+    """An array of a type; reals that stand for whole numbers, as prepared pixels do, are rounded."""
+    whole = dtype.startswith(("int", "uint")) and array.dtype.kind == "f"
+    return np.ascontiguousarray(np.rint(array) if whole else array, dtype)
+
+
 @functools.lru_cache(maxsize=_KEPT)
-def _session(data: bytes) -> tuple[Any, tuple[str, ...]]:
+def _session(data: bytes) -> tuple[Any, tuple[tuple[str, str], ...]]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return session, tuple(one.name for one in session.get_inputs())
+    return session, tuple((one.name, _TYPES.get(one.type, one.type[7:-1])) for one in session.get_inputs())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -22,9 +23,10 @@ def copy_foreign(writer: Writer, site: str, graph: Array, inputs: Sequence[ir.Va
     """Write the nodes of a piece; `inputs` are the values that stand for its inputs. Return those of its outputs."""
     piece = ir.from_proto(onnx.load_model_from_string(graph.tobytes())).graph
     values: dict[str, ir.Value] = {str(one.name): given for one, given in zip(piece.inputs, inputs, strict=True)}
+    always = {str(one.name) for node in piece if node.op_type in _SINGLE for one in node.inputs[1:] if one is not None}
     for name, value in piece.initializers.items():
         if value.const_value is not None:
-            values[name] = writer.constant(value.const_value.numpy())
+            values[name] = _constant(writer, f"{site}.{name}", value.const_value.numpy(), single=name in always)
     for node in piece:
         given = [None if one is None else values[str(one.name)] for one in node.inputs]
         attributes = {name: _in_type(writer, node.op_type, name, one) for name, one in node.attributes.items()}
@@ -33,6 +35,16 @@ def copy_foreign(writer: Writer, site: str, graph: Array, inputs: Sequence[ir.Va
         )
         values.update({str(old.name): new for old, new in zip(node.outputs, made, strict=True)})
     return [values[str(one.name)] for one in piece.outputs]
+
+
+_SINGLE = ("Resize", "Upsample")
+"""Operators whose numbers beside the input are in single precision, whatever the input is."""
+
+
+def _constant(writer: Writer, name: str, array: Array, *, single: bool) -> ir.Value:
+    if single and array.dtype == np.float32:
+        return writer.lazy(name, array.shape, ir.DataType.FLOAT, lambda: array)
+    return writer.constant(array)
 
 
 def _in_type(writer: Writer, op_type: str, name: str, attribute: Any) -> Any:

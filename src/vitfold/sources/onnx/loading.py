@@ -68,6 +68,8 @@ def model_of(read: ReadGraph, origin: Origin, *, labels: Sequence[str] | None, p
     if labels is not None and len(labels) != spec.output_width:
         _log.warning("there are %d labels for %d outputs; they are left out", len(labels), spec.output_width)
         labels = None
+    if spec.inputs[0].dtype.startswith(("int", "uint")):
+        preprocess = replace(preprocess, mean=(0.0,) * 3, std=(1 / 255,) * 3)  # the graph takes pixels as they are
     fits = preprocess.crop_size == spec.image_size
     return Model(
         spec=spec,

@@ -28,6 +28,7 @@ from vitfold.transforms.dead import without_dead_nodes
 
 TOLERANCE = 1e-5
 _ROWS = 1e-4
+_CHANNELS = (1, 3, 4)
 _FEATURES = ("embed", "feature", "hidden", "token", "pool")
 _MOST_PREFIX = 64
 
@@ -85,6 +86,11 @@ def _image_end(plain: Plain, path: Path) -> tuple[int, tuple[int, int]]:
     shape = plain.shapes[plain.inputs[0].name][0]
     if len(shape) != 4:
         return (shape[1] if len(shape) > 2 else 1), (shape[-2] if len(shape) > 2 else 1, shape[-1])
+    if shape[1] not in _CHANNELS and shape[3] in _CHANNELS:
+        raise SourceError(
+            f"{path} takes images of {shape[1]} x {shape[2]} pixels with their channels last; export it with channels "
+            "first"
+        )
     return shape[1], (shape[2], shape[3])
 
 
