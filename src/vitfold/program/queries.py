@@ -50,6 +50,18 @@ def linears_of(program: Program) -> tuple[Node, ...]:
     return tuple(node for node in program.nodes if node.op in ("linear", "heads"))
 
 
+def params_read(program: Program) -> frozenset[str]:
+    """Return the names of the parameters that a program may read: a layer's bias, too, where it has one."""
+    names: set[str] = set()
+    for node in program.nodes:
+        layer = node.attributes.get("layer")
+        names.update((f"{layer}.weight", f"{layer}.bias") if layer else ())
+        names.update(node.attributes.get("weights", ()))
+        if node.op == "param":
+            names.add(node.attributes["name"])
+    return frozenset(names)
+
+
 def norm_before(program: Program, node: Node) -> Node | None:
     """Return the LayerNorm whose output alone feeds a linear layer and feeds nothing else; None if none does."""
     maker = makers(program).get(node.source)

@@ -15,6 +15,7 @@ from vitfold.model.spec import Problem
 from vitfold.sources.onnx.exporting import image_part, read_module
 from vitfold.sources.onnx.loading import model_of
 from vitfold.sources.reader import Facts
+from vitfold.sources.transformers import PROBLEMS
 
 _log = logging.getLogger("vitfold")
 
@@ -59,11 +60,9 @@ def _stated_problem(module: torch.nn.Module, reason: SourceError) -> Problem | N
         SourceError: `reason`, if that is none that vitfold knows.
     """
     stated = getattr(getattr(module, "config", None), "problem_type", None)
-    known: dict[str, Problem] = {"single_label_classification": "single_label", "regression": "regression"}
-    known["multi_label_classification"] = "multi_label"
-    if stated is not None and stated not in known:
+    if stated is not None and stated not in PROBLEMS:
         raise reason
-    return None if stated is None else known[stated]
+    return None if stated is None else PROBLEMS[stated]
 
 
 def _input_shape(module: torch.nn.Module, size: tuple[int, int] | None) -> tuple[int, ...]:

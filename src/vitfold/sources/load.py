@@ -69,8 +69,8 @@ def load_source(
     """Load a pretrained model and check that the program computes what the original computes.
 
     Args:
-        source: timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME, open_clip:NAME/TAG, FILE.safetensors, FILE.onnx, or
-            demo.
+        source: timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME, open_clip:NAME/TAG, FILE.safetensors, FILE.onnx,
+            FILE.py:FUNCTION, FILE.pt2, or demo.
         arch: timm architecture of a file.
         num_classes: classes of the head; pretrained heads cannot be changed.
         image_size: side of the square input in pixels; positions are resampled to it.
@@ -97,10 +97,10 @@ def load_source(
     arguments |= {k: v for k, v in (("problem", problem), ("preprocess", preprocess)) if v is not None}
     if _is_graph(source):
         return Loaded(model=_load_graph(source, arguments), original=None)
+    if preprocess is not None:
+        raise SourceError(f"--preprocess belongs to an ONNX file, and {source} is none; leave it out")
     if _is_code(source):
         return _load_code(source, arguments, graph=graph)
-    if preprocess is not None:
-        raise SourceError(f"--preprocess belongs to an ONNX file, and {source} says itself how images are prepared")
     return _from_zoo(source, arguments, graph=graph)
 
 
@@ -154,11 +154,15 @@ def _is_code(source: str) -> bool:
     return (bool(colon) and path.endswith(".py") and bool(name)) or source.endswith(".pt2")
 
 
-def _load_code(source: str, arguments: Mapping[str, Any], *, graph: bool) -> Loaded:
-    """Load a module that code builds (FILE.py:FUNCTION) or that torch.export saved (FILE.pt2)."""
+def _check_whole(source: str, arguments: Mapping[str, Any]) -> None:
     for option, name in (("--arch", "arch"), ("--num-classes", "num_classes")):
         if arguments[name] is not None:
             raise SourceError(f"{option} belongs to weights, and {source} is a whole model; leave it out")
+
+
+def _load_code(source: str, arguments: Mapping[str, Any], *, graph: bool) -> Loaded:
+    """Load a module that code builds (FILE.py:FUNCTION) or that torch.export saved (FILE.pt2)."""
+    _check_whole(source, arguments)
     from vitfold.sources.code import build_from_code, load_exported
 
     exported = source.endswith(".pt2")
@@ -184,9 +188,7 @@ def _load_code(source: str, arguments: Mapping[str, Any], *, graph: bool) -> Loa
 
 def _load_graph(source: str, arguments: Mapping[str, Any]) -> Model:
     """Load an ONNX file."""
-    for option, name in (("--arch", "arch"), ("--num-classes", "num_classes")):
-        if arguments[name] is not None:
-            raise SourceError(f"{option} belongs to weights, and {source} is a whole graph; leave it out")
+    _check_whole(source, arguments)
     onnx = import_package("onnx", "optimize", f"loading {source}")
     path, size = Path(source).expanduser().resolve(), arguments["image_size"]
     loader = importlib.import_module("vitfold.sources.onnx.loading")

@@ -64,19 +64,7 @@ def with_attentions(program: Program, params: Mapping[str, Array]) -> tuple[Prog
         results = call(recorder.ops, node, values) if one is None else (writing.attention(one),)
         values.update(zip(node.outputs, results, strict=True))
     outputs = {name: values[ref] for name, ref in program.outputs.items()}
-    return _with_its_params(without_dead_nodes(recorder.program(outputs)), held)
-
-
-def _with_its_params(program: Program, params: Mapping[str, Array]) -> tuple[Program, dict[str, Array]]:
-    """Leave out the parameters that nothing reads any more."""
-    names: set[str] = set()
-    for node in program.nodes:
-        layer = node.attributes.get("layer")
-        names.update((f"{layer}.weight", f"{layer}.bias") if layer else ())
-        names.update(node.attributes.get("weights", ()))
-        if node.op == "param":
-            names.add(node.attributes["name"])
-    return program, {name: array for name, array in params.items() if name in names}
+    return without_dead_nodes(recorder.program(outputs)), held
 
 
 def _attentions(program: Program, params: Mapping[str, Array]) -> list[Found]:
@@ -317,7 +305,7 @@ class _Writing:
         return f"{name}.{taken}" if taken else name
 
     def _set(self, name: str, array: Array) -> None:
-        self._params[name] = np.ascontiguousarray(array, np.float32)
+        self._params[name] = np.array(array, np.float32, order="C")
         self._shapes[name] = array.shape
 
     def _bias(self, found: Found) -> Traced | None:

@@ -99,7 +99,7 @@ class Lift:
 
     def set_param(self, name: str, array: Array) -> None:
         """Keep an array as the parameter `name`."""
-        self.params[name] = np.ascontiguousarray(array, dtype=np.float32)
+        self.params[name] = np.array(array, np.float32, order="C")
         self.shapes[name] = self.params[name].shape
 
     def known(self, name: str, array: Array) -> Traced:

@@ -17,11 +17,20 @@ from vitfold.model import Array, GraphEnd, GraphSpec
 from vitfold.model.graph import Kind
 from vitfold.ops.run import Run
 from vitfold.program import Program, Ref, replay
-from vitfold.program.queries import attentions_of
+from vitfold.program.queries import attentions_of, params_read
 from vitfold.sources.onnx.attention import with_attentions
 from vitfold.sources.onnx.blocks import Blocks, with_blocks
 from vitfold.sources.onnx.lifting import LiftedProgram, lift
-from vitfold.sources.onnx.reading import BATCHES, End, Plain, at_batch, random_inputs, read_plain, run_values
+from vitfold.sources.onnx.reading import (
+    BATCHES,
+    End,
+    Plain,
+    at_batch,
+    random_array,
+    random_inputs,
+    read_plain,
+    run_values,
+)
 from vitfold.sources.onnx.scales import with_folded_scales
 from vitfold.sources.onnx.views import with_short_views
 from vitfold.transforms.dead import without_dead_nodes
@@ -63,15 +72,14 @@ def read(plain: Plain, model: onnx.ModelProto, path: Path, *, head: Kind | None 
     program, params = with_attentions(*with_folded_scales(lifted.program, lifted.params))
     shapes = {name: array.shape for name, array in params.items()}
     program = without_dead_nodes(with_short_views(program, shapes))
-    found = with_blocks(program, params)
-    error = _check_parity(path, plain, model, lifted, found)
-    if not any(node.op == "attention" for node in found.program.nodes):
+    if not attentions_of(program):
         raise UnsupportedError(
             f"{path} has no attention: vitfold makes transformers faster, not convolutional networks"
         )
-    names = _read_by(found.program)
-    params = {name: np.array(array) for name, array in found.params.items() if name in names}
-    return ReadGraph(spec=_spec(plain, image, lifted, found, params, head), params=params, error=error)
+    read_of = params_read(program)
+    found = with_blocks(program, {name: array for name, array in params.items() if name in read_of})
+    error = _check_parity(path, plain, model, lifted, found)
+    return ReadGraph(spec=_spec(plain, image, lifted, found, head), params=found.params, error=error)
 
 
 def _image_end(plain: Plain, path: Path) -> tuple[int, tuple[int, int]]:
@@ -94,18 +102,6 @@ def _image_end(plain: Plain, path: Path) -> tuple[int, tuple[int, int]]:
     return shape[1], (shape[2], shape[3])
 
 
-def _read_by(program: Program) -> set[str]:
-    """Names of the parameters that a program reads."""
-    names: set[str] = set()
-    for node in program.nodes:
-        layer = node.attributes.get("layer")
-        names.update((f"{layer}.weight", f"{layer}.bias") if layer else ())
-        names.update(node.attributes.get("weights", ()))
-        if node.op == "param":
-            names.add(node.attributes["name"])
-    return names
-
-
 def _check_parity(path: Path, plain: Plain, model: onnx.ModelProto, lifted: LiftedProgram, found: Blocks) -> float:
     """Compare program and file on random inputs; return the largest relative difference."""
     names = [end.name for end in plain.outputs]
@@ -115,7 +111,7 @@ def _check_parity(path: Path, plain: Plain, model: onnx.ModelProto, lifted: Lift
     expected = run_values(fixed, names, given, path)
     inputs = tuple(torch.from_numpy(given[end.name]) for end in plain.inputs)
     with torch.inference_mode():
-        made = replay(found.program, Run(_writable(found.params)), *inputs)
+        made = replay(found.program, Run(found.params), *inputs)
     if plain.batch is not None:
         _check_rows(path, plain, found)
     worst = 0.0
@@ -145,12 +141,8 @@ def _check_rows(path: Path, plain: Plain, found: Blocks) -> None:
     Raises:
         ParityError: if images have to do with each other.
     """
-    random = np.random.default_rng(2)
-    shape = (3, *plain.shapes[plain.inputs[0].name][0][1:])
-    images = torch.from_numpy(random.standard_normal(shape).astype(np.float32))
-    if np.dtype(plain.inputs[0].dtype).kind in "iu":
-        images = torch.from_numpy(random.integers(0, 2, shape).astype(plain.inputs[0].dtype))
-    run = Run(_writable(found.params))
+    images = _random_images(plain, 3)
+    run = Run(found.params)
     try:
         with torch.inference_mode():
             together = replay(found.program, run, images)[0]
@@ -163,8 +155,12 @@ def _check_rows(path: Path, plain: Plain, found: Blocks) -> None:
         raise ParityError(f"{path} computes images from each other; export it with an open batch")
 
 
-def _writable(params: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: array if array.flags.writeable else array.copy() for name, array in params.items()}
+def _random_images(plain: Plain, count: int) -> torch.Tensor:
+    """Random inputs as the file takes them, after single precision took the place of half."""
+    end = plain.inputs[0]
+    whole = np.dtype(end.dtype).kind in "iu"
+    shape = (count, *plain.shapes[end.name][0][1:])
+    return torch.from_numpy(random_array(shape, end.dtype if whole else "float32", np.random.default_rng(1)))
 
 
 def _difference(expected: Array, found: Array) -> float:
@@ -183,7 +179,7 @@ def _first_difference(
     inputs = tuple(torch.from_numpy(given[end.name]) for end in plain.inputs)
     expected = run_values(model, list(seen), given, path)
     with torch.inference_mode():
-        values = dict(zip(seen, replay(program, Run(_writable(lifted.params)), *inputs), strict=True))
+        values = dict(zip(seen, replay(program, Run(lifted.params), *inputs), strict=True))
     for name in seen:
         value = values[name].numpy()
         if value.shape != expected[name].shape or _difference(expected[name], value) > TOLERANCE:
@@ -197,7 +193,6 @@ def _spec(
     image: tuple[int, tuple[int, int]],
     lifted: LiftedProgram,
     found: Blocks,
-    params: Mapping[str, Array],
     head: Kind | None,
 ) -> GraphSpec:
     program = found.program
@@ -209,7 +204,7 @@ def _spec(
     mlp = next((n.shapes[0][-1] for n in program.nodes if n.block == 0 and n.role == "mlp" and n.op == "linear"), 0)
     return GraphSpec(
         program=json.dumps(program.to_dict(), separators=(",", ":")),
-        shapes=tuple(sorted((name, tuple(array.shape)) for name, array in params.items())),
+        shapes=tuple(sorted((name, tuple(array.shape)) for name, array in found.params.items())),
         inputs=tuple(_end(end, plain) for end in plain.inputs),
         outputs_of=tuple(_end(end, plain) for end in plain.outputs),
         opset=plain.opset,
@@ -254,19 +249,15 @@ def _layout(plain: Plain, found: Blocks) -> tuple[int, tuple[int, int], str]:
     """Find which tokens are patches: those that depend on the image; return prefix, grid, and why nothing merges."""
     program, stream = found.program, found.streams[0]
     shown = Program(inputs=program.inputs, nodes=program.nodes, outputs={"x": stream})
-    random = np.random.default_rng(1)
-    shape = (BATCHES[0], *plain.shapes[plain.inputs[0].name][0][1:])
-    image = random.standard_normal(shape).astype(np.float32)
-    if np.dtype(plain.inputs[0].dtype).kind in "iu":
-        image = random.integers(0, 256, shape).astype(plain.inputs[0].dtype)
+    images = _random_images(plain, 2)
     with torch.inference_mode():
-        x = replay(shown, Run(_writable(found.params)), torch.from_numpy(image))[0]
+        x = replay(shown, Run(found.params), images)[0]
     varies = (x[0] - x[1]).abs().amax(-1) > 0
     patches = int(varies.sum())
     prefix = len(varies) - patches
     if not patches or bool(varies[:prefix].any()) or prefix > _MOST_PREFIX:
         return 0, (1, 1), "tokens that do not depend on the image stand between or behind those that do"
-    return prefix, _grid(program, patches, shape[-2:]), ""
+    return prefix, _grid(program, patches, tuple(images.shape[-2:])), ""
 
 
 def _grid(program: Program, patches: int, size: tuple[int, ...]) -> tuple[int, int]:

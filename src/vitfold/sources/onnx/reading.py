@@ -386,14 +386,16 @@ def random_inputs(model: onnx.ModelProto, seed: int = 0) -> dict[str, Array]:
             continue
         kind = one.type.tensor_type
         shape = tuple(d.dim_value for d in kind.shape.dim)
-        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
-        if dtype == np.uint8:
-            given[one.name] = random.integers(0, 256, shape).astype(dtype)
-        elif dtype.kind in "iu":
-            given[one.name] = random.integers(0, 2, shape).astype(dtype)
-        else:
-            given[one.name] = random.standard_normal(shape).astype(dtype)
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).name
+        given[one.name] = random_array(shape, dtype, random)
     return given
+
+
+def random_array(shape: Shape, dtype: str, random: np.random.Generator) -> Array:
+    """Return normal reals, pixels of eight bits, or small whole numbers, of the type that NumPy calls `dtype`."""
+    if np.dtype(dtype).kind in "iu":
+        return random.integers(0, 256 if dtype == "uint8" else 2, shape).astype(dtype)
+    return random.standard_normal(shape).astype(dtype)
 
 
 def run_values(
