@@ -78,7 +78,7 @@ def graph_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     ends = [(side, _shown(end)) for side in ("inputs", "outputs") for end in found[side]]
     return [
         *((side.removesuffix("s"), shown) for side, shown in ends),
-        ("opset", str(found["opset"])),
+        ("opset", f"{found['opset']}, as it is read here"),
         (
             "blocks",
             f"{found['blocks']}, width {found['embed_dim']}, {found['heads']} heads of {found['head_dim']}; "
