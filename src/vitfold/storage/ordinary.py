@@ -10,6 +10,7 @@ import stat
 import time
 from pathlib import Path
 
+from vitfold.storage.interrupts import uninterrupted
 from vitfold.storage.locks import try_lock
 
 TEXT_BYTES = 64 * 2**20
@@ -65,7 +66,11 @@ def write_whole(path: Path, content: bytes) -> None:
     if path.exists() and not path.is_file():  # /dev/stdout and its like
         path.write_bytes(content)
         return
-    target = path.resolve() if path.is_symlink() else path
+    with uninterrupted():
+        _write_whole(path.resolve() if path.is_symlink() else path, content)
+
+
+def _write_whole(target: Path, content: bytes) -> None:
     partial = target.with_name(f".{target.name}.partial")
     for _ in range(_TRIES):
         descriptor = try_lock(partial, create=True)
@@ -73,7 +78,7 @@ def write_whole(path: Path, content: bytes) -> None:
             break
         time.sleep(_PAUSE_S)
     else:
-        raise OSError(f"another command is writing {path.name}")
+        raise OSError(f"another command is writing {target.name}")
     try:
         os.ftruncate(descriptor, 0)
         with os.fdopen(os.dup(descriptor), "wb") as file:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitfold.errors import BundleError
+from vitfold.storage.interrupts import uninterrupted
 from vitfold.storage.locks import holder, sign, signed, try_lock
 
 WRITER = "writer.json"
@@ -47,13 +48,10 @@ def open_workshop(destination: Path) -> Iterator[Path]:
         BundleError: if its writer lives, something else has its name, or it cannot be made.
     """
     folder = workshop_of(destination)
+    lock: int | None = None
     try:
-        lock = _locked(folder, destination)
-    except OSError as error:
-        raise BundleError(
-            f"cannot write {destination}: {error.strerror or error}; choose a folder that you may write to"
-        ) from None
-    try:
+        with uninterrupted():
+            lock = _lock_or_refuse(folder, destination)
         put_back(folder, destination)
         _empty(folder)
         for path in _earlier(destination):
@@ -62,9 +60,11 @@ def open_workshop(destination: Path) -> Iterator[Path]:
         sign(lock)
         yield folder
     finally:
-        put_back(folder, destination)
-        _remove(folder)
-        os.close(lock)
+        with uninterrupted():
+            if lock is not None:
+                put_back(folder, destination)
+                _remove(folder)
+                os.close(lock)
 
 
 def recover(destination: Path) -> None:
@@ -109,6 +109,15 @@ def leftovers(folder: Path) -> list[Leftover]:
             continue
         found.append(Leftover(path=path, destination=destination, size_bytes=_size(path), lives=lives))
     return found
+
+
+def _lock_or_refuse(folder: Path, destination: Path) -> int:
+    try:
+        return _locked(folder, destination)
+    except OSError as error:
+        raise BundleError(
+            f"cannot write {destination}: {error.strerror or error}; choose a folder that you may write to"
+        ) from None
 
 
 def _locked(folder: Path, destination: Path) -> int:
