@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,13 @@ def test_what_was_not_measured_is_not_drawn() -> None:
     header, body = diffusion_rows(documents.diffusion(rows=without("frechet_noise")))
     assert header == ["sampler", "full", "reused", "s/image", "speed-up", "PSNR dB", "SSIM", "Frechet", "kept MB"]
     assert body[2] == ["stack:2, w8a8", "11", "9", "0.200", "2.00x ±0.02", "33.2", "0.9000", "22.50", "1.7"]
+
+
+def test_a_plot_is_drawn_where_every_method_was_slower_than_the_unaccelerated_sampler() -> None:
+    found = [replace(one, paired_seconds=1e-6) if one.family == UNACCELERATED else one for one in samplers()]
+    plot = curves.likeness(found)
+    assert plot is not None
+    assert any(len(trace.x) for trace in plot.figure.data if trace.mode == "lines")
 
 
 def test_columns_that_only_some_documents_fill() -> None:

@@ -20,7 +20,7 @@ _COLOURS = tuple(colour for colour in PALETTE if colour != _RIVAL)
 def likeness(samplers: Sequence[Sampler]) -> Plot | None:
     """PSNR to the unaccelerated images against time; that sampler's own time is a line, as its PSNR is infinite."""
     figure = go.Figure()
-    best = [one for one in front(samplers, "paired_seconds", "psnr_db") if math.isfinite(one.psnr_db)]
+    best = front([one for one in samplers if math.isfinite(one.psnr_db)], "paired_seconds", "psnr_db")
     if not best:
         return None
     draw_front(figure, [one.paired_seconds for one in best], [one.psnr_db for one in best])
