@@ -178,7 +178,7 @@ BAD = {
     "pickle": ("/nowhere/model.pth", {}, "pickle"),
     "random file": ("model.safetensors", {"weights": "random"}, "does not go with the file"),
     "arch with zoo": (f"timm:{ARCH}", {"arch": ARCH}, "leave it out"),
-    "negative size": (f"timm:{ARCH}", {"image_size": 0}, "at least 1"),
+    "negative size": (f"timm:{ARCH}", {"image_size": 0}, "HEIGHTxWIDTH"),
     "odd size": (f"timm:{ARCH}", {"image_size": 100, "weights": "random"}, "multiple of the patch size"),
 }
 

@@ -40,7 +40,7 @@ def plain_program(spec: Architecture) -> Program:
         lambda ops, image: vit(ops, spec, image),
         shapes_of(spec),
         inputs=(Port(name=INPUT, shape=(spec.channels, *spec.image_size)),),
-        outputs=(spec.output,),
+        outputs=spec.output_names,
     )
 
 
@@ -48,8 +48,8 @@ def plain_program(spec: Architecture) -> Program:
 def program_of(spec: Architecture, merge: MergeRecipe = UNMERGED, *, sources: bool = False) -> Program:
     """Return the program with merging and with what is done about sinks.
 
-    Its outputs are the model's own, `spec.output`, then the tokens in front of every block and behind the last one by
-    `transforms.merging.stream_name`; with `sources` also which original tokens each row holds.
+    Its outputs are the model's own, `spec.output_names`, then the tokens in front of every block and behind the last
+    one by `transforms.merging.stream_name`; with `sources` also which original tokens each row holds.
 
     Raises:
         RecipeError: if more tokens shall merge than there are.
@@ -64,8 +64,10 @@ def program_of(spec: Architecture, merge: MergeRecipe = UNMERGED, *, sources: bo
     if sinks is None:
         return program
     program = with_sinks(program, shapes, sinks, spec.prefix)
-    if sinks.neurons and isinstance(spec, ViTSpec) and spec.pool == "none":
-        program = without_row(program, shapes, spec.output, spec.prefix - 1)
+    if sinks.neurons and isinstance(spec, ViTSpec):
+        dense = (spec.output,) if spec.pool == "none" else ()
+        for name in (*dense, *(name for name in spec.also if name != "image_embeds")):
+            program = without_row(program, shapes, name, spec.prefix - 1)
     return program
 
 

@@ -6,18 +6,30 @@ Merging, deletions, registers and quantization are no part of it: they are chang
 from __future__ import annotations
 
 from vitfold.model import ViTSpec
+from vitfold.model.spec import hidden_state
 from vitfold.ops.protocol import Ops, T
 
 
-def vit(ops: Ops[T], spec: ViTSpec, image: T) -> T:
-    """Return the model's output (B, C) for images (B, 3, H, W); (B, N, C) where it pools nothing.
+def vit(ops: Ops[T], spec: ViTSpec, image: T) -> tuple[T, ...]:
+    """Return the model's outputs for images (B, 3, H, W), in the order of `spec.output_names`.
+
+    Vectors are (B, C); tokens, and the output of a model that pools nothing, (B, N, D).
 
     Source: ViT (2010.11929), equations 1-4.
     """
     x = embed(ops, spec, image)
+    made: dict[str, T] = {}
     for block in range(spec.num_layers):
         x = transformer_block(ops, spec, block, x)
-    return head(ops, spec, pool(ops, spec, x))
+        made[hidden_state(block + 1)] = x
+    whole = "last_hidden_state" in spec.also
+    if whole:
+        x = made["last_hidden_state"] = final_norm(ops, spec, x)
+    x = pool(ops, spec, x, normed=whole)
+    if "image_embeds" in spec.also:
+        made["image_embeds"] = ops.mean(x, 1) if spec.pool == "token_dist" else x
+    made[spec.output] = head(ops, spec, x)
+    return tuple(made[name] for name in spec.output_names)
 
 
 def embed(ops: Ops[T], spec: ViTSpec, image: T) -> T:
@@ -76,14 +88,20 @@ def mlp(ops: Ops[T], spec: ViTSpec, block: int, x: T) -> T:
     return ops.linear(f"{site}.fc2", hidden)
 
 
-def pool(ops: Ops[T], spec: ViTSpec, x: T) -> T:
-    """Final norm and pooling: (B, D), (B, 2 D) or, without pooling, (B, N, D)."""
+def final_norm(ops: Ops[T], spec: ViTSpec, x: T) -> T:
+    """The norm behind the last block, where the model has one."""
+    ops.scope("pool", role="pool")
+    return ops.layer_norm("norm", x, spec.norm_eps) if spec.final_norm else x
+
+
+def pool(ops: Ops[T], spec: ViTSpec, x: T, *, normed: bool = False) -> T:
+    """Final norm, unless that is done, and pooling: (B, D), (B, 2 D) or, without pooling, (B, N, D)."""
     ops.scope("pool", role="pool")
     read = {"token": 1, "token_dist": 2}.get(spec.pool)
     if read is not None:
         x = ops.slice(x, 1, 0, read)
-    if spec.final_norm:
-        x = ops.layer_norm("norm", x, spec.norm_eps)
+    if not normed:
+        x = final_norm(ops, spec, x)
     if spec.pool == "map":
         x = attention_pool(ops, spec, x)
     elif spec.pool == "avg":

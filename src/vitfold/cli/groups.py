@@ -36,6 +36,7 @@ class ModelArgs:
     image_size: options.ImageSize = None
     problem: options.Problem = None
     preprocess: options.Preprocessing = None
+    outputs: options.Outputs = None
     weights: options.Weights = "pretrained"
     seed: options.Seed = 0
     exif: options.Exif = None

@@ -38,7 +38,21 @@ NumClasses = Annotated[
     int | None, typer.Option(min=0, help="Classes of the head; 0 for features.", rich_help_panel=SOURCE)
 ]
 ImageSize = Annotated[
-    int | None, typer.Option(min=1, help="Input pixels per side; positions are resampled.", rich_help_panel=SOURCE)
+    str | None,
+    typer.Option(
+        metavar="SIDE|HxW",
+        help="Input pixels per side, or 384x512; positions are resampled.",
+        rich_help_panel=SOURCE,
+    ),
+]
+Outputs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="What the model gives, the first being compared: logits, embedding, tokens, layers:3,6, or names of "
+        "outputs of a graph.",
+        rich_help_panel=SOURCE,
+    ),
 ]
 Problem = Annotated[
     Literal["single_label", "multi_label", "regression"] | None,

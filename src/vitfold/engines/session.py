@@ -200,21 +200,24 @@ class Session(ABC):
         return {name: np.array(self._tensors[name]) for name in names or self._written}
 
     def __call__(self, pixel_values: Array) -> Array:
-        """Run the only part on its only input (B, ...) and return its first output (B, ...).
+        """Run the only part on its only input (B, ...) and return its first output (B, ...)."""
+        first = self.parts[MAIN].outputs[0].name
+        return self.named(pixel_values, first)[first]
+
+    def named(self, pixel_values: Array, *names: str) -> dict[str, Array]:
+        """Run the only part on its only input (B, ...) and return the outputs named, or all of them, each (B, ...).
 
         A graph of a fixed batch runs as often as it takes, its last batch filled up with the last row.
         """
         size, count = self.parts[MAIN].inputs[0].batch, len(pixel_values)
-        first = self.parts[MAIN].outputs[0].name
         if not isinstance(size, int) or count == size:
             self.bind({self.input: pixel_values})
             self.run()
-            return self.fetch(first)[first]
+            return self.fetch(*names)
         missing = -count % size
         rows = np.concatenate((pixel_values, np.repeat(pixel_values[-1:], missing, 0))) if missing else pixel_values
-        made = [self(rows[start : start + size]) for start in range(0, len(rows), size)]
-        whole: Array = np.concatenate(made)[:count]
-        return whole
+        made = [self.named(rows[start : start + size], *names) for start in range(0, len(rows), size)]
+        return {name: np.concatenate([one[name] for one in made])[:count] for name in made[0]}
 
     def profile(self, runs: int = 20, beside: Mapping[str, Call] | None = None) -> EngineProfile:
         """Time each node of the main part on what is bound, by the engine's own profiler.

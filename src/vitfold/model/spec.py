@@ -19,10 +19,13 @@ PosEmbed = Literal["none", "all", "patches"]
 Pool = Literal["token", "avg", "map", "token_avg", "token_dist", "none"]
 HeadActivation = Literal["none", "tanh"]
 Output = Literal["logits", "image_embeds", "last_hidden_state"]
+"""What the first output of a model is; one that ends behind block L may call it "hidden_states.L"."""
 Problem = Literal["single_label", "multi_label", "regression"]
 Head = Literal["single_label", "multi_label", "regression", "features"]
 
 Shape = tuple[int, ...]
+HIDDEN = "hidden_states."
+_ALSO = ("image_embeds", "last_hidden_state")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +34,9 @@ class ViTSpec:
 
     Prefix tokens stand first: class token, distillation token, registers, in this order. `problem` says what the
     logits of a classifier stand for: one class among all, a yes or no each, or numbers. `sinks` says what is
-    done about sink tokens, None as a model comes from its zoo.
+    done about sink tokens, None as a model comes from its zoo. `also` are outputs behind the first one: "image_embeds"
+    (what the head reads), "last_hidden_state" (all tokens behind the final norm), "hidden_states.L" (all tokens behind
+    L blocks).
     """
 
     image_size: tuple[int, int]
@@ -61,9 +66,10 @@ class ViTSpec:
     map_activation: Activation = "gelu_erf"
     outputs: int = 0
     head_activation: HeadActivation = "none"
-    output: Output = "logits"
+    output: str = "logits"
     problem: Problem = "single_label"
     sinks: Sinks | None = None
+    also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -73,7 +79,6 @@ class ViTSpec:
             ("pos_embed", PosEmbed),
             ("pool", Pool),
             ("head_activation", HeadActivation),
-            ("output", Output),
             ("problem", Problem),
         ):
             value = getattr(self, name)
@@ -96,6 +101,13 @@ class ViTSpec:
             raise SourceError("a classifier needs outputs; a model without a head has the output 'image_embeds'")
         if self.pool == "map" and (self.map_heads <= 0 or self.embed_dim % self.map_heads):
             raise SourceError(f"attention pooling needs map_heads that divide the width {self.embed_dim}")
+        if self.output not in get_args(Output) and hidden_layer(self.output) != self.num_layers:
+            raise SourceError(f"unsupported output {self.output!r}; supported: {', '.join(get_args(Output))}")
+        for name in self.also:
+            layer = hidden_layer(name)
+            known = name in _ALSO and self.pool != "none" if layer is None else 1 <= layer <= self.num_layers
+            if not known or name == self.output:
+                raise SourceError(f"a model of {self.num_layers} blocks has no output {name} beside {self.output}")
         if self.sinks is not None:
             self._check_sinks(self.sinks)
 
@@ -128,12 +140,12 @@ class ViTSpec:
     @property
     def output_names(self) -> tuple[str, ...]:
         """The names of all outputs."""
-        return (self.output,)
+        return (self.output, *self.also)
 
     @property
     def dense(self) -> bool:
         """True if the output is more than one vector per image."""
-        return self.output == "last_hidden_state"
+        return self.output not in ("logits", "image_embeds")
 
     @property
     def unmergeable(self) -> str:
@@ -174,6 +186,17 @@ class ViTSpec:
     def output_width(self) -> int:
         """Width of the model's output vector."""
         return self.outputs or self.pooled_width
+
+
+def hidden_state(layer: int) -> str:
+    """Return the name of the tokens behind so many blocks."""
+    return f"{HIDDEN}{layer}"
+
+
+def hidden_layer(name: str) -> int | None:
+    """Return behind how many blocks an output of this name stands, None if it is none of theirs."""
+    count = name.removeprefix(HIDDEN)
+    return int(count) if count != name and count.isdigit() else None
 
 
 Architecture = ViTSpec | GraphSpec
@@ -243,19 +266,22 @@ def vit_spec_from_dict(values: dict[str, Any]) -> ViTSpec:
     if unknown:
         raise SourceError(f"unknown spec key {unknown[0]!r}; this vitfold is older than the file, upgrade vitfold")
     values = dict(values)
-    for name in ("image_size", "patch_size"):
-        values[name] = tuple(values[name])
+    for name in ("image_size", "patch_size", "also"):
+        if name in values:
+            values[name] = tuple(values[name])
     if values.get("sinks") is not None:
         values["sinks"] = sinks_from_dict(values["sinks"])
     return ViTSpec(**values)
 
 
 def spec_to_dict(spec: Architecture) -> dict[str, Any]:
-    """Return the spec as plain JSON values; `sinks` only where there are some, `problem` where it is not the usual."""
+    """Return the spec as plain JSON values; `sinks`, `also` and `problem` only where they say something."""
     if isinstance(spec, GraphSpec):
         return graph_spec_to_dict(spec)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(replace(spec, sinks=None)).items()}
     del values["sinks"]
+    if not spec.also:
+        del values["also"]
     if spec.problem == "single_label":
         del values["problem"]
     return values if spec.sinks is None else {**values, "sinks": spec.sinks.to_dict()}

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,14 +31,15 @@ ImageLike = Any
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prediction:
-    """The output row of one image: logits of a classifier, numbers of a regression, or an embedding.
+    """What a model says of one image: logits of a classifier, numbers of a regression, or features.
 
-    `head` says which of them.
+    `head` says which of them `output` is: the model's first one. `outputs` are all of them by name.
     """
 
     output: Float[np.ndarray, ...]
     labels: tuple[str, ...] | None
     head: Head = "single_label"
+    outputs: Mapping[str, Float[np.ndarray, ...]] = field(default_factory=dict)
 
     @property
     def probabilities(self) -> Float[np.ndarray, " C"]:
@@ -142,21 +143,25 @@ class Predictor:
         predictions: list[Prediction] = []
         groups = (items[start : start + batch] for start in range(0, len(items), batch))
         for pixels in prepared_ahead(groups, prepare):
-            rows = finite_outputs(self._run(pixels), names[len(predictions) :])
-            predictions += [Prediction(output=row, labels=labels, head=head) for row in rows]
+            made = self._run(pixels)
+            rows = finite_outputs(next(iter(made.values())), names[len(predictions) :])
+            for place, row in enumerate(rows):
+                outputs = {name: values[place] for name, values in made.items()}
+                predictions.append(Prediction(output=row, labels=labels, head=head, outputs=outputs))
         return predictions
 
-    def _run(self, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[np.ndarray, "B ..."]:
+    def _run(self, pixels: Float[np.ndarray, "B 3 H W"]) -> dict[str, Float[np.ndarray, "B ..."]]:
         with self._turn:
-            rows = self.session(pixels)
+            made = self.session.named(pixels)
+        rows = next(iter(made.values()))
         spec = self.bundle.manifest.spec
-        last = spec.embed_dim if spec.output == "last_hidden_state" and isinstance(spec, ViTSpec) else spec.output_width
+        last = spec.embed_dim if spec.dense and isinstance(spec, ViTSpec) else spec.output_width
         if rows.ndim < 2 or (len(rows), rows.shape[-1]) != (len(pixels), last):
             raise EngineError(
                 f"{self.bundle.path}: the graph returned {rows.shape} for {len(pixels)} images, and its manifest "
                 f"promises {last} values each; make the bundle again"
             )
-        return rows
+        return made
 
     def close(self) -> None:
         """Release the engine, when whoever is using it is done."""

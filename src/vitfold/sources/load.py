@@ -20,6 +20,7 @@ from vitfold.errors import ArgumentError, SourceError, UnsupportedError, missing
 from vitfold.model import Architecture, Model, Origin, Preprocess, ViTSpec
 from vitfold.model.spec import Problem
 from vitfold.sources import hub
+from vitfold.sources.outputs import asked_of_program, parse_outputs, with_outputs
 from vitfold.storage.digest import file_sha256
 
 _log = logging.getLogger("vitfold")
@@ -59,11 +60,12 @@ def load_source(
     *,
     arch: str | None = None,
     num_classes: int | None = None,
-    image_size: int | None = None,
+    image_size: int | str | Sequence[int] | None = None,
     weights: Weights = "pretrained",
     seed: int = 0,
     problem: Problem | None = None,
     preprocess: str | None = None,
+    outputs: str | Sequence[str] | None = None,
     graph: bool = True,
 ) -> Loaded:
     """Load a pretrained model and check that the program computes what the original computes.
@@ -73,13 +75,17 @@ def load_source(
             FILE.py:FUNCTION, FILE.pt2, or demo.
         arch: timm architecture of a file.
         num_classes: classes of the head; pretrained heads cannot be changed.
-        image_size: side of the square input in pixels; positions are resampled to it.
+        image_size: side of the square input in pixels, or height and width: (384, 512) or "384x512"; positions are
+            resampled to it.
         weights: "random" builds the architecture from `seed` without a download of weights.
         seed: of random weights.
         problem: what the logits of a classifier stand for, where the source does not say so: "single_label",
             "multi_label" or "regression".
         preprocess: of an ONNX file: a file that says how images are prepared, or a family: vit, deit, dinov2, clip,
             siglip.
+        outputs: what the model gives, the first of which is compared and classified: "logits", "embedding" (what the
+            head reads), "tokens" (all tokens behind the final norm), "layers:3,6" (all tokens behind 3 and 6 blocks),
+            or names of outputs of a graph; what the model gives by itself if None.
         graph: whether a model that none of the readers here knows by its class is read as a graph.
 
     Raises:
@@ -88,20 +94,32 @@ def load_source(
     """
     if not isinstance(source, str):
         raise ArgumentError(f"a source is text, {FORMS}; found {type(source).__name__}")
-    _check_arguments(source, arch, num_classes, image_size, weights)
+    size = parse_size(image_size)
+    _check_arguments(source, arch, num_classes, weights)
     _check_problem(problem)
     import_package("torch", "optimize", "loading a model")
     arguments: dict[str, Any] = {
-        "arch": arch, "num_classes": num_classes, "image_size": image_size, "weights": weights, "seed": seed,
+        "arch": arch, "num_classes": num_classes, "image_size": size, "weights": weights, "seed": seed,
     }  # fmt: skip
     arguments |= {k: v for k, v in (("problem", problem), ("preprocess", preprocess)) if v is not None}
-    if _is_graph(source):
-        return Loaded(model=_load_graph(source, arguments), original=None)
-    if preprocess is not None:
+    names = _outputs(outputs)
+    if names is not None:
+        arguments["outputs"] = ",".join(names)
+    if preprocess is not None and not _is_graph(source):
         raise SourceError(f"--preprocess belongs to an ONNX file, and {source} is none; leave it out")
-    if _is_code(source):
-        return _load_code(source, arguments, graph=graph)
-    return _from_zoo(source, arguments, graph=graph)
+    if _is_graph(source):
+        loaded = Loaded(model=_load_graph(source, arguments), original=None)
+    elif _is_code(source):
+        loaded = _load_code(source, arguments, graph=graph)
+    else:
+        loaded = _from_zoo(source, arguments, graph=graph)
+    return loaded if names is None else replace(loaded, model=with_outputs(loaded.model, names))
+
+
+def _outputs(outputs: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    if outputs is None:
+        return None
+    return parse_outputs(outputs if isinstance(outputs, str) else ",".join(outputs))
 
 
 def _from_zoo(source: str, arguments: Mapping[str, Any], *, graph: bool) -> Loaded:
@@ -122,7 +140,7 @@ def _from_zoo(source: str, arguments: Mapping[str, Any], *, graph: bool) -> Load
 
         model, module = as_graph(
             module, origin, reason, preprocess=preprocess, labels=labels, facts=facts, translator=built.translator,
-            size=None if image_size is None else (image_size, image_size),
+            size=_pair(image_size),
         )  # fmt: skip
     _check_patches(model.spec, image_size)
     return Loaded(model=model, original=module)
@@ -137,10 +155,38 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _check_patches(spec: Architecture, image_size: int | None) -> None:
-    if image_size is not None and isinstance(spec, ViTSpec) and any(image_size % patch for patch in spec.patch_size):
+def parse_size(size: int | str | Sequence[int] | None) -> int | tuple[int, int] | None:
+    """Read the size of images: one side of square ones, or height and width; a pair of equal ones becomes one side.
+
+    Raises:
+        SourceError: if it is neither.
+    """
+    if size is None or (isinstance(size, int) and size >= 1):
+        return size
+    sides = [
+        str(side).strip()
+        for side in (
+            size.lower().split("x") if isinstance(size, str) else size if isinstance(size, Sequence) else [size]
+        )
+    ]
+    if len(sides) not in (1, 2) or not all(side.isdigit() and int(side) >= 1 for side in sides):
+        raise SourceError(f"--image-size takes pixels per side, as 384, or HEIGHTxWIDTH, as 384x512; found {size!r}")
+    height, width = int(sides[0]), int(sides[-1])
+    return height if height == width else (height, width)
+
+
+def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _check_patches(spec: Architecture, image_size: int | tuple[int, int] | None) -> None:
+    sides = _pair(image_size)
+    if sides is None or not isinstance(spec, ViTSpec):
+        return
+    if any(side % patch for side, patch in zip(sides, spec.patch_size, strict=True)):
+        shown = sides[0] if isinstance(image_size, int) else f"{sides[0]}x{sides[1]}"
         raise SourceError(
-            f"--image-size {image_size} is not a multiple of the patch size: "
+            f"--image-size {shown} is not a multiple of the patch size: "
             "the last pixels would not be seen; choose a multiple"
         )
 
@@ -173,7 +219,7 @@ def _load_code(source: str, arguments: Mapping[str, Any], *, graph: bool) -> Loa
     model = adapt(
         module,
         problem=arguments.get("problem"),
-        image_size=None if size is None else (size, size),
+        image_size=_pair(size),
         graph=graph,
         evaluated=exported,
     )
@@ -201,7 +247,7 @@ def _load_graph(source: str, arguments: Mapping[str, Any]) -> Model:
     model: Model = loader.load_file(
         path,
         origin,
-        image_size=None if size is None else (size, size),
+        image_size=_pair(size),
         problem=arguments.get("problem"),
         preprocess=arguments.get("preprocess"),
     )
@@ -261,7 +307,7 @@ def adapt(
     origin: str | None = None,
     problem: Problem | None = None,
     image_size: tuple[int, int] | None = None,
-    outputs: Sequence[str] | None = None,
+    outputs: str | Sequence[str] | None = None,
     graph: bool = True,
     evaluated: bool = False,
 ) -> Model:
@@ -275,7 +321,7 @@ def adapt(
         origin: where the weights came from, for the record.
         problem: what the logits of a classifier stand for, where the module does not say so.
         image_size: height and width of the images of a graph, where nothing else says it.
-        outputs: which of a graph's outputs by name, all if None.
+        outputs: as `load_source` takes them; of names of a module's own outputs only these are read.
         graph: whether a module that none of the readers here knows is read as a graph.
         evaluated: whether the module computes as in evaluation and cannot be asked to, as what torch.export saved.
 
@@ -297,22 +343,26 @@ def adapt(
         if not graph:
             raise
         unknown = error
+    chosen = _outputs(outputs)
+    words = chosen is not None and any(asked_of_program([name]) for name in chosen)
+    named = chosen is not None and not asked_of_program(chosen)
     with contextlib.nullcontext(module) if evaluated else _evaluated(module) as plain:
         where = Origin(source=origin or "memory", loader=_loader(zoo), arguments={})
         names, facts = None if labels is None else tuple(labels), {"problem": problem}
         try:
-            if unknown is not None or outputs is not None:
+            if unknown is not None or named:
                 raise unknown or UnsupportedError("outputs were chosen by name")
-            return _translate(translator, plain, facts, where, preprocess, names)
+            model = _translate(translator, plain, facts, where, preprocess, names)
         except UnsupportedError as reason:
             if not graph:
                 raise
             from vitfold.sources.graphs import as_graph
 
-            return as_graph(
+            model = as_graph(
                 plain, where, reason, preprocess=preprocess, labels=names, facts=facts, translator=translator,
-                size=image_size, outputs=outputs,
+                size=image_size, outputs=chosen if named and not words else None,
             )[0]  # fmt: skip
+    return model if chosen is None or not words else with_outputs(model, chosen)
 
 
 @contextlib.contextmanager
@@ -381,14 +431,11 @@ def _with_problem(spec: ViTSpec, problem: Problem | None) -> ViTSpec:
     return replace(spec, problem=problem)
 
 
-def _check_arguments(
-    source: str, arch: str | None, num_classes: int | None, image_size: int | None, weights: str
-) -> None:
+def _check_arguments(source: str, arch: str | None, num_classes: int | None, weights: str) -> None:
     if weights not in get_args(Weights):
         raise SourceError(f"weights {weights!r} is neither 'pretrained' nor 'random'")
-    for name, value, least in (("--num-classes", num_classes, 0), ("--image-size", image_size, 1)):
-        if value is not None and value < least:
-            raise SourceError(f"{name} must be at least {least}, found {value}")
+    if num_classes is not None and num_classes < 0:
+        raise SourceError(f"--num-classes must be at least 0, found {num_classes}")
     prefix, colon, _ = source.partition(":")
     in_zoo = bool(colon) and prefix in ZOOS
     if in_zoo and arch is not None:

@@ -42,7 +42,7 @@ def build(
     name: str,
     *,
     num_classes: int | None,
-    image_size: int | None,
+    image_size: int | tuple[int, int] | None,
     pretrained: bool,
     known: bool = False,  # noqa: ARG001
 ) -> Built:

@@ -46,7 +46,12 @@ POOLS = {"token": "token", "avg": "avg", "map": "map", "": "none"}
 
 
 def build(
-    name: str, *, num_classes: int | None, image_size: int | None, pretrained: bool, known: bool = False
+    name: str,
+    *,
+    num_classes: int | None,
+    image_size: int | tuple[int, int] | None,
+    pretrained: bool,
+    known: bool = False,
 ) -> Built:
     """Create a model of timm's registry; with `known` refuse other classes before anything is downloaded."""
     import timm

@@ -27,7 +27,12 @@ CLASSES = ("torchvision.VisionTransformer", "torchvision.Encoder", "torchvision.
 
 
 def build(
-    name: str, *, num_classes: int | None, image_size: int | None, pretrained: bool, known: bool = False
+    name: str,
+    *,
+    num_classes: int | None,
+    image_size: int | tuple[int, int] | None,
+    pretrained: bool,
+    known: bool = False,
 ) -> Built:
     """Create a model of torchvision's registry; NAME/WEIGHTS picks other than the default weights."""
     from torchvision import models
@@ -39,6 +44,12 @@ def build(
         with torch.device("meta"):
             Reader(models.get_model(arch, weights=None), classes=CLASSES)
     options: dict[str, Any] = {}
+    if isinstance(image_size, tuple):
+        height, width = image_size
+        raise SourceError(
+            f"torchvision's models take square images, and {height}x{width} was asked for; give one side, or take the "
+            "architecture from timm"
+        )
     if image_size is not None:
         options["image_size"] = image_size
     if not pretrained:

@@ -77,7 +77,12 @@ INSTEAD = {"CLIPModel": "CLIPVisionModelWithProjection", "SiglipModel": "SiglipV
 
 
 def build(
-    name: str, *, num_classes: int | None, image_size: int | None, pretrained: bool, known: bool = False
+    name: str,
+    *,
+    num_classes: int | None,
+    image_size: int | tuple[int, int] | None,
+    pretrained: bool,
+    known: bool = False,
 ) -> Built:
     """Create a model from a folder or a repository of the hub, with the class that its config names.
 
@@ -116,7 +121,7 @@ def build(
         module = kind(config)
     if image_size is None and family == "dinov2" and processor is not None:
         # DINOv2 interpolates its 518-pixel positions at every forward; its processor names the size in use.
-        image_size = preprocess_from_processor(processor, None).crop_size[0]
+        image_size = preprocess_from_processor(processor, None).crop_size
     if image_size is not None and family:
         set_image_size(module, image_size)
     return module, {"processor": processor}
@@ -159,34 +164,39 @@ def _check_classes(name: str, kind: str, config: Any, num_classes: int | None, p
         )
 
 
-def set_image_size(module: nn.Module, size: int) -> None:
-    """Resample the positions in place to square images of `size` pixels, as the model's own forward would."""
+def set_image_size(module: nn.Module, size: int | tuple[int, int]) -> None:
+    """Resample the positions in place to images of `size` pixels, as the model's own forward would."""
+    height, width = _pair(size)
     _, inner, _ = MODELS[class_name(module)]
     encoder: Any = getattr(module, inner) if inner else module
     embeddings = encoder.embeddings
     grid = _pair(embeddings.patch_size)
-    if size % grid[0] or size % grid[1]:
-        raise SourceError(f"--image-size {size} is not a multiple of the patch size {grid[0]}; choose one that is")
-    patches = (size // grid[0]) * (size // grid[1])
+    if height % grid[0] or width % grid[1]:
+        shown = height if height == width else f"{height}x{width}"
+        raise SourceError(f"--image-size {shown} is not a multiple of the patch size {grid[0]}; choose one that is")
+    if class_name(module).startswith("transformers.CLIP") and height != width:
+        raise SourceError(f"transformers' CLIP takes square images, and {height}x{width} was asked for; load it by "
+                          "open_clip:, or give one side")  # fmt: skip
+    patches = (height // grid[0]) * (width // grid[1])
     clip = hasattr(embeddings, "position_embedding")
     table = embeddings.position_embedding.weight if clip else embeddings.position_embeddings[0]
     prefix = (
         table.shape[0] - embeddings.num_patches if clip else table.shape[0] - embeddings.patch_embeddings.num_patches
     )
     with torch.no_grad():
-        rows = embeddings.interpolate_pos_encoding(torch.empty(1, prefix + patches, table.shape[1]), size, size)
+        rows = embeddings.interpolate_pos_encoding(torch.empty(1, prefix + patches, table.shape[1]), height, width)
     if clip:
         embeddings.position_embedding = nn.Embedding(rows.shape[1], rows.shape[2], _weight=rows[0].clone())
         embeddings.position_ids = torch.arange(prefix + patches).expand((1, -1))
         embeddings.num_patches, embeddings.num_positions = patches, prefix + patches
-        embeddings.image_size = size
+        embeddings.image_size = height if height == width else (height, width)
     else:
         embeddings.position_embeddings = nn.Parameter(rows.clone())
-        embeddings.patch_embeddings.image_size = (size, size)
+        embeddings.patch_embeddings.image_size = (height, width)
         embeddings.patch_embeddings.num_patches = patches
         if hasattr(embeddings, "image_size"):
-            embeddings.image_size = (size, size)
-    encoder.config.image_size = size
+            embeddings.image_size = (height, width)
+    encoder.config.image_size = height if height == width else (height, width)
 
 
 def translate(module: Any) -> Translation:

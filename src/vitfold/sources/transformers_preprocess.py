@@ -97,6 +97,8 @@ def preprocess_from_processor(values: dict[str, Any], image_size: tuple[int, int
     if image_size is not None and crop != image_size:
         size = (round(size[0] * image_size[0] / crop[0]), round(size[1] * image_size[1] / crop[1]))
         crop = image_size
+        if resize == "shortest" and crop[0] != crop[1]:
+            resize = "cover"  # the short side says nothing of an oblong crop
     if values.get("do_pad"):
         raise refuse("a processor that pads", "set do_pad to false in its file")
     factor = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0

@@ -17,7 +17,7 @@ from vitfold.model import Array, GraphEnd, GraphSpec
 from vitfold.model.graph import Kind
 from vitfold.ops.run import Run
 from vitfold.program import Program, Ref, replay
-from vitfold.program.queries import attentions_of, params_read
+from vitfold.program.queries import attentions_of, makers, params_read
 from vitfold.sources.onnx.attention import with_attentions
 from vitfold.sources.onnx.blocks import Blocks, with_blocks
 from vitfold.sources.onnx.lifting import LiftedProgram, lift
@@ -39,6 +39,8 @@ TOLERANCE = 1e-5
 _ROWS = 1e-4
 _CHANNELS = (1, 3, 4)
 _FEATURES = ("embed", "feature", "hidden", "token", "pool")
+_NO_LOGITS = ("layer_norm", "rms_norm", "mean", "reduce", "divide")
+"""What makes features: a norm, a pooling, a division by a length."""
 _MOST_PREFIX = 64
 
 
@@ -218,7 +220,7 @@ def _spec(
         tokens=stream[1] if len(stream) == 3 else math.prod(stream[1:-1]),
         prefix=prefix,
         grid=grid,
-        head=head or _kind(plain),
+        head=head or _kind(plain, program),
         unmergeable=why,
         foreign=tuple(sorted(lifted.foreign.items())),
     )
@@ -236,11 +238,13 @@ def _end(end: End, plain: Plain) -> GraphEnd:
     return GraphEnd(name=end.name, dtype=end.dtype, shape=(first, *fixed[1:]))
 
 
-def _kind(plain: Plain) -> Kind:
-    """What the first output stands for, by its shape and name."""
+def _kind(plain: Plain, program: Program) -> Kind:
+    """What the first output stands for, by its shape and name, and by what makes it."""
     end = plain.outputs[0]
     name = end.name.lower()
-    if len(plain.shapes[end.name][0]) != 2 or any(word in name for word in _FEATURES):
+    maker = makers(program).get(next(iter(program.outputs.values())))
+    unclassified = maker is not None and maker.op in _NO_LOGITS
+    if len(plain.shapes[end.name][0]) != 2 or unclassified or any(word in name for word in _FEATURES):
         return "features"
     return "single_label"
 
