@@ -336,12 +336,7 @@ def check(name: str, make: Make, pictures: Path) -> dict[str, Any]:
 def _read(module: nn.Module, shape: tuple[int, ...] | None) -> Any:
     if shape is None or len(shape) == 3:
         return vitfold.adapt(module, **({} if shape is None else {"image_size": shape[1:]}))
-    from vitfold.model import Origin
-    from vitfold.sources.onnx.exporting import read_module
-    from vitfold.sources.onnx.loading import model_of
-
-    origin = Origin(source="memory", loader="torch", arguments={})
-    return model_of(read_module(module, shape), origin, labels=None, preprocess=None)
+    return vitfold.adapt(module, input_shape=shape)
 
 
 def _takes_pictures(spec: Any) -> bool:

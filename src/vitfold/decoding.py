@@ -8,6 +8,7 @@ import os
 import stat
 import threading
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ ACCEPTED = (
     "a path, a Pillow image, the bytes of a file, an open binary file, a NumPy array (H, W), (H, W, 1), (H, W, 3) or "
     "(H, W, 4) of uint8, or a torch tensor (1, H, W), (3, H, W) or (4, H, W) of uint8"
 )
+ARRAYS = frozenset({".npy", ".npz"})
 HEIF = frozenset({".heic", ".heif", ".hif"})
 # Formats that Pillow knows by name and decodes only with a handler or another program, or that hold no pictures.
 _NO_PICTURES = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS", "IPTC", "FITS"})
@@ -91,8 +93,8 @@ def as_image(item: Any, *, exif: Exif = "ignore") -> Image.Image:
     raise ImageError(f"cannot read an image from {type(item).__name__}; give {ACCEPTED}")
 
 
-def listed(images: Any) -> Sequence[Any]:
-    """Return the images of one image or of many: an array or a tensor of four dimensions is a batch.
+def listed(images: Any, dimensions: int = 3) -> Sequence[Any]:
+    """Return the images of one image or of many: an array or tensor of a dimension more than one example is a batch.
 
     Raises:
         ImageError: if it is neither an image nor something to go through.
@@ -101,19 +103,82 @@ def listed(images: Any) -> Sequence[Any]:
     if isinstance(images, single) or hasattr(images, "read") or hasattr(images, "__fspath__"):
         return [images]
     if isinstance(images, np.ndarray) or _is_tensor(images):
-        return list(images) if images.ndim == 4 else [images]
+        return list(images) if images.ndim > dimensions else [images]
     if isinstance(images, dict) or not hasattr(images, "__iter__"):
         raise ImageError(f"expected an image or several, found {type(images).__name__}; give {ACCEPTED}")
     return list(images)
 
 
 def prepared(item: Any, preprocess: Preprocess) -> Any:
-    """Return the model input (3, H, W), float32, of a file or of whatever holds an image.
+    """Return the model input, (3, H, W) in float32, of a file or of whatever holds an image.
+
+    Of a file of NumPy, and of anything for a model that takes arrays, it is the array itself.
 
     Raises:
-        ImageError: if it holds none.
+        ImageError: if it holds none, or an array of another shape.
     """
+    if preprocess.arrays or is_array_file(item):
+        return as_array(item, preprocess.shape)
     return preprocess(as_image(item, exif=preprocess.exif))
+
+
+def is_array_file(item: Any) -> bool:
+    """Say whether something is the path of a file of NumPy."""
+    return isinstance(item, str | os.PathLike) and Path(os.fsdecode(item)).suffix.lower() in ARRAYS
+
+
+def as_array(item: Any, shape: tuple[int, ...] | None = None) -> Any:
+    """Return an array of a file of NumPy, of an array or of a tensor: real numbers in float32, whole ones in int64.
+
+    Raises:
+        ImageError: if it is none, holds several, has another shape than this one, or numbers that are not finite.
+    """
+    if is_array_file(item):
+        array, name = _loaded_array(Path(os.fsdecode(item))), str(item)
+    elif isinstance(item, np.ndarray) or _is_tensor(item):
+        array, name = np.asarray(item.detach().cpu() if _is_tensor(item) else item), "the array"
+    else:
+        found = item if isinstance(item, str | Path) else type(item).__name__
+        raise ImageError(
+            f"this model takes arrays of shape {shape}, as .npy files, NumPy arrays or tensors; found {found}"
+        )
+    if array.dtype.kind not in "iufb":
+        raise ImageError(f"{name} holds {array.dtype}, no numbers; save it as float32")
+    if shape is not None and array.shape != shape:
+        several = array.shape[1:] == shape
+        cure = "it holds several examples: save each in a file of its own" if several else "save it in that shape"
+        raise ImageError(f"{name} has the shape {array.shape}, and the model takes {shape}; {cure}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ImageError(f"{name} holds NaN or infinite numbers; remove it")
+    return np.ascontiguousarray(array, np.float32 if array.dtype.kind == "f" else np.int64)
+
+
+def check_readable(path: Path) -> None:
+    """Check that a file is an image that decodes, or an array.
+
+    Raises:
+        ImageError: if it is neither.
+    """
+    if is_array_file(path):
+        as_array(path)
+    else:
+        read_image(path)
+
+
+def _loaded_array(path: Path) -> Any:
+    try:
+        _check_regular(path)
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                return found
+            if len(found.files) != 1:
+                raise ImageError(f"{path} holds {len(found.files)} arrays; save one in each file")
+            return found[found.files[0]]
+    except FileNotFoundError:
+        raise ImageError(f"no such file: {path}") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ImageError(f"{path} is no array of NumPy that can be read ({error}); write it with numpy.save") from None
 
 
 def _check_regular(path: str | Path) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Num
 
-from vitfold.decoding import HEIF, prepared, suffixes
+from vitfold.decoding import ARRAYS, HEIF, check_readable, prepared, suffixes
 from vitfold.decoding import read_image as read_image  # noqa: PLC0414 (exported clients look here)
 from vitfold.errors import ArgumentError, ImageError, nearest
 from vitfold.model import Preprocess
@@ -27,7 +27,9 @@ _COMMON = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".bmp", ".gif")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSet:
-    """Image files, sorted; `classes[class_index[i]]` is the class folder of `paths[i]`, if there are any.
+    """Files of images, or of arrays where there are no images, sorted.
+
+    `classes[class_index[i]]` is the class folder of `paths[i]`, if there are any.
 
     `left_out` are the other files and folders that stand where images are looked for, relative to the root.
     """
@@ -83,7 +85,7 @@ class ImageSet:
         keep = []
         for i, path in enumerate(self.paths):
             try:
-                read_image(path)
+                check_readable(path)
                 keep.append(i)
             except ImageError as error:
                 on_skip(str(error))
@@ -103,9 +105,9 @@ class ImageSet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Decoded and preprocessed images; `index` are their positions in the set."""
+    """Preprocessed images (B, 3, H, W), or what else a model takes; `index` are their positions in the set."""
 
-    pixel_values: Float[np.ndarray, "B 3 H W"]
+    pixel_values: Num[np.ndarray, "B ..."]
     index: tuple[int, ...]
 
 
@@ -164,7 +166,7 @@ def _found(folder: Path) -> ImageSet:
         more = f"; {found.remark}" if left_out else ""
         raise ImageError(
             f"no images in {folder}; expected files that Pillow reads ({', '.join(sorted(_COMMON))}, ...), "
-            f"or one sub-folder of images per class{more}"
+            f"of NumPy (.npy), or one sub-folder of images per class{more}"
         )
     return found
 
@@ -181,6 +183,9 @@ def _listed(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
             folders.append(path)
         else:
             (images if path.suffix.lower() in suffixes() and path.is_file() else others).append(path)
+    if not images:  # arrays are what lies beside pictures, unless there is nothing else
+        images = [path for path in others if path.suffix.lower() in ARRAYS and path.is_file()]
+        others = [path for path in others if path not in set(images)]
     return images, others, folders
 
 

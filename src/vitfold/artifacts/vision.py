@@ -46,7 +46,7 @@ _SPEC: dict[str, Range] = {
     "norm_eps": (0.0, 1.0),
 }
 _PREPROCESS: dict[str, Range] = {
-    **dict.fromkeys(("resize_size", "crop_size"), _SIZE),
+    **dict.fromkeys(("resize_size", "crop_size", "arrays"), _SIZE),
     "mean": (-1e3, 1e3),
     "std": (1e-6, 1e3),
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Num
 
 from vitfold.bench.evaluation import finite_outputs
 from vitfold.bench.fidelity import Fidelity
@@ -153,15 +153,15 @@ def _call(subject: Subject, scope: Scope, batch: int, images: ImageSet | None) -
     return end_to_end
 
 
-def pixels_for(preprocess: Preprocess, batch: int, images: ImageSet | None) -> Float[np.ndarray, "B 3 H W"]:
+def pixels_for(preprocess: Preprocess, batch: int, images: ImageSet | None) -> Num[np.ndarray, "B ..."]:
     """Return what an engine is timed on: the first readable images, repeated if they are few; noise without images.
 
     Raises:
         ImageError: if none is readable.
     """
     if images is None:
-        return np.random.default_rng(0).standard_normal((batch, 3, *preprocess.crop_size), dtype=np.float32)
-    readable: list[Float[np.ndarray, "3 H W"]] = []
+        return np.random.default_rng(0).standard_normal((batch, *preprocess.shape), dtype=np.float32)
+    readable: list[Num[np.ndarray, ...]] = []
     for path in images.paths:
         if len(readable) == batch:
             break

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Num
 
 from vitfold.bench.environment import installed_version
 from vitfold.engines import DEFAULT, Session, open_graph
@@ -61,7 +61,7 @@ class Calibration:
     images: ImageSet
     preprocess: Preprocess
 
-    def pixels(self) -> Float[np.ndarray, "B 3 H W"]:
+    def pixels(self) -> Num[np.ndarray, "B ..."]:
         """Return all of them as one batch in memory.
 
         Raises:
@@ -128,7 +128,7 @@ def load_original(origin: Mapping[str, Any]) -> Any:
 def open_peer(
     name: str,
     module: Any,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     folder: Path,
     *,
     threads: int | None = None,
@@ -196,7 +196,7 @@ def _at_work(name: str, folder: Path) -> Iterator[None]:
         logging.disable(before[1])
 
 
-def _plain_export(module: Any, shape: tuple[int, int, int], folder: Path) -> Path:
+def _plain_export(module: Any, shape: tuple[int, ...], folder: Path) -> Path:
     import torch
 
     path = folder / "plain.onnx"
@@ -243,7 +243,7 @@ def _quantized_by_onnxruntime(plain: Path, pixels: Any, path: Path) -> Path:
         def __init__(self) -> None:
             self._groups = iter([pixels[start : start + _BATCH] for start in range(0, len(pixels), _BATCH)])
 
-        def get_next(self) -> dict[str, Float[np.ndarray, "B 3 H W"]] | None:
+        def get_next(self) -> dict[str, Num[np.ndarray, "B ..."]] | None:
             group = next(self._groups, None)
             return None if group is None else {graph.input[0].name: group}
 

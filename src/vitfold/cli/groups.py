@@ -37,6 +37,7 @@ class ModelArgs:
     problem: options.Problem = None
     preprocess: options.Preprocessing = None
     outputs: options.Outputs = None
+    part: options.Part = None
     weights: options.Weights = "pretrained"
     seed: options.Seed = 0
     exif: options.Exif = None

@@ -16,7 +16,7 @@ from vitfold.cli.graph_facts import graph_document, graph_lines, load_graph
 from vitfold.cli.terminal import heading, out, print_json
 from vitfold.engines.exactness import exact_execution
 from vitfold.errors import EngineError, VitfoldError
-from vitfold.model import ViTSpec
+from vitfold.model import Preprocess, ViTSpec
 from vitfold.report.tables import describe_registers, fidelity_lines
 from vitfold.schedule import describe_r
 from vitfold.target import PLAIN
@@ -91,10 +91,9 @@ def _lines(opened: Bundle) -> list[tuple[str, str]]:
     patch, pool = (f"patch {spec.patch_size[0]}, ", f"pool {spec.pool}, ") if isinstance(spec, ViTSpec) else ("", "")
     model = (
         f"{spec.num_layers} blocks, width {spec.embed_dim}, {spec.num_heads} heads, {patch}"
-        f"input {spec.image_size[0]} x {spec.image_size[1]}, "
+        f"input {' x '.join(map(str, spec.input_shape if pre.arrays else spec.image_size))}, "
         f"{pool}{', '.join(spec.output_names)} of {spec.output_width}, {spec.head.replace('_', ' ')}"
     )
-    turning = "applied" if pre.exif == "apply" else "ignored"
     verified = manifest.verified
     figures = "not measured; see vitfold evaluate"
     if fidelity is not None:
@@ -103,10 +102,7 @@ def _lines(opened: Bundle) -> list[tuple[str, str]]:
     return [
         ("origin", f"{manifest.origin['source']} ({manifest.origin['loader']})"),
         ("model", model),
-        (
-            "preprocess",
-            f"{pre.resize} {pre.resize_size}, crop {pre.crop_size}, {pre.interpolation}, EXIF orientation {turning}",
-        ),
+        ("preprocess", _preprocess(pre)),
         ("target", f"{manifest.target['name']} ({manifest.target['engine']})"),
         *([("needs", _needs(manifest))] if manifest.products else []),
         ("merge", describe_r(manifest.recipe.merge.r)),
@@ -121,6 +117,13 @@ def _lines(opened: Bundle) -> list[tuple[str, str]]:
         ("digest", opened.digest),
         *([("trtexec", str(manifest.target["trtexec"]))] if "trtexec" in manifest.target else []),
     ]
+
+
+def _preprocess(pre: Preprocess) -> str:
+    if pre.arrays:
+        return "none: arrays as they are"
+    turning = "applied" if pre.exif == "apply" else "ignored"
+    return f"{pre.resize} {pre.resize_size}, crop {pre.crop_size}, {pre.interpolation}, EXIF orientation {turning}"
 
 
 def _print_lines(path: Path, lines: list[tuple[str, str]]) -> None:

@@ -23,8 +23,9 @@ from vitfold.cli.making import given_images, judged_images, quant_recipe, requir
 from vitfold.cli.optimized import OptimizeResult, print_solution, report_made
 from vitfold.cli.searching import Bounded, run_search
 from vitfold.cli.terminal import Say, counted, note, quiet_stdout, skipped, steps, working
+from vitfold.decoding import check_readable
 from vitfold.errors import GateError, ImageError, VitfoldError
-from vitfold.images import find_images, read_image
+from vitfold.images import find_images
 from vitfold.target import find_target
 
 if TYPE_CHECKING:
@@ -346,7 +347,7 @@ def _decodable(plan: _Plan, *, skip_bad: bool) -> _Plan:
     if not skip_bad:
         for image_set in (plan.refitting or calibration, comparing):
             for path in () if image_set is None or (plan.refitting or calibration) is None else image_set.paths:
-                read_image(path)
+                check_readable(path)
         return replace(plan, comparing=comparing)
     calibration = None if calibration is None else calibration.readable(skipped)
     refitting = None if plan.refitting is None else plan.refitting.readable(skipped)

@@ -26,10 +26,18 @@ Source = Annotated[
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle made by `vitfold optimize`.")]
 Images = Annotated[
     Path | None,
-    typer.Option("--images", metavar="DIR", help="A folder of images, or of one sub-folder per class."),
+    typer.Option(
+        "--images",
+        "--inputs",
+        metavar="DIR",
+        help="A folder of images, or of one sub-folder per class; of .npy arrays for models that take no images.",
+    ),
 ]
 NeededImages = Annotated[
-    Path, typer.Option("--images", metavar="DIR", help="A folder of images, or of one sub-folder per class.")
+    Path,
+    typer.Option(
+        "--images", "--inputs", metavar="DIR", help="A folder of images or .npy arrays, or of one sub-folder per class."
+    ),
 ]
 Arch = Annotated[
     str | None, typer.Option(metavar="TIMM_NAME", help="Architecture of a .safetensors file.", rich_help_panel=SOURCE)
@@ -42,6 +50,14 @@ ImageSize = Annotated[
     typer.Option(
         metavar="SIDE|HxW",
         help="Input pixels per side, or 384x512; positions are resampled.",
+        rich_help_panel=SOURCE,
+    ),
+]
+Part = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="The part of a model that is taken, such as vision_model or encoder.",
         rich_help_panel=SOURCE,
     ),
 ]

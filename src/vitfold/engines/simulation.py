@@ -46,7 +46,7 @@ class SimulationSession(TorchSession):
     ) -> None:
         ops = Half(params, quantizers) if half else Simulate(params, quantizers, reordered=reordered)
         ends = Ends(
-            (Port(name=spec.input, shape=(spec.channels, *spec.image_size)),),
+            (Port(name=spec.input, shape=spec.input_shape),),
             (Port(name=spec.output, shape=(OPEN_AXIS,)),),
         )
         super().__init__({MAIN: lambda x: (forward(ops, spec, merge, x),)}, {MAIN: ends}, threads=threads)

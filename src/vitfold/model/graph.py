@@ -67,6 +67,12 @@ class GraphSpec:
         return self.inputs[0].name
 
     @property
+    def input_shape(self) -> Shape:
+        """The shape of one example of the first input."""
+        lengths = tuple(length for length in self.inputs[0].shape[1:] if isinstance(length, int))
+        return lengths if len(lengths) == len(self.inputs[0].shape) - 1 else (self.channels, *self.image_size)
+
+    @property
     def output(self) -> str:
         """The name of the first output."""
         return self.outputs_of[0].name

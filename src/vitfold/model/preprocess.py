@@ -36,7 +36,8 @@ class Preprocess:
     torchvision does), "cover" (the smallest size with this aspect that covers `resize_size`, rounded,
     as timm does for oblong inputs), "exact" (aspect ignored) or "none". An odd surplus is cropped at the
     rounded half (torchvision) or at its floor (transformers), as `crop_offset` says. `exif` says whether whoever
-    decodes an image turns it first as its EXIF orientation says.
+    decodes an image turns it first as its EXIF orientation says. `arrays` is the shape of what a model takes that is
+    fed by arrays, not by pictures: they enter as they are.
     """
 
     resize: ResizeMode
@@ -47,6 +48,7 @@ class Preprocess:
     std: tuple[float, float, float]
     crop_offset: CropOffset = "round"
     exif: Exif = "ignore"
+    arrays: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.resize not in get_args(ResizeMode):
@@ -63,11 +65,18 @@ class Preprocess:
             raise SourceError(f"std must be positive, found {self.std}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; `exif` only where it is not the usual."""
+        """Return plain JSON values; `exif` and `arrays` only where they say something."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         if self.exif == "ignore":
             del values["exif"]
+        if not self.arrays:
+            del values["arrays"]
         return values
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what enters the model, for one example."""
+        return self.arrays or (3, *self.crop_size)
 
     def resized_shape(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) to which an image of this size is resized."""
@@ -84,6 +93,8 @@ class Preprocess:
 
     def __call__(self, image: Image.Image) -> Float[np.ndarray, "3 H W"]:
         """Return the model input (3, H, W), float32, of one decoded image."""
+        if self.arrays:
+            raise ImageError(f"this model takes no pictures but arrays of shape {self.arrays}; give .npy files")
         image = rgb_from_image(image)
         shape = self.resized_shape(image.height, image.width)
         if shape != (image.height, image.width):
@@ -139,6 +150,19 @@ def _center_crop(image: Image.Image, size: tuple[int, int], offset: CropOffset) 
     down, across = image.height - height, image.width - width
     top, left = (down // 2, across // 2) if offset == "floor" else (round(down / 2), round(across / 2))
     return image.crop((left, top, left + width, top + height))
+
+
+def preprocess_of_arrays(shape: tuple[int, ...]) -> Preprocess:
+    """Return the preprocessing of a model that takes arrays as they are."""
+    return Preprocess(
+        resize="none",
+        resize_size=(1, 1),
+        crop_size=(1, 1),
+        interpolation="bilinear",
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        arrays=shape,
+    )
 
 
 def preprocess_from_dict(values: dict[str, Any]) -> Preprocess:

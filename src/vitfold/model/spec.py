@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 from vitfold.errors import SourceError
 from vitfold.model.graph import KIND, GraphSpec, graph_spec_from_dict, graph_spec_to_dict
@@ -138,6 +138,11 @@ class ViTSpec:
         return "pixel_values"
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one image: channels, height, width."""
+        return self.channels, *self.image_size
+
+    @property
     def output_names(self) -> tuple[str, ...]:
         """The names of all outputs."""
         return (self.output, *self.also)
@@ -201,6 +206,22 @@ def hidden_layer(name: str) -> int | None:
 
 Architecture = ViTSpec | GraphSpec
 """What a model computes: a Vision Transformer by its dimensions, or somebody's graph by its program."""
+
+
+def noise(spec: Architecture, count: int, seed: int = 0) -> Num[np.ndarray, "B ..."]:
+    """Return so many random inputs: normal reals, or small whole numbers where the model takes whole ones."""
+    dtype = spec.inputs[0].dtype if isinstance(spec, GraphSpec) else "float32"
+    whole = np.dtype(dtype).kind in "iu" and dtype != "uint8"
+    drawn = random_array((count, *spec.input_shape), dtype if whole else "float32", np.random.default_rng(seed))
+    return drawn.astype(np.int64) if whole else drawn
+
+
+def random_array(shape: Shape, dtype: str, random: np.random.Generator) -> Num[np.ndarray, ...]:
+    """Return normal reals, pixels of eight bits, or small whole numbers, of the type that NumPy calls `dtype`."""
+    if np.dtype(dtype).kind in "iu":
+        return random.integers(0, 256 if dtype == "uint8" else 2, shape).astype(dtype)
+    # One precision for all, so that a type changes numbers by its rounding alone.
+    return random.standard_normal(shape, dtype=np.float32).astype(dtype)
 
 
 def classes_of(spec: Architecture) -> int:
@@ -298,10 +319,10 @@ def block_layers(spec: Architecture) -> dict[str, int]:
 def param_shapes(spec: Architecture) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """Return (required, optional) parameter names and shapes; linear weights are (out, in).
 
-    Biases of linear layers are optional, unless the architecture is a graph; those of LayerNorm are required.
+    Biases of linear layers are optional; those of LayerNorm are required.
     """
     if isinstance(spec, GraphSpec):
-        return dict(spec.shapes), {}
+        return dict(spec.shapes), _absent_biases(dict(spec.shapes))
     required: dict[str, Shape] = {}
     optional: dict[str, Shape] = {}
     width = spec.embed_dim
@@ -347,6 +368,16 @@ def param_shapes(spec: Architecture) -> tuple[dict[str, Shape], dict[str, Shape]
         norm("norm", width)
     _pool_shapes(spec, required, linear, norm)
     return required, optional
+
+
+def _absent_biases(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The biases that linear layers of a graph could have and have not."""
+    layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
+    return {
+        f"{layer}.bias": shape[:1]
+        for layer, shape in layers.items()
+        if len(shape) == 2 and f"{layer}.bias" not in shapes
+    }
 
 
 def _pool_shapes(

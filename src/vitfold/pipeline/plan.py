@@ -299,7 +299,7 @@ def count_costs(
     """
     required, optional = param_shapes(spec)
     count = Count(required | optional, quantizers, dequantize_first=dequantize_first)
-    shape = (1, spec.channels, *spec.image_size)
+    shape = (1, *spec.input_shape)
     if every_row:
         forward(count, spec, recipe, shape)
     else:

@@ -108,7 +108,7 @@ class Lineup:
         manifest = bundle.manifest
         if self._original is None:
             self._original = load_original(manifest.origin)
-        shape = (manifest.spec.channels, *manifest.spec.image_size)
+        shape = manifest.spec.input_shape
         calibration = None
         if self._calibration is not None:
             calibration = Calibration(images=self._calibration, preprocess=manifest.preprocess)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int, Num
 
 from vitfold.architectures.programs import forward
 from vitfold.model import Array, Model
@@ -12,9 +12,7 @@ from vitfold.recipe import MergeRecipe
 from vitfold.transforms.tokens import Tokens
 
 
-def trace_groups(
-    model: Model, merge: MergeRecipe, pixels: Float[np.ndarray, "B 3 H W"]
-) -> Int[np.ndarray, "L B patches"]:
+def trace_groups(model: Model, merge: MergeRecipe, pixels: Num[np.ndarray, "B ..."]) -> Int[np.ndarray, "L B patches"]:
     """Return behind every block the row that holds each patch, in raster order; patches of one row are merged.
 
     The float model decides, also for a quantized recipe, whose rounding may pair single tokens otherwise.

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from vitfold.bench.measurement import Measurement
 from vitfold.bench.timing import Protocol, interleave
 from vitfold.engines import Session, open_graph
 from vitfold.errors import EngineError
 from vitfold.model import Architecture
+from vitfold.model.spec import noise
 from vitfold.pipeline.plan import Plan
 from vitfold.pipeline.writing import write_graph
 from vitfold.products import products_of_recipe
@@ -46,9 +45,7 @@ def timed(sessions: Mapping[str, Session], spec: Architecture, *, protocol: Prot
     Raises:
         EngineError: if $VITFOLD_RACE_SECONDS is no number of seconds.
     """
-    pixels = np.random.default_rng(0).standard_normal(
-        (protocol.batch, spec.channels, *spec.image_size), dtype=np.float32
-    )
+    pixels = noise(spec, protocol.batch)
     for session in sessions.values():
         session.bind({session.input: pixels})
     samples = interleave(

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 from vitfold.architectures.programs import forward
 from vitfold.engines import DEFAULT, Session, describe_execution, open_graph
 from vitfold.errors import EngineError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Architecture, GraphSpec, Model
+from vitfold.model.spec import noise
 from vitfold.pipeline.plan import Plan
 from vitfold.products import products_of_recipe
 
@@ -93,7 +94,7 @@ def simulation(folded: Plan) -> SimulationSession:
     )
 
 
-def run_float(folded: Plan, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[np.ndarray, "B ..."]:
+def run_float(folded: Plan, pixels: Num[np.ndarray, "B ..."]) -> Float[np.ndarray, "B ..."]:
     """Run the loaded model, compensated where it is, with the recipe's merging, nothing rounded."""
     import torch
 
@@ -106,7 +107,7 @@ def run_float(folded: Plan, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[np.nd
     return result
 
 
-def run_reference(folded: Plan, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[np.ndarray, "B ..."]:
+def run_reference(folded: Plan, pixels: Num[np.ndarray, "B ..."]) -> Float[np.ndarray, "B ..."]:
     """Run the recipe in the reference interpreter: the loaded model, or the simulation where anything is rounded."""
     if folded.quantizers is None and folded.target.float_type != "float16":
         return run_float(folded, pixels)
@@ -114,15 +115,14 @@ def run_reference(folded: Plan, pixels: Float[np.ndarray, "B 3 H W"]) -> Float[n
         return session(pixels)
 
 
-def verification_images(model: Model, images: ImageSet | None) -> Float[np.ndarray, "B 3 H W"]:
+def verification_images(model: Model, images: ImageSet | None) -> Num[np.ndarray, "B ..."]:
     """Return the first images, prepared, or seeded noise where there are none."""
     if images is not None:
         return next(iter(batches(images.first(IMAGES), model.preprocess, batch=IMAGES))).pixel_values
-    shape = (IMAGES, model.spec.channels, *model.spec.image_size)
-    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    return noise(model.spec, IMAGES)
 
 
-def verify(folded: Plan, pixels: Float[np.ndarray, "B 3 H W"], session: Session) -> Verified:
+def verify(folded: Plan, pixels: Num[np.ndarray, "B ..."], session: Session) -> Verified:
     """Compare the engine with the reference, image by image; return how far it is.
 
     The median over images counts, so that one image may differ more, where rounding turned a tie in matching.

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 from vitfold.artifacts.bundle import Bundle, open_bundle
 from vitfold.bench.evaluation import finite_outputs
@@ -124,7 +124,8 @@ class Predictor:
 
         Args:
             images: one image or several: paths, Pillow images, bytes or open files, NumPy arrays (H, W, C) or torch
-                tensors (C, H, W) of uint8; an array or tensor of four dimensions is a batch.
+                tensors (C, H, W) of uint8; an array or tensor of four dimensions is a batch. For a model that takes
+                arrays: .npy files, arrays or tensors of its shape, or one with a dimension more in front.
             batch: images per call of the engine.
 
         Raises:
@@ -133,10 +134,10 @@ class Predictor:
             EngineError: if the predictor is closed, an output is NaN or infinite, or not what the bundle promises.
         """
         check_whole("batch", batch, least=1)
-        items = listed(images)
         preprocess, labels, head = self.bundle.manifest.preprocess, self.bundle.manifest.labels, self.head
+        items = listed(images, len(preprocess.shape))
 
-        def prepare(group: Sequence[ImageLike]) -> Float[np.ndarray, "B 3 H W"]:
+        def prepare(group: Sequence[ImageLike]) -> Num[np.ndarray, "B ..."]:
             return np.stack([prepared(item, preprocess) for item in group])
 
         names = [_shown(item, place) for place, item in enumerate(items)]
@@ -150,7 +151,7 @@ class Predictor:
                 predictions.append(Prediction(output=row, labels=labels, head=head, outputs=outputs))
         return predictions
 
-    def _run(self, pixels: Float[np.ndarray, "B 3 H W"]) -> dict[str, Float[np.ndarray, "B ..."]]:
+    def _run(self, pixels: Num[np.ndarray, "B ..."]) -> dict[str, Float[np.ndarray, "B ..."]]:
         with self._turn:
             made = self.session.named(pixels)
         rows = next(iter(made.values()))

@@ -12,7 +12,7 @@ import torch
 from vitfold.errors import SourceError
 from vitfold.model import Model, Origin, Preprocess
 from vitfold.model.spec import Problem
-from vitfold.sources.onnx.exporting import image_part, read_module
+from vitfold.sources.onnx.exporting import INPUT, Given, image_part, read_module
 from vitfold.sources.onnx.loading import model_of
 from vitfold.sources.reader import Facts
 from vitfold.sources.transformers import PROBLEMS
@@ -30,6 +30,7 @@ def as_graph(
     facts: Facts,
     translator: Any,
     size: tuple[int, int] | None,
+    shape: tuple[int, ...] | None = None,
     outputs: Sequence[str] | None = None,
 ) -> tuple[Model, torch.nn.Module]:
     """Read a module as a graph, since no reader knows its class for `reason`; return also the part that was read.
@@ -39,11 +40,12 @@ def as_graph(
     """
     problem = facts.get("problem") or _stated_problem(module, reason)
     try:
-        shape = _input_shape(module, size or (None if preprocess is None else preprocess.crop_size))
-        part, path = image_part(module, shape)
-        read = read_module(part, shape, outputs=outputs, head=problem)
+        given = given_to(module, size or (None if preprocess is None else preprocess.crop_size), shape)
+        part, path = image_part(module, given)
+        read = read_module(part, given, outputs=outputs, head=problem)
     except SourceError as error:
-        raise SourceError(f"{reason}; as a graph: {error}") from None
+        unknown = "" if translator is None else f"{reason}; "
+        raise SourceError(f"{unknown}{type(module).__name__} as a graph: {error}") from None
     if path:
         _log.info("taking %s of %s, which takes images alone", path, type(module).__name__)
     if translator is not None and preprocess is None:
@@ -65,7 +67,30 @@ def _stated_problem(module: torch.nn.Module, reason: SourceError) -> Problem | N
     return None if stated is None else PROBLEMS[stated]
 
 
-def _input_shape(module: torch.nn.Module, size: tuple[int, int] | None) -> tuple[int, ...]:
+def given_to(module: torch.nn.Module, size: tuple[int, int] | None, shape: tuple[int, ...] | None = None) -> Given:
+    """Return what a module takes: images, or what its configuration says of videos, spectrograms and texts.
+
+    Raises:
+        SourceError: if nothing says it.
+    """
+    config: Any = getattr(module, "config", None)
+    name = str(getattr(module, "main_input_name", INPUT))
+    if name == "input_ids" and getattr(config, "vision_config", None) is None and hasattr(config, "vocab_size"):
+        length = getattr(config, "max_position_embeddings", None)
+        if shape is None and length is None:
+            raise SourceError("nothing says how long its texts are; give input_shape=(LENGTH,)")
+        return Given(name=name, shape=shape or (int(length or 1),), dtype="int64")
+    name = name if name.startswith(INPUT) or name == "input_values" else INPUT
+    if shape is not None:
+        return Given(name=name, shape=shape)
+    if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
+        return Given(name=name, shape=(int(config.max_length), int(config.num_mel_bins)))
+    frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
+    image = _image_shape(module, size)
+    return Given(name=name, shape=image if frames is None else (int(frames), *image))
+
+
+def _image_shape(module: torch.nn.Module, size: tuple[int, int] | None) -> tuple[int, ...]:
     """Channels, height and width of a module's images: as given, else as its configuration says.
 
     Raises:
@@ -78,10 +103,10 @@ def _input_shape(module: torch.nn.Module, size: tuple[int, int] | None) -> tuple
     config = getattr(module, "config", None)
     for name in ("", "vision_config", "encoder", "backbone_config"):
         part = getattr(config, name, None) if name else config
-        side = getattr(part, "image_size", None)
+        side = getattr(part, "image_size", None) or getattr(part, "crop_size", None)
         if stated is None and side is not None:
             sides = side if isinstance(side, list | tuple) else [side] * 2
-            stated = (getattr(part, "num_channels", 3), *sides)
+            stated = (getattr(part, "num_channels", None) or getattr(part, "in_chans", 3), *sides)
     if size is not None:
         return (stated[0] if stated else 3, *size)
     if stated is None:

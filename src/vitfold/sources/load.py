@@ -66,6 +66,7 @@ def load_source(
     problem: Problem | None = None,
     preprocess: str | None = None,
     outputs: str | Sequence[str] | None = None,
+    part: str | None = None,
     graph: bool = True,
 ) -> Loaded:
     """Load a pretrained model and check that the program computes what the original computes.
@@ -86,6 +87,7 @@ def load_source(
         outputs: what the model gives, the first of which is compared and classified: "logits", "embedding" (what the
             head reads), "tokens" (all tokens behind the final norm), "layers:3,6" (all tokens behind 3 and 6 blocks),
             or names of outputs of a graph; what the model gives by itself if None.
+        part: the path of the part of a model that is taken, such as "vision_model" or "encoder".
         graph: whether a model that none of the readers here knows by its class is read as a graph.
 
     Raises:
@@ -103,10 +105,12 @@ def load_source(
     }  # fmt: skip
     arguments |= {k: v for k, v in (("problem", problem), ("preprocess", preprocess)) if v is not None}
     names = _outputs(outputs)
-    if names is not None:
-        arguments["outputs"] = ",".join(names)
+    chosen = {"outputs": None if names is None else ",".join(names), "part": part}
+    arguments |= {name: value for name, value in chosen.items() if value is not None}
     if preprocess is not None and not _is_graph(source):
         raise SourceError(f"--preprocess belongs to an ONNX file, and {source} is none; leave it out")
+    if part is not None and _is_graph(source):
+        raise SourceError(f"--part names a part of a module, and {source} is a graph; export the part instead")
     if _is_graph(source):
         loaded = Loaded(model=_load_graph(source, arguments), original=None)
     elif _is_code(source):
@@ -124,6 +128,8 @@ def _outputs(outputs: str | Sequence[str] | None) -> tuple[str, ...] | None:
 
 def _from_zoo(source: str, arguments: Mapping[str, Any], *, graph: bool) -> Loaded:
     """Let a zoo build a module, and read it by its class, else as a graph."""
+    from vitfold.sources.modules import find_translator, part_of
+
     image_size = arguments["image_size"]
     with _seeded(arguments["seed"]):
         built = _build(source, arguments, known=not graph)
@@ -131,8 +137,12 @@ def _from_zoo(source: str, arguments: Mapping[str, Any], *, graph: bool) -> Load
     facts = {**built.facts, "problem": arguments.get("problem") or built.facts.get("problem")}
     module, preprocess, labels = built.module.float().cpu().eval(), facts.get("preprocess"), facts.get("labels")
     unnamed = arguments["weights"] == "random"
+    translator = built.translator
     try:
-        model = _translate(built.translator, module, facts, origin, preprocess, labels, unnamed=unnamed)
+        if arguments.get("part") is not None:
+            module, labels = part_of(module, arguments["part"]), None
+            translator, _ = find_translator(module)
+        model = _translate(translator, module, facts, origin, preprocess, labels, unnamed=unnamed)
     except UnsupportedError as reason:
         if not graph:
             raise
@@ -210,12 +220,15 @@ def _load_code(source: str, arguments: Mapping[str, Any], *, graph: bool) -> Loa
     """Load a module that code builds (FILE.py:FUNCTION) or that torch.export saved (FILE.pt2)."""
     _check_whole(source, arguments)
     from vitfold.sources.code import build_from_code, load_exported
+    from vitfold.sources.modules import part_of
 
     exported = source.endswith(".pt2")
     file, name = (source, "") if exported else source.rsplit(":", 1)
     path, size = Path(file).expanduser().resolve(), arguments["image_size"]
     with _seeded(arguments["seed"]):
         module = load_exported(path) if exported else build_from_code(path, name)
+    if arguments.get("part") is not None:
+        module = part_of(module, arguments["part"])
     model = adapt(
         module,
         problem=arguments.get("problem"),
@@ -307,6 +320,7 @@ def adapt(
     origin: str | None = None,
     problem: Problem | None = None,
     image_size: tuple[int, int] | None = None,
+    input_shape: Sequence[int] | None = None,
     outputs: str | Sequence[str] | None = None,
     graph: bool = True,
     evaluated: bool = False,
@@ -321,6 +335,8 @@ def adapt(
         origin: where the weights came from, for the record.
         problem: what the logits of a classifier stand for, where the module does not say so.
         image_size: height and width of the images of a graph, where nothing else says it.
+        input_shape: shape of one example of a module that takes something else than images, where its configuration
+            does not say it: (frames, channels, height, width) of a video.
         outputs: as `load_source` takes them; of names of a module's own outputs only these are read.
         graph: whether a module that none of the readers here knows is read as a graph.
         evaluated: whether the module computes as in evaluation and cannot be asked to, as what torch.export saved.
@@ -360,7 +376,8 @@ def adapt(
 
             model = as_graph(
                 plain, where, reason, preprocess=preprocess, labels=names, facts=facts, translator=translator,
-                size=image_size, outputs=chosen if named and not words else None,
+                size=image_size, shape=None if input_shape is None else tuple(input_shape),
+                outputs=chosen if named and not words else None,
             )[0]  # fmt: skip
     return model if chosen is None or not words else with_outputs(model, chosen)
 

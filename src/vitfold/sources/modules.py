@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from vitfold.errors import UnsupportedError
+from vitfold.errors import SourceError, UnsupportedError, nearest
 from vitfold.sources.reader import PLAIN, REFUSED, class_name, refuse, same_body, why_not
 
 # Package -> the file here that reads its classes.
@@ -55,6 +55,22 @@ def bare_module(module: nn.Module) -> nn.Module:
             plain.__class__ = base
             return plain
     return module
+
+
+def part_of(module: nn.Module, path: str) -> nn.Module:
+    """Return the part of a module that a path such as "vision_model.encoder" names.
+
+    Raises:
+        SourceError: if there is none, naming those that there are.
+    """
+    try:
+        part = module.get_submodule(path)
+    except AttributeError:
+        part = None
+    if part is None or not path:
+        inside = [name for name, one in module.named_modules() if name and name.count(".") < 2 and any(one.children())]
+        raise SourceError(f"{type(module).__name__} has no part {path!r}; {nearest(path, inside)}")
+    return part
 
 
 def _name(kind: type) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from vitfold.errors import SourceError
 from vitfold.sources.load import Loaded, load_source
 
-_OPTIONS = ("arch", "num_classes", "image_size", "weights", "seed", "problem", "preprocess", "outputs")
+_OPTIONS = ("arch", "num_classes", "image_size", "weights", "seed", "problem", "preprocess", "outputs", "part")
 
 
 def load_origin(origin: Mapping[str, Any]) -> Loaded:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,12 @@ def load_weights(
     if classes is not None:
         options |= {"num_labels": classes, "ignore_mismatched_sizes": True}
     try:
-        module, info = kind.from_pretrained(name, **options)
-        missing = sorted(info["missing_keys"])
-        if missing and all(key.startswith("pooler.") for key in missing):
-            module, info = kind.from_pretrained(name, add_pooling_layer=False, **options)
+        with _without_report():
+            module, info = kind.from_pretrained(name, **options)
             missing = sorted(info["missing_keys"])
+            if missing and all(key.startswith("pooler.") for key in missing):
+                module, info = kind.from_pretrained(name, add_pooling_layer=False, **options)
+                missing = sorted(info["missing_keys"])
     except Exception as error:  # the hub's clients raise a dozen unrelated types
         folder = Path(shown).expanduser()
         raise load_error(f"hf:{shown}", error, folder=folder if folder.is_dir() else None) from error
@@ -51,6 +53,19 @@ def load_weights(
         )
     result: nn.Module = module
     return result
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers' table of weights off the terminal: what is missing is an error here, the rest is not used."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def find_adapter(name: str) -> Adapter | None:

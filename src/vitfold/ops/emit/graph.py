@@ -77,13 +77,10 @@ def emit_graph(
 
 def input_port(spec: Architecture) -> Port:
     """Return the end at which images enter."""
-    shape = (spec.channels, *spec.image_size)
     if not isinstance(spec, GraphSpec):
-        return Port(name=spec.input, shape=shape)
+        return Port(name=spec.input, shape=spec.input_shape)
     end = spec.inputs[0]
-    lengths = tuple(length for length in end.shape[1:] if isinstance(length, int))
-    whole = lengths if len(lengths) == len(end.shape) - 1 else shape
-    return Port(name=end.name, shape=whole, batch=end.shape[0], dtype=end.dtype)
+    return Port(name=end.name, shape=spec.input_shape, batch=end.shape[0], dtype=end.dtype)
 
 
 def emit_program(

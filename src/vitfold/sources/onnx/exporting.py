@@ -8,14 +8,17 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vitfold.errors import SourceError, UnsupportedError
 from vitfold.model.graph import Kind
+from vitfold.model.spec import random_array
 from vitfold.sources.onnx.model import ReadGraph, read
 from vitfold.sources.onnx.reading import BATCHES, read_plain, read_plain_pair
 
@@ -26,10 +29,23 @@ _NAMED = ("logits", "image_embeds", "pooler_output", "last_hidden_state", "predi
 """Outputs by these names come first, in this order."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """The one input that a module takes: its name, its shape without the batch, its type as NumPy calls it."""
+
+    name: str = INPUT
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    def example(self, batch: int) -> Tensor:
+        """Return random numbers of this kind."""
+        return torch.from_numpy(random_array((batch, *self.shape), self.dtype, np.random.default_rng(0)))
+
+
 def read_module(
-    module: nn.Module, shape: Sequence[int], *, outputs: Sequence[str] | None = None, head: Kind | None = None
+    module: nn.Module, given: Given, *, outputs: Sequence[str] | None = None, head: Kind | None = None
 ) -> ReadGraph:
-    """Read a module by what it computes for one input of shape (B, *shape).
+    """Read a module by what it computes for one input.
 
     Args:
         outputs: which of its named outputs, all if None.
@@ -39,15 +55,14 @@ def read_module(
         ParityError: if the program does not compute what the export does.
     """
     wrapped = _Tensors(module, outputs)
-    example = torch.randn(BATCHES[0], *shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        names = wrapped.names(example)
+        names = wrapped.names(given.example(BATCHES[0]))
     reasons = []
     with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
         for name, way in WAYS.items():
             try:
                 with _quietly():
-                    plain, model = way(wrapped, example, names, Path(folder))
+                    plain, model = way(wrapped, given, names, Path(folder))
                 return read(plain, model, Path(type(module).__name__), head=head)
             except UnsupportedError:
                 raise
@@ -65,9 +80,9 @@ class _Tensors(nn.Module):
         super().__init__()
         self.module, self._wanted = module, outputs
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, given: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs in order."""
-        return tuple(self._named(self.module(pixel_values)).values())
+        return tuple(self._named(self.module(given)).values())
 
     def names(self, example: Tensor) -> tuple[str, ...]:
         """Return the outputs' names."""
@@ -91,32 +106,31 @@ class _Tensors(nn.Module):
         return {name: found[name] for name in (*first, *(name for name in found if name not in first))}
 
 
-def _with_any_batch(module: nn.Module, example: Tensor, names: Sequence[str], folder: Path) -> Any:
+def _with_any_batch(module: nn.Module, given: Given, names: Sequence[str], folder: Path) -> Any:
     """Export by torch.export with an open batch."""
     path = folder / "open.onnx"
     batch = torch.export.Dim("batch", min=1)
-    _export(module, example, names, path, dynamo=True, dynamic_shapes={INPUT: {0: batch}})
+    _export(module, given, BATCHES[0], names, path, dynamo=True, dynamic_shapes=({0: batch},))
     return read_plain(path)
 
 
-def _batch_by_batch(module: nn.Module, example: Tensor, names: Sequence[str], folder: Path) -> Any:
+def _batch_by_batch(module: nn.Module, given: Given, names: Sequence[str], folder: Path) -> Any:
     """Export by torch.export for each of the two batches."""
     paths = (folder / "first.onnx", folder / "second.onnx")
     for path, size in zip(paths, BATCHES, strict=True):
-        rows = torch.cat([example] * 2)[:size]
-        _export(module, rows, names, path, dynamo=True)
+        _export(module, given, size, names, path, dynamo=True)
     return read_plain_pair(paths)
 
 
-def _by_torchscript(module: nn.Module, example: Tensor, names: Sequence[str], folder: Path) -> Any:
+def _by_torchscript(module: nn.Module, given: Given, names: Sequence[str], folder: Path) -> Any:
     """Export by tracing."""
     path = folder / "traced.onnx"
-    axes = {name: {0: "batch"} for name in (INPUT, *names)}
-    _export(module, example, names, path, dynamo=False, opset_version=_OPSET, dynamic_axes=axes)
+    axes = {name: {0: "batch"} for name in (given.name, *names)}
+    _export(module, given, BATCHES[0], names, path, dynamo=False, opset_version=_OPSET, dynamic_axes=axes)
     return read_plain(path)
 
 
-WAYS: Mapping[str, Callable[[nn.Module, Tensor, Sequence[str], Path], Any]] = {
+WAYS: Mapping[str, Callable[[nn.Module, Given, Sequence[str], Path], Any]] = {
     "torch.export with an open batch": _with_any_batch,
     "torch.export for two batches": _batch_by_batch,
     "tracing": _by_torchscript,
@@ -124,8 +138,9 @@ WAYS: Mapping[str, Callable[[nn.Module, Tensor, Sequence[str], Path], Any]] = {
 """How a module is exported, in the order in which it is tried."""
 
 
-def _export(module: nn.Module, example: Tensor, names: Sequence[str], path: Path, **options: Any) -> None:
-    torch.onnx.export(module, (example,), path, input_names=[INPUT], output_names=list(names), **options)
+def _export(module: nn.Module, given: Given, batch: int, names: Sequence[str], path: Path, **options: Any) -> None:
+    example = given.example(batch)
+    torch.onnx.export(module, (example,), path, input_names=[given.name], output_names=list(names), **options)
 
 
 @contextlib.contextmanager
@@ -152,15 +167,15 @@ def _short(error: Exception) -> str:
     return (lines[0] if lines else type(error).__name__)[:200]
 
 
-def image_part(module: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, str]:
-    """Return the outermost part of a module that runs on images alone, and its path; "" is the module itself.
+def image_part(module: nn.Module, given: Given) -> tuple[nn.Module, str]:
+    """Return the outermost part of a module that runs on one such input, and its path; "" is the module itself.
 
     Raises:
         SourceError: if there is none.
     """
-    example = torch.zeros(1, *shape)
+    example = given.example(1)
     reason = None
-    for path, part in _candidates(module):
+    for path, part in _candidates(module, given.name):
         try:
             with torch.no_grad():
                 part(example)
@@ -174,11 +189,11 @@ def image_part(module: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, str]
     )
 
 
-def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The module, then parts that say of themselves that they take pixels."""
+def _candidates(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The module, then parts that say of themselves that they take such an input."""
     yield "", module
     for path, part in module.named_modules():
-        if path and getattr(part, "main_input_name", None) == "pixel_values":
+        if path and getattr(part, "main_input_name", None) == name:
             yield path, part
     for path in ("visual", "vision_model", "image_encoder", "encoder", "backbone"):
         if isinstance(getattr(module, path, None), nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 
 from vitfold.errors import SourceError, nearest
 from vitfold.model import Model, Origin, Preprocess, preprocess_from_dict
+from vitfold.model.preprocess import preprocess_of_arrays
 from vitfold.model.spec import Problem
 from vitfold.sources.files import read_sidecar
 from vitfold.sources.onnx.model import ReadGraph, read_graph
@@ -58,7 +59,9 @@ def load_file(
 def model_of(read: ReadGraph, origin: Origin, *, labels: Sequence[str] | None, preprocess: Preprocess | None) -> Model:
     """Return a model of what was read; labels that do not fit its outputs are left out with a warning."""
     spec = read.spec
-    if preprocess is None:
+    if len(spec.input_shape) != 3 or spec.channels != 3:
+        preprocess = preprocess_of_arrays(spec.input_shape)
+    elif preprocess is None:
         preprocess = preprocess_from_processor(default_processor(USUAL, spec.image_size), spec.image_size)
         _log.warning(
             "nothing says how images are prepared for this graph: taking the usual way of ImageNet (short side to "
@@ -70,7 +73,7 @@ def model_of(read: ReadGraph, origin: Origin, *, labels: Sequence[str] | None, p
         labels = None
     if spec.inputs[0].dtype.startswith(("int", "uint")):
         preprocess = replace(preprocess, mean=(0.0,) * 3, std=(1 / 255,) * 3)  # the graph takes pixels as they are
-    fits = preprocess.crop_size == spec.image_size
+    fits = bool(preprocess.arrays) or preprocess.crop_size == spec.image_size
     return Model(
         spec=spec,
         params=read.params,

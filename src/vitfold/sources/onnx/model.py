@@ -15,6 +15,7 @@ import torch
 from vitfold.errors import ParityError, SourceError, UnsupportedError
 from vitfold.model import Array, GraphEnd, GraphSpec
 from vitfold.model.graph import Kind
+from vitfold.model.spec import random_array
 from vitfold.ops.run import Run
 from vitfold.program import Program, Ref, replay
 from vitfold.program.queries import attentions_of, makers, params_read
@@ -26,7 +27,6 @@ from vitfold.sources.onnx.reading import (
     End,
     Plain,
     at_batch,
-    random_array,
     random_inputs,
     read_plain,
     run_values,
@@ -252,6 +252,8 @@ def _kind(plain: Plain, program: Program) -> Kind:
 def _layout(plain: Plain, found: Blocks) -> tuple[int, tuple[int, int], str]:
     """Find which tokens are patches: those that depend on the image; return prefix, grid, and why nothing merges."""
     program, stream = found.program, found.streams[0]
+    if plain.inputs[0].dtype.startswith("int"):
+        return 0, (1, 1), "its tokens are words, and merging is for patches"
     shown = Program(inputs=program.inputs, nodes=program.nodes, outputs={"x": stream})
     images = _random_images(plain, 2)
     with torch.inference_mode():

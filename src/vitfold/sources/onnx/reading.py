@@ -21,6 +21,7 @@ from onnx import TensorProto, numpy_helper
 
 from vitfold.errors import SourceError
 from vitfold.model import Array
+from vitfold.model.spec import random_array
 
 Shape = tuple[int, ...]
 BATCHES = (2, 3)
@@ -389,13 +390,6 @@ def random_inputs(model: onnx.ModelProto, seed: int = 0) -> dict[str, Array]:
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).name
         given[one.name] = random_array(shape, dtype, random)
     return given
-
-
-def random_array(shape: Shape, dtype: str, random: np.random.Generator) -> Array:
-    """Return normal reals, pixels of eight bits, or small whole numbers, of the type that NumPy calls `dtype`."""
-    if np.dtype(dtype).kind in "iu":
-        return random.integers(0, 256 if dtype == "uint8" else 2, shape).astype(dtype)
-    return random.standard_normal(shape).astype(dtype)
 
 
 def run_values(
