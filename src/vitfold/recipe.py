@@ -399,14 +399,14 @@ def tokens_per_block(spec: Architecture, r: tuple[int, ...]) -> tuple[int, ...]:
     deleted = [0 if spec.sinks is None else spec.sinks.deleted(block) for block in range(spec.num_layers)] + [0]
     counts = [spec.tokens - deleted[0]]
     for block, removed in enumerate(r or (0,) * spec.num_layers):
-        allowed = largest_r(counts[-1], spec.prefix)
+        allowed = largest_r(counts[-1], spec.fixed)
         if removed > allowed:
             raise RecipeError(
-                f"r = {removed} is too large for block {block}: {counts[-1]} tokens enter it, {spec.prefix} of them "
+                f"r = {removed} is too large for block {block}: {counts[-1]} tokens enter it, {spec.fixed} of them "
                 f"protected, so at most {allowed} can be merged; lower r there"
             )
         counts.append(counts[-1] - removed - deleted[block + 1])
-        if counts[-1] < spec.prefix + 1:
+        if counts[-1] < spec.fixed + 1:
             raise RecipeError(
                 f"{deleted[block + 1]} deletions in front of block {block + 1} leave no patch; merge or delete fewer"
             )

@@ -57,7 +57,7 @@ def program_of(spec: Architecture, merge: MergeRecipe = UNMERGED, *, sources: bo
     tokens_per_block(spec, merge.r)
     shapes, sinks = shapes_of(spec), spec.sinks
     deletion = Deletion(block=sinks.block, count=sinks.deletions) if sinks is not None and sinks.deletions else None
-    layout = Layout(prefix=spec.prefix, grid=spec.grid)
+    layout = Layout(prefix=spec.prefix, grid=spec.grid, suffix=spec.suffix)
     if spec.unmergeable:
         return plain_program(spec)
     program = merged(plain_program(spec), shapes, merge, layout, deletion=deletion, sources=sources)
@@ -103,7 +103,9 @@ def forward(
         if block is not None and observe is not None:
             size, source, origin = (seen.pop(stream_name(block, column), None) for column in COLUMNS[1:])
             count = program.shapes[program.outputs[name]][1]
-            tokens = Tokens(x=value, count=count, prefix=spec.prefix, size=size, source=source, origin=origin)
+            tokens = Tokens(
+                x=value, count=count, prefix=spec.prefix, suffix=spec.suffix, size=size, source=source, origin=origin
+            )
             observe(block, replace(tokens, placed=origin is not None))
 
     inputs = () if image is None else (image,)

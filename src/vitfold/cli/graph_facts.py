@@ -47,6 +47,7 @@ def graph_document(model: Model) -> dict[str, Any]:
         "embed_dim": spec.embed_dim,
         "tokens": spec.tokens,
         "prefix": spec.prefix,
+        "suffix": spec.suffix,
         "grid": list(spec.grid),
         "merges": not spec.unmergeable,
         "unmergeable": spec.unmergeable or None,
@@ -62,6 +63,10 @@ def graph_document(model: Model) -> dict[str, Any]:
     }
 
 
+def _behind(found: dict[str, Any]) -> str:
+    return f" and {found['suffix']} behind" if found["suffix"] else ""
+
+
 def _end(end: Any) -> dict[str, Any]:
     return {"name": end.name, "type": end.dtype, "shape": list(end.shape)}
 
@@ -70,7 +75,7 @@ def graph_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what `inspect` prints, line by line."""
     foreign = Counter(reason for reason in found["foreign"].values())
     merging = (
-        f"{found['tokens']} tokens, {found['prefix']} of them in front that never merge, {found['grid'][0]} x "
+        f"{found['tokens']} tokens: {found['prefix']} in front{_behind(found)} that never merge, {found['grid'][0]} x "
         f"{found['grid'][1]} patches; --merge shortens {100 * found['block_share']:.0f} % of the work"
         if found["merges"]
         else f"nothing merges: {found['unmergeable']}"

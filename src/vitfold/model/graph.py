@@ -28,10 +28,10 @@ class GraphEnd:
 class GraphSpec:
     """A program that came from outside, in the text form of `Program.to_dict`, with the shapes of its parameters.
 
-    The first output is the one that is compared and classified. `prefix` tokens never merge and stand in front of a
-    raster of `grid` patches; where `num_layers` is 0 or `unmergeable` says why, nothing merges. `num_heads`, `head_dim`
-    and `mlp_dim` are those of the first block. `foreign` are the sites of nodes that were left as they are, with the
-    reason.
+    The first output is the one that is compared and classified. `prefix` tokens that never merge stand in front of a
+    raster of `grid` patches, and `suffix` ones behind it; where `num_layers` is 0 or `unmergeable` says why, nothing
+    merges. `num_heads`, `head_dim` and `mlp_dim` are those of the first block. `foreign` are the sites of nodes that
+    were left as they are, with the reason.
     """
 
     program: str = field(repr=False)
@@ -51,6 +51,7 @@ class GraphSpec:
     grid: tuple[int, int]
     head: Kind = "features"
     unmergeable: str = ""
+    suffix: int = 0
     foreign: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -58,8 +59,8 @@ class GraphSpec:
             raise SourceError("a graph needs an input and an output")
         if self.head not in get_args(Kind):
             raise SourceError(f"unsupported head {self.head!r}; supported: {', '.join(get_args(Kind))}")
-        if not self.unmergeable and self.tokens != self.prefix + math.prod(self.grid):
-            raise SourceError(f"{self.tokens} tokens are not {self.prefix} and a grid of {self.grid}")
+        if not self.unmergeable and self.tokens != self.fixed + math.prod(self.grid):
+            raise SourceError(f"{self.tokens} tokens are not {self.fixed} and a grid of {self.grid}")
 
     @property
     def input(self) -> str:
@@ -96,7 +97,12 @@ class GraphSpec:
     @property
     def patches(self) -> int:
         """Patch tokens that enter the first block."""
-        return self.tokens - self.prefix
+        return self.tokens - self.fixed
+
+    @property
+    def fixed(self) -> int:
+        """Tokens that never merge."""
+        return self.prefix + self.suffix
 
     @property
     def class_token(self) -> bool:

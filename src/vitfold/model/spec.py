@@ -173,6 +173,16 @@ class ViTSpec:
         return int(self.class_token) + int(self.dist_token) + self.registers
 
     @property
+    def suffix(self) -> int:
+        """Tokens behind the patches: none."""
+        return 0
+
+    @property
+    def fixed(self) -> int:
+        """Tokens that never merge."""
+        return self.prefix
+
+    @property
     def tokens(self) -> int:
         """Tokens N that enter the first block."""
         return self.prefix + self.patches

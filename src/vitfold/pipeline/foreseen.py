@@ -55,7 +55,7 @@ def check_keep_float(folded: Plan, count: int) -> None:
 
 
 def _few_tokens(folded: Plan) -> str | None:
-    tokens, prefix = folded.tokens, folded.folded.spec.prefix
+    tokens, prefix = folded.tokens, folded.folded.spec.fixed
     before, after = tokens[0] - prefix, tokens[-1] - prefix
     if after == before or after > max(FEW_PATCHES, FEW_PATCHES_RATIO * before):
         return None

@@ -42,7 +42,7 @@ def measure_latency(
     """
     spec = plan.model.spec
     try:
-        probes = probe_schedules(spec.num_layers, spec.tokens, spec.prefix)
+        probes = probe_schedules(spec.num_layers, spec.tokens, spec.fixed)
     except ValueError as error:
         raise RecipeError(f"no latency table for this model: {error}; give the tokens to merge") from None
     times: dict[Schedule, float] = {}

@@ -83,7 +83,7 @@ def measure_merging(
         say(f"measuring single merges: block {block + 1}/{spec.num_layers}")
         single.append({share: measure(_one(spec, block, share)) for share in SHARES})
     space = Space(
-        depth=spec.num_layers, tokens=spec.tokens, prefix=spec.prefix, single=single, step=step, most_merges=most_merges
+        depth=spec.num_layers, tokens=spec.tokens, prefix=spec.fixed, single=single, step=step, most_merges=most_merges
     )
     return Measured(spec=spec, space=space, measure=measure, images=len(pixels))
 
@@ -177,7 +177,7 @@ def block_seconds(spec: Architecture, target: Target, gpu: Gpu, batch: int) -> S
 
 def _one(spec: Architecture, block: int, share: float) -> tuple[int, ...]:
     """One merge of a share of the tokens in one block."""
-    most = (spec.tokens - spec.prefix) // 2
+    most = (spec.tokens - spec.fixed) // 2
     merged = max(1, min(most, round(share * spec.tokens)))
     return tuple(merged if index == block else 0 for index in range(spec.num_layers))
 

@@ -29,7 +29,7 @@ def trace_groups(model: Model, merge: MergeRecipe, pixels: Num[np.ndarray, "B ..
             held = np.broadcast_to(np.arange(tokens), (len(pixels), tokens))
         else:
             held = found.source.argmax(dim=1).numpy()
-        rows.append(held[:, prefix:])
+        rows.append(held[:, prefix : tokens - model.spec.suffix])
 
     with torch.inference_mode():
         forward(Run(model.params), model.spec, merge, torch.from_numpy(pixels), sources=True, observe=observe)

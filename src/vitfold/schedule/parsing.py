@@ -94,7 +94,7 @@ def _clamped(wanted: tuple[int, ...], spec: Architecture) -> tuple[int, ...]:
     tokens_per_block(spec, (*wanted[:1], *(0,) * (spec.num_layers - 1)))
     count, r = spec.tokens, []
     for removed in wanted:
-        r.append(min(removed, largest_r(count, spec.prefix)))
+        r.append(min(removed, largest_r(count, spec.fixed)))
         count -= r[-1]
     return tuple(r)
 

@@ -30,10 +30,11 @@ ORIGINAL = 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How a program's tokens stand: `prefix` rows that never merge, then a raster of `grid` patches."""
+    """How a program's tokens stand: a raster of `grid` patches between `prefix` and `suffix` rows that never merge."""
 
     prefix: int
     grid: tuple[int, int]
+    suffix: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +110,9 @@ class _MissingPlacesError(Exception):
 class _Replay:
     """A replay that knows where tokens are; subclasses say where they merge."""
 
-    def __init__(self, program: Program, shapes: Mapping[str, Shape], prefix: int) -> None:
+    def __init__(self, program: Program, shapes: Mapping[str, Shape], prefix: int, suffix: int = 0) -> None:
         self._program, self._spans, self._prefix = program, token_spans(program), prefix
+        self._suffix = suffix
         self._made_by = makers(program)
         self._originals = max((span.stop for span in self._spans.values()), default=0)
         self._recorder = Recorder(shapes, program.inputs)
@@ -147,7 +149,7 @@ class _Replay:
 
     def _place(self, node: Node) -> None:
         """Record a node for whatever generation its operands are of."""
-        moving = [ref for ref in node.reads() if ref in self._spans and self._spans[ref].stop > self._prefix]
+        moving = [ref for ref in node.reads() if self._moves(ref)]
         known = [ref for ref in moving if self._is_known(ref)] if node.op in _TABLES else []
         generations = {self._generation.get(ref, ORIGINAL) for ref in moving if ref not in known}
         generation = generations.pop() if len(generations) == 1 else ORIGINAL
@@ -159,8 +161,13 @@ class _Replay:
             results = call(self._ops, node, operands)
         for ref, value in zip(node.outputs, results, strict=True):
             self._made[ref] = value
-            if generation != ORIGINAL and ref in self._spans and self._spans[ref].stop > self._prefix:
+            if generation != ORIGINAL and self._moves(ref):
                 self._generation[ref] = generation
+
+    def _moves(self, ref: Ref) -> bool:
+        """Whether a value holds tokens that may merge."""
+        span = self._spans.get(ref)
+        return span is not None and span.stop > self._prefix and span.start < self._originals - self._suffix
 
     def _is_known(self, ref: Ref) -> bool:
         """Whether a value is a parameter, which has a row for every original token."""
@@ -215,10 +222,16 @@ class _Replay:
             first = operand.start + node.attributes["start"]
             last = operand.start + node.attributes["stop"]
             whole = Span(axis=operand.axis, start=first, stop=last)
-            if first > self._prefix or node.attributes["step"] != 1:
-                return None
-            stop = node.attributes["start"] + self._length(whole, count)
-            return replace(node, attributes={**node.attributes, "stop": stop})
+            behind, gone = self._originals - self._suffix, self._originals - count
+            of_prefix, of_suffix = last <= self._prefix, first >= behind
+            if node.attributes["step"] != 1 or not (
+                of_prefix or of_suffix or (first <= self._prefix and last >= behind)
+            ):
+                return None  # some of the patches, which are in other places now
+            start = node.attributes["start"] - gone * of_suffix
+            return replace(
+                node, attributes={**node.attributes, "start": start, "stop": start + self._length(whole, count)}
+            )
         if node.op == "concat" and node.attributes["axis"] == operand.axis:
             return node if self._adjoin(node) else None
         if node.op in ON_LAST_AXIS:
@@ -237,8 +250,8 @@ class _Replay:
         return whole is not None and ends[-1] == whole.stop
 
     def _length(self, span: Span, count: int) -> int:
-        """How many rows of a span are left where `count` of all are: those of the prefix are."""
-        if span.stop <= self._prefix:
+        """How many rows of a span are left where `count` of all are: those of prefix and suffix are."""
+        if span.stop <= self._prefix or span.start >= self._originals - self._suffix:
             return span.stop - span.start
         return span.stop - span.start - (self._originals - count)
 
@@ -281,9 +294,8 @@ class _Replay:
             return tokens
         rows = (span.start, span.start + self._length(span, tokens.count))
         size = None if tokens.size is None else self._ops.slice(tokens.size, 1, *rows)
-        return replace(
-            tokens, size=size, source=None, count=rows[1] - rows[0], prefix=max(tokens.prefix - span.start, 0)
-        )
+        front, back = max(tokens.prefix - span.start, 0), max(span.stop - self._originals + tokens.suffix, 0)
+        return replace(tokens, size=size, source=None, count=rows[1] - rows[0], prefix=front, suffix=back)
 
     def _original(self, ref: Ref) -> Traced:
         """The value with all its original tokens."""
@@ -351,7 +363,7 @@ class _Merging(_Replay):
         sources: bool,
         places: bool,
     ) -> None:
-        super().__init__(program, shapes, layout.prefix)
+        super().__init__(program, shapes, layout.prefix, layout.suffix)
         self._keeps_places = places
         self._recipe, self._layout, self._deletion, self._keeps = recipe, layout, deletion, sources
         self._prop_attn = recipe.prop_attn
@@ -372,7 +384,7 @@ class _Merging(_Replay):
         generation = self._generation.get(ref, ORIGINAL)
         if generation == ORIGINAL:
             x = self._made[ref]
-            return Tokens(x=x, count=x.shape[1], prefix=self._prefix, placed=self._keeps_places)
+            return Tokens(x=x, count=x.shape[1], prefix=self._prefix, suffix=self._suffix, placed=self._keeps_places)
         return replace(self._tokens[generation], x=self._made[ref])
 
     def _before(self, node: Node) -> None:

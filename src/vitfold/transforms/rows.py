@@ -268,6 +268,8 @@ def _kept_in_front(program: Program, index: Ref) -> int:
     node = makers(program).get(index)
     if node is not None and node.op == "pad_index":
         before: range = node.attributes["before"]
+        if not before:
+            return _kept_in_front(program, node.operand("index"))
         return len(before) if before == range(len(before)) else 0
     if node is not None and node.op == "concat":
         parts = node.inputs["parts"]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
+from vitfold.errors import RecipeError
 from vitfold.ops.protocol import Ops, T
 from vitfold.recipe import Order
 from vitfold.transforms.tokens import Match, Tokens, match, merge, places
@@ -37,7 +38,15 @@ class Reduction(Generic[T]):
 
 
 def reduce_tokens(ops: Ops[T], rule: str, site: str, here: Reduction[T]) -> Tokens[T]:
-    """Take r tokens away by a rule."""
+    """Take r tokens away by a rule.
+
+    Raises:
+        RecipeError: if it would move tokens that stand behind the patches.
+    """
+    if here.tokens.suffix and rule not in ("tome", "tofu"):
+        raise RecipeError(
+            f"the rule {rule} keeps no tokens behind the patches, which this model has; take tome or tofu"
+        )
     reduced: Tokens[T] = RULES[rule](ops, site, here)
     return reduced
 
@@ -137,7 +146,9 @@ RULES: Mapping[str, Callable[..., Any]] = {"tome": tome, "tofu": tofu, "pitome":
 def _matched(ops: Ops[T], site: str, here: Reduction[T]) -> Match[T]:
     tokens = here.tokens
     metric = ops.mean(here.k, 1)
-    return match(ops, site, metric, count=tokens.count, prefix=tokens.prefix, r=here.r, order=here.order)
+    return match(
+        ops, site, metric, count=tokens.count, prefix=tokens.prefix, suffix=tokens.suffix, r=here.r, order=here.order
+    )
 
 
 def _pruned(ops: Ops[T], site: str, here: Reduction[T], pairs: Match[T]) -> Tokens[T]:

@@ -13,15 +13,16 @@ from vitfold.recipe import Order
 class Tokens(Generic[T]):
     """A sequence with what merging must remember.
 
-    `x` is (B, N, D). `size` (B, N, 1) counts the original tokens in each row, None before the first
-    merge. `source` (B, N, N_0) is 1 where row n holds original token m, None unless traced. `origin` (B, N, 1) is the
-    original token whose place row n keeps: the one that others joined; None where all are in their places, or where
-    `placed` does not ask for it.
+    `x` is (B, N, D); its first `prefix` and its last `suffix` rows never merge and stay where they are. `size`
+    (B, N, 1) counts the original tokens in each row, None before the first merge. `source` (B, N, N_0) is 1 where row n
+    holds original token m, None unless traced. `origin` (B, N, 1) is the original token whose place row n keeps: the
+    one that others joined; None where all are in their places, or where `placed` does not ask for it.
     """
 
     x: T
     count: int
     prefix: int
+    suffix: int = 0
     size: T | None = None
     source: T | None = None
     origin: T | None = None
@@ -32,7 +33,7 @@ class Tokens(Generic[T]):
 class Match(Generic[T]):
     """Which rows merge: row `moved[i]` of the sequence joins row `into[i]` of the merged sequence.
 
-    `survivors` are the rows that stay, in their new order: prefix, the rest of A, B. Indices are (B, r, 1),
+    `survivors` are the rows that stay, in their new order: prefix, the rest of A, B, suffix. Indices are (B, r, 1),
     (B, r, 1) and (B, N - r, 1).
     """
 
@@ -42,28 +43,38 @@ class Match(Generic[T]):
 
 
 def match(
-    ops: Ops[T], site: str, metric: T, *, count: int, prefix: int, r: int, order: Order | None = None
+    ops: Ops[T],
+    site: str,
+    metric: T,
+    *,
+    count: int,
+    prefix: int,
+    r: int,
+    suffix: int = 0,
+    order: Order | None = None,
 ) -> Match[T]:
     """Pair the r tokens of A that are most similar to a token of B with it; those of A that stay keep this order.
 
     Equation: s_ij = cos(m_i, m_j), i in A, j in B; the r largest max_j s_ij merge i into argmax_j s_ij.
 
-    A and B are the even and the odd sequence positions behind the prefix: every prefix token stays out
-    of both, so none can merge or be merged into, however many there are.
+    A and B are the even and the odd sequence positions between prefix and suffix: their tokens stay out of both, so
+    none can merge or be merged into, however many there are.
 
     Source: ToMe (2210.09461), section 3.1; for one or two prefix tokens it chooses the same pairs and the
     same order.
     """
     ops.scope(site)
-    a = range(prefix + prefix % 2, count, 2)
-    b = range(prefix + 1 - prefix % 2, count, 2)
+    end = count - suffix
+    a = range(prefix + prefix % 2, end, 2)
+    b = range(prefix + 1 - prefix % 2, end, 2)
     best, nearest = ops.argmax(ops.similarity(f"{site}.scores", metric, a, b))
     moved, kept = ops.topk_split(best, r, by_score=order == "score")
-    return Match(
-        moved=ops.affine_index(moved, a.step, a.start),
-        into=ops.affine_index(ops.take(nearest, moved), 1, prefix + len(a) - r),
-        survivors=ops.pad_index(ops.affine_index(kept, a.step, a.start), range(prefix), b),
-    )
+    leaving = ops.affine_index(moved, a.step, a.start)
+    into = ops.affine_index(ops.take(nearest, moved), 1, prefix + len(a) - r)
+    survivors = ops.pad_index(ops.affine_index(kept, a.step, a.start), range(prefix), b)
+    if suffix:
+        survivors = ops.pad_index(survivors, range(0), range(end, count))
+    return Match(moved=leaving, into=into, survivors=survivors)
 
 
 def merge(ops: Ops[T], site: str, tokens: Tokens[T], pairs: Match[T], *, r: int, trace: bool) -> Tokens[T]:
@@ -71,7 +82,7 @@ def merge(ops: Ops[T], site: str, tokens: Tokens[T], pairs: Match[T], *, r: int,
 
     Equation: x_j = (s_j x_j + sum_i s_i x_i) / (s_j + sum_i s_i).
 
-    The order afterwards is prefix, kept rows of A (as they were, or by score), rows of B as they were.
+    The order afterwards is prefix, kept rows of A (as they were, or by score), rows of B as they were, suffix.
 
     Source: ToMe (2210.09461), section 3.1.
     """

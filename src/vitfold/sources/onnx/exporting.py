@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -145,7 +146,7 @@ def _export(module: nn.Module, given: Given, batch: int, names: Sequence[str], p
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep what exporters say off the terminal."""
+    """Keep what exporters say off the terminal; a tracer that fails writes the whole graph past Python."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -154,12 +155,30 @@ def _quietly() -> Iterator[None]:
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
+            _closed(1),
             torch.no_grad(),
         ):
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _closed(descriptor: int) -> Iterator[None]:
+    """Let what native code writes into a descriptor vanish."""
+    try:
+        kept = os.dup(descriptor)
+    except OSError:  # there is none, as in a service
+        yield
+        return
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), descriptor)
+            yield
+    finally:
+        os.dup2(kept, descriptor)
+        os.close(kept)
 
 
 def _short(error: Exception) -> str:

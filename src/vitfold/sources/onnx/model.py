@@ -199,7 +199,7 @@ def _spec(
 ) -> GraphSpec:
     program = found.program
     layers = len(found.streams)
-    prefix, grid, why = (0, (1, 1), found.why) if not found.even else _layout(plain, found)
+    prefix, suffix, grid, why = (0, 0, (1, 1), found.why) if not found.even else _layout(plain, found)
     attention = next((node for node in attentions_of(program) if node.block == 0), None)
     heads, head_dim = (0, 0) if attention is None else _heads(program, attention.operand("q"))
     stream = program.shapes[found.streams[0]] if layers else (1, 1, 1)
@@ -219,6 +219,7 @@ def _spec(
         mlp_dim=mlp,
         tokens=stream[1] if len(stream) == 3 else math.prod(stream[1:-1]),
         prefix=prefix,
+        suffix=suffix,
         grid=grid,
         head=head or _kind(plain, program),
         unmergeable=why,
@@ -249,21 +250,26 @@ def _kind(plain: Plain, program: Program) -> Kind:
     return "single_label"
 
 
-def _layout(plain: Plain, found: Blocks) -> tuple[int, tuple[int, int], str]:
-    """Find which tokens are patches: those that depend on the image; return prefix, grid, and why nothing merges."""
+def _layout(plain: Plain, found: Blocks) -> tuple[int, int, tuple[int, int], str]:
+    """Find which tokens are patches: those that depend on the image.
+
+    Returns:
+        Tokens in front of them and behind them, their grid, and why nothing merges.
+    """
     program, stream = found.program, found.streams[0]
     if plain.inputs[0].dtype.startswith("int"):
-        return 0, (1, 1), "its tokens are words, and merging is for patches"
+        return 0, 0, (1, 1), "its tokens are words, and merging is for patches"
     shown = Program(inputs=program.inputs, nodes=program.nodes, outputs={"x": stream})
     images = _random_images(plain, 2)
     with torch.inference_mode():
         x = replay(shown, Run(found.params), images)[0]
     varies = (x[0] - x[1]).abs().amax(-1) > 0
     patches = int(varies.sum())
-    prefix = len(varies) - patches
-    if not patches or bool(varies[:prefix].any()) or prefix > _MOST_PREFIX:
-        return 0, (1, 1), "tokens that do not depend on the image stand between or behind those that do"
-    return prefix, _grid(program, patches, tuple(images.shape[-2:])), ""
+    prefix = int(varies.int().argmax())
+    suffix = len(varies) - prefix - patches
+    if not patches or not bool(varies[prefix : prefix + patches].all()) or prefix > _MOST_PREFIX:
+        return 0, 0, (1, 1), "tokens that do not depend on the image stand between those that do"
+    return prefix, suffix, _grid(program, patches, tuple(images.shape[-2:])), ""
 
 
 def _grid(program: Program, patches: int, size: tuple[int, ...]) -> tuple[int, int]:
