@@ -27,6 +27,7 @@ from vitfold.errors import EngineError, SourceError, missing_extra, nearest
 from vitfold.images import ImageSet, batches
 from vitfold.model import Preprocess
 from vitfold.products import Product
+from vitfold.storage.digest import file_sha256
 
 PEERS: Mapping[str, str] = {
     "torch": "the original module in eager PyTorch",
@@ -109,32 +110,56 @@ def _without_images(name: str) -> str:
     )
 
 
-def load_original(origin: Mapping[str, Any]) -> Any:
-    """Load the torch module that a bundle was made from.
+def load_original(origin: Mapping[str, Any], output: str) -> Any:
+    """Load what a bundle was made from: a module that gives one tensor, or the path of an ONNX file.
+
+    Args:
+        output: the name of the bundle's first output.
 
     Raises:
-        SourceError: if that cannot be loaded again.
+        SourceError: if that cannot be loaded again, is another file by now, or gives another output first.
     """
+    source = str(origin["source"])
+    if source.endswith(".onnx"):
+        return _same_file(Path(source), origin["arguments"], output)
+    from vitfold.engines.torch import Original
     from vitfold.sources.origin import load_origin
 
-    module = load_origin(origin).original
-    if module is None:
-        raise SourceError(
-            f"{origin['source']} is a graph, not a torch module, and peers start from one; compare with another bundle"
-        )
-    return module
+    loaded = load_origin(origin)
+    if loaded.original is None or loaded.first_output is None:
+        raise SourceError(_other_output(source, output))
+    return Original(loaded.original, loaded.first_output)
+
+
+def _same_file(path: Path, arguments: Mapping[str, Any], output: str) -> Path:
+    import onnx
+
+    if not path.is_file():
+        raise SourceError(f"{path}, which the bundle was made from, is gone; put it back to compare with it")
+    if file_sha256(path) != arguments.get("sha256"):
+        raise SourceError(f"{path} is not the file any more that the bundle was made from; make the bundle again")
+    if onnx.load(str(path), load_external_data=False).graph.output[0].name != output:
+        raise SourceError(_other_output(path, output))
+    return path
+
+
+def _other_output(source: object, output: str) -> str:
+    return (
+        f"peers give what {source} gives first, and this bundle gives {output}; make one without --outputs to compare "
+        "with them"
+    )
 
 
 def open_peer(
     name: str,
-    module: Any,
+    original: Any,
     shape: tuple[int, ...],
     folder: Path,
     *,
     threads: int | None = None,
     calibration: Calibration | None = None,
 ) -> Peer:
-    """Set up a peer for images of this shape (3, H, W).
+    """Set up a peer of what `load_original` returned for images of this shape (3, H, W).
 
     `folder` keeps the files of one module's peers meanwhile, its plain export among them, which they share.
 
@@ -147,13 +172,17 @@ def open_peer(
     if name not in PEERS:
         raise EngineError(f"unknown peer {name!r}; {nearest(name, PEERS)}")
     if name in ("torch", "torch-compile"):
-        size = sum(p.numel() * p.element_size() for p in module.parameters())
-        return Peer(session=module_session(module, compiled=name == "torch-compile", threads=threads), size_bytes=size)
+        if isinstance(original, Path):
+            able = ", ".join(one for one in PEERS if not one.startswith("torch"))
+            raise EngineError(f"{original} is a graph, and no module for the peer {name}; its peers are {able}")
+        size = sum(p.numel() * p.element_size() for p in original.parameters())
+        compiled = name == "torch-compile"
+        return Peer(session=module_session(original, compiled=compiled, threads=threads), size_bytes=size)
     if name in CALIBRATED and calibration is None:
         raise EngineError(_without_images(name))
     pixels = None if calibration is None or name not in CALIBRATED else calibration.pixels()
     with _at_work(name, folder):
-        path = _plain_export(module, shape, folder)
+        path = original if isinstance(original, Path) else _plain_export(original, shape, folder)
         if name == "onnxruntime-int8":
             path = _quantized_by_onnxruntime(path, pixels, folder / "onnxruntime-int8.onnx")
         elif name == "nncf":
@@ -162,7 +191,7 @@ def open_peer(
     if name in _MODELOPT:
         path, version = _quantized_by_modelopt(name, path, pixels, folder)
         untimed = f"nvidia-modelopt {version} wrote it for TensorRT; a time on ONNX Runtime says nothing about a GPU"
-    size = sum(file.stat().st_size for file in folder.glob(f"{path.stem}.*"))
+    size = sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*"))
     engine = DEFAULT if untimed is not None or name.startswith(DEFAULT) else "openvino"
     # Graphs that were written for TensorRT are run as they are: the optimizer has no kernels for their fusions.
     session = open_graph(path, engine, threads=threads, literal=untimed is not None)

@@ -47,6 +47,18 @@ class TorchSession(Session):
         self._calls = {}
 
 
+class Original(torch.nn.Module):
+    """A module that gives more than a tensor, or gives it under a name, as one that gives a tensor."""
+
+    def __init__(self, module: torch.nn.Module, first_output: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.module, self._first_output = module, first_output
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        """Return the first output."""
+        return self._first_output(given)
+
+
 def module_session(module: Any, *, compiled: bool = False, threads: int | None = None) -> TorchSession:
     """Return a session of a module that maps images (B, 3, H, W) to one output tensor."""
     call = torch.compile(module.eval()) if compiled else module.eval()

@@ -107,7 +107,7 @@ class Lineup:
         """
         manifest = bundle.manifest
         if self._original is None:
-            self._original = load_original(manifest.origin)
+            self._original = load_original(manifest.origin, manifest.spec.output)
         shape = manifest.spec.input_shape
         calibration = None
         if self._calibration is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from vitfold.errors import SourceError
 from vitfold.model import Model, Origin, Preprocess
 from vitfold.model.spec import Problem
-from vitfold.sources.onnx.exporting import INPUT, Given, image_part, read_module
+from vitfold.sources.onnx.exporting import INPUT, Given, image_part, named_tensors, read_module
 from vitfold.sources.onnx.loading import model_of
 from vitfold.sources.reader import Facts
 from vitfold.sources.transformers import PROBLEMS
@@ -53,6 +53,15 @@ def as_graph(
             preprocess, found = translator.describe(part, read.spec, facts)
             labels = labels or found
     return model_of(read, origin, labels=labels, preprocess=preprocess), part
+
+
+def first_output(module: torch.nn.Module, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what maps inputs to the output of a module that has this name as a graph."""
+
+    def forward(given: torch.Tensor) -> torch.Tensor:
+        return named_tensors(module(given))[name]
+
+    return forward
 
 
 def _stated_problem(module: torch.nn.Module, reason: SourceError) -> Problem | None:

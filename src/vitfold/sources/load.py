@@ -10,7 +10,7 @@ import copy
 import importlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -49,10 +49,15 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A model, and the module that it was read from, if any: eval mode, float32, on the CPU."""
+    """A model and what it was read from, if that is a module: eval mode, float32, on the CPU.
+
+    `original` is that module; `first_output` maps images to its first output, as the model gives it, and is None where
+    the model gives another one first.
+    """
 
     model: Model
     original: torch.nn.Module | None
+    first_output: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 def load_source(
@@ -117,7 +122,11 @@ def load_source(
         loaded = _load_code(source, arguments, graph=graph)
     else:
         loaded = _from_zoo(source, arguments, graph=graph)
-    return loaded if names is None else replace(loaded, model=with_outputs(loaded.model, names))
+    if names is None:
+        return loaded
+    model = with_outputs(loaded.model, names)
+    same = model.spec.output == loaded.model.spec.output
+    return replace(loaded, model=model, first_output=loaded.first_output if same else None)
 
 
 def _outputs(outputs: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -142,18 +151,19 @@ def _from_zoo(source: str, arguments: Mapping[str, Any], *, graph: bool) -> Load
         if arguments.get("part") is not None:
             module, labels = part_of(module, arguments["part"]), None
             translator, _ = find_translator(module)
-        model = _translate(translator, module, facts, origin, preprocess, labels, unnamed=unnamed)
+        model, forward = _translate(translator, module, facts, origin, preprocess, labels, unnamed=unnamed)
     except UnsupportedError as reason:
         if not graph:
             raise
-        from vitfold.sources.graphs import as_graph
+        from vitfold.sources.graphs import as_graph, first_output
 
         model, module = as_graph(
             module, origin, reason, preprocess=preprocess, labels=labels, facts=facts, translator=built.translator,
             size=_pair(image_size),
         )  # fmt: skip
+        forward = first_output(module, model.spec.output)
     _check_patches(model.spec, image_size)
-    return Loaded(model=model, original=module)
+    return Loaded(model=model, original=module, first_output=forward)
 
 
 @contextlib.contextmanager
@@ -220,6 +230,7 @@ def _load_code(source: str, arguments: Mapping[str, Any], *, graph: bool) -> Loa
     """Load a module that code builds (FILE.py:FUNCTION) or that torch.export saved (FILE.pt2)."""
     _check_whole(source, arguments)
     from vitfold.sources.code import build_from_code, load_exported
+    from vitfold.sources.graphs import first_output
     from vitfold.sources.modules import part_of
 
     exported = source.endswith(".pt2")
@@ -242,7 +253,9 @@ def _load_code(source: str, arguments: Mapping[str, Any], *, graph: bool) -> Loa
         loader=model.origin.loader,
         arguments={**kept, "weights": "pretrained", **_digests(path)},
     )
-    return Loaded(model=replace(model, origin=origin), original=module if exported else module.eval())
+    original = module if exported else module.eval()
+    forward = first_output(original, model.spec.output)
+    return Loaded(model=replace(model, origin=origin), original=original, first_output=forward)
 
 
 def _load_graph(source: str, arguments: Mapping[str, Any]) -> Model:
@@ -368,7 +381,7 @@ def adapt(
         try:
             if unknown is not None or named:
                 raise unknown or UnsupportedError("outputs were chosen by name")
-            model = _translate(translator, plain, facts, where, preprocess, names)
+            model, _ = _translate(translator, plain, facts, where, preprocess, names)
         except UnsupportedError as reason:
             if not graph:
                 raise
@@ -410,8 +423,8 @@ def _translate(
     labels: tuple[str, ...] | None,
     *,
     unnamed: bool = False,
-) -> Model:
-    """Translate, describe and check; every way in ends here."""
+) -> tuple[Model, Callable[[torch.Tensor], torch.Tensor]]:
+    """Translate, describe and check; return also what maps images to the original's output."""
     from vitfold.sources.parity import check_parity
 
     found: Translation = translator.translate(module)
@@ -427,7 +440,7 @@ def _translate(
         )
     model = Model(spec=spec, params=found.params, preprocess=preprocess, labels=labels, origin=origin)
     check_parity(found.forward, model, blocks=found.blocks)
-    return model
+    return model, found.forward
 
 
 def _check_problem(problem: str | None) -> None:

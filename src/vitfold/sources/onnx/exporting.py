@@ -90,21 +90,27 @@ class _Tensors(nn.Module):
         return tuple(self._named(self.module(example)))
 
     def _named(self, made: Any) -> dict[str, Tensor]:
-        if isinstance(made, Tensor):
-            found = {OUTPUT: made}
-        elif isinstance(made, Mapping):
-            found = {str(name): value for name, value in made.items() if isinstance(value, Tensor)}
-        else:
-            values = made if isinstance(made, tuple | list) else [made]
-            found = {f"{OUTPUT}{i or ''}": value for i, value in enumerate(values) if isinstance(value, Tensor)}
-        found = {name: value for name, value in found.items() if value.is_floating_point()}
+        found = named_tensors(made)
         if self._wanted is not None:
             missing = [name for name in self._wanted if name not in found]
             if missing:
                 raise SourceError(f"there is no output {missing[0]!r}; there are {', '.join(found)}")
             return {name: found[name] for name in self._wanted}
-        first = [name for name in _NAMED if name in found]
-        return {name: found[name] for name in (*first, *(name for name in found if name not in first))}
+        return found
+
+
+def named_tensors(made: Any) -> dict[str, Tensor]:
+    """Return what a module made as real tensors by name, those that users mean first."""
+    if isinstance(made, Tensor):
+        found = {OUTPUT: made}
+    elif isinstance(made, Mapping):
+        found = {str(name): value for name, value in made.items() if isinstance(value, Tensor)}
+    else:
+        values = made if isinstance(made, tuple | list) else [made]
+        found = {f"{OUTPUT}{i or ''}": value for i, value in enumerate(values) if isinstance(value, Tensor)}
+    found = {name: value for name, value in found.items() if value.is_floating_point()}
+    first = [name for name in _NAMED if name in found]
+    return {name: found[name] for name in (*first, *(name for name in found if name not in first))}
 
 
 def _with_any_batch(module: nn.Module, given: Given, names: Sequence[str], folder: Path) -> Any:
