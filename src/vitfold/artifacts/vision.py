@@ -53,7 +53,7 @@ _PREPROCESS: dict[str, Range] = {
 _RECIPE: dict[str, Range] = {"r": (0, 2**24), "calibration_size": (1, 2**31), "seed": (-(2**63), 2**63)}
 _SECTIONS = {"merge": MergeRecipe, "quant": QuantRecipe, "registers": RegistersRecipe}
 _FIDELITY: dict[str, Range] = {
-    **dict.fromkeys(("top1", "top5", "agreement"), (0.0, 1.0)),
+    **dict.fromkeys(("top1", "top5", "agreement", "miou"), (0.0, 1.0)),
     "cosine": (-1.01, 1.01),
     "sqnr_db": (-1e4, 1e4),
 }

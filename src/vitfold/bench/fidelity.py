@@ -18,7 +18,9 @@ class Fidelity:
 
     `agreement` is the share of images with the same top-1 class; where every label is a yes or no of its own, the share
     of labels that are answered alike, and `probability_error` the mean absolute difference of their probabilities.
-    `relative_error` of a regression is sum |ref - out| / sum |ref|. `cosine` is the mean cosine of the output vectors
+    `relative_error` of a regression or a map is sum |ref - out| / sum |ref|. Of a segmentation (B, C, H, W) `agreement`
+    is the share of pixels with the same class, and `miou` the mean over the reference's classes of intersection over
+    union with it. `cosine` is the mean cosine of the output vectors
     (None of single numbers), `sqnr_db` 10 log10(sum ref^2 / sum (ref - out)^2) in decibels (None if exact).
     """
 
@@ -31,6 +33,7 @@ class Fidelity:
     reference: str | None
     probability_error: float | None = None
     relative_error: float | None = None
+    miou: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -62,7 +65,7 @@ def measure_fidelity(
 ) -> Fidelity:
     """Compare outputs with targets and with a reference on the same images, row by row, as their `head` asks for."""
     flat = outputs.reshape(len(outputs), -1).astype(np.float64)
-    top1 = top5 = agreement = cosine = sqnr = probability_error = relative_error = None
+    top1 = top5 = agreement = cosine = sqnr = probability_error = relative_error = miou = None
     if targets is not None and head == "single_label":
         top1 = accuracy(flat, targets, top=1)
         top5 = accuracy(flat, targets, top=5) if flat.shape[1] > 5 else None
@@ -73,11 +76,14 @@ def measure_fidelity(
         elif head == "multi_label":
             agreement = float(np.mean((flat > 0) == (ref > 0)))
             probability_error = float(np.mean(np.abs(sigmoid(flat) - sigmoid(ref))))
-        elif head == "regression":
+        elif head == "segmentation":
+            agreement, miou = overlap(outputs, reference)
+        elif head in ("regression", "map"):
             relative_error = float(np.abs(flat - ref).sum() / max(np.abs(ref).sum(), 1e-30))
         if flat.shape[1] > 1:
             norms = np.linalg.norm(flat, axis=1) * np.linalg.norm(ref, axis=1)
-            cosine = float(np.mean(np.sum(flat * ref, axis=1) / np.maximum(norms, 1e-30)))
+            cosines = np.sum(flat * ref, axis=1) / np.maximum(norms, 1e-30)
+            cosine = float(np.mean(np.where(norms > 0, cosines, np.all(flat == ref, axis=1))))
         noise = float(np.sum((flat - ref) ** 2))
         sqnr = None if noise == 0.0 else float(10.0 * np.log10(np.sum(ref**2) / noise))
     return Fidelity(
@@ -90,4 +96,15 @@ def measure_fidelity(
         reference=reference_name if reference is not None else None,
         probability_error=probability_error,
         relative_error=relative_error,
+        miou=miou,
     )
+
+
+def overlap(outputs: Float[np.ndarray, "B C H W"], reference: Float[np.ndarray, "B C H W"]) -> tuple[float, float]:
+    """Return the share of pixels with the reference's class, and the mean intersection over union of its classes."""
+    found, wanted = outputs.argmax(1), reference.argmax(1)
+    ratios = []
+    for kind in np.unique(wanted):
+        ours, theirs = found == kind, wanted == kind
+        ratios.append(np.logical_and(ours, theirs).sum() / np.logical_or(ours, theirs).sum())
+    return float(np.mean(found == wanted)), float(np.mean(ratios))

@@ -13,6 +13,7 @@ from vitfold.bench.environment import busy_remark
 from vitfold.cli.terminal import note
 from vitfold.errors import VitfoldError, missing_extra
 from vitfold.images import find_images
+from vitfold.model.spec import MAPS
 from vitfold.recipe import quant_from_scheme
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def given_images(folder: Path) -> ImageSet:
 
 def judged_images(images: ImageSet, spec: Architecture, labels: tuple[str, ...] | None) -> ImageSet:
     """Return what a model is measured on; say before any work how class folders are read, or why there is no top-1."""
-    if images.classes is None or spec.head == "features":
+    if images.classes is None or spec.head in ("features", *MAPS):
         return images
     if spec.head == "single_label":
         return fitting_classes(images, labels, spec.output_width, note)

@@ -19,6 +19,7 @@ _MEASURED = (
     ("top1", "top-1"),
     ("probability_error", "mean difference of probabilities"),
     ("relative_error", "relative error"),
+    ("miou", "mIoU"),
 )
 
 

@@ -71,7 +71,7 @@ Outputs = Annotated[
     ),
 ]
 Problem = Annotated[
-    Literal["single_label", "multi_label", "regression"] | None,
+    Literal["single_label", "multi_label", "regression", "map", "segmentation"] | None,
     typer.Option(
         help="What a classifier's outputs stand for: one class, a yes or no each, or numbers; default: what the source "
         "says, else one class.",

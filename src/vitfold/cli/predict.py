@@ -60,6 +60,8 @@ _COLUMNS = {
     "single_label": "prediction",
     "multi_label": "labels, each by itself",
     "regression": "values",
+    "map": "map",
+    "segmentation": "classes by their share of pixels",
     "features": "embedding",
 }
 
@@ -73,6 +75,11 @@ def _result(prediction: Prediction, top: int, threshold: float) -> dict[str, Any
         return {"top": [{"label": label, "probability": p, "chosen": p >= threshold} for label, p in ranked]}
     if prediction.head == "regression":
         return {"values": [{"label": label, "value": value} for label, value in prediction.values()]}
+    if prediction.head == "map":
+        values = prediction.output
+        return {"map": {"shape": list(values.shape), "least": float(values.min()), "most": float(values.max())}}
+    if prediction.head == "segmentation":
+        return {"classes": [{"label": label, "share": share} for label, share in prediction.shares()[:top]]}
     return {"embedding": [float(x) for x in prediction.output.reshape(-1)]}
 
 
@@ -84,6 +91,11 @@ def _lines(lines: Iterable[str]) -> Text:
 def _cell(result: dict[str, Any]) -> str | Text:
     if "values" in result:
         return _lines(f"{entry['value']:+.4g}  {entry['label']}" for entry in result["values"])
+    if "map" in result:
+        found = result["map"]
+        return f"{' x '.join(map(str, found['shape']))} from {found['least']:+.4g} to {found['most']:+.4g}"
+    if "classes" in result:
+        return _lines(f"{entry['share']:7.2%}  {entry['label']}" for entry in result["classes"])
     if "embedding" in result:
         head = " ".join(f"{x:+.3f}" for x in result["embedding"][:6])
         return f"{head} ... ({len(result['embedding'])} values; --json prints all)"

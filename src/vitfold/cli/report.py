@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitfold.artifacts.bundle import open_bundle
+from vitfold.artifacts.bundle import Bundle, open_bundle
 from vitfold.bench.environment import installed_version
 from vitfold.cli import options
 from vitfold.cli.declaring import command
@@ -17,10 +17,12 @@ from vitfold.cli.making import require_optimize
 from vitfold.cli.terminal import note, out, skipped, steps, write_text
 from vitfold.errors import ImageError, ReportError, missing_extra
 from vitfold.images import batches, find_images
+from vitfold.model.spec import MAPS
 from vitfold.pipeline import count_costs
 from vitfold.sources.origin import load_origin
 
 if TYPE_CHECKING:
+    from vitfold.report.maps import Mapped
     from vitfold.report.mosaic import Traced
 
 
@@ -36,7 +38,11 @@ def report(
     title: Annotated[str | None, typer.Option(help="Its heading; default: the folder's name.")] = None,
     pictures: Annotated[
         list[Path] | None,
-        typer.Option(metavar="BUNDLE", help="Draw what this bundle merges, on photos of --images; may be repeated."),
+        typer.Option(
+            metavar="BUNDLE",
+            help="Draw what this bundle merges, and its maps beside the original's, on photos of --images; may be "
+            "repeated.",
+        ),
     ] = None,
     images: options.Images = None,
     photos: Annotated[int, typer.Option(min=1, help="Photos drawn, spread evenly over --images.")] = 3,
@@ -57,11 +63,11 @@ def report(
 
     found = load_folder(folder)
     with steps("report") as say:
-        traced = []
+        traced: list[Traced | Mapped] = []
         for bundle in pictures or []:
             assert images is not None
-            say(f"merging in {bundle}")
-            traced.append(_trace(bundle, images, photos, skip_bad=skip_bad))
+            say(f"pictures of {bundle}")
+            traced += _draw(bundle, images, photos, skip_bad=skip_bad)
         say("the page")
         line = shlex.join(["vitfold", *sys.argv[1:]])
         page = render_page(found, title=title or folder.absolute().name, command=line, traced=traced)
@@ -71,18 +77,16 @@ def report(
     out.print(f"{output} ({len(page.encode('utf-8')) / 1e6:.1f} MB)", soft_wrap=True)
 
 
-def _trace(path: Path, folder: Path, count: int, *, skip_bad: bool) -> Traced:
-    """Run the model that a bundle was made from on some photos, and keep what merges."""
+def _draw(path: Path, folder: Path, count: int, *, skip_bad: bool) -> list[Traced | Mapped]:
+    """Run the model that a bundle was made from on some photos, and keep what merges and what maps come out."""
     require_optimize()
     import numpy as np
 
-    from vitfold.pipeline.tracing import trace_groups
-    from vitfold.report.mosaic import Traced, rgb_from_pixels
+    from vitfold.report.mosaic import rgb_from_pixels
 
     bundle = open_bundle(path)
     manifest = bundle.manifest
-    merge = manifest.recipe.merge
-    if not any(merge.r):
+    if not any(manifest.recipe.merge.r) and manifest.spec.head not in MAPS:
         raise ReportError(f"{path} merges nothing, so there is nothing to draw; give a bundle made with --merge")
     chosen = find_images(folder).first(count)
     if skip_bad:
@@ -91,6 +95,41 @@ def _trace(path: Path, folder: Path, count: int, *, skip_bad: bool) -> Traced:
     if not found:
         raise ImageError(f"no image in {folder} can be read; give another folder")
     pixels = np.concatenate([one.pixel_values for one in found])
+    names = tuple(chosen.paths[one.index[0]].name for one in found)
+    photos = rgb_from_pixels(pixels, manifest.preprocess.mean, manifest.preprocess.std)
+    drawn: list[Traced | Mapped] = []
+    if manifest.spec.head in MAPS:
+        drawn.append(_map(bundle, names, photos, pixels))
+    if any(manifest.recipe.merge.r):
+        drawn.append(_trace(bundle, names, photos, pixels))
+    return drawn
+
+
+def _map(bundle: Bundle, names: tuple[str, ...], photos: Any, pixels: Any) -> Mapped:
+    """Run a bundle and the model that it was made from."""
+    import tempfile
+
+    from vitfold.bench.reference import reference_from_origin
+    from vitfold.engines import open_session
+    from vitfold.report.maps import Mapped
+
+    with tempfile.TemporaryDirectory(prefix="vitfold-") as scratch:
+        with reference_from_origin(bundle).open(Path(scratch)) as session:
+            expected = session(pixels)
+        with open_session(bundle) as session:
+            found = session(pixels)
+    return Mapped(
+        title=bundle.name, names=names, photos=photos, expected=expected, found=found, head=bundle.manifest.spec.head
+    )
+
+
+def _trace(bundle: Bundle, names: tuple[str, ...], photos: Any, pixels: Any) -> Traced:
+    """Find which patches merge in a bundle."""
+    from vitfold.pipeline.tracing import trace_groups
+    from vitfold.report.mosaic import Traced
+
+    manifest = bundle.manifest
+    merge = manifest.recipe.merge
     model = load_origin(manifest.origin).model
     flops = [0] * manifest.spec.num_layers
     for cost in count_costs(manifest.spec, merge):
@@ -98,8 +137,8 @@ def _trace(path: Path, folder: Path, count: int, *, skip_bad: bool) -> Traced:
             flops[cost.block] += 2 * cost.macs
     return Traced(
         title=bundle.name,
-        names=tuple(chosen.paths[one.index[0]].name for one in found),
-        photos=rgb_from_pixels(pixels, manifest.preprocess.mean, manifest.preprocess.std),
+        names=names,
+        photos=photos,
         groups=trace_groups(model, merge, pixels),
         grid=manifest.spec.grid,
         tokens=manifest.tokens,

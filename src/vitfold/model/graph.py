@@ -11,7 +11,7 @@ from vitfold.errors import SourceError
 from vitfold.model.sinks import Sinks
 
 Shape = tuple[int, ...]
-Kind = Literal["single_label", "multi_label", "regression", "features"]
+Kind = Literal["single_label", "multi_label", "regression", "map", "segmentation", "features"]
 KIND = "graph"
 
 
@@ -85,8 +85,9 @@ class GraphSpec:
 
     @property
     def output_width(self) -> int:
-        """Length of the last axis of the first output."""
-        last = self.outputs_of[0].shape[-1] if self.outputs_of[0].shape else 1
+        """Length of the last axis of the first output; of a segmentation the number of classes."""
+        shape = self.outputs_of[0].shape
+        last = shape[1] if self.head == "segmentation" and len(shape) > 1 else shape[-1] if shape else 1
         return last if isinstance(last, int) else 1
 
     @property

@@ -20,8 +20,11 @@ Pool = Literal["token", "avg", "map", "token_avg", "token_dist", "none"]
 HeadActivation = Literal["none", "tanh"]
 Output = Literal["logits", "image_embeds", "last_hidden_state"]
 """What the first output of a model is; one that ends behind block L may call it "hidden_states.L"."""
-Problem = Literal["single_label", "multi_label", "regression"]
-Head = Literal["single_label", "multi_label", "regression", "features"]
+Problem = Literal["single_label", "multi_label", "regression", "map", "segmentation"]
+"""What an output stands for: one class, a yes or no each, numbers, a number per pixel, a class per pixel."""
+Head = Literal["single_label", "multi_label", "regression", "map", "segmentation", "features"]
+MAPS = ("map", "segmentation")
+"""Kinds of outputs that are pictures, which only graphs give."""
 
 Shape = tuple[int, ...]
 HIDDEN = "hidden_states."
@@ -101,6 +104,8 @@ class ViTSpec:
             raise SourceError("a classifier needs outputs; a model without a head has the output 'image_embeds'")
         if self.pool == "map" and (self.map_heads <= 0 or self.embed_dim % self.map_heads):
             raise SourceError(f"attention pooling needs map_heads that divide the width {self.embed_dim}")
+        if self.problem in MAPS:
+            raise SourceError(f"this model gives logits or tokens, and a {self.problem} is an output of a graph")
         if self.output not in get_args(Output) and hidden_layer(self.output) != self.num_layers:
             raise SourceError(f"unsupported output {self.output!r}; supported: {', '.join(get_args(Output))}")
         for name in self.also:

@@ -49,7 +49,7 @@ def check_decides(head: Head) -> None:
         VitfoldError: if they are features or numbers, which cannot be counted as right.
     """
     if not decides(head):
-        given = "numbers (a regression)" if head == "regression" else "features"
+        given = {"regression": "numbers (a regression)", "map": "maps", "segmentation": "maps"}.get(head, "features")
         raise VitfoldError(
             f"a drop is counted in classes, and this model gives {given}; choose --merge and --quant, and compare "
             "cosine, SQNR and errors with vitfold bench or evaluate"

@@ -74,14 +74,14 @@ def strips(traced: Traced) -> list[Strip]:
     for image, name in enumerate(traced.names):
         photo = traced.photos[image]
         before = (f"{traced.tokens[0]} tokens",)
-        tiles = [Tile(title="the model's input", lines=before, url=_url(_enlarged(photo)))]
+        tiles = [Tile(title="the model's input", lines=before, url=picture_url(enlarged(photo)))]
         previous = traced.tokens[0]
         for block in range(len(traced.groups)):
             left = traced.tokens[block + 1]
             if left != previous:
                 drawn = draw_groups(photo, traced.groups[block, image].reshape(traced.grid))
                 lines = (f"{left} tokens", f"{traced.flops[block] / 1e9:.2f} GFLOPs")
-                tiles.append(Tile(title=f"block {block}", lines=lines, url=_url(drawn)))
+                tiles.append(Tile(title=f"block {block}", lines=lines, url=picture_url(drawn)))
             previous = left
         found.append(Strip(name=name, tiles=tuple(tiles)))
     return found
@@ -89,7 +89,7 @@ def strips(traced: Traced) -> list[Strip]:
 
 def draw_groups(photo: UInt8[np.ndarray, "H W 3"], groups: Int[np.ndarray, "Y X"]) -> UInt8[np.ndarray, "A B 3"]:
     """Fill every group of several patches with its mean colour and draw a border around it; others stay as they are."""
-    photo = _enlarged(photo)
+    photo = enlarged(photo)
     down, across = photo.shape[0] // groups.shape[0], photo.shape[1] // groups.shape[1]
     drawn = photo[: down * groups.shape[0], : across * groups.shape[1]].copy()
     labels, flat = np.unique(groups, return_inverse=True)
@@ -107,12 +107,14 @@ def draw_groups(photo: UInt8[np.ndarray, "H W 3"], groups: Int[np.ndarray, "Y X"
     return drawn
 
 
-def _enlarged(photo: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "A B 3"]:
+def enlarged(photo: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "A B 3"]:
+    """Draw every pixel of a small photo as a square of pixels."""
     factor = max(1, -(-LEAST_SIDE // min(photo.shape[:2])))
     return photo if factor == 1 else np.repeat(np.repeat(photo, factor, 0), factor, 1)
 
 
-def _url(picture: UInt8[np.ndarray, "H W 3"]) -> str:
+def picture_url(picture: UInt8[np.ndarray, "H W 3"]) -> str:
+    """Return a picture as a data URL."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "JPEG", quality=82, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")

@@ -18,6 +18,7 @@ import jinja2
 from vitfold.errors import ReportError
 from vitfold.report.headlines import headlines
 from vitfold.report.loading import Folder
+from vitfold.report.maps import Mapped
 from vitfold.report.mosaic import Traced
 from vitfold.report.sections import build_sections
 from vitfold.version import __version__
@@ -41,7 +42,7 @@ class _Figures:
 
 
 def render_page(
-    folder: Folder, *, title: str, command: str, traced: Sequence[Traced] = (), most_bytes: int = MOST_BYTES
+    folder: Folder, *, title: str, command: str, traced: Sequence[Traced | Mapped] = (), most_bytes: int = MOST_BYTES
 ) -> str:
     """Return the page.
 

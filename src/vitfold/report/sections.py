@@ -10,6 +10,7 @@ from typing import Any
 from vitfold.bench.environment import busy_remark
 from vitfold.report import curves, figures
 from vitfold.report.loading import Document, Folder
+from vitfold.report.maps import Mapped, map_strips
 from vitfold.report.mosaic import Traced, strips
 from vitfold.report.points import Point, points_of, quality_key
 from vitfold.report.samplers import Sampler, samplers_of
@@ -49,11 +50,11 @@ class Section:
     commands: Sequence[str] = ()
 
 
-def build_sections(folder: Folder, traced: Sequence[Traced], command: str) -> list[Section]:
+def build_sections(folder: Folder, traced: Sequence[Traced | Mapped], command: str) -> list[Section]:
     """Return all sections in their order: comparisons, pictures, where time goes, methods, and how it was measured."""
     sections: list[Section | None] = [_comparison(document) for document in (*folder.of("sweep"), *folder.of("bench"))]
     sections += [_diffusion(document) for document in folder.of("diffusion")]
-    sections += [_pictures(one) for one in traced]
+    sections += [_maps(one) if isinstance(one, Mapped) else _pictures(one) for one in traced]
     sections += [_profile(document) for document in folder.of("profile")]
     sections += [_sensitivity(document) for document in folder.of("sensitivity")]
     sections += [_ladder(document) for document in folder.of("ladder")]
@@ -167,6 +168,18 @@ def _sheet(path: Path, samplers: Sequence[Sampler], classes: Sequence[int]) -> S
         url=sheet_url(path),
         alt=f"Generated images, a line per sampler: {lines}; a column per {columns}",
         caption=f"A column is one {columns}; the lines from the top: {lines}.",
+    )
+
+
+def _maps(mapped: Mapped) -> Section:
+    kind = "A colour is a class." if mapped.head == "segmentation" else "From dark to bright: from least to most."
+    return Section(
+        title=f"Maps: {mapped.title}",
+        text=[
+            f"What the original and the bundle make of the same pictures, in the same colours. {kind} The last picture "
+            "shows where they differ."
+        ],
+        strips=map_strips(mapped),
     )
 
 

@@ -14,6 +14,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from vitfold.model.spec import MAPS
+
 RowDict = Mapping[str, Any]
 _SHOWN_ENGINES = {"simulation": "simulated"}
 SCOPES = {"engine": "engine only", "end_to_end": "end to end, file to label"}
@@ -30,6 +32,8 @@ def _quality(rows: Sequence[RowDict]) -> str:
         return "diff p %"
     if measured and all(fidelity.get("relative_error") is not None for fidelity in measured):
         return "error %"
+    if measured and all(fidelity.get("miou") is not None for fidelity in measured):
+        return "mIoU %"
     embeds = measured and all(fidelity["agreement"] is None for fidelity in measured)
     return "cosine" if embeds else "top-1 %"
 
@@ -37,17 +41,20 @@ def _quality(rows: Sequence[RowDict]) -> str:
 def _quality_cell(fidelity: Mapping[str, Any], quality: str) -> str:
     if quality == "cosine":
         return number(fidelity.get("cosine"), ".4f")
-    key = {"diff p %": "probability_error", "error %": "relative_error"}.get(quality, "top1")
+    key = {"diff p %": "probability_error", "error %": "relative_error", "mIoU %": "miou"}.get(quality, "top1")
     return percent(fidelity.get(key), unit="")
 
 
 def fidelity_lines(fidelity: Mapping[str, Any], *, head: str, unfolded: float | None = None) -> list[tuple[str, str]]:
     """Return names and figures of a fidelity, those that a head of this kind has."""
     lines = [("top-1", percent(fidelity["top1"])), ("top-5", percent(fidelity["top5"]))]
-    if head in ("multi_label", "regression"):
+    if head in ("multi_label", "regression", *MAPS):
         lines = []
-    if head != "regression":
-        lines.append(("agreement", percent(fidelity["agreement"]) + (" of labels" if head == "multi_label" else "")))
+    if head not in ("regression", "map"):
+        of = {"multi_label": " of labels", "segmentation": " of pixels"}.get(head, "")
+        lines.append(("agreement", percent(fidelity["agreement"]) + of))
+    if fidelity.get("miou") is not None:
+        lines.append(("mIoU", f"{percent(fidelity['miou'])} with the unfolded model's classes"))
     if unfolded is not None:
         lines.append(("unfolded", f"{percent(unfolded)} top-1"))
     if fidelity.get("probability_error") is not None:
@@ -56,7 +63,7 @@ def fidelity_lines(fidelity: Mapping[str, Any], *, head: str, unfolded: float | 
         lines.append(("error", f"{percent(fidelity['relative_error'])} of the mean absolute value"))
     if fidelity["cosine"] is not None or head in ("single_label", "features"):
         lines.append(("cosine", number(fidelity["cosine"], ".5f")))
-    if head in ("multi_label", "regression") and fidelity["reference"] is not None:
+    if head in ("multi_label", "regression", *MAPS) and fidelity["reference"] is not None:
         sqnr = fidelity["sqnr_db"]
         lines.append(("SQNR", "equal" if sqnr is None else f"{sqnr:.1f} dB"))
     return lines

@@ -49,7 +49,8 @@ class Prediction:
             VitfoldError: if the output is numbers or an embedding, or not finite.
         """
         if self.head not in ("single_label", "multi_label"):
-            kind = "the numbers of a regression" if self.head == "regression" else "an embedding"
+            kinds = {"regression": "the numbers of a regression", "map": "a map", "segmentation": "a map of classes"}
+            kind = kinds.get(self.head, "an embedding")
             raise VitfoldError(f"this output is {kind} and has no probabilities; use .output or .values()")
         if not np.isfinite(self.output).all():
             raise EngineError("the output is NaN or infinite, so that no class is probable; make the bundle again")
@@ -75,6 +76,18 @@ class Prediction:
     def values(self) -> list[tuple[str, float]]:
         """Return every output with its name, in order: what a regression says."""
         return [(self._name(i), float(value)) for i, value in enumerate(self.output.reshape(-1))]
+
+    def shares(self) -> list[tuple[str, float]]:
+        """Return the classes of a segmentation with the share of pixels that each has, the largest first.
+
+        Raises:
+            VitfoldError: if the output is no segmentation.
+        """
+        if self.head != "segmentation":
+            raise VitfoldError("this output is no segmentation, and has no classes of pixels; use .output")
+        found, counts = np.unique(self.output.argmax(0), return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        return [(self._name(int(found[i])), float(counts[i] / counts.sum())) for i in order]
 
     def _name(self, i: int) -> str:
         return self.labels[i] if self.labels else str(i)
@@ -157,7 +170,8 @@ class Predictor:
         rows = next(iter(made.values()))
         spec = self.bundle.manifest.spec
         last = spec.embed_dim if spec.dense and isinstance(spec, ViTSpec) else spec.output_width
-        if rows.ndim < 2 or (len(rows), rows.shape[-1]) != (len(pixels), last):
+        axis = 1 if spec.head == "segmentation" else -1
+        if rows.ndim < 2 or (len(rows), rows.shape[axis]) != (len(pixels), last):
             raise EngineError(
                 f"{self.bundle.path}: the graph returned {rows.shape} for {len(pixels)} images, and its manifest "
                 f"promises {last} values each; make the bundle again"

@@ -86,7 +86,7 @@ def load_source(
         weights: "random" builds the architecture from `seed` without a download of weights.
         seed: of random weights.
         problem: what the logits of a classifier stand for, where the source does not say so: "single_label",
-            "multi_label" or "regression".
+            "multi_label", "regression", "map" (a number per pixel) or "segmentation" (a class per pixel).
         preprocess: of an ONNX file: a file that says how images are prepared, or a family: vit, deit, dinov2, clip,
             siglip.
         outputs: what the model gives, the first of which is compared and classified: "logits", "embedding" (what the

@@ -41,6 +41,7 @@ _CHANNELS = (1, 3, 4)
 _FEATURES = ("embed", "feature", "hidden", "token", "pool")
 _NO_LOGITS = ("layer_norm", "rms_norm", "mean", "reduce", "divide")
 """What makes features: a norm, a pooling, a division by a length."""
+_CLASSES = ("logits", "seg")
 _MOST_PREFIX = 64
 
 
@@ -243,6 +244,11 @@ def _kind(plain: Plain, program: Program) -> Kind:
     """What the first output stands for, by its shape and name, and by what makes it."""
     end = plain.outputs[0]
     name = end.name.lower()
+    shape = plain.shapes[end.name][0]
+    if ("depth" in name and len(shape) == 3) or (len(shape) == 4 and shape[1] == 1):
+        return "map"
+    if len(shape) == 4 and shape[1] > 1 and any(word in name for word in _CLASSES):
+        return "segmentation"
     maker = makers(program).get(next(iter(program.outputs.values())))
     unclassified = maker is not None and maker.op in _NO_LOGITS
     if len(plain.shapes[end.name][0]) != 2 or unclassified or any(word in name for word in _FEATURES):
