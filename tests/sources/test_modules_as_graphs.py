@@ -166,3 +166,32 @@ def test_what_torch_export_saved_is_a_source(tmp_path):
     (tmp_path / "bad.pt2").write_bytes(b"nothing")
     with pytest.raises(SourceError, match="torch.export"):
         load_source(str(tmp_path / "bad.pt2"), image_size=32)
+
+
+class Gated(nn.Module):
+    """An attention whose scores are changed by a rule of its own, as positions of pairs that depend on the queries."""
+
+    def __init__(self, *, attends: bool) -> None:
+        super().__init__()
+        self.patch, self.qkv, self.head = nn.Conv2d(3, 16, 8, 8), nn.Linear(16, 48), nn.Linear(16, 3)
+        self.attends = attends
+
+    def forward(self, image):
+        x = self.patch(image).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if not self.attends:
+            return self.head((q + k + v).mean(1))
+        scores = q @ k.transpose(1, 2)
+        scores = scores * torch.sigmoid(q.sum(-1, keepdim=True))
+        return self.head((scores.softmax(-1) @ v + q).mean(1))
+
+
+def test_an_attention_of_a_form_of_its_own_is_read_too():
+    torch.manual_seed(0)
+    model = vitfold.adapt(Gated(attends=True).eval(), image_size=(32, 32))
+    assert model.spec.num_layers == 0
+    assert model.spec.unmergeable
+    plan = vitfold.optimize(model, quant="w8a8")
+    assert plan.needs_calibration
+    with pytest.raises(SourceError, match="no attention"):
+        vitfold.adapt(Gated(attends=False).eval(), image_size=(32, 32))

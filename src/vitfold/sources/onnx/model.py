@@ -18,7 +18,7 @@ from vitfold.model.graph import Kind
 from vitfold.model.spec import random_array
 from vitfold.ops.run import Run
 from vitfold.program import Program, Ref, replay
-from vitfold.program.queries import attentions_of, makers, params_read
+from vitfold.program.queries import attentions_of, makers, params_read, readers
 from vitfold.sources.onnx.attention import with_attentions
 from vitfold.sources.onnx.blocks import Blocks, with_blocks
 from vitfold.sources.onnx.lifting import LiftedProgram, lift
@@ -75,7 +75,7 @@ def read(plain: Plain, model: onnx.ModelProto, path: Path, *, head: Kind | None 
     program, params = with_attentions(*with_folded_scales(lifted.program, lifted.params))
     shapes = {name: array.shape for name, array in params.items()}
     program = without_dead_nodes(with_short_views(program, shapes))
-    if not attentions_of(program):
+    if not attentions_of(program) and not _weighs_values(program):
         raise UnsupportedError(
             f"{path} has no attention: vitfold makes transformers faster, not convolutional networks"
         )
@@ -83,6 +83,21 @@ def read(plain: Plain, model: onnx.ModelProto, path: Path, *, head: Kind | None 
     found = with_blocks(program, {name: array for name, array in params.items() if name in read_of})
     error = _check_parity(path, plain, model, lifted, found)
     return ReadGraph(spec=_spec(plain, image, lifted, found, head), params=found.params, error=error)
+
+
+def _weighs_values(program: Program) -> bool:
+    """Whether a softmax is multiplied with something, as in an attention of a form that is not recognised."""
+    read_by = readers(program)
+    for node in program.nodes:
+        if node.op == "softmax" or (node.op == "foreign" and "Softmax" in str(node.attributes)):
+            found = [node.outputs[0]]
+            for ref in found:  # through changes of shape
+                for reader in read_by[ref]:
+                    if reader.op == "matmul":
+                        return True
+                    if reader.op in ("reshape", "transpose"):
+                        found += reader.outputs
+    return False
 
 
 def _image_end(plain: Plain, path: Path) -> tuple[int, tuple[int, int]]:
