@@ -528,3 +528,35 @@ def make_images(tmp_path):
         return find_images(folder)
 
     return make
+
+
+class Pair(nn.Module):
+    """A tower for images and one for something else, and what both make together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image = tiny_timm(num_classes=10)
+        self.words = nn.Linear(4, 10)
+
+    def forward(self, pixels, words):
+        image, text = self.image(pixels), self.words(words)
+        return image, text, image @ text.T
+
+
+def test_of_a_file_of_several_inputs_the_outputs_that_need_one_are_taken(tmp_path):
+    path, pixels = tmp_path / "pair.onnx", torch.randn(2, 3, SIZE, SIZE)
+    module = Pair().eval()
+    names = {"input_names": ["pixels", "words"], "output_names": ["image_embeds", "text_embeds", "similarity"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        axes = {"pixels": {0: "n"}, "image_embeds": {0: "n"}}
+        torch.onnx.export(module, (pixels, torch.randn(3, 4)), path, dynamo=False, dynamic_axes=axes, **names)
+    with pytest.raises(SourceError, match=r"several inputs \(pixels, words\).*--outputs image_embeds \(of pixels\)"):
+        load_source(str(path))
+    model = load_source(str(path), outputs="image_embeds").model
+    assert (model.spec.input, model.spec.output_names) == ("pixels", ("image_embeds",))
+    bundle = vitfold.save(vitfold.optimize(model, merge=1), tmp_path / "a.fold")
+    assert [one.name for one in onnx.load(bundle.path / "model.onnx").graph.input] == ["pixels"]
+    with pytest.raises(SourceError, match="several inputs"):
+        load_source(str(path), outputs="similarity")

@@ -276,6 +276,7 @@ def _load_graph(source: str, arguments: Mapping[str, Any]) -> Model:
         image_size=_pair(size),
         problem=arguments.get("problem"),
         preprocess=arguments.get("preprocess"),
+        outputs=_outputs(arguments.get("outputs")) or (),
     )
     return model
 

@@ -30,6 +30,7 @@ def load_file(
     image_size: tuple[int, int] | None = None,
     problem: Problem | None = None,
     preprocess: str | None = None,
+    outputs: Sequence[str] = (),
 ) -> Model:
     """Load an ONNX file.
 
@@ -39,6 +40,7 @@ def load_file(
     Args:
         preprocess: a file that says how images are prepared, or a family that has a usual way: vit, deit, dinov2, clip,
             siglip.
+        outputs: as `read_graph` takes them.
 
     Raises:
         SourceError: if the file cannot be read, or has what vitfold cannot hold.
@@ -50,7 +52,8 @@ def load_file(
     size = image_size or _square(sidecar.get("image_size"))
     kind = problem or sidecar.get("problem")
     labels = _labels(path, sidecar)
-    read = read_graph(path, image_size=size, head=kind or ("single_label" if labels else None))
+    head = kind or ("single_label" if labels else None)
+    read = read_graph(path, image_size=size, head=head, outputs=outputs)
     return model_of(
         read, origin, labels=labels, preprocess=_preprocess(path, sidecar, preprocess, read.spec.image_size)
     )

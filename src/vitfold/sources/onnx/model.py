@@ -54,10 +54,17 @@ class ReadGraph:
     error: float
 
 
-def read_graph(path: Path, *, image_size: Sequence[int] | None = None, head: Kind | None = None) -> ReadGraph:
+def read_graph(
+    path: Path,
+    *,
+    image_size: Sequence[int] | None = None,
+    head: Kind | None = None,
+    outputs: Sequence[str] = (),
+) -> ReadGraph:
     """Read an ONNX file.
 
     Args:
+        outputs: those that are wanted; where all are outputs of the file, the others and what they need are left out.
         image_size: height and width, for files that leave them open.
         head: what the first output stands for, where its name does not say so.
 
@@ -65,7 +72,7 @@ def read_graph(path: Path, *, image_size: Sequence[int] | None = None, head: Kin
         SourceError: if the file cannot be read, or has what vitfold cannot hold.
         ParityError: if the program does not compute what the file does, naming the first node that differs.
     """
-    return read(*read_plain(path, image_size=image_size), path, head=head)
+    return read(*read_plain(path, image_size=image_size, chosen=outputs), path, head=head)
 
 
 def read(plain: Plain, model: onnx.ModelProto, path: Path, *, head: Kind | None = None) -> ReadGraph:
@@ -106,9 +113,6 @@ def _image_end(plain: Plain, path: Path) -> tuple[int, tuple[int, int]]:
     Raises:
         SourceError: if it takes something else.
     """
-    if len(plain.inputs) != 1:
-        names = ", ".join(end.name for end in plain.inputs)
-        raise SourceError(f"{path} takes several inputs ({names}); vitfold takes models of one: export the image part")
     shape = plain.shapes[plain.inputs[0].name][0]
     if len(shape) != 4:
         return (shape[1] if len(shape) > 2 else 1), (shape[-2] if len(shape) > 2 else 1, shape[-1])

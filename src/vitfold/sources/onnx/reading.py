@@ -81,14 +81,21 @@ class Plain:
         return BATCHES if self.batch is None else (self.batch, self.batch)
 
 
-def read_plain(path: Path, *, image_size: Sequence[int] | None = None) -> tuple[Plain, onnx.ModelProto]:
+def read_plain(
+    path: Path, *, image_size: Sequence[int] | None = None, chosen: Sequence[str] = ()
+) -> tuple[Plain, onnx.ModelProto]:
     """Read a file; return it in normal form and, in single precision, as it is.
+
+    Where all names that are `chosen` are outputs of it, it is read as one of these outputs and of what they need.
 
     Raises:
         SourceError: if it is no ONNX model, lacks something, or has what no program of vitfold can hold.
     """
     model = _loaded(path)
     _check(model, path)
+    if chosen and {one.name for one in model.graph.output} >= set(chosen):
+        _keep_outputs(model, chosen)
+    _check_inputs(model, path)
     inputs, outputs = _ends(model, "input"), _ends(model, "output")
     model = _in_single_precision(model)
     fixed = _with_sizes(model, inputs, image_size, path)
@@ -99,6 +106,63 @@ def read_plain(path: Path, *, image_size: Sequence[int] | None = None) -> tuple[
         return _joined(only, only, inputs, outputs, batch, path), fixed
     first, second = (_normalized(at_batch(fixed, size), path) for size in BATCHES)
     return _joined(first, second, inputs, outputs, None, path), fixed
+
+
+def _keep_outputs(model: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Leave out outputs, and the nodes and inputs that only these need."""
+    graph = model.graph
+    kept = {one.name: one for one in graph.output}
+    needed = _needed(graph, names)
+    nodes = [node for node in graph.node if set(node.output) & needed]
+    inputs = [one for one in graph.input if one.name in needed]
+    for field, left in ((graph.output, [kept[name] for name in names]), (graph.node, nodes), (graph.input, inputs)):
+        values = [type(one).FromString(one.SerializeToString()) for one in left]
+        del field[:]
+        field.extend(values)
+
+
+def _needed(graph: onnx.GraphProto, names: Sequence[str]) -> set[str]:
+    """The values that outputs depend on, themselves included."""
+    maker = {output: node for node in graph.node for output in node.output}
+    needed: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name in needed:
+            continue
+        needed.add(name)
+        node = maker.get(name)
+        if node is not None:
+            waiting += [one for one in node.input if one]
+            waiting += [one for inner in _inner_nodes(node) for one in inner.input if one]
+    return needed
+
+
+def _inner_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield from _all_nodes(attribute.g)
+
+
+def _check_inputs(model: onnx.ModelProto, path: Path) -> None:
+    """Check that a file has one input.
+
+    Raises:
+        SourceError: naming the outputs that need one input alone, where some do.
+    """
+    names = [end.name for end in _ends(model, "input")]
+    if len(names) == 1:
+        return
+    if not names:
+        raise SourceError(f"{path} takes no input; export it with its images as input")
+    alone = {}
+    for output in model.graph.output:
+        given = [name for name in names if name in _needed(model.graph, [output.name])]
+        if len(given) == 1:
+            alone[output.name] = given[0]
+    ways = ", ".join(f"--outputs {output} (of {given})" for output, given in alone.items())
+    cure = f"take those outputs that need one: {ways}" if ways else "export the part that takes one"
+    raise SourceError(f"{path} takes several inputs ({', '.join(names)}), and vitfold models of one; {cure}")
 
 
 def read_plain_pair(paths: tuple[Path, Path]) -> tuple[Plain, onnx.ModelProto]:
