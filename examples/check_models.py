@@ -204,7 +204,7 @@ MODELS: dict[str, Make] = {
     "microsoft/beit-base-patch16-224": hf(
         "BeitForImageClassification", "BeitConfig", **_VIT, use_relative_position_bias=True
     ),
-    "facebook/vit-mae-base": hf("ViTMAEModel", "ViTMAEConfig", **_VIT, mask_ratio=0.0),
+    "facebook/vit-mae-base": hf("ViTMAEModel", "ViTMAEConfig", **_VIT),
     "facebook/ijepa_vith14_1k": hf("IJepaModel", "IJepaConfig", **_VIT),
     "apple/aimv2-large-patch14-224": hf("Aimv2VisionModel", "Aimv2VisionConfig", **_VIT),
     "apple/mobilevit-small": timm_model("mobilevit_s"),

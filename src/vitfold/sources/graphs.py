@@ -16,7 +16,11 @@ from vitfold.sources.onnx.exporting import INPUT, Given, image_part, named_tenso
 from vitfold.sources.onnx.loading import model_of
 from vitfold.sources.reader import Facts
 from vitfold.sources.transformers import PROBLEMS
+from vitfold.sources.transformers_preprocess import default_processor, preprocess_from_processor
+from vitfold.sources.wholes import FixedGrid, takes_images
 
+_BILINEAR = 2
+"""How SigLIP 2 resizes images to whole patches, as Pillow counts ways."""
 _log = logging.getLogger("vitfold")
 
 
@@ -40,6 +44,11 @@ def as_graph(
     """
     problem = facts.get("problem") or _stated_problem(module, reason)
     try:
+        module = takes_images(module, size or (None if preprocess is None else preprocess.crop_size))
+        if isinstance(module, FixedGrid):
+            size = module.size
+            usual = {**default_processor("siglip", size), "resample": _BILINEAR}
+            preprocess = preprocess or preprocess_from_processor(usual, size)
         given = given_to(module, size or (None if preprocess is None else preprocess.crop_size), shape)
         part, path = image_part(module, given)
         read = read_module(part, given, outputs=outputs, head=problem)
