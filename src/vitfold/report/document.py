@@ -1,9 +1,10 @@
 """Tables inside Markdown documents, generated from the JSON files in results/.
 
 The markers, each ended by its closing twin: `<!-- table: FILE.json SCOPE -->`, `<!-- accuracy: PATTERN -->`, `<!--
-ladder: FILE.json -->`, `<!-- models: FILE.json -->`, `<!-- audit: FILE.json -->`, `<!-- forecast: FILE.json -->`, `<!--
-outliers: FILE.json -->`, `<!-- sweep: FILE.json -->` and `<!-- diffusion: FILE.json [likeness] -->` (likeness: without
-distances, which need more images). `python -m vitfold.report.document README.md` fills them in; a test compares.
+ladder: FILE.json -->`, `<!-- models: FILE.json -->`, `<!-- timm: FILE.json -->`, `<!-- audit: FILE.json -->`, `<!--
+forecast: FILE.json -->`, `<!-- outliers: FILE.json -->`, `<!-- sweep: FILE.json -->` and `<!-- diffusion: FILE.json
+[likeness] -->` (likeness: without distances, which need more images).
+`python -m vitfold.report.document README.md` fills them in; a test compares.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from vitfold.report.audits import GPUS, forecast_cells, forecast_columns, overview_cells, overview_columns
 from vitfold.report.sinks import remedy_cells, remedy_columns
@@ -26,7 +28,7 @@ from vitfold.report.tables import (
     sweep_cells,
 )
 
-_KINDS = "table|accuracy|ladder|models|audit|forecast|outliers|sweep|diffusion"
+_KINDS = "table|accuracy|ladder|models|timm|audit|forecast|outliers|sweep|diffusion"
 _BLOCK = re.compile(rf"(<!-- ({_KINDS}): ([^>]+?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
@@ -78,9 +80,24 @@ def _models(root: Path, name: str) -> str:
     return _lines(header, body, left=len(header))
 
 
+def _timm(root: Path, name: str) -> str:
+    """A line per class: how many of its architectures were tried and are read, what merges, and why some are not."""
+    classes: dict[str, list[dict[str, Any]]] = {}
+    for row in json.loads((root / name).read_text(encoding="utf-8"))["models"]:
+        classes.setdefault(str(row.get("class") or row["name"]), []).append(row)
+    body = []
+    for kind, rows in sorted(classes.items()):
+        read = [row for row in rows if row["error"] is None]
+        merging = sum(row.get("why") is None for row in read)
+        reasons = {_first(row["error"] or row.get("why") or "") for row in rows} - {""}
+        example = min(row["name"] for row in rows)
+        body.append([kind, example, f"{len(read)} of {len(rows)}", str(merging), "; ".join(sorted(reasons))[:160]])
+    return _lines(["class", "such as", "read", "merge", "why not"], body, left=5)
+
+
 def _first(text: str) -> str:
     """What a reason says before it goes into details."""
-    reason = text.rpartition("; as a graph: ")[2]
+    reason = text.rpartition(" as a graph: ")[2]
     return reason.partition(";")[0].replace("|", "/")[:140]
 
 
@@ -119,6 +136,7 @@ _MAKERS = {
     "accuracy": _accuracy,
     "ladder": _ladder,
     "models": _models,
+    "timm": _timm,
     "audit": _audit,
     "forecast": _forecast,
     "outliers": _outliers,
