@@ -220,7 +220,6 @@ _TORCH_FP16 = replace(
     _PORTABLE,
     name="torch-fp16",
     engine="torch",
-    gather="gather_nd",
     weight_bits=8,
     float_type="float16",
     weight_scale="normalized",

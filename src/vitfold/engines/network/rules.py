@@ -253,6 +253,16 @@ def _gather_nd(t: Translation, node: Any) -> Made:
     return t.call(take_rows, *t.inputs(node))
 
 
+def _gather_elements(t: Translation, node: Any) -> Made:
+    """Along axis 1, an index that is only widened to the rows is a view."""
+    axis = t.attribute(node, "axis", 0)
+    widened = t.producer(node.input[1], "Mul")
+    ones = None if widened is None else t.constants.get(widened.input[1])
+    if axis == 1 and widened is not None and ones is not None and ones.ndim == 3 and (ones == 1).all():
+        return t.call(take_rows, t.input(node, 0), t.value(widened.input[0]))
+    return t.call(take_along, *t.inputs(node), axis)
+
+
 def _scatter(t: Translation, node: Any) -> Made:
     if t.attribute(node, "reduction", b"none") != b"add":
         return t.refuse(node, "a scatter that does not add")
@@ -325,7 +335,7 @@ RULES: dict[str, Rule] = {
     ),
     "FusedMatMul": _fused_matmul,
     "Gather": _gather,
-    "GatherElements": _attribute(take_along, "axis", 0),
+    "GatherElements": _gather_elements,
     "GatherND": _gather_nd,
     "Gelu": _gelu,
     "Gemm": _gemm,
