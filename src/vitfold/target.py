@@ -20,7 +20,17 @@ ArgMax = Literal["argmax", "topk"]
 Similarity = Literal["normalize", "divide"]
 WeightScale = Literal["channel", "normalized"]
 QuantizedProduct = Literal["matmul_integer_to_float", "qdq", "integer"]
-EngineName = Literal["onnxruntime", "openvino", "tensorrt", "torch", "torch-compile"]
+EngineName = Literal[
+    "onnxruntime",
+    "onnxruntime-cuda",
+    "onnxruntime-tensorrt",
+    "onnxruntime-coreml",
+    "onnxruntime-directml",
+    "openvino",
+    "tensorrt",
+    "torch",
+    "torch-compile",
+]
 
 PLAIN, WIDE, FLOATING = "plain", "wide", "floating"
 """Ways to execute integer products: as the engine chooses, in kernels wide enough not to saturate, in floats."""
@@ -66,6 +76,16 @@ class Engine:
         return self.session is not None
 
 
+_ONNX_RUNTIME = Engine(
+    name="onnxruntime",
+    session="vitfold.engines.onnxruntime:OnnxRuntimeSession",
+    options=("threads", "execution", "literal"),
+    float_target="cpu",
+    exact_targets="cpu-avx2 or portable",
+    ways=(PLAIN, WIDE, FLOATING),
+    several_parts=True,
+    forks=True,
+)
 _TORCH = Engine(
     name="torch",
     session="vitfold.engines.network.session:NetworkSession",
@@ -78,15 +98,15 @@ _TORCH = Engine(
 ENGINES: dict[str, Engine] = {
     engine.name: engine
     for engine in (
-        Engine(
-            name="onnxruntime",
-            session="vitfold.engines.onnxruntime:OnnxRuntimeSession",
-            options=("threads", "execution", "literal"),
-            float_target="cpu",
-            exact_targets="cpu-avx2 or portable",
-            ways=(PLAIN, WIDE, FLOATING),
-            several_parts=True,
-            forks=True,
+        _ONNX_RUNTIME,
+        *(
+            replace(_ONNX_RUNTIME, name=name, like="onnxruntime", settings={"provider": provider}, forks=False)
+            for name, provider in (
+                ("onnxruntime-cuda", "CUDAExecutionProvider"),
+                ("onnxruntime-tensorrt", "TensorrtExecutionProvider"),
+                ("onnxruntime-coreml", "CoreMLExecutionProvider"),
+                ("onnxruntime-directml", "DmlExecutionProvider"),
+            )
         ),
         Engine(
             name="openvino",

@@ -164,6 +164,18 @@ def test_an_unknown_engine_offers_the_nearest(bundle: Bundle) -> None:
         open_session(bundle, engine="onnxrt")
 
 
+@pytest.mark.parametrize("engine", [name for name, row in ENGINES.items() if "provider" in row.settings])
+def test_a_provider_that_is_not_built_in_is_refused_with_the_cure(bundle: Bundle, engine: str) -> None:
+    import onnxruntime
+
+    provider = ENGINES[engine].settings["provider"]
+    if provider in onnxruntime.get_available_providers():
+        pytest.skip(f"{provider} is here")
+    with pytest.raises(EngineError, match=rf"no {provider}, only .*CPUExecutionProvider; ") as caught:
+        open_session(bundle, engine=engine)
+    assert engine_obstacle(engine) == str(caught.value)
+
+
 def test_every_row_says_how_it_is_opened() -> None:
     from typing import get_args
 
