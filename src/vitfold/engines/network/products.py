@@ -65,7 +65,9 @@ def integer_product(codes: Tensor, weight: Tensor, correction: Tensor) -> Tensor
     """
     flat = signed(codes).reshape(-1, codes.shape[-1])
     rows = flat.shape[0]
-    flat = F.pad(flat, (0, weight.shape[1] - flat.shape[1], 0, max(0, _LEAST_ROWS - rows)))
+    across, below = weight.shape[1] - flat.shape[1], _LEAST_ROWS - rows
+    if across or below > 0:
+        flat = F.pad(flat, (0, across, 0, max(0, below)))
     sums = torch._int_mm(flat, weight.t())[:rows, : correction.shape[0]] + correction
     return sums.reshape(*codes.shape[:-1], correction.shape[0])
 
@@ -89,12 +91,17 @@ def float8_product(codes: Tensor, weight: Tensor, outputs: int, scale: Tensor) -
     if not flat.is_cuda:
         sums = (flat.float() @ weight[:outputs, : flat.shape[1]].float().t()) * scale
         return sums.reshape(*codes.shape[:-1], outputs)
-    missing = weight.shape[1] - flat.shape[1]
-    if missing:  # of bytes: padding has no kernel for 8-bit floats
-        flat = F.pad(flat.view(torch.uint8), (0, missing)).view(torch.float8_e4m3fn)
-    one = torch.ones((), dtype=torch.float32, device=flat.device)
-    sums = torch._scaled_mm(flat, weight.t(), scale_a=scale, scale_b=one, out_dtype=torch.float32)
+    sums = scaled_product(flat, weight, scale)
     return sums[:, :outputs].reshape(*codes.shape[:-1], outputs)
+
+
+def scaled_product(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Scale A W of 8-bit floats (R, I) with a padded weight (O', I'), by the kernel that GPUs have for it: (R, O')."""
+    missing = weight.shape[1] - codes.shape[1]
+    if missing:  # of bytes: padding has no kernel for 8-bit floats
+        codes = F.pad(codes.view(torch.uint8), (0, missing)).view(torch.float8_e4m3fn)
+    one = torch.ones((), dtype=torch.float32, device=codes.device)
+    return torch._scaled_mm(codes, weight.t(), scale_a=scale, scale_b=one, out_dtype=torch.float32)
 
 
 def scaled(sums: Tensor, scale: Tensor, bias: Tensor | None, real: Tensor) -> Tensor:

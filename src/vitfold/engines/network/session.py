@@ -119,9 +119,12 @@ def _several(call: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _compiled(network: Network, device: torch.device) -> Callable[..., Any]:
-    """Compile whole, for every batch size anew; what CUDA graphs return is copied, for they write there again."""
+    """Compile whole, for every batch size anew; what CUDA graphs return is copied, for they write there again.
+
+    It is the body that is compiled: its code is its own, and so torch's bound on recompilations counts for it alone.
+    """
     graphs = device.type == "cuda"
-    call = torch.compile(network, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else "default")
+    call = torch.compile(network.body, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else "default")
 
     def run(*inputs: Tensor) -> Any:
         with _recompilations():
