@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from vitfold.engines.session import Call, EngineProfile, NodeTime, median_ns, ta
 from vitfold.engines.torch import TorchSession
 from vitfold.errors import EngineError
 
+_REASON = 300
 _RECOMPILATIONS = 64
 """Batch sizes that a session compiles for; beyond torch's own bound it would refuse."""
 
@@ -88,6 +89,20 @@ class NetworkSession(TorchSession):
             return super().engine
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return f"{super().engine} on {name}"
+
+    def _execute(self, part: str, inputs: Sequence[Any], kept: tuple[str, ...]) -> Sequence[Any]:
+        try:
+            return super()._execute(part, inputs, kept)
+        except torch.OutOfMemoryError:
+            raise EngineError(
+                f"{self.device} has too little memory for this batch; take a smaller one: --batch"
+            ) from None
+        except (NotImplementedError, RuntimeError) as error:  # a kernel that the device lacks, or a driver too old
+            said = " ".join(str(error).split())[:_REASON]
+            raise EngineError(
+                f"torch failed while running {part} on {self.device}: {said}; upgrade torch, or run it on --engine "
+                "onnxruntime"
+            ) from None
 
     def profile(self, runs: int = 20, beside: Mapping[str, Call] | None = None) -> EngineProfile:
         """Time each site by itself, eagerly: where torch compiles, several of them are one kernel."""

@@ -20,6 +20,7 @@ from onnx import numpy_helper
 from torch import Tensor, fx, nn
 
 from vitfold.artifacts.bundle import MAIN
+from vitfold.engines.graphs import check_graph
 from vitfold.engines.network.products import PRODUCTS, attention, check_float8, find_attention
 from vitfold.engines.network.rules import RULES, as_real
 from vitfold.engines.session import OPEN_AXIS, Ends, only_image
@@ -79,12 +80,14 @@ def torch_module(bundle: Bundle, part: str = MAIN) -> Network:
     `torch.compile(vitfold.torch_module(bundle).to("cuda", torch.float16), fullgraph=True)` is how it is fastest.
 
     Raises:
+        BundleError: if the file is no graph that vitfold writes.
         EngineError: if the graph cannot be read, or holds an operator that is not translated.
     """
     graphs = bundle.graphs
     if part not in graphs:
         held = ", ".join(graphs) or "no graphs: it is simulated, make it for --target torch"
         raise EngineError(f"{bundle.path} has no part {part!r}; it holds {held}")
+    check_graph(graphs[part])
     return read_network(graphs[part])
 
 
