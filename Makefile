@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check models results search registers ladder audits diffusion readme clean
+.PHONY: demo test check models results search registers ladder audits diffusion readme gpu gpu-wheels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vitfold demo -o out/demo
@@ -144,8 +144,23 @@ diffusion: $(VENV)/.dev
 models: $(VENV)/.dev
 	$(BIN)/python examples/check_models.py --output docs/models.json
 
+# What PyTorch gets from vitfold on the GPU at hand: results/gpu-*.json, within GPU_SECONDS. It needs no network and installs nothing: torch,
+# timm, onnx, onnx-ir, onnxruntime, safetensors, numpy, pillow, typer, rich and jaxtyping have to be there for PYTHON; what is pure Python
+# beside them comes from the wheels that `make gpu-wheels` fetched before, a few MB that travel with the checkout.
+GPU_SECONDS ?= 360
+GPU_DEVICE ?= cuda
+gpu-wheels:
+	mkdir -p .gpu/wheels
+	$(PYTHON) -m pip download --disable-pip-version-check --no-deps --only-binary :all: --dest .gpu/wheels \
+		tomli-w platformdirs py-cpuinfo pytest pluggy iniconfig packaging beartype
+
+gpu:
+	mkdir -p .gpu/site
+	for wheel in .gpu/wheels/*.whl; do $(PYTHON) -m zipfile -e $$wheel .gpu/site || exit 1; done
+	PYTHONPATH=src:.gpu/site $(PYTHON) examples/gpu_report.py --output results --device $(GPU_DEVICE) --seconds $(GPU_SECONDS)
+
 readme:
 	$(BIN)/python -m vitfold.report.document README.md docs/*.md
 
 clean:
-	rm -rf $(VENV) out build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .gpu out build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -31,6 +31,8 @@ from vitfold.version import __version__
 if TYPE_CHECKING:
     import torch
 
+    from vitfold.engines.network import Network
+
 __all__ = [
     "Bundle",
     "BundleError",
@@ -60,6 +62,7 @@ __all__ = [
     "optimize",
     "read_recipe",
     "save",
+    "torch_module",
 ]
 
 
@@ -88,3 +91,16 @@ def adapt(module: torch.nn.Module, **options: Any) -> Model:
     from vitfold.sources import adapt as adapt_module
 
     return adapt_module(module, **options)
+
+
+def torch_module(bundle: Bundle, part: str = "main") -> Network:
+    """Return a bundle as a torch module, images (B, 3, H, W) to its output, for any device and float type.
+
+    `torch.compile(vitfold.torch_module(bundle).to("cuda", torch.float16), fullgraph=True)` takes it whole.
+
+    Raises:
+        EngineError: if its graph holds what torch has no rule for.
+    """
+    from vitfold.engines.network import torch_module as module_of
+
+    return module_of(bundle, part)

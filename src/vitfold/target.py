@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from vitfold.errors import TargetError, nearest
@@ -20,7 +20,17 @@ ArgMax = Literal["argmax", "topk"]
 Similarity = Literal["normalize", "divide"]
 WeightScale = Literal["channel", "normalized"]
 QuantizedProduct = Literal["matmul_integer_to_float", "qdq", "integer"]
-EngineName = Literal["onnxruntime", "openvino", "tensorrt"]
+EngineName = Literal[
+    "onnxruntime",
+    "onnxruntime-cuda",
+    "onnxruntime-tensorrt",
+    "onnxruntime-coreml",
+    "onnxruntime-directml",
+    "openvino",
+    "tensorrt",
+    "torch",
+    "torch-compile",
+]
 
 PLAIN, WIDE, FLOATING = "plain", "wide", "floating"
 """Ways to execute integer products: as the engine chooses, in kernels wide enough not to saturate, in floats."""
@@ -31,7 +41,8 @@ class Engine:
     """What a runtime can.
 
     `session` is the class that runs graphs on it, module and name, loaded only when asked for; None if it runs none.
-    `options` are what it takes besides paths.
+    `options` are what it takes besides paths, and `settings` what it is always handed: an engine may have rows that
+    differ in them alone. Such a row is `like` another one, and takes what is written for that.
 
     `float_target` and `quantized_targets` are what models are written for unless told otherwise, of the latter the
     first that is exact on a processor; none: whatever its instruction sets ask for. `exact_targets` are those that are
@@ -48,6 +59,8 @@ class Engine:
     session: str | None
     float_target: str
     options: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    like: str | None = None
     quantized_targets: tuple[str, ...] = ()
     exact_targets: str = ""
     ways: tuple[str, ...] = (PLAIN,)
@@ -63,18 +76,37 @@ class Engine:
         return self.session is not None
 
 
+_ONNX_RUNTIME = Engine(
+    name="onnxruntime",
+    session="vitfold.engines.onnxruntime:OnnxRuntimeSession",
+    options=("threads", "execution", "literal"),
+    float_target="cpu",
+    exact_targets="cpu-avx2 or portable",
+    ways=(PLAIN, WIDE, FLOATING),
+    several_parts=True,
+    forks=True,
+)
+_TORCH = Engine(
+    name="torch",
+    session="vitfold.engines.network.session:NetworkSession",
+    options=("threads",),
+    float_target="torch",
+    quantized_targets=("torch",),
+    several_parts=True,
+)
+
 ENGINES: dict[str, Engine] = {
     engine.name: engine
     for engine in (
-        Engine(
-            name="onnxruntime",
-            session="vitfold.engines.onnxruntime:OnnxRuntimeSession",
-            options=("threads", "execution", "literal"),
-            float_target="cpu",
-            exact_targets="cpu-avx2 or portable",
-            ways=(PLAIN, WIDE, FLOATING),
-            several_parts=True,
-            forks=True,
+        _ONNX_RUNTIME,
+        *(
+            replace(_ONNX_RUNTIME, name=name, like="onnxruntime", settings={"provider": provider}, forks=False)
+            for name, provider in (
+                ("onnxruntime-cuda", "CUDAExecutionProvider"),
+                ("onnxruntime-tensorrt", "TensorrtExecutionProvider"),
+                ("onnxruntime-coreml", "CoreMLExecutionProvider"),
+                ("onnxruntime-directml", "DmlExecutionProvider"),
+            )
         ),
         Engine(
             name="openvino",
@@ -95,6 +127,8 @@ ENGINES: dict[str, Engine] = {
             strongly_typed=True,
             gpu=True,
         ),
+        _TORCH,
+        replace(_TORCH, name="torch-compile", like="torch", settings={"compiled": True}),
         Engine(name="simulation", session=None, float_target="simulation"),
     )
 }
@@ -202,6 +236,15 @@ _TENSORRT = replace(
     keeps_order=False,
     why="TensorRT, strongly typed: every precision stands in the graph, in the form of the fewest kernels",
 )
+_TORCH_FP16 = replace(
+    _PORTABLE,
+    name="torch-fp16",
+    engine="torch",
+    weight_bits=8,
+    float_type="float16",
+    weight_scale="normalized",
+    why="PyTorch on a GPU: half precision, beside it integer products where the recipe quantizes",
+)
 
 
 TARGETS: dict[str, Target] = {
@@ -264,6 +307,23 @@ TARGETS: dict[str, Target] = {
             quantize_attention=True,
             implied_quant="fp8",
             why="TensorRT on compute capability 8.9 and newer: E4M3 needs no zero point and no clipping search",
+        ),
+        replace(
+            _TORCH_FP16,
+            name="torch",
+            float_type="float32",
+            weight_scale="channel",
+            why="PyTorch on CPUs and GPUs, in float32 unless the module is cast; integer products at full range, which "
+            "no processor saturates there",
+        ),
+        _TORCH_FP16,
+        replace(
+            _TORCH_FP16,
+            name="torch-fp8",
+            activation_type="float8e4m3fn",
+            symmetric=True,
+            implied_quant="fp8",
+            why="PyTorch on compute capability 8.9 and newer: E4M3 products, half precision beside them",
         ),
         replace(
             _PORTABLE,

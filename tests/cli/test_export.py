@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from invoking import RANDOM, error, run, run_json
 
@@ -53,3 +56,50 @@ def test_export_refuses_what_it_cannot_serve(bundle: Path, tmp_path: Path) -> No
     error("export", bundle, "--format", "torchserve", "-o", tmp_path, code=2)
     error("export", bundle, "-o", tmp_path, "--instances", 0, code=2)
     assert "does not suit" in error("export", bundle, "-o", tmp_path, "--name", "a b")
+
+
+@pytest.mark.parametrize("format", ["pt2", "aoti"])
+def test_a_file_for_pytorch_runs_without_vitfold(bundle: Path, tmp_path: Path, format: str) -> None:
+    """In a process of its own, to which only torch and NumPy are known."""
+    from vitfold import open_bundle
+    from vitfold.engines import engine_obstacle, open_session
+
+    obstacle = engine_obstacle("torch-compile")
+    if format == "aoti" and obstacle is not None:
+        pytest.skip(obstacle)
+    command = [
+        sys.executable,
+        "-m",
+        "vitfold",
+        "export",
+        str(bundle),
+        "--format",
+        format,
+        "-o",
+        str(tmp_path),
+        "--batch",
+        "2",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    opened = open_bundle(bundle)
+    pixels = np.random.default_rng(0).standard_normal((2, 3, *opened.manifest.spec.image_size)).astype(np.float32)
+    np.save(tmp_path / "pixels.npy", pixels)
+    script = (
+        "import sys, numpy, torch\n"
+        "sys.modules['vitfold'] = None\n"
+        "folder, how = sys.argv[1:]\n"
+        "path = folder + '/vit.pt2'\n"
+        "call = torch.export.load(path).module() if how == 'pt2' else torch._inductor.aoti_load_package(path)\n"
+        "with torch.no_grad():\n"
+        "    y = call(torch.from_numpy(numpy.load(folder + '/pixels.npy')))\n"
+        "numpy.save(folder + '/y.npy', (y[0] if isinstance(y, (tuple, list)) else y).numpy())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), format], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    with open_session(opened, engine="onnxruntime", threads=1) as session:
+        expected = session(pixels)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    assert "--overwrite" in error("export", bundle, "--format", format, "-o", tmp_path)

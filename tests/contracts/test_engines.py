@@ -47,6 +47,8 @@ def engine(request: pytest.FixtureRequest) -> str:
     obstacle = engine_obstacle(name)
     if obstacle is not None:
         pytest.skip(obstacle)
+    if ENGINES[name].settings.get("compiled"):
+        request.getfixturevalue("without_type_checks")  # torch.compile reads the code, and would read theirs
     return name
 
 
@@ -147,7 +149,7 @@ def test_batch_sizes_may_alternate(session: Session, model: Model, random_images
 def test_input_is_read_where_it_lies(
     session: Session, engine: str, model: Model, random_images: Callable[..., Array]
 ) -> None:
-    if ENGINES[engine].gpu:
+    if not session.reads_in_place:
         pytest.skip("bind copies to the GPU")
     first, second = random_images(model.spec, 2, seed=1), random_images(model.spec, 2, seed=2)
     expected = run(session, second)
@@ -162,6 +164,18 @@ def test_an_unknown_engine_offers_the_nearest(bundle: Bundle) -> None:
         open_session(bundle, engine="onnxrt")
 
 
+@pytest.mark.parametrize("engine", [name for name, row in ENGINES.items() if "provider" in row.settings])
+def test_a_provider_that_is_not_built_in_is_refused_with_the_cure(bundle: Bundle, engine: str) -> None:
+    import onnxruntime
+
+    provider = ENGINES[engine].settings["provider"]
+    if provider in onnxruntime.get_available_providers():
+        pytest.skip(f"{provider} is here")
+    with pytest.raises(EngineError, match=rf"no {provider}, only .*CPUExecutionProvider; ") as caught:
+        open_session(bundle, engine=engine)
+    assert engine_obstacle(engine) == str(caught.value)
+
+
 def test_every_row_says_how_it_is_opened() -> None:
     from typing import get_args
 
@@ -169,12 +183,12 @@ def test_every_row_says_how_it_is_opened() -> None:
     from vitfold.target import TARGETS, EngineName
 
     assert list(get_args(EngineName)) == EXECUTING
-    assert {target.engine for target in TARGETS.values()} == set(ENGINES)
+    assert {target.engine for target in TARGETS.values()} == {row.name for row in ENGINES.values() if row.like is None}
     for name in EXECUTING:
         row = find_engine(name)
         assert issubclass(session_class(row), Session)
-        assert TARGETS[row.float_target].engine == name
-        assert {TARGETS[target].engine for target in row.quantized_targets} <= {name}
+        assert TARGETS[row.float_target].engine == (row.like or name)
+        assert {TARGETS[target].engine for target in row.quantized_targets} <= {row.like or name}
 
 
 def test_engines_of_one_part_say_so(engine: str, bundle: Bundle) -> None:
@@ -197,7 +211,7 @@ def test_a_file_that_is_no_graph_is_named(engine: str, tmp_path: Path) -> None:
     for name in ("bad.onnx", "absent.onnx"):
         with pytest.raises(EngineError, match=name) as caught:
             opened(engine, tmp_path / name)
-        assert f"pip install -U {engine}" in str(caught.value)
+        assert f"pip install -U {ENGINES[engine].like or engine}" in str(caught.value)
 
 
 def write_graph(path: Path, *nodes: Any, inputs: tuple[str, ...] = ("x",), output: str = "y") -> Path:

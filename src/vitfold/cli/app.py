@@ -30,7 +30,7 @@ class Entry:
 COMMANDS = {
     "optimize": Entry(at="optimize:optimize", panel="Make", help="Make a model fast: merge tokens, quantize, verify."),
     "sweep": Entry(at="sweep:sweep", panel="Make", help="Try many recipes, one row each; goes on where it stopped."),
-    "export": Entry(at="export:export", panel="Make", help="Write a bundle as a model of Triton Inference Server."),
+    "export": Entry(at="export:export", panel="Make", help="Write a bundle for Triton Inference Server or PyTorch."),
     "predict": Entry(at="predict:predict", panel="Run", help="Print the most probable labels of images."),
     "evaluate": Entry(at="evaluate:evaluate", panel="Run", help="Say how accurate and how faithful a bundle is."),
     "demo": Entry(at="demo:demo", panel="Run", help="Optimize the bundled model; show speed beside accuracy."),

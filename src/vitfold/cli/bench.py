@@ -76,7 +76,7 @@ class Timing:
 
 
 @command(
-    brief={"peers": "Time these too, as torch,onnxruntime,openvino.", "engine": "Runs the bundle."},
+    brief={"peers": "Time these too, as torch,onnxruntime,openvino.", "baseline": "The row that speed-ups refer to."},
     shown="batch images peers baseline trials seconds engine output json",
     examples=(
         "vitfold bench vit.fold --images PHOTOS --peers torch,onnxruntime",

@@ -17,7 +17,7 @@ from vitfold.bench.environment import environment, installed_version
 from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.terminal import heading, note, out, print_json, steps
-from vitfold.engines import runs_here
+from vitfold.engines import ENGINES, engine_obstacle, runs_here
 from vitfold.errors import EngineError
 from vitfold.storage.workshop import leftovers
 from vitfold.target import TARGETS, find_target
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _PARTS = (
     ("onnxruntime", "onnxruntime", "runs bundles", "vitfold"),
-    ("torch", "torch", "loads originals, reference interpreter", "vitfold[optimize]"),
+    ("torch", "torch", "loads originals, reference interpreter, engines torch and torch-compile", "vitfold[optimize]"),
     ("onnx-ir", "onnx_ir", "writes ONNX graphs", "vitfold[optimize]"),
     ("timm", "timm", "source timm:NAME, files, demo", "vitfold[optimize]"),
     ("transformers", "transformers", "source hf:REPO_OR_FOLDER", "vitfold[transformers]"),
@@ -57,6 +57,8 @@ def doctor(as_json: options.Json = False) -> None:
     with steps("doctor") as say:
         say("importing what is installed")
         parts = package_rows(installed_version, _import_problems)
+        say("starting engines")
+        engines = {name: engine_obstacle(name) for name, row in ENGINES.items() if row.executes}
     exact = _exactness()
     advice = _advice(exact)
     kept = sum(entry.size for entry in cache_entries())
@@ -67,6 +69,7 @@ def doctor(as_json: options.Json = False) -> None:
                 "vitfold": __version__,
                 "environment": facts,
                 "packages": parts,
+                "engines": engines,
                 "targets": {name: target.why for name, target in TARGETS.items()},
                 "exact_8_bit_products": exact,
                 "cache": str(cache_folder()),
@@ -89,6 +92,8 @@ def doctor(as_json: options.Json = False) -> None:
         soft_wrap=True,
     )
     out.print(_table(parts))
+    for name, obstacle in engines.items():
+        out.print(f"  engine {name:20} {obstacle or 'runs here'}")
     for name, target in TARGETS.items():
         out.print(f"  target {name:9} {target.why}")
     for line in (*advice, *map(_leftover, partial)):

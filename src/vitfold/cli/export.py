@@ -1,4 +1,4 @@
-"""`vitfold export`: a bundle for a server that other people run."""
+"""`vitfold export`: a bundle for a server or a runtime of other people."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ import typer
 from vitfold.artifacts.bundle import open_bundle
 from vitfold.cli import options
 from vitfold.cli.declaring import command
+from vitfold.cli.making import require_optimize
 from vitfold.cli.terminal import heading, out, print_json, steps
 
 
 @command()
 def export(
     bundle: options.BundlePath,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The model repository to write into.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The model repository or folder.")],
     format: Annotated[
-        Literal["triton"], typer.Option("--format", help="triton: a model of Triton Inference Server.")
+        Literal["triton", "pt2", "aoti"],
+        typer.Option(
+            "--format",
+            help="triton: a model of Triton Inference Server; pt2: a program of torch.export; aoti: that compiled by "
+            "AOTInductor for this machine.",
+        ),
     ] = "triton",
+    batch: Annotated[int, typer.Option(min=1, help="Images per call of a pt2 or aoti file.")] = 1,
     name: Annotated[str | None, typer.Option(help="Name of the model; default: that of the bundle.")] = None,
     instances: Annotated[int, typer.Option(min=1, help="Instances that the server runs side by side.")] = 1,
     threads: Annotated[
@@ -34,7 +41,22 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model of that name.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Write a bundle as a model of Triton Inference Server: configuration, graph, README, client."""
+    """Write a bundle as a model of Triton Inference Server, or as a file that PyTorch loads."""
+    if format != "triton":
+        require_optimize()
+        from vitfold.engines.network.exporting import export_network
+
+        with steps("export") as say:
+            say(f"writing a .pt2 file ({format})")
+            opened = open_bundle(bundle)
+            written = export_network(opened, output, name or opened.name, kind=format, batch=batch, overwrite=overwrite)
+        if json:
+            print_json({"path": str(written), "format": format, "batch": batch})
+            return
+        heading(str(written), f" for batches of {batch}")
+        load = "torch.export.load(FILE).module()" if format == "pt2" else "torch._inductor.aoti_load_package(FILE)"
+        out.print(f"  load it: {load}", soft_wrap=True)
+        return
     from vitfold.serve.triton import export_triton
 
     with steps("export") as say:

@@ -97,7 +97,7 @@ Batch = Annotated[int, typer.Option("--batch", min=1, help="Images per call.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; default: all usable cores.")]
 Engine = Annotated[
     EngineName | None,
-    typer.Option("--engine", help="Runs the bundle; default: the engine that it was made for."),
+    typer.Option("--engine", metavar="ENGINE", help="Runs the bundle."),
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out instead of stopping.")]
 ReferenceBundle = Annotated[

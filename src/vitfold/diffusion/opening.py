@@ -32,7 +32,7 @@ from vitfold.ops.simulate import Simulate
 from vitfold.quantizer import Quantizer
 from vitfold.target import Target, find_target
 
-EXECUTORS = (*(row.name for row in ENGINES.values() if row.several_parts), "torch")
+EXECUTORS = tuple(row.name for row in ENGINES.values() if row.several_parts)
 _PREDICTOR_FORMAT = 1
 """Counted up where training changes."""
 

@@ -175,7 +175,8 @@ def check_ends(session: Session, expected: Mapping[str, Ends], graphs: Mapping[s
 def engine_obstacle(engine: str) -> str | None:
     """Return what keeps an engine from starting on this machine, a package, a driver or a GPU; None if nothing does."""
     try:
-        session_class(find_engine(engine)).check_starts()
+        row = find_engine(engine)
+        session_class(row).check_starts(**row.settings)
     except EngineError as error:
         return str(error)
     return None

@@ -1,7 +1,7 @@
-"""ONNX Runtime on the CPU.
+"""ONNX Runtime on the CPU, and on other hardware through its providers.
 
-The session options are each chosen by measurement (docs/architecture.md); the runtime's errors become ones that
-name the cure.
+The session options are each chosen by measurement on CPUs (docs/architecture.md); the runtime's errors become ones
+that name the cure.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,33 @@ _TYPES = {
     **{f"tensor({name})": name for name in ("uint8", "int8", "int32", "int64", "bool")},
 }
 _KERNEL = "_kernel_time"
+CPU = "CPUExecutionProvider"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provider:
+    """One of the runtime's backends: how tables call it, what it is told, and how it is had."""
+
+    shown: str
+    cure: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+_GPU_BUILD = (
+    "install the build of ONNX Runtime for NVIDIA GPUs over the other one: pip install 'vitfold[gpu]' && pip install "
+    "--force-reinstall --no-deps onnxruntime-gpu"
+)
+PROVIDERS: Mapping[str, Provider] = {
+    CPU: Provider(shown="", cure="pip install -U onnxruntime"),
+    "CUDAExecutionProvider": Provider(shown=" on CUDA", cure=_GPU_BUILD, options={"use_tf32": "0"}),
+    "TensorrtExecutionProvider": Provider(shown=" on TensorRT", cure=f"{_GPU_BUILD}, and TensorRT's libraries"),
+    "CoreMLExecutionProvider": Provider(shown=" on CoreML", cure="it is in the builds of ONNX Runtime for macOS"),
+    "DmlExecutionProvider": Provider(
+        shown=" on DirectML",
+        cure="on Windows: pip uninstall -y onnxruntime && pip install onnxruntime-directml",
+    ),
+}
+"""By the runtime's name. What one of them does not compute, the runtime computes on the CPU."""
 _CODES = {"uint8", "int8"}
 
 
@@ -80,20 +107,46 @@ def session_options(threads: int | None, *, literal: bool = False, execution: st
     return options
 
 
-def load_graph(path: str | Path, options: ort.SessionOptions) -> ort.InferenceSession:
-    """Load a graph on the CPU provider, quietly.
+def check_provider(name: str) -> None:
+    """Check that the installed build of the runtime has a provider.
 
     Raises:
-        EngineError: if the runtime refuses it.
+        EngineError: with what it has, and how to get this one.
     """
+    available = ort.get_available_providers()
+    if name not in available:
+        raise EngineError(
+            f"ONNX Runtime {ort.__version__} as installed here has no {name}, only {', '.join(available)}; "
+            f"{PROVIDERS[name].cure}"
+        )
+
+
+def load_graph(path: str | Path, options: ort.SessionOptions, provider: str = CPU) -> ort.InferenceSession:
+    """Load a graph on a provider, quietly.
+
+    Raises:
+        EngineError: if the runtime refuses it, or the provider does not start.
+    """
+    check_provider(provider)
+    if provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider") and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # the libraries of CUDA that came with PyTorch or as packages of their own
+    if provider == "DmlExecutionProvider":
+        options.enable_mem_pattern = False
+    providers = [(provider, dict(PROVIDERS[provider].options))] + ([] if provider == CPU else [(CPU, {})])
     try:
         # Without a second try on the same provider, which would print a banner.
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except EXCEPTIONS as error:
         raise EngineError(
             f"ONNX Runtime {ort.__version__} cannot load {path}: {reason_of(error)}; "
             "check the file, or upgrade with: pip install -U onnxruntime"
         ) from None
+    if provider not in session.get_providers():
+        raise EngineError(
+            f"ONNX Runtime's {provider} does not start here: its driver or libraries are missing, or of other versions "
+            f"than ONNX Runtime {ort.__version__} was built for; {PROVIDERS[provider].cure}"
+        )
+    return session
 
 
 def reason_of(error: Exception) -> str:
@@ -105,10 +158,11 @@ def reason_of(error: Exception) -> str:
 
 
 class OnnxRuntimeSession(Session):
-    """ONNX graphs, one per part, on ONNX Runtime's CPU provider; what parts hand on is read and written in place.
+    """ONNX graphs, one per part, on one of `PROVIDERS`; what parts hand on is read and written in the host's memory.
 
-    `literal` leaves graphs as they were written, but for the simplest fusions: some of the others move 8-bit floats to
-    operators that do not take them, and 8-bit products to kernels that saturate. `execution` is a key of `EXECUTIONS`.
+    So `run` on a GPU holds the copies there and back. `literal` leaves graphs as they were written, but for the
+    simplest fusions: some of the others move 8-bit floats to operators that do not take them, and 8-bit products to
+    kernels that saturate. `execution` is a key of `EXECUTIONS`.
     """
 
     def __init__(
@@ -118,10 +172,12 @@ class OnnxRuntimeSession(Session):
         threads: int | None = None,
         literal: bool = False,
         execution: str = PLAIN,
+        provider: str = CPU,
     ) -> None:
+        self._provider = provider
         self._paths = graphs if isinstance(graphs, Mapping) else {MAIN: Path(graphs)}
         self._threads, self._literal, self.execution = threads, literal, execution
-        self._sessions = {part: load_graph(path, self._options()) for part, path in self._paths.items()}
+        self._sessions = {part: load_graph(path, self._options(), provider) for part, path in self._paths.items()}
         self._bindings: dict[tuple[str, tuple[str, ...]], _Binding] = {}
         self._rooms: dict[str, Array] = {}
         super().__init__({part: _ends(self._paths[part], session) for part, session in self._sessions.items()})
@@ -129,13 +185,18 @@ class OnnxRuntimeSession(Session):
             ends = self.parts[MAIN]
             only_image(self._paths[MAIN], len(ends.inputs), len(ends.outputs))
 
+    @staticmethod
+    def check_starts(*, provider: str = CPU) -> None:
+        """The runtime itself is always there; a provider is in some builds of it."""
+        check_provider(provider)
+
     def _options(self) -> ort.SessionOptions:
         return session_options(self._threads, literal=self._literal, execution=self.execution)
 
     @property
     def engine(self) -> str:
         """Name, version, and how integer products run where that is not as usual."""
-        return f"onnxruntime {ort.__version__}{SHOWN[self.execution]}"
+        return f"onnxruntime {ort.__version__}{PROVIDERS[self._provider].shown}{SHOWN[self.execution]}"
 
     def _execute(self, part: str, inputs: Sequence[Array], kept: tuple[str, ...]) -> Sequence[Array]:
         bound = self._bindings.get((part, kept))
@@ -190,7 +251,7 @@ class OnnxRuntimeSession(Session):
         with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
             options = self._options()
             options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
-            watched = load_graph(self._paths[MAIN], options)
+            watched = load_graph(self._paths[MAIN], options, self._provider)
 
             def profiled() -> None:
                 watched.run(None, feed)

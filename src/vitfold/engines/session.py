@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vitfold.artifacts.bundle import MAIN
-from vitfold.errors import EngineError
+from vitfold.errors import EngineError, missing_extra
 from vitfold.model import Array
 from vitfold.ops.protocol import Port
 from vitfold.target import FLOATING, PLAIN, WIDE, Engine
@@ -118,10 +118,12 @@ class Session(ABC):
     """
 
     execution: str = PLAIN
+    reads_in_place: bool = True
+    """What was bound is read where it lies, if contiguous and of the right type; False where `bind` copies it."""
 
     def __init__(self, parts: Mapping[str, Ends]) -> None:
         self.parts = parts
-        self._tensors: dict[str, Array] = {}
+        self._tensors: dict[str, Any] = {}
         self._written: tuple[str, ...] = ()
         self._open = True
 
@@ -132,13 +134,22 @@ class Session(ABC):
         ...
 
     @abstractmethod
-    def _execute(self, part: str, inputs: Sequence[Array], kept: tuple[str, ...]) -> Sequence[Array]:
+    def _execute(self, part: str, inputs: Sequence[Any], kept: tuple[str, ...]) -> Sequence[Any]:
         """Run a part on its inputs, in order, and return its outputs, which are kept under the names `kept`."""
         ...
 
+    def _upload(self, array: Array) -> Any:
+        """What the engine keeps of an array: arrays, unless it has tensors of its own."""
+        return array
+
+    def _download(self, value: Any) -> Array:
+        """The array of what the engine keeps."""
+        found: Array = value
+        return found
+
     @staticmethod
     def check_starts() -> None:
-        """Check that the engine starts on this machine.
+        """Check that the engine starts on this machine; it is handed the settings of its row.
 
         Raises:
             EngineError: naming the package, the driver or the GPU that is missing.
@@ -168,7 +179,8 @@ class Session(ABC):
                 raise EngineError(f"the graph takes {name} of shape {shape}, found {values.shape}; resize the images")
             dtype = "float32" if port is None else port.dtype
             whole = np.dtype(dtype).kind in "iu" and values.dtype.kind == "f"
-            self._tensors[name] = np.ascontiguousarray(np.rint(values) if whole else values, np.dtype(dtype))
+            array = np.ascontiguousarray(np.rint(values) if whole else values, np.dtype(dtype))
+            self._tensors[name] = self._upload(array)
         self._written = ()
 
     def run(self, part: str = MAIN, names: Mapping[str, str] = _NO_NAMES) -> None:
@@ -181,7 +193,7 @@ class Session(ABC):
         self._tensors.update(zip(kept, self._execute(part, self._inputs(part, names), kept), strict=True))
         self._written = kept
 
-    def _inputs(self, part: str = MAIN, names: Mapping[str, str] = _NO_NAMES) -> list[Array]:
+    def _inputs(self, part: str = MAIN, names: Mapping[str, str] = _NO_NAMES) -> list[Any]:
         self._check_open()
         try:
             return [self._tensors[names.get(port.name, port.name)] for port in self.parts[part].inputs]
@@ -197,7 +209,7 @@ class Session(ABC):
         self._check_open()
         if not self._written:
             raise EngineError("nothing has run; call run before fetch")
-        return {name: np.array(self._tensors[name]) for name in names or self._written}
+        return {name: np.array(self._download(self._tensors[name])) for name in names or self._written}
 
     def __call__(self, pixel_values: Array) -> Array:
         """Run the only part on its only input (B, ...) and return its first output (B, ...)."""
@@ -282,11 +294,18 @@ def open_on(row: Engine, graphs: Mapping[str, Path], **options: Any) -> Session:
     Raises:
         EngineError: if it is not installed or refuses a graph.
     """
-    session: Session = session_class(row)(graphs if row.several_parts else graphs[MAIN], **options)
+    session: Session = session_class(row)(graphs if row.several_parts else graphs[MAIN], **options, **row.settings)
     return session
 
 
 def session_class(row: Engine) -> Any:
-    """Load the module of an engine and return its kind of session."""
+    """Load the module of an engine and return its kind of session.
+
+    Raises:
+        EngineError: if what it needs is not installed.
+    """
     module, _, name = str(row.session).partition(":")
-    return getattr(importlib.import_module(module), name)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise EngineError(missing_extra(str(error.name), "optimize", f"the engine {row.name}")) from None

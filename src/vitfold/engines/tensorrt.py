@@ -330,6 +330,8 @@ class TensorRtSession(Session):
             TensorRT rejects a node.
     """
 
+    reads_in_place = False
+
     def __init__(self, path: str | Path, *, batch: tuple[int, int, int] | None = None) -> None:
         self._batches = None if batch is None else BatchRange(*batch)
         self._gpu = Gpu()

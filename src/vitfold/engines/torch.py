@@ -1,7 +1,7 @@
-"""PyTorch on the CPU: functions of tensors as a session.
+"""Functions of torch tensors as a session.
 
-The reference executor of a model's parts, the simulation, and the peer that most users run today, eager or
-compiled.
+The reference executor of a model's parts, the simulation, bundles as torch modules, and the peer that most users run
+today, eager or compiled.
 """
 
 from __future__ import annotations
@@ -24,22 +24,46 @@ class TorchSession(Session):
     """Functions of tensors, one per part; `shown` says how tables call them."""
 
     def __init__(
-        self, calls: Mapping[str, Call], parts: Mapping[str, Ends], *, shown: str = "eager", threads: int | None = None
+        self,
+        calls: Mapping[str, Call],
+        parts: Mapping[str, Ends],
+        *,
+        shown: str = "eager",
+        threads: int | None = None,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__(parts)
         if threads is not None:
             torch.set_num_threads(check_threads(threads))
-        self._calls, self._shown = calls, shown
+        self._calls, self._shown, self.device = calls, shown, device or torch.device("cpu")
+        self.reads_in_place = self.device.type == "cpu"
 
     @property
     def engine(self) -> str:
         """Name and version."""
         return f"torch {torch.__version__} {self._shown}"
 
-    def _execute(self, part: str, inputs: Sequence[Array], kept: tuple[str, ...]) -> Sequence[Array]:
-        with torch.inference_mode():
-            outputs = self._calls[part](*map(torch.from_numpy, inputs))
-        return [output.float().numpy() for output in outputs]
+    def _execute(self, part: str, inputs: Sequence[Any], kept: tuple[str, ...]) -> Sequence[Any]:
+        with torch.no_grad():
+            outputs = self._calls[part](*inputs)
+        self._wait()
+        return outputs
+
+    def _upload(self, array: Array) -> Any:
+        tensor = torch.from_numpy(array).to(self.device)
+        self._wait()
+        return tensor
+
+    def _download(self, value: Any) -> Array:
+        array: Array = (value.float() if value.is_floating_point() else value).cpu().numpy()
+        return array
+
+    def _wait(self) -> None:
+        """Return when the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     def close(self) -> None:
         """Drop the functions and all tensors."""

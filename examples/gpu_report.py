@@ -1,0 +1,661 @@
+"""Measures vitfold's torch modules on the GPU at hand, most important first, within a time that is given.
+
+    python examples/gpu_report.py --output results --seconds 360
+
+Every file `gpu-NAME.json` is whole after each row, so that whatever time is left at the end, what was measured stands
+there. Needs torch, timm, onnx and what vitfold needs; no network. With `--device cpu` small models stand in for large.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vitfold import pipeline
+from vitfold.bench.classes import class_targets
+from vitfold.bench.environment import environment, installed_version
+from vitfold.bench.timing import interleave
+from vitfold.engines.network import Network, read_network
+from vitfold.images import ImageSet, batches, find_images
+from vitfold.model import Model
+from vitfold.pipeline.plan import Plan
+from vitfold.pipeline.writing import write_graph
+from vitfold.recipe import MergeRecipe, QuantRecipe
+from vitfold.schedule import resolve_r
+from vitfold.sources import demo_folder, load_source
+
+ROOT = Path(__file__).parents[1]
+WARMING = 8
+"""Processes that compile side by side; the kernels that they find are read from torch's cache afterwards."""
+KINDS = (
+    ("attention", ("flash", "fmha", "attention", "sdpa")),
+    (
+        "product",
+        ("gemm", "cutlass", "cublas", "nvjet", "xmma", "int_mm", "scaled_mm", "linear", "addmm", "aten::mm", "bmm"),
+    ),
+    ("copy", ("memcpy", "memset", "copy", "aten::to")),
+    ("sort", ("sort", "topk")),
+    ("fused elementwise", ("triton", "cpp_fused", "graph_", "layer_norm", "elementwise", "reduce", "gelu", "softmax")),
+)
+
+
+@dataclass
+class Report:
+    """The folder that is filled, the device, and when to stop."""
+
+    folder: Path
+    device: torch.device
+    ends: float
+    work: Path
+    small: bool
+    environment: Mapping[str, Any]
+    printed: list[str] = field(default_factory=list)
+
+    def left(self) -> float:
+        """Seconds until the end."""
+        return self.ends - time.monotonic()
+
+    def write(self, name: str, rows: Sequence[Mapping[str, Any]], **facts: Any) -> None:
+        """Write a file as it stands now, whole or not at all."""
+        path = self.folder / f"gpu-{name}.json"
+        document = {"environment": self.environment, **facts, "rows": list(rows)}
+        draft = path.with_suffix(".new")
+        draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        draft.replace(path)
+
+    def say(self, line: str) -> None:
+        """Print a line with the time that is left."""
+        print(f"[{self.left():6.1f} s left] {line}", flush=True)
+
+
+def gpu_environment(device: torch.device) -> dict[str, Any]:
+    """Return the environment with the GPU's name, capability, memory and driver."""
+    facts: dict[str, Any] = {"device": str(device), "torch": torch.__version__, "cuda": torch.version.cuda}
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        facts |= {
+            "gpu": found.name,
+            "capability": [found.major, found.minor],
+            "multiprocessors": found.multi_processor_count,
+            "memory_bytes": found.total_memory,
+        }
+        asked = "driver_version,clocks.max.sm,clocks.max.memory,power.limit"
+        command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout.strip()
+        except OSError:
+            said = ""
+        facts["nvidia_smi"] = {"asked": asked, "said": said}
+    return {**environment(), **facts}
+
+
+def wait(device: torch.device) -> None:
+    """Return when the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def runner(module: Callable[..., Any], x: torch.Tensor) -> Callable[[], None]:
+    """Return a call that runs a module on a batch and waits for the end."""
+
+    def call() -> None:
+        with torch.no_grad():
+            module(x)
+        wait(x.device)
+
+    return call
+
+
+def compiled(module: torch.nn.Module, device: torch.device) -> Callable[..., Any]:
+    """Compile whole, for static shapes; replayed as a CUDA graph on a GPU. A network's body has code of its own."""
+    module = module.body if isinstance(module, Network) else module
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    return torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is timed: a graph of ours, or the original module; `how` is eager or compile."""
+
+    name: str
+    graph: Path | None
+    dtype: str
+    how: str = "compile"
+    tf32: bool = False
+
+    def module(self, report: Report, source: str) -> torch.nn.Module:
+        """Return the module on the device."""
+        if self.graph is not None:
+            return read_network(self.graph).eval().to(report.device)
+        original = copy.deepcopy(original_of(source))
+        if self.how == "torchao":
+            from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+            original = original.eval().to(report.device, getattr(torch, self.dtype))
+            quantize_(original, Int8DynamicActivationInt8WeightConfig())
+        return original.eval().to(report.device, getattr(torch, self.dtype))
+
+
+@functools.lru_cache(maxsize=1)
+def original_of(source: str) -> torch.nn.Module:
+    """Return the original module, of random weights, in float32 on the CPU."""
+    found: torch.nn.Module = load_source(source, weights="random").original
+    return found
+
+
+def graphs_of(report: Report, model: Model, plans: Mapping[str, Plan], merges: Mapping[str, Any]) -> dict[str, Path]:
+    """Write the graph of every plan at every merging; ranges are those of the first plan, for only time is asked."""
+    found = {}
+    for name, plan in plans.items():
+        for merging, r in merges.items():
+            path = report.work / f"{name}-{merging}.onnx"
+            chosen = replace(plan.recipe, merge=MergeRecipe(r=resolve_r(r, model.spec)))
+            write_graph(replace(plan, recipe=chosen), path)
+            found[f"{name}-{merging}"] = path
+    return found
+
+
+def plan_of(model: Model, target: str, images: ImageSet, merge: Any = None, *, quant: str | None = None) -> Plan:
+    """Return a plan, calibrated by extremes on a few images where it quantizes."""
+    chosen: Any = QuantRecipe(method="minmax", calibration_size=len(images.paths)) if quant == "w8a8" else quant
+    plan = pipeline.optimize(model, merge=merge, target=target, quant=chosen)
+    return pipeline.calibrate_plan(plan, images) if plan.needs_calibration else plan
+
+
+def has_float8(device: torch.device) -> bool:
+    """Say whether the device multiplies 8-bit floats, or is a CPU, which computes them as floats."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def contract(report: Report) -> None:
+    """Run the engine's contract on the device."""
+    if report.small:
+        tests = ["tests/engines/test_network.py", "-k", "extreme_codes and qdq"]
+    else:
+        tests = ["tests/contracts", "tests/engines/test_network.py", "-k", "torch and not compile or extreme_codes"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    began = time.monotonic()
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(20.0, min(90.0, report.left()))
+        )
+        passed, said = done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    except subprocess.TimeoutExpired as error:
+        passed, said = False, f"not finished within {error.timeout:.0f} s"
+    row = {"command": command[1:], "passed": passed, "seconds": time.monotonic() - began, "said": said}
+    report.write("contract", [row])
+    report.say(f"contract: {'passed' if passed else 'FAILED, see gpu-contract.json'}")
+
+
+def accuracy(report: Report) -> None:
+    """Demo weights on CIFAR-10 test images: top-1, agreement with FP32, and how far the GPU is from the CPU."""
+    model, images = load_source("demo").model, find_images(demo_folder() / "images")
+    few = images.sample(8, seed=0)
+    images = images.first(8) if report.small else images.without(few) or images
+    pixels = np.concatenate([one.pixel_values for one in batches(images, model.preprocess, batch=64)])
+    truth = class_targets(images, model.labels, model.spec.output_width)
+    ways: list[tuple[str, str, Any, str | None]] = [
+        ("fp32", "torch", None, None),
+        ("fp16", "torch-fp16", None, None),
+        ("fp16-r4", "torch-fp16", 4, None),
+        ("int8", "torch-fp16", None, "w8a8"),
+        ("int8-r4", "torch-fp16", 4, "w8a8"),
+    ]
+    if has_float8(report.device):
+        ways += [("fp8", "torch-fp8", None, None), ("fp8-r4", "torch-fp8", 4, None)]
+    rows: list[dict[str, Any]] = []
+    reference: np.ndarray | None = None
+    for name, target, merge, quant in ways:
+        if rows and report.left() < 0:
+            return
+        path = report.work / f"demo-{name}.onnx"
+        write_graph(plan_of(model, target, few, merge, quant=quant), path)
+        network = read_network(path).eval()
+        outputs = _outputs(network.to(report.device), pixels)
+        reference = outputs if reference is None else reference
+        host = _outputs(network.to("cpu"), pixels[:4])
+        row = {
+            "name": name,
+            "images": len(pixels),
+            "top1": None if truth is None else float((outputs.argmax(1) == np.asarray(truth)).mean()),
+            "agreement": float((outputs.argmax(1) == reference.argmax(1)).mean()),
+            "finite": bool(np.isfinite(outputs).all()),
+            "from_cpu": float(np.median(np.linalg.norm(outputs[:4] - host, axis=1) / np.linalg.norm(host, axis=1))),
+        }
+        rows.append(row)
+        report.write("accuracy", rows, model="demo", source="CIFAR-10 test images of assets/demo")
+        report.say(
+            "accuracy: " + ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        )
+
+
+def _outputs(network: Network, pixels: np.ndarray) -> np.ndarray:
+    device = network.body.get_buffer("real").device
+    made = []
+    with torch.no_grad():
+        for start in range(0, len(pixels), 64):
+            y: Any = network(torch.from_numpy(pixels[start : start + 64]).to(device))
+            made.append(y.float().cpu().numpy())
+    return np.concatenate(made)
+
+
+def subjects_of(report: Report, source: str) -> tuple[list[Subject], list[Subject]]:
+    """Return what is timed at the largest batch, and at the others, with all graphs written."""
+    model, few = load_source(source, weights="random").model, find_images(demo_folder() / "images").sample(2, seed=0)
+    layers = model.spec.num_layers
+    merges = {"r0": None, "r8": 8, "3x48": [48 if i in (2, 5, 8) else 0 for i in range(layers)]}
+    if report.small:
+        merges = {"r0": None, "r8": 8}
+    plans = {"fp16": plan_of(model, "torch-fp16", few), "int8": plan_of(model, "torch-fp16", few, quant="w8a8")}
+    if has_float8(report.device):
+        plans["fp8"] = plan_of(model, "torch-fp8", few)
+    report.say("writing graphs")
+    graphs = graphs_of(report, model, plans, merges)
+    most = "r8" if report.small else "3x48"
+    first = [f"{p}-{m}" for m in ("r0", most) for p in plans] + [f"{p}-r8" for p in plans if most != "r8"]
+    ours = [Subject(name, graphs[name], "float16") for name in first]
+    peers = [
+        Subject("torch-compile-fp16", None, "float16"),
+        Subject("torch-fp32", None, "float32", "eager"),
+        Subject("torch-tf32", None, "float32", "eager", tf32=True),
+        Subject("torch-fp16", None, "float16", "eager"),
+    ]
+    if installed_version("torchao") is not None:
+        peers.append(Subject("torchao-int8", None, "float16", "torchao"))
+    core = [peers[0], *(s for s in ours if s.name in ("fp16-r0", f"fp16-{most}", "int8-r0", f"int8-{most}"))]
+    return [*peers, *ours], core
+
+
+def warm(report: Report, source: str, subjects: Sequence[Subject], batch: int) -> None:
+    """Compile in processes side by side, so that this one finds the kernels in torch's cache."""
+    asked = [s for s in subjects if s.how != "eager"]
+    asked = asked[1:2] if report.small else asked
+    report.say(f"compiling {len(asked)} subjects for batch {batch}")
+
+    def one(subject: Subject) -> None:
+        graph = "" if subject.graph is None else str(subject.graph)
+        arguments = ["--warm", json.dumps([source, graph, subject.dtype, subject.how, batch, str(report.device)])]
+        bound = max(5.0, report.left())
+        try:
+            command = [sys.executable, __file__, *arguments]
+            done = subprocess.run(command, timeout=bound, check=False, capture_output=True, text=True)
+            if done.returncode:
+                report.say(f"{subject.name} does not compile: {done.stderr[-300:]}")
+        except subprocess.TimeoutExpired:
+            report.say(f"{subject.name} did not compile in time")
+
+    with ThreadPoolExecutor(WARMING) as pool:
+        list(pool.map(one, asked))
+
+
+def _warmed(report: Report, source: str, graph: str, dtype: str, how: str, batch: int) -> None:
+    """What a process of `warm` does."""
+    subject = Subject("warm", Path(graph) if graph else None, dtype, how)
+    module = subject.module(report, source)
+    call = runner(compiled(module, report.device), _pixels(module, subject, batch, report.device))
+    for _ in range(3):
+        call()
+
+
+def _pixels(module: Any, subject: Subject, batch: int, device: torch.device) -> torch.Tensor:
+    size = (3, 224, 224) if subject.graph is None else module.ends.inputs[0].shape
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((batch, *size), generator=generator).to(device, getattr(torch, subject.dtype))
+
+
+def speed(report: Report) -> None:
+    """Engine time of ViT-B/16 (random weights): every subject of a batch takes turns with the others."""
+    source = "timm:vit_tiny_patch16_224" if report.small else "timm:vit_base_patch16_224"
+    whole, core = subjects_of(report, source)
+    rows: list[dict[str, Any]] = []
+    plan = [(2, whole[:2] + whole[4:6])] if report.small else [(128, whole), (1, core), (8, core), (64, core)]
+    for place, (batch, subjects) in enumerate(plan):
+        if rows and report.left() < 20:
+            return
+        warm(report, source, subjects, batch)
+        calls, modules, failed = made_ready(report, source, subjects, batch)
+        rounds = 2 if report.small else 7
+        timed = interleave(calls, trials=rounds, seconds=0.02 if report.small else 1.4, warmup=1, max_iterations=200)
+        found = rows_of(timed, batch)
+        rows += failed + found
+        note = "random weights; ratios are least, median and largest of paired rounds"
+        report.write("vit-b16", rows, model=source, scope="engine", note=note)
+        for row in found:
+            pairs = ", ".join(f"{row[key][1]:.2f} {key.replace('_', ' ')}" for key in row if key.startswith("faster"))
+            report.say(f"batch {batch}: {row['name']:20} {row['median_ms']:9.3f} ms  {pairs}")
+        if place == 0:
+            profiles(report, calls)
+            ours = [name for name in modules if "torch" not in name][: 1 if report.small else None]
+            end_to_end(report, source, batch, {name: modules[name] for name in ours})
+
+
+def made_ready(
+    report: Report, source: str, subjects: Sequence[Subject], batch: int
+) -> tuple[dict[str, Callable[[], None]], dict[str, Callable[..., Any]], list[dict[str, Any]]]:
+    """Return a call and a module per subject, and rows of those that do not run."""
+    calls: dict[str, Callable[[], None]] = {}
+    modules: dict[str, Callable[..., Any]] = {}
+    failed: list[dict[str, Any]] = []
+    for subject in subjects:
+        if calls and report.left() < 0 and not report.small:
+            break
+        try:
+            module = subject.module(report, source)
+            x = _pixels(module, subject, batch, report.device)
+            ready = module if subject.how == "eager" else compiled(module, report.device)
+            call = _in_tf32(runner(ready, x), subject.tf32)
+            call()
+            call()
+        except Exception as error:  # what one subject meets is said, and the others are measured
+            failed.append({"name": subject.name, "batch": batch, "error": f"{type(error).__name__}: {error}"[:500]})
+            report.say(f"{subject.name}: {failed[-1]['error'][:150]}")
+            continue
+        calls[subject.name], modules[subject.name] = call, ready
+        report.say(f"ready at batch {batch}: {subject.name}")
+    return calls, modules, failed
+
+
+def rows_of(timed: Mapping[str, Sequence[Sequence[int]]], batch: int) -> list[dict[str, Any]]:
+    """Return a row per subject, with its ratios to the baselines."""
+    baselines = {n: _medians(timed[n]) for n in ("torch-fp32", "torch-compile-fp16") if n in timed}
+    rows = []
+    for name, trials in timed.items():
+        times = _medians(trials)
+        row: dict[str, Any] = {"name": name, "batch": batch, "median_ms": float(np.median(times))}
+        row["images_per_second"] = batch / row["median_ms"] * 1e3
+        for baseline, others in baselines.items():
+            ratios = [other / own for other, own in zip(others, times, strict=True)]
+            row[f"faster_than_{baseline}"] = [float(r) for r in (min(ratios), np.median(ratios), max(ratios))]
+        rows.append({**row, "trials_ns": trials})
+    return rows
+
+
+def _in_tf32(call: Callable[[], None], wanted: bool) -> Callable[[], None]:
+    if not wanted:
+        return call
+
+    def run() -> None:
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            call()
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    return run
+
+
+def _medians(trials: Sequence[Sequence[int]]) -> list[float]:
+    return [float(np.median(trial)) / 1e6 for trial in trials]
+
+
+def profiles(report: Report, calls: Mapping[str, Callable[[], None]]) -> None:
+    """Time per kind of kernel and the longest kernels of every subject, from torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = report.device.type == "cuda"
+    rows: list[dict[str, Any]] = []
+    for name, call in calls.items():
+        if rows and report.left() < 0:
+            return
+        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as watched:
+            for _ in range(3):
+                call()
+        kernels = [
+            (
+                event.key,
+                float(event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 3e3,
+                event.count / 3,
+            )
+            for event in watched.key_averages()
+        ]
+        kinds: dict[str, float] = {}
+        for kernel, ms, _ in kernels:
+            kind = next((kind for kind, parts in KINDS if any(part in kernel.lower() for part in parts)), "other")
+            kinds[kind] = kinds.get(kind, 0.0) + ms
+        longest = sorted(kernels, key=lambda one: -one[1])[:20]
+        rows.append(
+            {
+                "name": name,
+                "ms_by_kind": kinds,
+                "kernels": sum(n for _, _, n in kernels),
+                "longest": [[k[:120], ms, n] for k, ms, n in longest],
+            }
+        )
+        report.write("profile", rows)
+        report.say(
+            f"profile: {name}: " + ", ".join(f"{k} {v:.2f} ms" for k, v in sorted(kinds.items(), key=lambda i: -i[1]))
+        )
+
+
+def end_to_end(report: Report, source: str, batch: int, modules: Mapping[str, Callable[..., Any]]) -> None:
+    """Files to labels: decoded, resized and cropped by Pillow in threads ahead, normalized on the device."""
+    if report.left() < 0 and not report.small:
+        return
+    model = load_source(source, weights="random").model
+    paths = list(find_images(demo_folder() / "images").paths)
+    files = [paths[i % len(paths)] for i in range((2 if report.small else 16) * batch)]
+    mean, std = (
+        torch.tensor(v, device=report.device).view(1, 3, 1, 1) for v in (model.preprocess.mean, model.preprocess.std)
+    )
+    on_gpu = report.device.type == "cuda"
+
+    def prepared(group: Sequence[Path]) -> torch.Tensor:
+        from PIL import Image
+
+        size = (model.preprocess.crop_size[1], model.preprocess.crop_size[0])
+        whole = np.stack(
+            [np.asarray(Image.open(p).convert("RGB").resize(size, Image.Resampling.BICUBIC)) for p in group]
+        )
+        held = torch.from_numpy(whole)
+        return held.pin_memory() if on_gpu else held
+
+    groups = [files[start : start + batch] for start in range(0, len(files), batch)]
+    rows: list[dict[str, Any]] = []
+    for name, module in modules.items():
+
+        def labelled(held: torch.Tensor, module: Callable[..., Any] = module) -> torch.Tensor:
+            x = (
+                held.to(report.device, non_blocking=True)
+                .permute(0, 3, 1, 2)
+                .contiguous()
+                .float()
+                .div_(255)
+                .sub_(mean)
+                .div_(std)
+            )
+            made = module(x.to(torch.float16))
+            return (made[0] if isinstance(made, tuple) else made).argmax(1).cpu()
+
+        with ThreadPoolExecutor(os.cpu_count() or 2) as pool, torch.no_grad():
+            ready = [one.result() for one in [pool.submit(prepared, g) for g in groups]]
+            labelled(ready[0])
+            wait(report.device)
+            began = time.perf_counter_ns()
+            for held in ready:
+                labelled(held)
+            took = (time.perf_counter_ns() - began) / 1e9
+        rows.append({"name": name, "batch": batch, "images": len(files), "images_per_second": len(files) / took})
+        report.write("end-to-end", rows, note="images decoded ahead; copy, normalization, network and labels are timed")
+        report.say(f"end to end, decoded ahead: {name} {rows[-1]['images_per_second']:.0f} images/s")
+
+
+def lengths(report: Report) -> None:
+    """Products and attention of a ViT-B/16 block at lengths that fill the kernels' tiles and lengths that do not."""
+    batch, width, heads = (2, 64, 4) if report.small else (128, 768, 12)
+    rows: list[dict[str, Any]] = []
+    dtype = torch.float16 if report.device.type == "cuda" else torch.float32
+    for tokens in (197, 192, 176, 160, 144, 128):
+        if rows and report.left() < 0:
+            return
+        calls: dict[str, Callable[[], None]] = {}
+        for layer, (i, o) in {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}.items():
+            x = torch.randn(batch * tokens, i * width, device=report.device, dtype=dtype)
+            w = torch.randn(o * width, i * width, device=report.device, dtype=dtype)
+            calls[f"{layer}-fp16"] = runner(lambda x, w=w: x @ w.t(), x)
+            xi, wi = ((t * 20).clamp(-127, 127).to(torch.int8) for t in (x, w))
+            calls[f"{layer}-int8"] = runner(lambda x, w=wi: torch._int_mm(x, w.t()), xi)
+        q = torch.randn(batch, heads, tokens, width // heads, device=report.device, dtype=dtype)
+        calls["attention-fp16"] = runner(lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q), q)
+        timed = interleave(calls, trials=3, seconds=0.003 if report.small else 0.15, warmup=2)
+        rows.append(
+            {"tokens": tokens, "batch": batch, "ms": {n: float(np.median(_medians(t))) for n, t in timed.items()}}
+        )
+        report.write("lengths", rows, width=width, heads=heads)
+        report.say(f"{tokens} tokens: " + ", ".join(f"{n} {ms:.3f}" for n, ms in rows[-1]["ms"].items()))
+
+
+class Ddim:
+    """The deterministic sampler over a linear schedule, as far as timing needs it; diffusers may be missing."""
+
+    init_noise_sigma = 1.0
+    config: Mapping[str, Any] = {}
+
+    def __init__(self, steps: int) -> None:
+        self._alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()
+        self.timesteps = torch.linspace(999, 0, steps).round().long()
+
+    def scale_model_input(self, x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        """As it is."""
+        return x
+
+    def step(self, noise: torch.Tensor, t: torch.Tensor, x: torch.Tensor) -> Any:
+        """One step down."""
+        place = int((self.timesteps == t).nonzero()[0])
+        now = self._alphas[t]
+        then = self._alphas[self.timesteps[place + 1]] if place + 1 < len(self.timesteps) else torch.tensor(1.0)
+        clean = ((x - (1 - now).sqrt() * noise) / now.sqrt()).clamp(-3, 3)
+        return argparse.Namespace(prev_sample=then.sqrt() * clean + (1 - then).sqrt() * noise)
+
+
+def diffusion(report: Report) -> None:
+    """Diffusion Transformers of random weights with and without reuse of steps: the demo's shape, and DiT-XL/2."""
+    from vitfold.diffusion import find_method, sample
+    from vitfold.diffusion.opening import plan_parts, write_parts
+    from vitfold.engines.network.session import NetworkSession
+    from vitfold.model import DiTSpec
+    from vitfold.model.dit import dit_param_shapes
+
+    shared = {"wave_shift": 1, "condition": "block", "activation": "gelu_tanh", "mlp_norm_eps": 1e-5}
+    specs = {
+        "like-demo-dit": DiTSpec(
+            image_size=32,
+            patch_size=4,
+            channels=1,
+            outputs=1,
+            embed_dim=192,
+            num_layers=10,
+            num_heads=6,
+            mlp_dim=768,
+            classes=10,
+            **shared,
+        ),
+        "dit-xl-2-256": DiTSpec(
+            image_size=32,
+            patch_size=2,
+            channels=4,
+            outputs=8,
+            embed_dim=1152,
+            num_layers=1 if report.small else 28,
+            num_heads=16,
+            mlp_dim=4608,
+            classes=1000,
+            **shared,
+        ),
+    }
+    rows: list[dict[str, Any]] = []
+    rng = np.random.default_rng(0)
+    steps, count = (4, 1) if report.small else (50, 4)
+    dtype = torch.float16 if report.device.type == "cuda" else torch.float32
+    for name, spec in specs.items():
+        required, _ = dit_param_shapes(spec)
+        params = {n: 0.02 * rng.standard_normal(shape, dtype=np.float32) for n, shape in required.items()}
+        for reuse in ("none", "stack:2", "fora:2"):
+            if rows and report.left() < 0 and not report.small:
+                return
+            method = find_method(reuse)
+            folder = report.work / f"{name}-{reuse.replace(':', '')}"
+            folder.mkdir()
+            found = plan_parts(spec, method, (), 0)
+            write_parts(found, params, folder, {})
+            graphs = {part: folder / f"{part}.onnx" for part in found}
+            with NetworkSession(graphs, compiled=not report.small, device=report.device, dtype=dtype) as session:
+                took = []
+                for _ in range(1 if report.small else 3):
+                    began = time.perf_counter()
+                    drawn = sample(session, spec, Ddim(steps), method, list(range(count)), seed=0, guidance=4.0)
+                    took.append(time.perf_counter() - began)
+            row = {"name": name, "reuse": reuse, "steps": steps, "images": count, "seconds": took}
+            row |= {"full_steps": len(drawn.full_ns), "median_full_ms": float(np.median(drawn.full_ns)) / 1e6}
+            if drawn.reused_ns:
+                row["median_reused_ms"] = float(np.median(drawn.reused_ns)) / 1e6
+            rows.append(row)
+            report.write(
+                "dit", rows, note="random weights; graphs cast to the device's type; the first run of three compiles"
+            )
+            report.say(f"{name}, reuse {reuse}: {took[-1]:.2f} s for {count} images of {steps} steps")
+
+
+SECTIONS: Mapping[str, Callable[[Report], None]] = {
+    "contract": contract,
+    "accuracy": accuracy,
+    "speed": speed,
+    "lengths": lengths,
+    "diffusion": diffusion,
+}
+
+
+def main() -> int:
+    """Run all sections in order until the time is over; a section that fails is said, and the next one runs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("results"))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=360.0)
+    parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--warm", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="vitfold-gpu-") as work:
+        device = torch.device(json.loads(asked.warm)[-1] if asked.warm else asked.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            print("no CUDA device: install a driver, or try this with --device cpu", file=sys.stderr)
+            return 1
+        facts = {} if asked.warm else gpu_environment(device)
+        report = Report(asked.output, device, time.monotonic() + asked.seconds, Path(work), device.type == "cpu", facts)
+        if asked.warm:
+            _warmed(report, *json.loads(asked.warm)[:-1])
+            return 0
+        asked.output.mkdir(parents=True, exist_ok=True)
+        report.say(f"{facts.get('gpu', 'CPU')}, torch {torch.__version__}, torchao {installed_version('torchao')}")
+        failed = []
+        for name in asked.sections.split(","):
+            if report.left() < 0 and not report.small:
+                report.say(f"no time for {name}")
+                continue
+            try:
+                SECTIONS[name](report)
+            except Exception:
+                failed.append(name)
+                report.write(f"{name}-failed", [{"error": traceback.format_exc()}])
+                traceback.print_exc()
+        report.say(f"files: {', '.join(sorted(p.name for p in asked.output.glob('gpu-*.json')))}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
