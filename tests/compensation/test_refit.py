@@ -52,7 +52,7 @@ def test_unseen_images_come_nearer_to_the_unmerged_model(kind: str, tiny_model) 
     assert errors(model, MERGE, done.model) < errors(model, MERGE, model)
 
 
-@pytest.mark.parametrize("rule", ["tome", "tofu", "pitome", "evit"])
+@pytest.mark.parametrize("rule", ["tome", "nearest", "tofu", "pitome", "evit"])
 def test_no_rule_gets_worse_on_held_out_images(rule: str, tiny_model) -> None:
     model = tiny_model()
     done = compensated(model, MergeRecipe(r=(0, 6), order="index", rule=rule))

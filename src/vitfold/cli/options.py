@@ -118,7 +118,7 @@ Merge = Annotated[
     ),
 ]
 MergeRule = Annotated[
-    Literal["tome", "tofu", "pitome", "evit"],
+    Literal["tome", "nearest", "tofu", "pitome", "evit"],
     typer.Option(
         help="Which tokens go: tome merges the most similar pairs; see docs/search.md for the others.",
         rich_help_panel=RECIPE,
@@ -130,6 +130,16 @@ Compensate = Annotated[
         "--compensate/--no-compensate",
         help="Refit weights in closed form to what merging changes, on --images (2000 are good, labels are not used); "
         "costs nothing at run time.",
+        rich_help_panel=RECIPE,
+    ),
+]
+Polish = Annotated[
+    int,
+    typer.Option(
+        metavar="PASSES",
+        min=0,
+        help="Behind --compensate, go so many times through --images by gradient descent, still without labels; a pass "
+        "takes minutes, one or two do.",
         rich_help_panel=RECIPE,
     ),
 ]
