@@ -21,7 +21,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "class token": {},
     "mean of patches": {"pool": "avg", "class_token": False, "pos_embed": "patches"},
     "attention pooling": {"pool": "map", "class_token": False, "pos_embed": "patches", "map_heads": 4},
-    "dense": {"pool": "none", "outputs": 0, "output": "last_hidden_state"},
     "gated": {"mlp": "swiglu"},
 }
 MERGE = MergeRecipe(r=(4, 4), order="index")
@@ -50,6 +49,14 @@ def test_unseen_images_come_nearer_to_the_unmerged_model(kind: str, tiny_model) 
     done = compensated(model, MERGE)
     assert done.error_after < done.error_before
     assert errors(model, MERGE, done.model) < errors(model, MERGE, model)
+
+
+def test_dense_outputs_get_no_worse(tiny_model) -> None:
+    """No weight gives back what tokens lose by sharing a row."""
+    model = tiny_model(pool="none", outputs=0, output="last_hidden_state")
+    done = compensated(model, MERGE)
+    assert done.error_after <= done.error_before
+    assert errors(model, MERGE, done.model) <= errors(model, MERGE, model)
 
 
 @pytest.mark.parametrize("rule", ["tome", "nearest", "tofu", "pitome", "evit"])
