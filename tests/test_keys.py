@@ -38,11 +38,11 @@ CONTENTS: tuple[tuple[object, ...], ...] = (
     (X, QuantConstraints()),
 )
 
-MERGE = MergeRecipe(r=(2, 2), order="index", compensate=True)
+MERGE = MergeRecipe(r=(2, 2), order="index")
 QUANT = QuantRecipe()
 REGISTERS = RegistersRecipe(remedy="prefix", site="blocks.0.mlp.fc1")
 OTHERS: dict[type, dict[str, Any]] = {
-    MergeRecipe: {"r": (2, 3), "prop_attn": False, "order": "score", "rule": "evit", "compensate": False, "polish": 1},
+    MergeRecipe: {"r": (2, 3), "prop_attn": False, "order": "score", "rule": "evit", "compensate": True},
     QuantRecipe: {
         "weights": 4,
         "activations": 6,

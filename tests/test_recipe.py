@@ -28,7 +28,7 @@ schedules = st.lists(st.integers(0, 500), max_size=12).map(tuple)
 @settings(derandomize=True, deadline=None, max_examples=30)
 @given(r=schedules, prop_attn=st.booleans(), compensate=st.booleans())
 def test_toml_round_trip(r, prop_attn, compensate):
-    recipe = Recipe(merge=MergeRecipe(r=r, prop_attn=prop_attn, compensate=compensate, polish=2 if compensate else 0))
+    recipe = Recipe(merge=MergeRecipe(r=r, prop_attn=prop_attn, compensate=compensate))
     read = recipe_from_dict(parse_recipe(recipe.to_toml(), name="x.toml"), name="x.toml")
     assert read == recipe
     assert read.digest() == recipe.digest()

@@ -55,8 +55,7 @@ class MergeRecipe:
     `order` says in which order the rows of A that stay go on: as they stood ("index"), or by their similarity
     ("score"), which spares compilers that sort by kernels two of them. It decides who is matched with whom in the
     next merge. None: as the target prefers it; resolved recipes name one. `rule` says which tokens go, and what
-    becomes of them. `compensate` says whether weights are refitted to what merging changes, on images, and `polish`
-    how often gradient descent goes through these behind it.
+    becomes of them. `compensate` says whether weights are refitted to what merging changes, on images.
 
     Source: ToMe (2210.09461), sections 3.1 and 3.2; its released code orders by index where a model has a class
     token, else by score.
@@ -67,14 +66,9 @@ class MergeRecipe:
     order: Order | None = None
     rule: str = "tome"
     compensate: bool = False
-    polish: int = 0
 
     def __post_init__(self) -> None:
         _check_r(self.r, name="merge.r")
-        if type(self.polish) is not int or self.polish < 0:
-            raise RecipeError(f"merge.polish is a number of passes over the images, found {self.polish!r}")
-        if self.polish and not self.compensate:
-            raise RecipeError("merge.polish goes on from compensated merging; add merge.compensate = true")
         if self.rule not in RULES:
             raise RecipeError(f"merge.rule is {', '.join(RULES)}, found {self.rule!r}")
         if self.order not in (None, *get_args(Order)):
@@ -268,9 +262,8 @@ class Recipe:
             del values["merge"]["order"]
         if self.merge.rule == "tome":
             del values["merge"]["rule"]
-        for key in ("compensate", "polish"):
-            if not values["merge"][key]:
-                del values["merge"][key]
+        if not self.merge.compensate:
+            del values["merge"]["compensate"]
         if self.quant is None:
             del values["quant"]
         else:

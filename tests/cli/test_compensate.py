@@ -24,12 +24,10 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_bundle_with_compensated_merging_says_so_and_is_made_again(many: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "a.fold", tmp_path / "b.fold"
-    made = run_json("optimize", *SOURCE, "--merge", 3, "--compensate", "--polish", 1, "--images", many, "-o", first)
-    assert made["recipe"]["merge"]["polish"] == 1
+    made = run_json("optimize", *SOURCE, "--merge", 3, "--compensate", "--images", many, "-o", first)
     assert made["recipe"]["merge"]["compensate"] is True
     found = run_json("inspect", first)
     assert found["compensation"]["images"] == 350 - 87
-    assert isinstance(found["compensation"]["polished"], bool)
     assert found["compensation"]["error_after"] <= found["compensation"]["error_before"]
     assert "refitted" in run("inspect", first).stdout
     run("optimize", "--from", first, "-o", second)
@@ -37,8 +35,6 @@ def test_a_bundle_with_compensated_merging_says_so_and_is_made_again(many: Path,
 
 
 def test_what_compensation_needs_is_said_before_any_work(many: Path, tmp_path: Path) -> None:
-    alone = ("optimize", *SOURCE, "--merge", 3, "--polish", 1, "--images", many, "-o", tmp_path / "a.fold")
-    assert "--polish goes on from --compensate" in error(*alone, code=2)
     few = tmp_path / "few"
     few.mkdir()
     for path in sorted(many.iterdir())[:20]:

@@ -50,12 +50,7 @@ _PREPROCESS: dict[str, Range] = {
     "mean": (-1e3, 1e3),
     "std": (1e-6, 1e3),
 }
-_RECIPE: dict[str, Range] = {
-    "r": (0, 2**24),
-    "polish": (0, 2**16),
-    "calibration_size": (1, 2**31),
-    "seed": (-(2**63), 2**63),
-}
+_RECIPE: dict[str, Range] = {"r": (0, 2**24), "calibration_size": (1, 2**31), "seed": (-(2**63), 2**63)}
 _SECTIONS = {"merge": MergeRecipe, "quant": QuantRecipe, "registers": RegistersRecipe}
 _FIDELITY: dict[str, Range] = {
     **dict.fromkeys(("top1", "top5", "agreement", "miou"), (0.0, 1.0)),
@@ -170,7 +165,6 @@ def _compensation(values: dict[str, Any] | None) -> dict[str, Any] | None:
         entry(values, key, float, where, (0.0, 1e39))
     entry(values, "root", str, where)
     entry(values, "seed", int, where, _RECIPE["seed"])
-    entry(values, "polished", bool | None, where)
     sha256_entry(values, "digest", where)
     layers = values.get("layers")
     if not isinstance(layers, list):

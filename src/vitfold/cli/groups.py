@@ -96,7 +96,6 @@ class RecipeArgs:
     merge: options.Merge = None
     merge_rule: options.MergeRule = "tome"
     compensate: options.Compensate = False
-    polish: options.Polish = 0
     quant: options.Quant = None
     method: options.Method = None
     registers: options.Registers = None

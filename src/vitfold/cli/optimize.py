@@ -175,7 +175,6 @@ def _check(job: _Job) -> None:
             "--compensate needs --images, and goes with --merge; recipes say merge.compensate = true",
             "--compensate",
         ),
-        (wanted.polish > 0 and not wanted.compensate, "--polish goes on from --compensate; give both", "--polish"),
         (
             bool(search) and own,
             "a search chooses --merge, --compensate, --method, --registers, --keep-float and recipes; leave them out",
@@ -252,7 +251,6 @@ def _planned(job: _Job, found: ImageSet | None, say: Say) -> tuple[_Plan, Soluti
         merge=schedule,
         rule=wanted.merge_rule,
         compensate=wanted.compensate,
-        polish=wanted.polish,
         quant=asked or wanted.quant,
         registers=wanted.registers,
         recipe=read,

@@ -133,16 +133,6 @@ Compensate = Annotated[
         rich_help_panel=RECIPE,
     ),
 ]
-Polish = Annotated[
-    int,
-    typer.Option(
-        metavar="PASSES",
-        min=0,
-        help="Behind --compensate, go so many times through --images by gradient descent, still without labels; a pass "
-        "takes minutes, one or two do.",
-        rich_help_panel=RECIPE,
-    ),
-]
 Quant = Annotated[
     str | None,
     typer.Option(

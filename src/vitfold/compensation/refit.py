@@ -57,8 +57,7 @@ class Refit:
 class Compensated:
     """A model with refitted weights, and what was measured on held-out images.
 
-    `error_before` and `error_after` are relative squared errors of the output against the unmerged model's; `polished`
-    says whether gradient descent lowered it further.
+    `error_before` and `error_after` are relative squared errors of the output against the unmerged model's.
     """
 
     model: Model
@@ -67,7 +66,6 @@ class Compensated:
     held_out: int
     error_before: float
     error_after: float
-    polished: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -76,7 +74,6 @@ class Compensated:
             "held_out": self.held_out,
             "error_before": self.error_before,
             "error_after": self.error_after,
-            "polished": self.polished,
             "layers": [one.to_dict() for one in self.refits],
         }
 

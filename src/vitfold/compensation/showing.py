@@ -50,10 +50,8 @@ def divided(count: int) -> tuple[Int[Tensor, " F"], Int[Tensor, " H"]]:
 
 def mean_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Relative squared error of outputs, mean over images, from pairs of exact ones and others."""
-    return float(torch.cat([relative_error(exact, found) for exact, found in pairs]).mean())
-
-
-def relative_error(exact: Tensor, found: Tensor) -> Tensor:
-    """Relative squared error of every image: |found - exact|^2 / |exact|^2."""
-    wrong, whole = ((value.flatten(1)).square().sum(1) for value in (found - exact, exact))
-    return wrong / whole.clamp_min(1e-12)
+    errors = []
+    for exact, found in pairs:
+        wrong, whole = ((value.flatten(1)).square().sum(1) for value in (found - exact, exact))
+        errors.append(wrong / whole.clamp_min(1e-12))
+    return float(torch.cat(errors).mean())

@@ -65,7 +65,7 @@ def compensate_plan(folded: Plan, images: ImageSet, *, progress: Progress | None
     """
     if not folded.needs_compensation:
         return folded
-    from vitfold.compensation import compensate, polish
+    from vitfold.compensation import compensate
     from vitfold.quant import Progress
     from vitfold.quant.network import ImageExamples
 
@@ -76,7 +76,6 @@ def compensate_plan(folded: Plan, images: ImageSet, *, progress: Progress | None
         examples = ImageExamples(images=images, preprocess=model.preprocess)
         progress = progress or Progress()
         done = compensate(model, merge, examples, step=progress.step, advance=progress.advance)
-        done = polish(model, done, merge, examples, step=progress.step, advance=progress.advance)
         kept = {name: array for name, array in done.model.params.items() if array is not model.params.get(name)}
         kept[_RECORD] = np.frombuffer(json.dumps(done.to_dict()).encode(), np.uint8)
         keep_arrays("compensation", key, kept)

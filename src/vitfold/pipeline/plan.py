@@ -107,7 +107,6 @@ def optimize(
     quant: str | QuantRecipe | None = None,
     rule: str = "tome",
     compensate: bool = False,
-    polish: int = 0,
     registers: str | RegistersRecipe | None = None,
     recipe: Recipe | None = None,
     target: str = "cpu",
@@ -123,7 +122,6 @@ def optimize(
         rule: which tokens go and what becomes of them; not together with `recipe`.
         compensate: whether weights are refitted to what merging changes, on images (`pipeline.compensate_plan`); not
             together with `recipe`.
-        polish: how often gradient descent goes through the images behind that.
         quant: "w8a8" and its like, "fp8", "none", or the whole section; not together with `recipe`.
         registers: "none", "auto", the name of a remedy, or the whole section; not together with `recipe`.
         batch: least, usual and largest batch, for targets whose engines are built for them.
@@ -138,7 +136,7 @@ def optimize(
         raise RecipeError("give either a recipe or a merge schedule, a quantization and registers, not both")
     if recipe is None:
         found = quant_from_scheme(find_target(target).implied_quant) if quant is None else _quant_recipe(quant)
-        merged = MergeRecipe(r=resolve_r(merge, model.spec), rule=rule, compensate=compensate, polish=polish)
+        merged = MergeRecipe(r=resolve_r(merge, model.spec), rule=rule, compensate=compensate)
         recipe = Recipe(merge=merged, quant=found, registers=registers_from_name(registers))
     tokens_per_block(model.spec, recipe.merge.r)
     if recipe.registers is not None:

@@ -47,9 +47,9 @@ def reduce_tokens(ops: Ops[T], rule: str, site: str, here: Reduction[T]) -> Toke
     Raises:
         RecipeError: if it would move tokens that stand behind the patches.
     """
-    if here.tokens.suffix and rule not in ("tome", "tofu"):
+    if here.tokens.suffix and rule not in ("tome", "nearest", "tofu"):
         raise RecipeError(
-            f"the rule {rule} keeps no tokens behind the patches, which this model has; take tome or tofu"
+            f"the rule {rule} keeps no tokens behind the patches, which this model has; take tome, nearest or tofu"
         )
     reduced: Tokens[T] = RULES[rule](ops, site, here)
     return reduced
@@ -71,8 +71,9 @@ def nearest(ops: Ops[T], site: str, here: Reduction[T]) -> Tokens[T]:
     """
     ops.scope(site)
     tokens, r, prefix = here.tokens, here.r, here.tokens.prefix
-    count = tokens.count - prefix
-    likeness = ops.similarity(f"{site}.likeness", tokens.x, range(prefix, tokens.count), range(prefix, tokens.count))
+    patches = range(prefix, tokens.count - tokens.suffix)
+    count = len(patches)
+    likeness = ops.similarity(f"{site}.likeness", tokens.x, patches, patches)
     before = np.where(np.tri(count, k=-1, dtype=bool), 0.0, _BEYOND).astype(np.float32)
     best, _ = ops.argmax(ops.add(likeness, ops.constant(before[None])))
     moved, kept = (
@@ -80,7 +81,7 @@ def nearest(ops: Ops[T], site: str, here: Reduction[T]) -> Tokens[T]:
     )
     both = ops.concat((ops.take(tokens.x, moved), ops.take(tokens.x, kept)), 1)
     _, joined = ops.argmax(ops.similarity(f"{site}.scores", both, range(r), range(r, count)))
-    survivors = ops.pad_index(kept, range(prefix), range(0))
+    survivors = ops.pad_index(kept, range(prefix), range(patches.stop, tokens.count))
     pairs = Match(moved=moved, into=ops.affine_index(joined, 1, prefix), survivors=survivors)
     return merge(ops, site, tokens, pairs, r=r, trace=here.trace)
 
