@@ -40,6 +40,7 @@ class MergeRule:
 
 RULES: Mapping[str, MergeRule] = {
     "tome": MergeRule(),
+    "nearest": MergeRule(),
     "tofu": MergeRule(conserves=False),
     "pitome": MergeRule(),
     "evit": MergeRule(class_token=True),

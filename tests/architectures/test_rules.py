@@ -68,6 +68,15 @@ def test_pitome_equals_the_oracle(r, prefix, depth_ratio):
 
 @pytest.mark.parametrize("r", [1, 4])
 @pytest.mark.parametrize("prefix", [1, 2])
+def test_nearest_equals_the_oracle(r, prefix):
+    here = reduction(r, prefix=prefix)
+    found = reduce_tokens(Run({}), "nearest", "m", here)
+    for image in range(2):
+        assert_reduced(found, image, oracle.nearest(here.tokens.x[image].double().numpy(), r, prefix))
+
+
+@pytest.mark.parametrize("r", [1, 4])
+@pytest.mark.parametrize("prefix", [1, 2])
 def test_evit_equals_the_oracle(r, prefix):
     here = reduction(r, prefix=prefix)
     found = reduce_tokens(Run({}), "evit", "m", here)
@@ -112,5 +121,5 @@ def test_an_unknown_rule_is_refused(without_type_checks):
     from vitfold.errors import RecipeError
 
     assert set(RULES) == set(recipe.RULES)
-    with pytest.raises(RecipeError, match=r"merge\.rule is tome, tofu, pitome, evit"):
+    with pytest.raises(RecipeError, match=r"merge\.rule is tome, nearest, tofu, pitome, evit"):
         MergeRecipe(r=(1,), rule="dynamic")  # type: ignore[arg-type]

@@ -115,7 +115,7 @@ MANIFESTS: tuple[tuple[str, str, Change, str], ...] = (
     ("fidelity of text", "float", put("fidelity", "good"), 'fidelity has to be a section, found "good"'),
     ("a merge of text", "float", put("recipe", "merge", "r", "8"), 'recipe.merge.r has to be a list, found "8"'),
     ("a merge too large", "float", put("recipe", "merge", "r", [9, 2]), "r = 9 is too large for block 0"),
-    ("an unknown rule", "float", put("recipe", "merge", "rule", "best"), "merge.rule is tome, tofu"),
+    ("an unknown rule", "float", put("recipe", "merge", "rule", "best"), "merge.rule is tome, nearest"),
     ("a section that no recipe has", "float", put("recipe", "prune", {}), "unknown section [prune]"),
     ("nine bits", "int8", put("recipe", "quant", "weights", 9), "quant.weights must be 2 to 8 bits, found 9"),
     ("sites that are a list", "int8", put("recipe", "quant", "sites", []), "recipe.quant.sites has to be a section"),

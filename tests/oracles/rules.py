@@ -36,6 +36,17 @@ def pitome(x: Array, keys: Array, r: int, prefix: int, depth_ratio: float) -> Re
     return [np.mean(x[group], 0) for group in groups], [set(group) for group in groups]
 
 
+def nearest(x: Array, r: int, prefix: int) -> Reduced:
+    """The r patches most like one before them join the most similar patch that stays."""
+    likeness = {i: max(cosine(x[i], x[j]) for j in range(prefix, i)) for i in range(prefix + 1, len(x))}
+    moved = sorted(likeness, key=lambda i: (-likeness[i], i))[:r]
+    kept = [i for i in range(len(x)) if i not in moved]
+    members = {i: [i] for i in kept}
+    for i in moved:
+        members[max(kept[prefix:], key=lambda j: cosine(x[i], x[j]))].append(i)
+    return [np.mean(x[group], 0) for group in members.values()], [set(group) for group in members.values()]
+
+
 def evit(x: Array, q: Array, k: Array, r: int, prefix: int) -> Reduced:
     """2202.07800: the r + 1 patch tokens that the class token attends to least become their attention-weighted mean."""
     attention = np.zeros(len(x))

@@ -46,7 +46,8 @@ class SearchContext:
     def merging(self, r: tuple[int, ...]) -> float:
         return r[0] / 1000
 
-    def screen(self, r: tuple[int, ...]) -> Drop:
+    def screen(self, r: tuple[int, ...], rule: str) -> Drop:
+        assert rule == "tome"
         self.screened.append(r)
         found = drop(self.merging(r) + self.hidden)
         return replace(found, low=found.low - self.hidden)
@@ -178,7 +179,10 @@ def test_a_latency_that_nothing_reaches_has_a_nearest_miss() -> None:
 
 
 def test_arms_survive_their_journal() -> None:
-    assert arm_from_dict(arm("w8a8", "openvino").to_dict()).points == POINTS
+    found = arm_from_dict(replace(arm("w8a8", "openvino"), rule="nearest").to_dict())
+    assert (found.points, found.rule) == (POINTS, "nearest")
+    assert found.attempt(8).rule == "nearest"
+    assert found.attempt(8).name == "w8a8-openvino-nearest-r10_0_0"
 
 
 def test_too_few_images_cannot_tell_the_drop() -> None:

@@ -118,7 +118,7 @@ Merge = Annotated[
     ),
 ]
 MergeRule = Annotated[
-    Literal["tome", "tofu", "pitome", "evit"],
+    Literal["tome", "nearest", "tofu", "pitome", "evit"],
     typer.Option(
         help="Which tokens go: tome merges the most similar pairs; see docs/search.md for the others.",
         rich_help_panel=RECIPE,

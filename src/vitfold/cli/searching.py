@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vitfold.pipeline.search import SearchContext, SearchResult
 
 ENGINES = ("cpu", "openvino")
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +113,7 @@ def _folder(model: Model, calibration: ImageSet, chosen: ImageSet, held_out: Ima
     """Return where the rows and bundles of this search lie, for the same command to go on with."""
     digests = [model.digest(), chosen.digest(), held_out.digest(), calibration.digest()]
     settings = [
+        _FORMAT,
         *digests,
         processor(),
         wanted.targets(),

@@ -7,8 +7,8 @@ now make. Only weights change: it costs nothing at run time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from vitfold.architectures.programs import UNMERGED, plain_program, program_of
 from vitfold.compensation.ridge import Fit, RidgeSums, fit_change, no_sums
+from vitfold.compensation.showing import BATCH, divided, mean_error, named, run, showing
 from vitfold.compensation.streams import LIMIT_BYTES, Columns, Streams
 from vitfold.errors import CalibrationError, RecipeError
 from vitfold.model import Array, Model
 from vitfold.ops.run import Run
 from vitfold.program import Program, replay
-from vitfold.program.queries import closing_linears, linears_of, output_linear
+from vitfold.program.queries import closing_linears, output_linear
 from vitfold.quant.network import Examples
 from vitfold.recipe import MergeRecipe
 from vitfold.transforms.merging import COLUMNS, stream_name
@@ -37,9 +38,6 @@ PREFIX_WEIGHT = 16.0
 """How many original tokens a row of the prefix counts as: classifiers read it."""
 PATCH_ROWS = 16
 """Rows of patches that are looked at per image; neighbours tell the same."""
-HELD_OUT = 8
-"""One group of images in so many is held out."""
-BATCH = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +102,7 @@ def compensate(
 ) -> Compensated:
     """Return the model with weights under which merged tokens come nearest to the means of unmerged ones.
 
-    Every eighth group of images is held out: ridges are chosen there, layer by layer, with no change among the
+    Every eighth image is held out: ridges are chosen there, layer by layer, with no change among the
     choices, and so is whether all of it helps the output. Without merging the model is returned as it is.
 
     Args:
@@ -143,8 +141,8 @@ class _Walk:
                 "no layer of this model writes straight to the residual stream, so merging cannot be compensated; "
                 "leave merge.compensate out"
             )
-        self._whole = _showing(program_of(model.spec, UNMERGED), layers)
-        self._shorter = _showing(program_of(model.spec, merge, sources=True), layers)
+        self._whole = showing(program_of(model.spec, UNMERGED), layers)
+        self._shorter = showing(program_of(model.spec, merge, sources=True), layers)
         self._exact, self._merged = exact, merged
         self._params: dict[str, Array] = dict(model.params)
         self._refits: list[Refit] = []
@@ -155,8 +153,10 @@ class _Walk:
         entry, output = stream_name(self._first, "x"), self._model.spec.output
         (x,) = replay(self._whole, Run(self._model.params), *inputs, only=(entry,))
         self._exact[number] = self._merged[number] = {"x": x}
-        if number % HELD_OUT == HELD_OUT - 1:
-            exact, merged = (_run(one, self._model.params, {entry: x}, output) for one in (self._whole, self._shorter))
+        _, held = divided(len(x))
+        if len(held):
+            given = {entry: x[held]}
+            exact, merged = (run(one, self._model.params, given, output) for one in (self._whole, self._shorter))
             self._before[number] = (exact[output], merged[output])
 
     def run(self, images: int) -> Compensated:
@@ -193,15 +193,15 @@ class _Walk:
                 found = self._next(self._shorter, self._params, block, entering, f"{layer}.x")
                 source, now, wanted = found["source"], found["x"], exact["x"]
             else:
-                given = _named(self._shorter, block, entering)
-                found = _run(self._shorter, self._params, given, f"{layer}.x", f"{layer}.y")
+                given = named(self._shorter, block, entering)
+                found = run(self._shorter, self._params, given, f"{layer}.x", f"{layer}.y")
                 source, now, wanted = entering["source"], entering["x"] + found[f"{layer}.y"], exact["attended"]
             size = source.sum(2, keepdim=True)
             missing = (source @ wanted) / size - now
             chosen = self._chosen(size.shape[1], draw)
             rows = (found[f"{layer}.x"], missing, self._weights(size, len(chosen)))
-            into = held_out if number in self._before else sums
-            into.add(*(value[:, chosen].flatten(0, 1) for value in rows))
+            for into, images in zip((sums, held_out), divided(len(now)), strict=True):
+                into.add(*(value[images][:, chosen].flatten(0, 1) for value in rows))
         self._take(layer, fit_change(sums, held_out, RIDGES))
 
     def _sums(self, layer: str) -> tuple[RidgeSums, RidgeSums]:
@@ -237,7 +237,7 @@ class _Walk:
         """Run one block: the columns of the tokens that leave it, and what else is to be shown."""
         behind = {stream_name(block + 1, column): column for column in COLUMNS}
         names = [name for name in behind if name in program.outputs]
-        found = _run(program, params, _named(program, block, columns), *names, *shown)
+        found = run(program, params, named(program, block, columns), *names, *shown)
         return {behind.get(name, name): value for name, value in found.items()}
 
     def _judged(self, images: int) -> Compensated:
@@ -247,10 +247,10 @@ class _Walk:
         if self._last is not None:
             self._refit_output(self._last)
             candidates.append((self._params, tuple(self._refits)))
-        errors = [_mean_error(self._before.values())]
+        errors = [mean_error(self._before.values())]
         for params, _ in candidates[1:]:
-            outputs = (self._output(self._shorter, params, self._merged[number]) for number in self._before)
-            errors.append(_mean_error(zip((exact for exact, _ in self._before.values()), outputs, strict=True)))
+            outputs = (self._held_output(params, number) for number in self._before)
+            errors.append(mean_error(zip((exact for exact, _ in self._before.values()), outputs, strict=True)))
         best = int(np.argmin(errors))
         params, refits = candidates[best]
         return Compensated(
@@ -268,40 +268,19 @@ class _Walk:
         sums, held_out = self._sums(layer)
         for number in range(len(self._merged)):
             exact = self._output(self._whole, self._model.params, self._exact[number])
-            given = _named(self._shorter, self._end, self._merged[number])
-            found = _run(self._shorter, self._params, given, f"{layer}.x", f"{layer}.y")
-            x, missing = (value.flatten(0, -2) for value in (found[f"{layer}.x"], exact - found[f"{layer}.y"]))
-            into = held_out if number in self._before else sums
-            into.add(x, missing, torch.ones(len(x), 1))
+            given = named(self._shorter, self._end, self._merged[number])
+            found = run(self._shorter, self._params, given, f"{layer}.x", f"{layer}.y")
+            for into, images in zip((sums, held_out), divided(len(exact)), strict=True):
+                x, y, wanted = (v[images].flatten(0, -2) for v in (found[f"{layer}.x"], found[f"{layer}.y"], exact))
+                into.add(x, wanted - y, torch.ones(len(x), 1))
         self._take(layer, fit_change(sums, held_out, RIDGES))
+
+    def _held_output(self, params: Mapping[str, Array], number: int) -> Tensor:
+        """The merged model's output on the held-out images of a group."""
+        columns = self._merged[number]
+        _, held = divided(len(columns["x"]))
+        return self._output(self._shorter, params, {name: value[held] for name, value in columns.items()})
 
     def _output(self, program: Program, params: Mapping[str, Array], columns: Columns) -> Tensor:
         output = self._model.spec.output
-        return _run(program, params, _named(program, self._end, columns), output)[output]
-
-
-def _showing(program: Program, layers: Collection[str]) -> Program:
-    """Return the program with inputs and outputs of linear layers among its own, as `{layer}.x` and `{layer}.y`."""
-    found = {node.site: node for node in linears_of(program)}
-    shown = {f"{layer}.x": found[layer].source for layer in layers}
-    shown |= {f"{layer}.y": found[layer].outputs[0] for layer in layers}
-    return replace(program, outputs={**program.outputs, **shown})
-
-
-def _run(program: Program, params: Mapping[str, Array], given: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
-    return dict(zip(names, replay(program, Run(params), given=given, only=names), strict=True))
-
-
-def _named(program: Program, block: int, columns: Columns) -> dict[str, Tensor]:
-    """Name columns as outputs of a program in front of a block; those that it does not have are left out."""
-    named = {stream_name(block, column): value for column, value in columns.items()}
-    return {name: value for name, value in named.items() if name in program.outputs}
-
-
-def _mean_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Relative squared error of outputs, mean over images, from pairs of exact ones and others."""
-    errors = []
-    for exact, found in pairs:
-        wrong, whole = ((value.flatten(1)).square().sum(1) for value in (found - exact, exact))
-        errors.append(wrong / whole.clamp_min(1e-12))
-    return float(torch.cat(errors).mean())
+        return run(program, params, named(program, self._end, columns), output)[output]

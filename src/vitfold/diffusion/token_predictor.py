@@ -47,14 +47,6 @@ class _Pair:
     last: Tensor
 
 
-class _Trainable(Run):
-    """`Run`, with some parameters that gradients reach."""
-
-    def __init__(self, params: Mapping[str, Array], learned: Mapping[str, Tensor]) -> None:
-        super().__init__(params)
-        self._params.update(learned)
-
-
 def train_predictor(
     model: DiTModel, scheduler: Any, *, ratio: float, rounds: int = 6, seed: int = 0, say: Callable[[str], None]
 ) -> TokenPredictor:
@@ -67,7 +59,7 @@ def train_predictor(
     generator = torch.Generator().manual_seed(seed)
     pairs = _pairs(model, scheduler, generator)
     learned = {name: value.requires_grad_() for name, value in _initial(model.spec, generator).items()}
-    ops = _Trainable(model.params, learned)
+    ops = Run(model.params, learned=learned)
     optimizer = torch.optim.Adam(list(learned.values()), lr=_RATE)
     losses = []
     for turn in range(rounds):

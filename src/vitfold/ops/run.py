@@ -58,10 +58,13 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 class Run(Ops[Tensor]):
-    """Torch values; parameters are shared with the NumPy arrays, not copied."""
+    """Torch values; parameters are shared with the NumPy arrays, not copied, and `learned` ones stand for theirs."""
 
-    def __init__(self, params: Mapping[str, Array], *, device: str = "cpu") -> None:
+    def __init__(
+        self, params: Mapping[str, Array], *, learned: Mapping[str, Tensor] | None = None, device: str = "cpu"
+    ) -> None:
         self._params = {name: torch.from_numpy(array).to(device) for name, array in params.items()}
+        self._params |= learned or {}
         self._device = device
 
     def shape(self, a: Tensor) -> tuple[int, ...]:

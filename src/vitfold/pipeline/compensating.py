@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vitfold.quant import Progress
 
 SEED = 0
-_FORMAT = 1
+_FORMAT = 2
 _RECORD = "record"
 
 

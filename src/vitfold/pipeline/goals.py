@@ -25,21 +25,24 @@ class Arm:
     quant: str
     target: str
     points: tuple[Point, ...]
+    rule: str = "tome"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         points = [[seconds, distortion, list(r)] for seconds, distortion, r in self.points]
-        return {"quant": self.quant, "target": self.target, "points": points}
+        return {"quant": self.quant, "target": self.target, "rule": self.rule, "points": points}
 
     def attempt(self, index: int, float_sites: int = 0, *, compensate: bool = False) -> Trial:
         """Return the recipe of a point."""
         r = self.points[index][2]
         kept = (f"-float{float_sites}" if float_sites else "") + ("-compensated" if compensate else "")
+        kept += f"-{self.rule}" if self.rule != "tome" else ""
         name = f"{self.quant}-{self.target}{kept}-r{'_'.join(map(str, r))}"
         method = None if self.quant == "none" else "vitfold"
         return Trial(
             name=name,
             r=r,
+            rule=self.rule,
             quant=self.quant,
             method=method,
             target=self.target,
@@ -51,25 +54,25 @@ class Arm:
 def arm_from_dict(values: Mapping[str, Any]) -> Arm:
     """Rebuild an arm from `Arm.to_dict`."""
     points = tuple((seconds, distortion, tuple(r)) for seconds, distortion, r in values["points"])
-    return Arm(quant=values["quant"], target=values["target"], points=points)
+    return Arm(quant=values["quant"], target=values["target"], rule=values["rule"], points=points)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeastLatency:
     """The fastest recipe that drops at most `max_drop`, a share of the images, on held-out images too.
 
-    `screen` returns the drop of merging alone.
+    `screen` returns the drop of merging alone, by a rule.
     """
 
     max_drop: float
-    screen: Callable[[tuple[int, ...]], Drop]
+    screen: Callable[[tuple[int, ...], str], Drop]
 
     def start(self, arm: Arm) -> int:
         """Bisect for the fastest schedule whose merging alone keeps the bound."""
         low, high = 0, len(arm.points) - 1
         while low < high:
             middle = (low + high) // 2
-            if self.screen(arm.points[middle][2]).drop <= self.max_drop:
+            if self.screen(arm.points[middle][2], arm.rule).drop <= self.max_drop:
                 high = middle
             else:
                 low = middle + 1
@@ -96,7 +99,7 @@ class LeastLatency:
         found = next((i for i in range(index - 1, -1, -1) if arm.points[i][1] >= wanted), None)
         if compensated:
             return found
-        return None if found is None or self.screen(arm.points[found][2]).low > self.max_drop else found
+        return None if found is None or self.screen(arm.points[found][2], arm.rule).low > self.max_drop else found
 
     def cost(self, arm: Arm, index: int) -> float:
         """Seconds, relative to the float model's."""

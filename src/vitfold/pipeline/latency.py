@@ -57,14 +57,16 @@ def measure_latency(
     return fit_table(times, tokens=spec.tokens, attention_ratio=_attention_ratio(plan))
 
 
-def roughly_calibrated(model: Model, quant: QuantRecipe | None, target: str, images: ImageSet) -> Plan:
+def roughly_calibrated(
+    model: Model, quant: QuantRecipe | None, target: str, images: ImageSet, rule: str = "tome"
+) -> Plan:
     """Return a plan that can be timed, not one to keep: few images, the quickest method.
 
     Raises:
         TargetError: if no engine executes it.
     """
     rough = None if quant is None else replace(quant, method="minmax", calibration_size=ROUGH_IMAGES)
-    plan = optimize(model, quant=rough or "none", target=target)
+    plan = optimize(model, quant=rough or "none", rule=rule, target=target)
     if plan.simulated:
         raise TargetError("what no engine executes has no time to solve for; give the tokens to merge")
     return calibrate_plan(plan, images.sample(ROUGH_IMAGES, seed=0))

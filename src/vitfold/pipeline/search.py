@@ -25,7 +25,7 @@ from vitfold.images import ImageSet
 from vitfold.pipeline.goals import CLOSE, Arm, Goal, LeastLatency, arm_from_dict
 from vitfold.pipeline.latency import PROBE, measure_latency, on_this_machine, roughly_calibrated
 from vitfold.pipeline.plan import optimize
-from vitfold.pipeline.solving import measure_merging
+from vitfold.pipeline.solving import gentlest_rule, measure_merging
 from vitfold.pipeline.sweep import PLAIN, plain_bundle
 from vitfold.pipeline.trial import opened, timed
 from vitfold.pipeline.trials import EvalContext, Say, Trial, failed_row, measure_attempt
@@ -79,12 +79,14 @@ class SearchContext:
     folder: Path
     say: Say
     rows: list[dict[str, Any]] = field(default_factory=list)
-    _screened: dict[tuple[int, ...], Drop] = field(default_factory=dict)
+    _screened: dict[tuple[tuple[int, ...], str], Drop] = field(default_factory=dict)
     _plain: Bundle | None = None
 
     def __post_init__(self) -> None:
         self.rows = read_rows(self.folder / ROWS)
-        self._screened = {tuple(row["merge"]): Drop(**row["drop"]) for row in read_rows(self.folder / SCREENED)}
+        self._screened = {
+            (tuple(row["merge"]), row["rule"]): Drop(**row["drop"]) for row in read_rows(self.folder / SCREENED)
+        }
 
     @property
     def plain(self) -> Bundle:
@@ -99,17 +101,17 @@ class SearchContext:
             times = timed({"float": session}, self.trying.model.spec, protocol=self.trying.protocol)
         return times["float"].latency_ms()["median"]
 
-    def screen(self, r: tuple[int, ...]) -> Drop:
+    def screen(self, r: tuple[int, ...], rule: str) -> Drop:
         """Return the drop of merging alone, on the first images."""
-        if r not in self._screened:
+        if (r, rule) not in self._screened:
             self.say("screening schedules")
             some = self.trying.images.first(SCREENED_IMAGES)
-            with opened(optimize(self.trying.model, merge=list(r))) as session:
+            with opened(optimize(self.trying.model, merge=list(r), rule=rule)) as session:
                 outputs = run_over(session, some, self.trying.model.preprocess)
             trying = replace(self.trying, images=some, expected=_only(self.trying, some))
-            self._screened[r] = trying.drop(outputs)
-            append_row(self.folder / SCREENED, {"merge": list(r), "drop": self._screened[r].to_dict()})
-        return self._screened[r]
+            self._screened[r, rule] = drop = trying.drop(outputs)
+            append_row(self.folder / SCREENED, {"merge": list(r), "rule": rule, "drop": drop.to_dict()})
+        return self._screened[r, rule]
 
     def measure(self, attempt: Trial) -> dict[str, Any]:
         """Return the row of an attempt: a kept one whose bundle is still there, or a new one."""
@@ -158,12 +160,15 @@ def find_arms(laboratory: SearchContext, quants: Sequence[str], targets: Sequenc
 def build_arms(laboratory: SearchContext, quants: Sequence[str], targets: Sequence[str]) -> list[Arm]:
     """Measure a latency table for every combination and the distortions once, and return the frontiers."""
     trying, say = laboratory.trying, laboratory.say
+    say("choosing a merging rule")
+    rule = gentlest_rule(trying.model, trying.calibration)
     plans = {
-        (quant, target): roughly_calibrated(trying.model, quant_from_scheme(quant), target, trying.calibration)
+        (quant, target): roughly_calibrated(trying.model, quant_from_scheme(quant), target, trying.calibration, rule)
         for quant in quants
         for target in targets
     }
-    merging = measure_merging(trying.model, trying.calibration, **on_this_machine(next(iter(plans.values()))), say=say)
+    here = on_this_machine(next(iter(plans.values())))
+    merging = measure_merging(trying.model, trying.calibration, **here, rule=rule, say=say)
     arms = []
     with open_session(laboratory.plain) as plain:
         for (quant, target), plan in plans.items():
@@ -179,7 +184,7 @@ def build_arms(laboratory: SearchContext, quants: Sequence[str], targets: Sequen
                 return scale * table.block(tokens, merged)
 
             points = tuple(frontier(merging.space, seconds, _WORST))
-            arms.append(Arm(quant=quant, target=target, points=points))
+            arms.append(Arm(quant=quant, target=target, rule=rule, points=points))
     return arms
 
 
@@ -297,7 +302,7 @@ def _pays(row: Mapping[str, Any]) -> bool:
 def _quantization_costs(arm: Arm, index: int, row: Mapping[str, Any], laboratory: SearchContext) -> bool:
     if arm.quant == "none" or row["drop"] is None:
         return False
-    merging = laboratory.screen(arm.points[index][2]).drop
+    merging = laboratory.screen(arm.points[index][2], arm.rule).drop
     return bool(row["drop"]["drop"] - merging > max(merging, 0.0))
 
 

@@ -24,6 +24,8 @@ from vitfold.target import Target, find_target
 SHARES = (0.04, 0.12, 0.25, 0.5)
 LIKE = "8"
 SOLVING_IMAGES = 32
+CONSIDERED_RULES = ("nearest", "tome")
+"""Rules that suit every model and cost about the same."""
 USUAL_BATCH = 8
 _HALF = "tensorrt-fp16"
 _BATCH = 8
@@ -71,13 +73,14 @@ def measure_merging(
     images: ImageSet,
     *,
     order: Order = "score",
+    rule: str = "tome",
     step: int = STEP,
     most_merges: int = MOST_MERGES,
     say: Say = lambda _: None,
 ) -> Measured:
     """Measure single merges of several sizes in every block; schedules will be of `step` and `most_merges`."""
     pixels, spec = _pixels(model, images), model.spec
-    measure = _measurer(model, pixels, order)
+    measure = _measurer(model, pixels, order, rule)
     single: list[dict[float, float]] = []
     for block in range(spec.num_layers):
         say(f"measuring single merges: block {block + 1}/{spec.num_layers}")
@@ -86,6 +89,13 @@ def measure_merging(
         depth=spec.num_layers, tokens=spec.tokens, prefix=spec.fixed, single=single, step=step, most_merges=most_merges
     )
     return Measured(spec=spec, space=space, measure=measure, images=len(pixels))
+
+
+def gentlest_rule(model: Model, images: ImageSet) -> str:
+    """Return which of `CONSIDERED_RULES` turns the output least where a constant r takes half of the tokens away."""
+    pixels, spec = _pixels(model, images), model.spec
+    half = (max(1, spec.tokens // (2 * spec.num_layers)),) * spec.num_layers
+    return min(CONSIDERED_RULES, key=lambda rule: _measurer(model, pixels, "index", rule)(half))
 
 
 def solve_merge(merging: Measured, *, target: str, gpu: str, batch: int, like: str = LIKE) -> Solution:
@@ -187,7 +197,7 @@ def _pixels(model: Model, images: ImageSet) -> list[Array]:
     return [pixels for group in batches(chosen, model.preprocess, batch=_BATCH) for pixels in group.pixel_values]
 
 
-def _measurer(model: Model, pixels: list[Array], order: Order) -> Callable[[tuple[int, ...]], float]:
+def _measurer(model: Model, pixels: list[Array], order: Order, rule: str) -> Callable[[tuple[int, ...]], float]:
     """Return how far a schedule turns the output: the mean of 1 - cosine; of single numbers, the squared error."""
     import torch
 
@@ -197,7 +207,7 @@ def _measurer(model: Model, pixels: list[Array], order: Order) -> Callable[[tupl
     known: dict[tuple[int, ...], float] = {}
 
     def outputs(r: tuple[int, ...]) -> Array:
-        recipe = MergeRecipe(r=r, order=order)
+        recipe = MergeRecipe(r=r, order=order, rule=rule)
         with torch.inference_mode():
             rows = [
                 forward(ops, model.spec, recipe, torch.from_numpy(np.stack(pixels[start : start + _BATCH]))).flatten(1)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
+import numpy as np
+
 from vitfold.errors import RecipeError
 from vitfold.ops.protocol import Ops, T
 from vitfold.recipe import Order
@@ -16,6 +18,8 @@ from vitfold.transforms.tokens import Match, Tokens, match, merge, places
 
 _PRUNED_BLOCKS = 0.5
 _MARGIN = 0.9
+_BEYOND = -4.0
+"""What is added to a cosine that does not count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +47,9 @@ def reduce_tokens(ops: Ops[T], rule: str, site: str, here: Reduction[T]) -> Toke
     Raises:
         RecipeError: if it would move tokens that stand behind the patches.
     """
-    if here.tokens.suffix and rule not in ("tome", "tofu"):
+    if here.tokens.suffix and rule not in ("tome", "nearest", "tofu"):
         raise RecipeError(
-            f"the rule {rule} keeps no tokens behind the patches, which this model has; take tome or tofu"
+            f"the rule {rule} keeps no tokens behind the patches, which this model has; take tome, nearest or tofu"
         )
     reduced: Tokens[T] = RULES[rule](ops, site, here)
     return reduced
@@ -57,6 +61,29 @@ def tome(ops: Ops[T], site: str, here: Reduction[T]) -> Tokens[T]:
     Source: ToMe (2210.09461), section 3.1.
     """
     return merge(ops, site, here.tokens, _matched(ops, site, here), r=here.r, trace=here.trace)
+
+
+def nearest(ops: Ops[T], site: str, here: Reduction[T]) -> Tokens[T]:
+    """Let any token join any other: the r that are most like one before them join the nearest of those that stay.
+
+    Equation: moved are the r largest max_{j < i} s_ij; i goes to argmax_j s_ij, j among those that stay; s_ij =
+    cos(x_i, x_j), x the tokens behind attention. "Before" is what keeps a pair from moving both.
+    """
+    ops.scope(site)
+    tokens, r, prefix = here.tokens, here.r, here.tokens.prefix
+    patches = range(prefix, tokens.count - tokens.suffix)
+    count = len(patches)
+    likeness = ops.similarity(f"{site}.likeness", tokens.x, patches, patches)
+    before = np.where(np.tri(count, k=-1, dtype=bool), 0.0, _BEYOND).astype(np.float32)
+    best, _ = ops.argmax(ops.add(likeness, ops.constant(before[None])))
+    moved, kept = (
+        ops.affine_index(some, 1, prefix) for some in ops.topk_split(best, r, by_score=here.order == "score")
+    )
+    both = ops.concat((ops.take(tokens.x, moved), ops.take(tokens.x, kept)), 1)
+    _, joined = ops.argmax(ops.similarity(f"{site}.scores", both, range(r), range(r, count)))
+    survivors = ops.pad_index(kept, range(prefix), range(patches.stop, tokens.count))
+    pairs = Match(moved=moved, into=ops.affine_index(joined, 1, prefix), survivors=survivors)
+    return merge(ops, site, tokens, pairs, r=r, trace=here.trace)
 
 
 def tofu(ops: Ops[T], site: str, here: Reduction[T]) -> Tokens[T]:
@@ -140,7 +167,13 @@ def evit(ops: Ops[T], site: str, here: Reduction[T]) -> Tokens[T]:
     )
 
 
-RULES: Mapping[str, Callable[..., Any]] = {"tome": tome, "tofu": tofu, "pitome": pitome, "evit": evit}
+RULES: Mapping[str, Callable[..., Any]] = {
+    "tome": tome,
+    "nearest": nearest,
+    "tofu": tofu,
+    "pitome": pitome,
+    "evit": evit,
+}
 
 
 def _matched(ops: Ops[T], site: str, here: Reduction[T]) -> Match[T]:
