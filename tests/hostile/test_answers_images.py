@@ -162,7 +162,6 @@ FOLDERS = (
     Case("empty", lambda f: f, ("no images in", "expected files that Pillow reads")),
     Case("text alone", only("notes.txt"), ("no images in", "left out", "1 (notes.txt)")),
     Case("a pipe alone", piped, ("no images in", "1 (a.jpg)")),
-    Case("arrays alone", only("a.npy"), ("no images in", "a.npy")),
     Case("a file", file("a.png", b""), ("is a file", "give a folder of images")),
     Case("a device", lambda _: "/dev/null", ("is a file",)),
     Case("nothing there", lambda f: f / "none", ("no such folder",)),

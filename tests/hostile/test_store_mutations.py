@@ -96,7 +96,12 @@ MANIFESTS: tuple[tuple[str, str, Change, str], ...] = (
     ("a digest in capitals", "float", put("model_digest", "A" * 64), "model_digest has to be a sha256"),
     ("an origin without a source", "float", lambda v: v["origin"].pop("source"), "origin.source is missing"),
     ("arguments that are a list", "float", put("origin", "arguments", []), "origin.arguments has to be a section"),
-    ("an unknown engine", "float", put("target", "engine", "rm -rf"), "target.engine one of onnxruntime, openvino"),
+    (
+        "an unknown engine",
+        "float",
+        put("target", "engine", "rm -rf"),
+        "target.engine one of onnxruntime, onnxruntime-cuda",
+    ),
     ("a target of markup", "float", put("target", "name", "[red]x"), "target.name is a target"),
     ("a form that is none", "int8", put("target", "quantized_product", "maybe"), "target.quantized_product has to be"),
     ("no form of products", "int8", lambda v: v["target"].pop("quantized_product"), "target.quantized_product is miss"),

@@ -56,7 +56,7 @@ def test_a_sweep_states_commands_that_make_its_bundles(form, images, tmp_path):
         found = parsed(row["commands"][0])
         assert found["source"] == source
         assert found["exif"] == "ignore"
-        assert {name: found[name] for name in given} == given
+        assert {name: str(found[name]) for name in given} == {name: str(value) for name, value in given.items()}
         assert found["merge"] == ",".join(map(str, row["merge"]))
     again = shlex.split(rows[1]["commands"][0])[1:]
     plan = CliRunner().invoke(app, [*again, "--dry-run", "--json"])

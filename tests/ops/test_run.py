@@ -44,7 +44,7 @@ WRONG = {
     "a bias of one key for all": lambda: ops().attention("a", *[torch.ones(2, 2, 3, 4)] * 3, torch.ones(2, 1, 3, 1)),
     "scores with a width": lambda: ops().topk_split(torch.ones(2, 3, 4), 1),
     "a vector for an identity": lambda: ops().identity_like(torch.ones(2, 3)),
-    "a grey batch": lambda: Batch(pixel_values=np.ones((2, 1, 4, 4), np.float32), index=(0, 1)),
+    "a batch of words": lambda: Batch(pixel_values=np.array(["a", "b"]), index=(0, 1)),
     "a program over no operations": lambda: log_size(object(), None),
 }
 

@@ -36,13 +36,14 @@ class Arm:
         """Return the recipe of a point."""
         r = self.points[index][2]
         kept = (f"-float{float_sites}" if float_sites else "") + ("-compensated" if compensate else "")
-        kept += f"-{self.rule}" if self.rule != "tome" else ""
+        rule = self.rule if any(r) else "tome"  # where nothing merges all rules are one
+        kept += f"-{rule}" if rule != "tome" else ""
         name = f"{self.quant}-{self.target}{kept}-r{'_'.join(map(str, r))}"
         method = None if self.quant == "none" else "vitfold"
         return Trial(
             name=name,
             r=r,
-            rule=self.rule,
+            rule=rule,
             quant=self.quant,
             method=method,
             target=self.target,
@@ -54,7 +55,7 @@ class Arm:
 def arm_from_dict(values: Mapping[str, Any]) -> Arm:
     """Rebuild an arm from `Arm.to_dict`."""
     points = tuple((seconds, distortion, tuple(r)) for seconds, distortion, r in values["points"])
-    return Arm(quant=values["quant"], target=values["target"], rule=values["rule"], points=points)
+    return Arm(quant=values["quant"], target=values["target"], rule=values.get("rule", "tome"), points=points)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -94,7 +94,7 @@ def measure_merging(
 def gentlest_rule(model: Model, images: ImageSet) -> str:
     """Return which of `CONSIDERED_RULES` turns the output least where a constant r takes half of the tokens away."""
     pixels, spec = _pixels(model, images), model.spec
-    half = (max(1, spec.tokens // (2 * spec.num_layers)),) * spec.num_layers
+    half = resolve_r(max(1, spec.tokens // (2 * spec.num_layers)), spec)
     return min(CONSIDERED_RULES, key=lambda rule: _measurer(model, pixels, "index", rule)(half))
 
 

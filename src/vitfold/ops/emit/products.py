@@ -159,6 +159,10 @@ class Pairs(Quantized):
             codes = self._operands.weight_codes(layer, weight)
             scale, zero = writer.constant(weight.scale), writer.constant(weight.zero_point)
             return writer.node("DequantizeLinear", codes, scale, zero, site=site, axis=1)
+        if weight.zero_point.any():
+            same = writer.constant(np.full(weight.zero_point.shape, 2.0**NORMALIZED_EXPONENT, np.float32))
+            zeros, codes = writer.constant(weight.zero_point), self._operands.weight_codes(layer, weight)
+            return writer.node("DequantizeLinear", codes, same, zeros, site=site, axis=1)
         one = writer.number(2.0**NORMALIZED_EXPONENT)
         zero = writer.constant(np.zeros((), weight.zero_point.dtype))
         return writer.node("DequantizeLinear", self._operands.weight_codes(layer, weight), one, zero, site=site)
