@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from collections import deque
@@ -132,6 +133,29 @@ def find_images(root: str | Path) -> ImageSet:
         raise ImageError(f"{error.filename} may not be read by this user; change its permissions") from None
     except (OSError, ValueError) as error:
         raise ImageError(f"{str(root)!r} cannot be read as a folder ({error}); check the path") from None
+
+
+def given_paths(given: Iterable[str | Path]) -> list[Path]:
+    """Return the files that paths stand for: files as they are, the images of folders, what a pattern (*, ?, **) finds.
+
+    A file that is missing is returned, too: whoever reads it says so.
+
+    Raises:
+        ImageError: if a folder holds no image or cannot be read, or a pattern finds nothing.
+    """
+    found: list[Path] = []
+    for path in map(Path, given):
+        pattern = glob.has_magic(str(path)) and not os.path.lexists(path)
+        matches = [path]
+        if pattern:
+            matches = [Path(one) for one in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
+        if not matches:
+            raise ImageError(f"nothing matches {path}; check the pattern, or give a folder")
+        if pattern and "**" in path.parts:  # every level is a match of its own
+            matches = [one for one in matches if not one.is_dir()]
+        for one in matches:
+            found += find_images(one).paths if one.is_dir() else [one]
+    return found
 
 
 def _found(folder: Path) -> ImageSet:

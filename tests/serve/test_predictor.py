@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,3 +168,34 @@ def test_infinite_outputs_are_an_error_that_names_the_image(
     pipeline.writing.write_graph(pipeline.optimize(overflowing(tiny_model())), opened.onnx_path)
     with Predictor(opened) as vit, pytest.raises(EngineError, match=r"output for .*photo\.png is NaN or infinite"):
         vit(photo)
+
+
+# Many images.
+
+
+def test_a_stream_reads_no_further_than_it_prepares(bundle: Path, photo: Path) -> None:
+    taken = []
+
+    def images() -> Iterator[Path]:
+        for i in range(1000):
+            taken.append(i)
+            yield photo
+
+    with open_predictor(bundle) as vit:
+        stream = vit.stream(images(), batch=4)
+        first = next(stream)
+        assert isinstance(first, Prediction)
+        assert len(taken) <= 16
+        stream.close()
+        np.testing.assert_allclose(first.output, vit(photo)[0].output, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stream_gives_the_error_of_an_image_in_its_place(bundle: Path, photo: Path) -> None:
+    images = [b"no", b"image", photo, b"at all", photo]
+    with open_predictor(bundle) as vit:
+        found = list(vit.stream(images, batch=2, skip_bad=True))
+        assert [isinstance(one, ImageError) for one in found] == [True, True, False, True, False]
+        with pytest.raises(ImageError, match="not an image"):
+            list(vit.stream(images, batch=2))
+        with pytest.raises(VitfoldError, match="batch"):
+            vit.stream(images, batch=0)

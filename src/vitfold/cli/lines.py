@@ -18,8 +18,15 @@ _COUNTED = re.compile(r"^(?P<whole>.*?):? (?P<number>\d+)/(?P<total>\d+)$")
 class Lines:
     """Says now and then how far a piece of work is."""
 
-    def __init__(self, title: str, *, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        self._title, self._say, self._clock = title, say, clock
+    def __init__(
+        self,
+        title: str,
+        *,
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+        unit: str | None = None,
+    ) -> None:
+        self._title, self._say, self._clock, self._unit = title, say, clock, unit
         self._kind: str | None = None
         self._step = ""
         self._steps: tuple[int, int] | None = None
@@ -57,7 +64,8 @@ class Lines:
             self._tenth = tenth
             left = ""
             if 0 < done < total and now > self._began:
-                left = f", {shown_seconds((now - self._began) / done * (total - done))} left"
+                rate = "" if self._unit is None else f", {done / (now - self._began):.1f} {self._unit}/s"
+                left = rate + f", {shown_seconds((now - self._began) / done * (total - done))} left"
             self._print(f"{self._step + ', ' if self._step else ''}{shown}{left}")
 
     def _print(self, shown: str) -> None:

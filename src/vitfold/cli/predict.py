@@ -1,10 +1,10 @@
-"""`vitfold predict`: labels of images."""
+"""`vitfold predict`: what a model says of images, printed or written as it is found."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -14,43 +14,98 @@ from vitfold.artifacts.bundle import open_bundle
 from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.making import turned
-from vitfold.cli.terminal import out, print_json, steps
-from vitfold.serve.predictor import Predictor
+from vitfold.cli.terminal import counting, note, out, print_json, skipped
+from vitfold.errors import ImageError
+from vitfold.images import given_paths
+from vitfold.serve.predictor import Prediction, Predictor
+from vitfold.serve.rows import Row, answer, columns_of, open_rows
 from vitfold.visible import visible
-
-if TYPE_CHECKING:
-    from vitfold.serve.predictor import Prediction
 
 
 @command()
 def predict(
     bundle: options.BundlePath,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IMAGE...", help="Image files, folders of them, folders of class folders, quoted patterns."
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write a row per image as they are done: FILE.jsonl, FILE.csv, or FILE.npy for the outputs alone.",
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Labels per image.")] = 5,
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Where several labels may be right: those at least so probable.")
     ] = 0.5,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Go on behind images that cannot be read: their rows say why.")
+    ] = False,
+    batch: options.Batch = 8,
     exif: options.Exif = None,
     engine: options.Engine = None,
     threads: options.Threads = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Print the most probable labels of images, the numbers of a regression, or embeddings with --json."""
+    """Print or write the most probable labels of images, the numbers of a regression, or embeddings (--json, -o)."""
     opened = turned(open_bundle(bundle), exif)
-    with steps("predict") as say, Predictor(opened, engine=engine, threads=threads) as predictor:
-        say(f"{len(images)} images")
-        predictions = predictor(images)
+    paths = given_paths(images)
+    unread = 0
+    with (
+        Predictor(opened, engine=engine, threads=threads) as predictor,
+        counting("predict", len(paths), unit="images") as advance,
+    ):
         head = predictor.head
-    results = [
-        {"image": str(path), **_result(prediction, top, threshold)}
-        for path, prediction in zip(images, predictions, strict=True)
-    ]
-    if json:
+
+        def rows() -> Iterator[Row]:
+            nonlocal unread
+            for path, found in zip(paths, _stream(predictor, paths, batch, skip_bad=skip_bad), strict=True):
+                advance(1)
+                if isinstance(found, ImageError):
+                    unread += 1
+                    skipped(str(found))
+                    yield {"image": str(path), "error": str(found)}, None
+                else:
+                    yield {"image": str(path), **answer(found, top, threshold)}, found
+
+        results = [values for values, _ in rows()] if output is None else []
+        if output is not None:
+            columns = columns_of(head, top, opened.manifest.spec.output_width)
+            with open_rows(output, columns, len(paths), overwrite=overwrite) as write:
+                for row in rows():
+                    write([row])
+    if output is not None and json:
+        print_json({"output": str(output), "images": len(paths), "unread": unread})
+    elif output is not None:
+        note(f"{output}: {len(paths)} images, of which {unread} cannot be read")
+    elif json:
         print_json(results)
-        return
+    else:
+        _print(results, _COLUMNS[head])
+    if paths and unread == len(paths):
+        raise ImageError(f"none of the {unread} images can be read; give others")
+
+
+def _stream(
+    predictor: Predictor, paths: Iterable[Path], batch: int, *, skip_bad: bool
+) -> Iterator[Prediction | ImageError]:
+    try:
+        yield from predictor.stream(paths, batch=batch, skip_bad=skip_bad)
+    except ImageError as error:
+        raise ImageError(f"{error} (or pass --skip-bad to go on behind such images)") from None
+
+
+def _print(results: Iterable[Mapping[str, Any]], column: str) -> None:
     table = Table(pad_edge=False)
     table.add_column("image", overflow="fold")
-    table.add_column(_COLUMNS[head])
+    table.add_column(column)
     for result in results:
         table.add_row(result["image"], _cell(result))
     out.print(table)
@@ -66,29 +121,14 @@ _COLUMNS = {
 }
 
 
-def _result(prediction: Prediction, top: int, threshold: float) -> dict[str, Any]:
-    """What the JSON says of one image."""
-    if prediction.head == "single_label":
-        return {"top": [{"label": label, "probability": p} for label, p in prediction.top(top)]}
-    if prediction.head == "multi_label":
-        ranked = prediction.top(top)
-        return {"top": [{"label": label, "probability": p, "chosen": p >= threshold} for label, p in ranked]}
-    if prediction.head == "regression":
-        return {"values": [{"label": label, "value": value} for label, value in prediction.values()]}
-    if prediction.head == "map":
-        values = prediction.output
-        return {"map": {"shape": list(values.shape), "least": float(values.min()), "most": float(values.max())}}
-    if prediction.head == "segmentation":
-        return {"classes": [{"label": label, "share": share} for label, share in prediction.shares()[:top]]}
-    return {"embedding": [float(x) for x in prediction.output.reshape(-1)]}
-
-
 def _lines(lines: Iterable[str]) -> Text:
     """A cell of several lines; what a label holds breaks none of them."""
     return Text("\n".join(map(visible, lines)))
 
 
-def _cell(result: dict[str, Any]) -> str | Text:
+def _cell(result: Mapping[str, Any]) -> str | Text:
+    if "error" in result:
+        return _lines([f"error: {result['error']}"])
     if "values" in result:
         return _lines(f"{entry['value']:+.4g}  {entry['label']}" for entry in result["values"])
     if "map" in result:

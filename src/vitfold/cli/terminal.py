@@ -28,6 +28,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -275,13 +276,26 @@ def quiet_stdout() -> Iterator[None]:
         yield
 
 
+class _Rate(ProgressColumn):
+    """Items a second, of the last while."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} {self._unit}/s")
+
+
 @contextmanager
-def counting(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar over `total` items; hand out the function that advances it."""
+def counting(title: str, total: int, *, unit: str | None = None) -> Iterator[Callable[[int], None]]:
+    """Show a bar over `total` items, with their rate if they have a unit; hand out the function that advances it."""
     columns = (_described(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
+    rate = () if unit is None else (_Rate(unit),)
+    with Progress(*columns, *rate, console=log, transient=True, disable=not log.is_terminal) as progress:
         task = progress.add_task(visible(title), total=total)
-        lines, done = None if log.is_terminal else Lines(title, say=note), [0]
+        lines, done = None if log.is_terminal else Lines(title, say=note, unit=unit), [0]
 
         def advance(count: int) -> None:
             progress.advance(task, count)

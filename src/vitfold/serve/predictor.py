@@ -5,10 +5,11 @@ What a caller may hand in and what comes back, and how threads and processes sha
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,7 @@ from vitfold.artifacts.bundle import Bundle, open_bundle
 from vitfold.bench.evaluation import finite_outputs
 from vitfold.decoding import listed, prepared
 from vitfold.engines import ENGINES, Session, open_session
-from vitfold.errors import ArgumentError, BundleError, EngineError, VitfoldError, check_whole
+from vitfold.errors import ArgumentError, BundleError, EngineError, ImageError, VitfoldError, check_whole
 from vitfold.images import prepared_ahead
 from vitfold.model.spec import Head, ViTSpec, sigmoid
 
@@ -146,23 +147,58 @@ class Predictor:
             ArgumentError: if `batch` is no number of images.
             EngineError: if the predictor is closed, an output is NaN or infinite, or not what the bundle promises.
         """
+        items = listed(images, len(self.bundle.manifest.preprocess.shape))
+        return [one for one in self.stream(items, batch=batch) if isinstance(one, Prediction)]
+
+    def stream(
+        self, images: Iterable[ImageLike], *, batch: int = 8, skip_bad: bool = False
+    ) -> Iterator[Prediction | ImageError]:
+        """Yield one prediction per image, in order, and hold a few batches at any time, however many images there are.
+
+        Args:
+            images: single images, as `__call__` takes them; a generator is read as far as batches are prepared.
+            batch: images per call of the engine.
+            skip_bad: yield the error of an image that cannot be read in its place, instead of raising it.
+
+        Raises:
+            ImageError: if an image cannot be read, unless `skip_bad`.
+            ArgumentError: if `batch` is no number of images.
+            EngineError: if the predictor is closed, an output is NaN or infinite, or not what the bundle promises.
+        """
         check_whole("batch", batch, least=1)
+        return self._stream(enumerate(images), batch, skip_bad)
+
+    def _stream(
+        self, items: Iterator[tuple[int, ImageLike]], batch: int, skip_bad: bool
+    ) -> Iterator[Prediction | ImageError]:
         preprocess, labels, head = self.bundle.manifest.preprocess, self.bundle.manifest.labels, self.head
-        items = listed(images, len(preprocess.shape))
 
-        def prepare(group: Sequence[ImageLike]) -> Num[np.ndarray, "B ..."]:
-            return np.stack([prepared(item, preprocess) for item in group])
+        def prepare(group: Sequence[tuple[int, ImageLike]]) -> tuple[list[str | ImageError], list[np.ndarray]]:
+            found: list[str | ImageError] = []
+            pixels = []
+            for place, item in group:
+                try:
+                    pixels.append(prepared(item, preprocess))
+                    found.append(_shown(item, place))
+                except ImageError as error:
+                    if not skip_bad:
+                        raise
+                    found.append(error)
+            return found, pixels
 
-        names = [_shown(item, place) for place, item in enumerate(items)]
-        predictions: list[Prediction] = []
-        groups = (items[start : start + batch] for start in range(0, len(items), batch))
-        for pixels in prepared_ahead(groups, prepare):
-            made = self._run(pixels)
-            rows = finite_outputs(next(iter(made.values())), names[len(predictions) :])
-            for place, row in enumerate(rows):
-                outputs = {name: values[place] for name, values in made.items()}
-                predictions.append(Prediction(output=row, labels=labels, head=head, outputs=outputs))
-        return predictions
+        groups = iter(lambda: list(itertools.islice(items, batch)), [])
+        for found, pixels in prepared_ahead(groups, prepare):
+            made = self._run(np.stack(pixels)) if pixels else {}
+            if pixels:
+                finite_outputs(next(iter(made.values())), [one for one in found if isinstance(one, str)])
+            rows = iter(range(len(pixels)))
+            for one in found:
+                if isinstance(one, ImageError):
+                    yield one
+                    continue
+                row = next(rows)
+                outputs = {name: values[row] for name, values in made.items()}
+                yield Prediction(output=next(iter(outputs.values())), labels=labels, head=head, outputs=outputs)
 
     def _run(self, pixels: Num[np.ndarray, "B ..."]) -> dict[str, Float[np.ndarray, "B ..."]]:
         with self._turn:
