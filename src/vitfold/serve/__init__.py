@@ -1,1 +1,5 @@
-"""Bundles made ready for servers that other people run: one module each."""
+"""A bundle as a function: of images, of batches of tables; and bundles made ready for servers that other people run."""
+
+from vitfold.serve.tables import BatchPredictor
+
+__all__ = ["BatchPredictor"]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Num
@@ -21,7 +21,7 @@ from jaxtyping import Float, Num
 from vitfold.artifacts.bundle import Bundle, open_bundle
 from vitfold.bench.evaluation import finite_outputs
 from vitfold.decoding import listed, prepared
-from vitfold.engines import ENGINES, Session, open_session
+from vitfold.engines import ENGINES, MAIN, Port, Session, open_session
 from vitfold.errors import ArgumentError, BundleError, EngineError, ImageError, VitfoldError, check_whole
 from vitfold.images import prepared_ahead
 from vitfold.model.spec import Head, ViTSpec, sigmoid
@@ -200,6 +200,44 @@ class Predictor:
                 outputs = {name: values[row] for name, values in made.items()}
                 yield Prediction(output=next(iter(outputs.values())), labels=labels, head=head, outputs=outputs)
 
+    def embed(self, images: ImageLike, *, batch: int = 8) -> Float[np.ndarray, "B ..."]:
+        """Return the embeddings of images as one array, one row each.
+
+        Raises:
+            VitfoldError: if the model gives none; and as a call does.
+        """
+        return self._stacked(self.port("image_embeds"), images, batch)
+
+    def logits(self, images: ImageLike, *, batch: int = 8) -> Float[np.ndarray, "B ..."]:
+        """Return the logits of images as one array, one row each.
+
+        Raises:
+            VitfoldError: if the model is no classifier; and as a call does.
+        """
+        return self._stacked(self.port("logits"), images, batch)
+
+    def port(self, wanted: Literal["image_embeds", "logits"]) -> Port:
+        """Return the output that holds logits, or embeddings of whole images.
+
+        Raises:
+            VitfoldError: if there is none, saying what there is.
+        """
+        ports = self.session.parts[MAIN].outputs
+        features = self.head == "features" and not self.bundle.manifest.spec.dense
+        first = self.classifies if wanted == "logits" else features
+        for number, one in enumerate(ports):
+            if one.name == wanted or (number == 0 and first):
+                return one
+        word = "logits" if wanted == "logits" else "embedding"
+        raise VitfoldError(
+            f"{self.bundle.path} gives {', '.join(one.name for one in ports)} (head: {self.head}) and no {word}; "
+            f"make a bundle with --outputs {word}, or use .outputs of predictions"
+        )
+
+    def _stacked(self, port: Port, images: ImageLike, batch: int) -> Float[np.ndarray, "B ..."]:
+        rows = [one.outputs[port.name] for one in self(images, batch=batch)]
+        return np.stack(rows) if rows else np.empty((0, *port.shape), np.float32)
+
     def _run(self, pixels: Num[np.ndarray, "B ..."]) -> dict[str, Float[np.ndarray, "B ..."]]:
         with self._turn:
             made = self.session.named(pixels)
@@ -225,7 +263,7 @@ class Predictor:
         """Pickle where the bundle lies and which it is."""
         if self._session is None and not self._forked:
             raise EngineError("this predictor is closed, so it cannot be handed on; open the bundle again")
-        return _reopen, (os.fspath(self.bundle.path.absolute()), self._engine, self._threads, self.bundle.digest)
+        return reopen, (os.fspath(self.bundle.path.absolute()), self._engine, self._threads, self.bundle.digest)
 
     def _opened_again(self) -> Session:
         engine = self._engine or str(self.bundle.manifest.target["engine"])
@@ -274,7 +312,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _reopen(path: str, engine: str | None, threads: int | None, digest: str) -> Predictor:
+def reopen(path: str, engine: str | None, threads: int | None, digest: str) -> Predictor:
     """Open the bundle of a predictor that was pickled.
 
     Raises:
