@@ -33,6 +33,7 @@ COMMANDS = {
     "export": Entry(at="export:export", panel="Make", help="Write a bundle for Triton Inference Server or PyTorch."),
     "predict": Entry(at="predict:predict", panel="Run", help="Print the most probable labels of images."),
     "evaluate": Entry(at="evaluate:evaluate", panel="Run", help="Say how accurate and how faithful a bundle is."),
+    "verify": Entry(at="verify:verify", panel="Run", help="Check a bundle's files, graph and outputs on this machine."),
     "demo": Entry(at="demo:demo", panel="Run", help="Optimize the bundled model; show speed beside accuracy."),
     "bench": Entry(at="bench:bench", panel="Measure", help="Time bundles and other runtimes in one run."),
     "compare": Entry(at="compare:compare", panel="Measure", help="Time a bundle beside what you could run instead."),

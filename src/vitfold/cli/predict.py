@@ -22,7 +22,15 @@ from vitfold.serve.rows import Row, answer, columns_of, open_rows
 from vitfold.visible import visible
 
 
-@command()
+@command(
+    shown="output top skip_bad batch threads json",
+    brief={"output": "Write rows as they are done: FILE.jsonl, FILE.csv, or FILE.npy."},
+    examples=(
+        "vitfold predict vit.fold photo.jpg",
+        "vitfold predict vit.fold PHOTOS --skip-bad -o labels.csv",
+        "vitfold predict encoder.fold 'PHOTOS/**/*.jpg' -o embeddings.npy",
+    ),
+)
 def predict(
     bundle: options.BundlePath,
     images: Annotated[
