@@ -1,4 +1,4 @@
-"""Modules that take more than images: towers of any number of patches, and encoders that hide patches at random."""
+"""Modules that need more than one array: towers of any number of patches, hidden patches, texts with an end."""
 
 from __future__ import annotations
 
@@ -73,3 +73,24 @@ def test_a_masked_autoencoder_sees_all_patches(tmp_path: Path) -> None:
         assert masked(pixels).last_hidden_state.shape[1] == 5, "it still hides patches"
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert model.spec.tokens == 17
+
+
+@pytest.mark.parametrize("eos", [2, 49], ids=["the largest number", "a number of its own"])
+def test_the_text_tower_of_clip_pools_the_end_of_a_text(eos: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.CLIPTextConfig(
+        **SMALL, vocab_size=50, max_position_embeddings=8, projection_dim=6, eos_token_id=eos, bos_token_id=1
+    )
+    module = transformers.CLIPTextModelWithProjection(config).eval()
+    model = vitfold.adapt(module)
+    assert model.spec.output == "text_embeds"
+    draw = np.random.default_rng(0)
+    texts = draw.integers(3, 48, (5, 8))
+    for row, place in zip(texts, (7, 3, 5, 1, 6), strict=True):
+        row[place:] = 49  # the end, which is repeated as padding
+    with torch.inference_mode():
+        expected = module(torch.from_numpy(texts)).text_embeds.numpy()
+    bundle = vitfold.save(vitfold.optimize(model), tmp_path / "text.fold")
+    with vitfold.open(bundle.path) as fold:
+        found = np.stack([one.output for one in fold(texts)])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
 """Modules that take more than images, as ones that take images: all patches seen, in their order.
 
-SigLIP 2's towers of any number of patches (NaFlex) at one size, and MAE's encoder without its random mask.
+SigLIP 2's towers of any number of patches (NaFlex) at one size, MAE's encoder without its random mask, and CLIP's text
+tower, whose pooling picks a row of each text by its words.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from vitfold.sources.reader import class_name
 
 NAFLEX = ("transformers.Siglip2VisionModel", "transformers.Siglip2ForImageClassification")
 MASKED = ("transformers.ViTMAEModel",)
+TEXTS = ("transformers.CLIPTextModel", "transformers.CLIPTextModelWithProjection")
+_EARLIER_EOS, _TWICE = 2, 1.5
+"""What configurations of old called the end of a text, whose end is its largest number then."""
 _INNER = {"transformers.Siglip2Model": "vision_model", "transformers.ViTMAEForPreTraining": "vit"}
 
 
 def takes_images(module: nn.Module, size: tuple[int, int] | None) -> nn.Module:
-    """Return a module that sees all of an image and shares its weights with this one, or this one.
+    """Return a module that is fed by one array and shares its weights with this one, or this one.
 
     Raises:
         SourceError: if the size holds no whole patches.
@@ -29,6 +33,8 @@ def takes_images(module: nn.Module, size: tuple[int, int] | None) -> nn.Module:
     module = module.get_submodule(_INNER.get(class_name(module), ""))
     if class_name(module) in NAFLEX:
         return FixedGrid(module, size)
+    if class_name(module) in TEXTS:
+        return PooledText(module)
     if class_name(module) in MASKED:
         embeddings = copy.copy(module.get_submodule("embeddings"))
         embeddings.random_masking = _unmasked  # type: ignore[assignment]
@@ -69,6 +75,28 @@ class FixedGrid(nn.Module):
         parted = pixel_values.reshape(-1, pixel_values.shape[1], down, side, across, side)
         patches = parted.permute(0, 2, 4, 3, 5, 1).reshape(-1, down * across, side * side * pixel_values.shape[1])
         return self.tower(pixel_values=patches, pixel_attention_mask=None, spatial_shapes=None)
+
+
+class PooledText(nn.Module):
+    """A text tower of CLIP that weighs rows by 0 and 1 where the original picks one by a computed index."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+        self.config: Any = tower.config
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Return embeddings and tokens for texts (B, N): the row of the first end of a text is pooled."""
+        x: Tensor = self.tower(input_ids=input_ids).last_hidden_state
+        end = input_ids.amax(1, keepdim=True) if self.config.eos_token_id == _EARLIER_EOS else self.config.eos_token_id
+        ends = (input_ids == end).float()
+        first = ends * (ends.cumsum(1) < _TWICE).float()
+        pooled = (x * first[:, :, None]).sum(1)
+        projection = getattr(self.tower, "text_projection", None)
+        name = "pooler_output" if projection is None else "text_embeds"
+        return {name: pooled if projection is None else projection(pooled), "last_hidden_state": x}
 
 
 class _Embedded(nn.Module):

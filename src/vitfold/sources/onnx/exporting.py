@@ -26,7 +26,16 @@ from vitfold.sources.onnx.reading import BATCHES, read_plain, read_plain_pair
 INPUT = "pixel_values"
 OUTPUT = "output"
 _OPSET = 17
-_NAMED = ("logits", "image_embeds", "pooler_output", "last_hidden_state", "predicted_depth", "pred_boxes", "heatmaps")
+_NAMED = (
+    "logits",
+    "image_embeds",
+    "text_embeds",
+    "pooler_output",
+    "last_hidden_state",
+    "predicted_depth",
+    "pred_boxes",
+    "heatmaps",
+)
 """Outputs by these names come first, in this order."""
 
 
