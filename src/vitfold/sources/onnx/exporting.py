@@ -27,14 +27,8 @@ INPUT = "pixel_values"
 OUTPUT = "output"
 _OPSET = 17
 _NAMED = (
-    "logits",
-    "image_embeds",
-    "text_embeds",
-    "pooler_output",
-    "last_hidden_state",
-    "predicted_depth",
-    "pred_boxes",
-    "heatmaps",
+    *("logits", "image_embeds", "text_embeds", "pooler_output", "last_hidden_state"),
+    *("predicted_depth", "pred_boxes", "heatmaps"),
 )
 """Outputs by these names come first, in this order."""
 
