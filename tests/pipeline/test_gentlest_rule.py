@@ -1,4 +1,4 @@
-"""Which merging rule a search takes: the one that turns the output less, found again by measuring each."""
+"""Which merging rule a search takes: the dearer one where it turns the output clearly less, found again by measuring."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_rule_that_turns_the_output_less_is_taken(
+def test_the_rule_that_turns_the_output_clearly_less_is_taken(
     tiny_model: Callable[..., Model], pictures: ImageSet, seed: int
 ) -> None:
     model = tiny_model(seed=seed)
@@ -32,4 +32,4 @@ def test_the_rule_that_turns_the_output_less_is_taken(
         rule: measure_merging(model, pictures, order="index", rule=rule).measure(half) for rule in CONSIDERED_RULES
     }
     assert len(set(turned.values())) == len(turned)
-    assert gentlest_rule(model, pictures) == min(turned, key=turned.__getitem__)
+    assert gentlest_rule(model, pictures) == ("nearest" if turned["nearest"] <= 0.8 * turned["tome"] else "tome")
