@@ -1,4 +1,4 @@
-"""Which merging rule a search takes: the dearer one where it turns the output clearly less, found again by measuring."""
+"""Which merging rule a search takes: the dearer one where it turns the output clearly less, found again here."""
 
 from __future__ import annotations
 
