@@ -43,7 +43,7 @@ def saved(source: str, folder: Path, **options: Any) -> Bundle:
     return vitfold.save(vitfold.optimize(load_source(source, **options).model), folder / "a.fold")
 
 
-def compare(bundle: Bundle, name: str, pixels: Any, folder: Path) -> None:
+def assert_peer_gives_the_same(bundle: Bundle, name: str, pixels: Any, folder: Path) -> None:
     manifest = bundle.manifest
     original = load_original(manifest.origin, manifest.spec.output)
     with vitfold.open(bundle.path) as fold, open_peer(name, original, (3, 32, 32), folder).session as session:
@@ -53,7 +53,7 @@ def compare(bundle: Bundle, name: str, pixels: Any, folder: Path) -> None:
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_a_file_is_its_own_peer(name: str, file: Path, pixels: Any, tmp_path: Path) -> None:
     pytest.importorskip(name)
-    compare(saved(str(file), tmp_path), name, pixels, tmp_path)
+    assert_peer_gives_the_same(saved(str(file), tmp_path), name, pixels, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["torch", "onnxruntime"])
@@ -62,7 +62,7 @@ def test_modules_that_give_more_than_a_tensor(name: str, kind: str, pixels: Any,
     torch.manual_seed(0)
     config = transformers.ViTConfig if kind.startswith("ViT") else transformers.DINOv3ViTConfig
     getattr(transformers, kind)(config(**SMALL, image_size=32, patch_size=8)).save_pretrained(tmp_path / "model")
-    compare(saved(f"hf:{tmp_path / 'model'}", tmp_path), name, pixels, tmp_path)
+    assert_peer_gives_the_same(saved(f"hf:{tmp_path / 'model'}", tmp_path), name, pixels, tmp_path)
 
 
 def test_what_cannot_be_compared_is_refused(file: Path, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from vitfold.model.spec import spec_to_dict
 from vitfold.ops.run import Run
 from vitfold.program import replay
 from vitfold.sources import load_source
-from vitfold.sources.load import parse_size
 from vitfold.sources.outputs import parse_outputs
+from vitfold.sources.sizes import parse_size
 
 SIZE = (32, 48)
 

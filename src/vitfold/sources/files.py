@@ -19,6 +19,7 @@ from vitfold.errors import SourceError, nearest
 from vitfold.model import preprocess_from_dict
 from vitfold.sources import timm as timm_source
 from vitfold.sources.reader import Built, class_name
+from vitfold.sources.sizes import parse_size
 from vitfold.sources.states import plain_names
 
 SIDECAR_KEYS = ("arch", "num_classes", "image_size", "labels", "preprocess", "problem")
@@ -38,7 +39,7 @@ def build(path: Path, *, arch: str | None, num_classes: int | None, image_size: 
                           "--arch vit_small_patch14_dinov2")  # fmt: skip
     if num_classes is None:
         num_classes = sidecar.get("num_classes", len(state["head.weight"]) if "head.weight" in state else 0)
-    image_size = image_size or _stated_size(sidecar) or _image_size(state)
+    image_size = image_size or parse_size(sidecar.get("image_size")) or _image_size(state)
     module, _ = timm_source.build(arch, num_classes=num_classes, image_size=image_size, pretrained=False)
     load_state(module, state, path=path, arch=arch)
     facts: dict[str, Any] = {}
@@ -79,11 +80,6 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         if key not in SIDECAR_KEYS:
             raise SourceError(f"{path} has an unknown key {key!r}; {nearest(key, SIDECAR_KEYS)}")
     return values
-
-
-def _stated_size(sidecar: dict[str, Any]) -> int | tuple[int, int] | None:
-    stated = sidecar.get("image_size")
-    return (int(stated[0]), int(stated[1])) if isinstance(stated, list) else stated
 
 
 def _image_size(state: dict[str, Tensor]) -> int | None:

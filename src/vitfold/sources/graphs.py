@@ -17,7 +17,7 @@ from vitfold.sources.onnx.loading import model_of
 from vitfold.sources.reader import Facts
 from vitfold.sources.transformers import PROBLEMS
 from vitfold.sources.transformers_preprocess import default_processor, preprocess_from_processor
-from vitfold.sources.wholes import FixedGrid, takes_images
+from vitfold.sources.wholes import FixedGrid, fed_by_one_array
 
 _BILINEAR = 2
 """How SigLIP 2 resizes images to whole patches, as Pillow counts ways."""
@@ -44,12 +44,13 @@ def as_graph(
     """
     problem = facts.get("problem") or _stated_problem(module, reason)
     try:
-        module = takes_images(module, size or (None if preprocess is None else preprocess.crop_size))
+        size = size or (None if preprocess is None else preprocess.crop_size)
+        module = fed_by_one_array(module, size)
         if isinstance(module, FixedGrid):
             size = module.size
             usual = {**default_processor("siglip", size), "resample": _BILINEAR}
             preprocess = preprocess or preprocess_from_processor(usual, size)
-        given = given_to(module, size or (None if preprocess is None else preprocess.crop_size), shape)
+        given = given_to(module, size, shape)
         part, path = image_part(module, given)
         read = read_module(part, given, outputs=outputs, head=problem)
     except SourceError as error:

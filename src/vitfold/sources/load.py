@@ -21,6 +21,7 @@ from vitfold.model import Architecture, Model, Origin, Preprocess, ViTSpec
 from vitfold.model.spec import Problem
 from vitfold.sources import hub
 from vitfold.sources.outputs import asked_of_program, parse_outputs, with_outputs
+from vitfold.sources.sizes import pair, parse_size
 from vitfold.storage.digest import file_sha256
 
 _log = logging.getLogger("vitfold")
@@ -159,7 +160,7 @@ def _from_zoo(source: str, arguments: Mapping[str, Any], *, graph: bool) -> Load
 
         model, module = as_graph(
             module, origin, reason, preprocess=preprocess, labels=labels, facts=facts, translator=built.translator,
-            size=_pair(image_size),
+            size=pair(image_size),
         )  # fmt: skip
         forward = first_output(module, model.spec.output)
     _check_patches(model.spec, image_size)
@@ -175,32 +176,8 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def parse_size(size: int | str | Sequence[int] | None) -> int | tuple[int, int] | None:
-    """Read the size of images: one side of square ones, or height and width; a pair of equal ones becomes one side.
-
-    Raises:
-        SourceError: if it is neither.
-    """
-    if size is None or (isinstance(size, int) and size >= 1):
-        return size
-    sides = [
-        str(side).strip()
-        for side in (
-            size.lower().split("x") if isinstance(size, str) else size if isinstance(size, Sequence) else [size]
-        )
-    ]
-    if len(sides) not in (1, 2) or not all(side.isdigit() and int(side) >= 1 for side in sides):
-        raise SourceError(f"--image-size takes pixels per side, as 384, or HEIGHTxWIDTH, as 384x512; found {size!r}")
-    height, width = int(sides[0]), int(sides[-1])
-    return height if height == width else (height, width)
-
-
-def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    return (size, size) if isinstance(size, int) else size
-
-
 def _check_patches(spec: Architecture, image_size: int | tuple[int, int] | None) -> None:
-    sides = _pair(image_size)
+    sides = pair(image_size)
     if sides is None or not isinstance(spec, ViTSpec):
         return
     if any(side % patch for side, patch in zip(sides, spec.patch_size, strict=True)):
@@ -243,7 +220,7 @@ def _load_code(source: str, arguments: Mapping[str, Any], *, graph: bool) -> Loa
     model = adapt(
         module,
         problem=arguments.get("problem"),
-        image_size=_pair(size),
+        image_size=pair(size),
         graph=graph,
         evaluated=exported,
     )
@@ -273,7 +250,7 @@ def _load_graph(source: str, arguments: Mapping[str, Any]) -> Model:
     model: Model = loader.load_file(
         path,
         origin,
-        image_size=_pair(size),
+        image_size=pair(size),
         problem=arguments.get("problem"),
         preprocess=arguments.get("preprocess"),
         outputs=_outputs(arguments.get("outputs")) or (),

@@ -31,6 +31,7 @@ from vitfold.sources.reader import (
     same_body,
     with_register_rows,
 )
+from vitfold.sources.sizes import pair
 from vitfold.sources.transformers_preprocess import default_processor, preprocess_from_processor, read_processor
 from vitfold.sources.transformers_weights import base_of, find_adapter, load_adapted, load_weights
 
@@ -166,11 +167,11 @@ def _check_classes(name: str, kind: str, config: Any, num_classes: int | None, p
 
 def set_image_size(module: nn.Module, size: int | tuple[int, int]) -> None:
     """Resample the positions in place to images of `size` pixels, as the model's own forward would."""
-    height, width = _pair(size)
+    height, width = pair(size)
     _, inner, _ = MODELS[class_name(module)]
     encoder: Any = getattr(module, inner) if inner else module
     embeddings = encoder.embeddings
-    grid = _pair(embeddings.patch_size)
+    grid = pair(embeddings.patch_size)
     if height % grid[0] or width % grid[1]:
         shown = height if height == width else f"{height}x{width}"
         raise SourceError(f"--image-size {shown} is not a multiple of the patch size {grid[0]}; choose one that is")
@@ -262,10 +263,6 @@ def _forward(module: Any, spec: ViTSpec) -> Any:
     return forward
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
 def _embedding(reader: Reader, encoder: Any, family: str) -> dict[str, Any]:
     embeddings = encoder.embeddings
     if family in ("clip", "siglip"):
@@ -287,8 +284,8 @@ def _embedding(reader: Reader, encoder: Any, family: str) -> dict[str, Any]:
         reader.ignore(embeddings.register_tokens)
     reader.params["pos_embed"] = positions
     return {
-        "image_size": _pair(patch.image_size),
-        "patch_size": _pair(patch.patch_size),
+        "image_size": pair(patch.image_size),
+        "patch_size": pair(patch.patch_size),
         "embed_dim": int(positions.shape[2]),
         "dist_token": distilled,
         "registers": registers,
@@ -305,8 +302,8 @@ def _clip_embedding(reader: Reader, encoder: Any, family: str) -> dict[str, Any]
     reader.ignore(embeddings.position_ids)
     reader.params["pos_embed"] = positions[None]
     return {
-        "image_size": _pair(embeddings.image_size),
-        "patch_size": _pair(embeddings.patch_size),
+        "image_size": pair(embeddings.image_size),
+        "patch_size": pair(embeddings.patch_size),
         "embed_dim": int(positions.shape[1]),
         "class_token": family == "clip",
         "pre_norm": family == "clip",

@@ -24,7 +24,7 @@ _EARLIER_EOS, _TWICE = 2, 1.5
 _INNER = {"transformers.Siglip2Model": "vision_model", "transformers.ViTMAEForPreTraining": "vit"}
 
 
-def takes_images(module: nn.Module, size: tuple[int, int] | None) -> nn.Module:
+def fed_by_one_array(module: nn.Module, size: tuple[int, int] | None) -> nn.Module:
     """Return a module that is fed by one array and shares its weights with this one, or this one.
 
     Raises:

@@ -15,6 +15,7 @@ from vitfold.model.preprocess import preprocess_of_arrays
 from vitfold.model.spec import Problem
 from vitfold.sources.files import read_sidecar
 from vitfold.sources.onnx.model import ReadGraph, read_graph
+from vitfold.sources.sizes import pair
 from vitfold.sources.transformers_preprocess import DEFAULTS, default_processor, preprocess_from_processor
 
 PROCESSOR, CONFIG = "preprocessor_config.json", "config.json"
@@ -49,7 +50,7 @@ def load_file(
     if not path.is_file():
         raise SourceError(f"no file {path}; check the path")
     sidecar = read_sidecar(path.with_suffix(".json"))
-    size = image_size or _square(sidecar.get("image_size"))
+    size = image_size or pair(sidecar.get("image_size"))
     kind = problem or sidecar.get("problem")
     labels = _labels(path, sidecar)
     head = kind or ("single_label" if labels else None)
@@ -84,10 +85,6 @@ def model_of(read: ReadGraph, origin: Origin, *, labels: Sequence[str] | None, p
         labels=None if labels is None else tuple(labels),
         origin=origin,
     )
-
-
-def _square(size: Any) -> tuple[int, int] | None:
-    return (size, size) if isinstance(size, int) else None if size is None else (int(size[0]), int(size[1]))
 
 
 def _labels(path: Path, sidecar: Mapping[str, Any]) -> tuple[str, ...] | None:
