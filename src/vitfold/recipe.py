@@ -236,16 +236,38 @@ class RegistersRecipe:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
 
+_WIDTH_STEP = 32
+"""Kernels work on so many columns at once; a narrower MLP is a multiple of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneRecipe:
+    """Which share of the hidden units of every MLP goes."""
+
+    mlp: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.mlp, bool) or not isinstance(self.mlp, int | float) or not 0 < self.mlp < 1:
+            raise RecipeError(f"prune.mlp is the share of the units to go, above 0 and below 1, found {self.mlp!r}")
+        object.__setattr__(self, "mlp", float(self.mlp))
+
+    def units(self, hidden: int) -> int:
+        """Return how many of `hidden` units stay: a multiple of 32, where there are more."""
+        wanted = hidden * (1 - self.mlp)
+        return min(hidden, max(_WIDTH_STEP, round(wanted / _WIDTH_STEP) * _WIDTH_STEP))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """Every lossy choice, resolved for one architecture; `quant` is None where everything stays float.
 
-    `registers` is None where nothing is done about sink tokens.
+    `prune` is None where every unit stays, `registers` where nothing is done about sink tokens.
     """
 
     merge: MergeRecipe = field(default_factory=lambda: MergeRecipe(r=()))
     quant: QuantRecipe | None = None
     registers: RegistersRecipe | None = None
+    prune: PruneRecipe | None = None
 
     def __post_init__(self) -> None:
         if self.registers is not None and self.quant is None:
@@ -255,6 +277,8 @@ class Recipe:
         """Return plain JSON and TOML values."""
         values = asdict(replace(self, registers=None))
         del values["registers"]
+        if self.prune is None:
+            del values["prune"]
         if self.registers is not None:
             values["registers"] = self.registers.to_dict()
         values["merge"]["r"] = list(self.merge.r)
@@ -284,10 +308,15 @@ class Recipe:
     @property
     def is_lossless(self) -> bool:
         """True if the recipe leaves the function unchanged."""
-        return self.quant is None and not any(self.merge.r)
+        return self.quant is None and self.prune is None and not any(self.merge.r)
 
 
-_SECTIONS: dict[str, Any] = {"merge": MergeRecipe, "quant": QuantRecipe, "registers": RegistersRecipe}
+_SECTIONS: dict[str, Any] = {
+    "merge": MergeRecipe,
+    "quant": QuantRecipe,
+    "registers": RegistersRecipe,
+    "prune": PruneRecipe,
+}
 
 
 def parse_recipe(text: str, *, name: str) -> dict[str, Any]:
@@ -323,7 +352,7 @@ def recipe_from_dict(values: Mapping[str, Any], *, name: str) -> Recipe:
     merged = check_merge(values.get("merge", {}), name=name)
     quant = None if "quant" not in values else check_quant(values["quant"], name=name)
     registers = check_registers(values.get("registers"), name=name)
-    return Recipe(merge=merged, quant=quant, registers=registers)
+    return Recipe(merge=merged, quant=quant, registers=registers, prune=check_prune(values.get("prune"), name=name))
 
 
 def check_merge(values: Mapping[str, Any], *, name: str) -> MergeRecipe:
@@ -366,6 +395,22 @@ def check_registers(values: Mapping[str, Any] | None, *, name: str) -> Registers
             return None
         read: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         return RegistersRecipe(**read)
+    except RecipeError as error:
+        raise RecipeError(f"{name}: {error}") from None
+
+
+def check_prune(values: Mapping[str, Any] | None, *, name: str) -> PruneRecipe | None:
+    """Return the section [prune] as a value, None where there is none.
+
+    Raises:
+        RecipeError: naming the file and the key.
+    """
+    if values is None:
+        return None
+    if "mlp" not in values:
+        raise RecipeError(f"{name}: [prune] says nothing; write mlp = 0.25, or leave the section out")
+    try:
+        return PruneRecipe(**values)
     except RecipeError as error:
         raise RecipeError(f"{name}: {error}") from None
 

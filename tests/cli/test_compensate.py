@@ -43,4 +43,29 @@ def test_what_compensation_needs_is_said_before_any_work(many: Path, tmp_path: P
     assert "--compensate needs --images" in error(*line, code=2)
     unmerged = ("optimize", *SOURCE, "--compensate", "--images", few, "-o", tmp_path / "a.fold")
     assert "--compensate needs --images" in error(*unmerged, code=2)
-    assert "15 images are too few to compensate merging" in error(*line, "--images", few)
+    assert "15 images are too few to refit weights" in error(*line, "--images", few)
+
+
+def test_a_narrower_bundle_says_so_and_is_made_again(many: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a.fold", tmp_path / "b.fold"
+    narrow = ("--prune-mlp", 0.5, "--merge", 3)
+    int8 = ("--quant", "w8a8", "--target", "portable", "--method", "minmax", "--keep-slower")
+    line = (*narrow, *int8)
+    made = run_json("optimize", *SOURCE, *line, "--images", many, "-o", first)
+    assert made["recipe"]["prune"] == {"mlp": 0.5}
+    found = run_json("inspect", first)
+    (units,) = {layer["units"] for layer in found["compensation"]["layers"] if layer["layer"].endswith("fc2")}
+    assert f"{units} hidden units left" in run("inspect", first).stdout
+    run("optimize", "--from", first, "-o", second)
+    assert run_json("inspect", second)["digest"] == found["digest"]
+    assert len(run_json("predict", first, sorted(many.iterdir())[0])) == 1
+
+
+def test_what_pruning_needs_is_said_before_any_work(many: Path, tmp_path: Path) -> None:
+    line = ("optimize", *SOURCE, "-o", tmp_path / "a.fold")
+    assert "--prune-mlp refits weights on images" in error(*line, "--prune-mlp", 0.5, code=2)
+    assert "prune.mlp is the share of the units to go" in error(*line, "--prune-mlp", 1.5, "--images", many)
+    (tmp_path / "r.toml").write_text("[prune]\n")
+    assert "[prune] says nothing" in error(*line, "--recipe", tmp_path / "r.toml", "--images", many)
+    (tmp_path / "r.toml").write_text("[prune]\nmpl = 0.5\n")
+    assert "unknown key prune.mpl" in error(*line, "--recipe", tmp_path / "r.toml", "--images", many)

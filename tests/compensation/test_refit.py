@@ -83,7 +83,7 @@ def test_what_does_not_fit_memory_goes_through_files_and_gives_the_same(tiny_mod
 
 
 def test_few_images_are_refused_with_the_number_that_is_enough(tiny_model) -> None:
-    with pytest.raises(CalibrationError, match="12 images are too few to compensate merging; give at least 256"):
+    with pytest.raises(CalibrationError, match="12 images are too few to refit weights; give at least 256"):
         compensate(tiny_model(), MERGE, drawn(12))
 
 

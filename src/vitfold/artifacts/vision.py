@@ -174,6 +174,8 @@ def _compensation(values: dict[str, Any] | None) -> dict[str, Any] | None:
         entry(section(layer, at), "layer", str, at)
         entry(layer, "ridge", float | None, at, (0.0, 1e9))
         entry(layer, "left_ratio", float, at, (-1.0, 1e9))
+        if "units" in layer:
+            entry(layer, "units", int, at, _WIDTH)
     return values
 
 

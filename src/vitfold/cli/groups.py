@@ -96,6 +96,7 @@ class RecipeArgs:
     merge: options.Merge = None
     merge_rule: options.MergeRule = "tome"
     compensate: options.Compensate = False
+    prune_mlp: options.PruneMlp = None
     quant: options.Quant = None
     method: options.Method = None
     registers: options.Registers = None
@@ -110,7 +111,7 @@ class RecipeArgs:
     @property
     def chosen(self) -> bool:
         """Whether an option names a part of the recipe."""
-        return any(one is not None for one in (self.merge, self.quant, self.method, self.registers))
+        return any(one is not None for one in (self.merge, self.quant, self.method, self.registers, self.prune_mlp))
 
     @property
     def base(self) -> str:

@@ -160,6 +160,12 @@ def _needs(manifest: Manifest) -> str:
 def _compensated(record: Mapping[str, Any]) -> str:
     """What refitted layers gained on held-out images."""
     refitted = sum(layer["ridge"] is not None for layer in record["layers"])
+    units = sorted({layer["units"] for layer in record["layers"] if "units" in layer})
+    if units:
+        return (
+            f"{refitted} layers on {record['images']} images, {' or '.join(map(str, units))} hidden units left; error "
+            f"of the output {record['error_after']:.3g} on {record['held_out']} held-out ones"
+        )
     return (
         f"{refitted} layers on {record['images']} images; error of the output {record['error_before']:.3g} before, "
         f"{record['error_after']:.3g} after, on {record['held_out']} held-out ones"

@@ -144,7 +144,7 @@ def _check(job: _Job) -> None:
     wanted, search = job.wanted, job.search
     merge, target, needs = wanted.merge or "", wanted.target or "", "--max-drop, --max-latency-ms"
     own = (
-        any((wanted.merge, wanted.method, wanted.registers, wanted.recipe, wanted.compensate))
+        any((wanted.merge, wanted.method, wanted.registers, wanted.recipe, wanted.compensate, wanted.prune_mlp))
         or wanted.keep_float > 0
         or job.dry_run
     )
@@ -176,8 +176,14 @@ def _check(job: _Job) -> None:
             "--compensate",
         ),
         (
+            wanted.prune_mlp is not None and job.images is None,
+            "--prune-mlp refits weights on images: give --images DIR, some 2000 like those that the model will see",
+            "--images",
+        ),
+        (
             bool(search) and own,
-            "a search chooses --merge, --compensate, --method, --registers, --keep-float and recipes; leave them out",
+            "a search chooses --merge, --compensate, --prune-mlp, --method, --registers, --keep-float and recipes; "
+            "leave them out",
             needs,
         ),
         (bool(search) and job.source is None, "a search needs SOURCE", "SOURCE"),
@@ -251,6 +257,7 @@ def _planned(job: _Job, found: ImageSet | None, say: Say) -> tuple[_Plan, Soluti
         merge=schedule,
         rule=wanted.merge_rule,
         compensate=wanted.compensate,
+        prune=wanted.prune_mlp,
         quant=asked or wanted.quant,
         registers=wanted.registers,
         recipe=read,
@@ -323,8 +330,8 @@ def _divided(folded: Plan, found: ImageSet | None, *, dry_run: bool) -> _Plan:
     if folded.needs_compensation and not (found is None and dry_run):
         if found is None:
             raise VitfoldError(
-                "compensating merging refits weights on images: give --images DIR, some 2000 pictures like those that "
-                "the model will see"
+                "compensating merging and pruning refit weights on images: give --images DIR, some 2000 pictures like "
+                "those that the model will see"
             )
         refitting, comparing = pipeline.divide_for_compensation(found)
         calibration = pipeline.split_images(folded, refitting)[0] if folded.needs_calibration else None

@@ -133,6 +133,16 @@ Compensate = Annotated[
         rich_help_panel=RECIPE,
     ),
 ]
+PruneMlp = Annotated[
+    float | None,
+    typer.Option(
+        "--prune-mlp",
+        metavar="SHARE",
+        help="Take this share of the hidden units of every MLP away (0.25) and refit the others in closed form, on "
+        "--images (2000 are good, labels are not used).",
+        rich_help_panel=RECIPE,
+    ),
+]
 Quant = Annotated[
     str | None,
     typer.Option(

@@ -1,5 +1,6 @@
 """Weights that mend what merging shifts, in closed form, from images without labels."""
 
+from vitfold.compensation.pruning import with_widths
 from vitfold.compensation.refit import LEAST_IMAGES, MOST_IMAGES, Compensated, Refit, check_enough, compensate
 
-__all__ = ["LEAST_IMAGES", "MOST_IMAGES", "Compensated", "Refit", "check_enough", "compensate"]
+__all__ = ["LEAST_IMAGES", "MOST_IMAGES", "Compensated", "Refit", "check_enough", "compensate", "with_widths"]

@@ -1,8 +1,9 @@
-"""Refitting the layers that write to the residual stream, block by block, behind the first merge.
+"""Refitting the layers that write to the residual stream, block by block, behind the first change.
 
 Merged tokens should come to the size-weighted means of the tokens that the unmerged model has in their places. The
 last linear layers of attention and MLP are refitted, in order, so that they do, each on what the layers before it
-now make. Only weights change: it costs nothing at run time.
+now make; where hidden units go, the last layer of the MLP is fitted on those that stay. Only weights change: it costs
+nothing at run time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitfold.architectures.programs import UNMERGED, plain_program, program_of
+from vitfold.compensation.pruning import fit_narrow, narrow_mlps, narrowed
 from vitfold.compensation.ridge import Fit, RidgeSums, fit_change, no_sums
 from vitfold.compensation.showing import BATCH, divided, mean_error, named, run, showing
 from vitfold.compensation.streams import LIMIT_BYTES, Columns, Streams
@@ -26,7 +28,7 @@ from vitfold.ops.run import Run
 from vitfold.program import Program, replay
 from vitfold.program.queries import closing_linears, output_linear
 from vitfold.quant.network import Examples
-from vitfold.recipe import MergeRecipe
+from vitfold.recipe import MergeRecipe, PruneRecipe
 from vitfold.transforms.merging import COLUMNS, stream_name
 
 LEAST_IMAGES = 256
@@ -42,22 +44,28 @@ PATCH_ROWS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refit:
-    """What became of one layer: its ridge, None where nothing helped, and the share of the error left held out."""
+    """What became of one layer: its ridge, None where nothing helped, and the share of the error left held out.
+
+    Where `units` of its inputs stayed, that is the share of the squared output that it misses.
+    """
 
     layer: str
     ridge: float | None
     left: float
+    units: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {"layer": self.layer, "ridge": self.ridge, "left_ratio": self.left}
+        values = {"layer": self.layer, "ridge": self.ridge, "left_ratio": self.left}
+        return values if self.units is None else {**values, "units": self.units}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Compensated:
     """A model with refitted weights, and what was measured on held-out images.
 
-    `error_before` and `error_after` are relative squared errors of the output against the unmerged model's.
+    `error_before` (merging alone) and `error_after` are relative squared errors of the output against the model's that
+    merges nothing and has all its units.
     """
 
     model: Model
@@ -86,8 +94,8 @@ def check_enough(count: int) -> None:
     """
     if count < LEAST_IMAGES:
         raise CalibrationError(
-            f"{count} images are too few to compensate merging; give at least {LEAST_IMAGES}, better 2000, or leave "
-            "--compensate out"
+            f"{count} images are too few to refit weights; give at least {LEAST_IMAGES}, better 2000, or leave "
+            "--compensate and --prune-mlp out"
         )
 
 
@@ -96,6 +104,7 @@ def compensate(
     merge: MergeRecipe,
     examples: Examples,
     *,
+    prune: PruneRecipe | None = None,
     limit_bytes: int = LIMIT_BYTES,
     step: Callable[[str], Any] = lambda _: None,
     advance: Callable[[int], Any] = lambda _: None,
@@ -103,22 +112,23 @@ def compensate(
     """Return the model with weights under which merged tokens come nearest to the means of unmerged ones.
 
     Every eighth image is held out: ridges are chosen there, layer by layer, with no change among the
-    choices, and so is whether all of it helps the output. Without merging the model is returned as it is.
+    choices, and so is whether all of it helps the output. With `prune` it also has fewer hidden units, and weights that
+    make the best of them. Without either the model is returned as it is.
 
     Args:
         limit_bytes: memory for the tokens of all images; the rest goes to temporary files.
 
     Raises:
         CalibrationError: on too few images.
-        RecipeError: if no layer writes straight to the residual stream.
+        RecipeError: if no layer writes straight to the residual stream, or units of an MLP cannot go.
     """
-    if not any(merge.r):
+    if prune is None and not any(merge.r):
         return Compensated(model=model, refits=(), images=0, held_out=0, error_before=0.0, error_after=0.0)
     check_enough(examples.count)
     if model.spec.sinks is not None:
-        raise RecipeError("merging is compensated before anything is done about sink tokens; fold them afterwards")
+        raise RecipeError("weights are refitted before anything is done about sink tokens; fold them afterwards")
     with torch.inference_mode(), Streams(limit_bytes // 2) as exact, Streams(limit_bytes // 2) as merged:
-        walk = _Walk(model, merge, exact, merged, step)
+        walk = _Walk(model, merge, prune, exact, merged, step)
         for number, group in enumerate(examples.batches(BATCH)):
             walk.enter(number, group.inputs)
             advance(group.size)
@@ -126,15 +136,23 @@ def compensate(
 
 
 class _Walk:
-    """The unmerged and the merged model side by side, from block to block."""
+    """The model as it is and the merged or narrower one side by side, from block to block."""
 
     def __init__(
-        self, model: Model, merge: MergeRecipe, exact: Streams, merged: Streams, step: Callable[[str], Any]
+        self,
+        model: Model,
+        merge: MergeRecipe,
+        prune: PruneRecipe | None,
+        exact: Streams,
+        merged: Streams,
+        step: Callable[[str], Any],
     ) -> None:
         self._model, self._step, self._end = model, step, model.spec.num_layers
         plain = plain_program(model.spec)
         self._closing, self._last = closing_linears(plain), output_linear(plain)
-        self._first = next(block for block, r in enumerate(merge.r) if r)
+        self._mlps = {} if prune is None else narrow_mlps(model.spec, plain, prune)
+        self._kept: dict[str, Tensor] = {}
+        self._first = 0 if prune is not None else next(block for block, r in enumerate(merge.r) if r)
         layers = {layer for block in (*self._closing[self._first :], (self._last,)) for layer in block if layer}
         if not layers - {self._last}:
             raise RecipeError(
@@ -149,7 +167,7 @@ class _Walk:
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def enter(self, number: int, inputs: tuple[Tensor, ...]) -> None:
-        """Take a group of images: its tokens in front of the first merge."""
+        """Take a group of images: its tokens in front of the first change."""
         entry, output = stream_name(self._first, "x"), self._model.spec.output
         (x,) = replay(self._whole, Run(self._model.params), *inputs, only=(entry,))
         self._exact[number] = self._merged[number] = {"x": x}
@@ -191,18 +209,22 @@ class _Walk:
             entering, exact = self._merged[number], self._exact[number]
             if behind_merge:
                 found = self._next(self._shorter, self._params, block, entering, f"{layer}.x")
-                source, now, wanted = found["source"], found["x"], exact["x"]
+                source, now, wanted = found.get("source"), found["x"], exact["x"]
             else:
                 given = named(self._shorter, block, entering)
                 found = run(self._shorter, self._params, given, f"{layer}.x", f"{layer}.y")
-                source, now, wanted = entering["source"], entering["x"] + found[f"{layer}.y"], exact["attended"]
-            size = source.sum(2, keepdim=True)
-            missing = (source @ wanted) / size - now
+                now, wanted = entering["x"] + found[f"{layer}.y"], exact["attended"]
+                source = entering.get("source")
+            size = torch.ones(*now.shape[:2], 1) if source is None else source.sum(2, keepdim=True)
+            missing = (wanted if source is None else (source @ wanted) / size) - now
             chosen = self._chosen(size.shape[1], draw)
             rows = (found[f"{layer}.x"], missing, self._weights(size, len(chosen)))
             for into, images in zip((sums, held_out), divided(len(now)), strict=True):
                 into.add(*(value[images][:, chosen].flatten(0, 1) for value in rows))
-        self._take(layer, fit_change(sums, held_out, RIDGES))
+        if layer in self._mlps:
+            self._take_narrow(layer, sums, held_out)
+        else:
+            self._take(layer, fit_change(sums, held_out, RIDGES))
 
     def _sums(self, layer: str) -> tuple[RidgeSums, RidgeSums]:
         outputs, inputs = self._params[f"{layer}.weight"].shape
@@ -231,6 +253,17 @@ class _Walk:
         self._params[f"{layer}.weight"] = self._params[f"{layer}.weight"] + change[:, :-1]
         self._params[f"{layer}.bias"] = bias + change[:, -1]
 
+    def _take_narrow(self, layer: str, sums: RidgeSums, held_out: RidgeSums) -> None:
+        """Leave out the units of an MLP that its output needs least: their weights are zero from here on."""
+        weight, outputs = torch.from_numpy(self._params[f"{layer}.weight"]), len(self._params[f"{layer}.weight"])
+        bias = torch.from_numpy(self._params.get(f"{layer}.bias", np.zeros(outputs, np.float32)))
+        units = self._mlps[layer].units
+        fit = fit_narrow(sums, held_out, torch.cat((weight, bias[:, None]), 1), units, RIDGES)
+        self._refits.append(Refit(layer=layer, ridge=fit.ridge, left=fit.left, units=units))
+        self._kept[layer] = fit.kept
+        self._params[f"{layer}.weight"] = fit.weight[:, :-1].contiguous().numpy()
+        self._params[f"{layer}.bias"] = fit.weight[:, -1].contiguous().numpy()
+
     def _next(
         self, program: Program, params: Mapping[str, Array], block: int, columns: Columns, *shown: str
     ) -> dict[str, Tensor]:
@@ -251,10 +284,12 @@ class _Walk:
         for params, _ in candidates[1:]:
             outputs = (self._held_output(params, number) for number in self._before)
             errors.append(mean_error(zip((exact for exact, _ in self._before.values()), outputs, strict=True)))
-        best = int(np.argmin(errors))
+        least = 1 if self._mlps else 0
+        best = least + int(np.argmin(errors[least:]))
         params, refits = candidates[best]
+        model = self._model.with_params(self._model.spec, params) if best else self._model
         return Compensated(
-            model=self._model.with_params(self._model.spec, params) if best else self._model,
+            model=narrowed(model, self._mlps, self._kept) if self._mlps else model,
             refits=refits,
             images=images,
             held_out=sum(len(exact) for exact, _ in self._before.values()),

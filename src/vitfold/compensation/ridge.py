@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_JITTER = 1e-6
+JITTER = 1e-6
 """What keeps the bias's equation regular, as a share of its own moment."""
 
 
@@ -41,17 +41,19 @@ class RidgeSums:
         square = self.square.double()
         held = ridge * square.diagonal()[:-1].mean()
         square.diagonal()[:-1].add_(held)
-        square.diagonal()[-1].mul_(1.0 + _JITTER)
+        square.diagonal()[-1].mul_(1.0 + JITTER)
         found: Tensor = torch.linalg.solve(square, self.cross.double().T).T
         return found.float()
 
-    def left(self, change: Float[Tensor, "O J"]) -> float:
-        """Return the share of |missing|^2 that a change leaves; above 1 it makes things worse."""
-        if self.missing == 0.0:
-            return 1.0
+    def remaining(self, change: Float[Tensor, "O J"]) -> float:
+        """Return what a change makes of the sum of |missing|^2."""
         change = change.double()
         gained = 2.0 * (change * self.cross).sum() - ((change @ self.square.double()) * change).sum()
-        return float(1.0 - gained / self.missing)
+        return self.missing - float(gained)
+
+    def left(self, change: Float[Tensor, "O J"]) -> float:
+        """Return the share of |missing|^2 that a change leaves; above 1 it makes things worse."""
+        return 1.0 if self.missing == 0.0 else self.remaining(change) / self.missing
 
 
 def no_sums(inputs: int, outputs: int) -> RidgeSums:

@@ -91,7 +91,7 @@ def calibrate_plan(folded: Plan, images: ImageSet, *, progress: Progress | None 
     from vitfold.quant import calibrate, find_method
 
     if folded.needs_compensation:
-        raise RecipeError("merging is compensated before calibration; call compensate_plan first")
+        raise RecipeError("weights are refitted before calibration; call compensate_plan first")
     folded, _ = find_registers(folded, images, progress=progress)
     quant = folded.recipe.quant
     if quant is None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vitfold.quant import Progress
 
 SEED = 0
-_FORMAT = 2
+_FORMAT = 3
 _RECORD = "record"
 
 
@@ -55,9 +55,9 @@ def recorded_division(record: Mapping[str, Any], root: str | Path | None) -> tup
 
 
 def compensate_plan(folded: Plan, images: ImageSet, *, progress: Progress | None = None) -> Plan:
-    """Refit weights to what the plan's merging changes, on exactly these images; kept for the next call.
+    """Refit weights to what merging and pruning change, on exactly these images; kept for the next call.
 
-    A plan that merges nothing, or does not ask for it, is returned as it is.
+    A plan that prunes nothing and merges nothing, or does not ask for it, is returned as it is.
 
     Raises:
         CalibrationError: on too few images.
@@ -65,22 +65,23 @@ def compensate_plan(folded: Plan, images: ImageSet, *, progress: Progress | None
     """
     if not folded.needs_compensation:
         return folded
-    from vitfold.compensation import compensate
+    from vitfold.compensation import compensate, with_widths
     from vitfold.quant import Progress
     from vitfold.quant.network import ImageExamples
 
     model, merge, digest = folded.folded, folded.recipe.merge, images.digest()
-    key = key_of(_FORMAT, model.digest(), replace(merge, compensate=True), digest)
+    prune = folded.recipe.prune
+    key = key_of(_FORMAT, model.digest(), replace(merge, compensate=True), prune, digest)
     kept = read_arrays("compensation", key)
     if kept is None or _RECORD not in kept:
         examples = ImageExamples(images=images, preprocess=model.preprocess)
         progress = progress or Progress()
-        done = compensate(model, merge, examples, step=progress.step, advance=progress.advance)
+        done = compensate(model, merge, examples, prune=prune, step=progress.step, advance=progress.advance)
         kept = {name: array for name, array in done.model.params.items() if array is not model.params.get(name)}
         kept[_RECORD] = np.frombuffer(json.dumps(done.to_dict()).encode(), np.uint8)
         keep_arrays("compensation", key, kept)
     measured = json.loads(kept[_RECORD].tobytes())
     refitted = {name: array for name, array in kept.items() if name != _RECORD}
-    mended = model.with_params(model.spec, {**model.params, **refitted})
+    mended = with_widths(model, {**model.params, **refitted})
     record = {**measured, "root": str(Path(images.root).absolute()), "seed": SEED, "digest": digest}
     return replace(folded, folded=mended, compensated=mended, compensation=record)

@@ -23,10 +23,12 @@ from vitfold.recipe import (
     RULES,
     MergeRecipe,
     Order,
+    PruneRecipe,
     QuantRecipe,
     Recipe,
     RegistersRecipe,
     check_merge,
+    check_prune,
     check_quant,
     check_registers,
     parse_recipe,
@@ -48,8 +50,9 @@ class Plan:
     `quantizers` and `calibration` (what it was done with, plain JSON values) are None until
     `calibration.calibrate_plan` has run; then the weights of `folded` lie on their grids. `batch` is the least, the
     usual and the largest batch that an engine is to be built for, where one is built. `remarks` say what the target
-    made of the recipe. Where the recipe compensates merging, `compensated` (the folded model with refitted weights) and
-    `compensation` (what was measured, plain JSON values) are None until `compensating.compensate_plan` has run.
+    made of the recipe. Where the recipe prunes or compensates merging, `compensated` (the folded model with refitted
+    weights, narrower where units went) and `compensation` (what was measured, plain JSON values) are None until
+    `compensating.compensate_plan` has run.
     """
 
     model: Model
@@ -80,8 +83,9 @@ class Plan:
 
     @property
     def needs_compensation(self) -> bool:
-        """True if the recipe compensates merging and that has not been done yet."""
-        return self.recipe.merge.compensate and any(self.recipe.merge.r) and self.compensated is None
+        """True if the recipe prunes or compensates merging, and weights have not been refitted yet."""
+        mends = self.recipe.merge.compensate and any(self.recipe.merge.r)
+        return (mends or self.recipe.prune is not None) and self.compensated is None
 
     @property
     def simulated(self) -> bool:
@@ -107,6 +111,7 @@ def optimize(
     quant: str | QuantRecipe | None = None,
     rule: str = "tome",
     compensate: bool = False,
+    prune: float | PruneRecipe | None = None,
     registers: str | RegistersRecipe | None = None,
     recipe: Recipe | None = None,
     target: str = "cpu",
@@ -122,6 +127,8 @@ def optimize(
         rule: which tokens go and what becomes of them; not together with `recipe`.
         compensate: whether weights are refitted to what merging changes, on images (`pipeline.compensate_plan`); not
             together with `recipe`.
+        prune: the share of the hidden units of every MLP that goes, chosen on images (`pipeline.compensate_plan`); not
+            together with `recipe`.
         quant: "w8a8" and its like, "fp8", "none", or the whole section; not together with `recipe`.
         registers: "none", "auto", the name of a remedy, or the whole section; not together with `recipe`.
         batch: least, usual and largest batch, for targets whose engines are built for them.
@@ -132,12 +139,13 @@ def optimize(
     """
     if not isinstance(model, Model):
         raise ArgumentError(f"optimize takes a Model, as load and adapt return it, found {type(model).__name__}")
-    if recipe is not None and not (merge is None and quant is None and registers is None):
-        raise RecipeError("give either a recipe or a merge schedule, a quantization and registers, not both")
+    if recipe is not None and not (merge is None and quant is None and registers is None and prune is None):
+        raise RecipeError("give either a recipe or a merge schedule, pruning, a quantization and registers, not both")
     if recipe is None:
         found = quant_from_scheme(find_target(target).implied_quant) if quant is None else _quant_recipe(quant)
         merged = MergeRecipe(r=resolve_r(merge, model.spec), rule=rule, compensate=compensate)
-        recipe = Recipe(merge=merged, quant=found, registers=registers_from_name(registers))
+        narrower = prune if isinstance(prune, PruneRecipe) or prune is None else PruneRecipe(mlp=prune)
+        recipe = Recipe(merge=merged, quant=found, registers=registers_from_name(registers), prune=narrower)
     tokens_per_block(model.spec, recipe.merge.r)
     if recipe.registers is not None:
         as_vit(model.spec, "registers need")
@@ -282,6 +290,7 @@ def read_recipe(path: str | Path, spec: Architecture) -> Recipe:
         merge=merged,
         quant=None if quant is None else check_quant(quant, name=str(path)),
         registers=check_registers(values.get("registers"), name=str(path)),
+        prune=check_prune(values.get("prune"), name=str(path)),
     )
 
 

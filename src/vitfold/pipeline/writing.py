@@ -53,7 +53,7 @@ def save(
     if folded.needs_calibration:
         raise RecipeError("the recipe quantizes and the model is not calibrated; call calibrate_plan before save")
     if folded.needs_compensation:
-        raise RecipeError("the recipe compensates merging and that was not done; call compensate_plan before save")
+        raise RecipeError("the recipe refits weights and that was not done; call compensate_plan before save")
     say = step or (lambda _: None)
     model = folded.model
     if images is not None and images.classes is not None and model.spec.head == "single_label":

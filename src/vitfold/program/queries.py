@@ -147,6 +147,51 @@ def closing_linears(program: Program) -> tuple[tuple[str | None, str | None], ..
     return tuple(found)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HiddenRows:
+    """A layer whose outputs are hidden units: `parts` times all of them, one after another."""
+
+    layer: str
+    parts: int
+
+
+def hidden_rows(program: Program, layer: str) -> tuple[HiddenRows, ...] | None:
+    """Return the layers that make the inputs of a linear layer, unit by unit.
+
+    Between them stand activations, and products and sums of values of the same units. None where anything else does,
+    or where others read what stands there, too.
+    """
+    made_by, read_by = makers(program), readers(program)
+    last = next(node for node in linears_of(program) if node.site == layer)
+    units = program.shapes[last.source][-1]
+    found: dict[str, HiddenRows] = {}
+    between, seen, waiting = [last], set[Ref](), [last.source]
+    while waiting:
+        ref = waiting.pop()
+        if ref in seen:
+            continue
+        seen.add(ref)
+        maker, shape = made_by.get(ref), program.shapes[ref]
+        if maker is None or ref in program.outputs.values():
+            return None
+        if maker.op == "linear":
+            found[maker.site] = HiddenRows(layer=maker.site, parts=shape[-1] // units)
+            continue
+        halves = maker.op == "split" and maker.attributes["axis"] % len(shape) == len(shape) - 1
+        if not halves and (maker.op not in _UNITWISE or shape[-1] != units):
+            return None
+        between.append(maker)
+        waiting += [ref for ref in maker.reads() if not _is_number(program, made_by, ref)]
+    alone = all(node in between for ref in seen for node in read_by[ref])
+    return tuple(found.values()) if alone and found else None
+
+
+def _is_number(program: Program, made_by: Mapping[Ref, Node], ref: Ref) -> bool:
+    """Whether a value is a constant that is the same for every unit."""
+    maker, shape = made_by.get(ref), program.shapes[ref]
+    return maker is not None and maker.op in ("param", "constant") and (not shape or shape[-1] == 1)
+
+
 def output_linear(program: Program) -> str | None:
     """Return the linear layer whose result is the first output of a program, None if another operation makes it."""
     ref = next(iter(program.outputs.values()))
@@ -165,6 +210,7 @@ def _added_linear(made_by: Mapping[Ref, Node], read_by: Mapping[Ref, tuple[Node,
     return None
 
 
+_UNITWISE = {"activation", "elementwise", "add", "add_scalar", "multiply", "scale", "divide", "log", "tanh"}
 _ROWWISE = {
     *("transpose", "reshape", "linear", "multiply", "divide", "layer_norm", "rms_norm", "scale", "add", "add_scalar"),
     "elementwise",
