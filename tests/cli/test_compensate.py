@@ -69,3 +69,20 @@ def test_what_pruning_needs_is_said_before_any_work(many: Path, tmp_path: Path) 
     assert "[prune] says nothing" in error(*line, "--recipe", tmp_path / "r.toml", "--images", many)
     (tmp_path / "r.toml").write_text("[prune]\nmpl = 0.5\n")
     assert "unknown key prune.mpl" in error(*line, "--recipe", tmp_path / "r.toml", "--images", many)
+
+
+def test_weights_are_refitted_on_images_of_their_own(many: Path, tmp_path: Path) -> None:
+    """All of `--images` compares then, and the bundle is made again without naming a folder."""
+    few, first, second = tmp_path / "few", tmp_path / "a.fold", tmp_path / "b.fold"
+    few.mkdir()
+    for path in sorted(many.iterdir())[:20]:
+        (few / path.name).write_bytes(path.read_bytes())
+    line = ("optimize", *SOURCE, "--prune-mlp", 0.5, "--images", few, "--calibration-images", many)
+    run(*line, "-o", first)
+    found = run_json("inspect", first)
+    assert found["compensation"]["images"] == 350
+    assert found["compensation"]["root"] == str(many)
+    run("optimize", "--from", first, "-o", second)
+    again = run_json("inspect", second)["compensation"]
+    assert again == found["compensation"]
+    assert "leave it out" in error("optimize", "--from", first, "--calibration-images", few, "-o", second, code=2)

@@ -30,6 +30,7 @@ class SearchContext:
     """
 
     mended: float | None = None
+    pruning: float = 0.0
 
     quantizing: float = 0.0
     held_out: float = 0.0
@@ -52,16 +53,20 @@ class SearchContext:
         found = drop(self.merging(r) + self.hidden)
         return replace(found, low=found.low - self.hidden)
 
+    def screen_pruned(self, share: float) -> Drop:
+        return drop(share * self.pruning)
+
     def measure(self, attempt: Any) -> dict[str, Any]:
         self.tried.append(attempt.name)
         seconds = (1.0 - attempt.r[0] / 100) * (0.5 if attempt.quant == "w8a8" else 1.0)
         seconds *= 0.5 if attempt.target == "openvino" else 1.0
         seconds = 2.0 if attempt.target in self.slower else seconds
         cost = self.quantizing / (10 if attempt.float_sites else 1) if attempt.quant == "w8a8" else 0.0
+        seconds *= 1.0 - 0.6 * attempt.prune
         mended = (self.mended or 1.0) if attempt.compensate else 1.0
         row = {
             **attempt.to_dict(),
-            "drop": drop(self.merging(attempt.r) * mended + cost).to_dict(),
+            "drop": drop(self.merging(attempt.r) * mended + cost + attempt.prune * self.pruning).to_dict(),
             "latency_ns": {"median": seconds * 1e7},
             "speedup": {"median": 1 / seconds, "low": 0.99 / seconds, "high": 1.01 / seconds},
             "error": None,
@@ -84,7 +89,7 @@ def arms() -> list[Arm]:
 
 
 def least_latency(laboratory: SearchContext, max_drop: float = 0.0315) -> LeastLatency:
-    return LeastLatency(max_drop=max_drop, screen=laboratory.screen)
+    return LeastLatency(max_drop=max_drop, screen=laboratory.screen, screen_pruned=laboratory.screen_pruned)
 
 
 def run(laboratory: Any, arms: list[Arm], goal: Any, minutes: float = 1.0) -> search_module.SearchResult:
@@ -102,6 +107,20 @@ def test_the_fastest_arm_is_tried_first_and_nothing_that_promises_less_after_it(
     assert found.winner is not None
     assert found.winner.row["recipe"] == "w8a8-openvino-r30_0_0"
     assert laboratory.tried == ["w8a8-openvino-r30_0_0"]
+
+
+@pytest.mark.parametrize(("pruning", "winner"), [(0.02, "none-cpu-prune50-r20_0_0"), (0.2, "none-cpu-r30_0_0")])
+def test_a_narrower_arm_wins_where_its_units_cost_little(pruning: float, winner: str) -> None:
+    """It starts where merging keeps what pruning leaves of the bound."""
+    laboratory = SearchContext(mended=0.9, pruning=pruning)
+    narrower = replace(arm(factor=0.7), prune=0.5)
+    found = run(laboratory, [arm(), narrower], least_latency(laboratory))
+    assert found.winner is not None
+    assert found.winner.row["recipe"] == winner
+    if pruning == 0.02:
+        assert laboratory.tried[0] == winner
+    else:
+        assert laboratory.tried[0] == "none-cpu-prune50-r0_0_0"
 
 
 def test_merging_alone_is_screened_by_bisection() -> None:

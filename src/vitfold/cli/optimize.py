@@ -43,6 +43,7 @@ class _Job:
     source: str | None
     output: Path | None
     images: Path | None
+    calibration_images: Path | None
     wanted: RecipeArgs
     calibration: CalibrationArgs
     search: SearchArgs
@@ -101,6 +102,7 @@ def optimize(
         Path | None, typer.Option("-o", "--output", metavar="OUT.fold", help="The bundle to write.")
     ] = None,
     images: options.Images = None,
+    calibration_images: options.CalibrationImages = None,
     *,
     wanted: RecipeArgs,
     calibration: CalibrationArgs,
@@ -117,6 +119,7 @@ def optimize(
         source=source,
         output=output,
         images=images,
+        calibration_images=calibration_images,
         wanted=wanted,
         calibration=calibration,
         search=search,
@@ -149,6 +152,7 @@ def _check(job: _Job) -> None:
         or job.dry_run
     )
     unnamed = wanted.recipe is not None or wanted.repeat is not None or merge.startswith("auto")
+    unseen = (job.images or job.calibration_images) is None
     refuse(
         (job.output is None and not job.dry_run, "give -o OUT.fold, or --dry-run", "-o"),
         ((job.source is None) == (wanted.repeat is None), "give either SOURCE or --from BUNDLE", "SOURCE"),
@@ -171,12 +175,17 @@ def _check(job: _Job) -> None:
         (search.max_drop is not None and search.max_latency_ms is not None, "give one of both", needs),
         (bool(search) and job.images is None, "a search measures on images: give --images DIR", "--images"),
         (
-            wanted.compensate and (job.images is None or (merge in ("", "0", "none") and not search)),
+            job.calibration_images is not None and wanted.repeat is not None,
+            "--from takes the images that its bundle names; leave it out",
+            "--calibration-images",
+        ),
+        (
+            wanted.compensate and (unseen or (merge in ("", "0", "none") and not search)),
             "--compensate needs --images, and goes with --merge; recipes say merge.compensate = true",
             "--compensate",
         ),
         (
-            wanted.prune_mlp is not None and job.images is None,
+            wanted.prune_mlp is not None and unseen,
             "--prune-mlp refits weights on images: give --images DIR, some 2000 like those that the model will see",
             "--images",
         ),
@@ -201,7 +210,13 @@ def _search(job: _Job, found: ImageSet | None) -> None:
     assert job.output is not None
     with steps("search") as say:
         model = job.load(say)
-    bounded = Bounded(search=job.search, calibration=job.calibration, quant=job.wanted.quant, target=job.wanted.target)
+    bounded = Bounded(
+        search=job.search,
+        calibration=job.calibration,
+        calibration_images=job.calibration_images,
+        quant=job.wanted.quant,
+        target=job.wanted.target,
+    )
     before = environment()
     run_search(model, found, job.output, bounded, overwrite=job.overwrite, json=job.json)
     say_busy(before)
@@ -264,7 +279,8 @@ def _planned(job: _Job, found: ImageSet | None, say: Say) -> tuple[_Plan, Soluti
         target=wanted.base,
         batch=batches,
     )
-    plan = _divided(folded, found, dry_run=job.dry_run)
+    own = None if job.calibration_images is None else given_images(job.calibration_images)
+    plan = _divided(folded, found, own, dry_run=job.dry_run)
     from vitfold.pipeline.foreseen import foreseen
 
     for remark in foreseen(folded, plan.calibration, keep_float=wanted.keep_float):
@@ -321,13 +337,17 @@ def _repeated(path: Path, images: Path | None, found: ImageSet | None, say: Say)
     return _Plan(folded=folded, calibration=calibration, comparing=everything.without(calibration) or everything)
 
 
-def _divided(folded: Plan, found: ImageSet | None, *, dry_run: bool) -> _Plan:
-    """Divide the images between calibration and comparison.
+def _divided(folded: Plan, found: ImageSet | None, own: ImageSet | None, *, dry_run: bool) -> _Plan:
+    """Divide the images between calibration and comparison; calibration may have images of its own.
 
     Raises:
         VitfoldError: if the recipe quantizes or compensates and there are no images.
     """
-    if folded.needs_compensation and not (found is None and dry_run):
+    if folded.needs_compensation and not (found is None and own is None and dry_run):
+        if own is not None:
+            refitting = pipeline.all_for_compensation(own)
+            calibration = pipeline.split_images(folded, refitting)[0] if folded.needs_calibration else None
+            return _Plan(folded=folded, calibration=calibration, comparing=found, refitting=refitting)
         if found is None:
             raise VitfoldError(
                 "compensating merging and pruning refit weights on images: give --images DIR, some 2000 pictures like "
@@ -336,8 +356,11 @@ def _divided(folded: Plan, found: ImageSet | None, *, dry_run: bool) -> _Plan:
         refitting, comparing = pipeline.divide_for_compensation(found)
         calibration = pipeline.split_images(folded, refitting)[0] if folded.needs_calibration else None
         return _Plan(folded=folded, calibration=calibration, comparing=comparing, refitting=refitting)
-    if not folded.needs_calibration or (found is None and dry_run):
+    if not folded.needs_calibration or (found is None and own is None and dry_run):
         return _Plan(folded=folded, calibration=None, comparing=found)
+    if own is not None:
+        calibration, others = pipeline.split_images(folded, own)
+        return _Plan(folded=folded, calibration=calibration, comparing=found or others)
     if found is None:
         raise VitfoldError(
             "quantization calibrates on images: give --images DIR, some hundred pictures like those that "

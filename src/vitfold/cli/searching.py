@@ -14,7 +14,7 @@ from vitfold.artifacts.journal import ROWS, alone
 from vitfold.bench.environment import installed_version
 from vitfold.bench.reference import Reference, reference_outputs
 from vitfold.cli.groups import CalibrationArgs, SearchArgs
-from vitfold.cli.making import judged_images
+from vitfold.cli.making import given_images, judged_images
 from vitfold.cli.terminal import heading, note, out, print_json, working
 from vitfold.errors import VitfoldError
 from vitfold.processor import processor
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vitfold.pipeline.search import SearchContext, SearchResult
 
 ENGINES = ("cpu", "openvino")
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +37,7 @@ class Bounded:
 
     search: SearchArgs
     calibration: CalibrationArgs
+    calibration_images: Path | None
     quant: str | None
     target: str | None
 
@@ -57,25 +58,18 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Bounded, *,
     Raises:
         VitfoldError: if the images are too few, or a latency bound is met by nothing.
     """
-    from vitfold.pipeline.search import check_enough, divided_for_refitting, divided_for_search, find_arms, search
+    from vitfold.pipeline.search import check_enough, divided_for_search, find_arms, search
     from vitfold.pipeline.trials import check_decides
 
     check_decides(model.spec.head)
     images = judged_images(images, model.spec, model.labels)
-    calibration = images.sample(wanted.calibration.calibration_size, seed=wanted.calibration.calibration_seed)
-    others = images.without(calibration)
-    if others is None:
-        raise VitfoldError(
-            f"all {len(images.paths)} images of {images.root} went into calibration; give more of them, or a smaller "
-            "--calibration-size: a search chooses and verifies on others"
-        )
-    refitting, others = divided_for_refitting(others, seed=wanted.calibration.calibration_seed)
+    calibration, refitting, others = _divided(images, wanted)
     chosen, held_out = divided_for_search(others, seed=wanted.calibration.calibration_seed)
     if wanted.search.max_drop is not None:
         check_enough(len(held_out.paths), wanted.search.max_drop / 100)
     with reserve_bundle(output, overwrite=overwrite) as place, working("search") as (say, _):
         check_space(place.destination, model.size_bytes)
-        folder = _folder(model, calibration, chosen, held_out, wanted)
+        folder = _folder(model, calibration, refitting, chosen, held_out, wanted)
         with alone(folder / ROWS):
             laboratory = _laboratory(model, calibration, refitting, chosen, held_out, wanted, folder, say)
             arms = find_arms(laboratory, wanted.quants(), wanted.targets())
@@ -109,9 +103,36 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Bounded, *,
     _report(document, found, wanted)
 
 
-def _folder(model: Model, calibration: ImageSet, chosen: ImageSet, held_out: ImageSet, wanted: Bounded) -> Path:
+def _divided(images: ImageSet, wanted: Bounded) -> tuple[ImageSet, ImageSet | None, ImageSet]:
+    """Return the images for calibration, those that layers are refitted on, if any, and the others."""
+    from vitfold.pipeline.search import divided_for_refitting, enough_for_refitting
+
+    size, seed = wanted.calibration.calibration_size, wanted.calibration.calibration_seed
+    if wanted.calibration_images is not None:
+        own = given_images(wanted.calibration_images)
+        return own.sample(size, seed=seed), enough_for_refitting(own), images
+    calibration = images.sample(size, seed=seed)
+    others = images.without(calibration)
+    if others is None:
+        raise VitfoldError(
+            f"all {len(images.paths)} images of {images.root} went into calibration; give more of them, or a smaller "
+            "--calibration-size: a search chooses and verifies on others"
+        )
+    refitting, others = divided_for_refitting(others, seed=seed)
+    return calibration, refitting, others
+
+
+def _folder(
+    model: Model,
+    calibration: ImageSet,
+    refitting: ImageSet | None,
+    chosen: ImageSet,
+    held_out: ImageSet,
+    wanted: Bounded,
+) -> Path:
     """Return where the rows and bundles of this search lie, for the same command to go on with."""
-    digests = [model.digest(), chosen.digest(), held_out.digest(), calibration.digest()]
+    drawn = [images.digest() for images in (chosen, held_out, calibration, refitting) if images is not None]
+    digests = [model.digest(), *drawn]
     settings = [
         _FORMAT,
         *digests,
@@ -159,7 +180,9 @@ def _goal(laboratory: SearchContext, wanted: Bounded) -> Goal:
     from vitfold.pipeline.goals import LeastDrop, LeastLatency
 
     if wanted.search.max_drop is not None:
-        return LeastLatency(max_drop=wanted.search.max_drop / 100, screen=laboratory.screen)
+        return LeastLatency(
+            max_drop=wanted.search.max_drop / 100, screen=laboratory.screen, screen_pruned=laboratory.screen_pruned
+        )
     assert wanted.search.max_latency_ms is not None
     return LeastDrop(max_latency_ms=wanted.search.max_latency_ms, plain_ms=laboratory.plain_ms())
 
@@ -168,7 +191,7 @@ def _report(document: dict[str, Any], found: SearchResult, wanted: Bounded) -> N
     out.print(sweep_table(found.rows))
     images = document["images"]
     out.print(
-        f"calibrated on {images['calibration']} images, merging compensated on {images['refitting']}, chosen on "
+        f"calibrated on {images['calibration']} images, weights refitted on {images['refitting']}, chosen on "
         f"{images['search']}, verified on {images['held_out']}",
     )
     if found.winner is None:

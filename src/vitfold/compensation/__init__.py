@@ -1,6 +1,15 @@
 """Weights that mend what merging shifts, in closed form, from images without labels."""
 
-from vitfold.compensation.pruning import with_widths
+from vitfold.compensation.pruning import cut_to_width, with_widths
 from vitfold.compensation.refit import LEAST_IMAGES, MOST_IMAGES, Compensated, Refit, check_enough, compensate
 
-__all__ = ["LEAST_IMAGES", "MOST_IMAGES", "Compensated", "Refit", "check_enough", "compensate", "with_widths"]
+__all__ = [
+    "LEAST_IMAGES",
+    "MOST_IMAGES",
+    "Compensated",
+    "Refit",
+    "check_enough",
+    "compensate",
+    "cut_to_width",
+    "with_widths",
+]

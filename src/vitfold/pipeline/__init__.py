@@ -9,7 +9,12 @@ from vitfold.pipeline.calibration import (
     recorded_images,
     split_images,
 )
-from vitfold.pipeline.compensating import compensate_plan, divide_for_compensation, recorded_division
+from vitfold.pipeline.compensating import (
+    all_for_compensation,
+    compensate_plan,
+    divide_for_compensation,
+    recorded_division,
+)
 from vitfold.pipeline.latency import measure_latency, on_this_machine, roughly_calibrated
 from vitfold.pipeline.plan import Plan, count_costs, optimize, read_recipe
 from vitfold.pipeline.racing import Race, fastest, float_plan, race
@@ -32,6 +37,7 @@ __all__ = [
     "Plan",
     "Race",
     "Solution",
+    "all_for_compensation",
     "calibrate_plan",
     "check_forecast",
     "compensate_plan",

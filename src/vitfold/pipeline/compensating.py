@@ -38,6 +38,18 @@ def divide_for_compensation(images: ImageSet) -> tuple[ImageSet, ImageSet]:
     return chosen, images.without(chosen) or images
 
 
+def all_for_compensation(images: ImageSet) -> ImageSet:
+    """Return the images that layers are refitted on where others are compared on: as many as help.
+
+    Raises:
+        CalibrationError: if they are too few.
+    """
+    from vitfold.compensation import MOST_IMAGES, check_enough
+
+    check_enough(len(images.paths))
+    return images.sample(min(MOST_IMAGES, len(images.paths)), seed=SEED)
+
+
 def recorded_division(record: Mapping[str, Any], root: str | Path | None) -> tuple[ImageSet, ImageSet]:
     """Return the images that a bundle's layers were refitted on, checked by their digest, and others.
 
@@ -45,7 +57,11 @@ def recorded_division(record: Mapping[str, Any], root: str | Path | None) -> tup
         CalibrationError: if they are not the same any more.
     """
     folder = Path(root or record["root"])
-    chosen, others = divide_for_compensation(find_images(folder))
+    images = find_images(folder)
+    chosen, others = divide_for_compensation(images)
+    if chosen.digest() != record["digest"]:
+        chosen = all_for_compensation(images)
+        others = images.without(chosen) or images
     if chosen.digest() != record["digest"]:
         raise CalibrationError(
             f"the images of {folder} are not those that merging was compensated on; give their folder with --images "

@@ -20,17 +20,19 @@ class Arm:
     """Bits and a target, with the schedules that none beats in both predicted time and distortion.
 
     `points` run from the fastest, which distorts most, to no merging; seconds are relative to the float model's.
+    `prune` is the share of the hidden units of every MLP that goes.
     """
 
     quant: str
     target: str
     points: tuple[Point, ...]
     rule: str = "tome"
+    prune: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         points = [[seconds, distortion, list(r)] for seconds, distortion, r in self.points]
-        return {"quant": self.quant, "target": self.target, "rule": self.rule, "points": points}
+        return {"quant": self.quant, "target": self.target, "rule": self.rule, "prune": self.prune, "points": points}
 
     def attempt(self, index: int, float_sites: int = 0, *, compensate: bool = False) -> Trial:
         """Return the recipe of a point."""
@@ -38,6 +40,7 @@ class Arm:
         kept = (f"-float{float_sites}" if float_sites else "") + ("-compensated" if compensate else "")
         rule = self.rule if any(r) else "tome"  # where nothing merges all rules are one
         kept += f"-{rule}" if rule != "tome" else ""
+        kept += f"-prune{100 * self.prune:g}" if self.prune else ""
         name = f"{self.quant}-{self.target}{kept}-r{'_'.join(map(str, r))}"
         method = None if self.quant == "none" else "vitfold"
         return Trial(
@@ -49,31 +52,35 @@ class Arm:
             target=self.target,
             float_sites=float_sites,
             compensate=compensate,
+            prune=self.prune,
         )
 
 
 def arm_from_dict(values: Mapping[str, Any]) -> Arm:
     """Rebuild an arm from `Arm.to_dict`."""
     points = tuple((seconds, distortion, tuple(r)) for seconds, distortion, r in values["points"])
-    return Arm(quant=values["quant"], target=values["target"], rule=values.get("rule", "tome"), points=points)
+    rule, prune = values.get("rule", "tome"), values.get("prune", 0.0)
+    return Arm(quant=values["quant"], target=values["target"], rule=rule, prune=prune, points=points)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeastLatency:
     """The fastest recipe that drops at most `max_drop`, a share of the images, on held-out images too.
 
-    `screen` returns the drop of merging alone, by a rule.
+    `screen` returns the drop of merging alone, by a rule, `screen_pruned` that of a share of the units alone.
     """
 
     max_drop: float
     screen: Callable[[tuple[int, ...], str], Drop]
+    screen_pruned: Callable[[float], Drop]
 
     def start(self, arm: Arm) -> int:
-        """Bisect for the fastest schedule whose merging alone keeps the bound."""
+        """Bisect for the fastest schedule whose merging alone keeps what pruning leaves of the bound."""
+        bound = self.max_drop - (max(0.0, self.screen_pruned(arm.prune).drop) if arm.prune else 0.0)
         low, high = 0, len(arm.points) - 1
         while low < high:
             middle = (low + high) // 2
-            if self.screen(arm.points[middle][2], arm.rule).drop <= self.max_drop:
+            if self.screen(arm.points[middle][2], arm.rule).drop <= bound:
                 high = middle
             else:
                 low = middle + 1

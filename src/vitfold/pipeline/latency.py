@@ -17,7 +17,7 @@ from vitfold.model import Model
 from vitfold.pipeline.calibration import calibrate_plan
 from vitfold.pipeline.plan import Plan, count_costs, optimize
 from vitfold.pipeline.trial import opened, timed
-from vitfold.recipe import MergeRecipe, QuantRecipe
+from vitfold.recipe import MergeRecipe, PruneRecipe, QuantRecipe
 from vitfold.schedule.table import LatencyTable, Schedule, fit_table, probe_schedules
 
 PROBE = Protocol(trials=7, seconds=1.0)
@@ -58,15 +58,19 @@ def measure_latency(
 
 
 def roughly_calibrated(
-    model: Model, quant: QuantRecipe | None, target: str, images: ImageSet, rule: str = "tome"
+    model: Model, quant: QuantRecipe | None, target: str, images: ImageSet, rule: str = "tome", prune: float = 0.0
 ) -> Plan:
-    """Return a plan that can be timed, not one to keep: few images, the quickest method.
+    """Return a plan that can be timed, not one to keep: few images, the quickest method, any units of narrower MLPs.
 
     Raises:
         TargetError: if no engine executes it.
     """
     rough = None if quant is None else replace(quant, method="minmax", calibration_size=ROUGH_IMAGES)
     plan = optimize(model, quant=rough or "none", rule=rule, target=target)
+    if prune:
+        from vitfold.compensation import cut_to_width
+
+        plan = replace(plan, folded=cut_to_width(plan.folded, PruneRecipe(mlp=prune)))
     if plan.simulated:
         raise TargetError("what no engine executes has no time to solve for; give the tokens to merge")
     return calibrate_plan(plan, images.sample(ROUGH_IMAGES, seed=0))
@@ -87,6 +91,6 @@ def _merging(plan: Plan, r: Schedule) -> Plan:
 
 def _attention_ratio(plan: Plan) -> float:
     """Return the share of a block's work that is done on the tokens that enter it."""
-    costs = [cost for cost in count_costs(plan.model.spec, MergeRecipe(r=())) if cost.block is not None]
+    costs = [cost for cost in count_costs(plan.folded.spec, MergeRecipe(r=())) if cost.block is not None]
     attention = sum(cost.macs for cost in costs if cost.role == "attention")
     return attention / sum(cost.macs for cost in costs)

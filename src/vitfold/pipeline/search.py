@@ -20,7 +20,7 @@ from vitfold.bench.fidelity import Fidelity
 from vitfold.bench.measurement import speed_up
 from vitfold.bench.statistics import Drop
 from vitfold.engines import open_session
-from vitfold.errors import BundleError, VitfoldError
+from vitfold.errors import BundleError, RecipeError, VitfoldError
 from vitfold.images import ImageSet
 from vitfold.pipeline.goals import CLOSE, Arm, Goal, LeastLatency, arm_from_dict
 from vitfold.pipeline.latency import PROBE, measure_latency, on_this_machine, roughly_calibrated
@@ -28,8 +28,8 @@ from vitfold.pipeline.plan import optimize
 from vitfold.pipeline.solving import gentlest_rule, measure_merging
 from vitfold.pipeline.sweep import PLAIN, plain_bundle
 from vitfold.pipeline.trial import opened, timed
-from vitfold.pipeline.trials import EvalContext, Say, Trial, failed_row, measure_attempt
-from vitfold.recipe import quant_from_scheme
+from vitfold.pipeline.trials import EvalContext, Say, Trial, failed_row, measure_attempt, plan_attempt
+from vitfold.recipe import PruneRecipe, quant_from_scheme
 from vitfold.schedule.solve import frontier
 from vitfold.schedule.table import LatencyTable
 
@@ -37,6 +37,8 @@ ARMS = "arms.jsonl"
 SCREENED = "screened.jsonl"
 SCREENED_IMAGES = 500
 FLOAT_SITES = 4
+PRUNED = (0.25, 0.5)
+"""Shares of hidden units that arms may lack, where there are images to refit the others on."""
 _WORST = 0.25
 
 
@@ -79,13 +81,14 @@ class SearchContext:
     folder: Path
     say: Say
     rows: list[dict[str, Any]] = field(default_factory=list)
-    _screened: dict[tuple[tuple[int, ...], str], Drop] = field(default_factory=dict)
+    _screened: dict[tuple[tuple[int, ...], str, float], Drop] = field(default_factory=dict)
     _plain: Bundle | None = None
 
     def __post_init__(self) -> None:
         self.rows = read_rows(self.folder / ROWS)
         self._screened = {
-            (tuple(row["merge"]), row["rule"]): Drop(**row["drop"]) for row in read_rows(self.folder / SCREENED)
+            (tuple(row["merge"]), row["rule"], row.get("prune", 0.0)): Drop(**row["drop"])
+            for row in read_rows(self.folder / SCREENED)
         }
 
     @property
@@ -103,15 +106,25 @@ class SearchContext:
 
     def screen(self, r: tuple[int, ...], rule: str) -> Drop:
         """Return the drop of merging alone, on the first images."""
-        if (r, rule) not in self._screened:
-            self.say("screening schedules")
+        self.say("screening schedules")
+        return self._screen(Trial(name="", r=r, rule=rule))
+
+    def screen_pruned(self, share: float) -> Drop:
+        """Return the drop of narrower MLPs alone, on the first images."""
+        self.say(f"screening MLPs without {100 * share:g} % of their units")
+        return self._screen(Trial(name="", r=(0,) * self.trying.model.spec.num_layers, prune=share))
+
+    def _screen(self, attempt: Trial) -> Drop:
+        key = (attempt.r, attempt.rule, attempt.prune)
+        if key not in self._screened:
             some = self.trying.images.first(SCREENED_IMAGES)
-            with opened(optimize(self.trying.model, merge=list(r), rule=rule)) as session:
+            with opened(plan_attempt(attempt, self.trying)) as session:
                 outputs = run_over(session, some, self.trying.model.preprocess)
             trying = replace(self.trying, images=some, expected=_only(self.trying, some))
-            self._screened[r, rule] = drop = trying.drop(outputs)
-            append_row(self.folder / SCREENED, {"merge": list(r), "rule": rule, "drop": drop.to_dict()})
-        return self._screened[r, rule]
+            self._screened[key] = drop = trying.drop(outputs)
+            kept = {"merge": list(attempt.r), "rule": attempt.rule, "prune": attempt.prune}
+            append_row(self.folder / SCREENED, {**kept, "drop": drop.to_dict()})
+        return self._screened[key]
 
     def measure(self, attempt: Trial) -> dict[str, Any]:
         """Return the row of an attempt: a kept one whose bundle is still there, or a new one."""
@@ -148,7 +161,8 @@ def find_arms(laboratory: SearchContext, quants: Sequence[str], targets: Sequenc
     """Return the arms of an earlier run in the same folder, or build and keep them."""
     path = laboratory.folder / ARMS
     kept = read_rows(path)
-    if [(row["quant"], row["target"]) for row in kept] == [(quant, target) for quant in quants for target in targets]:
+    wanted = [(quant, target, share) for quant in quants for target in targets for share in _shares(laboratory.trying)]
+    if [(row["quant"], row["target"], row.get("prune", 0.0)) for row in kept] == wanted:
         return [arm_from_dict(row) for row in kept]
     path.unlink(missing_ok=True)
     arms = build_arms(laboratory, quants, targets)
@@ -163,16 +177,20 @@ def build_arms(laboratory: SearchContext, quants: Sequence[str], targets: Sequen
     say("choosing a merging rule")
     rule = gentlest_rule(trying.model, trying.calibration)
     plans = {
-        (quant, target): roughly_calibrated(trying.model, quant_from_scheme(quant), target, trying.calibration, rule)
+        (quant, target, share): roughly_calibrated(
+            trying.model, quant_from_scheme(quant), target, trying.calibration, rule, share
+        )
         for quant in quants
         for target in targets
+        for share in _shares(trying)
     }
     here = on_this_machine(next(iter(plans.values())))
     merging = measure_merging(trying.model, trying.calibration, **here, rule=rule, say=say)
     arms = []
     with open_session(laboratory.plain) as plain:
-        for (quant, target), plan in plans.items():
-            say(f"timing schedules of {quant} on {target}")
+        for (quant, target, share), plan in plans.items():
+            narrower = f" without {100 * share:g} % of the hidden units" if share else ""
+            say(f"timing schedules of {quant} on {target}{narrower}")
             protocol = replace(PROBE, batch=trying.protocol.batch)
             table = measure_latency(plan, protocol=protocol)
             with opened(plan) as session:
@@ -184,8 +202,23 @@ def build_arms(laboratory: SearchContext, quants: Sequence[str], targets: Sequen
                 return scale * table.block(tokens, merged)
 
             points = tuple(frontier(merging.space, seconds, _WORST))
-            arms.append(Arm(quant=quant, target=target, rule=rule, points=points))
+            arms.append(Arm(quant=quant, target=target, rule=rule, prune=share, points=points))
     return arms
+
+
+def _shares(trying: EvalContext) -> tuple[float, ...]:
+    """The shares of hidden units that arms lack: none, and others where that can be done."""
+    if trying.refitting is None:
+        return (0.0,)
+    from vitfold.compensation import cut_to_width
+
+    try:
+        folded = optimize(trying.model, quant="none").folded
+        for share in PRUNED:
+            cut_to_width(folded, PruneRecipe(mlp=share))
+    except RecipeError:
+        return (0.0,)
+    return (0.0, *PRUNED)
 
 
 def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minutes: float) -> SearchResult:
@@ -194,7 +227,8 @@ def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minute
     On every arm the trial starts where `goal` says; from what met the bound it goes on to bolder recipes, from what
     missed it to gentler ones. One whose drop comes from quantization more than from merging is tried again with its
     most sensitive sites float, one that merges too much with its merging compensated, where there are images for that.
-    What meets the bound has to keep it on held-out images too.
+    Arms of narrower MLPs start from gentler merging, by what pruning alone costs. What meets the bound has to keep it
+    on held-out images too.
     """
     ends, verified = time.monotonic() + 60 * minutes, 0
     # An arm waits with the best that it could promise at all; only when its turn comes is it found out what it does.
@@ -240,8 +274,9 @@ def _following(
 ) -> Iterator[_Step]:
     """Yield what to try behind a step that kept the bound or did not."""
     index, mends = step.index, laboratory.trying.refitting is not None and any(arm.points[step.index][2])
+    mends = mends and not arm.prune  # there merging is mended with it
     if kept:
-        bolder = goal.bolder(arm, index, compensated=step.compensate)
+        bolder = goal.bolder(arm, index, compensated=step.compensate or arm.prune > 0)
         if bolder is not None:
             yield _Step(index=bolder, compensate=step.compensate)
         elif mends and isinstance(goal, LeastLatency):
@@ -279,6 +314,14 @@ def divided_for_refitting(images: ImageSet, *, seed: int) -> tuple[ImageSet | No
         return None, images
     chosen = images.sample(count, seed=seed)
     return chosen, images.without(chosen) or images
+
+
+def enough_for_refitting(images: ImageSet) -> ImageSet | None:
+    """Return as many images as refitting layers takes; None, if they are too few."""
+    from vitfold.compensation import LEAST_IMAGES
+    from vitfold.pipeline.compensating import all_for_compensation
+
+    return all_for_compensation(images) if len(images.paths) >= LEAST_IMAGES else None
 
 
 def check_enough(images: int, max_drop: float) -> None:

@@ -60,7 +60,7 @@ def check_decides(head: Head) -> None:
 class Trial:
     """One recipe by name: r per block by a rule, bits or "none", method, target, and how many sites stay float.
 
-    `compensate` says whether layers are refitted to the merging.
+    `compensate` says whether layers are refitted to the merging, `prune` which share of the hidden units goes.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Trial:
     target: str = "cpu"
     float_sites: int = 0
     compensate: bool = False
+    prune: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, as rows begin."""
@@ -83,6 +84,7 @@ class Trial:
             "target": self.target,
             "float_sites": self.float_sites,
             "compensate": self.compensate,
+            "prune": self.prune,
         }
 
 
@@ -150,12 +152,13 @@ def plan_attempt(attempt: Trial, trying: EvalContext, *, say: Say = lambda _: No
         merge=list(attempt.r),
         rule=attempt.rule,
         compensate=attempt.compensate,
+        prune=attempt.prune or None,
         quant=quant or "none",
         target=attempt.target,
     )
     if folded.needs_compensation:
         assert trying.refitting is not None
-        say("compensating merging")
+        say("refitting weights")
         folded = compensate_plan(folded, trying.refitting)
     if quant is None:
         return folded
