@@ -24,7 +24,7 @@ class Protocol:
 
 PROTOCOLS: Mapping[str, Protocol] = {
     "quick": Protocol(),
-    # Source: the source report, table 4.3; it timed one subject after the other, here they take turns.
+    # Source: the report on ToMe and PTQ4ViT on GPUs, table 4.3 (docs/sources.md); here subjects take turns.
     "report": Protocol(batch=128, trials=5, warmup=200, iterations=1000),
 }
 

@@ -1,7 +1,8 @@
 """Calibration data: a bounded sample of what every site sees, collected in one pass.
 
-What is kept: rows of each linear layer's input, exact ranges per channel, the gradient of the loss at the same rows
-of its output, and a few images' attention operands. Memory does not grow with the number of images.
+What is kept: rows of each linear layer's input, exact ranges per channel, where asked for the gradient of a probe of
+the model's outputs at the same rows of the layer's output, and a few images' attention operands. Memory does not grow
+with the number of images.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class LinearSamples:
 
     Half of the rows are those of largest magnitude in their batch (sink tokens, which decide ranges and are
     too rare for a random sample), the others random; `share` is how many rows of the whole stream each
-    stands for. `grad` is the loss's gradient at the same rows of the output, None if it was not asked for.
+    stands for. `grad` is the gradient of `_gauss_newton_loss` at the same rows of the output, None if not asked for.
     """
 
     x: Float[Tensor, "R I"]
@@ -157,7 +158,7 @@ def collect(
     """Run a network over the examples and sample every site; kept for the next call.
 
     Args:
-        gradients: also sample the gradient of the loss at every output, for the Hessian-guided search.
+        gradients: also sample the gradient of `_gauss_newton_loss` at every output, for the Hessian-guided search.
         rows: rows per linear layer over all examples, at least one per example.
 
     Raises:

@@ -81,7 +81,7 @@ def center_norms(network: Network, quantizers: Mapping[str, Quantizer]) -> tuple
     x = s (q - z) becomes x' = x - s (m - z) with the zero point m in the middle of the codes, which is 0 in signed
     ones: an affine quantizer for a runtime that knows symmetric ones only, at no cost.
 
-    Source: reference 2.5, option 2, as RepQ-ViT (2212.08254) folds it.
+    Source: RepQ-ViT (2212.08254), which folds shifts so.
     """
     params: dict[str, Array] = dict(network.params)
     centered = dict(quantizers)

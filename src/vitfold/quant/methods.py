@@ -1,6 +1,6 @@
 """Quantization methods as recipes of parts: a table, not code.
 
-The parts themselves are `ranges`, `equalize`, `noise` and `rounding`.
+The parts themselves are `linear`, `attention`, `ranges`, `folding`, `equalize` and `rounding`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class QuantMethod:
 
     `weights` and `activations` name the error that a range is chosen by: none (minmax), a percentile of
     the samples, the rounding error itself (mse), the error of the layer's output (output), or that
-    weighted by the squared gradient of the loss (hessian). `granularity` of weights is per output channel,
+    weighted by squared Gauss-Newton probes of the outputs (hessian). `granularity` of weights is per output channel,
     or per tensor with one scale each for the Q, K and V rows of qkv. `softmax` lists the quantizers that the
     search may choose from. `equalize` names the exact fold of LayerNorm's channels, `values` folds V's channels
     into proj, `head_scales` gives every attention head ranges of its own, `noise` adds a fixed vector
@@ -54,7 +54,7 @@ class QuantMethod:
 
     @property
     def needs_gradients(self) -> bool:
-        """True if the search weights errors by the loss's gradient."""
+        """True if the search weights errors by gradients of the model's outputs."""
         return "hessian" in (self.weights, self.activations)
 
     @property
@@ -87,7 +87,7 @@ METHODS: dict[str, QuantMethod] = {
         QuantMethod(
             name="ptq4vit",
             source="PTQ4ViT, Yuan et al., ECCV 2022 (2111.12293): twin uniform quantizers in the paper's disjoint "
-            "form, Hessian-guided alternating search with Fisher samples",
+            "form, Hessian-guided alternating search with Gauss-Newton probes",
             granularity="tensor",
             symmetric=True,
             weights="hessian",

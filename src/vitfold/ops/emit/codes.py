@@ -42,8 +42,6 @@ def place(site: str, quantizer: Quantizer, target: Target, dtype: type | None = 
     Raises:
         TargetError: if the quantizer has an axis, other than 256 codes for numbers of any sign, or a type that
             the target does not multiply.
-
-    Source: reference 2.5, option 2 (zero points folded into the bias).
     """
     _check_type(site, quantizer, target)
     if isinstance(quantizer, Float8):

@@ -171,7 +171,7 @@ class Operands:
     def moved_bias(self, layer: str, site: str, weight: PlacedWeight, branches: tuple[Branch, ...]) -> Array | None:
         """b + W c - W n where a symmetric target shifted the input by c and its quantizer by n; None if neither did.
 
-        Source: reference 2.5, option 2, for c; NoisyQuant (2211.16056), equation 4, for n.
+        Source: NoisyQuant (2211.16056), equation 4, for n.
         """
         quantizer, full = self.quantizers[site], self._writer.params[f"{layer}.weight"]
         shift = np.float64(sum(float(branch.placed.shift) for branch in branches))

@@ -152,7 +152,7 @@ class Pairs(Quantized):
 
         Normalized, they are the codes times one power of two, and what is left of a column's scale is multiplied into
         the product: with a scale per column, TensorRT stores int32 accumulators as FP16, which overflow; one scale it
-        applies in FP32. Source: reference on NVIDIA's compiler, section 3.
+        applies in FP32 (docs/nvidia.md).
         """
         writer, site = self._writer, f"{layer}.w"
         if not normalized:

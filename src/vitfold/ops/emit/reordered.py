@@ -2,7 +2,7 @@
 
 LayerNorm, exp and GELU stay float. `ops.simulate` with `reordered` computes the same in float.
 
-Source: operand reordering (2504.18547); its algebra in the reference, 4.1.
+Source: operand reordering (2504.18547).
 """
 
 from __future__ import annotations
