@@ -88,7 +88,8 @@ class QuantRecipe:
     sites, glob -> "w8a8" or "float", the last match wins; `calibration_size` images are drawn with `seed`.
     `head_bits` is the least that the classifier gets, as every published table does it. `format` says what
     the bits are: integers, or 8-bit floats (E4M3). `outputs` says whether the products of qkv and fc1 are rounded
-    too, before their scale and bias (None: as the target gains from it).
+    too, before their scale and bias (None: as the target gains from it). `calibrate_merged` says whether ranges and
+    rounding are found on the model that merges, or on the one that does not.
     """
 
     weights: int = 8
@@ -100,6 +101,7 @@ class QuantRecipe:
     head_bits: int = 8
     format: Format = "integer"
     outputs: bool | None = None
+    calibrate_merged: bool = True
     sites: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -117,6 +119,8 @@ class QuantRecipe:
             raise RecipeError("quant.format float8 has 8 bits for weights and activations; leave both out")
         if self.outputs not in (None, True, False):
             raise RecipeError("quant.outputs is true or false")
+        if not isinstance(self.calibrate_merged, bool):
+            raise RecipeError("quant.calibrate_merged is true or false")
         if self.attention not in (None, True, False) or not isinstance(self.method, str):
             raise RecipeError("quant.attention is true or false, quant.method a name")
         if not isinstance(self.sites, Mapping):
@@ -292,6 +296,8 @@ class Recipe:
             del values["quant"]
         else:
             values["quant"]["sites"] = dict(self.quant.sites)
+            if self.quant.calibrate_merged:
+                del values["quant"]["calibrate_merged"]
             for name in ("attention", "outputs"):
                 if values["quant"][name] is None:
                     del values["quant"][name]

@@ -182,3 +182,14 @@ def test_named_recipes_fit_a_base_model(path: Path) -> None:
     recipe = pipeline.read_recipe(path, vit_base())
     assert recipe.quant is not None or sum(recipe.merge.r) > 0
     assert not recipe.is_lossless
+
+
+def test_ranges_may_come_from_the_model_that_does_not_merge(tiny_model: Callable[..., Model], photos: ImageSet) -> None:
+    merge = {"calibrated merged": 3, "calibrated unmerged": 3, "not merged": 0}
+    found = {}
+    for name, r in merge.items():
+        asked = QuantRecipe(method="minmax", calibrate_merged=name != "calibrated unmerged")
+        plan = pipeline.optimize(tiny_model(), merge=r, quant=asked, target="portable")
+        found[name] = pipeline.calibrate_plan(plan, photos).quantizers.digest()
+    assert found["calibrated unmerged"] == found["not merged"] != found["calibrated merged"]
+    assert "calibrate_merged" not in Recipe(quant=QuantRecipe()).to_dict()["quant"]

@@ -99,6 +99,7 @@ class RecipeArgs:
     prune_mlp: options.PruneMlp = None
     quant: options.Quant = None
     method: options.Method = None
+    calibrate_merged: options.CalibrateMerged = True
     registers: options.Registers = None
     keep_float: options.KeepFloat = 0
     target: options.Target = None

@@ -149,6 +149,7 @@ def _check(job: _Job) -> None:
     own = (
         any((wanted.merge, wanted.method, wanted.registers, wanted.recipe, wanted.compensate, wanted.prune_mlp))
         or wanted.keep_float > 0
+        or not wanted.calibrate_merged
         or job.dry_run
     )
     unnamed = wanted.recipe is not None or wanted.repeat is not None or merge.startswith("auto")
@@ -174,6 +175,12 @@ def _check(job: _Job) -> None:
         ),
         (search.max_drop is not None and search.max_latency_ms is not None, "give one of both", needs),
         (bool(search) and job.images is None, "a search measures on images: give --images DIR", "--images"),
+        (
+            not wanted.calibrate_merged
+            and ((wanted.recipe or wanted.repeat) is not None or not (wanted.quant or target.startswith("tensorrt"))),
+            "--calibrate-unmerged needs --quant, for example --quant w8a8; recipes say quant.calibrate_merged = false",
+            "--calibrate-unmerged",
+        ),
         (
             job.calibration_images is not None and wanted.repeat is not None,
             "--from takes the images that its bundle names; leave it out",
@@ -262,6 +269,8 @@ def _planned(job: _Job, found: ImageSet | None, say: Say) -> tuple[_Plan, Soluti
     read = None if wanted.recipe is None else pipeline.read_recipe(wanted.recipe, model.spec)
     implied = None if read is not None else find_target(wanted.base).implied_quant
     asked = quant_recipe(wanted.quant or implied, wanted.method, calibration)
+    if asked is not None:
+        asked = replace(asked, calibrate_merged=wanted.calibrate_merged)
     batches = wanted.batches()
     schedule: str | tuple[int, ...] | None = wanted.merge
     if wanted.merge is not None and wanted.merge.partition(":")[0] == "auto":

@@ -157,6 +157,14 @@ Method = Annotated[
         help="vitfold (default), ptq4vit, repq, noisy, smooth, mse, percentile or minmax.", rich_help_panel=RECIPE
     ),
 ]
+CalibrateMerged = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate-merged/--calibrate-unmerged",
+        help="Whether ranges and rounding are found on the model that merges, or on the one that does not.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
 Registers = Annotated[
     str | None,
     typer.Option(

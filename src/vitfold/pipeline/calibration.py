@@ -11,7 +11,7 @@ from vitfold.bench.environment import environment
 from vitfold.errors import CalibrationError, RecipeError
 from vitfold.images import ImageSet
 from vitfold.pipeline.plan import Plan, keep_fusible
-from vitfold.recipe import FLOAT, tokens_per_block
+from vitfold.recipe import FLOAT, MergeRecipe, Recipe, tokens_per_block
 from vitfold.storage.digest import file_sha256
 from vitfold.target import Target
 
@@ -33,6 +33,12 @@ def constraints_of(target: Target) -> QuantConstraints:
         uniform_only=not target.simulated,
         half_scales=target.float_type == "float16",
     )
+
+
+def calibration_merging(recipe: Recipe) -> MergeRecipe:
+    """Return the merging of the model that is calibrated: the recipe's, or none."""
+    assert recipe.quant is not None
+    return recipe.merge if recipe.quant.calibrate_merged else replace(recipe.merge, r=())
 
 
 def split_images(folded: Plan, images: ImageSet) -> tuple[ImageSet, ImageSet]:
@@ -96,9 +102,8 @@ def calibrate_plan(folded: Plan, images: ImageSet, *, progress: Progress | None 
     quant = folded.recipe.quant
     if quant is None:
         return folded
-    done = calibrate(
-        folded.folded, folded.recipe.merge, quant, images, scheme=constraints_of(folded.target), progress=progress
-    )
+    merge = calibration_merging(folded.recipe)
+    done = calibrate(folded.folded, merge, quant, images, scheme=constraints_of(folded.target), progress=progress)
     settings = environment()
     record = {
         "method": find_method(quant.method).to_dict(),
@@ -124,7 +129,8 @@ def rank_sites(
     if quant is None:
         raise RecipeError("sensitivity needs a quantization; add --quant w8a8")
     merge = folded.recipe.merge
-    done = calibrate(folded.folded, merge, quant, calibration, scheme=constraints_of(folded.target), progress=progress)
+    seen = calibration_merging(folded.recipe)
+    done = calibrate(folded.folded, seen, quant, calibration, scheme=constraints_of(folded.target), progress=progress)
     if progress is None:
         return measure_sensitivity(done, merge, images)
     return measure_sensitivity(done, merge, images, step=progress.step)
