@@ -68,7 +68,7 @@ SEARCH := $(WORK)/search
 SHARE := 0,0,0,0,0,42,36,30,0,0,0,0
 search: $(VENV)/.dev
 	mkdir -p $(SEARCH)
-	cd $(SEARCH) && $(CURDIR)/$(BIN)/vitfold optimize demo --max-drop 1.0 --images $(abspath $(CIFAR10_VAL)) --calibration-size 32 \
+	cd $(SEARCH) && $(CURDIR)/$(BIN)/vitfold optimize demo --max-drop 1.0 --images $(abspath $(CIFAR10_VAL)) --calibration-images $(abspath $(CIFAR10_TRAIN)) \
 		-o demo.fold --overwrite --json > $(CURDIR)/results/search-cifar10.json
 	rm -rf $(SEARCH)/found.fold && cp -r $(SEARCH)/demo.fold $(SEARCH)/found.fold
 	for r in 0 1 2 3 4; do $(BIN)/vitfold optimize demo --merge $$r --quant w8a8 --target openvino --images $(CIFAR10_TRAIN) --keep-slower --overwrite \

@@ -43,7 +43,7 @@ def test_what_compensation_needs_is_said_before_any_work(many: Path, tmp_path: P
     assert "--compensate needs --images" in error(*line, code=2)
     unmerged = ("optimize", *SOURCE, "--compensate", "--images", few, "-o", tmp_path / "a.fold")
     assert "--compensate needs --images" in error(*unmerged, code=2)
-    assert "15 images are too few to refit weights" in error(*line, "--images", few)
+    assert "15 of 20 are too few; give at least 342" in error(*line, "--images", few)
 
 
 def test_a_narrower_bundle_says_so_and_is_made_again(many: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_images_are_divided_once_and_found_again(many: ImageSet) -> None:
 
 
 def test_too_few_images_are_refused_before_any_work(many: ImageSet) -> None:
-    with pytest.raises(CalibrationError, match="225 images are too few to refit weights"):
+    with pytest.raises(CalibrationError, match="225 of 300 are too few; give at least 342"):
         divide_for_compensation(many.first(300))
 
 

@@ -30,10 +30,15 @@ def divide_for_compensation(images: ImageSet) -> tuple[ImageSet, ImageSet]:
     Raises:
         CalibrationError: if they are too few.
     """
-    from vitfold.compensation import MOST_IMAGES, check_enough
+    from vitfold.compensation import LEAST_IMAGES, MOST_IMAGES
 
     count = min(MOST_IMAGES, len(images.paths) - min(FIDELITY_IMAGES, len(images.paths) // 4))
-    check_enough(count)
+    if count < LEAST_IMAGES:
+        raise CalibrationError(
+            f"weights are refitted on three quarters of the images, and {count} of {len(images.paths)} are too few; "
+            f"give at least {-(-LEAST_IMAGES * 4 // 3)}, better 2000, others by --calibration-images, or leave "
+            "--compensate and --prune-mlp out"
+        )
     chosen = images.sample(count, seed=SEED)
     return chosen, images.without(chosen) or images
 
