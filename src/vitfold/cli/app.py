@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -32,6 +34,7 @@ COMMANDS = {
     "sweep": Entry(at="sweep:sweep", panel="Make", help="Try many recipes, one row each; goes on where it stopped."),
     "export": Entry(at="export:export", panel="Make", help="Write a bundle for Triton Inference Server or PyTorch."),
     "predict": Entry(at="predict:predict", panel="Run", help="Print the most probable labels of images."),
+    "map": Entry(at="map:map_images", panel="Run", help="Label or embed millions of images; goes on where it stopped."),
     "evaluate": Entry(at="evaluate:evaluate", panel="Run", help="Say how accurate and how faithful a bundle is."),
     "verify": Entry(at="verify:verify", panel="Run", help="Check a bundle's files, graph and outputs on this machine."),
     "demo": Entry(at="demo:demo", panel="Run", help="Optimize the bundled model; show speed beside accuracy."),
@@ -157,11 +160,22 @@ def main() -> None:
     any_character()
     try:
         app()
+    except SystemExit as leaving:
+        _leave_at_once(leaving.code)
+        raise
     except OSError as error:  # --help and --version write outside any command
         try:
             end_of_output(error)
         except typer.Exit as leaving:
             raise SystemExit(leaving.exit_code) from None
+
+
+def _leave_at_once(code: Any) -> None:
+    """End without waiting where Daft has threads: one that is still in Python as that ends aborts the process."""
+    if "daft" in sys.modules and (code is None or isinstance(code, int)):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
 
 
 def _ended(number: int, _: FrameType | None) -> None:

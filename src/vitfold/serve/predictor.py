@@ -156,7 +156,8 @@ class Predictor:
         """Yield one prediction per image, in order, and hold a few batches at any time, however many images there are.
 
         Args:
-            images: single images, as `__call__` takes them; a generator is read as far as batches are prepared.
+            images: single images, as `__call__` takes them; a generator is read as far as batches are prepared. An
+                `ImageError` in the place of an image says why there is none.
             batch: images per call of the engine.
             skip_bad: yield the error of an image that cannot be read in its place, instead of raising it.
 
@@ -178,6 +179,8 @@ class Predictor:
             pixels = []
             for place, item in group:
                 try:
+                    if isinstance(item, ImageError):
+                        raise item
                     pixels.append(prepared(item, preprocess))
                     found.append(_shown(item, place))
                 except ImageError as error:
