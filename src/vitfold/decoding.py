@@ -67,11 +67,11 @@ def read_image(path: str | Path, *, exif: Exif = "ignore") -> Image.Image:
         raise ImageError(f"{str(path)!r} cannot be opened ({error}); check the path") from None
 
 
-def as_image(item: Any, *, exif: Exif = "ignore") -> Image.Image:
+def as_image(item: Any, *, exif: Exif = "ignore", formats: Sequence[str] | None = None) -> Image.Image:
     """Return an image of whatever holds one, as RGB.
 
     Arrays and tensors hold 8 bits a channel, 0 to 255; a fourth channel is opacity and is dropped. A Pillow image is
-    turned by its EXIF orientation like a file.
+    turned by its EXIF orientation like a file. `formats` are those that bytes may have, all by default.
 
     Raises:
         ImageError: if it holds none; the message says what was expected.
@@ -81,7 +81,7 @@ def as_image(item: Any, *, exif: Exif = "ignore") -> Image.Image:
     if isinstance(item, Image.Image):
         return _loaded(item, "the Pillow image", exif)
     if isinstance(item, (bytes, bytearray, memoryview)):
-        return _decoded(io.BytesIO(item), f"an image of {len(item)} bytes", exif)
+        return _decoded(io.BytesIO(item), f"an image of {len(item)} bytes", exif, formats)
     if isinstance(item, np.ndarray):
         return _from_array(item)
     if _is_tensor(item):
@@ -109,7 +109,7 @@ def listed(images: Any, dimensions: int = 3) -> Sequence[Any]:
     return list(images)
 
 
-def prepared(item: Any, preprocess: Preprocess) -> Any:
+def prepared(item: Any, preprocess: Preprocess, formats: Sequence[str] | None = None) -> Any:
     """Return the model input, (3, H, W) in float32, of a file or of whatever holds an image.
 
     Of a file of NumPy, and of anything for a model that takes arrays, it is the array itself.
@@ -119,7 +119,7 @@ def prepared(item: Any, preprocess: Preprocess) -> Any:
     """
     if preprocess.arrays or is_array_file(item):
         return as_array(item, preprocess.shape)
-    return preprocess(as_image(item, exif=preprocess.exif))
+    return preprocess(as_image(item, exif=preprocess.exif, formats=formats))
 
 
 def is_array_file(item: Any) -> bool:
@@ -196,12 +196,15 @@ def _check_regular(path: str | Path) -> None:
         raise ImageError(f"{path} is {kind}, not an image file; save the image to a file and give that")
 
 
-def _decoded(source: Any, name: str, exif: Exif) -> Image.Image:
+def _decoded(source: Any, name: str, exif: Exif, formats: Sequence[str] | None = None) -> Image.Image:
     _add_heif()
+    if formats is not None:
+        Image.init()
+        formats = [one for one in formats if one in Image.OPEN]
     try:
         with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(source)
+            opened = Image.open(source, formats=formats)
         with opened as image:
             return _loaded(image, name, exif)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

@@ -35,6 +35,7 @@ COMMANDS = {
     "export": Entry(at="export:export", panel="Make", help="Write a bundle for Triton Inference Server or PyTorch."),
     "predict": Entry(at="predict:predict", panel="Run", help="Print the most probable labels of images."),
     "map": Entry(at="map:map_images", panel="Run", help="Label or embed millions of images; goes on where it stopped."),
+    "serve": Entry(at="serve:serve", panel="Run", help="Answer requests over HTTP, within bounds; a page to try it."),
     "evaluate": Entry(at="evaluate:evaluate", panel="Run", help="Say how accurate and how faithful a bundle is."),
     "verify": Entry(at="verify:verify", panel="Run", help="Check a bundle's files, graph and outputs on this machine."),
     "demo": Entry(at="demo:demo", panel="Run", help="Optimize the bundled model; show speed beside accuracy."),

@@ -191,7 +191,7 @@ class Predictor:
 
         groups = iter(lambda: list(itertools.islice(items, batch)), [])
         for found, pixels in prepared_ahead(groups, prepare):
-            made = self._run(np.stack(pixels)) if pixels else {}
+            made = self.run(np.stack(pixels)) if pixels else {}
             if pixels:
                 finite_outputs(next(iter(made.values())), [one for one in found if isinstance(one, str)])
             rows = iter(range(len(pixels)))
@@ -241,7 +241,12 @@ class Predictor:
         rows = [one.outputs[port.name] for one in self(images, batch=batch)]
         return np.stack(rows) if rows else np.empty((0, *port.shape), np.float32)
 
-    def _run(self, pixels: Num[np.ndarray, "B ..."]) -> dict[str, Float[np.ndarray, "B ..."]]:
+    def run(self, pixels: Num[np.ndarray, "B ..."]) -> dict[str, Float[np.ndarray, "B ..."]]:
+        """Return the outputs by name for images that are prepared already.
+
+        Raises:
+            EngineError: if the predictor is closed, or the graph returns what its manifest does not promise.
+        """
         with self._turn:
             made = self.session.named(pixels)
         rows = next(iter(made.values()))
