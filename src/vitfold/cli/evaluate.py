@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from vitfold.artifacts.bundle import open_bundle
 from vitfold.bench.classes import class_targets
 from vitfold.bench.evaluation import run_over
+from vitfold.bench.per_class import ClassRow, per_class
 from vitfold.bench.reference import compare_outputs, optional_reference, reference_outputs
 from vitfold.bench.zero_shot import SUFFIXES, check_embeds, read_embeds, zero_shot
 from vitfold.cli import options
@@ -157,6 +160,7 @@ def evaluate(
     run: RunArgs,
     naming: TextArgs,
     gates: Gates,
+    by_class: Annotated[bool, typer.Option("--per-class", help="Also say it of each class folder by itself.")] = False,
     exif: options.Exif = None,
     json: options.Json = False,
 ) -> None:
@@ -168,6 +172,8 @@ def evaluate(
     if not manifest.has_trained_weights:
         note("random weights: these figures say nothing about accuracy, since outputs hardly depend on the image")
     chosen = _chosen(given_images(images), limit, manifest)
+    if by_class and (chosen.classes is None or head != "single_label"):
+        raise VitfoldError("--per-class needs a classifier, and one sub-folder of --images per class")
     embeds = naming.embeds(chosen, manifest.spec)
     with (
         open_session(opened, engine=run.engine, threads=run.threads) as session,
@@ -186,18 +192,33 @@ def evaluate(
     unfolded: float | None = None
     if embeds is not None:
         fidelity, unfolded = _classified(fidelity, outputs, expected, chosen, embeds)
+    rows = per_class(outputs, chosen, labels=manifest.labels, reference=expected) if by_class else []
     if outputs.skipped:
         note(f"skipped {len(outputs.skipped)} unreadable images:")
         for one in outputs.skipped[:10]:
             note(f"  {one}")
     if json:
         zero_shot = {} if embeds is None else {"zero_shot": {"texts": naming.texts, "unfolded_top1": unfolded}}
-        print_json({**fidelity.to_dict(), **zero_shot, "engine": ran_on, "skipped": list(outputs.skipped)})
+        classes = {"classes": [asdict(row) for row in rows]} if by_class else {}
+        print_json({**fidelity.to_dict(), **zero_shot, **classes, "engine": ran_on, "skipped": list(outputs.skipped)})
     else:
         heading(opened.name, f" on {fidelity.images} images of {chosen.root}")
         for name, shown in [("engine", ran_on), *fidelity_lines(fidelity.to_dict(), head=head, unfolded=unfolded)]:
             out.print(f"  {name:10} {shown}")
+        if rows:
+            _print_classes(rows)
     gates.check(fidelity)
+
+
+def _print_classes(rows: Sequence[ClassRow]) -> None:
+    """Print a line for each class, the one that lost most first."""
+    table = Table(pad_edge=False)
+    for name in ("class", "images", "top-1", "unfolded", "agreement"):
+        table.add_column(name, justify="left" if name == "class" else "right")
+    for row in sorted(rows, key=lambda one: (one.top1 - (one.reference_top1 or 0), one.name)):
+        shares = (row.top1, row.reference_top1, row.agreement)
+        table.add_row(row.name, str(row.images), *("-" if one is None else f"{one:.2%}" for one in shares))
+    out.print(table)
 
 
 def _chosen(found: ImageSet, limit: int | None, manifest: Manifest) -> ImageSet:

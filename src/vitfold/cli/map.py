@@ -80,6 +80,7 @@ def map_images(
     wanted = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
     trial = BatchPredictor(bundle, engine=engine, threads=threads, top=top)
     chosen = check_columns(trial, wanted)
+    trial.close()
     predict = BatchPredictor(bundle, engine=engine, threads=threads, batch=batch, top=top, columns=chosen)
     facts = {
         "bundle": opened.digest,

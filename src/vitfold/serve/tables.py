@@ -62,6 +62,12 @@ class BatchPredictor:
         with _OPENING:
             return _opened(*self._key)
 
+    def close(self) -> None:
+        """Release the bundle in this process, for all copies; the next call opens it again."""
+        with _OPENING:
+            _opened(*self._key).close()
+            _opened.cache_clear()
+
     def __call__(self, batch: Any) -> Any:
         """Return a batch with the columns that the model adds.
 
