@@ -5,8 +5,8 @@
 One row for each subject: the engine alone on prepared pixels, `vitfold map`, ONNX Runtime with Pillow in a process
 pool, ONNX Runtime behind a DataLoader of torch. Rounds are interleaved: in each round every subject takes the same next
 images. Start-up (imports, opening the model) is not in the times of the peers, nor in the time of `map`, which is told
-by the moments at which its parts appear. `--whole` adds one run over the whole folder with its memory over time, and
-runs of up to a million rows in which the model takes no time.
+by the moments at which its parts appear. Beside them the processor time of an image is taken. `--whole` adds one run
+over the whole folder with its memory over time, and runs of up to a million rows in which the model takes no time.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from vitfold.artifacts.bundle import open_bundle
 from vitfold.bench.environment import environment
 from vitfold.decoding import prepared
 from vitfold.model.preprocess import Preprocess
+from vitfold.serve import BatchPredictor
 from vitfold.serve.mapping.running import Done, computed
 from vitfold.serve.predictor import open_predictor
 
@@ -156,6 +157,26 @@ def compared(bundle: Path, paths: Sequence[Path], threads: int, rounds: int, scr
     return rows
 
 
+def cpu_times(bundle: Path, paths: Sequence[Path], threads: int) -> dict[str, float]:
+    """Return the milliseconds of processor time that an image takes, which other programs hardly change."""
+    predict = BatchPredictor(bundle, threads=threads, batch=BATCH, top=5)
+    preprocess = predict.predictor.bundle.manifest.preprocess
+    pixels = np.stack([prepared(path, preprocess) for path in paths[:BATCH]])
+    work: dict[str, Callable[[], Any]] = {
+        "engine alone": lambda: [predict.predictor.session.named(pixels) for _ in range(len(paths) // BATCH)],
+        "decoding alone": lambda: [prepared(path, preprocess) for path in paths],
+        "columns of a part": lambda: predict.columns(paths),
+    }
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(3):
+        for name, call in work.items():
+            began = time.process_time()
+            call()
+            times[name].append((time.process_time() - began) / len(paths) * 1e3)
+    predict.close()
+    return {name: float(np.median(found)) for name, found in times.items()}
+
+
 def watched(words: Sequence[str], output: Path, every_s: float) -> dict[str, Any]:
     """Run a command; return its time, and its memory and finished files over time, workers included."""
     began, curve = time.time(), []
@@ -213,6 +234,7 @@ def main() -> None:
     paths = sorted(path.absolute() for path in options.folder.rglob("*.jpg"))
     found: dict[str, Any] = {"environment": environment(), "note": options.note, "threads": options.threads}
     found |= {"files": len(paths), "bytes": sum(path.stat().st_size for path in paths), "batch": BATCH}
+    found["cpu_ms_per_image"] = cpu_times(options.bundle, paths[:256], options.threads)
     with tempfile.TemporaryDirectory() as text:
         found["rows"] = compared(options.bundle, paths[: options.images], options.threads, options.rounds, Path(text))
         options.output.write_text(json.dumps(found, indent=1) + "\n")

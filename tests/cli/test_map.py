@@ -82,6 +82,13 @@ def test_a_folder_and_a_pattern(
         "part-00000001.parquet",
     ]
     assert labels(bundle, few / "**" / "*.jpg", tmp_path / "b") == expected
+    shutil.copytree(few, tmp_path / "tree")
+    (tmp_path / "tree" / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "tree" / "cat" / ".hidden.jpg").write_text("no image")
+    (tmp_path / "tree" / "circle").symlink_to(tmp_path / "tree")
+    assert labels(bundle, tmp_path / "tree", tmp_path / "c") == expected
+    (tmp_path / "tree" / "circle").unlink()
+    assert labels(bundle, tmp_path / "tree" / "**", tmp_path / "d") == expected
 
 
 def test_tables_of_paths(

@@ -83,10 +83,12 @@ def ask(
 ) -> tuple[int, Any, dict[str, str]]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     body = json.dumps(body).encode() if isinstance(body, dict) else body
-    connection.request(method or ("GET" if body is None else "POST"), path, body, headers or {})
-    response = connection.getresponse()
-    content, found = response.read(), {name.lower(): value for name, value in response.getheaders()}
-    connection.close()
+    try:
+        connection.request(method or ("GET" if body is None else "POST"), path, body, headers or {})
+        response = connection.getresponse()
+        content, found = response.read(), {name.lower(): value for name, value in response.getheaders()}
+    finally:
+        connection.close()
     is_json = found.get("content-type") == "application/json"
     return response.status, json.loads(content) if is_json else content, found
 

@@ -32,7 +32,7 @@ class Entry:
 COMMANDS = {
     "optimize": Entry(at="optimize:optimize", panel="Make", help="Make a model fast: merge tokens, quantize, verify."),
     "sweep": Entry(at="sweep:sweep", panel="Make", help="Try many recipes, one row each; goes on where it stopped."),
-    "export": Entry(at="export:export", panel="Make", help="Write a bundle for Triton Inference Server or PyTorch."),
+    "export": Entry(at="export:export", panel="Make", help="Write a bundle for Triton, Docker or PyTorch."),
     "predict": Entry(at="predict:predict", panel="Run", help="Print the most probable labels of images."),
     "map": Entry(at="map:map_images", panel="Run", help="Label or embed millions of images; goes on where it stopped."),
     "serve": Entry(at="serve:serve", panel="Run", help="Answer requests over HTTP, within bounds; a page to try it."),

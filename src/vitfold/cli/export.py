@@ -19,11 +19,11 @@ def export(
     bundle: options.BundlePath,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The model repository or folder.")],
     format: Annotated[
-        Literal["triton", "pt2", "aoti"],
+        Literal["triton", "docker", "pt2", "aoti"],
         typer.Option(
             "--format",
-            help="triton: a model of Triton Inference Server; pt2: a program of torch.export; aoti: that compiled by "
-            "AOTInductor for this machine.",
+            help="triton: a model of Triton Inference Server; docker: a folder for docker build, with `vitfold serve`; "
+            "pt2: a program of torch.export; aoti: that compiled by AOTInductor for this machine.",
         ),
     ] = "triton",
     batch: Annotated[int, typer.Option(min=1, help="Images per call of a pt2 or aoti file.")] = 1,
@@ -41,7 +41,19 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model of that name.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Write a bundle as a model of Triton Inference Server, or as a file that PyTorch loads."""
+    """Write a bundle for Triton Inference Server, for a container of its own, or as a file that PyTorch loads."""
+    if format == "docker":
+        from vitfold.serve.docker import export_docker
+
+        with steps("export") as say:
+            say("writing a docker context")
+            written = export_docker(open_bundle(bundle), output, threads=threads, overwrite=overwrite)
+        if json:
+            print_json({"path": str(written), "format": format})
+            return
+        heading(str(written), " for docker build")
+        out.print(f"  docker build -t model {written} && docker run --rm -p 8000:8000 model", soft_wrap=True)
+        return
     if format != "triton":
         require_optimize()
         from vitfold.engines.network.exporting import export_network

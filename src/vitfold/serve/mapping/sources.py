@@ -56,6 +56,7 @@ def find_source(given: str, *, column: str | None = None, ids: str | None = None
         raise VitfoldError(f"{given} is a URL; give a table on this machine, of which a column holds URLs of images")
     if not path.exists():
         found = sorted(Path(one) for one in glob.iglob(given, recursive=True))  # noqa: PTH207 (absolute patterns, too)
+        found = [one for one in found if one.is_file()] or found  # else what lies in a folder would come twice
         if not found:
             raise VitfoldError(f"nothing matches {given}; give a folder, a pattern in quotes, a table or a tar file")
     else:
@@ -135,7 +136,8 @@ def references(source: Source, *, arrays: bool) -> Iterator[Reference]:
     if source.kind == "images":
         given, root = str(Path(source.given)), str(Path(source.given).absolute())
         for path in source.files:
-            for one in _walked(str(path), kept) if path.is_dir() else (str(path),):
+            alone = (str(path),) if len(source.files) == 1 or _suffix(path.name) in kept else ()
+            for one in _walked(str(path), kept) if path.is_dir() else alone:
                 shown = given + one[len(root) :] if str(path) == root else one
                 yield shown.encode("utf-8", "backslashreplace").decode(), os.fsencode(one), -1, -1
     elif source.kind == "tar":
@@ -145,12 +147,20 @@ def references(source: Source, *, arrays: bool) -> Iterator[Reference]:
         yield from _rows(source)
 
 
-def _walked(folder: str, kept: frozenset[str]) -> Iterator[str]:
-    with os.scandir(folder) as found:
-        entries = sorted((one for one in found if not one.name.startswith(".")), key=lambda one: one.name)
+def _walked(folder: str, kept: frozenset[str], above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """Yield the images below a folder; links to folders are followed, but not in a circle."""
+    try:
+        status = os.stat(folder)  # noqa: PTH116
+        with os.scandir(folder) as found:
+            entries = sorted((one for one in found if not one.name.startswith(".")), key=lambda one: one.name)
+    except OSError as error:
+        raise VitfoldError(f"{folder} cannot be read: {error.strerror}; change its permissions, or move it") from None
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
     for entry in entries:
         if entry.is_dir():
-            yield from _walked(entry.path, kept)
+            yield from _walked(entry.path, kept, (*above, here))
         elif _suffix(entry.name) in kept:
             yield entry.path
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -29,6 +29,8 @@ from vitfold.serve.server.batching import Batcher, Outputs
 from vitfold.serve.server.protocol import HEADER_LENGTH, IMAGES, answer_of, request_of
 from vitfold.serve.server.refusing import RefusedError
 from vitfold.version import __version__
+
+T = TypeVar("T")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 """What is decoded: no format for which Pillow starts another program."""
@@ -61,7 +63,7 @@ class Server:
 
     def __init__(self, predictors: Mapping[str, Predictor], limits: Limits) -> None:
         self.limits = limits
-        self._decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
+        self._decoders = ThreadPoolExecutor(2, thread_name_prefix="prepare")
         self._active = 0
         Image.MAX_IMAGE_PIXELS = limits.pixels
         registry = self._registry = CollectorRegistry()
@@ -162,7 +164,8 @@ class Server:
 
     async def _infer(self, request: Request) -> Response:
         name, batcher = self._named(request)
-        asked, tensors = request_of(await self._body(request), request.headers.get(HEADER_LENGTH))
+        body = await self._body(request)
+        asked, tensors = await self._aside(request_of, body, request.headers.get(HEADER_LENGTH))
         port = batcher.predictor.session.parts[MAIN].inputs[0]
         if set(tensors) not in ({port.name}, {IMAGES}):
             raise RefusedError(400, f"give one input, {port.name} or {IMAGES}; found {', '.join(tensors) or 'none'}")
@@ -172,7 +175,7 @@ class Server:
         if IMAGES in tensors:
             if not isinstance(given, list):
                 raise RefusedError(400, f"{IMAGES} has the datatype BYTES")
-            pixels = [await self._decoded(batcher, one) for one in given]
+            pixels = [await self._aside(_prepared, one, batcher.predictor) for one in given]
         else:
             pixels = _rows(port.name, given, port.shape)
         made = await batcher.run(pixels)
@@ -187,8 +190,9 @@ class Server:
         top = request.query_params.get("top", "5")
         if not top.isdecimal() or not 1 <= int(top) <= 10_000:
             raise RefusedError(400, f"top has to be a whole number from 1 to 10000, found {top!r}")
-        (row,) = await batcher.run([await self._decoded(batcher, await self._file(request))])
-        return JSONResponse({"model": name, **await asyncio.to_thread(_said, batcher.predictor, row, int(top))})
+        pixels = await self._aside(_prepared, await self._file(request), batcher.predictor)
+        (row,) = await batcher.run([pixels])
+        return JSONResponse({"model": name, **await self._aside(_said, batcher.predictor, row, int(top))})
 
     def _named(self, request: Request, name: str | None = None) -> tuple[str, Batcher]:
         name = request.path_params.get("model") or name or next(iter(self._batchers))
@@ -227,10 +231,9 @@ class Server:
         except (MultiPartException, KeyError, ValueError) as error:
             raise RefusedError(400, f"the form cannot be read: {error}") from None
 
-    async def _decoded(self, batcher: Batcher, content: bytes) -> np.ndarray:
-        """Prepare an image beside others."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._decoders, _prepared, content, batcher.predictor)
+    async def _aside(self, work: Callable[..., T], *given: Any) -> T:
+        """Call a function in a thread, so that other requests go on."""
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, work, *given)
 
 
 def _prepared(content: bytes, predictor: Predictor) -> np.ndarray:
