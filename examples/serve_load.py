@@ -73,6 +73,7 @@ class Seen:
     wrong: list[str] = field(default_factory=list)
     refused: dict[str, int] = field(default_factory=dict)
     busy_s: float = 0.0
+    cpu_s: float = 0.0
     curve: list[list[float]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -152,6 +153,7 @@ def row(name: str, seen: Seen) -> dict[str, Any]:
         "first_errors": seen.wrong[:3],
         "malformed_by_status": seen.refused,
         "images_per_s": len(seen.took_s) / seen.busy_s,
+        "cpu_ms_per_answer": seen.cpu_s / len(seen.took_s) * 1e3,
         "p50_ms": p50 * 1e3,
         "p90_ms": p90 * 1e3,
         "p99_ms": p99 * 1e3,
@@ -195,12 +197,13 @@ def main() -> None:
                     )
                     for i in range(options.clients)
                 ]
-                at = time.perf_counter()
+                at, used_s = time.perf_counter(), sum(processes[name].cpu_times()[:2])
                 for one in threads:
                     one.start()
                 for one in threads:
                     one.join()
                 found[name].busy_s += time.perf_counter() - at
+                found[name].cpu_s += sum(processes[name].cpu_times()[:2]) - used_s
                 used = processes[name].memory_info().rss / 2**20
                 found[name].curve.append([round(time.perf_counter() - began), round(used, 1)])
                 print(turn, name, len(found[name].took_s), "answers", len(found[name].wrong), "errors", flush=True)
