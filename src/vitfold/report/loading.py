@@ -30,6 +30,8 @@ _OTHERS: dict[str, frozenset[str]] = {
     "audit of one graph": frozenset({"kernels", "findings"}),
     "accumulators": frozenset({"layers_beyond", "rows"}),
     "forecast": frozenset({"prediction", "rows"}),
+    "many images": frozenset({"files", "bytes", "rows"}),
+    "a server under load": frozenset({"clients", "seconds", "rows"}),
     "adaptive merging": frozenset({"model", "rows"}),
     "outliers": frozenset({"remedies", "sink_site"}),
     "a bundle of steps": frozenset({"plan", "parts", "verified"}),
