@@ -8,16 +8,18 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from vitfold import pipeline
-from vitfold.errors import ArgumentError, BundleError, VitfoldError
+from vitfold.artifacts.bundle import open_bundle
+from vitfold.errors import ArgumentError, BundleError, EngineError, ImageError, VitfoldError
 from vitfold.model import Model
 from vitfold.serve import BatchPredictor
-from vitfold.serve.predictor import open_predictor
+from vitfold.serve.predictor import Predictor, open_predictor
 
 LABELS = tuple("abcdefghij")
 
@@ -67,6 +69,23 @@ def test_a_broken_image_is_a_row(bundle: Path, encoder: Path, photos: list[Path]
     assert list(embedded) == ["bytes", "embedding", "error"]
     assert np.isnan(embedded["embedding"]).all(1).tolist() == [True, False, True]
     assert BatchPredictor(encoder)({"image": [b"", b"x"]})["embedding"].shape == (2, 32)
+
+
+class Overflowing(Predictor):
+    """A bundle whose second image of every batch overflows."""
+
+    def run(self, pixels: Any) -> Any:
+        made = super().run(pixels)
+        return {name: np.where(np.arange(len(rows))[:, None] == 1, np.nan, rows) for name, rows in made.items()}
+
+
+def test_an_output_that_is_no_number_is_a_row(bundle: Path, photos: list[Path]) -> None:
+    with Overflowing(open_bundle(bundle), threads=1) as vit:
+        found = list(vit.stream(photos, batch=4, skip_bad=True))
+        assert [isinstance(one, ImageError) for one in found] == [False, True, False, False]
+        assert "1.png is NaN or infinite" in str(found[1])
+        with pytest.raises(EngineError, match="NaN or infinite"):
+            vit(photos, batch=4)
 
 
 def test_processes_open_the_bundle_themselves(bundle: Path, photos: list[Path]) -> None:

@@ -159,12 +159,14 @@ class Predictor:
             images: single images, as `__call__` takes them; a generator is read as far as batches are prepared. An
                 `ImageError` in the place of an image says why there is none.
             batch: images per call of the engine.
-            skip_bad: yield the error of an image that cannot be read in its place, instead of raising it.
+            skip_bad: yield the error of an image that cannot be read, or whose output is NaN or infinite, in its place,
+                instead of raising it.
 
         Raises:
             ImageError: if an image cannot be read, unless `skip_bad`.
             ArgumentError: if `batch` is no number of images.
-            EngineError: if the predictor is closed, an output is NaN or infinite, or not what the bundle promises.
+            EngineError: if the predictor is closed, an output is not what the bundle promises, or, unless `skip_bad`,
+                is NaN or infinite.
         """
         check_whole("batch", batch, least=1)
         return self._stream(enumerate(images), batch, skip_bad)
@@ -192,7 +194,7 @@ class Predictor:
         groups = iter(lambda: list(itertools.islice(items, batch)), [])
         for found, pixels in prepared_ahead(groups, prepare):
             made = self.run(np.stack(pixels)) if pixels else {}
-            if pixels:
+            if pixels and not skip_bad:
                 finite_outputs(next(iter(made.values())), [one for one in found if isinstance(one, str)])
             rows = iter(range(len(pixels)))
             for one in found:
@@ -201,6 +203,9 @@ class Predictor:
                     continue
                 row = next(rows)
                 outputs = {name: values[row] for name, values in made.items()}
+                if skip_bad and not all(np.isfinite(values).all() for values in outputs.values()):
+                    yield ImageError(f"the model's output for {one} is NaN or infinite")
+                    continue
                 yield Prediction(output=next(iter(outputs.values())), labels=labels, head=head, outputs=outputs)
 
     def embed(self, images: ImageLike, *, batch: int = 8) -> Float[np.ndarray, "B ..."]:
