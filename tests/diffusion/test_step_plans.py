@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations
@@ -133,6 +136,44 @@ def test_hooks_that_others_lay_around_ours_survive_ours() -> None:
     vitfold.restore(pipe)
     assert torch.equal(draw(pipe, prompts[0], call), plain)
     assert sum(calls.values()) == 4 * STEPS
+
+
+COMPILED = """
+import torch, vitfold
+from pipes import tiny_pipe
+
+for how in ("compile_repeated_blocks", "compile"):
+    pipe, prompts, call = tiny_pipe("flux")
+    plan = vitfold.plan_steps(pipe, prompts[:1], steps=12, full=6, seeds=1, **call)
+    vitfold.accelerate(pipe, plan)
+    draw = lambda: pipe(**prompts[0], **call, num_inference_steps=12, generator=torch.Generator().manual_seed(0))[0]
+    fast = draw()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=6, fail_on_recompile_limit_hit=True):
+        getattr(pipe.transformer, how)(backend="eager")
+        torch.testing.assert_close(draw(), fast, rtol=1e-4, atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_blocks_within_the_hooks_compile() -> None:
+    """In a process of its own: a compiler would trace the checks of shapes and types that tests put into functions."""
+    paths = [str(Path(__file__).parents[1]), *sys.path]
+    asked = {"env": {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", COMPILED], check=False, **asked)
+    assert done.returncode == 0, done.stderr
+
+
+def test_parameters_that_come_later_are_refused() -> None:
+    pipe, prompts, call = tiny_pipe("flux")
+    plan = vitfold.plan_steps(pipe, prompts[:1], steps=STEPS, full=6, seeds=1, **call)
+    vitfold.accelerate(pipe, plan)
+    block = pipe.transformer.transformer_blocks[0]
+    block.lora = torch.nn.Linear(2, 2)
+    with pytest.raises(RecipeError, match="other parameters than when the plan was installed, such as a LoRA's"):
+        draw(pipe, prompts[0], call)
+    del block.lora
+    draw(pipe, prompts[0], call)
 
 
 def test_what_was_confirmed_is_what_an_accelerated_pipeline_draws(planned: Any) -> None:
@@ -295,7 +336,7 @@ def test_pipelines_that_have_no_blocks() -> None:
         vitfold.plan_steps(object(), ["a fox"])
     pipe, prompts, call = tiny_pipe("flux")
     pipe.transformer.compile()
-    with pytest.raises(RecipeError, match="transformer is compiled.*accelerate before you compile"):
+    with pytest.raises(RecipeError, match="transformer is compiled.*accelerate first, then compile"):
         vitfold.plan_steps(pipe, prompts, steps=STEPS, **call)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from vitfold.diffusion.pipelines.step_plan import (
     StepPlan,
@@ -37,7 +40,7 @@ def accelerate(pipe: Any, plan: StepPlan | str | Path) -> Any:
     transformers = denoisers(pipe)
     _check_model(pipe, plan)
     steps = Steps(scheduler=pipe.scheduler, full=frozenset(plan.full), position=plan.position)
-    installed = _Installed(plan, steps)
+    installed = _Installed(plan, steps, list(transformers.values()))
     steps.ready, steps.begin = installed.check_timesteps, installed.check_step
     steps.install()
     for name, stack in plan.stacks.items():
@@ -77,8 +80,9 @@ def _check_model(pipe: Any, plan: StepPlan) -> None:
 class _Installed:
     """What a pipeline that follows a plan checks when it is called."""
 
-    def __init__(self, plan: StepPlan, steps: Steps) -> None:
-        self.plan, self.steps = plan, steps
+    def __init__(self, plan: StepPlan, steps: Steps, transformers: Sequence[nn.Module]) -> None:
+        self.plan, self.steps, self._transformers = plan, steps, transformers
+        self._parameters = self._count()
 
     def check_call(self, pipe: Any, arguments: dict[str, Any]) -> None:
         if pipe.scheduler is not self.steps.scheduler:
@@ -86,11 +90,19 @@ class _Installed:
                 "the pipeline has another scheduler than when the plan was installed; give it the plan's scheduler and "
                 "call vitfold.accelerate(pipe, plan) anew"
             )
+        if self._count() != self._parameters:
+            raise RecipeError(
+                "the transformer has other parameters than when the plan was installed, such as a LoRA's; "
+                f"call the pipeline as it was planned, {_CURE}"
+            )
         wrong = different(guidance_of(arguments), self.plan.guidance)
         if wrong:
             raise RecipeError(
                 f"the plan is for another guidance: {'; '.join(wrong)}; call the pipeline as it was planned, {_CURE}"
             )
+
+    def _count(self) -> int:
+        return sum(1 for transformer in self._transformers for _ in transformer.parameters())
 
     def check_timesteps(self, count: int) -> None:
         if count != self.plan.timesteps:

@@ -182,7 +182,8 @@ class RestingBlocks:
                 left = {stream: argument(block, stream, args, kwargs) for stream in streams}
             return left["image"] if streams == ("image",) else tuple(left[stream] for stream in streams)
 
-        return forward
+        apart: Callable[..., Any] = torch.compiler.disable(forward, recursive=False)  # type: ignore[no-untyped-call]
+        return apart  # a compiler takes what is within
 
     def _enter(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         self._entered = {"image": argument(block, "image", args, kwargs), "text": argument(block, "text", args, kwargs)}
@@ -251,8 +252,8 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
     compiled = [name for name, one in found.items() if _is_compiled(one)]
     if compiled:
         raise RecipeError(
-            f"{compiled[0]} is compiled, and a compiled graph leaves no block out; plan and accelerate before you "
-            "compile, and compile nothing around the blocks"
+            f"{compiled[0]} is compiled, and a graph that was compiled before leaves no block out; plan and "
+            "accelerate first, then compile"
         )
     return found
 
