@@ -321,6 +321,7 @@ def test_interrupted_planning_goes_on() -> None:
         ({"full": 4, "min_psnr": 30.0}, "full and min_psnr are given; name one"),
         ({"min_psnr": -1.0}, "min_psnr must be a positive number"),
         ({"heigth": 64}, "FluxPipeline takes no argument 'heigth'"),
+        ({"num_inference_steps": 20}, "num_inference_steps is set by plan_steps itself"),
         ({"callback_on_step_end": print}, "an argument .* is a builtin_function_or_method"),
     ],
 )

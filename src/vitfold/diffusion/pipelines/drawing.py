@@ -23,6 +23,7 @@ from vitfold.errors import ArgumentError, EngineError
 from vitfold.model import Array
 
 KIND = "step-plans"
+OWN = ("num_inference_steps", "generator", "num_images_per_prompt", "num_videos_per_prompt", "return_dict")
 _SHORT = 2
 
 
@@ -55,6 +56,9 @@ class Drawer:
         self.call = dict(call)
         if "output_type" in names:
             self.call.setdefault("output_type", "np")
+        own = next((name for name in OWN if name in call), None)
+        if own is not None:
+            raise ArgumentError(f"{own} is set by plan_steps itself (steps, seeds, one image at a time); leave it out")
         unknown = sorted(set(self.call) - set(names))
         if unknown and "kwargs" not in names:
             raise ArgumentError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}; leave it out")

@@ -57,25 +57,16 @@ def plan_steps(
     """
     bound = _check(prompts, steps, full, min_psnr, max_seconds, held_out, seeds)
     restore(pipe)
-    drawer = Drawer(pipe, denoisers(pipe), steps, call)
-    prompts = list(prompts)
-    half = (len(prompts) + 1) // 2
-    solving = prompts if held_out is not None or len(prompts) == 1 else prompts[:half]
-    others = prompts if held_out is None and len(prompts) == 1 else list(held_out or prompts[half:])
-    say = say or (lambda _: None)
-    traces = []
-    for i, (prompt, seed) in enumerate((p, SEED + s) for p in solving for s in range(seeds)):
-        say(f"recording image {i + 1} of {len(solving) * seeds}")
-        traces.append(drawer.record(prompt, seed))
-    trace = _joined(traces)
-    drawer.knows(trace)
+    drawer, say = Drawer(pipe, denoisers(pipe), steps, call), say or (lambda _: None)
+    solving, others = _split(prompts, held_out)
+    trace = _recorded(drawer, [(prompt, SEED + s) for prompt in solving for s in range(seeds)], say)
     held = _HeldOut(drawer, [(prompt, HELD_OUT_SEED + s) for prompt in others for s in range(seeds)], say)
     plan = StepPlan(
         pipeline=type(pipe).__name__,
         stacks=trace.stacks,
         weights=drawer.weights,
         scheduler=scheduler_facts(pipe.scheduler),
-        guidance=guidance_of(drawer.arguments(prompts[0])),
+        guidance=guidance_of(drawer.arguments(solving[0])),
         steps=steps,
         timesteps=trace.timesteps,
         first=trace.first,
@@ -84,15 +75,19 @@ def plan_steps(
         full=tuple(range(len(trace.gram))),
         position="step",
         held_out=(),
-        remark="",
+        remark=f"{len(trace.gram)} steps leave nothing to reuse: all of so few change the image, and all are in full.",
     )
     if plan.runs <= FEW:
-        return replace(
-            plan,
-            held_out=(held.all_steps(plan.runs),),
-            remark=f"{plan.runs} steps leave nothing to reuse: every one of so few changes all, so all are in full.",
-        )
+        return replace(plan, held_out=(held.all_steps(plan.runs),))
     return _finished(plan, held, *_choose(trace, held, bound))
+
+
+def _split(prompts: Sequence[Any], held_out: Sequence[Any] | None) -> tuple[list[Any], list[Any]]:
+    """Prompts to solve on, and those to confirm on: of a single one, its other seeds confirm."""
+    if held_out is not None or len(prompts) == 1:
+        return list(prompts), list(held_out or prompts)
+    half = (len(prompts) + 1) // 2
+    return list(prompts[:half]), list(prompts[half:])
 
 
 def _check(
@@ -121,10 +116,15 @@ def _check(
     return name, float(value)
 
 
-def _joined(traces: Sequence[Trace]) -> Trace:
+def _recorded(drawer: Drawer, pairs: Sequence[tuple[Any, int]], say: Say) -> Trace:
+    traces = []
+    for i, (prompt, seed) in enumerate(pairs):
+        say(f"recording image {i + 1} of {len(pairs)}")
+        traces.append(drawer.record(prompt, seed))
     first = traces[0]
     if any(t.gram.shape != first.gram.shape or not np.array_equal(t.active, first.active) for t in traces):
         raise RecipeError("the prompts take different numbers of steps; give prompts that the pipeline draws alike")
+    drawer.knows(first)
     return replace(first, gram=np.sum([trace.gram for trace in traces], axis=0))
 
 
