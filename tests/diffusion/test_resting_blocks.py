@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
-from pipes import FAMILIES, B, Family
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from pipelining import FAMILIES, B, Family
+from vitfold.diffusion.pipelines.choosing import solve
+from vitfold.diffusion.pipelines.recording import Recorder
 from vitfold.diffusion.pipelines.stacks import Stack, StackFinder
 from vitfold.diffusion.pipelines.stepping import Steps, rest
 from vitfold.errors import UnsupportedError
@@ -143,9 +148,6 @@ def test_passes_keep_their_own_residuals_apart_or_in_one_batch() -> None:
 
 
 def test_signatures_that_pipelines_ask_for_stay_and_copies_do_not_count() -> None:
-    import copy
-    import inspect
-
     sampler = scheduler()
     before = [inspect.signature(one) for one in (sampler.step, sampler.set_timesteps)]
     steps = Steps(scheduler=sampler)
@@ -174,3 +176,47 @@ def test_no_blocks_of_one_shape() -> None:
     StackFinder(module)
     with pytest.raises(UnsupportedError, match="no list of blocks was found in Funnel"):
         module(torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+        "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+    ],
+)
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with NumPy 2
+def test_schedulers_of_all_kinds_are_counted_and_weighed(name: str, first: int) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    family = FAMILIES["dit"]
+    module, sampler = family.build(), getattr(diffusers, name)()
+    stack = stack_of(family, module)
+    recorder = Recorder(scheduler=sampler, transformers={"transformer": module}, stacks={"transformer": stack})
+    x = torch.randn(1, *family.latent[1:], generator=torch.Generator().manual_seed(0))
+    sampler.set_timesteps(8)
+    if first and hasattr(sampler, "set_begin_index"):
+        sampler.set_begin_index(first)
+    taken = sampler.timesteps[first:]
+    with torch.no_grad():
+        for t in taken:
+            at = t.reshape(1).expand(1)
+            entering = sampler.scale_model_input(x, t) if hasattr(sampler, "scale_model_input") else x
+            found = module(entering, timestep=at, class_labels=torch.tensor([3]), return_dict=False)[0]
+            x = sampler.step(found, t, x, return_dict=False)[0]
+    recorder.close()
+    trace = recorder.trace()
+    assert "step" not in vars(sampler)
+    assert (trace.first, len(trace.gram), trace.timesteps) == (first, len(taken), len(sampler.timesteps))
+    assert (trace.weights >= 0).all()
+    assert trace.weights.sum() > 0
+    assert np.isfinite(trace.gram).all()
+    assert "step" in trace.places
+    solved = solve(trace)
+    assert all(len(full) == count for count, (_, full) in solved.items())

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from pipes import FAMILIES, tiny_pipe
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import pytest
 import torch
 
 import vitfold
+from pipelining import FAMILIES, tiny_pipe
 from vitfold.diffusion.forecast import taylor
 from vitfold.diffusion.pipelines.choosing import solve
 from vitfold.diffusion.pipelines.planning import HELD_OUT_SEED
@@ -140,7 +140,7 @@ def test_hooks_that_others_lay_around_ours_survive_ours() -> None:
 
 COMPILED = """
 import torch, vitfold
-from pipes import tiny_pipe
+from pipelining import tiny_pipe
 
 for how in ("compile_repeated_blocks", "compile"):
     pipe, prompts, call = tiny_pipe("flux")

@@ -76,7 +76,7 @@ class Steps:
             if own is not self.scheduler:  # a copy of it
                 return inner(own, model_output, timestep, *args, **kwargs)
             if self.step == 0:
-                self.first = _place(own.timesteps, timestep)
+                self.first = _place(own, timestep)
             if self.begin is not None:
                 self.begin(model_output, timestep)
             found = inner(own, model_output, timestep, *args, **kwargs)
@@ -115,10 +115,14 @@ def _places(scheduler: Any) -> dict[str, list[float]]:
     return {name: places for name, places in found.items() if len(set(places)) == count}
 
 
-def _place(timesteps: Any, timestep: Any) -> int:
-    """Which of a scheduler's timesteps this is; the first of equal ones."""
+def _place(scheduler: Any, timestep: Any) -> int:
+    """Which of its timesteps a scheduler begins with: where it was told, else the first of that time."""
+    begin = getattr(scheduler, "begin_index", None)
+    if begin is not None:
+        return int(begin)
     at = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
-    return min(range(len(timesteps)), key=lambda i: (abs(float(timesteps[i]) - at), i))
+    timesteps = [float(t) for t in scheduler.timesteps]
+    return min(range(len(timesteps)), key=lambda i: (abs(timesteps[i] - at), i))
 
 
 class RestingBlocks:
