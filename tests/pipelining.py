@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -333,46 +333,134 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
+def _pair(names: Mapping[str, Callable[[int], Any]]) -> Callable[[int], dict[str, Any]]:
+    """Arguments of a prompt and of the negative one, which is the same for all."""
+    return lambda i: {
+        **{name: value(i) for name, value in names.items()},
+        **{f"negative_{name}": value(90) for name, value in names.items()},
+    }
+
+
+def _masked(width: int = 16, count: int = M, dtype: Any = torch.float32) -> Callable[[int], dict[str, Any]]:
+    return _pair(
+        {
+            "prompt_embeds": lambda i: _random(1, count, width, seed=i),
+            "prompt_attention_mask": lambda _: torch.ones(1, count, dtype=dtype),
+        }
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipe:
+    """A pipeline of diffusers around a family: what it lacks, its prompts and its call."""
+
+    kind: str
+    family: str
+    prompt: Callable[[int], dict[str, Any]]
+    call: Mapping[str, Any]
+    lacks: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
+    scheduler: tuple[str, Mapping[str, Any]] = ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+_TWO = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+_IMAGE = {"height": 64, "width": 64}
+_VIDEO = {"height": 32, "width": 32, "num_frames": 5}
+_EMBEDDED = {"prompt_embeds": lambda i: _random(1, M, 16, seed=i)}
+_POOLED = {**_EMBEDDED, "pooled_prompt_embeds": lambda i: _random(1, 8, seed=i)}
+
+PIPES: Mapping[str, Pipe] = {
+    "flux": Pipe(
+        kind="FluxPipeline",
+        family="flux",
+        lacks=_TWO,
+        prompt=lambda i: {name: value(i) for name, value in _POOLED.items()},
+        call={**_IMAGE, "guidance_scale": 3.5},
+    ),
+    "sd3": Pipe(
+        kind="StableDiffusion3Pipeline",
+        family="sd3",
+        lacks=(*_TWO, "text_encoder_3", "tokenizer_3"),
+        prompt=_pair(_POOLED),
+        call={**_IMAGE, "guidance_scale": 3.0},
+    ),
+    "wan": Pipe(
+        kind="WanPipeline",
+        family="wan",
+        prompt=_pair(_EMBEDDED),
+        call={**_VIDEO, "guidance_scale": 3.0},
+        more={"transformer_2": "wan", "boundary_ratio": 0.8},
+    ),
+    "qwen-image": Pipe(
+        kind="QwenImagePipeline",
+        family="qwen-image",
+        scheduler=("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
+        prompt=_pair({**_EMBEDDED, "prompt_embeds_mask": lambda _: torch.ones(1, M, dtype=torch.long)}),
+        call={**_IMAGE, "true_cfg_scale": 3.0},
+    ),
+    "pixart": Pipe(
+        kind="PixArtSigmaPipeline",
+        family="pixart",
+        scheduler=("DPMSolverMultistepScheduler", {}),
+        prompt=lambda i: {"negative_prompt": None, **_masked()(i)},
+        call={**_IMAGE, "use_resolution_binning": False},
+    ),
+    "sana": Pipe(
+        kind="SanaPipeline",
+        family="sana",
+        prompt=lambda i: {"negative_prompt": None, **_masked()(i)},
+        call={"height": 128, "width": 128, "use_resolution_binning": False},
+    ),
+    "cogvideox": Pipe(
+        kind="CogVideoXPipeline",
+        family="cogvideox",
+        scheduler=("CogVideoXDDIMScheduler", {}),
+        prompt=_pair({"prompt_embeds": lambda i: _random(1, M, 8, seed=i)}),
+        call={**_VIDEO, "max_sequence_length": M},
+    ),
+    "ltx": Pipe(kind="LTXPipeline", family="ltx", prompt=_masked(), call={**_IMAGE, "num_frames": 9}),
+    "hunyuan-video": Pipe(
+        kind="HunyuanVideoPipeline",
+        family="hunyuan-video",
+        lacks=_TWO,
+        prompt=lambda i: {
+            **{name: value(i) for name, value in _POOLED.items()},
+            "prompt_attention_mask": torch.ones(1, M),
+        },
+        call=_VIDEO,
+    ),
+    "lumina2": Pipe(kind="Lumina2Pipeline", family="lumina2", prompt=_masked(dtype=torch.bool), call=_IMAGE),
+    "hunyuan-dit": Pipe(
+        kind="HunyuanDiTPipeline",
+        family="hunyuan-dit",
+        lacks=(*_TWO, "safety_checker", "feature_extractor"),
+        scheduler=("DDPMScheduler", {}),
+        prompt=_pair(
+            {
+                name: make
+                for end in ("", "_2")
+                for name, make in (
+                    (f"prompt_embeds{end}", lambda i: _random(1, 4, 16, seed=i)),
+                    (f"prompt_attention_mask{end}", lambda _: torch.ones(1, 4)),
+                )
+            }
+        ),
+        call={**_IMAGE, "use_resolution_binning": False},
+        more={"requires_safety_checker": False},
+    ),
+}
+
+
 def tiny_pipe(name: str) -> tuple[Any, list[dict[str, Any]], dict[str, Any]]:
     """Return a pipeline of random weights without text encoders, prompts for it, and arguments that go with them."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    none = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    if name == "flux":
-        pipe = diffusers.FluxPipeline(scheduler=scheduler, transformer=FAMILIES["flux"].build(), **none)
-        prompts = [
-            {"prompt_embeds": _random(1, M, 16, seed=i), "pooled_prompt_embeds": _random(1, 8, seed=i)}
-            for i in range(4)
-        ]
-        call = {"height": 64, "width": 64, "guidance_scale": 3.5}
-    elif name == "sd3":
-        more = dict.fromkeys(("text_encoder_3", "tokenizer_3"))
-        pipe = diffusers.StableDiffusion3Pipeline(
-            scheduler=scheduler, transformer=FAMILIES["sd3"].build(), **none, **more
-        )
-        prompts = [
-            {
-                "prompt_embeds": _random(1, M, 16, seed=i),
-                "negative_prompt_embeds": _random(1, M, 16, seed=90),
-                "pooled_prompt_embeds": _random(1, 8, seed=i),
-                "negative_pooled_prompt_embeds": _random(1, 8, seed=90),
-            }
-            for i in range(4)
-        ]
-        call = {"height": 64, "width": 64, "guidance_scale": 3.0}
-    else:
-        first, second = (FAMILIES["wan"].build() for _ in range(2))
-        pipe = diffusers.WanPipeline(
-            scheduler=scheduler,
-            transformer=first,
-            transformer_2=second,
-            boundary_ratio=0.8,
-            **dict.fromkeys(("vae", "text_encoder", "tokenizer")),
-        )
-        prompts = [
-            {"prompt_embeds": _random(1, M, 16, seed=i), "negative_prompt_embeds": _random(1, M, 16, seed=90)}
-            for i in range(4)
-        ]
-        call = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 3.0}
+    own = PIPES[name]
+    more = {key: FAMILIES[value].build() if isinstance(value, str) else value for key, value in own.more.items()}
+    pipe = getattr(diffusers, own.kind)(
+        scheduler=getattr(diffusers, own.scheduler[0])(**own.scheduler[1]),
+        transformer=FAMILIES[own.family].build(),
+        **dict.fromkeys(own.lacks),
+        **more,
+    )
     pipe.set_progress_bar_config(disable=True)
-    return pipe, prompts, {**call, "output_type": "latent"}
+    return pipe, [own.prompt(i) for i in range(4)], {**own.call, "output_type": "latent"}

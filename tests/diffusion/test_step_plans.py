@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import vitfold
-from pipelining import FAMILIES, tiny_pipe
+from pipelining import FAMILIES, PIPES, tiny_pipe
 from vitfold.diffusion.forecast import taylor
 from vitfold.diffusion.pipelines.choosing import solve
 from vitfold.diffusion.pipelines.planning import HELD_OUT_SEED
@@ -216,6 +216,19 @@ def test_what_does_not_go_with_a_plan_is_refused_with_the_cure(planned: Any) -> 
         with pytest.raises(RecipeError, match="other weights than those of this .*a LoRA counts as other weights"):
             vitfold.accelerate(pipe, plan)
         weight.view(-1)[0] -= 1
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with NumPy 2
+@pytest.mark.parametrize("name", sorted(set(PIPES) - {"flux", "sd3", "wan"}))
+def test_pipelines_of_all_families_take_plans(name: str) -> None:
+    pipe, prompts, call = tiny_pipe(name)
+    plan = vitfold.plan_steps(pipe, prompts[:1], steps=STEPS, full=7, seeds=1, **call)
+    assert plan.held_out[1].psnr_db > plan.held_out[2].psnr_db
+    plain = draw(pipe, prompts[0], call)
+    everything = replace(plan, full=tuple(range(STEPS)))
+    assert torch.equal(draw(vitfold.accelerate(pipe, everything), prompts[0], call), plain)
+    assert not torch.equal(draw(vitfold.accelerate(pipe, plan), prompts[0], call), plain)
+    vitfold.restore(pipe)
 
 
 def test_a_negative_prompt_makes_two_passes_of_one() -> None:
