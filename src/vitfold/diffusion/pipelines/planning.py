@@ -24,6 +24,7 @@ FEW = 8
 SEED = 1_000_000
 HELD_OUT_SEED = 2_000_000
 _AS_GOOD_DB = 0.1
+_EQUAL_DB = 1000.0
 
 Say = Callable[[str], None]
 
@@ -226,19 +227,27 @@ def _within(found: dict[int, Rest], every: Row, held: _HeldOut, seconds: float) 
 
 
 def _finished(plan: StepPlan, held: _HeldOut, every: Row, chosen: Rest) -> StepPlan:
-    planned, fewer = held.resting(chosen, plan.runs), held.fewer(len(chosen.full))
-    reached, plain = (math.inf if row.psnr_db is None else row.psnr_db for row in (planned, fewer))
-    if plain >= reached - _AS_GOOD_DB:
+    """The plan beside plainly fewer steps: as many as it computes in full, and as many as take its time."""
+    planned = held.resting(chosen, plan.runs)
+    equal = min(plan.steps - 1, round(plan.steps * planned.seconds / every.seconds))
+    fewer = [held.fewer(steps) for steps in sorted({len(chosen.full), max(equal, len(chosen.full))})]
+    best = max(fewer, key=_nearness)
+    ahead = _nearness(planned) - _nearness(best)
+    if not ahead > _AS_GOOD_DB:
         remark = (
-            f"Plainly fewer steps are as good: num_inference_steps={fewer.steps} gives {_decibels(fewer)} and this "
+            f"Plainly fewer steps are as good: num_inference_steps={best.steps} gives {_decibels(best)} and this "
             f"plan {_decibels(planned)}; use them instead."
         )
     else:
         remark = (
-            f"On prompts and seeds held out the plan is {reached - plain:.1f} dB nearer to all steps than "
-            f"num_inference_steps={fewer.steps}, and takes {planned.seconds / every.seconds:.0%} of their time."
+            f"On prompts and seeds held out the plan is {ahead:.1f} dB nearer to all steps than "
+            f"num_inference_steps={best.steps}, and takes {planned.seconds / every.seconds:.0%} of their time."
         )
-    return replace(plan, full=chosen.full, position=chosen.position, held_out=(every, planned, fewer), remark=remark)
+    return replace(plan, full=chosen.full, position=chosen.position, held_out=(every, planned, *fewer), remark=remark)
+
+
+def _nearness(row: Row) -> float:
+    return _EQUAL_DB if row.psnr_db is None else row.psnr_db
 
 
 def _decibels(row: Row) -> str:
