@@ -31,6 +31,7 @@ from vitfold.version import __version__
 if TYPE_CHECKING:
     import torch
 
+    from vitfold.diffusion.pipelines import StepPlan
     from vitfold.engines.network import Network
 
 __all__ = [
@@ -54,13 +55,17 @@ __all__ = [
     "ViTSpec",
     "VitfoldError",
     "__version__",
+    "accelerate",
     "adapt",
     "find_images",
     "load",
+    "load_plan",
     "open",
     "open_bundle",
     "optimize",
+    "plan_steps",
     "read_recipe",
+    "restore",
     "save",
     "torch_module",
 ]
@@ -104,3 +109,46 @@ def torch_module(bundle: Bundle, part: str = "main") -> Network:
     from vitfold.engines.network import torch_module as module_of
 
     return module_of(bundle, part)
+
+
+def plan_steps(pipe: Any, prompts: Any, **options: Any) -> StepPlan:
+    """Return which steps of a pipeline of diffusers to compute in full, confirmed on prompts and seeds held out.
+
+    Options are those of `vitfold.diffusion.pipelines.plan_steps`: steps, full, min_psnr, max_seconds, held_out, seeds,
+    and arguments of the pipeline such as guidance_scale.
+
+    Raises:
+        VitfoldError: as its kinds say there.
+    """
+    from vitfold.diffusion import pipelines
+
+    return pipelines.plan_steps(pipe, prompts, **options)
+
+
+def accelerate(pipe: Any, plan: Any) -> Any:
+    """Let a pipeline of diffusers follow a plan, or the file of one; it is then called as before.
+
+    Raises:
+        RecipeError: if the plan is of another model, scheduler, number of steps or guidance.
+    """
+    from vitfold.diffusion import pipelines
+
+    return pipelines.accelerate(pipe, plan)
+
+
+def restore(pipe: Any) -> Any:
+    """Take a plan off a pipeline, and return the pipeline."""
+    from vitfold.diffusion import pipelines
+
+    return pipelines.restore(pipe)
+
+
+def load_plan(path: Any) -> StepPlan:
+    """Read a plan of steps that `StepPlan.save` wrote.
+
+    Raises:
+        RecipeError: if there is none, or it is damaged.
+    """
+    from vitfold.diffusion import pipelines
+
+    return pipelines.load_plan(path)

@@ -53,7 +53,7 @@ KINDS = frozenset(
             "search",
             "searches",
         ),
-        *("step-searches", "tensorrt", "texts"),
+        *("step-plans", "step-searches", "tensorrt", "texts"),
     )
 )
 """The folders of entries in a cache without the mark: an earlier one, or a folder with other things in it."""

@@ -11,14 +11,16 @@ from math import factorial
 import numpy as np
 
 Weights = tuple[float, ...]
+Place = int | float
+"""A step's number, or what its sampler counts by, such as sigma."""
 
 
-def hold(places: Sequence[int], _: int) -> Weights:
+def hold(places: Sequence[Place], _: Place) -> Weights:
     """Return the weights of the newest value."""
     return (*(0.0,) * (len(places) - 1), 1.0)
 
 
-def taylor(places: Sequence[int], at: int, *, order: int) -> Weights:
+def taylor(places: Sequence[Place], at: Place, *, order: int) -> Weights:
     """Return the weights of a Taylor series whose derivatives are repeated differences of the newest values.
 
     Equation: D_0 = F; D_(i+1) = (D_i - D_i') / d, d the distance to the place before; F(x) = sum_i D_i x^i / i!.
@@ -38,7 +40,7 @@ def taylor(places: Sequence[int], at: int, *, order: int) -> Weights:
     return tuple(float(w) for w in total)
 
 
-def chebyshev(places: Sequence[int], at: int, *, degree: int) -> Weights:
+def chebyshev(places: Sequence[Place], at: Place, *, degree: int) -> Weights:
     """Return the weights of the least-squares polynomial through all values, in Chebyshev's basis.
 
     Equation: w = t(x) T^+, T_(k, i) = T_i(x_k), with places moved to [-1, 1] where the last one asked for is 1.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vitfold.diffusion import forecast
-from vitfold.diffusion.forecast import Weights
+from vitfold.diffusion.forecast import Place, Weights
 from vitfold.diffusion.parts import Cut
 from vitfold.errors import RecipeError, nearest
 
@@ -32,7 +32,7 @@ class ReuseMethod:
     cut: Cut
     interval: int
     history: int = 1
-    forecast: Callable[[Sequence[int], int], Weights] = forecast.hold
+    forecast: Callable[[Sequence[Place], Place], Weights] = forecast.hold
     threshold: float | None = None
     guidance: bool = False
     late_interval: int | None = None
