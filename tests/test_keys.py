@@ -13,7 +13,7 @@ from quantizing import calibrating
 from vitfold.artifacts.cache import key_of
 from vitfold.quant import QuantConstraints, find_method
 from vitfold.quant.collect import samples_key
-from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe, RegistersRecipe
+from vitfold.recipe import MergeRecipe, PruneRecipe, QuantRecipe, Recipe, RegistersRecipe
 from vitfold.registers.search import remedies_key
 from vitfold.target import TARGETS
 
@@ -53,8 +53,10 @@ OTHERS: dict[type, dict[str, Any]] = {
         "head_bits": 4,
         "format": "float8",
         "outputs": True,
+        "calibrate_merged": False,
         "sites": {"head": "float"},
     },
+    PruneRecipe: {"mlp": 0.25},
     RegistersRecipe: {
         "remedy": "delete",
         "site": "blocks.1.mlp.fc1",
@@ -69,7 +71,8 @@ OTHERS: dict[type, dict[str, Any]] = {
         "neurons": 1,
     },
 }
-BASE = {MergeRecipe: MERGE, QuantRecipe: QUANT, RegistersRecipe: REGISTERS}
+PRUNE = PruneRecipe(mlp=0.5)
+BASE = {MergeRecipe: MERGE, QuantRecipe: QUANT, RegistersRecipe: REGISTERS, PruneRecipe: PRUNE}
 FIELDS = [(kind, field.name) for kind in BASE for field in fields(kind)]
 
 
@@ -106,14 +109,14 @@ def test_every_field_of_a_recipe_reaches_every_key(tiny_model, photos, kind, nam
     other = replace(base, **{name: OTHERS[kind][name]})
     assert getattr(other, name) != getattr(base, name)
     assert key_of(base) != key_of(other)
-    whole = Recipe(merge=MERGE, quant=QUANT, registers=REGISTERS)
-    place = {MergeRecipe: "merge", QuantRecipe: "quant", RegistersRecipe: "registers"}[kind]
+    whole = Recipe(merge=MERGE, quant=QUANT, registers=REGISTERS, prune=PRUNE)
+    place = {MergeRecipe: "merge", QuantRecipe: "quant", RegistersRecipe: "registers", PruneRecipe: "prune"}[kind]
     assert key_of(whole) != key_of(replace(whole, **{place: other}))
     model = tiny_model()
     if kind is MergeRecipe:
         keys = {samples_key(*calibrating(model, merge, photos), True, 0, 8, 64) for merge in (base, other)}
         assert len(keys) == 2
-    if kind is not RegistersRecipe:
+    if kind in (MergeRecipe, QuantRecipe):
         changed = {place: other}
         keys = {
             remedies_key(model, used.get("merge", MERGE), used.get("quant", QUANT), photos) for used in ({}, changed)

@@ -11,7 +11,15 @@ from vitfold.model import Architecture, Preprocess, ViTSpec, preprocess_from_dic
 from vitfold.model.graph import KIND
 from vitfold.model.sinks import Sinks
 from vitfold.model.spec import with_names_of_today
-from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe, RegistersRecipe, recipe_from_dict, tokens_per_block
+from vitfold.recipe import (
+    MergeRecipe,
+    PruneRecipe,
+    QuantRecipe,
+    Recipe,
+    RegistersRecipe,
+    recipe_from_dict,
+    tokens_per_block,
+)
 from vitfold.storage.checked import ImplausibleError, Range, as_type, check_fields, entry, section
 from vitfold.target import ENGINES
 
@@ -51,7 +59,7 @@ _PREPROCESS: dict[str, Range] = {
     "std": (1e-6, 1e3),
 }
 _RECIPE: dict[str, Range] = {"r": (0, 2**24), "calibration_size": (1, 2**31), "seed": (-(2**63), 2**63)}
-_SECTIONS = {"merge": MergeRecipe, "quant": QuantRecipe, "registers": RegistersRecipe}
+_SECTIONS = {"merge": MergeRecipe, "quant": QuantRecipe, "registers": RegistersRecipe, "prune": PruneRecipe}
 _FIDELITY: dict[str, Range] = {
     **dict.fromkeys(("top1", "top5", "agreement", "miou"), (0.0, 1.0)),
     "cosine": (-1.01, 1.01),

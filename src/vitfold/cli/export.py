@@ -22,22 +22,18 @@ def export(
         Literal["triton", "docker", "pt2", "aoti"],
         typer.Option(
             "--format",
-            help="triton: a model of Triton Inference Server; docker: a folder for docker build, with `vitfold serve`; "
-            "pt2: a program of torch.export; aoti: that compiled by AOTInductor for this machine.",
+            help="triton; docker: a folder for docker build, with `vitfold serve`; pt2: a program of "
+            "torch.export; aoti: that compiled for this machine.",
         ),
     ] = "triton",
     batch: Annotated[int, typer.Option(min=1, help="Images per call of a pt2 or aoti file.")] = 1,
-    name: Annotated[str | None, typer.Option(help="Name of the model; default: that of the bundle.")] = None,
+    name: Annotated[str | None, typer.Option(help="Default: the bundle's.")] = None,
     instances: Annotated[int, typer.Option(min=1, help="Instances that the server runs side by side.")] = 1,
     threads: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Cores of the machine that serves, which instances divide; default: those usable here."
-        ),
+        typer.Option(min=1, help="Cores that instances divide; default: those usable here."),
     ] = None,
-    max_batch: Annotated[
-        int | None, typer.Option(min=1, help="Largest batch; default: the bundle's largest, else 64.")
-    ] = None,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch; default: the bundle's, or 64.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model of that name.")] = False,
     json: options.Json = False,
 ) -> None:

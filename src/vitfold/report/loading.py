@@ -31,6 +31,7 @@ _OTHERS: dict[str, frozenset[str]] = {
     "accumulators": frozenset({"layers_beyond", "rows"}),
     "forecast": frozenset({"prediction", "rows"}),
     "many images": frozenset({"files", "bytes", "rows"}),
+    "plans of steps": frozenset({"how", "rows"}),
     "a server under load": frozenset({"clients", "seconds", "rows"}),
     "adaptive merging": frozenset({"model", "rows"}),
     "outliers": frozenset({"remedies", "sink_site"}),
@@ -43,6 +44,7 @@ _ROW_SIGNS: dict[str, frozenset[str]] = {
     "sweep": frozenset({"recipe", "merge", "quant", "drop"}),
     "bench": frozenset({"bundle", "scope"}),
     "diffusion": frozenset({"reuse", "seconds_per_image", "psnr_db"}),
+    "plans of steps": frozenset({"full", "psnr_db", "speedup_quartiles"}),
     "adaptive merging": frozenset({"mean_macs", "std_macs"}),
 }
 
