@@ -66,6 +66,8 @@ def test_what_pruning_needs_is_said_before_any_work(many: Path, tmp_path: Path) 
     assert "--prune-mlp refits weights on images" in error(*line, "--prune-mlp", 0.5, code=2)
     assert "prune.mlp is the share of the units to go" in error(*line, "--prune-mlp", 1.5, "--images", many)
     (tmp_path / "r.toml").write_text("[prune]\n")
+    planned = run(*line[:-2], "--prune-mlp", 0.5, "--images", many, "--dry-run").stdout
+    assert "of the hidden units of every MLP" in " ".join(planned.split())
     assert "[prune] says nothing" in error(*line, "--recipe", tmp_path / "r.toml", "--images", many)
     (tmp_path / "r.toml").write_text("[prune]\nmpl = 0.5\n")
     assert "unknown key prune.mpl" in error(*line, "--recipe", tmp_path / "r.toml", "--images", many)

@@ -103,6 +103,9 @@ def _print(values: dict[str, Any]) -> None:
 def _print_plan(values: dict[str, Any]) -> None:
     heading(values["source"], f" for {values['target']}")
     out.print(f"  merge     {values['schedule']}")
+    if "prune" in values["recipe"]:
+        still = "" if "bundle" in values else "; the work below still has all of them"
+        out.print(f"  prune     {percent(values['recipe']['prune']['mlp'])} of the hidden units of every MLP{still}")
     if values["quantization"]:
         shown = "simulated: no engine executes it" if values["simulated"] else "integer linear layers"
         if not values["simulated"] and values["recipe"]["quant"].get("attention"):
