@@ -7,10 +7,10 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import tomli_w
 
@@ -23,6 +23,7 @@ else:
     import tomli as tomllib
 
 
+T = TypeVar("T")
 Order = Literal["index", "score"]
 Format = Literal["integer", "float8"]
 
@@ -372,10 +373,7 @@ def check_merge(values: Mapping[str, Any], *, name: str) -> MergeRecipe:
     for key in ("prop_attn", "compensate"):
         if not isinstance(values.get(key, False), bool):
             raise RecipeError(f"{name}: merge.{key} must be true or false, found {values[key]!r}")
-    try:
-        return MergeRecipe(**{**values, "r": tuple(r)})
-    except RecipeError as error:
-        raise RecipeError(f"{name}: {error}") from None
+    return _section(MergeRecipe, {**values, "r": tuple(r)}, name)
 
 
 def check_quant(values: Mapping[str, Any], *, name: str) -> QuantRecipe:
@@ -384,10 +382,7 @@ def check_quant(values: Mapping[str, Any], *, name: str) -> QuantRecipe:
     Raises:
         RecipeError: naming the file and the key.
     """
-    try:
-        return QuantRecipe(**values)
-    except RecipeError as error:
-        raise RecipeError(f"{name}: {error}") from None
+    return _section(QuantRecipe, values, name)
 
 
 def check_registers(values: Mapping[str, Any] | None, *, name: str) -> RegistersRecipe | None:
@@ -396,13 +391,9 @@ def check_registers(values: Mapping[str, Any] | None, *, name: str) -> Registers
     Raises:
         RecipeError: naming the file and the key.
     """
-    try:
-        if values is None:
-            return None
-        read: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return RegistersRecipe(**read)
-    except RecipeError as error:
-        raise RecipeError(f"{name}: {error}") from None
+    if values is None:
+        return None
+    return _section(RegistersRecipe, {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}, name)
 
 
 def check_prune(values: Mapping[str, Any] | None, *, name: str) -> PruneRecipe | None:
@@ -415,8 +406,13 @@ def check_prune(values: Mapping[str, Any] | None, *, name: str) -> PruneRecipe |
         return None
     if "mlp" not in values:
         raise RecipeError(f"{name}: [prune] says nothing; write mlp = 0.25, or leave the section out")
+    return _section(PruneRecipe, values, name)
+
+
+def _section(kind: Callable[..., T], values: Mapping[str, Any], name: str) -> T:
+    """Make a section of its values; what is wrong with them is said of the file."""
     try:
-        return PruneRecipe(**values)
+        return kind(**values)
     except RecipeError as error:
         raise RecipeError(f"{name}: {error}") from None
 

@@ -11,8 +11,8 @@ from compensation_cases import drawn
 from test_graphs import exported
 
 from vitfold.architectures.programs import UNMERGED, forward, plain_program
-from vitfold.compensation import compensate
-from vitfold.compensation.pruning import narrowed, units_to_keep
+from vitfold.compensation import compensate, cut_to_width
+from vitfold.compensation.pruning import units_to_keep
 from vitfold.errors import RecipeError
 from vitfold.model import Model
 from vitfold.ops.run import Run
@@ -41,14 +41,6 @@ def error(exact: torch.Tensor, found: torch.Tensor) -> float:
     return float((found - exact).square().sum() / exact.square().sum())
 
 
-def sliced(model: Model) -> Model:
-    """The model with the first half of every MLP's units, nothing refitted."""
-    from vitfold.compensation.pruning import narrow_mlps
-
-    mlps = narrow_mlps(model.spec, plain_program(model.spec), HALF)
-    return narrowed(model, mlps, {layer: torch.arange(one.units) for layer, one in mlps.items()})
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_of_the_units_give_nearly_the_same(kind: str, tiny_model) -> None:
     model = tiny_model(mlp_dim=128, **KINDS[kind])
@@ -56,7 +48,7 @@ def test_half_of_the_units_give_nearly_the_same(kind: str, tiny_model) -> None:
     assert done.model.spec.mlp_dim == 64
     assert done.model.params["blocks.1.mlp.fc2.weight"].shape == (32, 64)
     exact = outputs(model)
-    assert error(exact, outputs(done.model)) < 0.5 * error(exact, outputs(sliced(model)))
+    assert error(exact, outputs(done.model)) < 0.5 * error(exact, outputs(cut_to_width(model, HALF)))
     assert [one.units for one in done.refits if one.layer.endswith("fc2")] == [64, 64]
 
 
@@ -115,7 +107,7 @@ def test_a_graph_is_pruned_like_a_written_program(tmp_path: Path) -> None:
     done = compensate(model, NONE, drawn(512), prune=HALF)
     assert done.model.spec.mlp_dim == 64
     exact = outputs(model)
-    assert error(exact, outputs(done.model)) < 0.5 * error(exact, outputs(sliced(model)))
+    assert error(exact, outputs(done.model)) < 0.5 * error(exact, outputs(cut_to_width(model, HALF)))
     assert {node.shapes[0][-1] for node in plain_program(done.model.spec).nodes if node.op == "activation"} == {64}
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,19 +124,6 @@ def test_what_was_not_measured_is_not_drawn() -> None:
     assert [plot.title for plot in figures.against_r(unmeasured)] == ["Latency against merging"]
     failed = documents.ladder()
     assert figures.ladder({**failed, "rows": [{**row, "fidelity": None} for row in failed["rows"]]}) is None
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with playwright.sync_playwright() as started:
-        try:
-            opened = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        except playwright.Error as error:
-            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
-        yield opened
-        opened.close()
 
 
 @pytest.mark.parametrize("width", [1280, 400])

@@ -315,19 +315,6 @@ def test_a_server_that_is_ended_answers_what_it_has_begun(bundle: Path) -> None:
     assert lost[0] <= 4
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with playwright.sync_playwright() as begun:
-        try:
-            opened = begun.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        except playwright.Error as error:
-            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
-        yield opened
-        opened.close()
-
-
 def test_the_page_in_a_browser(port: int, browser: Any, bundle: Path) -> None:
     page = browser.new_page()
     said: list[str] = []

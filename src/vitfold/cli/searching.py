@@ -58,20 +58,19 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Bounded, *,
     Raises:
         VitfoldError: if the images are too few, or a latency bound is met by nothing.
     """
-    from vitfold.pipeline.search import check_enough, divided_for_search, find_arms, search
+    from vitfold.pipeline.search import check_enough, find_arms, search
     from vitfold.pipeline.trials import check_decides
 
     check_decides(model.spec.head)
     images = judged_images(images, model.spec, model.labels)
-    calibration, refitting, others = _divided(images, wanted)
-    chosen, held_out = divided_for_search(others, seed=wanted.calibration.calibration_seed)
+    divided = _divided(images, wanted)
     if wanted.search.max_drop is not None:
-        check_enough(len(held_out.paths), wanted.search.max_drop / 100)
+        check_enough(len(divided.held_out.paths), wanted.search.max_drop / 100)
     with reserve_bundle(output, overwrite=overwrite) as place, working("search") as (say, _):
         check_space(place.destination, model.size_bytes)
-        folder = _folder(model, calibration, refitting, chosen, held_out, wanted)
+        folder = _folder(model, divided, wanted)
         with alone(folder / ROWS):
-            laboratory = _laboratory(model, calibration, refitting, chosen, held_out, wanted, folder, say)
+            laboratory = _laboratory(model, divided, wanted, folder, say)
             arms = find_arms(laboratory, wanted.quants(), wanted.targets())
             goal = _goal(laboratory, wanted)
             found = search(laboratory, arms, goal, minutes=wanted.search.search_minutes)
@@ -86,10 +85,10 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Bounded, *,
     document = {
         "bundle": str(output),
         "images": {
-            "calibration": len(calibration.paths),
-            "refitting": 0 if refitting is None else len(refitting.paths),
-            "search": len(chosen.paths),
-            "held_out": len(held_out.paths),
+            "calibration": len(divided.calibration.paths),
+            "refitting": 0 if divided.refitting is None else len(divided.refitting.paths),
+            "search": len(divided.chosen.paths),
+            "held_out": len(divided.held_out.paths),
         },
         "winner": None if found.winner is None else found.winner.row["recipe"],
         "held_out": None if found.winner is None else found.winner.held_out.to_dict(),
@@ -103,7 +102,25 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Bounded, *,
     _report(document, found, wanted)
 
 
-def _divided(images: ImageSet, wanted: Bounded) -> tuple[ImageSet, ImageSet | None, ImageSet]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Divided:
+    """Images for calibration, those that layers are refitted on, if any, those to choose by, and those to verify on."""
+
+    calibration: ImageSet
+    refitting: ImageSet | None
+    chosen: ImageSet
+    held_out: ImageSet
+
+
+def _divided(images: ImageSet, wanted: Bounded) -> _Divided:
+    from vitfold.pipeline.search import divided_for_search
+
+    calibration, refitting, others = _apart(images, wanted)
+    chosen, held_out = divided_for_search(others, seed=wanted.calibration.calibration_seed)
+    return _Divided(calibration=calibration, refitting=refitting, chosen=chosen, held_out=held_out)
+
+
+def _apart(images: ImageSet, wanted: Bounded) -> tuple[ImageSet, ImageSet | None, ImageSet]:
     """Return the images for calibration, those that layers are refitted on, if any, and the others."""
     from vitfold.pipeline.search import divided_for_refitting, enough_for_refitting
 
@@ -122,17 +139,10 @@ def _divided(images: ImageSet, wanted: Bounded) -> tuple[ImageSet, ImageSet | No
     return calibration, refitting, others
 
 
-def _folder(
-    model: Model,
-    calibration: ImageSet,
-    refitting: ImageSet | None,
-    chosen: ImageSet,
-    held_out: ImageSet,
-    wanted: Bounded,
-) -> Path:
+def _folder(model: Model, divided: _Divided, wanted: Bounded) -> Path:
     """Return where the rows and bundles of this search lie, for the same command to go on with."""
-    drawn = [images.digest() for images in (chosen, held_out, calibration, refitting) if images is not None]
-    digests = [model.digest(), *drawn]
+    drawn = (divided.chosen, divided.held_out, divided.calibration, divided.refitting)
+    digests = [model.digest(), *(images.digest() for images in drawn if images is not None)]
     settings = [
         _FORMAT,
         *digests,
@@ -144,16 +154,7 @@ def _folder(
     return entry_folder("searches", key_of(*settings))
 
 
-def _laboratory(
-    model: Model,
-    calibration: ImageSet,
-    refitting: ImageSet | None,
-    chosen: ImageSet,
-    held_out: ImageSet,
-    wanted: Bounded,
-    folder: Path,
-    say: Any,
-) -> SearchContext:
+def _laboratory(model: Model, divided: _Divided, wanted: Bounded, folder: Path, say: Any) -> SearchContext:
     from vitfold.pipeline.search import SearchContext
     from vitfold.pipeline.trial import SHORT
     from vitfold.pipeline.trials import EvalContext
@@ -164,16 +165,16 @@ def _laboratory(
         say("running the float model over the images, once")
         return EvalContext(
             model=model,
-            calibration=calibration,
+            calibration=divided.calibration,
             calibration_size=wanted.calibration.calibration_size,
             calibration_seed=wanted.calibration.calibration_seed,
             images=images,
             expected=reference_outputs(digest, images, model.preprocess, lambda: Reference(model=model)),
             protocol=SHORT,
-            refitting=refitting,
+            refitting=divided.refitting,
         )
 
-    return SearchContext(trying=trying(chosen), held_out=trying(held_out), folder=folder, say=say)
+    return SearchContext(trying=trying(divided.chosen), held_out=trying(divided.held_out), folder=folder, say=say)
 
 
 def _goal(laboratory: SearchContext, wanted: Bounded) -> Goal:

@@ -145,6 +145,16 @@ def narrowed(model: Model, mlps: Mapping[str, NarrowMlp], kept: Mapping[str, Int
     return with_widths(model, params)
 
 
+def can_prune(model: Model, *shares: float) -> bool:
+    """Say whether units of every block can go, in each of these shares."""
+    try:
+        for share in shares:
+            narrow_mlps(model.spec, plain_program(model.spec), PruneRecipe(mlp=share))
+    except RecipeError:
+        return False
+    return True
+
+
 def cut_to_width(model: Model, prune: PruneRecipe) -> Model:
     """Return the model with the first units of every MLP: one as fast as a pruned one, for measuring time.
 

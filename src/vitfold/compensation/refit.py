@@ -248,21 +248,26 @@ class _Walk:
         self._refits.append(Refit(layer=layer, ridge=fit.ridge, left=fit.left))
         if fit.change is None:
             return
-        change = fit.change.numpy()
-        bias = self._params.get(f"{layer}.bias", np.zeros(len(change), np.float32))
-        self._params[f"{layer}.weight"] = self._params[f"{layer}.weight"] + change[:, :-1]
-        self._params[f"{layer}.bias"] = bias + change[:, -1]
+        self._replace(layer, self._weight(layer) + fit.change)
 
     def _take_narrow(self, layer: str, sums: RidgeSums, held_out: RidgeSums) -> None:
         """Leave out the units of an MLP that its output needs least: their weights are zero from here on."""
-        weight, outputs = torch.from_numpy(self._params[f"{layer}.weight"]), len(self._params[f"{layer}.weight"])
-        bias = torch.from_numpy(self._params.get(f"{layer}.bias", np.zeros(outputs, np.float32)))
         units = self._mlps[layer].units
-        fit = fit_narrow(sums, held_out, torch.cat((weight, bias[:, None]), 1), units, RIDGES)
+        fit = fit_narrow(sums, held_out, self._weight(layer), units, RIDGES)
         self._refits.append(Refit(layer=layer, ridge=fit.ridge, left=fit.left, units=units))
         self._kept[layer] = fit.kept
-        self._params[f"{layer}.weight"] = fit.weight[:, :-1].contiguous().numpy()
-        self._params[f"{layer}.bias"] = fit.weight[:, -1].contiguous().numpy()
+        self._replace(layer, fit.weight)
+
+    def _weight(self, layer: str) -> Float[Tensor, "O J"]:
+        """A layer's weight, its bias in the last column."""
+        weight = torch.from_numpy(self._params[f"{layer}.weight"])
+        bias = self._params.get(f"{layer}.bias")
+        column = torch.zeros(len(weight)) if bias is None else torch.from_numpy(bias)
+        return torch.cat((weight, column[:, None]), 1)
+
+    def _replace(self, layer: str, weight: Float[Tensor, "O J"]) -> None:
+        self._params[f"{layer}.weight"] = weight[:, :-1].contiguous().numpy()
+        self._params[f"{layer}.bias"] = weight[:, -1].contiguous().numpy()
 
     def _next(
         self, program: Program, params: Mapping[str, Array], block: int, columns: Columns, *shown: str

@@ -20,7 +20,7 @@ from vitfold.bench.fidelity import Fidelity
 from vitfold.bench.measurement import speed_up
 from vitfold.bench.statistics import Drop
 from vitfold.engines import open_session
-from vitfold.errors import BundleError, RecipeError, VitfoldError
+from vitfold.errors import BundleError, VitfoldError
 from vitfold.images import ImageSet
 from vitfold.pipeline.goals import CLOSE, Arm, Goal, LeastLatency, arm_from_dict
 from vitfold.pipeline.latency import PROBE, measure_latency, on_this_machine, roughly_calibrated
@@ -29,7 +29,7 @@ from vitfold.pipeline.solving import gentlest_rule, measure_merging
 from vitfold.pipeline.sweep import PLAIN, plain_bundle
 from vitfold.pipeline.trial import opened, timed
 from vitfold.pipeline.trials import EvalContext, Say, Trial, failed_row, measure_attempt, plan_attempt
-from vitfold.recipe import PruneRecipe, quant_from_scheme
+from vitfold.recipe import quant_from_scheme
 from vitfold.schedule.solve import frontier
 from vitfold.schedule.table import LatencyTable
 
@@ -106,17 +106,17 @@ class SearchContext:
 
     def screen(self, r: tuple[int, ...], rule: str) -> Drop:
         """Return the drop of merging alone, on the first images."""
-        self.say("screening schedules")
-        return self._screen(Trial(name="", r=r, rule=rule))
+        return self._screen(Trial(name="", r=r, rule=rule), "schedules")
 
     def screen_pruned(self, share: float) -> Drop:
         """Return the drop of narrower MLPs alone, on the first images."""
-        self.say(f"screening MLPs without {100 * share:g} % of their units")
-        return self._screen(Trial(name="", r=(0,) * self.trying.model.spec.num_layers, prune=share))
+        unmerged = (0,) * self.trying.model.spec.num_layers
+        return self._screen(Trial(name="", r=unmerged, prune=share), f"MLPs without {100 * share:g} % of their units")
 
-    def _screen(self, attempt: Trial) -> Drop:
+    def _screen(self, attempt: Trial, shown: str) -> Drop:
         key = (attempt.r, attempt.rule, attempt.prune)
         if key not in self._screened:
+            self.say(f"screening {shown}")
             some = self.trying.images.first(SCREENED_IMAGES)
             with opened(plan_attempt(attempt, self.trying)) as session:
                 outputs = run_over(session, some, self.trying.model.preprocess)
@@ -161,17 +161,18 @@ def find_arms(laboratory: SearchContext, quants: Sequence[str], targets: Sequenc
     """Return the arms of an earlier run in the same folder, or build and keep them."""
     path = laboratory.folder / ARMS
     kept = read_rows(path)
-    wanted = [(quant, target, share) for quant in quants for target in targets for share in _shares(laboratory.trying)]
+    shares = _shares(laboratory.trying)
+    wanted = [(quant, target, share) for quant in quants for target in targets for share in shares]
     if [(row["quant"], row["target"], row.get("prune", 0.0)) for row in kept] == wanted:
         return [arm_from_dict(row) for row in kept]
     path.unlink(missing_ok=True)
-    arms = build_arms(laboratory, quants, targets)
+    arms = build_arms(laboratory, wanted)
     for arm in arms:
         append_row(path, arm.to_dict())
     return arms
 
 
-def build_arms(laboratory: SearchContext, quants: Sequence[str], targets: Sequence[str]) -> list[Arm]:
+def build_arms(laboratory: SearchContext, wanted: Sequence[tuple[str, str, float]]) -> list[Arm]:
     """Measure a latency table for every combination and the distortions once, and return the frontiers."""
     trying, say = laboratory.trying, laboratory.say
     say("choosing a merging rule")
@@ -180,9 +181,7 @@ def build_arms(laboratory: SearchContext, quants: Sequence[str], targets: Sequen
         (quant, target, share): roughly_calibrated(
             trying.model, quant_from_scheme(quant), target, trying.calibration, rule, share
         )
-        for quant in quants
-        for target in targets
-        for share in _shares(trying)
+        for quant, target, share in wanted
     }
     here = on_this_machine(next(iter(plans.values())))
     merging = measure_merging(trying.model, trying.calibration, **here, rule=rule, say=say)
@@ -210,15 +209,9 @@ def _shares(trying: EvalContext) -> tuple[float, ...]:
     """The shares of hidden units that arms lack: none, and others where that can be done."""
     if trying.refitting is None:
         return (0.0,)
-    from vitfold.compensation import cut_to_width
+    from vitfold.compensation import can_prune
 
-    try:
-        folded = optimize(trying.model, quant="none").folded
-        for share in PRUNED:
-            cut_to_width(folded, PruneRecipe(mlp=share))
-    except RecipeError:
-        return (0.0,)
-    return (0.0, *PRUNED)
+    return (0.0, *PRUNED) if can_prune(optimize(trying.model, quant="none").folded, *PRUNED) else (0.0,)
 
 
 def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minutes: float) -> SearchResult:
