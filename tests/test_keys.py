@@ -56,7 +56,11 @@ OTHERS: dict[type, dict[str, Any]] = {
         "calibrate_merged": False,
         "sites": {"head": "float"},
     },
-    PruneRecipe: {"mlp": 0.25},
+    PruneRecipe: {
+        "mlp": PruneRecipe(mlp=0.25),
+        "units": PruneRecipe(units=(32, 32)),
+        "heads": PruneRecipe(heads=(1, 1)),
+    },
     RegistersRecipe: {
         "remedy": "delete",
         "site": "blocks.1.mlp.fc1",
@@ -106,7 +110,8 @@ def test_types_tell():
 def test_every_field_of_a_recipe_reaches_every_key(tiny_model, photos, kind, name):
     """A recipe's own key, the key of calibration samples, and that of measured remedies, as far as they take it."""
     base = BASE[kind]
-    other = replace(base, **{name: OTHERS[kind][name]})
+    given = OTHERS[kind][name]
+    other = given if isinstance(given, kind) else replace(base, **{name: given})
     assert getattr(other, name) != getattr(base, name)
     assert key_of(base) != key_of(other)
     whole = Recipe(merge=MERGE, quant=QUANT, registers=REGISTERS, prune=PRUNE)

@@ -241,25 +241,66 @@ class RegistersRecipe:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
 
-_WIDTH_STEP = 32
+WIDTH_STEP = 32
 """Kernels work on so many columns at once; a narrower MLP is a multiple of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneRecipe:
-    """Which share of the hidden units of every MLP goes."""
+    """What of the blocks goes: a share `mlp` of the hidden units of every MLP, or what does not stay.
 
-    mlp: float
+    `units` are the hidden units of each block that stay, `heads` the heads of its attention; nothing of that kind goes
+    where a list is empty.
+    """
+
+    mlp: float = 0.0
+    units: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.mlp, bool) or not isinstance(self.mlp, int | float) or not 0 < self.mlp < 1:
+        if isinstance(self.mlp, bool) or not isinstance(self.mlp, int | float) or not 0 <= self.mlp < 1:
             raise RecipeError(f"prune.mlp is the share of the units to go, above 0 and below 1, found {self.mlp!r}")
         object.__setattr__(self, "mlp", float(self.mlp))
+        for name in ("units", "heads"):
+            own = getattr(self, name)
+            if not isinstance(own, list | tuple) or not all(type(one) is int and one > 0 for one in own):
+                raise RecipeError(f"prune.{name} are the {name} of each block that stay, at least 1, found {own!r}")
+            object.__setattr__(self, name, tuple(own))
+        if bool(self.mlp) == bool(self.units or self.heads):
+            raise RecipeError("[prune] names either mlp, a share such as 0.25, or units and heads of each block")
 
-    def units(self, hidden: int) -> int:
-        """Return how many of `hidden` units stay: a multiple of 32, where there are more."""
+    def units_of(self, block: int, hidden: int) -> int:
+        """Return how many of a block's `hidden` units stay; by a share a multiple of 32, where there are more.
+
+        Raises:
+            RecipeError: if the recipe keeps more than there are, or is for another number of blocks.
+        """
+        if not self.mlp:
+            return _staying("units", self.units, block, hidden)
         wanted = hidden * (1 - self.mlp)
-        return min(hidden, max(_WIDTH_STEP, round(wanted / _WIDTH_STEP) * _WIDTH_STEP))
+        return min(hidden, max(WIDTH_STEP, round(wanted / WIDTH_STEP) * WIDTH_STEP))
+
+    def heads_of(self, block: int, heads: int) -> int:
+        """Return how many of a block's heads stay.
+
+        Raises:
+            RecipeError: if the recipe keeps more than there are, or is for another number of blocks.
+        """
+        return _staying("heads", self.heads, block, heads)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON and TOML values, without what goes nowhere."""
+        values = {"mlp": self.mlp, "units": list(self.units), "heads": list(self.heads)}
+        return {name: value for name, value in values.items() if value}
+
+
+def _staying(name: str, kept: tuple[int, ...], block: int, there: int) -> int:
+    if not kept:
+        return there
+    if block >= len(kept) or kept[block] > there:
+        found = f"{len(kept)} blocks" if block >= len(kept) else f"{kept[block]}"
+        raise RecipeError(f"prune.{name} names {found}, and block {block} of this model has {there}")
+    return kept[block]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,10 +321,10 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON and TOML values."""
-        values = asdict(replace(self, registers=None))
-        del values["registers"]
-        if self.prune is None:
-            del values["prune"]
+        values = asdict(replace(self, registers=None, prune=None))
+        del values["registers"], values["prune"]
+        if self.prune is not None:
+            values["prune"] = self.prune.to_dict()
         if self.registers is not None:
             values["registers"] = self.registers.to_dict()
         values["merge"]["r"] = list(self.merge.r)
@@ -404,9 +445,7 @@ def check_prune(values: Mapping[str, Any] | None, *, name: str) -> PruneRecipe |
     """
     if values is None:
         return None
-    if "mlp" not in values:
-        raise RecipeError(f"{name}: [prune] says nothing; write mlp = 0.25, or leave the section out")
-    return _section(PruneRecipe, values, name)
+    return _section(PruneRecipe, {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}, name)
 
 
 def _section(kind: Callable[..., T], values: Mapping[str, Any], name: str) -> T:

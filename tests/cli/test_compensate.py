@@ -61,14 +61,32 @@ def test_a_narrower_bundle_says_so_and_is_made_again(many: Path, tmp_path: Path)
     assert len(run_json("predict", first, sorted(many.iterdir())[0])) == 1
 
 
+def test_a_share_of_the_work_is_divided_among_the_blocks(many: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a.fold", tmp_path / "b.fold"
+    int8 = ("--quant", "w8a8", "--target", "portable", "--method", "minmax", "--keep-slower")
+    line = ("optimize", *SOURCE, "--prune", 0.4, "--merge", "3,0", *int8, "--images", many)
+    made = run_json(*line, "-o", first)
+    whole = run_json("optimize", *SOURCE, "--merge", "3,0", "--dry-run")
+    assert made["macs"] < 0.7 * whole["macs"]
+    assert set(made["recipe"]["prune"]) == {"units", "heads"}
+    found = run_json("inspect", first)
+    assert found["recipe"]["prune"] == made["recipe"]["prune"]
+    run("optimize", "--from", first, "-o", second)
+    assert run_json("inspect", second)["digest"] == found["digest"]
+    assert len(run_json("predict", first, sorted(many.iterdir())[0])) == 1
+
+
 def test_what_pruning_needs_is_said_before_any_work(many: Path, tmp_path: Path) -> None:
     line = ("optimize", *SOURCE, "-o", tmp_path / "a.fold")
-    assert "--prune-mlp refits weights on images" in error(*line, "--prune-mlp", 0.5, code=2)
+    assert "--prune and --prune-mlp refit weights on images" in error(*line, "--prune-mlp", 0.5, code=2)
+    both = ("--prune", 0.5, "--prune-mlp", 0.5, "--images", many)
+    assert "give either --prune or --prune-mlp" in error(*line, *both, code=2)
+    assert "a share of the blocks' work, below" in error(*line, "--prune", 0.999, "--images", many)
     assert "prune.mlp is the share of the units to go" in error(*line, "--prune-mlp", 1.5, "--images", many)
     (tmp_path / "r.toml").write_text("[prune]\n")
     planned = run(*line[:-2], "--prune-mlp", 0.5, "--images", many, "--dry-run").stdout
     assert "of the hidden units of every MLP" in " ".join(planned.split())
-    assert "[prune] says nothing" in error(*line, "--recipe", tmp_path / "r.toml", "--images", many)
+    assert "[prune] names either mlp" in error(*line, "--recipe", tmp_path / "r.toml", "--images", many)
     (tmp_path / "r.toml").write_text("[prune]\nmpl = 0.5\n")
     assert "unknown key prune.mpl" in error(*line, "--recipe", tmp_path / "r.toml", "--images", many)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,12 @@ from compensation_cases import drawn
 from test_graphs import exported
 
 from vitfold.architectures.programs import UNMERGED, forward, plain_program
-from vitfold.compensation import compensate, cut_to_width
-from vitfold.compensation.pruning import units_to_keep
+from vitfold.compensation import Losses, compensate, cut_to_width, divide, losses_from_dict, measure_losses
+from vitfold.compensation.pruning import kept_by_count
 from vitfold.errors import RecipeError
-from vitfold.model import Model
+from vitfold.model import Model, spec_from_dict, spec_to_dict
 from vitfold.ops.run import Run
-from vitfold.program.queries import HiddenRows, hidden_rows
+from vitfold.program.queries import HiddenRows, head_rows, hidden_rows
 from vitfold.recipe import MergeRecipe, PruneRecipe
 
 HALF = PruneRecipe(mlp=0.5)
@@ -39,6 +41,12 @@ def outputs(model: Model, merge: MergeRecipe = UNMERGED) -> torch.Tensor:
 def error(exact: torch.Tensor, found: torch.Tensor) -> float:
     """Relative and squared."""
     return float((found - exact).square().sum() / exact.square().sum())
+
+
+def kept_of(square: torch.Tensor, cross: torch.Tensor, count: int, width: int = 1) -> list[int]:
+    """Which units stay where so many do."""
+    ((_, kept),) = kept_by_count(square, cross, (count,), width)
+    return kept.tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,7 +86,7 @@ def test_of_two_equal_units_one_stays() -> None:
     x[:, 5] = x[:, 2]
     weight = torch.randn(3, 9, generator=draw)
     x = torch.cat((x, torch.ones(200, 1)), 1)
-    kept = units_to_keep(x.T @ x, weight @ x.T @ x, 7).tolist()
+    kept = kept_of(x.T @ x, weight @ x.T @ x, 7)
     assert len(kept) == 7
     assert (2 in kept) != (5 in kept)
 
@@ -94,7 +102,7 @@ def test_the_best_single_unit_to_go_is_found() -> None:
         rest = x[:, [column for column in range(7) if column != gone]]
         return float((y - rest @ torch.linalg.lstsq(rest, y).solution).square().sum())
 
-    kept = units_to_keep(x.T @ x, y.T @ x, 5).tolist()
+    kept = kept_of(x.T @ x, y.T @ x, 5)
     assert set(range(6)) - set(kept) == {min(range(6), key=missed)}
 
 
@@ -125,5 +133,127 @@ def test_what_cannot_be_pruned_is_refused(tiny_model) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5])
 def test_a_share_is_between_0_and_1(share: float) -> None:
-    with pytest.raises(RecipeError, match="prune.mlp is the share of the units to go"):
+    with pytest.raises(RecipeError, match=r"prune.mlp is the share of the units to go|names either mlp, a share"):
         PruneRecipe(mlp=share)
+
+
+UNEVEN = PruneRecipe(heads=(1, 3), units=(32, 96))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "normed heads"])
+def test_blocks_keep_heads_and_units_of_their_own(kind: str, tiny_model) -> None:
+    model = tiny_model(mlp_dim=128, **({"qk_norm": True} if kind == "normed heads" else KINDS[kind]))
+    done = compensate(model, NONE, drawn(512), prune=UNEVEN)
+    spec = done.model.spec
+    assert (spec.block_heads, spec.block_mlp_dims, spec.num_heads, spec.mlp_dim) == ((1, 3), (32, 96), 3, 96)
+    assert done.model.params["blocks.0.attn.proj.weight"].shape == (32, spec.head_dim)
+    exact = outputs(model)
+    assert error(exact, outputs(done.model)) < 0.6 * error(exact, outputs(cut_to_width(model, UNEVEN)))
+    assert spec_from_dict(json.loads(json.dumps(spec_to_dict(spec)))) == spec
+
+
+def test_the_head_that_nothing_needs_goes_and_costs_nothing(tiny_model) -> None:
+    model = tiny_model()
+    params, width = dict(model.params), model.spec.head_dim
+    for block in range(2):
+        name = f"blocks.{block}.attn.proj.weight"
+        params[name] = params[name].copy()
+        params[name][:, width : 2 * width] = 0.0
+    model = model.with_params(model.spec, params)
+    kept = model.spec.num_heads - 1
+    done = compensate(model, NONE, drawn(512), prune=PruneRecipe(heads=(kept, kept)))
+    assert done.model.spec.num_heads == kept
+    assert error(outputs(model), outputs(done.model)) < 1e-3
+
+
+def test_merging_matches_by_the_heads_that_stay(tiny_model) -> None:
+    """What was refitted is what is deployed: the error that the record tells is that of the model."""
+    model, merge = tiny_model(mlp_dim=128), MergeRecipe(r=(4, 4), order="index")
+    images = drawn(512)
+    done = compensate(model, merge, images, prune=UNEVEN)
+    held = torch.from_numpy(images.arrays[0][7::8])
+    with torch.inference_mode():
+        exact = forward(Run(model.params), model.spec, UNMERGED, held)
+        found = forward(Run(done.model.params), done.model.spec, merge, held)
+    errors = (found - exact).square().sum(1) / exact.square().sum(1)
+    assert float(errors.mean()) == pytest.approx(done.error_after, rel=1e-4)
+
+
+def test_heads_of_a_graph_go_like_those_of_a_written_program(tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    given = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
+    model = exported(tmp_path, timm.models.vision_transformer.VisionTransformer(**given).eval())
+    assert head_rows(plain_program(model.spec), "blocks.1.attn.proj") is not None
+    done = compensate(model, NONE, drawn(512), prune=UNEVEN)
+    program = plain_program(done.model.spec)
+    assert [node.shapes[0][1] for node in program.nodes if node.op == "attention"] == [1, 3]
+    assert [node.shapes[0][-1] for node in program.nodes if node.op == "activation"] == [32, 96]
+    exact = outputs(model)
+    assert error(exact, outputs(done.model)) < 0.6 * error(exact, outputs(cut_to_width(model, UNEVEN)))
+
+
+def test_a_share_goes_where_the_output_loses_least(tiny_model) -> None:
+    """A block whose MLP nothing needs gives its units before others do."""
+    model = tiny_model(mlp_dim=128)
+    params = dict(model.params)
+    params["blocks.1.mlp.fc2.weight"] = 1e-4 * params["blocks.1.mlp.fc2.weight"]
+    model = model.with_params(model.spec, params)
+    losses = measure_losses(model, drawn(512))
+    assert losses_from_dict(json.loads(json.dumps(losses.to_dict()))) == losses
+    assert max(losses.units[1].values()) < 1e-4 < losses.units[0][32]
+    assert losses.units[0][32] > losses.units[0][64] > losses.units[0][96] > losses.units[0][128] == 0.0
+    units = divide(losses, [(1.0, 1.0)] * 2, 0.3).units
+    assert units[1] < units[0]
+
+
+def test_of_all_divisions_the_best_is_found() -> None:
+    """Against trying each, at shares where one of them lies on the lower hull."""
+    losses = Losses(
+        heads=({3: 0.0, 2: 0.1, 1: 0.5}, {3: 0.0, 2: 0.3, 1: 0.4}), units=({64: 0.0, 32: 0.2}, {64: 0.0, 32: 1.0})
+    )
+    costs = [(32.0, 1.0), (16.0, 1.0)]
+    whole = 3 * 32 + 3 * 16 + 2 * 64
+    for share in (0.1, 0.2, 0.25, 0.4):
+        found = divide(losses, costs, share)
+
+        def lost(heads: tuple[int, ...], units: tuple[int, ...]) -> tuple[float, float]:
+            cost = sum(c[0] * h + c[1] * u for c, h, u in zip(costs, heads, units, strict=True))
+            return cost, sum(of[h] for of, h in zip(losses.heads, heads, strict=True)) + sum(
+                of[u] for of, u in zip(losses.units, units, strict=True)
+            )
+
+        cost, loss = lost(found.heads, found.units)
+        assert cost <= (1 - share) * whole
+        every = [lost(h, u) for h in product((1, 2, 3), repeat=2) for u in product((32, 64), repeat=2)]
+        assert all(other >= loss or price > cost for price, other in every)
+
+
+def test_more_than_can_go_is_refused(tiny_model) -> None:
+    losses = Losses(heads=(), units=({64: 0.0, 32: 0.2}, {64: 0.0, 32: 1.0}))
+    for share in (0.6, 0.0, 1.2):
+        with pytest.raises(RecipeError, match=r"a share of the blocks' work, below 0.50"):
+            divide(losses, [(0.0, 1.0)] * 2, share)
+    for prune, told in (
+        (PruneRecipe(heads=(9, 9)), "names 9, and block 0"),
+        (PruneRecipe(units=(32,)), "names 1 blocks"),
+    ):
+        with pytest.raises(RecipeError, match=told):
+            compensate(tiny_model(), NONE, drawn(512), prune=prune)
+    for values in ({}, {"mlp": 0.5, "heads": (1, 1)}, {"units": (0, 1)}, {"heads": (True,)}):
+        with pytest.raises(RecipeError, match="prune"):
+            PruneRecipe(**values)
+
+
+def test_heads_that_are_not_parted_straight_from_a_layer_stay(tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    given = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
+    model = exported(tmp_path, timm.models.vision_transformer.VisionTransformer(**given, qk_norm=True).eval())
+    with pytest.raises(RecipeError, match="the heads of block 0 cannot be pruned"):
+        compensate(model, NONE, drawn(512), prune=PruneRecipe(heads=(1, 1)))
+    losses = measure_losses(model, drawn(512))
+    assert losses.heads == ()
+    assert len(losses.units) == 2

@@ -122,7 +122,7 @@ MANIFESTS: tuple[tuple[str, str, Change, str], ...] = (
     ("a merge too large", "float", put("recipe", "merge", "r", [9, 2]), "r = 9 is too large for block 0"),
     ("an unknown rule", "float", put("recipe", "merge", "rule", "best"), "merge.rule is tome, nearest"),
     ("a section that no recipe has", "float", put("recipe", "shrink", {}), "unknown section [shrink]"),
-    ("pruning without a share", "float", put("recipe", "prune", {}), "recipe.prune.mlp is missing"),
+    ("pruning without a share", "float", put("recipe", "prune", {}), "names either mlp, a share"),
     ("a share of text", "float", put("recipe", "prune", {"mlp": "half"}), "has to be a number"),
     ("all units gone", "float", put("recipe", "prune", {"mlp": 1.0}), "prune.mlp is the share of the units to go"),
     ("nine bits", "int8", put("recipe", "quant", "weights", 9), "quant.weights must be 2 to 8 bits, found 9"),

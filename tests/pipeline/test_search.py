@@ -14,6 +14,7 @@ from vitfold.errors import VitfoldError
 from vitfold.pipeline import search as search_module
 from vitfold.pipeline.goals import Arm, LeastDrop, LeastLatency, arm_from_dict
 from vitfold.pipeline.search import Verdict, check_enough, search
+from vitfold.recipe import PruneRecipe
 
 POINTS = tuple((0.1 + 0.1 * i, 0.1 * (9 - i), (90 - 10 * i, 0, 0)) for i in range(10))
 
@@ -53,8 +54,8 @@ class SearchContext:
         found = drop(self.merging(r) + self.hidden)
         return replace(found, low=found.low - self.hidden)
 
-    def screen_pruned(self, share: float) -> Drop:
-        return drop(share * self.pruning)
+    def screen_pruned(self, prune: PruneRecipe) -> Drop:
+        return drop(prune.mlp * self.pruning)
 
     def measure(self, attempt: Any) -> dict[str, Any]:
         self.tried.append(attempt.name)
@@ -62,11 +63,12 @@ class SearchContext:
         seconds *= 0.5 if attempt.target == "openvino" else 1.0
         seconds = 2.0 if attempt.target in self.slower else seconds
         cost = self.quantizing / (10 if attempt.float_sites else 1) if attempt.quant == "w8a8" else 0.0
-        seconds *= 1.0 - 0.6 * attempt.prune
+        share = 0.0 if attempt.prune is None else attempt.prune.mlp
+        seconds *= 1.0 - 0.6 * share
         mended = (self.mended or 1.0) if attempt.compensate else 1.0
         row = {
             **attempt.to_dict(),
-            "drop": drop(self.merging(attempt.r) * mended + cost + attempt.prune * self.pruning).to_dict(),
+            "drop": drop(self.merging(attempt.r) * mended + cost + share * self.pruning).to_dict(),
             "latency_ns": {"median": seconds * 1e7},
             "speedup": {"median": 1 / seconds, "low": 0.99 / seconds, "high": 1.01 / seconds},
             "error": None,
@@ -113,7 +115,7 @@ def test_the_fastest_arm_is_tried_first_and_nothing_that_promises_less_after_it(
 def test_a_narrower_arm_wins_where_its_units_cost_little(pruning: float, winner: str) -> None:
     """It starts where merging keeps what pruning leaves of the bound."""
     laboratory = SearchContext(mended=0.9, pruning=pruning)
-    narrower = replace(arm(factor=0.7), prune=0.5)
+    narrower = replace(arm(factor=0.7), share=0.5, prune=PruneRecipe(mlp=0.5))
     found = run(laboratory, [arm(), narrower], least_latency(laboratory))
     assert found.winner is not None
     assert found.winner.row["recipe"] == winner

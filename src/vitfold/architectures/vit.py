@@ -59,12 +59,12 @@ def transformer_block(ops: Ops[T], spec: ViTSpec, block: int, x: T) -> T:
     """Attention, then MLP, each behind a norm and added to the residual stream: (B, N, D) -> (B, N, D)."""
     site = f"blocks.{block}"
     ops.scope(f"{site}.attn", block, "attention")
-    q, k, v = ops.heads(f"{site}.attn.qkv", ops.layer_norm(f"{site}.norm1", x, spec.norm_eps), 3, spec.num_heads)
+    q, k, v = ops.heads(f"{site}.attn.qkv", ops.layer_norm(f"{site}.norm1", x, spec.norm_eps), 3, spec.heads_of(block))
     if spec.qk_norm:
         q = ops.layer_norm(f"{site}.attn.q_norm", q, spec.norm_eps)
         k = ops.layer_norm(f"{site}.attn.k_norm", k, spec.norm_eps)
     y = ops.attention(f"{site}.attn", q, k, v, None)
-    y = ops.reshape(ops.transpose(y, (0, 2, 1, 3)), (spec.tokens, spec.attention_dim))
+    y = ops.reshape(ops.transpose(y, (0, 2, 1, 3)), (spec.tokens, spec.attention_dim_of(block)))
     y = ops.linear(f"{site}.attn.proj", y)
     if spec.layer_scale:
         y = ops.multiply(y, ops.param(f"{site}.ls1"))

@@ -48,8 +48,8 @@ _SIZE: Range = (1, 2**16)
 _WIDTH: Range = (1, 2**20)
 _SPEC: dict[str, Range] = {
     **dict.fromkeys(("image_size", "patch_size"), _SIZE),
-    **dict.fromkeys(("channels", "num_layers", "num_heads", "head_dim"), _SIZE),
-    **dict.fromkeys(("embed_dim", "mlp_dim"), _WIDTH),
+    **dict.fromkeys(("channels", "num_layers", "num_heads", "head_dim", "block_heads"), _SIZE),
+    **dict.fromkeys(("embed_dim", "mlp_dim", "block_mlp_dims"), _WIDTH),
     **dict.fromkeys(("registers", "map_heads", "map_mlp_width", "outputs"), (0, 2**24)),
     "norm_eps": (0.0, 1.0),
 }
@@ -58,7 +58,13 @@ _PREPROCESS: dict[str, Range] = {
     "mean": (-1e3, 1e3),
     "std": (1e-6, 1e3),
 }
-_RECIPE: dict[str, Range] = {"r": (0, 2**24), "calibration_size": (1, 2**31), "seed": (-(2**63), 2**63)}
+_RECIPE: dict[str, Range] = {
+    "units": _WIDTH,
+    "heads": _SIZE,
+    "r": (0, 2**24),
+    "calibration_size": (1, 2**31),
+    "seed": (-(2**63), 2**63),
+}
 _SECTIONS = {"merge": MergeRecipe, "quant": QuantRecipe, "registers": RegistersRecipe, "prune": PruneRecipe}
 _FIDELITY: dict[str, Range] = {
     **dict.fromkeys(("top1", "top5", "agreement", "miou"), (0.0, 1.0)),
@@ -182,8 +188,9 @@ def _compensation(values: dict[str, Any] | None) -> dict[str, Any] | None:
         entry(section(layer, at), "layer", str, at)
         entry(layer, "ridge", float | None, at, (0.0, 1e9))
         entry(layer, "left_ratio", float, at, (-1.0, 1e9))
-        if "units" in layer:
-            entry(layer, "units", int, at, _WIDTH)
+        for key in ("units", "heads"):
+            if key in layer:
+                entry(layer, key, int, at, _WIDTH)
     return values
 
 

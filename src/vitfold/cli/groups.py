@@ -96,6 +96,7 @@ class RecipeArgs:
     merge: options.Merge = None
     merge_rule: options.MergeRule = "tome"
     compensate: options.Compensate = False
+    prune: options.Prune = None
     prune_mlp: options.PruneMlp = None
     quant: options.Quant = None
     method: options.Method = None
@@ -112,7 +113,8 @@ class RecipeArgs:
     @property
     def chosen(self) -> bool:
         """Whether an option names a part of the recipe."""
-        return any(one is not None for one in (self.merge, self.quant, self.method, self.registers, self.prune_mlp))
+        named = (self.merge, self.quant, self.method, self.registers, self.prune, self.prune_mlp)
+        return any(one is not None for one in named)
 
     @property
     def base(self) -> str:

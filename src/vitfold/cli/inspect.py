@@ -160,11 +160,14 @@ def _needs(manifest: Manifest) -> str:
 def _compensated(record: Mapping[str, Any]) -> str:
     """What refitted layers gained on held-out images."""
     refitted = sum(layer["ridge"] is not None for layer in record["layers"])
-    units = sorted({layer["units"] for layer in record["layers"] if "units" in layer})
-    if units:
+    left = []
+    for key, name in (("heads", "heads"), ("units", "hidden units")):
+        counts = sorted({layer[key] for layer in record["layers"] if key in layer})
+        left += [f"{' or '.join(map(str, counts))} {name} left"] if counts else []
+    if left:
         return (
-            f"{refitted} layers on {record['images']} images, {' or '.join(map(str, units))} hidden units left; error "
-            f"of the output {record['error_after']:.3g} on {record['held_out']} held-out ones"
+            f"{refitted} layers on {record['images']} images, {', '.join(left)}; error of the output "
+            f"{record['error_after']:.3g} on {record['held_out']} held-out ones"
         )
     return (
         f"{refitted} layers on {record['images']} images; error of the output {record['error_before']:.3g} before, "

@@ -26,13 +26,16 @@ from vitfold.cli.terminal import Say, counted, note, quiet_stdout, skipped, step
 from vitfold.decoding import check_readable
 from vitfold.errors import GateError, ImageError, VitfoldError
 from vitfold.images import find_images
+from vitfold.recipe import MergeRecipe
+from vitfold.schedule import resolve_r
 from vitfold.target import find_target
 
 if TYPE_CHECKING:
     from vitfold.images import ImageSet
     from vitfold.model import Model
     from vitfold.pipeline import Plan, Solution
-    from vitfold.recipe import QuantRecipe
+    from vitfold.pipeline.plan import Merge
+    from vitfold.recipe import PruneRecipe, QuantRecipe
     from vitfold.registers import RemedySearchResult
 
 
@@ -147,7 +150,8 @@ def _check(job: _Job) -> None:
     wanted, search = job.wanted, job.search
     merge, target, needs = wanted.merge or "", wanted.target or "", "--max-drop, --max-latency-ms"
     own = (
-        any((wanted.merge, wanted.method, wanted.registers, wanted.recipe, wanted.compensate, wanted.prune_mlp))
+        any((wanted.merge, wanted.method, wanted.registers, wanted.recipe, wanted.compensate))
+        or (wanted.prune, wanted.prune_mlp) != (None, None)
         or wanted.keep_float > 0
         or not wanted.calibrate_merged
         or job.dry_run
@@ -192,15 +196,22 @@ def _check(job: _Job) -> None:
             "--compensate",
         ),
         (
-            wanted.prune_mlp is not None and unseen,
-            "--prune-mlp refits weights on images: give --images DIR, some 2000 like those that the model will see",
+            (wanted.prune, wanted.prune_mlp) != (None, None) and unseen,
+            "--prune and --prune-mlp refit weights on images: give --images DIR, some 2000 like those that the model "
+            "will see",
             "--images",
         ),
         (
             bool(search) and own,
-            "a search chooses --merge, --compensate, --prune-mlp, --method, --registers, --keep-float and recipes; "
+            "a search chooses --merge, --compensate, --prune, --method, --registers, --keep-float and recipes; "
             "leave them out",
             needs,
+        ),
+        (None not in (wanted.prune, wanted.prune_mlp), "give either --prune or --prune-mlp", "--prune"),
+        (
+            wanted.prune is not None and wanted.repeat is not None,
+            "--from takes the recipe of its bundle; leave it out",
+            "--prune",
         ),
         (bool(search) and job.source is None, "a search needs SOURCE", "SOURCE"),
         (
@@ -276,19 +287,19 @@ def _planned(job: _Job, found: ImageSet | None, say: Say) -> tuple[_Plan, Soluti
     if wanted.merge is not None and wanted.merge.partition(":")[0] == "auto":
         solution = _solved(model, found, wanted, say, asked)
         schedule = solution.r
+    own = None if job.calibration_images is None else given_images(job.calibration_images)
     folded = pipeline.optimize(
         model,
         merge=schedule,
         rule=wanted.merge_rule,
         compensate=wanted.compensate,
-        prune=wanted.prune_mlp,
+        prune=wanted.prune_mlp if wanted.prune is None else _pruned(model, schedule, wanted, own, found, say),
         quant=asked or wanted.quant,
         registers=wanted.registers,
         recipe=read,
         target=wanted.base,
         batch=batches,
     )
-    own = None if job.calibration_images is None else given_images(job.calibration_images)
     plan = _divided(folded, found, own, dry_run=job.dry_run)
     from vitfold.pipeline.foreseen import foreseen
 
@@ -314,6 +325,21 @@ def _solved(model: Model, found: ImageSet | None, wanted: RecipeArgs, say: Say, 
     merging = pipeline.measure_merging(model, found, **pipeline.on_this_machine(plan), say=say)
     say("solving")
     return pipeline.solve_measured(merging, table, like=like)
+
+
+def _pruned(
+    model: Model, schedule: Merge, wanted: RecipeArgs, own: ImageSet | None, found: ImageSet | None, say: Say
+) -> PruneRecipe:
+    """Find which heads and hidden units stay where a share of the blocks' work goes, on the images of refitting."""
+    from vitfold.quant import Progress
+
+    assert wanted.prune is not None
+    images = own
+    if images is None:
+        assert found is not None
+        images, _ = pipeline.divide_for_compensation(found)
+    merge = MergeRecipe(r=resolve_r(schedule, model.spec), rule=wanted.merge_rule)
+    return pipeline.solve_prune(model, merge, images, wanted.prune, progress=Progress(step=say))
 
 
 def _repeated(path: Path, images: Path | None, found: ImageSet | None, say: Say) -> _Plan:

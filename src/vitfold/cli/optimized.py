@@ -105,7 +105,7 @@ def _print_plan(values: dict[str, Any]) -> None:
     out.print(f"  merge     {values['schedule']}")
     if "prune" in values["recipe"]:
         still = "" if "bundle" in values else "; the work below still has all of them"
-        out.print(f"  prune     {percent(values['recipe']['prune']['mlp'])} of the hidden units of every MLP{still}")
+        out.print(f"  prune     {_pruned(values['recipe']['prune'])}{still}")
     if values["quantization"]:
         shown = "simulated: no engine executes it" if values["simulated"] else "integer linear layers"
         if not values["simulated"] and values["recipe"]["quant"].get("attention"):
@@ -120,6 +120,14 @@ def _print_plan(values: dict[str, Any]) -> None:
         )
     out.print(f"  tokens    {' '.join(map(str, values['tokens']))}")
     out.print(f"  work      {values['macs'] / 1e9:.3g} GMACs per image")
+
+
+def _pruned(prune: dict[str, Any]) -> str:
+    """What of the blocks goes, or stays."""
+    if "mlp" in prune:
+        return f"{percent(prune['mlp'])} of the hidden units of every MLP"
+    kept = (f"{name} of each block {' '.join(map(str, prune[name]))}" for name in ("heads", "units") if name in prune)
+    return ", ".join(kept)
 
 
 def _registers(values: dict[str, Any]) -> str:

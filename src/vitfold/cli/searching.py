@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vitfold.pipeline.search import SearchContext, SearchResult
 
 ENGINES = ("cpu", "openvino")
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,24 +1,15 @@
-"""Hidden units of an MLP that its output can do without, and the narrower model without them."""
+"""Hidden units of an MLP, or heads of an attention, that its output can do without."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitfold.architectures.programs import plain_program, shapes_of
 from vitfold.compensation.ridge import JITTER, RidgeSums
-from vitfold.errors import RecipeError
-from vitfold.model import Architecture, Array, Model, ViTSpec
-from vitfold.program import Program
-from vitfold.program.queries import HiddenRows, closing_linears, hidden_rows
-from vitfold.recipe import PruneRecipe
-from vitfold.transforms.rewriting import rewrite
 
 _CHOOSING_RIDGE = 0.01
 _LEAST = 1e-30
@@ -26,77 +17,60 @@ _STEPS = 128
 """In how many steps units go, at least; in each all weights are fitted anew."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NarrowMlp:
-    """An MLP by its last layer: which rows of which layers make its hidden units, and how many of these stay."""
+def kept_by_count(
+    square: Float[Tensor, "J J"], cross: Float[Tensor, "O J"], counts: Sequence[int], width: int = 1
+) -> Iterator[tuple[int, Int[Tensor, " K"]]]:
+    """Yield, for each count of units, largest first, those that the least squares of an output need most, in order.
 
-    layer: str
-    rows: tuple[HiddenRows, ...]
-    units: int
-
-
-def narrow_mlps(spec: Architecture, program: Program, prune: PruneRecipe) -> Mapping[str, NarrowMlp]:
-    """Return the MLP of every block by its last layer.
-
-    Raises:
-        RecipeError: if the units of a block cannot go, naming the block; if all are to stay.
-    """
-    shapes, found = shapes_of(spec), {}
-    for block, (_, layer) in enumerate(closing_linears(program)):
-        rows = None if layer is None else hidden_rows(program, layer)
-        if layer is None or rows is None:
-            raise RecipeError(
-                f"the MLP of block {block} cannot be pruned: it is not layers with only activations and products of "
-                "single units between them and the residual stream; leave --prune-mlp out"
-            )
-        hidden = shapes[f"{layer}.weight"][1]
-        found[layer] = NarrowMlp(layer=layer, rows=rows, units=prune.units(hidden))
-    widths = {shapes[f"{one.layer}.weight"][1] - one.units for one in found.values()}
-    if widths <= {0}:
-        raise RecipeError(f"a share of {prune.mlp:g} takes no unit away, which go by 32; give a larger --prune-mlp")
-    return found
-
-
-def units_to_keep(square: Float[Tensor, "J J"], cross: Float[Tensor, "O J"], units: int) -> Int[Tensor, " U"]:
-    """Return the units that the least squares of an output need most, in their order.
-
-    Equation: W = C H^-1, H = S + lambda I; unit j costs |w_j|^2 / [H^-1]_jj. The cheapest few go, W and H^-1 become
-    those of the others, and so on.
+    Equation: W = C H^-1, H = S + lambda I; a unit of columns J costs tr(W_J [H^-1]_JJ^-1 W_J^T). The cheapest few go, W
+    and H^-1 become those of the others, and so on.
 
     Args:
         square: S, sums of x^T x; the last row and column are those of the bias, which stays.
         cross: C, sums of y^T x for the wanted outputs y.
+        width: columns of a unit: 1 for hidden units, the width of a head for heads.
 
-    Source: Optimal Brain Surgeon (Hassibi and Stork, 1993) for single weights, ZipLM (2302.04089) for columns.
+    Source: Optimal Brain Surgeon (Hassibi and Stork, 1993) for weights, ZipLM (2302.04089) for columns and heads.
     """
     held = square.double().clone()
     held.diagonal()[:-1].add_(_CHOOSING_RIDGE * held.diagonal()[:-1].mean())
     held.diagonal()[-1].mul_(1.0 + JITTER)
     inverse = torch.linalg.inv(held)
     weight = cross.double() @ inverse
-    stays = torch.ones(len(square), dtype=torch.bool)
-    surplus = len(square) - 1 - units
-    group = max(1, surplus // _STEPS)
-    while surplus > 0:
-        cost = weight.square().sum(0) / inverse.diagonal()
-        cost[~stays] = torch.inf
-        cost[-1] = torch.inf
-        going = torch.topk(cost, min(group, surplus), largest=False).indices
-        reach = inverse[:, going]
-        step = torch.linalg.solve(inverse[going][:, going], reach.T)
-        weight -= weight[:, going] @ step
-        inverse -= reach @ step
-        stays[going] = False
-        surplus -= len(going)
-        inverse[:, going] = 0.0
-        inverse[going] = 0.0
-        inverse[going, going] = 1.0
-    return stays[:-1].nonzero().flatten()
+    there = (len(square) - 1) // width
+    stays = torch.ones(there, dtype=torch.bool)
+    for count in sorted(counts, reverse=True):
+        group = max(1, there // _STEPS)
+        while (surplus := int(stays.sum()) - count) > 0:
+            cost = _costs(weight, inverse, width)
+            cost[~stays] = torch.inf
+            going = torch.topk(cost, min(group, surplus), largest=False).indices
+            stays[going] = False
+            columns = (going[:, None] * width + torch.arange(width)).flatten()
+            reach = inverse[:, columns]
+            step = torch.linalg.solve(inverse[columns][:, columns], reach.T)
+            weight -= weight[:, columns] @ step
+            inverse -= reach @ step
+            inverse[:, columns] = 0.0
+            inverse[columns] = 0.0
+            inverse[columns, columns] = 1.0
+        yield count, stays.nonzero().flatten()
+
+
+def _costs(weight: Float[Tensor, "O J"], inverse: Float[Tensor, "J J"], width: int) -> Float[Tensor, " U"]:
+    """What the output would lose with each unit."""
+    if width == 1:
+        return weight[:, :-1].square().sum(0) / inverse.diagonal()[:-1]
+    count = (len(inverse) - 1) // width
+    blocks = torch.stack([inverse[i : i + width, i : i + width] for i in range(0, count * width, width)])
+    weights = weight[:, :-1].reshape(len(weight), count, width).transpose(0, 1)
+    costs: Tensor = (weights * torch.linalg.solve(blocks, weights.mT).mT).sum((1, 2))
+    return costs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class NarrowFit:
-    """Which units stay, the weight with zeros for the others and the bias behind it, its ridge.
+    """Which units or heads stay, the weight with zeros for the others and the bias behind it, its ridge.
 
     `left` is the share of the squared output that is missed on held-out rows.
     """
@@ -108,17 +82,23 @@ class NarrowFit:
 
 
 def fit_narrow(
-    sums: RidgeSums, held_out: RidgeSums, weight: Float[Tensor, "O J"], units: int, ridges: Sequence[float]
+    sums: RidgeSums,
+    held_out: RidgeSums,
+    weight: Float[Tensor, "O J"],
+    units: int,
+    ridges: Sequence[float],
+    width: int = 1,
 ) -> NarrowFit:
     """Choose the units that stay and fit their weights anew; the ridge is the one that leaves least on held-out rows.
 
     Args:
         weight: the layer's weight now, its bias in the last column; `sums` hold what its outputs miss.
+        width: columns of a unit.
     """
     weight = weight.double()
     cross = sums.cross.double() + weight @ sums.square.double()
-    kept = units_to_keep(sums.square, cross, units)
-    columns = torch.cat((kept, torch.tensor([len(sums.square) - 1])))
+    ((_, kept),) = kept_by_count(sums.square, cross, (units,), width)
+    columns = with_bias(kept, width, len(sums.square) - 1)
     some = RidgeSums(sums.square[columns][:, columns], cross[:, columns])
     outputs, best = held_out.remaining(-weight), None
     for ridge in ridges:
@@ -131,56 +111,6 @@ def fit_narrow(
     return best
 
 
-def narrowed(model: Model, mlps: Mapping[str, NarrowMlp], kept: Mapping[str, Int[Tensor, " U"]]) -> Model:
-    """Return a model without the units that do not stay; its last layers have zeros there, so it computes the same."""
-    params = dict(model.params)
-    for layer, stays in kept.items():
-        units = stays.numpy()
-        for rows in mlps[layer].rows:
-            for name in (f"{rows.layer}.weight", f"{rows.layer}.bias"):
-                if name in params:
-                    parts = np.split(params[name], rows.parts)
-                    params[name] = np.concatenate([part[units] for part in parts])
-        params[f"{layer}.weight"] = np.ascontiguousarray(params[f"{layer}.weight"][:, units])
-    return with_widths(model, params)
-
-
-def can_prune(model: Model, *shares: float) -> bool:
-    """Say whether units of every block can go, in each of these shares."""
-    try:
-        for share in shares:
-            narrow_mlps(model.spec, plain_program(model.spec), PruneRecipe(mlp=share))
-    except RecipeError:
-        return False
-    return True
-
-
-def cut_to_width(model: Model, prune: PruneRecipe) -> Model:
-    """Return the model with the first units of every MLP: one as fast as a pruned one, for measuring time.
-
-    Raises:
-        RecipeError: if the units of a block cannot go.
-    """
-    mlps = narrow_mlps(model.spec, plain_program(model.spec), prune)
-    return narrowed(model, mlps, {layer: torch.arange(one.units) for layer, one in mlps.items()})
-
-
-def with_widths(model: Model, params: Mapping[str, Array]) -> Model:
-    """Return a model with other parameters, whose MLPs may be narrower."""
-    return model.with_params(_with_widths(model.spec, params), params)
-
-
-def _with_widths(spec: Architecture, params: Mapping[str, Array]) -> Architecture:
-    if all(params[name].shape == shape for name, shape in shapes_of(spec).items() if name in params):
-        return spec
-    if isinstance(spec, ViTSpec):
-        return replace(spec, mlp_dim=params["blocks.0.mlp.fc2.weight"].shape[1])
-    shapes = {name: params[name].shape for name, _ in spec.shapes}
-    program = rewrite(plain_program(spec), {**shapes_of(spec), **shapes}, lambda *_: None)
-    closing = next(layer for _, layer in closing_linears(program) if layer is not None)
-    return replace(
-        spec,
-        program=json.dumps(program.to_dict()),
-        shapes=tuple(shapes.items()),
-        mlp_dim=shapes[f"{closing}.weight"][1],
-    )
+def with_bias(kept: Int[Tensor, " K"], width: int, bias: int) -> Int[Tensor, " C"]:
+    """Return the columns of units, and that of the bias behind them."""
+    return torch.cat(((kept[:, None] * width + torch.arange(width)).flatten(), torch.tensor([bias])))

@@ -2,8 +2,8 @@
 
 Merged tokens should come to the size-weighted means of the tokens that the unmerged model has in their places. The
 last linear layers of attention and MLP are refitted, in order, so that they do, each on what the layers before it
-now make; where hidden units go, the last layer of the MLP is fitted on those that stay. Only weights change: it costs
-nothing at run time.
+now make; where hidden units or heads go, the layer that reads them is fitted on those that stay. Only weights change:
+it costs nothing at run time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitfold.architectures.programs import UNMERGED, plain_program, program_of
-from vitfold.compensation.pruning import fit_narrow, narrow_mlps, narrowed
+from vitfold.compensation.narrowing import narrowed, narrowings
+from vitfold.compensation.pruning import fit_narrow
 from vitfold.compensation.ridge import Fit, RidgeSums, fit_change, no_sums
 from vitfold.compensation.showing import BATCH, divided, mean_error, named, run, showing
 from vitfold.compensation.streams import LIMIT_BYTES, Columns, Streams
@@ -46,18 +47,20 @@ PATCH_ROWS = 64
 class Refit:
     """What became of one layer: its ridge, None where nothing helped, and the share of the error left held out.
 
-    Where `units` of its inputs stayed, that is the share of the squared output that it misses.
+    Where `units` or `heads` that it reads stayed, that is the share of the squared output that it misses.
     """
 
     layer: str
     ridge: float | None
     left: float
     units: int | None = None
+    heads: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         values = {"layer": self.layer, "ridge": self.ridge, "left_ratio": self.left}
-        return values if self.units is None else {**values, "units": self.units}
+        kept = {"units": self.units, "heads": self.heads}
+        return {**values, **{name: count for name, count in kept.items() if count is not None}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -112,15 +115,15 @@ def compensate(
     """Return the model with weights under which merged tokens come nearest to the means of unmerged ones.
 
     Every eighth image is held out: ridges are chosen there, layer by layer, with no change among the
-    choices, and so is whether all of it helps the output. With `prune` it also has fewer hidden units, and weights that
-    make the best of them. Without either the model is returned as it is.
+    choices, and so is whether all of it helps the output. With `prune` it also has fewer hidden units and heads, and
+    weights that make the best of them. Without either the model is returned as it is.
 
     Args:
         limit_bytes: memory for the tokens of all images; the rest goes to temporary files.
 
     Raises:
         CalibrationError: on too few images.
-        RecipeError: if no layer writes straight to the residual stream, or units of an MLP cannot go.
+        RecipeError: if no layer writes straight to the residual stream, or what shall go cannot.
     """
     if prune is None and not any(merge.r):
         return Compensated(model=model, refits=(), images=0, held_out=0, error_before=0.0, error_after=0.0)
@@ -147,13 +150,13 @@ class _Walk:
         merged: Streams,
         step: Callable[[str], Any],
     ) -> None:
-        self._model, self._step, self._end = model, step, model.spec.num_layers
+        self._model, self._step, self._end, self._merge = model, step, model.spec.num_layers, merge
         plain = plain_program(model.spec)
         self._closing, self._last = closing_linears(plain), output_linear(plain)
-        self._mlps = {} if prune is None else narrow_mlps(model.spec, plain, prune)
-        self._kept: dict[str, Tensor] = {}
+        self._narrow = {} if prune is None else narrowings(model.spec, plain, prune)
         self._first = 0 if prune is not None else next(block for block, r in enumerate(merge.r) if r)
-        layers = {layer for block in (*self._closing[self._first :], (self._last,)) for layer in block if layer}
+        closing = (*self._closing[self._first :], (self._last,))
+        self._shown = layers = {layer for block in closing for layer in block if layer}
         if not layers - {self._last}:
             raise RecipeError(
                 "no layer of this model writes straight to the residual stream, so merging cannot be compensated; "
@@ -162,7 +165,7 @@ class _Walk:
         self._whole = showing(program_of(model.spec, UNMERGED), layers)
         self._shorter = showing(program_of(model.spec, merge, sources=True), layers)
         self._exact, self._merged = exact, merged
-        self._params: dict[str, Array] = dict(model.params)
+        self._mended = model
         self._refits: list[Refit] = []
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -182,12 +185,12 @@ class _Walk:
         for block in range(self._first, self._end):
             attention, mlp = self._closing[block]
             self._advance_exact(block, attention)
-            if attention is not None and block > self._first:
+            if attention is not None and (block > self._first or attention in self._narrow):
                 self._refit(block, attention, behind_merge=False)
             if mlp is not None:
                 self._refit(block, mlp, behind_merge=True)
             for number in range(len(self._merged)):
-                self._merged[number] = self._next(self._shorter, self._params, block, self._merged[number])
+                self._merged[number] = self._next(self._shorter, self._mended.params, block, self._merged[number])
         return self._judged(images)
 
     def _advance_exact(self, block: int, attention: str | None) -> None:
@@ -208,11 +211,11 @@ class _Walk:
         for number in range(len(self._merged)):
             entering, exact = self._merged[number], self._exact[number]
             if behind_merge:
-                found = self._next(self._shorter, self._params, block, entering, f"{layer}.x")
+                found = self._next(self._shorter, self._mended.params, block, entering, f"{layer}.x")
                 source, now, wanted = found.get("source"), found["x"], exact["x"]
             else:
                 given = named(self._shorter, block, entering)
-                found = run(self._shorter, self._params, given, f"{layer}.x", f"{layer}.y")
+                found = run(self._shorter, self._mended.params, given, f"{layer}.x", f"{layer}.y")
                 now, wanted = entering["x"] + found[f"{layer}.y"], exact["attended"]
                 source = entering.get("source")
             size = torch.ones(*now.shape[:2], 1) if source is None else source.sum(2, keepdim=True)
@@ -221,13 +224,13 @@ class _Walk:
             rows = (found[f"{layer}.x"], missing, self._weights(size, len(chosen)))
             for into, images in zip((sums, held_out), divided(len(now)), strict=True):
                 into.add(*(value[images][:, chosen].flatten(0, 1) for value in rows))
-        if layer in self._mlps:
+        if layer in self._narrow:
             self._take_narrow(layer, sums, held_out)
         else:
             self._take(layer, fit_change(sums, held_out, RIDGES))
 
     def _sums(self, layer: str) -> tuple[RidgeSums, RidgeSums]:
-        outputs, inputs = self._params[f"{layer}.weight"].shape
+        outputs, inputs = self._mended.params[f"{layer}.weight"].shape
         return no_sums(inputs, outputs), no_sums(inputs, outputs)
 
     def _chosen(self, tokens: int, draw: torch.Generator) -> Int[Tensor, " S"]:
@@ -251,23 +254,29 @@ class _Walk:
         self._replace(layer, self._weight(layer) + fit.change)
 
     def _take_narrow(self, layer: str, sums: RidgeSums, held_out: RidgeSums) -> None:
-        """Leave out the units of an MLP that its output needs least: their weights are zero from here on."""
-        units = self._mlps[layer].units
-        fit = fit_narrow(sums, held_out, self._weight(layer), units, RIDGES)
-        self._refits.append(Refit(layer=layer, ridge=fit.ridge, left=fit.left, units=units))
-        self._kept[layer] = fit.kept
+        """Leave out the units or heads that a layer's output needs least; what follows sees the narrower model."""
+        one = self._narrow[layer]
+        if one.stay == one.there:
+            self._take(layer, fit_change(sums, held_out, RIDGES))
+            return
+        fit = fit_narrow(sums, held_out, self._weight(layer), one.stay, RIDGES, one.width)
+        kept = {"units" if one.width == 1 else "heads": one.stay}
+        self._refits.append(Refit(layer=layer, ridge=fit.ridge, left=fit.left, **kept))
         self._replace(layer, fit.weight)
+        self._mended = narrowed(self._mended, one, fit.kept)
+        self._shorter = showing(program_of(self._mended.spec, self._merge, sources=True), self._shown)
 
     def _weight(self, layer: str) -> Float[Tensor, "O J"]:
         """A layer's weight, its bias in the last column."""
-        weight = torch.from_numpy(self._params[f"{layer}.weight"])
-        bias = self._params.get(f"{layer}.bias")
+        weight = torch.from_numpy(self._mended.params[f"{layer}.weight"])
+        bias = self._mended.params.get(f"{layer}.bias")
         column = torch.zeros(len(weight)) if bias is None else torch.from_numpy(bias)
         return torch.cat((weight, column[:, None]), 1)
 
     def _replace(self, layer: str, weight: Float[Tensor, "O J"]) -> None:
-        self._params[f"{layer}.weight"] = weight[:, :-1].contiguous().numpy()
-        self._params[f"{layer}.bias"] = weight[:, -1].contiguous().numpy()
+        columns = {"weight": weight[:, :-1], "bias": weight[:, -1]}
+        new = {f"{layer}.{name}": value.contiguous().numpy() for name, value in columns.items()}
+        self._mended = self._mended.with_params(self._mended.spec, {**self._mended.params, **new})
 
     def _next(
         self, program: Program, params: Mapping[str, Array], block: int, columns: Columns, *shown: str
@@ -280,21 +289,19 @@ class _Walk:
 
     def _judged(self, images: int) -> Compensated:
         """Refit the layer that makes the output; keep what helps the output of held-out images most."""
-        candidates: list[tuple[Mapping[str, Array], tuple[Refit, ...]]] = [(self._model.params, ())]
-        candidates.append((dict(self._params), tuple(self._refits)))
+        candidates: list[tuple[Model, tuple[Refit, ...]]] = [(self._model, ()), (self._mended, tuple(self._refits))]
         if self._last is not None:
             self._refit_output(self._last)
-            candidates.append((self._params, tuple(self._refits)))
+            candidates.append((self._mended, tuple(self._refits)))
         errors = [mean_error(self._before.values())]
-        for params, _ in candidates[1:]:
-            outputs = (self._held_output(params, number) for number in self._before)
+        for model, _ in candidates[1:]:
+            outputs = (self._held_output(model.params, number) for number in self._before)
             errors.append(mean_error(zip((exact for exact, _ in self._before.values()), outputs, strict=True)))
-        least = 1 if self._mlps else 0
+        least = 1 if self._narrow else 0
         best = least + int(np.argmin(errors[least:]))
-        params, refits = candidates[best]
-        model = self._model.with_params(self._model.spec, params) if best else self._model
+        model, refits = candidates[best]
         return Compensated(
-            model=narrowed(model, self._mlps, self._kept) if self._mlps else model,
+            model=model,
             refits=refits,
             images=images,
             held_out=sum(len(exact) for exact, _ in self._before.values()),
@@ -309,7 +316,7 @@ class _Walk:
         for number in range(len(self._merged)):
             exact = self._output(self._whole, self._model.params, self._exact[number])
             given = named(self._shorter, self._end, self._merged[number])
-            found = run(self._shorter, self._params, given, f"{layer}.x", f"{layer}.y")
+            found = run(self._shorter, self._mended.params, given, f"{layer}.x", f"{layer}.y")
             for into, images in zip((sums, held_out), divided(len(exact)), strict=True):
                 x, y, wanted = (v[images].flatten(0, -2) for v in (found[f"{layer}.x"], found[f"{layer}.y"], exact))
                 into.add(x, wanted - y, torch.ones(len(x), 1))

@@ -104,7 +104,7 @@ def _fits(site: str, quantizer: Quantizer, spec: Architecture, weights: Mapping[
     else:
         axis, count = None, 0
     if operand in ("q", "k", "v", "softmax"):
-        return axis is None or (axis, count) == (1, spec.num_heads)
+        return axis is None or (axis == 1 and count in (spec.num_heads, *getattr(spec, "block_heads", ())))
     weight = weights.get(f"{layer}.weight", weights.get(f"{layer.rpartition('.')[0]}.weight"))
     if weight is None or (operand == "w" and axis not in (None, 0)) or axis == 1:
         return False

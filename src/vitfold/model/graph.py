@@ -111,11 +111,6 @@ class GraphSpec:
         return self.prefix > 0
 
     @property
-    def attention_dim(self) -> int:
-        """Width of the concatenated heads, H * K."""
-        return self.num_heads * self.head_dim
-
-    @property
     def sinks(self) -> Sinks | None:
         """None: nothing is done about sinks of a model whose parts have no names."""
         return None

@@ -39,7 +39,8 @@ class ViTSpec:
     logits of a classifier stand for: one class among all, a yes or no each, or numbers. `sinks` says what is
     done about sink tokens, None as a model comes from its zoo. `also` are outputs behind the first one: "image_embeds"
     (what the head reads), "last_hidden_state" (all tokens behind the final norm), "hidden_states.L" (all tokens behind
-    L blocks).
+    L blocks). `block_heads` and `block_mlp_dims` are the heads and the hidden units of each block where they differ;
+    `num_heads` and `mlp_dim` then are the largest.
     """
 
     image_size: tuple[int, int]
@@ -73,6 +74,8 @@ class ViTSpec:
     problem: Problem = "single_label"
     sinks: Sinks | None = None
     also: tuple[str, ...] = ()
+    block_heads: tuple[int, ...] = ()
+    block_mlp_dims: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -96,6 +99,10 @@ class ViTSpec:
         for name in ("channels", "embed_dim", "num_layers", "num_heads", "head_dim", "mlp_dim"):
             if getattr(self, name) <= 0:
                 raise SourceError(f"{name} must be positive, found {getattr(self, name)}")
+        for name, most in (("block_heads", self.num_heads), ("block_mlp_dims", self.mlp_dim)):
+            own = getattr(self, name)
+            if own and (len(own) != self.num_layers or not 0 < min(own) <= max(own) == most):
+                raise SourceError(f"{name} must be {self.num_layers} numbers from 1 to {most}, found {list(own)}")
         if self.pool in ("token", "token_avg", "token_dist") and not self.class_token:
             raise SourceError(f"pool {self.pool!r} needs a class token, which this model does not have")
         if (self.pool == "token_dist") and not self.dist_token:
@@ -127,7 +134,7 @@ class ViTSpec:
         if sinks.split_prefix and not self.prefix:
             raise SourceError("the model has no prefix tokens, so they cannot have a range of their own")
         for block, unit in sinks.neurons:
-            if block >= self.num_layers or unit >= self.mlp_dim or not self.registers:
+            if block >= self.num_layers or unit >= self.mlp_dim_of(block) or not self.registers:
                 raise SourceError(f"block {block} cannot move the hidden unit {unit} to a register of the model")
 
     @property
@@ -192,10 +199,17 @@ class ViTSpec:
         """Tokens N that enter the first block."""
         return self.prefix + self.patches
 
-    @property
-    def attention_dim(self) -> int:
-        """Width of the concatenated heads, H * K."""
-        return self.num_heads * self.head_dim
+    def heads_of(self, block: int) -> int:
+        """Heads of a block's attention."""
+        return self.block_heads[block] if self.block_heads else self.num_heads
+
+    def mlp_dim_of(self, block: int) -> int:
+        """Hidden units of a block's MLP."""
+        return self.block_mlp_dims[block] if self.block_mlp_dims else self.mlp_dim
+
+    def attention_dim_of(self, block: int) -> int:
+        """Width of a block's concatenated heads, H * K."""
+        return self.heads_of(block) * self.head_dim
 
     @property
     def pooled_width(self) -> int:
@@ -302,7 +316,7 @@ def vit_spec_from_dict(values: dict[str, Any]) -> ViTSpec:
     if unknown:
         raise SourceError(f"unknown spec key {unknown[0]!r}; this vitfold is older than the file, upgrade vitfold")
     values = dict(values)
-    for name in ("image_size", "patch_size", "also"):
+    for name in ("image_size", "patch_size", "also", "block_heads", "block_mlp_dims"):
         if name in values:
             values[name] = tuple(values[name])
     if values.get("sinks") is not None:
@@ -311,13 +325,14 @@ def vit_spec_from_dict(values: dict[str, Any]) -> ViTSpec:
 
 
 def spec_to_dict(spec: Architecture) -> dict[str, Any]:
-    """Return the spec as plain JSON values; `sinks`, `also` and `problem` only where they say something."""
+    """Return the spec as plain JSON values; `sinks`, `problem` and tuples only where they say something."""
     if isinstance(spec, GraphSpec):
         return graph_spec_to_dict(spec)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(replace(spec, sinks=None)).items()}
     del values["sinks"]
-    if not spec.also:
-        del values["also"]
+    for name in ("also", "block_heads", "block_mlp_dims"):
+        if not values[name]:
+            del values[name]
     if spec.problem == "single_label":
         del values["problem"]
     return values if spec.sinks is None else {**values, "sinks": spec.sinks.to_dict()}
@@ -365,20 +380,20 @@ def param_shapes(spec: Architecture) -> tuple[dict[str, Shape], dict[str, Shape]
     for i in range(spec.num_layers):
         block = f"blocks.{i}"
         norm(f"{block}.norm1", width)
-        linear(f"{block}.attn.qkv", 3 * spec.attention_dim, width)
+        linear(f"{block}.attn.qkv", 3 * spec.attention_dim_of(i), width)
         if spec.qk_norm:
             norm(f"{block}.attn.q_norm", spec.head_dim)
             norm(f"{block}.attn.k_norm", spec.head_dim)
-        linear(f"{block}.attn.proj", width, spec.attention_dim)
+        linear(f"{block}.attn.proj", width, spec.attention_dim_of(i))
         norm(f"{block}.norm2", width)
-        linear(f"{block}.mlp.fc1", spec.mlp_dim * (2 if spec.mlp == "swiglu" else 1), width)
-        linear(f"{block}.mlp.fc2", width, spec.mlp_dim)
+        linear(f"{block}.mlp.fc1", spec.mlp_dim_of(i) * (2 if spec.mlp == "swiglu" else 1), width)
+        linear(f"{block}.mlp.fc2", width, spec.mlp_dim_of(i))
         if spec.layer_scale:
             required[f"{block}.ls1"] = (width,)
             required[f"{block}.ls2"] = (width,)
         if spec.sinks is not None and spec.sinks.cached(i):
             for name in ("cached_k", "cached_v"):
-                required[f"{block}.attn.{name}"] = (1, spec.num_heads, spec.sinks.rows, spec.head_dim)
+                required[f"{block}.attn.{name}"] = (1, spec.heads_of(i), spec.sinks.rows, spec.head_dim)
     if spec.final_norm:
         norm("norm", width)
     _pool_shapes(spec, required, linear, norm)

@@ -17,6 +17,7 @@ from vitfold.pipeline.compensating import (
 )
 from vitfold.pipeline.latency import measure_latency, on_this_machine, roughly_calibrated
 from vitfold.pipeline.plan import Plan, count_costs, optimize, read_recipe
+from vitfold.pipeline.pruning import block_costs, pruning_losses, solve_prune
 from vitfold.pipeline.racing import Race, fastest, float_plan, race
 from vitfold.pipeline.solving import (
     LIKE,
@@ -38,6 +39,7 @@ __all__ = [
     "Race",
     "Solution",
     "all_for_compensation",
+    "block_costs",
     "calibrate_plan",
     "check_forecast",
     "compensate_plan",
@@ -52,6 +54,7 @@ __all__ = [
     "measure_merging",
     "on_this_machine",
     "optimize",
+    "pruning_losses",
     "race",
     "rank_sites",
     "read_recipe",
@@ -62,5 +65,6 @@ __all__ = [
     "save",
     "solve_measured",
     "solve_merge",
+    "solve_prune",
     "split_images",
 ]

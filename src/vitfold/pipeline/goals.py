@@ -8,6 +8,7 @@ from typing import Any
 
 from vitfold.bench.statistics import Drop
 from vitfold.pipeline.trials import Trial
+from vitfold.recipe import PruneRecipe, check_prune
 from vitfold.schedule.solve import Point
 
 CLOSE = 1.03
@@ -20,19 +21,22 @@ class Arm:
     """Bits and a target, with the schedules that none beats in both predicted time and distortion.
 
     `points` run from the fastest, which distorts most, to no merging; seconds are relative to the float model's.
-    `prune` is the share of the hidden units of every MLP that goes.
+    `prune` says which heads and hidden units stay, None where all do; `share` is what then goes of the blocks' work.
     """
 
     quant: str
     target: str
     points: tuple[Point, ...]
     rule: str = "tome"
-    prune: float = 0.0
+    share: float = 0.0
+    prune: PruneRecipe | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         points = [[seconds, distortion, list(r)] for seconds, distortion, r in self.points]
-        return {"quant": self.quant, "target": self.target, "rule": self.rule, "prune": self.prune, "points": points}
+        prune = None if self.prune is None else self.prune.to_dict()
+        values = {"quant": self.quant, "target": self.target, "rule": self.rule, "share": self.share}
+        return {**values, "prune": prune, "points": points}
 
     def attempt(self, index: int, float_sites: int = 0, *, compensate: bool = False) -> Trial:
         """Return the recipe of a point."""
@@ -40,7 +44,7 @@ class Arm:
         kept = (f"-float{float_sites}" if float_sites else "") + ("-compensated" if compensate else "")
         rule = self.rule if any(r) else "tome"  # where nothing merges all rules are one
         kept += f"-{rule}" if rule != "tome" else ""
-        kept += f"-prune{100 * self.prune:g}" if self.prune else ""
+        kept += f"-prune{100 * self.share:g}" if self.share else ""
         name = f"{self.quant}-{self.target}{kept}-r{'_'.join(map(str, r))}"
         method = None if self.quant == "none" else "vitfold"
         return Trial(
@@ -59,24 +63,25 @@ class Arm:
 def arm_from_dict(values: Mapping[str, Any]) -> Arm:
     """Rebuild an arm from `Arm.to_dict`."""
     points = tuple((seconds, distortion, tuple(r)) for seconds, distortion, r in values["points"])
-    rule, prune = values.get("rule", "tome"), values.get("prune", 0.0)
-    return Arm(quant=values["quant"], target=values["target"], rule=rule, prune=prune, points=points)
+    prune = check_prune(values["prune"], name="arms")
+    named = {name: values[name] for name in ("quant", "target", "rule", "share")}
+    return Arm(**named, prune=prune, points=points)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeastLatency:
     """The fastest recipe that drops at most `max_drop`, a share of the images, on held-out images too.
 
-    `screen` returns the drop of merging alone, by a rule, `screen_pruned` that of a share of the units alone.
+    `screen` returns the drop of merging alone, by a rule, `screen_pruned` that of pruning alone.
     """
 
     max_drop: float
     screen: Callable[[tuple[int, ...], str], Drop]
-    screen_pruned: Callable[[float], Drop]
+    screen_pruned: Callable[[PruneRecipe], Drop]
 
     def start(self, arm: Arm) -> int:
         """Bisect for the fastest schedule whose merging alone keeps what pruning leaves of the bound."""
-        bound = self.max_drop - (max(0.0, self.screen_pruned(arm.prune).drop) if arm.prune else 0.0)
+        bound = self.max_drop - (0.0 if arm.prune is None else max(0.0, self.screen_pruned(arm.prune).drop))
         low, high = 0, len(arm.points) - 1
         while low < high:
             middle = (low + high) // 2

@@ -58,19 +58,24 @@ def measure_latency(
 
 
 def roughly_calibrated(
-    model: Model, quant: QuantRecipe | None, target: str, images: ImageSet, rule: str = "tome", prune: float = 0.0
+    model: Model,
+    quant: QuantRecipe | None,
+    target: str,
+    images: ImageSet,
+    rule: str = "tome",
+    prune: PruneRecipe | None = None,
 ) -> Plan:
-    """Return a plan that can be timed, not one to keep: few images, the quickest method, any units of narrower MLPs.
+    """Return a plan that can be timed, not one to keep: few images, the quickest method, any heads and units.
 
     Raises:
         TargetError: if no engine executes it.
     """
     rough = None if quant is None else replace(quant, method="minmax", calibration_size=ROUGH_IMAGES)
     plan = optimize(model, quant=rough or "none", rule=rule, target=target)
-    if prune:
+    if prune is not None:
         from vitfold.compensation import cut_to_width
 
-        plan = replace(plan, folded=cut_to_width(plan.folded, PruneRecipe(mlp=prune)))
+        plan = replace(plan, folded=cut_to_width(plan.folded, prune))
     if plan.simulated:
         raise TargetError("what no engine executes has no time to solve for; give the tokens to merge")
     return calibrate_plan(plan, images.sample(ROUGH_IMAGES, seed=0))

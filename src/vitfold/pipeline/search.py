@@ -20,16 +20,16 @@ from vitfold.bench.fidelity import Fidelity
 from vitfold.bench.measurement import speed_up
 from vitfold.bench.statistics import Drop
 from vitfold.engines import open_session
-from vitfold.errors import BundleError, VitfoldError
+from vitfold.errors import BundleError, RecipeError, VitfoldError
 from vitfold.images import ImageSet
 from vitfold.pipeline.goals import CLOSE, Arm, Goal, LeastLatency, arm_from_dict
 from vitfold.pipeline.latency import PROBE, measure_latency, on_this_machine, roughly_calibrated
-from vitfold.pipeline.plan import optimize
+from vitfold.pipeline.pruning import solve_prune
 from vitfold.pipeline.solving import gentlest_rule, measure_merging
 from vitfold.pipeline.sweep import PLAIN, plain_bundle
 from vitfold.pipeline.trial import opened, timed
 from vitfold.pipeline.trials import EvalContext, Say, Trial, failed_row, measure_attempt, plan_attempt
-from vitfold.recipe import quant_from_scheme
+from vitfold.recipe import MergeRecipe, PruneRecipe, check_prune, quant_from_scheme
 from vitfold.schedule.solve import frontier
 from vitfold.schedule.table import LatencyTable
 
@@ -37,8 +37,8 @@ ARMS = "arms.jsonl"
 SCREENED = "screened.jsonl"
 SCREENED_IMAGES = 500
 FLOAT_SITES = 4
-PRUNED = (0.25, 0.5)
-"""Shares of hidden units that arms may lack, where there are images to refit the others on."""
+PRUNED = (0.25, 0.4)
+"""Shares of the blocks' work that arms may lack, where there are images to refit what stays on."""
 _WORST = 0.25
 
 
@@ -81,13 +81,13 @@ class SearchContext:
     folder: Path
     say: Say
     rows: list[dict[str, Any]] = field(default_factory=list)
-    _screened: dict[tuple[tuple[int, ...], str, float], Drop] = field(default_factory=dict)
+    _screened: dict[tuple[tuple[int, ...], str, PruneRecipe | None], Drop] = field(default_factory=dict)
     _plain: Bundle | None = None
 
     def __post_init__(self) -> None:
         self.rows = read_rows(self.folder / ROWS)
         self._screened = {
-            (tuple(row["merge"]), row["rule"], row.get("prune", 0.0)): Drop(**row["drop"])
+            (tuple(row["merge"]), row["rule"], check_prune(row["prune"], name=SCREENED)): Drop(**row["drop"])
             for row in read_rows(self.folder / SCREENED)
         }
 
@@ -108,10 +108,10 @@ class SearchContext:
         """Return the drop of merging alone, on the first images."""
         return self._screen(Trial(name="", r=r, rule=rule), "schedules")
 
-    def screen_pruned(self, share: float) -> Drop:
-        """Return the drop of narrower MLPs alone, on the first images."""
+    def screen_pruned(self, prune: PruneRecipe) -> Drop:
+        """Return the drop of narrower blocks alone, on the first images."""
         unmerged = (0,) * self.trying.model.spec.num_layers
-        return self._screen(Trial(name="", r=unmerged, prune=share), f"MLPs without {100 * share:g} % of their units")
+        return self._screen(Trial(name="", r=unmerged, prune=prune), "narrower blocks")
 
     def _screen(self, attempt: Trial, shown: str) -> Drop:
         key = (attempt.r, attempt.rule, attempt.prune)
@@ -122,7 +122,7 @@ class SearchContext:
                 outputs = run_over(session, some, self.trying.model.preprocess)
             trying = replace(self.trying, images=some, expected=_only(self.trying, some))
             self._screened[key] = drop = trying.drop(outputs)
-            kept = {"merge": list(attempt.r), "rule": attempt.rule, "prune": attempt.prune}
+            kept = {name: attempt.to_dict()[name] for name in ("merge", "rule", "prune")}
             append_row(self.folder / SCREENED, {**kept, "drop": drop.to_dict()})
         return self._screened[key]
 
@@ -161,25 +161,32 @@ def find_arms(laboratory: SearchContext, quants: Sequence[str], targets: Sequenc
     """Return the arms of an earlier run in the same folder, or build and keep them."""
     path = laboratory.folder / ARMS
     kept = read_rows(path)
-    shares = _shares(laboratory.trying)
-    wanted = [(quant, target, share) for quant in quants for target in targets for share in shares]
-    if [(row["quant"], row["target"], row.get("prune", 0.0)) for row in kept] == wanted:
+    narrower = _narrower(laboratory)
+    wanted = [(quant, target, share) for quant in quants for target in targets for share in narrower]
+    if [(row["quant"], row["target"], row["share"]) for row in kept] == wanted:
         return [arm_from_dict(row) for row in kept]
     path.unlink(missing_ok=True)
-    arms = build_arms(laboratory, wanted)
+    arms = build_arms(laboratory, wanted, narrower)
     for arm in arms:
         append_row(path, arm.to_dict())
     return arms
 
 
-def build_arms(laboratory: SearchContext, wanted: Sequence[tuple[str, str, float]]) -> list[Arm]:
-    """Measure a latency table for every combination and the distortions once, and return the frontiers."""
+def build_arms(
+    laboratory: SearchContext, wanted: Sequence[tuple[str, str, float]], narrower: Mapping[float, PruneRecipe | None]
+) -> list[Arm]:
+    """Measure a latency table for every combination and the distortions once, and return the frontiers.
+
+    Args:
+        wanted: bits, a target, and a share of the blocks' work that goes.
+        narrower: what of the blocks stays then.
+    """
     trying, say = laboratory.trying, laboratory.say
     say("choosing a merging rule")
     rule = gentlest_rule(trying.model, trying.calibration)
     plans = {
         (quant, target, share): roughly_calibrated(
-            trying.model, quant_from_scheme(quant), target, trying.calibration, rule, share
+            trying.model, quant_from_scheme(quant), target, trying.calibration, rule, narrower[share]
         )
         for quant, target, share in wanted
     }
@@ -188,8 +195,8 @@ def build_arms(laboratory: SearchContext, wanted: Sequence[tuple[str, str, float
     arms = []
     with open_session(laboratory.plain) as plain:
         for (quant, target, share), plan in plans.items():
-            narrower = f" without {100 * share:g} % of the hidden units" if share else ""
-            say(f"timing schedules of {quant} on {target}{narrower}")
+            less = f" without {100 * share:g} % of the blocks" if share else ""
+            say(f"timing schedules of {quant} on {target}{less}")
             protocol = replace(PROBE, batch=trying.protocol.batch)
             table = measure_latency(plan, protocol=protocol)
             with opened(plan) as session:
@@ -201,17 +208,25 @@ def build_arms(laboratory: SearchContext, wanted: Sequence[tuple[str, str, float
                 return scale * table.block(tokens, merged)
 
             points = tuple(frontier(merging.space, seconds, _WORST))
-            arms.append(Arm(quant=quant, target=target, rule=rule, prune=share, points=points))
+            prune = narrower[share]
+            arms.append(Arm(quant=quant, target=target, rule=rule, share=share, prune=prune, points=points))
     return arms
 
 
-def _shares(trying: EvalContext) -> tuple[float, ...]:
-    """The shares of hidden units that arms lack: none, and others where that can be done."""
+def _narrower(laboratory: SearchContext) -> Mapping[float, PruneRecipe | None]:
+    """What of the blocks stays by the share of their work that goes: all for none, and others where that can be."""
+    trying, found = laboratory.trying, dict[float, PruneRecipe | None]({0.0: None})
     if trying.refitting is None:
-        return (0.0,)
-    from vitfold.compensation import can_prune
+        return found
+    from vitfold.quant import Progress
 
-    return (0.0, *PRUNED) if can_prune(optimize(trying.model, quant="none").folded, *PRUNED) else (0.0,)
+    progress = Progress(step=laboratory.say)
+    try:
+        for share in PRUNED:
+            found[share] = solve_prune(trying.model, MergeRecipe(r=()), trying.refitting, share, progress=progress)
+    except RecipeError:
+        return {0.0: None}
+    return found
 
 
 def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minutes: float) -> SearchResult:
@@ -220,7 +235,7 @@ def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minute
     On every arm the trial starts where `goal` says; from what met the bound it goes on to bolder recipes, from what
     missed it to gentler ones. One whose drop comes from quantization more than from merging is tried again with its
     most sensitive sites float, one that merges too much with its merging compensated, where there are images for that.
-    Arms of narrower MLPs start from gentler merging, by what pruning alone costs. What meets the bound has to keep it
+    Arms of narrower blocks start from gentler merging, by what pruning alone costs. What meets the bound has to keep it
     on held-out images too.
     """
     ends, verified = time.monotonic() + 60 * minutes, 0
@@ -267,9 +282,9 @@ def _following(
 ) -> Iterator[_Step]:
     """Yield what to try behind a step that kept the bound or did not."""
     index, mends = step.index, laboratory.trying.refitting is not None and any(arm.points[step.index][2])
-    mends = mends and not arm.prune  # there merging is mended with it
+    mends = mends and arm.prune is None  # there merging is mended with it
     if kept:
-        bolder = goal.bolder(arm, index, compensated=step.compensate or arm.prune > 0)
+        bolder = goal.bolder(arm, index, compensated=step.compensate or arm.prune is not None)
         if bolder is not None:
             yield _Step(index=bolder, compensate=step.compensate)
         elif mends and isinstance(goal, LeastLatency):

@@ -31,7 +31,7 @@ from vitfold.pipeline.compensating import compensate_plan
 from vitfold.pipeline.plan import Plan, optimize
 from vitfold.pipeline.trial import SHORT, timed
 from vitfold.pipeline.writing import save
-from vitfold.recipe import quant_from_scheme
+from vitfold.recipe import PruneRecipe, quant_from_scheme
 
 CHECKED_IMAGES = 16
 Say = Callable[[str], None]
@@ -60,7 +60,7 @@ def check_decides(head: Head) -> None:
 class Trial:
     """One recipe by name: r per block by a rule, bits or "none", method, target, and how many sites stay float.
 
-    `compensate` says whether layers are refitted to the merging, `prune` which share of the hidden units goes.
+    `compensate` says whether layers are refitted to the merging, `prune` which heads and hidden units stay.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Trial:
     target: str = "cpu"
     float_sites: int = 0
     compensate: bool = False
-    prune: float = 0.0
+    prune: PruneRecipe | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, as rows begin."""
@@ -84,7 +84,7 @@ class Trial:
             "target": self.target,
             "float_sites": self.float_sites,
             "compensate": self.compensate,
-            "prune": self.prune,
+            "prune": None if self.prune is None else self.prune.to_dict(),
         }
 
 
@@ -152,7 +152,7 @@ def plan_attempt(attempt: Trial, trying: EvalContext, *, say: Say = lambda _: No
         merge=list(attempt.r),
         rule=attempt.rule,
         compensate=attempt.compensate,
-        prune=attempt.prune or None,
+        prune=attempt.prune,
         quant=quant or "none",
         target=attempt.target,
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vitfold.errors import ProgramError
-from vitfold.program.program import Node, Program, Ref
+from vitfold.program.program import Node, Operand, Program, Ref
 
 
 def makers(program: Program) -> Mapping[Ref, Node]:
@@ -186,6 +186,59 @@ def hidden_rows(program: Program, layer: str) -> tuple[HiddenRows, ...] | None:
     return tuple(found.values()) if alone and found else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadRows:
+    """The layers that make the heads of an attention: how many heads, and how wide each is for the layer behind."""
+
+    rows: tuple[HiddenRows, ...]
+    heads: int
+    width: int
+
+
+def head_rows(program: Program, layer: str) -> HeadRows | None:
+    """Return the layers that make the heads whose results a linear layer reads.
+
+    Between them and attention stand operations that treat heads alike. None where heads share keys, have biases of
+    their own, or are not parted straight from linear layers.
+    """
+    made_by, read_by = makers(program), readers(program)
+    last = next(node for node in linears_of(program) if node.site == layer)
+    attention = attention_before(made_by, last)
+    if attention is None or not _is_alike(program, attention.inputs.get("bias")):
+        return None
+    _, heads, _, width = attention.shapes[0]
+    found: dict[str, HiddenRows] = {}
+    between, waiting = [attention], [Ref(ref) for ref in (attention.operand(name) for name in ("q", "k", "v"))]
+    seen: set[Ref] = set()
+    while waiting:
+        ref = waiting.pop()
+        if ref in seen:
+            continue
+        seen.add(ref)
+        maker = made_by.get(ref)
+        if maker is None or ref in program.outputs.values():
+            return None
+        if maker.op == "heads":
+            if maker.attributes["heads"] != heads:
+                return None
+            found[maker.site] = HiddenRows(layer=maker.site, parts=maker.attributes["parts"])
+            continue
+        if maker.op not in _HEADWISE or maker.attributes.get("axis", -1) % 4 != 3:
+            return None
+        between.append(maker)
+        waiting += [ref for ref in maker.reads() if not _is_alike(program, ref)]
+    alone = all(node in between for ref in seen for node in read_by[ref])
+    return HeadRows(rows=tuple(found.values()), heads=heads, width=width) if alone and found else None
+
+
+def _is_alike(program: Program, operand: Operand) -> bool:
+    """Whether an operand is a value that is the same for every head."""
+    if operand is None:
+        return True
+    shape = program.shapes[Ref(operand)] if isinstance(operand, int) else ()
+    return isinstance(operand, int) and (len(shape) < 3 or shape[-3] == 1)
+
+
 def _is_number(program: Program, made_by: Mapping[Ref, Node], ref: Ref) -> bool:
     """Whether a value is a constant that is the same for every unit."""
     maker, shape = made_by.get(ref), program.shapes[ref]
@@ -211,6 +264,7 @@ def _added_linear(made_by: Mapping[Ref, Node], read_by: Mapping[Ref, tuple[Node,
 
 
 _UNITWISE = {"activation", "elementwise", "add", "add_scalar", "multiply", "scale", "divide", "log", "tanh"}
+_HEADWISE = _UNITWISE | {"layer_norm", "rms_norm", "split", "concat", "slice"}
 _ROWWISE = {
     *("transpose", "reshape", "linear", "multiply", "divide", "layer_norm", "rms_norm", "scale", "add", "add_scalar"),
     "elementwise",

@@ -11,6 +11,7 @@ from torch import Tensor
 from vitfold.architectures.programs import UNMERGED, forward
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model, block_layers
+from vitfold.model.spec import as_vit
 from vitfold.ops.record import Record
 from vitfold.quant.sites import find_sites
 
@@ -33,11 +34,11 @@ def find_neurons(
 
     Source: test-time registers (2506.08010), algorithm 1; there the sinks are outliers of the last block.
     """
-    spec = model.spec
+    spec = as_vit(model.spec, "neurons are moved in")
     last = block_layers(spec)[site]
     ends = {s.block: f"{s.layer}.x" for s in find_sites(spec)[0] if s.role == "mlp"}
     hidden = [ends[block] for block in range(last + 1)]
-    totals: dict[str, Tensor] = {name: torch.zeros(spec.mlp_dim) for name in hidden}
+    totals: dict[str, Tensor] = {name: torch.zeros(spec.mlp_dim_of(block)) for block, name in enumerate(hidden)}
     for group in batches(images, model.preprocess, batch=batch):
         seen: dict[str, Tensor] = {}
 
@@ -50,10 +51,11 @@ def find_neurons(
         norms = seen[f"{site}.x"].abs().amax(-1)[:, spec.prefix :]
         tokens = norms.topk(min(SINKS, norms.shape[1]), 1).indices + spec.prefix
         for name in hidden:
-            rows = seen[name].abs().gather(1, tokens[..., None].expand(-1, -1, spec.mlp_dim))
+            rows = seen[name].abs().gather(1, tokens[..., None].expand(-1, -1, seen[name].shape[-1]))
             totals[name] += rows.sum((0, 1))
         if advance is not None:
             advance(len(group.index))
-    scores = torch.stack([totals[name] for name in hidden]).flatten()
+    scores = torch.cat([totals[name] for name in hidden])
+    units = [(block, unit) for block, name in enumerate(hidden) for unit in range(len(totals[name]))]
     order = scores.argsort(descending=True, stable=True)[:count]
-    return tuple(sorted((int(index) // spec.mlp_dim, int(index) % spec.mlp_dim) for index in order))
+    return tuple(sorted(units[int(index)] for index in order))

@@ -10,7 +10,8 @@ from vitfold.program import Node, Operand, Program, Ref
 from vitfold.program.program import Shape
 from vitfold.program.trace import Recorder, Traced, call
 
-Change = Callable[[Ops[Traced], Node, Mapping[str, "Traced | tuple[Traced, ...] | None"]], "tuple[Traced, ...] | None"]
+Given = Mapping[str, "Traced | tuple[Traced, ...] | None"]
+Change = Callable[[Ops[Traced], Node, Given], "tuple[Traced, ...] | None"]
 """Records other operations for a node, given its operands by name, and returns its results; None leaves it as it is."""
 
 

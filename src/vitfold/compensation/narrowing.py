@@ -1,0 +1,168 @@
+"""Which rows of which layers a narrower model lacks, and that model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from vitfold.architectures.programs import plain_program, shapes_of
+from vitfold.errors import RecipeError
+from vitfold.model import Architecture, Array, Model, ViTSpec
+from vitfold.ops.protocol import Ops
+from vitfold.program import Node, Program
+from vitfold.program.queries import HiddenRows, closing_linears, head_rows, hidden_rows
+from vitfold.program.trace import Traced
+from vitfold.recipe import PruneRecipe
+from vitfold.transforms.rewriting import Change, Given, rewrite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Narrowing:
+    """What reads hidden units or heads, `there` of them, each of `width` values, and how many of them `stay`.
+
+    `rows` are the layers that make them.
+    """
+
+    layer: str
+    rows: tuple[HiddenRows, ...]
+    there: int
+    stay: int
+    width: int = 1
+
+    def values(self, kept: Int[Tensor, " K"]) -> Int[Tensor, " V"]:
+        """Return which values those of `kept` are."""
+        return (kept[:, None] * self.width + torch.arange(self.width)).flatten()
+
+
+def narrowings(spec: Architecture, program: Program, prune: PruneRecipe) -> Mapping[str, Narrowing]:
+    """Return what becomes narrower, by the layer that reads it.
+
+    Raises:
+        RecipeError: if what a recipe names cannot go, naming the block; if everything is to stay.
+    """
+    found: dict[str, Narrowing] = {}
+    for block, (attention, mlp) in enumerate(closing_linears(program)):
+        if prune.heads:
+            one = _heads(program, attention)
+            if one is None:
+                raise RecipeError(
+                    f"the heads of block {block} cannot be pruned: they share keys, or their results do not come "
+                    "straight from linear layers and go into one; leave prune.heads out, or give --prune-mlp"
+                )
+            found[one.layer] = replace(one, stay=prune.heads_of(block, one.there))
+        if prune.mlp or prune.units:
+            one = _units(spec, program, mlp)
+            if one is None:
+                raise RecipeError(
+                    f"the MLP of block {block} cannot be pruned: it is not layers with only activations and products "
+                    "of single units between them and the residual stream; leave --prune and --prune-mlp out"
+                )
+            found[one.layer] = replace(one, stay=prune.units_of(block, one.there))
+    if all(one.stay == one.there for one in found.values()):
+        raise RecipeError("pruning that takes no unit away, which go by 32; give a larger --prune or --prune-mlp")
+    return found
+
+
+def prunable(spec: Architecture, program: Program) -> tuple[tuple[Narrowing | None, Narrowing | None], ...]:
+    """Return, for every block, the heads of its attention and the units of its MLP; None for what cannot go."""
+    return tuple(
+        (_heads(program, attention), _units(spec, program, mlp)) for attention, mlp in closing_linears(program)
+    )
+
+
+def _heads(program: Program, layer: str | None) -> Narrowing | None:
+    found = None if layer is None else head_rows(program, layer)
+    if layer is None or found is None:
+        return None
+    return Narrowing(layer=layer, rows=found.rows, there=found.heads, stay=found.heads, width=found.width)
+
+
+def _units(spec: Architecture, program: Program, layer: str | None) -> Narrowing | None:
+    rows = None if layer is None else hidden_rows(program, layer)
+    if layer is None or rows is None:
+        return None
+    there = shapes_of(spec)[f"{layer}.weight"][1]
+    return Narrowing(layer=layer, rows=rows, there=there, stay=there)
+
+
+def narrowed(model: Model, one: Narrowing, kept: Int[Tensor, " K"]) -> Model:
+    """Return a model with only those of the units or heads; the layer that reads them reads no others."""
+    params, values = dict(model.params), one.values(kept).numpy()
+    for rows in one.rows:
+        for name in (f"{rows.layer}.weight", f"{rows.layer}.bias"):
+            if name in params:
+                params[name] = np.concatenate([part[values] for part in np.split(params[name], rows.parts)])
+    params[f"{one.layer}.weight"] = np.ascontiguousarray(params[f"{one.layer}.weight"][:, values])
+    return with_widths(model, params)
+
+
+def cut_to_width(model: Model, prune: PruneRecipe) -> Model:
+    """Return the model with the first units and heads of every block: one as fast as a pruned one, to measure time.
+
+    Raises:
+        RecipeError: if what the recipe names cannot go.
+    """
+    for one in narrowings(model.spec, plain_program(model.spec), prune).values():
+        model = narrowed(model, one, torch.arange(one.stay))
+    return model
+
+
+def with_widths(model: Model, params: Mapping[str, Array]) -> Model:
+    """Return a model with other parameters, whose MLPs and attentions may be narrower."""
+    return model.with_params(_with_widths(model.spec, params), params)
+
+
+def _with_widths(spec: Architecture, params: Mapping[str, Array]) -> Architecture:
+    if all(params[name].shape == shape for name, shape in shapes_of(spec).items() if name in params):
+        return spec
+    if isinstance(spec, ViTSpec):
+        blocks = [f"blocks.{block}" for block in range(spec.num_layers)]
+        heads = [params[f"{block}.attn.proj.weight"].shape[1] // spec.head_dim for block in blocks]
+        units = [params[f"{block}.mlp.fc2.weight"].shape[1] for block in blocks]
+        return replace(
+            spec,
+            num_heads=max(heads),
+            mlp_dim=max(units),
+            block_heads=() if len(set(heads)) == 1 else tuple(heads),
+            block_mlp_dims=() if len(set(units)) == 1 else tuple(units),
+        )
+    shapes = {name: params[name].shape for name, _ in spec.shapes}
+    program = rewrite(plain_program(spec), {**shapes_of(spec), **shapes}, _fewer_heads(shapes))
+    attention, mlp = closing_linears(program)[0]
+    parted = None if attention is None else head_rows(program, attention)
+    return replace(
+        spec,
+        program=json.dumps(program.to_dict()),
+        shapes=tuple(shapes.items()),
+        num_heads=spec.num_heads if parted is None else parted.heads,
+        mlp_dim=spec.mlp_dim if mlp is None else shapes[f"{mlp}.weight"][1],
+    )
+
+
+def _fewer_heads(shapes: Mapping[str, tuple[int, ...]]) -> Change:
+    """Return the change of nodes that part values into heads and put them together: as many as there are now."""
+
+    def change(ops: Ops[Traced], node: Node, given: Given) -> tuple[Traced, ...] | None:
+        if node.op == "heads":
+            layer, parts = node.attributes["layer"], node.attributes["parts"]
+            heads = shapes[f"{layer}.weight"][0] // (parts * node.shapes[0][-1])
+            return ops.heads(layer, _single(given["x"]), parts, heads)
+        if node.op == "reshape":
+            value, shape = _single(given["a"]), node.attributes["shape"]
+            count = int(np.prod(ops.shape(value)[1:]))
+            if count != int(np.prod(shape)):
+                return (ops.reshape(value, (*shape[:-1], count // int(np.prod(shape[:-1])))),)
+        return None
+
+    return change
+
+
+def _single(operand: Traced | tuple[Traced, ...] | None) -> Traced:
+    assert isinstance(operand, Traced)
+    return operand
