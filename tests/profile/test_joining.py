@@ -61,6 +61,18 @@ def test_rates_and_ceiling_are_those_of_the_work(tiny_model) -> None:
     assert found.ceiling_ratio == pytest.approx(least / time)
 
 
+def test_a_ceiling_from_a_busy_moment_is_told_and_never_exceeded(tiny_model) -> None:
+    costs = count_costs(tiny_model().spec, MergeRecipe(r=()))
+    slow = join(measured(node("blocks.0.mlp.fc1", 6.0)), costs, batch=1, ceiling=CEILING)
+    fast = join(measured(node("blocks.0.mlp.fc1", 1e-6)), costs, batch=1, ceiling=CEILING)
+    assert not slow.beyond_ceiling
+    assert fast.beyond_ceiling
+    assert fast.to_dict()["beyond_ceiling"]
+    assert fast.of("linear").ceiling_ratio == 1.0
+    assert any("measured while the machine was busier" in sentence for sentence in advise(fast))
+    assert not any("busier" in sentence for sentence in advise(slow))
+
+
 def test_what_merging_saves_is_the_work_at_the_same_rate(tiny_model) -> None:
     spec = tiny_model().spec
     merged, unmerged = (count_costs(spec, MergeRecipe(r=r)) for r in ((4, 4), ()))

@@ -27,7 +27,14 @@ def advise(profile: Profile) -> tuple[str, ...]:
     Source: the questions are those of the bottleneck analysis of INT8 with token merging: operations left in float
     (Amdahl's law), conversions between types, and work that merging adds.
     """
-    found = (_bottleneck(profile), _left_in_float(profile), _conversions(profile), _merging(profile), _outside(profile))
+    found = (
+        _bottleneck(profile),
+        _too_low(profile),
+        _left_in_float(profile),
+        _conversions(profile),
+        _merging(profile),
+        _outside(profile),
+    )
     return tuple(sentence for sentence in found if sentence is not None)
 
 
@@ -42,6 +49,16 @@ def _bottleneck(profile: Profile) -> str:
         if largest.kind in ("linear", "attention"):
             text += "; " + _outlook(profile, largest)
     return text + "."
+
+
+def _too_low(profile: Profile) -> str | None:
+    """The bundle's own products were faster than what the machine was seen to reach."""
+    if not profile.beyond_ceiling:
+        return None
+    return (
+        "Products ran faster than the ceiling, which was measured while the machine was busier: read \"100 % of the "
+        'ceiling" as "at least near it", and profile again on a quiet machine.'
+    )
 
 
 def _reached(ratio: float) -> str:

@@ -46,6 +46,7 @@ class Work:
         )
 
 
+_CLEARLY = 1.05
 _PerPart = dict[tuple[str, str], Work]
 
 
@@ -53,8 +54,9 @@ _PerPart = dict[tuple[str, str], Work]
 class KindTime:
     """One kind of operation: nanoseconds and nodes per run, work, and how near to the ceiling it runs.
 
-    `ceiling_ratio` is the least time that the work takes on this machine over the time it took: None without a
-    ceiling, and for kinds that only move data.
+    `ceiling_ratio` is the least time that the work takes on this machine over the time it took, at most 1: None without
+    a ceiling, and for kinds that only move data. `beyond_ceiling` says that it took clearly less than that: then the
+    ceiling was measured in a slower moment.
     """
 
     kind: str
@@ -62,6 +64,7 @@ class KindTime:
     nodes: int
     work: Work
     ceiling_ratio: float | None
+    beyond_ceiling: bool = False
 
     @property
     def gmacs_per_s(self) -> float | None:
@@ -118,6 +121,11 @@ class Profile:
         """What the profiler added to a run; below 0 where the machine's noise is larger."""
         return self.profiled_ns / self.plain_ns - 1
 
+    @property
+    def beyond_ceiling(self) -> bool:
+        """Whether products ran clearly faster than the ceiling, which then was measured in a slower moment."""
+        return any(one.beyond_ceiling for one in self.kinds)
+
     def of(self, kind: str) -> KindTime:
         """One kind."""
         return self.kinds[KINDS.index(kind)]
@@ -155,6 +163,7 @@ class Profile:
                 "saves_ms": None if self.merging_saves_ns is None else self.merging_saves_ns / 1e6,
             },
             "ceiling": None if self.ceiling is None else self.ceiling.to_dict(),
+            "beyond_ceiling": self.beyond_ceiling,
         }
 
 
@@ -227,15 +236,17 @@ def _total(work: _PerPart, *, part: str | None = None, kind: str | None = None) 
 
 
 def _kind(kind: str, latency_ns: float, nodes: int, work: Work, ceiling: Ceiling | None) -> KindTime:
-    ratio = None
+    ratio, beyond = None, False
     if not nodes:
         work = replace(work, moved_bytes=0, weight_bytes=0)
     if ceiling is not None and latency_ns and kind in PRODUCTS:
         least_ns = ceiling.least_ns(
             float_macs=work.float_macs, integer_macs=work.integer_macs, read_bytes=work.weight_bytes
         )
-        ratio = least_ns / latency_ns
-    return KindTime(kind=kind, latency_ns=latency_ns, nodes=nodes, work=work, ceiling_ratio=ratio)
+        ratio, beyond = min(1.0, least_ns / latency_ns), least_ns > _CLEARLY * latency_ns
+    return KindTime(
+        kind=kind, latency_ns=latency_ns, nodes=nodes, work=work, ceiling_ratio=ratio, beyond_ceiling=beyond
+    )
 
 
 def _work(costs: Sequence[SiteCost], batch: int, integer: frozenset[str]) -> _PerPart:

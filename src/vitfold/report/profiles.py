@@ -47,7 +47,7 @@ def kind_table(result: Mapping[str, Any]) -> Table:
             number(integer, ".0f", scale=100),
             number(row["gmacs_per_s"], ".0f"),
             number(row["gbytes_per_s"], ".1f"),
-            "-" if ratio is None else f"{100 * ratio:.0f} %",
+            "-" if ratio is None else f"{100 * min(1.0, ratio):.0f} %",
         )
     return table
 

@@ -206,7 +206,7 @@ def _profile(document: Document) -> Section:
             str(row["nodes"]),
             number(row["macs"] or None, ".2f", scale=1e-9),
             number(row["gmacs_per_s"], ".0f"),
-            "-" if row["ceiling_ratio"] is None else f"{100 * row['ceiling_ratio']:.0f}",
+            "-" if row["ceiling_ratio"] is None else f"{100 * min(1.0, row['ceiling_ratio']):.0f}",
         ]
         for row in content["kinds"]
         if row["nodes"]
