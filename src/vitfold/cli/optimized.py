@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vitfold.cli.terminal import heading, note, out, print_json
+from vitfold.ops.energy import energy_of
+from vitfold.pipeline import count_costs
+from vitfold.recipe import MergeRecipe
 from vitfold.report.tables import describe_registers, percent
 from vitfold.schedule import describe_r
 
@@ -70,7 +73,8 @@ def report_made(made: OptimizeResult, measured: RemedySearchResult | None, *, js
 def _planned(folded: Plan) -> dict[str, Any]:
     macs = sum(cost.macs for cost in folded.costs())
     base = folded.recipe.merge
-    quant = folded.recipe.quant
+    quant, executed = folded.recipe.quant, folded.executed()
+    original = energy_of(count_costs(folded.model.spec, MergeRecipe(r=())))
     return {
         "source": folded.model.origin.source,
         "target": folded.target.name,
@@ -82,6 +86,8 @@ def _planned(folded: Plan) -> dict[str, Any]:
         "tokens": list(folded.tokens),
         "macs": macs,
         "weight_bytes": folded.model.size_bytes,
+        "bytes": sum(cost.activation_bytes + cost.weight_bytes for cost in executed),
+        "energy": {**energy_of(executed).to_dict(), "original_uj": original.total_uj},
     }
 
 
@@ -119,7 +125,15 @@ def _print_plan(values: dict[str, Any]) -> None:
             f"{values['integer']['dequantized_operands']} operands dequantized before a product",
         )
     out.print(f"  tokens    {' '.join(map(str, values['tokens']))}")
-    out.print(f"  work      {values['macs'] / 1e9:.3g} GMACs per image")
+    out.print(f"  work      {values['macs'] / 1e9:.3g} GMACs, {values['bytes'] / 1e6:.3g} MB moved per image")
+    if values["quantization"] and values["integer"] is None:
+        return  # which products are integer is known with the ranges
+    energy = values["energy"]
+    out.print(
+        f"  energy    {energy['total_uj'] / 1e3:.3g} mJ per image, the original {energy['original_uj'] / 1e3:.3g} "
+        f"({energy['source']})",
+        soft_wrap=True,
+    )
 
 
 def _pruned(prune: dict[str, Any]) -> str:

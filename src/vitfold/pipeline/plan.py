@@ -96,12 +96,14 @@ class Plan:
         """Work per site for one image."""
         return count_costs(self.folded.spec, self.recipe.merge)
 
+    def executed(self) -> tuple[SiteCost, ...]:
+        """Work per site for one image as this target does it: which products take integers, and how they get them."""
+        first = self.target.quantized_product == "qdq"
+        return count_costs(self.folded.spec, self.recipe.merge, self.quantizers, dequantize_first=first)
+
     def integer_work(self) -> IntegerWork:
         """How much of the work is integer, and how many dequantizations stand in front of a product, on this target."""
-        form = self.target.quantized_product
-        return integer_work(
-            count_costs(self.folded.spec, self.recipe.merge, self.quantizers, dequantize_first=form == "qdq")
-        )
+        return integer_work(self.executed())
 
 
 def optimize(

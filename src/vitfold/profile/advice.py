@@ -56,7 +56,7 @@ def _too_low(profile: Profile) -> str | None:
     if not profile.beyond_ceiling:
         return None
     return (
-        "Products ran faster than the ceiling, which was measured while the machine was busier: read \"100 % of the "
+        'Products ran faster than the ceiling, which was measured while the machine was busier: read "100 % of the '
         'ceiling" as "at least near it", and profile again on a quiet machine.'
     )
 
