@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any, get_type_hints
 
 from vitfold.model import DiTSpec, GraphSpec, ViTSpec, spec_to_dict
-from vitfold.model.dit import dit_spec_to_dict
 from vitfold.storage.checked import ImplausibleError, Range, entry, section
 from vitfold.target import ENGINES, Target
 
@@ -30,7 +29,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, ViTSpec | GraphSpec):
         return spec_to_dict(value)
     if isinstance(value, DiTSpec):
-        return dit_spec_to_dict(value)
+        return asdict(value)
     if hasattr(value, "to_dict"):
         return value.to_dict()
     return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from vitfold.model import DiTSpec, Origin
+from vitfold.model import DiTModel, DiTSpec, Origin
 from vitfold.model.dit import dit_spec_from_dict
 from vitfold.model.spec import with_names_of_today
 from vitfold.storage.checked import ImplausibleError, Range, check_fields, entry
@@ -54,6 +54,10 @@ class Steps:
     counts: tuple[int, ...]
     mask: tuple[int, ...]
     search: Mapping[str, Any] | None = None
+
+
+DiffusionModelInfo = DiTModel | Steps
+"""What drawing asks besides what runs the graphs: spec, schedule, labels, origin, and how latents become images."""
 
 
 _PLAN: dict[str, Range] = {"steps": (1, 10_000), "guidance": (-1e4, 1e4), "merge": (0, 2**20)}

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vitfold.artifacts.steps import DiffusionModelInfo
 from vitfold.bench.measurement import Measurement, speed_up
 from vitfold.bench.pictures import FRECHET_IMAGES, psnr_db, ssim
 from vitfold.bench.statistics import Rise
@@ -24,7 +25,7 @@ from vitfold.diffusion.sampling import joined
 from vitfold.diffusion.schedulers import build_scheduler
 from vitfold.engines import Session
 from vitfold.errors import RecipeError
-from vitfold.model import Array, DiffusionModelInfo, DiTModel
+from vitfold.model import Array, DiTModel
 
 VERDICT_KEYS = ("frechet", "frechet_noise", "class_accuracy", "class_accuracy_interval")
 NO_FRECHET = f"it takes a model for features, and at least {FRECHET_IMAGES} real images and {FRECHET_IMAGES} drawn"

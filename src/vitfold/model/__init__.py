@@ -1,8 +1,8 @@
 """Models as plain data: spec, parameters, preprocessing, labels, origin. No torch here."""
 
-from vitfold.model.dit import DiffusionModelInfo, DiTModel, DiTSpec
+from vitfold.model.dit import DiTModel, DiTSpec
 from vitfold.model.graph import GraphEnd, GraphSpec
-from vitfold.model.params import Array, Model, Origin, check_params
+from vitfold.model.params import Array, Checkpoint, Model, Origin, check_params
 from vitfold.model.preprocess import Preprocess, preprocess_from_dict
 from vitfold.model.sinks import Sinks
 from vitfold.model.spec import (
@@ -18,9 +18,9 @@ from vitfold.model.spec import (
 __all__ = [
     "Architecture",
     "Array",
+    "Checkpoint",
     "DiTModel",
     "DiTSpec",
-    "DiffusionModelInfo",
     "GraphEnd",
     "GraphSpec",
     "Model",

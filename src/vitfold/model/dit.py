@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from types import MappingProxyType
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from vitfold.errors import SourceError
-from vitfold.model.params import Array, Origin, check_arrays, params_digest
+from vitfold.model.params import Array, Checkpoint, params_digest
 from vitfold.model.schedule import own_sampler
 from vitfold.model.spec import Activation, Shape, with_first_names
 
@@ -106,68 +105,31 @@ class DiTSpec:
         return MODULATIONS * self.num_layers + 2
 
 
-@runtime_checkable
-class DiffusionModelInfo(Protocol):
-    """What drawing asks of a model besides what runs it: a `DiTModel` has it, and a bundle of its steps."""
-
-    @property
-    def spec(self) -> DiTSpec:
-        """The architecture."""
-        ...
-
-    @property
-    def schedule(self) -> Mapping[str, Any]:
-        """The noise schedule, in the words of diffusers' schedulers."""
-        ...
-
-    @property
-    def labels(self) -> tuple[str, ...] | None:
-        """Names of the classes."""
-        ...
-
-    @property
-    def origin(self) -> Origin:
-        """Where the weights came from."""
-        ...
-
-    @property
-    def latent(self) -> bool:
-        """Whether latents come out, not pixels."""
-        ...
-
-    @property
-    def decoder(self) -> str | None:
-        """The folder of the VAE."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class DiTModel:
-    """A Diffusion Transformer as data; checked at construction, so that a half-made one can't exist.
+class DiTModel(Checkpoint[DiTSpec]):
+    """A Diffusion Transformer as data.
 
     `schedule` is the noise schedule that it was trained with, in the words of diffusers' schedulers. `decoder` is the
     folder of the VAE that turns latents into images, None where pixels come out or the folder is not there.
     """
 
-    spec: DiTSpec
-    params: Mapping[str, Array]
     schedule: Mapping[str, Any]
-    labels: tuple[str, ...] | None
-    origin: Origin
     latent: bool = False
     decoder: str | None = None
 
     def __post_init__(self) -> None:
-        required, optional = dit_param_shapes(self.spec)
-        check_arrays(required, optional, self.params)
+        Checkpoint.__post_init__(self)
         own_sampler(self.schedule)
-        object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
-        if self.labels is not None and len(self.labels) != self.spec.classes:
-            raise SourceError(f"{len(self.labels)} labels for {self.spec.classes} classes; give one per class or none")
+
+    def _shapes(self) -> tuple[dict[str, Shape], dict[str, Shape]]:
+        return dit_param_shapes(self.spec)
+
+    def _labelled(self) -> tuple[int, str]:
+        return self.spec.classes, "classes"
 
     def digest(self) -> str:
         """Return the sha256 over the spec, the noise schedule and every parameter, in hexadecimal."""
-        return params_digest([with_first_names(dit_spec_to_dict(self.spec)), dict(self.schedule)], self.params)
+        return params_digest([with_first_names(asdict(self.spec)), dict(self.schedule)], self.params)
 
 
 def dit_param_shapes(spec: DiTSpec) -> tuple[dict[str, Shape], dict[str, Shape]]:
@@ -250,13 +212,8 @@ def class_rows(spec: DiTSpec, labels: Int[np.ndarray, " B"]) -> Float[np.ndarray
     return rows
 
 
-def dit_spec_to_dict(spec: DiTSpec) -> dict[str, Any]:
-    """Return the spec as plain JSON values."""
-    return asdict(spec)
-
-
 def dit_spec_from_dict(values: Mapping[str, Any]) -> DiTSpec:
-    """Rebuild a spec from `dit_spec_to_dict`; an unknown key is an error, since it would change the function."""
+    """Rebuild a spec from its fields; an unknown key is an error, since it would change the function."""
     unknown = sorted(set(values) - {f.name for f in fields(DiTSpec)})
     if unknown:
         raise SourceError(f"unknown spec key {unknown[0]!r}; this vitfold is older than the file, upgrade vitfold")

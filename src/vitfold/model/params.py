@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from vitfold.model.preprocess import Preprocess
 from vitfold.model.spec import Architecture, Shape, param_shapes, spec_to_dict, with_first_names
 
 Array = NDArray[Any]
+S = TypeVar("S")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,27 +35,53 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Model:
-    """A Vision Transformer as data; checked at construction, so that a half-made one can't exist."""
+class Checkpoint(ABC, Generic[S]):
+    """What every model has: an architecture, the parameters that fit it, names of its classes, and an origin.
 
-    spec: Architecture
+    Checked at construction, so that a half-made one can't exist.
+    """
+
+    spec: S
     params: Mapping[str, Array]
-    preprocess: Preprocess
     labels: tuple[str, ...] | None
     origin: Origin
 
     def __post_init__(self) -> None:
-        check_params(self.spec, self.params)
+        check_arrays(*self._shapes(), self.params)
         object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
-        if self.labels is not None and len(self.labels) != self.spec.output_width:
-            raise SourceError(
-                f"{len(self.labels)} labels for {self.spec.output_width} outputs; give one label per output or none"
-            )
+        count, of = self._labelled()
+        if self.labels is not None and len(self.labels) != count:
+            raise SourceError(f"{len(self.labels)} labels for {count} {of}; give one for each or none")
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all parameters."""
         return sum(int(p.nbytes) for p in self.params.values())
+
+    @abstractmethod
+    def _shapes(self) -> tuple[dict[str, Shape], dict[str, Shape]]:
+        """Return (required, optional) names and shapes of parameters."""
+
+    @abstractmethod
+    def _labelled(self) -> tuple[int, str]:
+        """Return how many labels there may be, and of what."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Return the sha256 over all that decides what comes out, in hexadecimal."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Model(Checkpoint[Architecture]):
+    """A Vision Transformer, or a graph, as data: from images to outputs."""
+
+    preprocess: Preprocess
+
+    def _shapes(self) -> tuple[dict[str, Shape], dict[str, Shape]]:
+        return param_shapes(self.spec)
+
+    def _labelled(self) -> tuple[int, str]:
+        return self.spec.output_width, "outputs"
 
     def with_params(self, spec: Architecture, params: Mapping[str, Array]) -> Model:
         """Return this model with another spec and parameters; the shape of every fold."""

@@ -23,11 +23,11 @@ from vitfold.sources import load_source
 from vitfold.sources.dit import REAL, judge_folder
 
 if TYPE_CHECKING:
-    from vitfold.artifacts.steps import StepPlan
+    from vitfold.artifacts.steps import DiffusionModelInfo, StepPlan
     from vitfold.diffusion import ReuseMethod
     from vitfold.diffusion.compare import SamplerRow, SamplingConfig
     from vitfold.diffusion.judge import Judge
-    from vitfold.model import Array, DiffusionModelInfo
+    from vitfold.model import Array
 
 STEPS, GUIDANCE = 50, 1.5  # the guidance by which the paper measures DiT-XL
 
