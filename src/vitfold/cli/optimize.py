@@ -147,51 +147,56 @@ def optimize(
 
 def _check(job: _Job) -> None:
     """Refuse options that contradict each other, before any work."""
-    wanted, search = job.wanted, job.search
-    merge, target, needs = wanted.merge or "", wanted.target or "", "--max-drop, --max-latency-ms"
-    own = (
-        any((wanted.merge, wanted.method, wanted.registers, wanted.recipe, wanted.compensate))
-        or (wanted.prune, wanted.prune_mlp) != (None, None)
-        or wanted.keep_float > 0
-        or not wanted.calibrate_merged
-        or job.dry_run
-    )
-    unnamed = wanted.recipe is not None or wanted.repeat is not None or merge.startswith("auto")
-    unseen = (job.images or job.calibration_images) is None
+    wanted = job.wanted
     refuse(
         (job.output is None and not job.dry_run, "give -o OUT.fold, or --dry-run", "-o"),
         ((job.source is None) == (wanted.repeat is None), "give either SOURCE or --from BUNDLE", "SOURCE"),
-        (
-            wanted.recipe is not None and wanted.chosen,
-            "give either --recipe or --merge, --quant, --method and --registers",
-            "--recipe",
-        ),
-        (
-            wanted.merge_rule != "tome" and unnamed,
-            "--merge-rule goes with tokens that --merge names",
-            "--merge-rule",
-        ),
         (job.min_agreement is not None and job.images is None, "--min-agreement needs --images", "--min-agreement"),
-        (
-            wanted.method is not None and wanted.quant is None and not target.startswith("tensorrt"),
-            "--method needs --quant, for example --quant w8a8",
-            "--method",
-        ),
-        (search.max_drop is not None and search.max_latency_ms is not None, "give one of both", needs),
-        (bool(search) and job.images is None, "a search measures on images: give --images DIR", "--images"),
-        (
-            not wanted.calibrate_merged
-            and ((wanted.recipe or wanted.repeat) is not None or not (wanted.quant or target.startswith("tensorrt"))),
-            "--calibrate-unmerged needs --quant, for example --quant w8a8; recipes say quant.calibrate_merged = false",
-            "--calibrate-unmerged",
-        ),
         (
             job.calibration_images is not None and wanted.repeat is not None,
             "--from takes the images that its bundle names; leave it out",
             "--calibration-images",
         ),
         (
-            wanted.compensate and (unseen or (merge in ("", "0", "none") and not search)),
+            job.model.exif is not None and wanted.repeat is not None,
+            "--from reads images as its bundle does; leave it out",
+            "--exif",
+        ),
+        *_refused_recipes(job),
+        *_refused_searches(job),
+    )
+
+
+def _refused_recipes(job: _Job) -> tuple[tuple[bool, str, str], ...]:
+    """What a recipe and the options that stand for one may not be asked together, or without images."""
+    wanted = job.wanted
+    merge, target = wanted.merge or "", wanted.target or ""
+    quantizes = bool(wanted.quant) or target.startswith("tensorrt")
+    named = wanted.recipe is not None or wanted.repeat is not None
+    unseen = (job.images or job.calibration_images) is None
+    return (
+        (
+            wanted.recipe is not None and wanted.chosen,
+            "give either --recipe or --merge, --quant, --method and --registers",
+            "--recipe",
+        ),
+        (
+            wanted.merge_rule != "tome" and (named or merge.startswith("auto")),
+            "--merge-rule goes with tokens that --merge names",
+            "--merge-rule",
+        ),
+        (
+            wanted.method is not None and not quantizes,
+            "--method needs --quant, for example --quant w8a8",
+            "--method",
+        ),
+        (
+            not wanted.calibrate_merged and (named or not quantizes),
+            "--calibrate-unmerged needs --quant, for example --quant w8a8; recipes say quant.calibrate_merged = false",
+            "--calibrate-unmerged",
+        ),
+        (
+            wanted.compensate and (unseen or (merge in ("", "0", "none") and not job.search)),
             "--compensate needs --images, and goes with --merge; recipes say merge.compensate = true",
             "--compensate",
         ),
@@ -201,24 +206,35 @@ def _check(job: _Job) -> None:
             "will see",
             "--images",
         ),
-        (
-            bool(search) and own,
-            "a search chooses --merge, --compensate, --prune, --method, --registers, --keep-float and recipes; "
-            "leave them out",
-            needs,
-        ),
         (None not in (wanted.prune, wanted.prune_mlp), "give either --prune or --prune-mlp", "--prune"),
         (
             wanted.prune is not None and wanted.repeat is not None,
             "--from takes the recipe of its bundle; leave it out",
             "--prune",
         ),
-        (bool(search) and job.source is None, "a search needs SOURCE", "SOURCE"),
+    )
+
+
+def _refused_searches(job: _Job) -> tuple[tuple[bool, str, str], ...]:
+    """What a search needs, and what it chooses by itself."""
+    wanted, search, bounds = job.wanted, job.search, "--max-drop, --max-latency-ms"
+    own = (
+        any((wanted.merge, wanted.method, wanted.registers, wanted.recipe, wanted.compensate))
+        or (wanted.prune, wanted.prune_mlp) != (None, None)
+        or wanted.keep_float > 0
+        or not wanted.calibrate_merged
+        or job.dry_run
+    )
+    return (
+        (search.max_drop is not None and search.max_latency_ms is not None, "give one of both", bounds),
+        (bool(search) and job.images is None, "a search measures on images: give --images DIR", "--images"),
         (
-            job.model.exif is not None and wanted.repeat is not None,
-            "--from reads images as its bundle does; leave it out",
-            "--exif",
+            bool(search) and own,
+            "a search chooses --merge, --compensate, --prune, --method, --registers, --keep-float and recipes; "
+            "leave them out",
+            bounds,
         ),
+        (bool(search) and job.source is None, "a search needs SOURCE", "SOURCE"),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,40 +66,41 @@ def predict(
     """Print or write the most probable labels of images, the numbers of a regression, or embeddings (--json, -o)."""
     opened = turned(open_bundle(bundle), exif)
     paths = given_paths(images)
+    results: list[Mapping[str, Any]] = []
     unread = 0
     with (
         Predictor(opened, engine=engine, threads=threads) as predictor,
         counting("predict", len(paths), unit="images") as advance,
     ):
         head = predictor.head
-
-        def rows() -> Iterator[Row]:
-            nonlocal unread
+        columns = columns_of(head, top, opened.manifest.spec.output_width)
+        writing = nullcontext() if output is None else open_rows(output, columns, len(paths), overwrite=overwrite)
+        with writing as write:
             for path, found in zip(paths, _stream(predictor, paths, batch, skip_bad=skip_bad), strict=True):
-                advance(1)
-                if isinstance(found, ImageError):
-                    unread += 1
-                    skipped(str(found))
-                    yield {"image": str(path), "error": str(found)}, None
+                row = _row(path, found, top, threshold)
+                unread += row[1] is None
+                if write is None:
+                    results.append(row[0])
                 else:
-                    yield {"image": str(path), **answer(found, top, threshold)}, found
-
-        results = [values for values, _ in rows()] if output is None else []
-        if output is not None:
-            columns = columns_of(head, top, opened.manifest.spec.output_width)
-            with open_rows(output, columns, len(paths), overwrite=overwrite) as write:
-                for row in rows():
                     write([row])
-    if output is not None and json:
-        print_json({"output": str(output), "images": len(paths), "unread": unread})
-    elif output is not None:
-        note(f"{output}: {len(paths)} images, of which {unread} cannot be read")
-    elif json:
-        print_json(results)
-    else:
+                advance(1)
+    summary = {"output": str(output), "images": len(paths), "unread": unread}
+    if json:
+        print_json(results if output is None else summary)
+    elif output is None:
         _print(results, _COLUMNS[head])
+    else:
+        note(f"{output}: {len(paths)} images, of which {unread} cannot be read")
     if paths and unread == len(paths):
         raise ImageError(f"none of the {unread} images can be read; give others")
+
+
+def _row(path: Path, found: Prediction | ImageError, top: int, threshold: float) -> Row:
+    """What is said of one image, and what the model gave for it; of an image that cannot be read why, and None."""
+    if isinstance(found, ImageError):
+        skipped(str(found))
+        return {"image": str(path), "error": str(found)}, None
+    return {"image": str(path), **answer(found, top, threshold)}, found
 
 
 def _stream(

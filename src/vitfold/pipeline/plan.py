@@ -144,31 +144,43 @@ def optimize(
     if recipe is not None and not (merge is None and quant is None and registers is None and prune is None):
         raise RecipeError("give either a recipe or a merge schedule, pruning, a quantization and registers, not both")
     if recipe is None:
-        found = quant_from_scheme(find_target(target).implied_quant) if quant is None else _quant_recipe(quant)
         merged = MergeRecipe(r=resolve_r(merge, model.spec), rule=rule, compensate=compensate)
         narrower = prune if isinstance(prune, PruneRecipe) or prune is None else PruneRecipe(mlp=prune)
-        recipe = Recipe(merge=merged, quant=found, registers=registers_from_name(registers), prune=narrower)
-    tokens_per_block(model.spec, recipe.merge.r)
-    if recipe.registers is not None:
-        as_vit(model.spec, "registers need")
-    if RULES[recipe.merge.rule].class_token and not model.spec.class_token:
-        raise RecipeError(
-            f"merge.rule {recipe.merge.rule} asks the class token, which this model does not have; use tome or pitome"
+        recipe = Recipe(
+            merge=merged, quant=_quant_recipe(quant), registers=registers_from_name(registers), prune=narrower
         )
     if recipe.quant is None and quant is None:
         recipe = replace(recipe, quant=quant_from_scheme(find_target(target).implied_quant))
+    _check_fits(recipe, model.spec)
     chosen = resolve_target(target, recipe.quant)
     if batch is not None and not chosen.runtime.builds_for_batches:
         raise TargetError(f"target {target} runs any batch; leave the batch out, or choose a target of TensorRT")
-    remarks: tuple[str, ...] = ()
-    if recipe.quant is not None:
-        recipe = replace(recipe, quant=resolve_quant(recipe.quant, chosen, model.spec))
-        recipe, remarks = keep_fusible(recipe, chosen, model.spec)
-    if recipe.merge.order is None:
-        order: Order = "index" if chosen.keeps_order else "score"
-        recipe = replace(recipe, merge=replace(recipe.merge, order=order))
+    recipe, remarks = _settled(recipe, chosen, model.spec)
     folded = fold_layer_scale(model)
     return Plan(model=model, folded=folded, recipe=recipe, target=chosen, batch=batch, remarks=remarks)
+
+
+def _check_fits(recipe: Recipe, spec: Architecture) -> None:
+    """Check that a model has what a recipe asks of it: tokens enough, named parts for registers, a class token."""
+    tokens_per_block(spec, recipe.merge.r)
+    if recipe.registers is not None:
+        as_vit(spec, "registers need")
+    if RULES[recipe.merge.rule].class_token and not spec.class_token:
+        raise RecipeError(
+            f"merge.rule {recipe.merge.rule} asks the class token, which this model does not have; use tome or pitome"
+        )
+
+
+def _settled(recipe: Recipe, target: Target, spec: Architecture) -> tuple[Recipe, tuple[str, ...]]:
+    """Return the recipe with what the target decides: quantized sites and the order of tokens; and remarks on it."""
+    remarks: tuple[str, ...] = ()
+    if recipe.quant is not None:
+        recipe = replace(recipe, quant=resolve_quant(recipe.quant, target, spec))
+        recipe, remarks = keep_fusible(recipe, target, spec)
+    if recipe.merge.order is None:
+        order: Order = "index" if target.keeps_order else "score"
+        recipe = replace(recipe, merge=replace(recipe.merge, order=order))
+    return recipe, remarks
 
 
 def keep_fusible(recipe: Recipe, target: Target, spec: Architecture) -> tuple[Recipe, tuple[str, ...]]:

@@ -102,21 +102,15 @@ def load_source(
     """
     if not isinstance(source, str):
         raise ArgumentError(f"a source is text, {FORMS}; found {type(source).__name__}")
-    size = parse_size(image_size)
-    _check_arguments(source, arch, num_classes, weights)
-    _check_problem(problem)
-    import_package("torch", "optimize", "loading a model")
+    names = _outputs(outputs)
+    size, joined = parse_size(image_size), None if names is None else ",".join(names)
     arguments: dict[str, Any] = {
         "arch": arch, "num_classes": num_classes, "image_size": size, "weights": weights, "seed": seed,
     }  # fmt: skip
-    arguments |= {k: v for k, v in (("problem", problem), ("preprocess", preprocess)) if v is not None}
-    names = _outputs(outputs)
-    chosen = {"outputs": None if names is None else ",".join(names), "part": part}
+    chosen = {"problem": problem, "preprocess": preprocess, "outputs": joined, "part": part}
     arguments |= {name: value for name, value in chosen.items() if value is not None}
-    if preprocess is not None and not _is_graph(source):
-        raise SourceError(f"--preprocess belongs to an ONNX file, and {source} is none; leave it out")
-    if part is not None and _is_graph(source):
-        raise SourceError(f"--part names a part of a module, and {source} is a graph; export the part instead")
+    _check_arguments(source, arguments)
+    import_package("torch", "optimize", "loading a model")
     if _is_graph(source):
         loaded = Loaded(model=_load_graph(source, arguments), original=None)
     elif _is_code(source):
@@ -343,33 +337,34 @@ def adapt(
 
     _check_problem(problem)
     module = bare_module(module)
-    translator, zoo, unknown = None, torch, None
-    try:
-        translator, zoo = find_translator(module)
-    except UnsupportedError as error:
-        if not graph:
-            raise
-        unknown = error
     chosen = _outputs(outputs)
     words = chosen is not None and any(asked_of_program([name]) for name in chosen)
-    named = chosen is not None and not asked_of_program(chosen)
+    named = None if chosen is None or asked_of_program(chosen) else chosen
+    reading: dict[str, Any] = {
+        "facts": {"problem": problem}, "preprocess": preprocess, "labels": None if labels is None else tuple(labels),
+    }  # fmt: skip
+    translator, zoo, reason = None, torch, None
+    try:
+        translator, zoo = find_translator(module)
+    except UnsupportedError as unknown:
+        reason = unknown
+    where = Origin(source=origin or "memory", loader=_loader(zoo), arguments={})
     with contextlib.nullcontext(module) if evaluated else _evaluated(module) as plain:
-        where = Origin(source=origin or "memory", loader=_loader(zoo), arguments={})
-        names, facts = None if labels is None else tuple(labels), {"problem": problem}
-        try:
-            if unknown is not None or named:
-                raise unknown or UnsupportedError("outputs were chosen by name")
-            model, _ = _translate(translator, plain, facts, where, preprocess, names)
-        except UnsupportedError as reason:
+        if reason is None and named is None:
+            try:
+                model, _ = _translate(translator, plain, origin=where, **reading)
+            except UnsupportedError as unsupported:
+                reason = unsupported
+        if reason is not None or named is not None:
+            reason = reason or UnsupportedError("outputs were chosen by name")
             if not graph:
-                raise
+                raise reason
             from vitfold.sources.graphs import as_graph
 
-            model = as_graph(
-                plain, where, reason, preprocess=preprocess, labels=names, facts=facts, translator=translator,
-                size=image_size, shape=None if input_shape is None else tuple(input_shape),
-                outputs=chosen if named and not words else None,
-            )[0]  # fmt: skip
+            model, _ = as_graph(
+                plain, where, reason, translator=translator, size=image_size,
+                shape=None if input_shape is None else tuple(input_shape), outputs=None if words else named, **reading,
+            )  # fmt: skip
     return model if chosen is None or not words else with_outputs(model, chosen)
 
 
@@ -439,7 +434,9 @@ def _with_problem(spec: ViTSpec, problem: Problem | None) -> ViTSpec:
     return replace(spec, problem=problem)
 
 
-def _check_arguments(source: str, arch: str | None, num_classes: int | None, weights: str) -> None:
+def _check_arguments(source: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that do not go with a source, or with each other."""
+    arch, num_classes, weights = (arguments[name] for name in ("arch", "num_classes", "weights"))
     if weights not in get_args(Weights):
         raise SourceError(f"weights {weights!r} is neither 'pretrained' nor 'random'")
     if num_classes is not None and num_classes < 0:
@@ -450,6 +447,11 @@ def _check_arguments(source: str, arch: str | None, num_classes: int | None, wei
         raise SourceError(f"--arch {arch} belongs to a file, and {source} names its architecture itself; leave it out")
     if weights == "random" and not in_zoo and _looks_like_file(source):
         raise SourceError(f"--weights random does not go with the file {source}; use timm:NAME --weights random")
+    _check_problem(arguments.get("problem"))
+    if "preprocess" in arguments and not _is_graph(source):
+        raise SourceError(f"--preprocess belongs to an ONNX file, and {source} is none; leave it out")
+    if "part" in arguments and _is_graph(source):
+        raise SourceError(f"--part names a part of a module, and {source} is a graph; export the part instead")
 
 
 def _looks_like_file(source: str) -> bool:
