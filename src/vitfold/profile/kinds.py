@@ -47,6 +47,7 @@ _COMPILED = tuple((re.compile(site), re.compile(op), kind) for site, op, kind in
 _SITE = re.compile(
     r"(?:blocks\.\d+(?:\.[A-Za-z]\w*)+|(?:embed|pool|patch_embed|pre_norm|norm|pool_norm|head\w*)(?:\.\w+)*)"
 )
+_BLOCK = re.compile(r"blocks\.\d+")
 _REPEAT = re.compile(r"\.\d+$")
 
 
@@ -67,8 +68,9 @@ def kind_of(name: str, op: str) -> str:
 
 def part_of(site: str) -> str:
     """Return the block of a site as "blocks.3", or "embed" or "head" for what stands around the blocks."""
-    if site.startswith("blocks."):
-        return ".".join(site.split(".")[:2])
+    found = _BLOCK.match(site)
+    if found is not None:
+        return found.group()
     return "embed" if site.startswith(("embed", "patch_embed", "pre_norm")) else HEADS
 
 

@@ -106,8 +106,8 @@ def as_table(ids: Sequence[str], columns: dict[str, np.ndarray], unread: Sequenc
     return pa.table(made)
 
 
-def check_columns(predict: BatchPredictor, columns: Sequence[str] | None) -> list[str]:
-    """Return the columns of a job, all that the model has if none are named.
+def check_columns(predict: BatchPredictor, columns: Sequence[str] | None, *, most: int = MOST_VALUES) -> list[str]:
+    """Return the columns of a job, all that the model has if none are named, of at most so many numbers an image.
 
     Raises:
         VitfoldError: if the model has not what was asked for, or numbers that no table should hold.
@@ -121,7 +121,7 @@ def check_columns(predict: BatchPredictor, columns: Sequence[str] | None) -> lis
                 f"this bundle (head: {head}) has no column {name!r} but {', '.join(offered)}; "
                 "for an embedding make a bundle with --outputs embedding"
             )
-        if (values := int(np.prod(offered[name]))) > MOST_VALUES:
+        if (values := int(np.prod(offered[name]))) > most:
             raise VitfoldError(
                 f"{name} of this bundle has {values} numbers an image, too many for a table; take other --columns, or "
                 "write them by vitfold predict -o FILE.npy"
