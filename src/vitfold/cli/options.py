@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +15,9 @@ RECIPE = "What is done to it"
 CALIBRATION = "Calibration"
 SEARCH = "Search"
 DIFFUSION = "Diffusion sampling"
+_source, _recipe, _calibration, _search, _diffusion = (
+    partial(typer.Option, rich_help_panel=panel) for panel in (SOURCE, RECIPE, CALIBRATION, SEARCH, DIFFUSION)
+)
 
 Source = Annotated[
     str,
@@ -39,59 +43,41 @@ NeededImages = Annotated[
         "--images", "--inputs", metavar="DIR", help="A folder of images or .npy arrays, or of one sub-folder per class."
     ),
 ]
-Arch = Annotated[
-    str | None, typer.Option(metavar="TIMM_NAME", help="Architecture of a .safetensors file.", rich_help_panel=SOURCE)
-]
-NumClasses = Annotated[
-    int | None, typer.Option(min=0, help="Classes of the head; 0 for features.", rich_help_panel=SOURCE)
-]
+Arch = Annotated[str | None, _source(metavar="TIMM_NAME", help="Architecture of a .safetensors file.")]
+NumClasses = Annotated[int | None, _source(min=0, help="Classes of the head; 0 for features.")]
 ImageSize = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIDE|HxW",
-        help="Input pixels per side, or 384x512; positions are resampled.",
-        rich_help_panel=SOURCE,
-    ),
+    str | None, _source(metavar="SIDE|HxW", help="Input pixels per side, or 384x512; positions are resampled.")
 ]
 Part = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PATH",
-        help="The part of a model that is taken, such as vision_model or encoder.",
-        rich_help_panel=SOURCE,
-    ),
+    str | None, _source(metavar="PATH", help="The part of a model that is taken, such as vision_model or encoder.")
 ]
 Outputs = Annotated[
     str | None,
-    typer.Option(
+    _source(
         metavar="LIST",
         help="What the model gives, the first being compared: logits, embedding, tokens, layers:3,6, or names of "
         "outputs of a graph.",
-        rich_help_panel=SOURCE,
     ),
 ]
 Problem = Annotated[
     Literal["single_label", "multi_label", "regression", "map", "segmentation"] | None,
-    typer.Option(
+    _source(
         help="What a classifier's outputs stand for: one class, a yes or no each, or numbers; default: what the source "
-        "says, else one class.",
-        rich_help_panel=SOURCE,
+        "says, else one class."
     ),
 ]
 Preprocessing = Annotated[
     str | None,
-    typer.Option(
+    _source(
         metavar="FILE|FAMILY",
         help="How images are prepared for an ONNX file: a preprocessor_config.json, or as for vit, deit, dinov2, clip "
         "or siglip; default: what lies beside the file.",
-        rich_help_panel=SOURCE,
     ),
 ]
 Weights = Annotated[
-    Literal["pretrained", "random"],
-    typer.Option(help="random: seeded random weights, for timing without a download.", rich_help_panel=SOURCE),
+    Literal["pretrained", "random"], _source(help="random: seeded random weights, for timing without a download.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of random weights.", rich_help_panel=SOURCE)]
+Seed = Annotated[int, _source(help="Seed of random weights.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Images per call.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; default: all usable cores.")]
@@ -110,27 +96,22 @@ ReferenceBundle = Annotated[
 ]
 Merge = Annotated[
     str | None,
-    typer.Option(
+    _recipe(
         metavar="R",
         help="Tokens merged per block: 8, a list 8,8,4, R:INFLECTION as 8:-1, or none. Or auto[:R], the fastest "
         "schedule on this machine (TensorRT: on --gpu) that distorts no more than a constant R (8).",
-        rich_help_panel=RECIPE,
     ),
 ]
 MergeRule = Annotated[
     Literal["tome", "nearest", "tofu", "pitome", "evit"],
-    typer.Option(
-        help="Which tokens go: tome merges the most similar pairs; see docs/search.md for the others.",
-        rich_help_panel=RECIPE,
-    ),
+    _recipe(help="Which tokens go: tome merges the most similar pairs; see docs/search.md for the others."),
 ]
 Compensate = Annotated[
     bool,
-    typer.Option(
+    _recipe(
         "--compensate/--no-compensate",
         help="Refit weights in closed form to what merging changes, on --images (2000 are good, labels are not used); "
         "costs nothing at run time.",
-        rich_help_panel=RECIPE,
     ),
 ]
 Prune = Annotated[
@@ -145,135 +126,87 @@ Prune = Annotated[
 ]
 PruneMlp = Annotated[
     float | None,
-    typer.Option(
+    _recipe(
         "--prune-mlp",
         metavar="SHARE",
         help="Take this share of the hidden units of every MLP away (0.25) and refit the others in closed form, on "
         "--images (2000 are good, labels are not used).",
-        rich_help_panel=RECIPE,
     ),
 ]
 Quant = Annotated[
     str | None,
-    typer.Option(
-        metavar="WxAy",
-        help="Bits of weights and activations: w8a8, w6a6, w4a8, w4a4, ..., fp8, or none.",
-        rich_help_panel=RECIPE,
-    ),
+    _recipe(metavar="WxAy", help="Bits of weights and activations: w8a8, w6a6, w4a8, w4a4, ..., fp8, or none."),
 ]
 Method = Annotated[
-    str | None,
-    typer.Option(
-        help="vitfold (default), ptq4vit, repq, noisy, smooth, mse, percentile or minmax.", rich_help_panel=RECIPE
-    ),
+    str | None, _recipe(help="vitfold (default), ptq4vit, repq, noisy, smooth, mse, percentile or minmax.")
 ]
 CalibrateMerged = Annotated[
     bool,
-    typer.Option(
+    _calibration(
         "--calibrate-merged/--calibrate-unmerged",
         help="Whether ranges and rounding are found on the model that merges, or on the one that does not.",
-        rich_help_panel=CALIBRATION,
     ),
 ]
 Registers = Annotated[
     str | None,
-    typer.Option(
+    _recipe(
         metavar="REMEDY",
         help="What to do about sink tokens: auto (whichever measures best on --images, or nothing), prefix, delete, "
         "regcache, leave-out, float-sinks, split-scales, neurons, or none (default). See vitfold outliers.",
-        rich_help_panel=RECIPE,
     ),
 ]
 KeepFloat = Annotated[
-    int,
-    typer.Option(
-        min=0,
-        metavar="N",
-        help="Leave the N most sensitive layers float; see vitfold sensitivity.",
-        rich_help_panel=RECIPE,
-    ),
+    int, _recipe(min=0, metavar="N", help="Leave the N most sensitive layers float; see vitfold sensitivity.")
 ]
 Target = Annotated[
     str | None,
-    typer.Option(
+    _recipe(
         help="What the graph is written for: cpu (quantized: this processor's instruction set), portable, "
         "cpu-avx2, cpu-vnni, cpu-amx, cpu-arm, openvino, tensorrt-fp16, tensorrt-int8, tensorrt-fp8, integer or "
         "simulation; fastest: cpu or openvino, whichever runs faster here. "
-        "Default: cpu; a search tries cpu and openvino.",
-        rich_help_panel=RECIPE,
+        "Default: cpu; a search tries cpu and openvino."
     ),
 ]
-RecipeFile = Annotated[
-    Path | None, typer.Option(metavar="FILE.toml", help="Every choice in a file.", rich_help_panel=RECIPE)
-]
+RecipeFile = Annotated[Path | None, _recipe(metavar="FILE.toml", help="Every choice in a file.")]
 Repeat = Annotated[
-    Path | None,
-    typer.Option(
-        "--from", metavar="BUNDLE", help="Make this bundle again, from the same images.", rich_help_panel=RECIPE
-    ),
+    Path | None, _recipe("--from", metavar="BUNDLE", help="Make this bundle again, from the same images.")
 ]
 KeepSlower = Annotated[
-    bool,
-    typer.Option(
-        "--keep-slower", help="Keep a quantized bundle that is not faster than the float one.", rich_help_panel=RECIPE
-    ),
+    bool, _recipe("--keep-slower", help="Keep a quantized bundle that is not faster than the float one.")
 ]
 Batches = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MIN,OPT,MAX", help="Batches that TensorRT builds its engine for, as 1,8,64.", rich_help_panel=RECIPE
-    ),
+    str | None, _recipe(metavar="MIN,OPT,MAX", help="Batches that TensorRT builds its engine for, as 1,8,64.")
 ]
-Gpu = Annotated[
-    str, typer.Option(help="The GPU that --merge auto models: H100, A100, L4, T4, ...", rich_help_panel=RECIPE)
-]
+Gpu = Annotated[str, _recipe(help="The GPU that --merge auto models: H100, A100, L4, T4, ...")]
 MaxDrop = Annotated[
     float | None,
-    typer.Option(
+    _search(
         min=0,
         metavar="POINTS",
         help="Search the fastest recipe that loses at most so many points of top-1, or, "
         "without class folders, of agreement.",
-        rich_help_panel=SEARCH,
     ),
 ]
 MaxLatency = Annotated[
-    float | None,
-    typer.Option(
-        min=0, metavar="MS", help="Search the most accurate recipe that takes at most this.", rich_help_panel=SEARCH
-    ),
+    float | None, _search(min=0, metavar="MS", help="Search the most accurate recipe that takes at most this.")
 ]
-SearchMinutes = Annotated[
-    float,
-    typer.Option(min=0.1, help="When a search stops trying; the same command goes on.", rich_help_panel=SEARCH),
-]
+SearchMinutes = Annotated[float, _search(min=0.1, help="When a search stops trying; the same command goes on.")]
 CalibrationImages = Annotated[
     Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="Images from which quantization, also of peers, takes ranges; measure on others.",
-        rich_help_panel=CALIBRATION,
-    ),
+    _calibration(metavar="DIR", help="Images from which quantization, also of peers, takes ranges; measure on others."),
 ]
 CalibrationSize = Annotated[
-    int,
-    typer.Option(
-        min=1,
-        help="Images for calibration, of --calibration-images where that is given, else --images.",
-        rich_help_panel=CALIBRATION,
-    ),
+    int, _calibration(min=1, help="Images for calibration, of --calibration-images where that is given, else --images.")
 ]
-CalibrationSeed = Annotated[int, typer.Option(help="Seed that draws them.", rich_help_panel=CALIBRATION)]
+CalibrationSeed = Annotated[int, _calibration(help="Seed that draws them.")]
 QuantTarget = Annotated[str, typer.Option(help="As in optimize: decides what is quantized and how.")]
 Trials = Annotated[int, typer.Option(min=1, help="Interleaved rounds.")]
 Seconds = Annotated[float, typer.Option(min=0.1, help="Recorded seconds per subject and scope.")]
 TimedImages = Annotated[int, typer.Option("--limit", min=1, help="Images used, spread evenly over --images.")]
 Exif = Annotated[
     Literal["apply", "ignore"] | None,
-    typer.Option(
-        "--exif",
-        help="Whether images are turned by their EXIF orientation; default: as the source's own pipeline.",
-        rich_help_panel=SOURCE,
+    _source(
+        "--exif", help="Whether images are turned by their EXIF orientation; default: as the source's own pipeline."
     ),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use at most this many images, spread evenly.")]
@@ -289,38 +222,26 @@ MinAgreement = Annotated[
     float | None, typer.Option(min=0, max=1, help="Exit with 3 if top-1 agreement on --images is lower.")
 ]
 
-StepCount = Annotated[
-    int | None,
-    typer.Option("--steps", help="Denoising steps; default: 50, or the bundle's.", rich_help_panel=DIFFUSION),
-]
-Sampler = Annotated[
-    str | None,
-    typer.Option(help="ddim, dpm++ or ddpm; default: the folder's own, or the bundle's.", rich_help_panel=DIFFUSION),
-]
+StepCount = Annotated[int | None, _diffusion("--steps", help="Denoising steps; default: 50, or the bundle's.")]
+Sampler = Annotated[str | None, _diffusion(help="ddim, dpm++ or ddpm; default: the folder's own, or the bundle's.")]
 Guidance = Annotated[
-    float | None,
-    typer.Option(
-        help="Scale of classifier-free guidance, 1 for none; default: 1.5, or the bundle's.", rich_help_panel=DIFFUSION
-    ),
+    float | None, _diffusion(help="Scale of classifier-free guidance, 1 for none; default: 1.5, or the bundle's.")
 ]
 Real = Annotated[
     Path | None,
-    typer.Option(
+    _diffusion(
         "--real",
         metavar="DIR|FILE",
         help="Real images, or their features in real.safetensors, for a Frechet distance to them.",
-        rich_help_panel=DIFFUSION,
     ),
 ]
 Features = Annotated[
     str | None,
-    typer.Option(
-        metavar="SOURCE",
-        help="The vision transformer whose features that distance takes; a judge beside SOURCE.",
-        rich_help_panel=DIFFUSION,
+    _diffusion(
+        metavar="SOURCE", help="The vision transformer whose features that distance takes; a judge beside SOURCE."
     ),
 ]
-Heads = Annotated[int | None, typer.Option(min=1, help="Attention heads of a state dict.", rich_help_panel=DIFFUSION)]
+Heads = Annotated[int | None, _diffusion(min=1, help="Attention heads of a state dict.")]
 Reuse = Annotated[
     str,
     typer.Option(
@@ -342,29 +263,15 @@ StepMethod = Annotated[
         "percentile or minmax."
     ),
 ]
-MinPsnr = Annotated[
-    float | None,
-    typer.Option(metavar="DB", help="Least PSNR to the unaccelerated images at equal seeds.", rich_help_panel=SEARCH),
-]
+MinPsnr = Annotated[float | None, _search(metavar="DB", help="Least PSNR to the unaccelerated images at equal seeds.")]
 MaxPsnrDrop = Annotated[
     float | None,
-    typer.Option(
-        min=0,
-        metavar="DB",
-        help="How much further from the images of four times the steps than the plain sampler.",
-        rich_help_panel=SEARCH,
+    _search(
+        min=0, metavar="DB", help="How much further from the images of four times the steps than the plain sampler."
     ),
 ]
-MaxFidRise = Annotated[
-    float | None,
-    typer.Option(min=0, help="How much larger a Frechet distance to --real by --features.", rich_help_panel=SEARCH),
-]
+MaxFidRise = Annotated[float | None, _search(min=0, help="How much larger a Frechet distance to --real by --features.")]
 Samples = Annotated[
-    int | None,
-    typer.Option(
-        min=2,
-        help="Held-out images that confirm the winner; default: 32, or 256 for a FID.",
-        rich_help_panel=SEARCH,
-    ),
+    int | None, _search(min=2, help="Held-out images that confirm the winner; default: 32, or 256 for a FID.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")]

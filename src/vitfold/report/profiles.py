@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
-from vitfold.report.tables import environment_line, number
+from vitfold.report.tables import environment_line, number, terminal_table
 
 
 def profile_heading(result: Mapping[str, Any]) -> str:
@@ -30,38 +29,35 @@ def profile_heading(result: Mapping[str, Any]) -> str:
 
 def kind_table(result: Mapping[str, Any]) -> Table:
     """One row per kind of operation that ran."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("kind", "ms", "%", "nodes", "GMACs", "int %", "GMAC/s", "GB/s", "of ceiling"):
-        table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
-    for row in result["kinds"]:
-        if not row["nodes"]:
-            continue
-        integer = row["integer_macs"] / row["macs"] if row["macs"] else None
-        ratio = row["ceiling_ratio"]
-        table.add_row(
+    header = ("kind", "ms", "%", "nodes", "GMACs", "int %", "GMAC/s", "GB/s", "of ceiling")
+    rows = [
+        (
             row["kind"],
             f"{row['ms']:.2f}",
             f"{100 * row['ratio']:.1f}",
             str(row["nodes"]),
             number(row["macs"] or None, ".2f", scale=1e-9),
-            number(integer, ".0f", scale=100),
+            number(row["integer_macs"] / row["macs"] if row["macs"] else None, ".0f", scale=100),
             number(row["gmacs_per_s"], ".0f"),
             number(row["gbytes_per_s"], ".1f"),
-            "-" if ratio is None else f"{100 * min(1.0, ratio):.0f} %",
+            "-" if row["ceiling_ratio"] is None else f"{100 * min(1.0, row['ceiling_ratio']):.0f} %",
         )
-    return table
+        for row in result["kinds"]
+        if row["nodes"]
+    ]
+    return terminal_table(header, rows, words=("kind",))
 
 
 def block_table(result: Mapping[str, Any]) -> Table:
     """One row per block, milliseconds by kind."""
     kinds = [row["kind"] for row in result["kinds"] if row["nodes"]]
     short = {"normalization": "norm", "attention": "attn", "activation": "act", "quantize": "q/dq"}
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("block", no_wrap=True)
-    for kind in kinds:
-        table.add_column(short.get(kind, kind), justify="right", no_wrap=True)
-    table.add_column("ms", justify="right", no_wrap=True)
-    for row in result["blocks"]:
-        cells = [number(row["ms"].get(kind), ".2f") for kind in kinds]
-        table.add_row(row["block"].removeprefix("blocks."), *cells, f"{sum(row['ms'].values()):.2f}")
-    return table
+    rows = [
+        (
+            row["block"].removeprefix("blocks."),
+            *(number(row["ms"].get(kind), ".2f") for kind in kinds),
+            f"{sum(row['ms'].values()):.2f}",
+        )
+        for row in result["blocks"]
+    ]
+    return terminal_table(["block", *(short.get(kind, kind) for kind in kinds), "ms"], rows, words=("block",))

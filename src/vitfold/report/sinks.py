@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
-from rich import box
 from rich.table import Table
 
-from vitfold.report.tables import number, percent
+from vitfold.report.tables import number, percent, terminal_table
 
 RARE = 4.0
 """From this ratio of largest to mean norm on, a block has outliers."""
@@ -86,13 +85,8 @@ def _settings(recipe: Mapping[str, Any] | None) -> str:
 
 def remedies_table(values: Mapping[str, Any]) -> Table:
     """Return the terminal table of remedies, without their settings, which are wider than a terminal."""
-    table = _table()
-    *names, _ = remedy_columns()
-    for name in names:
-        table.add_column(name, justify="left" if name == "remedy" else "right", no_wrap=True)
-    for *row, _ in remedy_cells(values):
-        table.add_row(*row)
-    return table
+    rows = [row[:-1] for row in remedy_cells(values)]
+    return terminal_table(remedy_columns()[:-1], rows, words=("remedy",))
 
 
 def remedy_settings(values: Mapping[str, Any]) -> list[str]:
@@ -102,24 +96,14 @@ def remedy_settings(values: Mapping[str, Any]) -> list[str]:
 
 def norms_table(values: Mapping[str, Any]) -> Table:
     """Return the terminal table of blocks."""
-    table = _table()
-    for name in ("block", "max", "mean", "max prefix", "max patch", "noise of its layers dB"):
-        table.add_column(name, justify="right", no_wrap=True)
+    header = ("block", "max", "mean", "max prefix", "max patch", "noise of its layers dB")
+    norms = ("max_norm", "mean_norm", "max_prefix_norm", "max_patch_norm")
+    rows = []
     for row in values["blocks"]:
         noise = row["noise_to_signal"]
-        table.add_row(
-            str(row["block"]),
-            number(row["max_norm"], ".2f"),
-            number(row["mean_norm"], ".2f"),
-            number(row["max_prefix_norm"], ".2f"),
-            number(row["max_patch_norm"], ".2f"),
-            "-" if noise <= 0 else f"{10 * np.log10(noise):.1f}",
-        )
-    return table
-
-
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        shown = "-" if noise <= 0 else f"{10 * np.log10(noise):.1f}"
+        rows.append([str(row["block"]), *(number(row[name], ".2f") for name in norms), shown])
+    return terminal_table(header, rows)
 
 
 def draw_sinks(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -19,6 +19,29 @@ from vitfold.model.spec import MAPS
 RowDict = Mapping[str, Any]
 _SHOWN_ENGINES = {"simulation": "simulated"}
 SCOPES = {"engine": "engine only", "end_to_end": "end to end, file to label"}
+
+
+def terminal_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    words: Sequence[str] = (),
+    title: str | None = None,
+    wraps: bool = False,
+) -> Table:
+    """Return a terminal table; columns of `words` stand left, figures right, and only these may wrap where they do."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in header:
+        left = name in words
+        table.add_column(
+            name,
+            justify="left" if left else "right",
+            no_wrap=left or not wraps,
+            overflow="fold" if wraps else "ellipsis",
+        )
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def columns(rows: Sequence[RowDict]) -> list[str]:
@@ -104,13 +127,7 @@ def cells(rows: Sequence[RowDict]) -> list[list[str]]:
 
 def ladder(rows: Sequence[RowDict], *, title: str) -> Table:
     """Return a terminal table; where 80 columns are too few, figures wrap and names do not."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in columns(rows):
-        left = name == "variant"
-        table.add_column(name, justify="left" if left else "right", no_wrap=left, overflow="fold")
-    for row in cells(rows):
-        table.add_row(*row)
-    return table
+    return terminal_table(columns(rows), cells(rows), words=("variant",), title=title, wraps=True)
 
 
 def markdown(rows: Sequence[RowDict]) -> str:
@@ -123,11 +140,9 @@ def markdown(rows: Sequence[RowDict]) -> str:
 
 def sensitivity_table(rows: Sequence[RowDict], *, title: str) -> Table:
     """Return the terminal table of `vitfold sensitivity`, the costliest site first."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("#", "site", "SQNR dB", "noise %", "agree %", "MACs %"):
-        table.add_column(name, justify="left" if name == "site" else "right", no_wrap=True)
-    for rank, row in enumerate(rows, start=1):
-        table.add_row(
+    header = ("#", "site", "SQNR dB", "noise %", "agree %", "MACs %")
+    body = [
+        (
             str(rank),
             row["site"],
             number(row["sqnr_db"], ".1f"),
@@ -135,7 +150,9 @@ def sensitivity_table(rows: Sequence[RowDict], *, title: str) -> Table:
             percent(row["agreement"], unit=""),
             percent(row["macs_ratio"], unit=""),
         )
-    return table
+        for rank, row in enumerate(rows, start=1)
+    ]
+    return terminal_table(header, body, words=("site",), title=title)
 
 
 SWEEP_COLUMNS = ["recipe", "top-1 %", "agree %", "drop, points", "latency ms", "over float", "MB"]
@@ -159,13 +176,7 @@ def sweep_cells(rows: Sequence[RowDict]) -> list[list[str]]:
 
 def sweep_table(rows: Sequence[RowDict]) -> Table:
     """Return the terminal table of a sweep or a search."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in SWEEP_COLUMNS:
-        left = name == "recipe"
-        table.add_column(name, justify="left" if left else "right", no_wrap=left, overflow="fold")
-    for row in sweep_cells(rows):
-        table.add_row(*row)
-    return table
+    return terminal_table(SWEEP_COLUMNS, sweep_cells(rows), words=("recipe",), wraps=True)
 
 
 def _latency_text(row: RowDict) -> str:
@@ -245,12 +256,7 @@ def accuracy_table(result: Mapping[str, Any]) -> Table:
     """Return the terminal table of a ladder."""
     header, body = accuracy_rows(result)
     title = f"{result['source']}, {result['images']} images, mean ± half range over seeds"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in header:
-        table.add_column(name, justify="left" if name in ("method", "run by") else "right", no_wrap=True)
-    for line in body:
-        table.add_row(*line)
-    return table
+    return terminal_table(header, body, words=("method", "run by"), title=title)
 
 
 def describe_registers(registers: Mapping[str, Any] | None) -> str:
@@ -275,16 +281,11 @@ _BEYOND = ("reused", "SSIM", "Frechet rise", "kept MB")
 def diffusion_table(result: Mapping[str, Any]) -> Table:
     """Return the table of `vitfold diffusion sample`: time per image beside likeness to the unaccelerated images."""
     title = f"{len(result['classes'])} images, {result['steps']} steps of {result['sampler']}, {result['engine']}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     header, body = diffusion_rows(result)
     beyond = _BEYOND if "Frechet" in header else ()
     shown = [place for place, name in enumerate(header) if name not in beyond]
-    for place in shown:
-        left = header[place] == "sampler"
-        table.add_column(header[place], justify="left" if left else "right", no_wrap=left, overflow="fold")
-    for line in body:
-        table.add_row(*(line[place] for place in shown))
-    return table
+    lines = [[line[place] for place in shown] for line in body]
+    return terminal_table([header[place] for place in shown], lines, words=("sampler",), title=title, wraps=True)
 
 
 def diffusion_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
