@@ -552,7 +552,7 @@ def diffusion(report: Report) -> None:
     from vitfold.model import DiTSpec
     from vitfold.model.dit import dit_param_shapes
 
-    shared = {"wave_shift": 1, "condition": "block", "activation": "gelu_tanh", "mlp_norm_eps": 1e-5}
+    shared = {"freq_shift": 1, "condition": "block", "activation": "gelu_tanh", "mlp_norm_eps": 1e-5}
     specs = {
         "like-demo-dit": DiTSpec(
             image_size=32,

@@ -10,7 +10,7 @@ import pytest
 from diffusing import ORIGIN, SCHEDULE, build_module, build_tiny_dit
 from vitfold.diffusion.parts import parts
 from vitfold.errors import ParityError, SourceError
-from vitfold.model.dit import DiTSpec, dit_param_shapes, sincos_positions, timestep_frequencies
+from vitfold.model.dit import DiTSpec, dit_param_shapes, sincos_positions, timestep_embedding
 from vitfold.ops.count import Count
 from vitfold.sources.diffusers import check_dit_parity, translate
 
@@ -53,7 +53,7 @@ def test_tables_are_those_of_diffusers() -> None:
     spec = build_tiny_dit().spec
     timesteps = np.arange(0, 1000, 37)
     waves = embeddings.get_timestep_embedding(torch.from_numpy(timesteps), 256, True, 1)
-    np.testing.assert_allclose(timestep_frequencies(spec, timesteps), waves, atol=2e-4)
+    np.testing.assert_allclose(timestep_embedding(spec, timesteps), waves, atol=2e-4)
 
 
 def test_an_unknown_part_is_refused() -> None:

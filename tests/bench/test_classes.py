@@ -42,7 +42,7 @@ def images_of(*classes: str, index: tuple[int, ...] | None = None) -> ImageSet:
 def test_folders_are_classes_by_name(folders, labels, expected):
     found = map_classes(folders, labels, len(labels))
     assert found.outputs == expected
-    assert found.how == "names"
+    assert found.matched_by == "names"
     assert found.warning is None
 
 
@@ -52,7 +52,7 @@ def test_numbers_are_indices_and_not_their_sorted_position(labels):
     assert folders[2] == "10", "sorted as text"
     found = map_classes(folders, labels, 12)
     assert found.outputs == tuple(int(name) for name in folders)
-    assert (found.how, found.warning) == ("indices", None)
+    assert (found.matched_by, found.warning) == ("indices", None)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_subset_of_indices_is_enough_also_beside_names(folders, outputs, expec
 @pytest.mark.parametrize("labels", [None, PETS])
 def test_position_is_the_last_resort_and_warns_with_the_pairs(labels):
     found = map_classes(("n01", "n02", "n03"), labels, 3)
-    assert (found.how, found.outputs) == ("position", (0, 1, 2))
+    assert (found.matched_by, found.outputs) == ("position", (0, 1, 2))
     assert found.warning is not None
     assert ("n01 = cat, n02 = dog, n03 = ant" if labels else "n01 = output 0, n02 = output 1") in found.warning
 

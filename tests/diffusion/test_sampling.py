@@ -171,14 +171,14 @@ def test_the_stack_method_adds_the_kept_residual(model: DiTModel) -> None:
     import torch
 
     from vitfold.architectures.dit import blocks, condition, embed, head, modulations
-    from vitfold.model.dit import class_rows, timestep_frequencies
+    from vitfold.model.dit import class_rows, timestep_embedding
     from vitfold.ops.run import Run
 
     ops, spec = Run(model.params), model.spec
     draw_image = np.random.default_rng(0)
     images = [torch.from_numpy(draw_image.standard_normal((2, 1, 16, 16)).astype(np.float32)) for _ in range(2)]
-    waves = torch.from_numpy(timestep_frequencies(spec, np.array([900, 900])))
-    given = condition(ops, spec, waves, torch.from_numpy(class_rows(spec, np.array([0, 3]))))
+    t_freq = torch.from_numpy(timestep_embedding(spec, np.array([900, 900])))
+    given = condition(ops, spec, t_freq, torch.from_numpy(class_rows(spec, np.array([0, 3]))))
     vectors = modulations(ops, spec, given)
     residual = blocks(ops, spec, embed(ops, images[0]), vectors, range(2)) - embed(ops, images[0])
     expected = head(ops, spec, embed(ops, images[1]) + 0.5 * residual, vectors)

@@ -107,13 +107,13 @@ def build_steps(path: Path) -> None:
     import diffusers  # noqa: F401
 
     from diffusing import build_tiny_dit
-    from vitfold.artifacts.steps import StepPlan
+    from vitfold.artifacts.steps import SamplingPlan
     from vitfold.diffusion import find_method
     from vitfold.diffusion.compression import compress
     from vitfold.diffusion.writing import save_steps
 
     model = build_tiny_dit()
-    plan = StepPlan(reuse="stack:2", steps=4, sampler="ddim", guidance=1.5)
+    plan = SamplingPlan(reuse="stack:2", steps=4, sampler="ddim", guidance=1.5)
     save_steps(model, plan, find_method("stack:2"), compress(model), path)
 
 

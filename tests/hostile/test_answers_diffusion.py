@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from diffusing import SCHEDULE, build_tiny_dit, write_folder
-from vitfold.artifacts.steps import StepPlan
+from vitfold.artifacts.steps import SamplingPlan
 from vitfold.cli.app import app
 from vitfold.diffusion import find_method
 from vitfold.diffusion.compression import compress
@@ -90,7 +90,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two bundles of one model: a plan for ddim, and one for dpm++."""
     folder, model = tmp_path_factory.mktemp("bundles"), build_tiny_dit()
     for name, sampler in (("ddim", "ddim"), ("dpm", "dpm++")):
-        plan = StepPlan(reuse="stack:2", steps=5, sampler=sampler, guidance=1.5)
+        plan = SamplingPlan(reuse="stack:2", steps=5, sampler=sampler, guidance=1.5)
         save_steps(model, plan, find_method("stack:2"), compress(model), folder / f"{name}.fold")
     return folder
 

@@ -20,7 +20,7 @@ from vitfold.registers import REMEDIES, curate, fold_registers, measure_norms, m
 from vitfold.registers.neurons import find_neurons
 from vitfold.registers.probe import Effect, Probe
 from vitfold.registers.remedies import Case
-from vitfold.registers.search import Measured, ranked
+from vitfold.registers.search import RemedyResult, ranked
 
 SITE = "blocks.3.mlp.fc2"
 NONE = MergeRecipe(r=())
@@ -108,8 +108,8 @@ def test_top_1_of_a_few_images_does_not_outvote_their_outputs():
             max_norm=1.0, block_norm=1.0, cosine=1.0, sqnr_db=sqnr_db, right=tuple(i < right for i in range(64))
         )
 
-    def measured(name: str, sqnr_db: float, right: int) -> Measured:
-        return Measured(name=name, recipe=None, effect=effect(sqnr_db, right))
+    def measured(name: str, sqnr_db: float, right: int) -> RemedyResult:
+        return RemedyResult(name=name, recipe=None, effect=effect(sqnr_db, right))
 
     lucky, close, ruinous = measured("delete", 6.0, 34), measured("prefix", 30.0, 32), measured("neurons", 40.0, 10)
     assert [one.name for one in ranked([lucky, close, ruinous])] == ["prefix", "delete", "neurons"]

@@ -12,7 +12,7 @@ import pytest
 from diffusing import build_module, write_folder
 from vitfold.architectures.dit import dit
 from vitfold.errors import SourceError
-from vitfold.model.dit import class_rows, timestep_frequencies
+from vitfold.model.dit import class_rows, timestep_embedding
 from vitfold.ops.run import Run
 from vitfold.sources.dit import load_dit
 
@@ -75,7 +75,7 @@ def facebook_state(module: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("form", ["model.pt", "model.safetensors"])
 def test_a_state_dict_of_the_original_repository(form: str, tmp_path: Path) -> None:
-    """Oracle: diffusers' module with tied embedders, one epsilon and the waves of the original repository."""
+    """Oracle: diffusers' module with tied embedders, one epsilon and the timesteps of the original repository."""
     import torch
     from safetensors.torch import save_file
 
@@ -87,17 +87,17 @@ def test_a_state_dict_of_the_original_repository(form: str, tmp_path: Path) -> N
     save_file(state, path) if path.suffix == ".safetensors" else torch.save({"ema": state, "opt": 3}, path)
     model = load_dit(str(path), heads=4)
     spec = model.spec
-    assert (spec.condition, spec.wave_shift, spec.learned_sigma, spec.classes) == ("shared", 0, True, 3)
+    assert (spec.condition, spec.freq_shift, spec.learned_sigma, spec.classes) == ("shared", 0, True, 3)
     assert model.schedule["beta_schedule"] == "linear"
     image = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     timesteps, labels = np.array([0, 437, 999]), np.array([0, 2, 3])
     with torch.inference_mode():
         (expected,) = module(image, torch.from_numpy(timesteps), torch.from_numpy(labels), return_dict=False)
-        waves, rows = (
-            torch.from_numpy(timestep_frequencies(spec, timesteps)),
+        t_freq, rows = (
+            torch.from_numpy(timestep_embedding(spec, timesteps)),
             torch.from_numpy(class_rows(spec, labels)),
         )
-        found = dit(Run(model.params), spec, image, waves, rows)
+        found = dit(Run(model.params), spec, image, t_freq, rows)
     np.testing.assert_allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
 
 

@@ -11,21 +11,21 @@ from vitfold.model.dit import MODULATIONS, DiTSpec
 from vitfold.ops.protocol import Ops, T
 
 
-def dit(ops: Ops[T], spec: DiTSpec, image: T, waves: T, label: T) -> T:
+def dit(ops: Ops[T], spec: DiTSpec, image: T, t_freq: T, label: T) -> T:
     """Return the model's prediction (B, O, Y, X) for noisy images (B, C, Y, X) at a timestep, of a class.
 
-    `waves` (B, W) are those of `timestep_frequencies`, `label` (B, classes + 1) is one-hot.
+    `t_freq` (B, W) are those of `timestep_embedding`, `label` (B, classes + 1) is one-hot.
 
     Source: DiT (2212.09748), section 3.2.
     """
-    given = modulations(ops, spec, condition(ops, spec, waves, label))
+    given = modulations(ops, spec, condition(ops, spec, t_freq, label))
     return head(ops, spec, blocks(ops, spec, embed(ops, image), given, range(spec.num_layers)), given)
 
 
-def condition(ops: Ops[T], spec: DiTSpec, waves: T, label: T) -> T:
+def condition(ops: Ops[T], spec: DiTSpec, t_freq: T, label: T) -> T:
     """Return what timestep and class do to the model: (B, 6 L + 2, D), six vectors per block and two for the head.
 
-    Equation: c = fc2(silu(fc1 waves)) + table[label]; m = W silu(c) + b.
+    Equation: c = fc2(silu(fc1 t_freq)) + table[label]; m = W silu(c) + b.
 
     It does not depend on the image, so a sampler computes it for all its steps before the first one.
     """
@@ -34,7 +34,7 @@ def condition(ops: Ops[T], spec: DiTSpec, waves: T, label: T) -> T:
     first = given = None
     for block in range(spec.num_layers):
         if given is None or not shared:
-            given = _embedding(ops, "condition" if shared else f"blocks.{block}.condition", waves, label)
+            given = _embedding(ops, "condition" if shared else f"blocks.{block}.condition", t_freq, label)
         first = given if first is None else first
         rows = ops.linear(f"blocks.{block}.modulation", given)
         vectors.append(ops.reshape(rows, (MODULATIONS, spec.embed_dim)))
@@ -43,9 +43,9 @@ def condition(ops: Ops[T], spec: DiTSpec, waves: T, label: T) -> T:
     return ops.concat(tuple(vectors), 1)
 
 
-def _embedding(ops: Ops[T], site: str, waves: T, label: T) -> T:
+def _embedding(ops: Ops[T], site: str, t_freq: T, label: T) -> T:
     ops.scope(site, role="condition")
-    hidden = ops.activation("silu", ops.linear(f"{site}.time.fc1", waves), f"{site}.time.act")
+    hidden = ops.activation("silu", ops.linear(f"{site}.time.fc1", t_freq), f"{site}.time.act")
     given = ops.add(ops.linear(f"{site}.time.fc2", hidden), ops.linear(f"{site}.label", label))
     return ops.activation("silu", given, f"{site}.act")
 

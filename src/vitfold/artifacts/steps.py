@@ -16,7 +16,7 @@ PARTS = ("condition", "step", "full", "front", "rest", "resume", "refresh")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepPlan:
+class SamplingPlan:
     """How images are drawn: the method of reuse with its numbers, and what each step computes less by itself.
 
     `method` is how the linear layers were quantized; None where none were, or where an older manifest doesn't say.
@@ -49,7 +49,7 @@ class Steps:
     origin: Origin
     latent: bool
     decoder: str | None
-    plan: StepPlan
+    plan: SamplingPlan
     parts: tuple[str, ...]
     counts: tuple[int, ...]
     mask: tuple[int, ...]
@@ -65,7 +65,7 @@ _SPEC: dict[str, Range] = {
     **dict.fromkeys(("image_size", "patch_size", "channels", "outputs", "num_layers", "num_heads"), (1, 2**16)),
     **dict.fromkeys(("embed_dim", "mlp_dim", "classes"), (1, 2**20)),
     "freq_dim": (2, 2**16),
-    "wave_shift": (0, 2**16),
+    "freq_shift": (0, 2**16),
     **dict.fromkeys(("norm_eps", "mlp_norm_eps"), (0.0, 1.0)),
 }
 
@@ -78,8 +78,8 @@ def read_steps(values: Mapping[str, Any], *, labels: tuple[str, ...] | None, ori
         SourceError: if the spec is of no architecture.
     """
     spec = dit_spec_from_dict(check_fields(DiTSpec, with_names_of_today(values.get("spec")), "spec", _SPEC))
-    plan = check_fields(StepPlan, values.get("plan"), "plan", _PLAN)
-    unknown = sorted(set(plan) - {field.name for field in fields(StepPlan)})
+    plan = check_fields(SamplingPlan, values.get("plan"), "plan", _PLAN)
+    unknown = sorted(set(plan) - {field.name for field in fields(SamplingPlan)})
     if unknown:
         raise ImplausibleError(
             f"unknown key plan.{unknown[0][:60]}; this vitfold is older than the file, upgrade vitfold"
@@ -97,7 +97,7 @@ def read_steps(values: Mapping[str, Any], *, labels: tuple[str, ...] | None, ori
         origin=Origin(source=origin["source"], loader=origin["loader"], arguments=origin["arguments"]),
         latent=entry(values, "latent", bool),
         decoder=entry(values, "decoder", str | None),
-        plan=StepPlan(**{**plan, "guidance": float(plan["guidance"])}),
+        plan=SamplingPlan(**{**plan, "guidance": float(plan["guidance"])}),
         parts=parts,
         counts=entry(values, "counts", tuple[int, ...], within=(0, spec.tokens)),
         mask=entry(values, "mask", tuple[int, ...], within=(0, steps - 1)),

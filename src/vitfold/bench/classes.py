@@ -12,8 +12,9 @@ from typing import Literal
 
 from vitfold.errors import ImageError, nearest
 from vitfold.images import ImageSet
+from vitfold.progress import Say
 
-How = Literal["names", "indices", "position"]
+MatchedBy = Literal["names", "indices", "position"]
 _SHOWN = 10
 
 
@@ -25,13 +26,13 @@ class ClassMap:
     """
 
     outputs: tuple[int, ...]
-    how: How
+    matched_by: MatchedBy
     pairs: tuple[tuple[str, str], ...]
 
     @property
     def warning(self) -> str | None:
         """What to tell the user of a mapping that no name confirms; None where names or indices did."""
-        if self.how != "position":
+        if self.matched_by != "position":
             return None
         shown = ", ".join(f"{folder} = {label}" for folder, label in self.pairs[:_SHOWN])
         rest = len(self.pairs) - _SHOWN
@@ -71,13 +72,13 @@ def map_classes(folders: Sequence[str], labels: Sequence[str] | None, outputs: i
     if not found and len(folders) == outputs:
         shown = names or [f"output {i}" for i in range(outputs)]
         pairs = tuple(zip(folders, shown, strict=True))
-        return ClassMap(outputs=tuple(range(outputs)), how="position", pairs=pairs)
+        return ClassMap(outputs=tuple(range(outputs)), matched_by="position", pairs=pairs)
     if unknown:
         raise _misfit(folders, unknown[0], names, outputs)
     _check_distinct(found, names)
     return ClassMap(
         outputs=tuple(found[folder] for folder in folders),
-        how="indices" if by_index else "names",
+        matched_by="indices" if by_index else "names",
         pairs=tuple((folder, names[found[folder]] if names else str(found[folder])) for folder in folders),
     )
 
@@ -94,9 +95,7 @@ def class_targets(images: ImageSet, labels: Sequence[str] | None, outputs: int) 
     return [found.outputs[i] for i in images.class_index]
 
 
-def fitting_classes(
-    images: ImageSet, labels: Sequence[str] | None, outputs: int, say: Callable[[str], None]
-) -> ImageSet:
+def fitting_classes(images: ImageSet, labels: Sequence[str] | None, outputs: int, say: Say) -> ImageSet:
     """Return the images; without their class folders where these do not fit, after `say` was told why.
 
     `say` is also told of a mapping that no name confirms.

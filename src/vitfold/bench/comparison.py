@@ -14,12 +14,13 @@ from vitfold.bench.evaluation import finite_outputs
 from vitfold.bench.fidelity import Fidelity
 from vitfold.bench.measurement import Measurement, Scope, speed_up
 from vitfold.bench.statistics import ratio_interval
-from vitfold.bench.timing import Progress, interleave
+from vitfold.bench.timing import interleave
 from vitfold.decoding import prepared
 from vitfold.engines import Session
 from vitfold.errors import ImageError
 from vitfold.images import ImageSet
 from vitfold.model import Preprocess
+from vitfold.progress import Say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,7 +84,7 @@ def compare(
     seconds: float = 2.0,
     warmup: int = 2,
     iterations: int | None = None,
-    progress: Progress | None = None,
+    progress: Say | None = None,
 ) -> list[Row]:
     """Time all subjects interleaved, scope by scope; the first of those that are timed is the baseline.
 

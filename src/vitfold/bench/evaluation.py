@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -13,6 +12,7 @@ from vitfold.engines import Session
 from vitfold.errors import EngineError, ImageError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Preprocess
+from vitfold.progress import Advance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,7 +48,7 @@ def run_over(
     *,
     batch: int = 8,
     skip_bad: bool = False,
-    advance: Callable[[int], Any] | None = None,
+    advance: Advance | None = None,
 ) -> Outputs:
     """Run every image through the session; `advance(n)` is called after each n images.
 

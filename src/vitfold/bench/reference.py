@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,10 +25,9 @@ from vitfold.images import ImageSet
 from vitfold.model import Architecture, Model, Preprocess, ViTSpec
 from vitfold.model.spec import Head
 from vitfold.program import replay
+from vitfold.progress import Advance
 from vitfold.target import find_target
 from vitfold.transforms.rewriting import only_outputs
-
-Advance = Callable[[int], Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

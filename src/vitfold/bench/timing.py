@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-Progress = Callable[[str], None]
+from vitfold.progress import Say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ def interleave(
     max_iterations: int = 1000,
     iterations: int | None = None,
     settling: bool = True,
-    progress: Progress | None = None,
+    progress: Say | None = None,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Time each subject `trials` times, in turn, and return nanoseconds per iteration and trial.

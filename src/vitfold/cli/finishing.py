@@ -13,6 +13,7 @@ from vitfold import pipeline
 from vitfold.artifacts.bundle import publish_bundle
 from vitfold.cli.optimized import OptimizeResult
 from vitfold.errors import GateError
+from vitfold.progress import Say
 from vitfold.storage.placing import check_space
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from vitfold.pipeline import Plan
     from vitfold.storage.placing import Place
 
-Say = Callable[[str], None]
 Race = Callable[["Bundle", "Plan"], "pipeline.Race | None"]
 _FLOAT_SHARE, _INTEGER_SHARE = 1.05, 0.35
 """What a graph takes of the bytes of its weights in float32."""

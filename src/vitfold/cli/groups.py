@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.terminal import Say, print_json, quiet_stdout, write_json
+from vitfold.cli.terminal import print_json, quiet_stdout, write_json
+from vitfold.progress import Say
 from vitfold.sources import load_source
 
 if TYPE_CHECKING:

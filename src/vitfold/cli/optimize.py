@@ -22,10 +22,11 @@ from vitfold.cli.groups import CalibrationArgs, ModelArgs, RecipeArgs, SearchArg
 from vitfold.cli.making import given_images, judged_images, quant_recipe, require_optimize, say_busy
 from vitfold.cli.optimized import OptimizeResult, print_solution, report_made
 from vitfold.cli.searching import Bounded, run_search
-from vitfold.cli.terminal import Say, counted, note, quiet_stdout, skipped, steps, working
+from vitfold.cli.terminal import counted, note, quiet_stdout, skipped, steps, working
 from vitfold.decoding import check_readable
 from vitfold.errors import GateError, ImageError, VitfoldError
 from vitfold.images import find_images
+from vitfold.progress import Say
 from vitfold.recipe import MergeRecipe
 from vitfold.schedule import resolve_r
 from vitfold.target import find_target

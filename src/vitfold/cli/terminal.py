@@ -37,6 +37,7 @@ from rich.text import Text
 
 from vitfold.cli.lines import Lines
 from vitfold.errors import GateError, ImageWarning, VitfoldError
+from vitfold.progress import Advance, Say
 from vitfold.storage.ordinary import write_whole
 from vitfold.visible import visible
 
@@ -66,8 +67,6 @@ out = PlainConsole()
 log = PlainConsole(stderr=True)
 
 F = TypeVar("F", bound=Callable[..., Any])
-Say = Callable[[str], None]
-"""Names the step that begins."""
 
 
 class _Notes(logging.Handler):
@@ -212,14 +211,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def steps(title: str) -> Iterator[Callable[[str], None]]:
+def steps(title: str) -> Iterator[Say]:
     """Show a spinner with the current step and the time it takes; hand out the function that names it."""
     with _naming(title, SpinnerColumn(), _described(), TimeElapsedColumn()) as (say, _):
         yield say
 
 
 @contextmanager
-def working(title: str) -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+def working(title: str) -> Iterator[tuple[Say, Callable[[int, int], None]]]:
     """Like `steps`, with a bar for steps that count: hand out the function that names the step, and one for the bar.
 
     The second takes how many items are done and of how many.
@@ -230,7 +229,7 @@ def working(title: str) -> Iterator[tuple[Callable[[str], None], Callable[[int, 
 
 
 @contextmanager
-def _naming(title: str, *columns: ProgressColumn) -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+def _naming(title: str, *columns: ProgressColumn) -> Iterator[tuple[Say, Callable[[int, int], None]]]:
     with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as progress:
         task = progress.add_task(visible(title), total=None)
         lines = None if log.is_terminal else Lines(title, say=note)
@@ -252,7 +251,7 @@ def _described() -> TextColumn:
     return TextColumn("{task.description}", markup=False)
 
 
-def counted(say: Callable[[str], None], bar: Callable[[int, int], None], total: int) -> Report:
+def counted(say: Say, bar: Callable[[int, int], None], total: int) -> Report:
     """Return where calibration reports to: steps by name, images on the bar."""
     from vitfold.quant import Progress as Report
 
@@ -289,7 +288,7 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def counting(title: str, total: int, *, unit: str | None = None) -> Iterator[Callable[[int], None]]:
+def counting(title: str, total: int, *, unit: str | None = None) -> Iterator[Advance]:
     """Show a bar over `total` items, with their rate if they have a unit; hand out the function that advances it."""
     columns = (_described(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     rate = () if unit is None else (_Rate(unit),)

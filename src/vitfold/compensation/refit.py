@@ -8,7 +8,7 @@ it costs nothing at run time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from vitfold.model import Array, Model
 from vitfold.ops.run import Run
 from vitfold.program import Program, replay
 from vitfold.program.queries import closing_linears, output_linear
+from vitfold.progress import Advance, Say
 from vitfold.quant.network import Examples
 from vitfold.recipe import MergeRecipe, PruneRecipe
 from vitfold.transforms.merging import COLUMNS, stream_name
@@ -109,8 +110,8 @@ def compensate(
     *,
     prune: PruneRecipe | None = None,
     limit_bytes: int = LIMIT_BYTES,
-    step: Callable[[str], Any] = lambda _: None,
-    advance: Callable[[int], Any] = lambda _: None,
+    step: Say = lambda _: None,
+    advance: Advance = lambda _: None,
 ) -> Compensated:
     """Return the model with weights under which merged tokens come nearest to the means of unmerged ones.
 
@@ -148,7 +149,7 @@ class _Walk:
         prune: PruneRecipe | None,
         exact: Streams,
         merged: Streams,
-        step: Callable[[str], Any],
+        step: Say,
     ) -> None:
         self._model, self._step, self._end, self._merge = model, step, model.spec.num_layers, merge
         plain = plain_program(model.spec)

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 from vitfold.artifacts.bundle import Bundle
 from vitfold.diffusion import every_step
-from vitfold.diffusion.compare import SamplerRow, SamplingConfig, Say, Variant, add_fewer_steps, check_asked, compare
+from vitfold.diffusion.compare import SamplerRow, SamplingConfig, Variant, add_fewer_steps, check_asked, compare
 from vitfold.diffusion.judge import Judge
 from vitfold.diffusion.opening import method_of, open_steps, reused_work
 from vitfold.engines import DEFAULT
 from vitfold.errors import BundleError
 from vitfold.model import Array
+from vitfold.progress import Say
 
 
 def bench_steps(

@@ -26,10 +26,10 @@ from vitfold.diffusion.schedulers import build_scheduler
 from vitfold.engines import Session
 from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTModel
+from vitfold.progress import Say
 
 VERDICT_KEYS = ("frechet", "frechet_noise", "class_accuracy", "class_accuracy_interval")
 NO_FRECHET = f"it takes a model for features, and at least {FRECHET_IMAGES} real images and {FRECHET_IMAGES} drawn"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,9 +108,10 @@ def _always(spec: DiTSpec) -> Written:
         vectors = modulations(ops, spec, m)
         return head(ops, spec, blocks(ops, spec, embed(ops, x), vectors, range(spec.num_layers)), vectors)
 
+    # Bundles call `t_freq` "waves".
     conditions = (Port(name="waves", shape=(spec.freq_dim,)), Port(name="label", shape=(spec.classes + 1,)))
     return {
-        "condition": (conditions, ("given",), lambda ops, waves, label: condition(ops, spec, waves, label)),
+        "condition": (conditions, ("given",), lambda ops, t_freq, label: condition(ops, spec, t_freq, label)),
         "step": ((image, given), (PREDICTION,), step),
     }
 

@@ -22,7 +22,7 @@ from vitfold.diffusion.parts import RESIDUAL, WEIGHTS
 from vitfold.engines import Session
 from vitfold.errors import EngineError
 from vitfold.model import Array, DiTSpec
-from vitfold.model.dit import class_rows, timestep_frequencies
+from vitfold.model.dit import class_rows, timestep_embedding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -269,8 +269,8 @@ def _conditions(
     """Return what every step and every class asked for do to the model, and the row of each sample."""
     asked = [*labels, *([spec.null_class] * len(labels) if guided else [])]
     classes, row_of = np.unique(np.array(asked), return_inverse=True)
-    waves = timestep_frequencies(spec, np.repeat(np.array(timesteps), len(classes)))
-    executor.bind({"waves": waves, "label": class_rows(spec, np.tile(classes, len(timesteps)))})
+    t_freq = timestep_embedding(spec, np.repeat(np.array(timesteps), len(classes)))
+    executor.bind({"waves": t_freq, "label": class_rows(spec, np.tile(classes, len(timesteps)))})
     executor.run("condition")
     found = executor.fetch("given")["given"]
     return found.reshape(len(timesteps), len(classes), spec.modulations, spec.embed_dim), row_of

@@ -15,7 +15,6 @@ from vitfold.diffusion import ReuseMethod, find_method
 from vitfold.diffusion.compare import (
     SamplerRow,
     SamplingConfig,
-    Say,
     Variant,
     check_asked,
     compare,
@@ -32,6 +31,7 @@ from vitfold.diffusion.rows import append_group, read_groups
 from vitfold.engines import Session
 from vitfold.errors import RecipeError
 from vitfold.model import Array, DiTModel
+from vitfold.progress import Say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

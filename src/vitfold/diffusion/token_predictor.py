@@ -17,7 +17,7 @@ from torch import Tensor
 from vitfold.architectures.dit import blocks, condition, embed, head, minus, modulations
 from vitfold.diffusion.token_refresh import blended, predictor_shapes, scores
 from vitfold.model import Array, DiTModel, DiTSpec
-from vitfold.model.dit import class_rows, timestep_frequencies
+from vitfold.model.dit import class_rows, timestep_embedding
 from vitfold.ops.run import Run
 
 ROWS = 8
@@ -136,9 +136,9 @@ def _pairs(model: DiTModel, scheduler: Any, generator: torch.Generator) -> list[
     found: list[_Pair] = []
     held: list[tuple[Tensor, ...]] = []
     for step, t in enumerate(timesteps):
-        waves = torch.from_numpy(timestep_frequencies(spec, np.full(ROWS, int(t))))
+        t_freq = torch.from_numpy(timestep_embedding(spec, np.full(ROWS, int(t))))
         with torch.no_grad():
-            given = modulations(run, spec, condition(run, spec, waves, rows))
+            given = modulations(run, spec, condition(run, spec, t_freq, rows))
             entering = embed(run, scheduler.scale_model_input(x, t).float())
             added, last = _follow(run, spec, entering, given)
             back = 1 + len(found) % 3

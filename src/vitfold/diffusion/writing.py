@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vitfold.artifacts.bundle import Bundle, Manifest, write_bundle
-from vitfold.artifacts.steps import StepPlan, Steps
+from vitfold.artifacts.steps import SamplingPlan, Steps
 from vitfold.bench.environment import environment
 from vitfold.bench.pictures import psnr_db
 from vitfold.diffusion import ReuseMethod
@@ -32,7 +32,7 @@ _STEPS = 8
 
 def save_steps(
     model: DiTModel,
-    plan: StepPlan,
+    plan: SamplingPlan,
     method: ReuseMethod,
     compression: Compression,
     path: Path,
@@ -87,7 +87,7 @@ def save_steps(
     return write_bundle(path, write, overwrite=overwrite)
 
 
-def _asked(model: DiTModel, plan: StepPlan, steps: int) -> SamplingConfig:
+def _asked(model: DiTModel, plan: SamplingPlan, steps: int) -> SamplingConfig:
     return SamplingConfig(
         labels=(0, model.spec.classes - 1),
         seed=0,
@@ -99,7 +99,7 @@ def _asked(model: DiTModel, plan: StepPlan, steps: int) -> SamplingConfig:
 
 
 def _verify(
-    model: DiTModel, plan: StepPlan, method: ReuseMethod, reference: Session, session: Session
+    model: DiTModel, plan: SamplingPlan, method: ReuseMethod, reference: Session, session: Session
 ) -> dict[str, Any]:
     """Draw an image of the first and one of the last class by both, in so few steps that each kind comes up."""
     steps = plan.steps if method.budget is not None else min(plan.steps, _STEPS)

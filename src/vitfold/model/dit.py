@@ -1,7 +1,7 @@
 """The architecture of a Diffusion Transformer as data, and such a model as a value.
 
 The features that the program `architectures.dit` can run, the names and shapes of its parameters, and the tables
-that are computed and not learned: positions and the waves of a timestep.
+that are computed and not learned: positions and the embedding of a timestep.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DiTSpec:
     mlp_dim: int
     classes: int
     freq_dim: int = 256
-    wave_shift: int = 0
+    freq_shift: int = 0
     condition: Condition = "shared"
     activation: Activation = "gelu_tanh"
     norm_eps: float = 1e-6
@@ -76,8 +76,8 @@ class DiTSpec:
                 f"{self.outputs} output channels for {self.channels} input channels; a model predicts as many, or "
                 "twice as many with a learned variance"
             )
-        if self.freq_dim % 2 or self.freq_dim // 2 <= self.wave_shift:
-            raise SourceError(f"the embedding of a timestep takes an even number of waves, found {self.freq_dim}")
+        if self.freq_dim % 2 or self.freq_dim // 2 <= self.freq_shift:
+            raise SourceError(f"the embedding of a timestep takes an even number of frequencies, found {self.freq_dim}")
 
     @property
     def grid(self) -> int:
@@ -186,20 +186,20 @@ def sincos_positions(grid: int, width: int) -> Float[np.ndarray, "1 N D"]:
     """
     frequencies = _LONGEST_PERIOD ** (-np.arange(width // 4, dtype=np.float64) / (width / 4))
     rows, columns = np.divmod(np.arange(grid * grid), grid)
-    waves = [np.outer(place, frequencies) for place in (columns, rows)]
-    return np.concatenate([f(w) for w in waves for f in (np.sin, np.cos)], axis=1, dtype=np.float32)[None]
+    angles = [np.outer(place, frequencies) for place in (columns, rows)]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1, dtype=np.float32)[None]
 
 
-def timestep_frequencies(spec: DiTSpec, timesteps: Int[np.ndarray, " T"]) -> Float[np.ndarray, "T W"]:
-    """Return the waves by which a timestep enters the model.
+def timestep_embedding(spec: DiTSpec, timesteps: Int[np.ndarray, " T"]) -> Float[np.ndarray, "T W"]:
+    """Return sines and cosines of a timestep, by which it enters the model: `t_freq`.
 
-    Equation: w_i = 10000^(-i / (W/2 - s)); (cos t w, sin t w), with s = `wave_shift`.
+    Equation: w_i = 10000^(-i / (W/2 - s)); (cos t w, sin t w), with s = `freq_shift`.
 
     Source: DDPM (2006.11239), appendix B; in float32, as the models were trained.
     """
     half = spec.freq_dim // 2
     exponents = np.float32(-np.log(_LONGEST_PERIOD)) * np.arange(half, dtype=np.float32)
-    exponents = exponents / np.float32(half - spec.wave_shift)
+    exponents = exponents / np.float32(half - spec.freq_shift)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = timesteps.astype(np.float32)[:, None] * frequencies[None]
     return np.concatenate((np.cos(angles), np.sin(angles)), axis=1)

@@ -288,6 +288,7 @@ _EARLIER_NAMES = {
     "head_width": "head_dim",
     "mlp_width": "mlp_dim",
     "waves": "freq_dim",
+    "wave_shift": "freq_shift",
 }
 
 

@@ -5,7 +5,6 @@ Nothing here depends on values: quantizers of any calibration do, and no fidelit
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from vitfold.model import Model
 from vitfold.pipeline.calibration import calibrate_plan
 from vitfold.pipeline.plan import Plan, count_costs, optimize
 from vitfold.pipeline.trial import opened, timed
+from vitfold.progress import Say
 from vitfold.recipe import MergeRecipe, PruneRecipe, QuantRecipe
 from vitfold.schedule.table import LatencyTable, Schedule, fit_table, probe_schedules
 
@@ -24,7 +24,6 @@ PROBE = Protocol(trials=7, seconds=1.0)
 ROUGH_IMAGES = 8
 MOST_MERGES = 6
 FINENESS = 32
-Say = Callable[[str], object]
 
 
 def measure_latency(

@@ -28,7 +28,8 @@ from vitfold.pipeline.pruning import solve_prune
 from vitfold.pipeline.solving import gentlest_rule, measure_merging
 from vitfold.pipeline.sweep import PLAIN, plain_bundle
 from vitfold.pipeline.trial import opened, timed
-from vitfold.pipeline.trials import EvalContext, Say, Trial, failed_row, measure_attempt, plan_attempt
+from vitfold.pipeline.trials import EvalContext, Trial, failed_row, measure_attempt, plan_attempt
+from vitfold.progress import Say
 from vitfold.recipe import MergeRecipe, PruneRecipe, check_prune, quant_from_scheme
 from vitfold.schedule.solve import frontier
 from vitfold.schedule.table import LatencyTable

@@ -15,6 +15,7 @@ from vitfold.audit.roofline import Gpu, find_gpu, predict
 from vitfold.errors import RecipeError, TargetError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Architecture, Array, Model, ViTSpec
+from vitfold.progress import Say
 from vitfold.recipe import MergeRecipe, Order
 from vitfold.schedule import resolve_r
 from vitfold.schedule.solve import MOST_MERGES, STEP, Distortion, Seconds, Space, schedule_seconds, solve
@@ -31,7 +32,6 @@ _WORTH = 0.8
 USUAL_BATCH = 8
 _HALF = "tensorrt-fp16"
 _BATCH = 8
-Say = Callable[[str], Any]
 Bits = Literal["fp16", "int8", "fp8"]
 
 
@@ -61,7 +61,7 @@ class Solution:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Measured:
+class MergeDistortion:
     """What merging does to a model's output on images: by single merges, and how to measure a schedule."""
 
     spec: Architecture
@@ -79,7 +79,7 @@ def measure_merging(
     step: int = STEP,
     most_merges: int = MOST_MERGES,
     say: Say = lambda _: None,
-) -> Measured:
+) -> MergeDistortion:
     """Measure single merges of several sizes in every block; schedules will be of `step` and `most_merges`."""
     pixels, spec = _pixels(model, images), model.spec
     measure = _measurer(model, pixels, order, rule)
@@ -90,7 +90,7 @@ def measure_merging(
     space = Space(
         depth=spec.num_layers, tokens=spec.tokens, prefix=spec.fixed, single=single, step=step, most_merges=most_merges
     )
-    return Measured(spec=spec, space=space, measure=measure, images=len(pixels))
+    return MergeDistortion(spec=spec, space=space, measure=measure, images=len(pixels))
 
 
 def gentlest_rule(model: Model, images: ImageSet) -> str:
@@ -106,7 +106,7 @@ def gentlest_rule(model: Model, images: ImageSet) -> str:
     return best if turned[best] <= _WORTH * turned[cheapest] else cheapest
 
 
-def solve_merge(merging: Measured, *, target: str, gpu: str, batch: int, like: str = LIKE) -> Solution:
+def solve_merge(merging: MergeDistortion, *, target: str, gpu: str, batch: int, like: str = LIKE) -> Solution:
     """Find the schedule that is fastest on a GPU among those that distort no more than `like` does.
 
     Args:
@@ -123,7 +123,7 @@ def solve_merge(merging: Measured, *, target: str, gpu: str, batch: int, like: s
     return replace(found, gpu=device.key, batch=batch, ms_fp16=1e3 * none)
 
 
-def solve_measured(merging: Measured, table: LatencyTable, *, batch: int = 1, like: str = LIKE) -> Solution:
+def solve_measured(merging: MergeDistortion, table: LatencyTable, *, batch: int = 1, like: str = LIKE) -> Solution:
     """Find the schedule that is fastest on this machine among those that distort no more than `like` does.
 
     Raises:
@@ -133,7 +133,7 @@ def solve_measured(merging: Measured, table: LatencyTable, *, batch: int = 1, li
     return replace(found, batch=batch)
 
 
-def _solve(merging: Measured, seconds: Seconds, like: str) -> Solution:
+def _solve(merging: MergeDistortion, seconds: Seconds, like: str) -> Solution:
     spec = merging.spec
     allowed = resolve_r(like, spec)
     if not any(allowed):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +17,8 @@ from vitfold.engines import ENGINES, Session, open_session
 from vitfold.errors import VitfoldError, nearest
 from vitfold.images import ImageSet
 from vitfold.pipeline import count_costs
+from vitfold.progress import Advance
 from vitfold.recipe import MergeRecipe
-
-Advance = Callable[[int], Any]
 
 
 class Lineup:

@@ -17,8 +17,9 @@ from vitfold.artifacts.journal import HEAD, ROWS, append_row, read_rows
 from vitfold.errors import BundleError, JournalError, RecipeError, VitfoldError
 from vitfold.model import Architecture
 from vitfold.pipeline.plan import optimize
-from vitfold.pipeline.trials import CHECKED_IMAGES, EvalContext, Say, Trial, failed_row, measure_attempt
+from vitfold.pipeline.trials import CHECKED_IMAGES, EvalContext, Trial, failed_row, measure_attempt
 from vitfold.pipeline.writing import save
+from vitfold.progress import Say
 from vitfold.recipe import quant_from_scheme
 from vitfold.schedule import resolve_r
 from vitfold.storage.ordinary import read_text, write_whole

@@ -31,10 +31,10 @@ from vitfold.pipeline.compensating import compensate_plan
 from vitfold.pipeline.plan import Plan, optimize
 from vitfold.pipeline.trial import SHORT, timed
 from vitfold.pipeline.writing import save
+from vitfold.progress import Say
 from vitfold.recipe import PruneRecipe, quant_from_scheme
 
 CHECKED_IMAGES = 16
-Say = Callable[[str], None]
 
 
 def decides(head: Head) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,11 @@ from vitfold.pipeline.plan import Plan
 from vitfold.pipeline.verifying import open_written, simulation, verification_images, verify
 from vitfold.program import replay
 from vitfold.program.queries import projections_of
+from vitfold.progress import Say
 from vitfold.version import __version__
 
 _log = logging.getLogger(__name__)
 FIDELITY_IMAGES = 200
-Step = Callable[[str], None]
 
 
 def save(
@@ -39,7 +38,7 @@ def save(
     *,
     images: ImageSet | None = None,
     overwrite: bool = False,
-    step: Step | None = None,
+    step: Say | None = None,
 ) -> Bundle:
     """Emit, verify in the engine against the reference interpreter, compare on images, write the bundle.
 
@@ -128,7 +127,7 @@ def _target(folded: Plan) -> dict[str, Any]:
     return target | chosen | {"trtexec": line}
 
 
-def _write_files(folded: Plan, onnx_path: Path, say: Step) -> int:
+def _write_files(folded: Plan, onnx_path: Path, say: Say) -> int:
     """Write the graph, or weights where there is none, and the quantizers; return MACs per image."""
     if folded.quantizers is not None:
         folded.quantizers.save(onnx_path.with_name(QUANTIZERS))

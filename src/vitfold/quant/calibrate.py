@@ -7,10 +7,9 @@ says which of them it uses.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ import torch
 from vitfold.errors import CalibrationError, RecipeError, nearest
 from vitfold.images import ImageSet
 from vitfold.model import Architecture, Array, Model
+from vitfold.progress import Advance, Say
 from vitfold.quant.attention import search_attention
 from vitfold.quant.calibration_cache import search_once
 from vitfold.quant.collect import Samples, collect
@@ -66,8 +66,8 @@ class Calibrated:
 class Progress:
     """Where progress goes: `step(text)` names a step, `advance(n)` counts images."""
 
-    step: Callable[[str], Any] = lambda _: None
-    advance: Callable[[int], Any] = lambda _: None
+    step: Say = lambda _: None
+    advance: Advance = lambda _: None
 
 
 def check_enough(count: int) -> None:

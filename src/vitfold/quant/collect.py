@@ -8,9 +8,8 @@ with the number of images.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
 from vitfold.errors import CalibrationError
 from vitfold.ops.record import Record
+from vitfold.progress import Advance
 from vitfold.quant.network import Examples, Network
 
 ROWS = 1024
@@ -152,7 +152,7 @@ def collect(
     gradients: bool,
     seed: int = 0,
     batch: int = 8,
-    advance: Callable[[int], Any] | None = None,
+    advance: Advance | None = None,
     rows: int = ROWS,
 ) -> Samples:
     """Run a network over the examples and sample every site; kept for the next call.
@@ -186,7 +186,7 @@ def _pass(
     gradients: bool,
     seed: int,
     batch: int,
-    advance: Callable[[int], Any] | None,
+    advance: Advance | None,
     rows: int,
 ) -> dict[str, np.ndarray]:
     linears, attentions = network.linears, {site.site for site in network.attentions}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from vitfold.model import Array
 from vitfold.ops.record import Record
 from vitfold.ops.simulate import fake_quantize
+from vitfold.progress import Advance, Say
 from vitfold.quant.collect import ordinary_rows
 from vitfold.quant.methods import QuantMethod
 from vitfold.quant.network import Examples, Network
@@ -40,7 +40,7 @@ def collect_moments(
     quantizers: Mapping[str, Quantizer],
     *,
     batch: int = 8,
-    advance: Callable[[int], Any] | None = None,
+    advance: Advance | None = None,
 ) -> dict[str, Moments]:
     """Run the float network once more; each layer's input is rounded by its own quantizer, on the float stream."""
     found: dict[str, Moments] = {}
@@ -77,7 +77,7 @@ def round_weights(
     moments: Mapping[str, Moments],
     method: QuantMethod,
     *,
-    step: Callable[[str], Any] = lambda _: None,
+    step: Say = lambda _: None,
 ) -> dict[str, Array]:
     """Return weights on their grids and corrected biases of all quantized layers.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from vitfold.model import Array
 from vitfold.model.spec import Head
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
+from vitfold.progress import Say
 from vitfold.quant.calibrate import Calibrated
 from vitfold.quant.sites import find_sites
 from vitfold.quantizer import Quantizer
@@ -46,7 +47,7 @@ def measure_sensitivity(
     images: ImageSet,
     *,
     batch: int = 8,
-    step: Callable[[str], Any] = lambda _: None,
+    step: Say = lambda _: None,
 ) -> tuple[SiteSensitivity, ...]:
     """Return every quantized site, the costliest first; `step` is told of each as it is measured."""
     model = calibrated.folded

@@ -4,14 +4,14 @@ from vitfold.registers.curate import Candidates, curate
 from vitfold.registers.fold import fold_registers
 from vitfold.registers.norms import Norms, measure_norms
 from vitfold.registers.remedies import REMEDIES, RemedyKind
-from vitfold.registers.search import Measured, RemedySearchResult, measure_remedies
+from vitfold.registers.search import RemedyResult, RemedySearchResult, measure_remedies
 
 __all__ = [
     "REMEDIES",
     "Candidates",
-    "Measured",
     "Norms",
     "RemedyKind",
+    "RemedyResult",
     "RemedySearchResult",
     "curate",
     "fold_registers",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from vitfold.errors import RecipeError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model, block_layers
 from vitfold.ops.record import Record
+from vitfold.progress import Advance
 from vitfold.quant.sites import find_sites
 
 CANDIDATES = 32
@@ -57,7 +57,7 @@ def curate(
     *,
     count: int = CANDIDATES,
     batch: int = 8,
-    advance: Callable[[int], Any] | None = None,
+    advance: Advance | None = None,
 ) -> Candidates:
     """Return the `count` patch tokens of largest norm in the input of layer `site`; kept for the next call.
 
@@ -79,7 +79,7 @@ def curate(
 
 
 def _pass(
-    model: Model, images: ImageSet, site: str, *, count: int, batch: int, advance: Callable[[int], Any] | None
+    model: Model, images: ImageSet, site: str, *, count: int, batch: int, advance: Advance | None
 ) -> dict[str, np.ndarray]:
     if site not in block_layers(model.spec):
         raise RecipeError(f"registers.site: no block has a linear layer {site!r}; give one such as blocks.6.mlp.fc2")

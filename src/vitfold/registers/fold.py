@@ -6,10 +6,8 @@ model takes this one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 import numpy as np
 
@@ -17,15 +15,14 @@ from vitfold.errors import RecipeError, nearest
 from vitfold.images import ImageSet
 from vitfold.model import Architecture, Array, Model, Sinks
 from vitfold.model.spec import as_vit
+from vitfold.progress import Advance
 from vitfold.quant.sites import apart_layers, find_sites
 from vitfold.recipe import RegistersRecipe
 from vitfold.registers.curate import curate
 from vitfold.registers.neurons import find_neurons
 
 
-def fold_registers(
-    model: Model, recipe: RegistersRecipe, images: ImageSet, *, advance: Callable[[int], Any] | None = None
-) -> Model:
+def fold_registers(model: Model, recipe: RegistersRecipe, images: ImageSet, *, advance: Advance | None = None) -> Model:
     """Return the model with what the recipe says, its arrays computed on the images.
 
     Raises:
@@ -73,9 +70,7 @@ def match_layers(spec: Architecture, globs: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if any(fnmatchcase(name, glob) for glob in globs))
 
 
-def _cached(
-    model: Model, recipe: RegistersRecipe, images: ImageSet, site: str, advance: Callable[[int], Any] | None
-) -> Model:
+def _cached(model: Model, recipe: RegistersRecipe, images: ImageSet, site: str, advance: Advance | None) -> Model:
     k, v = curate(model, images, site, advance=advance).register(recipe.token, recipe.average)
     sinks = Sinks(start=recipe.start, rows=1, tau=recipe.tau, block=recipe.block, deletions=recipe.deletions)
     params: dict[str, Array] = dict(model.params)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,6 +10,7 @@ from vitfold.images import ImageSet, batches
 from vitfold.model import Model, block_layers
 from vitfold.model.spec import as_vit
 from vitfold.ops.record import Record
+from vitfold.progress import Advance
 from vitfold.quant.sites import find_sites
 
 SINKS = 4
@@ -25,7 +23,7 @@ def find_neurons(
     count: int,
     *,
     batch: int = 8,
-    advance: Callable[[int], Any] | None = None,
+    advance: Advance | None = None,
 ) -> tuple[tuple[int, int], ...]:
     """Return the `count` hidden units (block, unit) that are most active on the sinks of every image.
 

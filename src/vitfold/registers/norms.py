@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ from vitfold.architectures.programs import UNMERGED, forward
 from vitfold.images import ImageSet, batches
 from vitfold.model import Model
 from vitfold.ops.run import Run
+from vitfold.progress import Advance
 from vitfold.transforms.tokens import Tokens
 
 KEPT = 128
@@ -46,7 +45,7 @@ def measure_norms(
     images: ImageSet,
     *,
     batch: int = 8,
-    advance: Callable[[int], Any] | None = None,
+    advance: Advance | None = None,
 ) -> Norms:
     """Run the float model over the images and keep the norms of its tokens."""
     spec = model.spec

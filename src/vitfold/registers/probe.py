@@ -5,9 +5,8 @@ Ranges are those observed, per tensor: the plainest quantizer, which outliers hu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from vitfold.model import Array, Model, block_layers
 from vitfold.ops.record import Record
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
+from vitfold.progress import Advance
 from vitfold.quant.collect import ordinary_rows
 from vitfold.quant.ranges import affine_uniform, rounded, symmetric_uniform
 from vitfold.quant.sites import LinearSite, find_sites
@@ -77,7 +77,7 @@ class Probe:
         images: ImageSet,
         *,
         batch: int = 8,
-        advance: Callable[[int], Any] | None = None,
+        advance: Advance | None = None,
     ) -> None:
         self._model, self._merge, self._quant = model, merge, quant
         self._targets: Sequence[int] | None = None
@@ -170,7 +170,7 @@ class Probe:
         model: Model,
         ranges: Ranges,
         norms: dict[str, float],
-        advance: Callable[[int], Any] | None = None,
+        advance: Advance | None = None,
         rarity: dict[str, float] | None = None,
     ) -> _Watch:
         leave_out = 0 if model.spec.sinks is None else model.spec.sinks.leave_out
@@ -207,7 +207,7 @@ class _Watch(Record):
         ranges: Ranges,
         norms: dict[str, float],
         leave_out: int,
-        advance: Callable[[int], Any] | None,
+        advance: Advance | None,
         rarity: dict[str, float] | None,
     ) -> None:
         super().__init__(params, self._look)

@@ -35,7 +35,7 @@ _FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class RemedyResult:
     """A remedy at its best setting under plain quantization; `confirmed_db` is the SQNR under the recipe's own method.
 
     `recipe` is None for doing nothing. `sqnr_db` and `cosine` compare with the float model without the remedy.
@@ -65,8 +65,8 @@ class RemedySearchResult:
     """The case, with the noise that each layer makes alone, and the remedies; the first one is doing nothing."""
 
     case: Case
-    remedies: tuple[Measured, ...]
-    chosen: Measured
+    remedies: tuple[RemedyResult, ...]
+    chosen: RemedyResult
 
     @property
     def site(self) -> str:
@@ -200,8 +200,8 @@ def measure_remedies(
     reached = [layer for layer, _, rarity in measured if rarity >= RARE]
     noise = tuple((layer, amount) for layer, amount, _ in measured)
     case = Case(spec=model.spec, site=site or (reached or [noise[0][0]])[0], noise=noise)
-    nothing = Measured(name="none", recipe=None, effect=search.effect(None, case.site))
-    best: dict[str, Measured] = {}
+    nothing = RemedyResult(name="none", recipe=None, effect=search.effect(None, case.site))
+    best: dict[str, RemedyResult] = {}
     for kind in REMEDIES.values():
         wanted = names is None or kind.name in names
         if wanted or any(REMEDIES[name].builds_on == kind.name for name in names or ()):  # type: ignore[index]
@@ -225,13 +225,13 @@ def measure_remedies(
 
 
 def _best(
-    kind: RemedyKind, case: Case, search: _Search, known: dict[str, Measured], progress: Progress
-) -> Measured | None:
+    kind: RemedyKind, case: Case, search: _Search, known: dict[str, RemedyResult], progress: Progress
+) -> RemedyResult | None:
     """Measure a remedy's grids, each around the best setting so far."""
     best = None if kind.builds_on is None else known.get(kind.builds_on)
     if kind.builds_on is not None and best is None:
         return None
-    found: Measured | None = None
+    found: RemedyResult | None = None
     for refine in (None, *kind.refine):
         base = found or best
         recipe = None if base is None else base.recipe
@@ -242,7 +242,7 @@ def _best(
                 continue
             effect = search.effect(recipe, case.site)
             if found is None or _beats(effect, found.effect):
-                found = Measured(name=kind.name, recipe=recipe, effect=effect)
+                found = RemedyResult(name=kind.name, recipe=recipe, effect=effect)
     return found
 
 
@@ -252,7 +252,7 @@ def _beats(effect: Effect, other: Effect, *, by_db: float = 0.0) -> bool:
     return lead > 0 if lead else effect.sqnr_db > other.sqnr_db + by_db
 
 
-def ranked(rows: Sequence[Measured]) -> list[Measured]:
+def ranked(rows: Sequence[RemedyResult]) -> list[RemedyResult]:
     """Sort by effect; among those as good as the best the order of the table decides, which is that of cost."""
     most = max((one.effect for one in rows), key=lambda effect: (effect.top1 or 0.0, effect.sqnr_db))
     sound = [one for one in rows if not most.lead_over(one.effect)]
@@ -262,7 +262,7 @@ def ranked(rows: Sequence[Measured]) -> list[Measured]:
     return alike + sorted(others, key=lambda one: (one in sound, one.effect.sqnr_db), reverse=True)
 
 
-def _worth(best: Measured, nothing: Measured) -> bool:
+def _worth(best: RemedyResult, nothing: RemedyResult) -> bool:
     if best.confirmed_db is not None and nothing.confirmed_db is not None:
         return best.confirmed_db > nothing.confirmed_db + WORTHWHILE_DB
     return _beats(best.effect, nothing.effect, by_db=WORTHWHILE_DB)

@@ -15,7 +15,7 @@ _RUNG = re.compile(r"^r(\d+(?:\.\d+)?)(?:-(.+))?$")
 OTHERS = "others"
 """The family of rows with names of their own: peers, mostly."""
 FLOAT = "float"
-Measured = TypeVar("Measured")
+P = TypeVar("P")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +180,7 @@ def quality_key(points: Sequence[Point]) -> str | None:
     return None
 
 
-def front(points: Sequence[Measured], time: str, quality: str) -> list[Measured]:
+def front(points: Sequence[P], time: str, quality: str) -> list[P]:
     """Return the points that no other beats in both time and quality, the fastest first; both are names of fields."""
     known = [point for point in points if getattr(point, time) is not None and getattr(point, quality) is not None]
     best, kept = float("-inf"), []

@@ -18,7 +18,7 @@ import torch
 from vitfold.architectures.dit import dit
 from vitfold.errors import ParityError, SourceError
 from vitfold.model import Array, DiTModel, DiTSpec, Origin
-from vitfold.model.dit import class_rows, sincos_positions, timestep_frequencies, unit_norm
+from vitfold.model.dit import class_rows, sincos_positions, timestep_embedding, unit_norm
 from vitfold.model.spec import Activation
 from vitfold.ops.run import Run
 from vitfold.sources.failures import load_error
@@ -110,7 +110,7 @@ def translate(
         num_heads=config.num_attention_heads,
         mlp_dim=blocks[0].ff.net[0].proj.out_features,
         classes=config.num_embeds_ada_norm,
-        wave_shift=1,
+        freq_shift=1,
         condition="block",
         activation=_ACTIVATIONS[config.activation_fn],
         mlp_norm_eps=config.norm_eps,
@@ -163,10 +163,10 @@ def check_dit_parity(module: Any, model: DiTModel, *, seed: int = 0) -> float:
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(3, spec.channels, spec.image_size, spec.image_size, generator=generator)
     timesteps, labels = np.array([0, 437, 999]), np.array([0, spec.classes - 1, spec.null_class])
-    waves = torch.from_numpy(timestep_frequencies(spec, timesteps))
+    t_freq = torch.from_numpy(timestep_embedding(spec, timesteps))
     with torch.inference_mode():
         (expected,) = module(image, torch.from_numpy(timesteps), torch.from_numpy(labels), return_dict=False)
-        actual = dit(Run(model.params), spec, image, waves, torch.from_numpy(class_rows(spec, labels)))
+        actual = dit(Run(model.params), spec, image, t_freq, torch.from_numpy(class_rows(spec, labels)))
     error = float((expected - actual).abs().max()) / (float(expected.abs().max()) or 1.0)
     if not error <= TOLERANCE:
         raise ParityError(

@@ -23,7 +23,7 @@ from vitfold.sources import load_source
 from vitfold.sources.dit import REAL, judge_folder
 
 if TYPE_CHECKING:
-    from vitfold.artifacts.steps import DiffusionModelInfo, StepPlan
+    from vitfold.artifacts.steps import DiffusionModelInfo, SamplingPlan
     from vitfold.diffusion import ReuseMethod
     from vitfold.diffusion.compare import SamplerRow, SamplingConfig
     from vitfold.diffusion.judge import Judge
@@ -54,7 +54,7 @@ class SamplingArgs:
         typer.Option("--latents", help="Write latents (latents.npz) instead of images, for models without their VAE."),
     ] = False
 
-    def asked(self, model: DiffusionModelInfo, plan: StepPlan | None = None) -> SamplingConfig:
+    def asked(self, model: DiffusionModelInfo, plan: SamplingPlan | None = None) -> SamplingConfig:
         """Return it for a model, or for a bundle of its steps.
 
         Raises:
@@ -72,7 +72,7 @@ class SamplingArgs:
             batch=self.batch,
         )
 
-    def _sampler(self, model: DiffusionModelInfo, plan: StepPlan | None) -> str:
+    def _sampler(self, model: DiffusionModelInfo, plan: SamplingPlan | None) -> str:
         """The sampler asked for, else the bundle's, else the folder's own; say where that one is replaced."""
         from vitfold.diffusion import find_method
 

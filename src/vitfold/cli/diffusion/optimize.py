@@ -14,7 +14,7 @@ from vitfold.artifacts.bundle import publish_bundle
 from vitfold.artifacts.cache import entry_folder, key_of
 from vitfold.artifacts.digested import reserve_bundle
 from vitfold.artifacts.journal import ROWS, alone
-from vitfold.artifacts.steps import StepPlan
+from vitfold.artifacts.steps import SamplingPlan
 from vitfold.bench.environment import environment
 from vitfold.cli import options
 from vitfold.cli.declaring import command
@@ -98,7 +98,9 @@ def optimize(
                 method, chosen = find_method("none"), compress(model)
             else:
                 method, chosen, count = winner.row.method, winner.compression, winner.row.steps
-        plan = StepPlan(reuse=method.text, steps=count, sampler=few.sampler, guidance=few.guidance, **chosen.to_dict())
+        plan = SamplingPlan(
+            reuse=method.text, steps=count, sampler=few.sampler, guidance=few.guidance, **chosen.to_dict()
+        )
         draft = save_steps(model, plan, method, chosen, place.draft(), search=searched, say=say)
         bundle = publish_bundle(place, draft)
     values = {**(searched or {}), **_summary(bundle)}

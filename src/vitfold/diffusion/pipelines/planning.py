@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from vitfold.diffusion.pipelines.step_plan import Row, StepPlan, guidance_of, sc
 from vitfold.diffusion.pipelines.stepping import denoisers
 from vitfold.errors import ArgumentError, RecipeError, check_whole
 from vitfold.model import Array
+from vitfold.progress import Say
 
 FEW = 8
 """Models that are distilled to so few steps change all the way at each of them."""
@@ -25,8 +26,6 @@ SEED = 1_000_000
 HELD_OUT_SEED = 2_000_000
 _AS_GOOD_DB = 0.1
 _EQUAL_DB = 1000.0
-
-Say = Callable[[str], None]
 
 
 def plan_steps(

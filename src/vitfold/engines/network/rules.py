@@ -18,9 +18,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from vitfold.engines.network.translation import Translation
 
-Made = Any
+RuleResult = Any
 """What a rule returns: a node of the network per output of the ONNX node, or the only one."""
-Rule = Callable[["Translation", Any], Made]
+Rule = Callable[["Translation", Any], RuleResult]
 
 _FLOATS = (1, 10, 11, 16)
 _INTEGERS = {2: torch.uint8, 3: torch.int8, 6: torch.int32, 7: torch.int64, 9: torch.bool}
@@ -170,7 +170,7 @@ def _attribute(function: Callable[..., Any], name: str, default: Any) -> Rule:
     return lambda t, node: t.call(function, *t.inputs(node), t.attribute(node, name, default))
 
 
-def _cast(t: Translation, node: Any) -> Made:
+def _cast(t: Translation, node: Any) -> RuleResult:
     kind = t.attribute(node, "to", 1)
     x = t.input(node, 0)
     if kind in _INTEGERS:
@@ -185,12 +185,12 @@ def _cast(t: Translation, node: Any) -> Made:
     return t.call(as_real, x, t.real)
 
 
-def _clip(t: Translation, node: Any) -> Made:
+def _clip(t: Translation, node: Any) -> RuleResult:
     low, high = (t.number(node, place) for place in (1, 2))
     return t.call(torch.clamp, t.input(node, 0), low, high)
 
 
-def _conv(t: Translation, node: Any) -> Made:
+def _conv(t: Translation, node: Any) -> RuleResult:
     weight = t.array(node, 1)
     kernel = list(weight.shape[2:])
     strides, pads, groups = (t.attribute(node, name, d) for name, d in (("strides", []), ("pads", []), ("group", 1)))
@@ -206,7 +206,7 @@ def _conv(t: Translation, node: Any) -> Made:
     return t.call(F.conv2d, inputs[0], inputs[1], bias, tuple(strides), tuple(pads[:2]), 1, groups)
 
 
-def _split(t: Translation, node: Any) -> Made:
+def _split(t: Translation, node: Any) -> RuleResult:
     axis, count = t.attribute(node, "axis", 0), len(node.output)
     if len(node.input) > 1 and node.input[1]:
         parts = t.call(torch.split, t.input(node, 0), t.integers(node, 1), axis)
@@ -215,7 +215,7 @@ def _split(t: Translation, node: Any) -> Made:
     return t.items(parts, count)
 
 
-def _slice(t: Translation, node: Any) -> Made:
+def _slice(t: Translation, node: Any) -> RuleResult:
     starts, stops = t.integers(node, 1), t.integers(node, 2)
     axes = t.integers(node, 3) if len(node.input) > 3 else range(len(starts))
     steps = t.integers(node, 4) if len(node.input) > 4 else [1] * len(starts)
@@ -223,14 +223,14 @@ def _slice(t: Translation, node: Any) -> Made:
     return t.call(sliced, t.input(node, 0), bounds)
 
 
-def _pad(t: Translation, node: Any) -> Made:
+def _pad(t: Translation, node: Any) -> RuleResult:
     pads = t.integers(node, 1)
     rank = len(pads) // 2
     flat = [pads[side * rank + axis] for axis in reversed(range(rank)) for side in (0, 1)]
     return t.call(F.pad, t.input(node, 0), flat)
 
 
-def _topk(t: Translation, node: Any) -> Made:
+def _topk(t: Translation, node: Any) -> RuleResult:
     (count,) = t.integers(node, 1)
     found = t.call(
         ranked, t.input(node, 0), count, t.attribute(node, "axis", -1), bool(t.attribute(node, "largest", 1))
@@ -238,22 +238,22 @@ def _topk(t: Translation, node: Any) -> Made:
     return t.items(found, 2)
 
 
-def _reduce(t: Translation, node: Any) -> Made:
+def _reduce(t: Translation, node: Any) -> RuleResult:
     axes = t.integers(node, 1) if len(node.input) > 1 else t.attribute(node, "axes", [])
     return t.call(reduced, node.op_type, t.input(node, 0), axes, bool(t.attribute(node, "keepdims", 1)))
 
 
-def _gather(t: Translation, node: Any) -> Made:
+def _gather(t: Translation, node: Any) -> RuleResult:
     return t.call(take_table, *t.inputs(node), t.attribute(node, "axis", 0))
 
 
-def _gather_nd(t: Translation, node: Any) -> Made:
+def _gather_nd(t: Translation, node: Any) -> RuleResult:
     if t.attribute(node, "batch_dims", 0) != 1:
         return t.refuse(node, "its batch axes")
     return t.call(take_rows, *t.inputs(node))
 
 
-def _gather_elements(t: Translation, node: Any) -> Made:
+def _gather_elements(t: Translation, node: Any) -> RuleResult:
     """Along axis 1, an index that is only widened to the rows is a view."""
     axis = t.attribute(node, "axis", 0)
     widened = t.producer(node.input[1], "Mul")
@@ -263,14 +263,14 @@ def _gather_elements(t: Translation, node: Any) -> Made:
     return t.call(take_along, *t.inputs(node), axis)
 
 
-def _scatter(t: Translation, node: Any) -> Made:
+def _scatter(t: Translation, node: Any) -> RuleResult:
     if t.attribute(node, "reduction", b"none") != b"add":
         return t.refuse(node, "a scatter that does not add")
     x, index, rows = t.inputs(node)
     return t.call(Tensor.scatter_add, x, t.attribute(node, "axis", 0), index, rows)
 
 
-def _layer_norm(t: Translation, node: Any) -> Made:
+def _layer_norm(t: Translation, node: Any) -> RuleResult:
     if t.attribute(node, "axis", -1) != -1:
         return t.refuse(node, "another axis than the last")
     inputs = t.inputs(node)
@@ -279,7 +279,7 @@ def _layer_norm(t: Translation, node: Any) -> Made:
     return t.call(F.layer_norm, inputs[0], width, inputs[1], bias, t.attribute(node, "epsilon", 1e-5))
 
 
-def _gemm(t: Translation, node: Any) -> Made:
+def _gemm(t: Translation, node: Any) -> RuleResult:
     plain = all(t.attribute(node, name, 1.0) == 1.0 for name in ("alpha", "beta"))
     if not plain or t.attribute(node, "transA", 0):
         return t.refuse(node, "a scaled or turned operand")
@@ -288,30 +288,30 @@ def _gemm(t: Translation, node: Any) -> Made:
     return t.call(gemm, inputs[0], inputs[1], bias, bool(t.attribute(node, "transB", 0)))
 
 
-def _fused_matmul(t: Translation, node: Any) -> Made:
+def _fused_matmul(t: Translation, node: Any) -> RuleResult:
     turned = tuple(bool(t.attribute(node, name, 0)) for name in ("transA", "transB"))
     return t.call(multiplied, *t.inputs(node), turned, t.attribute(node, "alpha", 1.0))
 
 
-def _gelu(t: Translation, node: Any) -> Made:
+def _gelu(t: Translation, node: Any) -> RuleResult:
     how = t.attribute(node, "approximate", b"none").decode()
     return t.call(F.gelu, t.input(node, 0), approximate=how)
 
 
-def _unsqueeze(t: Translation, node: Any) -> Made:
+def _unsqueeze(t: Translation, node: Any) -> RuleResult:
     x = t.input(node, 0)
     for axis in t.integers(node, 1):
         x = t.call(torch.unsqueeze, x, axis)
     return x
 
 
-def _normalize(t: Translation, node: Any) -> Made:
+def _normalize(t: Translation, node: Any) -> RuleResult:
     made = t.call(normalized, t.input(node, 0), t.attribute(node, "axis", -1))
     t.widen(made)
     return made
 
 
-def _constant(t: Translation, node: Any) -> Made:
+def _constant(t: Translation, node: Any) -> RuleResult:
     return t.hold(np.asarray(t.constant_of(node)))
 
 

@@ -25,7 +25,7 @@ _EXACT = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Found:
+class AttentionNodes:
     """The nodes of an attention: the product of its queries and keys, and that of its weights and values.
 
     `factor` and `by_head` (1, H, 1, 1) are what scores are multiplied by, `known` and `biases` what is added to them.
@@ -67,7 +67,7 @@ def with_attentions(program: Program, params: Mapping[str, Array]) -> tuple[Prog
     return without_dead_nodes(recorder.program(outputs)), held
 
 
-def _attentions(program: Program, params: Mapping[str, Array]) -> list[Found]:
+def _attentions(program: Program, params: Mapping[str, Array]) -> list[AttentionNodes]:
     made_by, read_by = makers(program), readers(program)
     found = []
     for node in program.nodes:
@@ -90,7 +90,7 @@ def _only_reader(read_by: Mapping[Ref, tuple[Node, ...]], ref: Ref) -> Node | No
 
 def _scores_of(
     program: Program, params: Mapping[str, Array], made_by: Mapping[Ref, Node], softmax: Node, average: Node
-) -> Found | None:
+) -> AttentionNodes | None:
     """Follow a softmax back to the product of queries and keys."""
     ref, factor = softmax.operand("a"), 1.0
     shape = program.shapes[average.operand("a")]
@@ -125,7 +125,7 @@ def _scores_of(
         return None
     if program.shapes[node.operand("a")][1:-2] != program.shapes[node.operand("b")][1:-2]:
         return None
-    return Found(
+    return AttentionNodes(
         scores=node,
         softmax=softmax,
         average=average,
@@ -197,7 +197,7 @@ class _Writing:
     def _ops(self) -> Ops[Traced]:
         return self._recorder.ops
 
-    def attention(self, found: Found) -> Traced:
+    def attention(self, found: AttentionNodes) -> Traced:
         """Record one attention; return what the product of its weights and values was."""
         q, of_q = self._peeled(found.scores.operand("a"))
         k, of_k = self._peeled(found.scores.operand("b"))
@@ -308,7 +308,7 @@ class _Writing:
         self._params[name] = np.array(array, np.float32, order="C")
         self._shapes[name] = array.shape
 
-    def _bias(self, found: Found) -> Traced | None:
+    def _bias(self, found: AttentionNodes) -> Traced | None:
         """All that is added to scores."""
         parts = [self._values[ref] for ref in found.biases]
         if found.known is not None:

@@ -10,13 +10,13 @@ import numpy as np
 import onnx
 
 from vitfold.errors import SourceError
-from vitfold.model import Array
+from vitfold.model import Array, GraphEnd
 from vitfold.ops.protocol import Ops, Port
 from vitfold.program import Program
 from vitfold.program.trace import Recorder, Traced
 from vitfold.sources.onnx.foreign import foreign_piece
 from vitfold.sources.onnx.placing import Lifted, Place, UnliftableError, place_in
-from vitfold.sources.onnx.reading import End, Plain, Shape
+from vitfold.sources.onnx.reading import Plain, Shape
 
 _SMALL = 16
 """Constants up to so many numbers stand in the program itself, longer ones are parameters."""
@@ -215,7 +215,7 @@ def _as_it_is(lift: Lift, node: onnx.NodeProto, reason: str) -> None:
     lift.foreign[site] = f"{node.op_type}: {reason}"
 
 
-def _port(end: End, plain: Plain) -> Port:
+def _port(end: GraphEnd, plain: Plain) -> Port:
     shapes = plain.shapes[end.name]
     differing = [i for i, (a, b) in enumerate(zip(*shapes, strict=True)) if a != b]
     if not end.shape or differing != ([0] if plain.batch is None else []):

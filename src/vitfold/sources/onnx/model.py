@@ -24,7 +24,6 @@ from vitfold.sources.onnx.blocks import Blocks, with_blocks
 from vitfold.sources.onnx.lifting import LiftedProgram, lift
 from vitfold.sources.onnx.reading import (
     BATCHES,
-    End,
     Plain,
     at_batch,
     random_inputs,
@@ -252,7 +251,7 @@ def _heads(program: Program, ref: Ref) -> tuple[int, int]:
     return shape[1], shape[3]
 
 
-def _end(end: End, plain: Plain) -> GraphEnd:
+def _end(end: GraphEnd, plain: Plain) -> GraphEnd:
     """An end with every length but the batch's fixed."""
     fixed = plain.shapes[end.name][0]
     first = end.shape[0] if end.shape else "batch"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import onnxruntime
 from onnx import TensorProto, numpy_helper
 
 from vitfold.errors import SourceError
-from vitfold.model import Array
+from vitfold.model import Array, GraphEnd
 from vitfold.model.spec import random_array
 
 Shape = tuple[int, ...]
@@ -48,15 +48,6 @@ _OFF = (
 """Fusions of ONNX Runtime whose results are further from `Ops` than what they replace."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class End:
-    """An input or output of a file: name, shape with symbols, element type by NumPy's name."""
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: str
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Plain:
     """A file's graph in normal form: nodes in order, constants, and the shape of every value for both batches.
@@ -70,8 +61,8 @@ class Plain:
     varying: Mapping[str, tuple[Array, Array]]
     shapes: Mapping[str, tuple[Shape, Shape]]
     types: Mapping[str, int]
-    inputs: tuple[End, ...]
-    outputs: tuple[End, ...]
+    inputs: tuple[GraphEnd, ...]
+    outputs: tuple[GraphEnd, ...]
     opset: int
     batch: int | None
 
@@ -179,7 +170,7 @@ def read_plain_pair(paths: tuple[Path, Path]) -> tuple[Plain, onnx.ModelProto]:
     copies = [at_batch(model, size) for model, size in zip(models, BATCHES, strict=True)]
     first, second = (_normalized(model, path) for model, path in zip(copies, paths, strict=True))
     inputs, outputs = (
-        tuple(End(name=end.name, shape=("batch", *end.shape[1:]), dtype=end.dtype) for end in _ends(models[0], which))
+        tuple(replace(end, shape=("batch", *end.shape[1:])) for end in _ends(models[0], which))
         for which in ("input", "output")
     )
     return _joined(first, second, inputs, outputs, None, paths[0]), models[0]
@@ -228,7 +219,7 @@ def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from _all_nodes(attribute.g)
 
 
-def _ends(model: onnx.ModelProto, which: str) -> tuple[End, ...]:
+def _ends(model: onnx.ModelProto, which: str) -> tuple[GraphEnd, ...]:
     held = {one.name for one in model.graph.initializer}
     found = []
     for one in getattr(model.graph, which):
@@ -242,7 +233,7 @@ def _ends(model: onnx.ModelProto, which: str) -> tuple[End, ...]:
             for i, d in enumerate(kind.shape.dim)
         )
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).name
-        found.append(End(name=one.name, shape=lengths, dtype=dtype))
+        found.append(GraphEnd(name=one.name, shape=lengths, dtype=dtype))
     return tuple(found)
 
 
@@ -284,7 +275,7 @@ def _widen(tensor: onnx.TensorProto) -> None:
 
 
 def _with_sizes(
-    model: onnx.ModelProto, inputs: Sequence[End], image_size: Sequence[int] | None, path: Path
+    model: onnx.ModelProto, inputs: Sequence[GraphEnd], image_size: Sequence[int] | None, path: Path
 ) -> onnx.ModelProto:
     """Return the model with every length but the batch fixed."""
     fixed = onnx.ModelProto()
@@ -479,7 +470,12 @@ def run_values(
 
 
 def _joined(
-    first: _Normal, second: _Normal, inputs: tuple[End, ...], outputs: tuple[End, ...], batch: int | None, path: Path
+    first: _Normal,
+    second: _Normal,
+    inputs: tuple[GraphEnd, ...],
+    outputs: tuple[GraphEnd, ...],
+    batch: int | None,
+    path: Path,
 ) -> Plain:
     """Put both batches together."""
     nodes, others = list(first.model.graph.node), list(second.model.graph.node)
