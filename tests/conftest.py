@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -24,6 +25,16 @@ _HOOK = install_import_hook("vitfold", "beartype.beartype")
 from vitfold.images import ImageSet, find_images  # noqa: E402
 from vitfold.model import Array, Model, Origin, Preprocess, ViTSpec, param_shapes  # noqa: E402
 from vitfold.recipe import MergeRecipe  # noqa: E402
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Look for no cycles while libraries are imported, and never again among what they made, which stays."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
+
 
 TINY: dict[str, Any] = {
     "image_size": (32, 32),
@@ -90,6 +101,17 @@ def hide_packages(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(importlib.metadata, "version", version)
 
     return hide
+
+
+@pytest.fixture
+def broken_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that, on PYTHONPATH, lets no package of doctor's list be imported."""
+    from vitfold.cli import doctor
+
+    folder = tmp_path_factory.mktemp("broken")
+    for _, module, _, _ in doctor._PARTS:
+        (folder / f"{module.partition('.')[0]}.py").write_text("raise OSError('broken on purpose')\n", encoding="utf-8")
+    return folder
 
 
 @pytest.fixture

@@ -28,16 +28,6 @@ def merged(folder: Path, few: Path) -> Path:
     return folder / "merged.fold"
 
 
-@pytest.fixture
-def broken_packages(tmp_path: Path) -> Path:
-    """A folder that, on PYTHONPATH, lets no package of doctor's list be imported."""
-    for _, module, _, _ in doctor._PARTS:
-        (tmp_path / f"{module.partition('.')[0]}.py").write_text(
-            "raise OSError('broken on purpose')\n", encoding="utf-8"
-        )
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Path:
     run("optimize", "demo", "-o", folder / "plain.fold")
@@ -46,7 +36,7 @@ def plain(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(folder: Path) -> Path:
-    run("optimize", "timm:vit_tiny_patch16_224", *RANDOM[1:], "-o", folder / "tiny.fold")
+    run("optimize", *RANDOM, "-o", folder / "tiny.fold")
     return folder / "tiny.fold"
 
 
@@ -171,7 +161,7 @@ def test_bench_calibrates_quantized_peers(peer: str, tiny: Path, few: Path) -> N
     calibration = ("--calibration-images", few, "--calibration-size", "4")
     rows = run_json("bench", tiny, "--peers", peer, *calibration, *quick)["rows"]
     assert [row["bundle"] for row in rows] == [peer, "tiny"]
-    assert 0 < rows[0]["size_bytes"] < 0.5 * rows[1]["size_bytes"]
+    assert 0 < rows[0]["size_bytes"] < 0.65 * rows[1]["size_bytes"]  # a quarter of the weights, and the text of a graph
     assert rows[0]["engine"].startswith("onnxruntime" if peer.startswith("onnxruntime") else "openvino")
 
 
@@ -207,7 +197,10 @@ def test_inspect_prints_the_documented_fields(merged: Path) -> None:
     assert "demo" in run("inspect", merged).stdout
 
 
-def test_cache_says_what_is_kept_and_clears_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_says_what_is_kept_and_clears_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken_packages: Path
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(broken_packages))  # doctor imports none of them then, which takes seconds
     monkeypatch.setenv("VITFOLD_CACHE", str(tmp_path))
     assert run_json("cache") == {
         "folder": str(tmp_path),

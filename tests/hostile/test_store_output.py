@@ -303,8 +303,11 @@ def test_what_vitfold_left_before_there_were_locks_is_taken_care_of(tmp_path: Pa
     assert names(tmp_path) == ["a.fold"]
 
 
-def test_doctor_shows_what_interrupted_commands_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_shows_what_interrupted_commands_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken_packages: Path
+) -> None:
     killed_writer("sealed", tmp_path / "a.fold")
+    monkeypatch.setenv("PYTHONPATH", str(broken_packages))  # importing them all takes seconds, and tells nothing here
     monkeypatch.chdir(tmp_path)
     found = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)["leftovers"]
     assert [(Path(one["path"]).name, one["of"], one["running"]) for one in found] == [
