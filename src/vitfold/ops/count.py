@@ -7,6 +7,7 @@ that leave its merge; elementwise work, softmax and normalization count bytes bu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -99,7 +100,7 @@ class Count(Ops[Shape]):
         operands: tuple[str, str] | None = None,
     ) -> None:
         """Append a cost; `operands` are the sites of both sides of a product."""
-        moved = sum(_size(shape) for shape in (*inputs, output)) * FLOAT_BYTES
+        moved = sum(math.prod(shape) for shape in (*inputs, output)) * FLOAT_BYTES
         integer = operands is not None and all(operand in self._quantizers for operand in operands)
         dequantized = 0
         if integer and operands is not None and self._dequantize_first:
@@ -170,7 +171,7 @@ class Count(Ops[Shape]):
         _require(x[-1] == inputs, f"{layer} takes width {inputs}, found {x}")
         output = (*x[:-1], outputs)
         weights, operands = inputs * outputs, (input_site(layer, rows), f"{layer}.w")
-        self._note(layer, "linear", (x,), output, _size(x[:-1]) * weights, weights, operands)
+        self._note(layer, "linear", (x,), output, math.prod(x[:-1]) * weights, weights, operands)
         return output
 
     def layer_norm(self, layer: str, x: Shape, eps: float) -> Shape:
@@ -202,7 +203,7 @@ class Count(Ops[Shape]):
         columns, depth = (b[-2], b[-1]) if transpose_b else (b[-1], b[-2])
         _require(a[-1] == depth, f"{site} cannot multiply {a} and {b}")
         output = (*_broadcast(a[:-2], b[:-2]), a[-2], columns)
-        self._note(site, "matmul", (a, b), output, macs=_size(output) * a[-1], operands=operands)
+        self._note(site, "matmul", (a, b), output, macs=math.prod(output) * a[-1], operands=operands)
         return output
 
     def softmax(self, site: str, a: Shape) -> Shape:
@@ -213,7 +214,7 @@ class Count(Ops[Shape]):
     def reshape(self, a: Shape, shape: tuple[int, ...]) -> Shape:
         """Free; a wrong size is a bug in the program."""
         output = (a[0], *shape)
-        _require(_size(output) == _size(a), f"cannot reshape {a} to {output}")
+        _require(math.prod(output) == math.prod(a), f"cannot reshape {a} to {output}")
         return output
 
     def transpose(self, a: Shape, perm: tuple[int, ...]) -> Shape:
@@ -287,7 +288,7 @@ class Count(Ops[Shape]):
         macs: int = 0,
     ) -> tuple[Shape, ...]:
         """What the piece states of itself; its convolutions count as products."""
-        read = sum(_size(self._shapes[name]) for name in weights)
+        read = sum(math.prod(self._shapes[name]) for name in weights)
         self._note(site, "foreign", (*parts, *shapes[:-1]), shapes[-1], macs=macs, weights=read)
         return shapes
 
@@ -304,13 +305,6 @@ class Count(Ops[Shape]):
         _require(rows == (*_column(index)[:2], x[2]), f"{site} needs one row of {x} per index of {index}, found {rows}")
         self._note(site, "elementwise", (x, rows), x)
         return x
-
-
-def _size(shape: Shape) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total
 
 
 def _broadcast(*shapes: Shape) -> Shape:
