@@ -13,6 +13,7 @@ import torch
 from vitfold.architectures.programs import forward
 from vitfold.model import ViTSpec, param_shapes
 from vitfold.ops.count import Count, integer_work
+from vitfold.ops.protocol import Ops
 from vitfold.ops.run import Run
 from vitfold.quantizer import Quantizer, Twin, Uniform
 from vitfold.recipe import MergeRecipe, tokens_per_block
@@ -99,6 +100,7 @@ def test_merging_moves_fewer_bytes_but_not_for_free():
     assert sum(c.activation_bytes for c in merged.costs if ".merge" in c.site) > 0
 
 
+@Ops.register
 class Both:
     """Runs every operation twice, executed and counted, and compares the shapes one by one."""
 

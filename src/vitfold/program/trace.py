@@ -37,7 +37,7 @@ VOCABULARY: Mapping[str, inspect.Signature] = {
 _SEVERAL = {name for name, one in VOCABULARY.items() if str(one.return_annotation).startswith("tuple")}
 
 
-@Ops.register  # without it, every isinstance looks for every method
+@Ops.register
 class Recorder:
     """The interpreter whose result is a program; any of `VOCABULARY` may be called, as on every interpreter."""
 
