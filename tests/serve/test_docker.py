@@ -19,7 +19,7 @@ from vitfold import pipeline
 from vitfold.artifacts.bundle import open_bundle
 from vitfold.errors import BundleError, TargetError
 from vitfold.model import Model
-from vitfold.serve.docker import export_docker
+from vitfold.serve.docker import export_context
 from vitfold.serve.predictor import open_predictor
 
 
@@ -38,7 +38,7 @@ def lines_of(folder: Path) -> dict[str, list[str]]:
 
 
 def test_what_the_image_holds_runs_from_there(bundle: Path, tmp_path: Path) -> None:
-    folder = export_docker(open_bundle(bundle), tmp_path / "image", threads=1)
+    folder = export_context(open_bundle(bundle), tmp_path / "image", threads=1)
     lines = lines_of(folder)
     command = json.loads(lines["CMD"][0])
     assert command[:5] == ["python", "-m", "vitfold", "serve", "a_b.fold"]
@@ -73,7 +73,7 @@ def test_what_the_image_holds_runs_from_there(bundle: Path, tmp_path: Path) -> N
 def test_versions_are_those_that_are_installed(bundle: Path, tmp_path: Path) -> None:
     import onnxruntime
 
-    folder = export_docker(open_bundle(bundle), tmp_path / "image")
+    folder = export_context(open_bundle(bundle), tmp_path / "image")
     found = [Requirement(line) for line in (folder / "requirements.txt").read_text().splitlines()]
     versions = {one.name: str(one.specifier) for one in found}
     assert versions["onnxruntime"] == f"=={onnxruntime.__version__}"
@@ -82,19 +82,19 @@ def test_versions_are_those_that_are_installed(bundle: Path, tmp_path: Path) -> 
 
 
 def test_only_what_was_exported_is_replaced(bundle: Path, tmp_path: Path) -> None:
-    folder = export_docker(open_bundle(bundle), tmp_path / "image")
+    folder = export_context(open_bundle(bundle), tmp_path / "image")
     (folder / "mine.txt").write_text("mine")
     with pytest.raises(BundleError, match="--overwrite"):
-        export_docker(open_bundle(bundle), folder)
-    export_docker(open_bundle(bundle), folder, overwrite=True)
+        export_context(open_bundle(bundle), folder)
+    export_context(open_bundle(bundle), folder, overwrite=True)
     assert (folder / "mine.txt").read_text() == "mine"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "Dockerfile").write_text("FROM scratch\n")
     with pytest.raises(BundleError, match="was not written by"):
-        export_docker(open_bundle(bundle), tmp_path / "other", overwrite=True)
+        export_context(open_bundle(bundle), tmp_path / "other", overwrite=True)
 
 
 def test_a_bundle_for_a_gpu_is_refused(tiny_model: Callable[..., Model], tmp_path: Path) -> None:
     made = pipeline.save(pipeline.optimize(tiny_model(), target="tensorrt-fp16"), tmp_path / "gpu.fold")
-    with pytest.raises(TargetError, match="runs on tensorrt, and the image has CPUs only; take --format triton"):
-        export_docker(open_bundle(made.path), tmp_path / "image")
+    with pytest.raises(TargetError, match="runs on tensorrt, and the server has CPUs only; take --format triton"):
+        export_context(open_bundle(made.path), tmp_path / "image")

@@ -1,23 +1,24 @@
-"""A bundle and what serves it as the context of a container image, which installs wheels only."""
+"""A bundle and what serves it as a folder for Docker, KServe, BentoML or Ray Serve, which install wheels only."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import re
 import shutil
-import sys
 from pathlib import Path
+from typing import Literal, get_args
 
 from vitfold.artifacts.bundle import Bundle
-from vitfold.cores import check_threads
+from vitfold.cores import check_threads, usable_cores
 from vitfold.engines import ENGINES
-from vitfold.errors import BundleError, TargetError, missing_extra
-from vitfold.storage.ordinary import read_text
-from vitfold.storage.placing import reserve
+from vitfold.errors import BundleError, EngineError, TargetError, missing_extra
+from vitfold.serve import deployments
+from vitfold.serve.deployments import REQUIREMENTS, WRITTEN, Deployment
+from vitfold.serve.folders import write_folder
 
-DOCKERFILE, REQUIREMENTS = "Dockerfile", "requirements.txt"
-WRITTEN = "# A server of one model, written by `vitfold export`."
+Context = Literal["docker", "kserve", "bento", "ray-serve"]
+CONTEXTS = get_args(Context)
+
 _PACKAGE = "vitfold"
 _NEEDED = (
     "numpy",
@@ -29,78 +30,72 @@ _NEEDED = (
     "platformdirs",
     "py-cpuinfo",
     "tomli-w",
-    "starlette",
-    "uvicorn",
-    "python-multipart",
-    "prometheus-client",
 )
+_SERVER = ("starlette", "uvicorn", "python-multipart", "prometheus-client")
 _ENGINES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
+_TEXTS = {
+    "docker": deployments.docker,
+    "kserve": deployments.kserve,
+    "bento": deployments.bento,
+    "ray-serve": deployments.ray_serve,
+}
+_OTHERS = {"bento": "bentoml>=1.4\n", "ray-serve": "ray[serve]>=2.40\n"}
 
 
-def export_docker(bundle: Bundle, folder: str | Path, *, threads: int | None = None, overwrite: bool = False) -> Path:
-    """Write a folder from which `docker build` makes a server of a bundle; return it.
+def export_context(
+    bundle: Bundle,
+    folder: str | Path,
+    format: Context = "docker",
+    *,
+    name: str | None = None,
+    threads: int | None = None,
+    instances: int = 1,
+    overwrite: bool = False,
+) -> Path:
+    """Write a folder of which a server is made: the bundle, this package, versions, and the files of `format`.
 
-    It holds the bundle, this package, and the versions of the packages that are installed here.
+    The versions are those of the packages that are installed here. `instances` divide `threads`: by default, where
+    there are several, this machine's usable cores.
 
     Raises:
         TargetError: for a bundle whose engine is none of CPUs.
+        EngineError: if threads or instances are no number for a machine, or a container should run several instances.
         BundleError: if the folder cannot be written, may not be replaced, or a package of the server is not installed.
     """
     engine = str(bundle.manifest.target["engine"])
     if engine not in _ENGINES:
         instead = "--format triton" if ENGINES[engine].gpu else f"a bundle for {' or '.join(_ENGINES)}"
-        raise TargetError(f"{bundle.path} runs on {engine}, and the image has CPUs only; take {instead}")
-    if threads is not None:
-        check_threads(threads)
-    requirements = "".join(f"{name}=={_installed(name)}\n" for name in (*_NEEDED, _ENGINES[engine]))
-    with reserve(folder, overwrite=overwrite, standing=_standing) as place:
-        draft = place.draft()
-        name = re.sub(r"[^A-Za-z0-9._-]+", "_", bundle.path.name)
-        try:
-            draft.mkdir(parents=True)
-            shutil.copytree(bundle.path, draft / name)
-            shutil.copytree(Path(__file__).parents[1], draft / _PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
-            (draft / REQUIREMENTS).write_text(requirements, encoding="utf-8")
-            (draft / DOCKERFILE).write_text(_dockerfile(name, threads), encoding="utf-8")
-        except OSError as error:
-            raise BundleError(f"cannot write {folder}: {error}; free some space or choose another folder") from None
-        return place.publish(draft)
+        raise TargetError(f"{bundle.path} runs on {engine}, and the server has CPUs only; take {instead}")
+    if format == "docker" and instances != 1:
+        raise EngineError("a container runs one instance; start several of them, or take --format kserve")
+    check_threads(threads)
+    ours = _SERVER if format in ("docker", "kserve") else ()
+    requirements = "".join(f"{name}=={_installed(name)}\n" for name in (*_NEEDED, *ours, _ENGINES[engine]))
+    deployment = Deployment(
+        name=re.sub(r"[^a-z0-9-]+", "-", (name or bundle.name).lower()).strip("-")[:50] or "model",
+        bundle=re.sub(r"[^A-Za-z0-9._-]+", "_", bundle.path.name),
+        size_bytes=sum(path.stat().st_size for path in bundle.path.rglob("*") if path.is_file()),
+        threads=threads if instances == 1 else max(1, (threads or usable_cores()) // instances),
+        instances=instances,
+    )
+    texts = {REQUIREMENTS: requirements + _OTHERS.get(format, ""), **_TEXTS[format](deployment)}
+
+    def fill(draft: Path) -> None:
+        shutil.copytree(bundle.path, draft / deployment.bundle)
+        shutil.copytree(Path(__file__).parents[1], draft / _PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
+        for file, text in texts.items():
+            (draft / file).write_text(text, encoding="utf-8")
+
+    def own(former: Path) -> set[str]:
+        bundles = {path.name for path in former.iterdir() if (path / "manifest.json").is_file()}
+        return {_PACKAGE, *texts, *bundles}
+
+    mark = next(file for file, text in texts.items() if WRITTEN in text)
+    return write_folder(folder, fill, format=format, mark=(mark, WRITTEN), own=own, overwrite=overwrite)
 
 
 def _installed(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        raise BundleError(missing_extra(name, "serve", "--format docker")) from None
-
-
-def _standing(folder: Path) -> set[str]:
-    try:
-        ours = read_text(folder / DOCKERFILE).startswith(WRITTEN)
-    except (OSError, UnicodeDecodeError):
-        ours = False
-    if not ours:
-        raise BundleError(f"{folder} exists and was not written by `vitfold export --format docker`; choose another")
-    bundles = {path.name for path in folder.iterdir() if (path / "manifest.json").is_file()}
-    return {DOCKERFILE, REQUIREMENTS, _PACKAGE, *bundles}
-
-
-def _dockerfile(name: str, threads: int | None) -> str:
-    command = ["python", "-m", "vitfold", "serve", name, "--host", "0.0.0.0", "--port", "8000"]
-    command += [] if threads is None else ["--threads", str(threads)]
-    probe = "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=5)"
-    return f"""\
-{WRITTEN}
-#   docker build -t {name.removesuffix(".fold").lower() or "model"} .
-#   docker run --rm -p 8000:8000 {name.removesuffix(".fold").lower() or "model"}
-FROM python:{sys.version_info.major}.{sys.version_info.minor}-slim
-COPY {REQUIREMENTS} /tmp/
-RUN pip install --no-cache-dir --only-binary :all: -r /tmp/{REQUIREMENTS} && useradd --create-home server
-USER server
-WORKDIR /home/server
-COPY {_PACKAGE} {_PACKAGE}
-COPY {name} {name}
-EXPOSE 8000
-HEALTHCHECK CMD {json.dumps(["python", "-c", probe])}
-CMD {json.dumps(command)}
-"""
+        raise BundleError(missing_extra(name, "serve", "a folder for servers")) from None
