@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +33,7 @@ from vitfold.serve.server.refusing import RefusedError
 from vitfold.version import __version__
 
 T = TypeVar("T")
+Beside = Callable[["Server"], AbstractAsyncContextManager[Any]]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 """What is decoded: no format for which Pillow starts another program."""
@@ -59,9 +62,9 @@ class _InMemory(MultiPartParser):
 
 
 class Server:
-    """Bundles by name, behind the routes of one application."""
+    """Bundles by name, behind the routes of one application; `beside` is what runs as long as it does."""
 
-    def __init__(self, predictors: Mapping[str, Predictor], limits: Limits) -> None:
+    def __init__(self, predictors: Mapping[str, Predictor], limits: Limits, beside: Beside | None = None) -> None:
         self.limits = limits
         self._decoders = ThreadPoolExecutor(2, thread_name_prefix="prepare")
         self._active = 0
@@ -100,6 +103,7 @@ class Server:
                 ),
             ],
             exception_handlers={RefusedError: _refusal},  # type: ignore[dict-item]
+            lifespan=None if beside is None else self._lasting(beside),
         )
 
     def close(self) -> None:
@@ -108,31 +112,52 @@ class Server:
             one.close()
         self._decoders.shutdown(wait=True, cancel_futures=True)
 
-    def _bounded(self, route: str, work: Callable[[Request], Awaitable[Response]]) -> Any:
-        """Wrap a route so that it ends in time and is counted."""
+    def _lasting(self, beside: Beside) -> Any:
+        @asynccontextmanager
+        async def lifespan(_: Starlette) -> AsyncIterator[None]:
+            async with beside(self):
+                yield
 
+        return lifespan
+
+    async def bounded(self, route: str, work: Callable[[], Awaitable[T]]) -> T:
+        """Answer a request in time, if not too many are at work; it is counted.
+
+        Raises:
+            RefusedError: otherwise.
+        """
+        began, status = time.perf_counter(), 500
+        self._active += 1
+        try:
+            if self._active > self.limits.queue + self.limits.batch:
+                raise RefusedError(503, f"{self._active} requests are at work; ask again later")
+            made = await self.within_time(route, work)
+            status = 200
+            return made
+        except RefusedError as error:
+            status = error.status
+            raise
+        finally:
+            self._active -= 1
+            self._answered.labels(route, str(status)).inc()
+            self._took.labels(route).observe(time.perf_counter() - began)
+
+    async def within_time(self, _: str, work: Callable[[], Awaitable[T]]) -> T:
+        """Answer a request in time.
+
+        Raises:
+            RefusedError: if it takes longer, or whoever asks is gone.
+        """
+        try:
+            return await asyncio.wait_for(work(), self.limits.seconds)
+        except asyncio.TimeoutError:
+            raise RefusedError(503, f"no answer within {self.limits.seconds:g} s; ask again later") from None
+        except ClientDisconnect:
+            raise RefusedError(400, "the request was cut short") from None
+
+    def _bounded(self, route: str, work: Callable[[Request], Awaitable[Response]]) -> Any:
         async def run(request: Request) -> Response:
-            began, status = time.perf_counter(), 500
-            self._active += 1
-            try:
-                if self._active > self.limits.queue + self.limits.batch:
-                    raise RefusedError(503, f"{self._active} requests are at work; ask again later")
-                response = await asyncio.wait_for(work(request), self.limits.seconds)
-                status = response.status_code
-                return response
-            except asyncio.TimeoutError:
-                status = 503
-                raise RefusedError(status, f"no answer within {self.limits.seconds:g} s; ask again later") from None
-            except ClientDisconnect:
-                status = 400
-                raise RefusedError(status, "the request was cut short") from None
-            except RefusedError as error:
-                status = error.status
-                raise
-            finally:
-                self._active -= 1
-                self._answered.labels(route, str(status)).inc()
-                self._took.labels(route).observe(time.perf_counter() - began)
+            return await self.bounded(route, functools.partial(work, request))
 
         return run
 
@@ -153,19 +178,33 @@ class Server:
         return JSONResponse({"name": self._named(request)[0], "ready": True})
 
     async def _model(self, request: Request) -> Response:
-        name, batcher = self._named(request)
+        return JSONResponse(self.described(*self._named(request)))
+
+    def described(self, name: str, batcher: Batcher) -> dict[str, Any]:
+        """Return the protocol's metadata of a model."""
         part = batcher.predictor.session.parts[MAIN]
         given = [{"name": one.name, "datatype": "FP32", "shape": [-1, *one.shape]} for one in part.inputs]
         if not batcher.predictor.bundle.manifest.preprocess.arrays:
             given.append({"name": IMAGES, "datatype": "BYTES", "shape": [-1]})
         made = [{"name": one.name, "datatype": "FP32", "shape": [-1, *one.shape]} for one in part.outputs]
         platform = batcher.predictor.session.engine
-        return JSONResponse({"name": name, "versions": ["1"], "platform": platform, "inputs": given, "outputs": made})
+        return {"name": name, "versions": ["1"], "platform": platform, "inputs": given, "outputs": made}
 
     async def _infer(self, request: Request) -> Response:
         name, batcher = self._named(request)
         body = await self._body(request)
-        asked, tensors = await self._aside(request_of, body, request.headers.get(HEADER_LENGTH))
+        asked, tensors = await self.aside(request_of, body, request.headers.get(HEADER_LENGTH))
+        body, length = answer_of(asked, name, await self.infer(batcher, tensors))
+        if length is None:
+            return Response(body, media_type="application/json")
+        return Response(body, headers={HEADER_LENGTH: str(length)}, media_type="application/octet-stream")
+
+    async def infer(self, batcher: Batcher, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Return a model's outputs (B, ...) by name, of the tensors of a request.
+
+        Raises:
+            RefusedError: if they are not what the model takes.
+        """
         port = batcher.predictor.session.parts[MAIN].inputs[0]
         if set(tensors) not in ({port.name}, {IMAGES}):
             raise RefusedError(400, f"give one input, {port.name} or {IMAGES}; found {', '.join(tensors) or 'none'}")
@@ -175,29 +214,33 @@ class Server:
         if IMAGES in tensors:
             if not isinstance(given, list):
                 raise RefusedError(400, f"{IMAGES} has the datatype BYTES")
-            pixels = [await self._aside(_prepared, one, batcher.predictor) for one in given]
+            pixels = [await self.aside(_prepared, one, batcher.predictor) for one in given]
         else:
             pixels = _rows(port.name, given, port.shape)
         made = await batcher.run(pixels)
-        outputs = {key: np.stack([row[key] for row in made]) for key in made[0]}
-        body, length = answer_of(asked, name, outputs)
-        if length is None:
-            return Response(body, media_type="application/json")
-        return Response(body, headers={HEADER_LENGTH: str(length)}, media_type="application/octet-stream")
+        return {key: np.stack([row[key] for row in made]) for key in made[0]}
 
     async def _predict(self, request: Request) -> Response:
         name, batcher = self._named(request, request.query_params.get("model"))
         top = request.query_params.get("top", "5")
         if not top.isdecimal() or not 1 <= int(top) <= 10_000:
             raise RefusedError(400, f"top has to be a whole number from 1 to 10000, found {top!r}")
-        pixels = await self._aside(_prepared, await self._file(request), batcher.predictor)
+        pixels = await self.aside(_prepared, await self._file(request), batcher.predictor)
         (row,) = await batcher.run([pixels])
-        return JSONResponse({"model": name, **await self._aside(_said, batcher.predictor, row, int(top))})
+        return JSONResponse({"model": name, **await self.aside(_said, batcher.predictor, row, int(top))})
 
     def _named(self, request: Request, name: str | None = None) -> tuple[str, Batcher]:
-        name = request.path_params.get("model") or name or next(iter(self._batchers))
+        found = request.path_params
+        return self.named(found.get("model") or name or next(iter(self._batchers)), found.get("version", ""))
+
+    def named(self, name: str, version: str = "") -> tuple[str, Batcher]:
+        """Return a model's name and what runs it.
+
+        Raises:
+            RefusedError: if there is none.
+        """
         batcher = self._batchers.get(name)
-        if batcher is None or request.path_params.get("version", "1") != "1":
+        if batcher is None or version not in ("", "1"):
             raise RefusedError(404, f"no such model; there are {', '.join(self._batchers)}, each in version 1")
         return name, batcher
 
@@ -231,7 +274,7 @@ class Server:
         except (MultiPartException, KeyError, ValueError) as error:
             raise RefusedError(400, f"the form cannot be read: {error}") from None
 
-    async def _aside(self, work: Callable[..., T], *given: Any) -> T:
+    async def aside(self, work: Callable[..., T], *given: Any) -> T:
         """Call a function in a thread, so that other requests go on."""
         return await asyncio.get_running_loop().run_in_executor(self._decoders, work, *given)
 

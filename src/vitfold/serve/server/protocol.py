@@ -60,27 +60,31 @@ def _tensor(one: Any, rest: bytes, place: int) -> tuple[str, Any, int]:
     if not isinstance(one, dict) or not isinstance(one.get("name"), str):
         raise RefusedError(400, "an input has no name")
     name, kind = one["name"], one.get("datatype")
-    shape = _shape(name, one.get("shape"))
-    count = math.prod(shape)
+    shape, count = check_shape(name, one.get("shape"))
     parameters = one.get("parameters")
     size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
     if size is not None:
         if type(size) is not int or not 0 <= size <= len(rest) - place:
             raise RefusedError(400, f"binary_data_size of {name} is {size}, and {len(rest) - place} bytes follow")
         raw = rest[place : place + size]
-        values = _strings(name, raw, count) if kind == "BYTES" else _numbers(name, kind, raw, shape)
+        values = strings(name, raw, count) if kind == "BYTES" else numbers(name, kind, raw, shape)
         return name, values, place + size
     data = one.get("data")
     if not isinstance(data, list):
         raise RefusedError(400, f"{name} has no data")
-    return name, _encoded(name, data, count) if kind == "BYTES" else _plain(name, kind, data, shape), place
+    return name, _encoded(name, data, count) if kind == "BYTES" else plain_numbers(name, kind, data, shape), place
 
 
-def _shape(name: str, given: Any) -> list[int]:
+def check_shape(name: str, given: Any) -> tuple[list[int], int]:
+    """Return a tensor's shape and the number of its elements.
+
+    Raises:
+        RefusedError: if it is no list of a few whole numbers.
+    """
     whole = isinstance(given, list) and all(type(n) is int and n >= 0 for n in given)
     if not whole or len(given) > _MOST_DIMENSIONS:
         raise RefusedError(400, f"the shape of {name} is no list of whole numbers")
-    return list(given)
+    return list(given), math.prod(given)
 
 
 def _dtype(name: str, kind: Any) -> np.dtype[Any]:
@@ -89,14 +93,24 @@ def _dtype(name: str, kind: Any) -> np.dtype[Any]:
     return _TYPES[kind]
 
 
-def _numbers(name: str, kind: Any, raw: bytes, shape: Sequence[int]) -> np.ndarray:
+def numbers(name: str, kind: Any, raw: bytes, shape: Sequence[int]) -> np.ndarray:
+    """Return the array that bytes are.
+
+    Raises:
+        RefusedError: if the type is unknown, or shape and bytes do not fit.
+    """
     dtype = _dtype(name, kind)
     if len(raw) != math.prod(shape) * dtype.itemsize:
         raise RefusedError(400, f"{name} of shape {list(shape)} does not have {len(raw)} bytes")
     return np.frombuffer(raw, dtype).reshape(shape)
 
 
-def _plain(name: str, kind: Any, data: list[Any], shape: Sequence[int]) -> np.ndarray:
+def plain_numbers(name: str, kind: Any, data: list[Any], shape: Sequence[int]) -> np.ndarray:
+    """Return the array of a list of numbers, or of lists of them.
+
+    Raises:
+        RefusedError: if the type is unknown, or shape and numbers do not fit.
+    """
     dtype = _dtype(name, kind)
     try:
         found = np.array(data, dtype)
@@ -107,8 +121,12 @@ def _plain(name: str, kind: Any, data: list[Any], shape: Sequence[int]) -> np.nd
     return found.reshape(shape)
 
 
-def _strings(name: str, raw: bytes, count: int) -> list[bytes]:
-    """Return what stands behind each length of four bytes."""
+def strings(name: str, raw: bytes, count: int) -> list[bytes]:
+    """Return what stands behind each length of four bytes.
+
+    Raises:
+        RefusedError: if it is not `count` elements.
+    """
     found: list[bytes] = []
     place = 0
     while place + 4 <= len(raw) and len(found) < count:
@@ -130,6 +148,18 @@ def _encoded(name: str, data: list[Any], count: int) -> list[bytes]:
     return found
 
 
+def checked_outputs(outputs: Mapping[str, np.ndarray], wanted: Sequence[Any]) -> dict[str, np.ndarray]:
+    """Return the outputs of these names, all where there are none, in float32.
+
+    Raises:
+        RefusedError: if it asks for an output that there is not.
+    """
+    for name in wanted:
+        if not isinstance(name, str) or name not in outputs:
+            raise RefusedError(400, f"no output {name!r}; the model has {', '.join(outputs)}")
+    return {name: np.ascontiguousarray(outputs[name], "<f4") for name in wanted or outputs}
+
+
 def answer_of(request: Mapping[str, Any], model: str, outputs: Mapping[str, np.ndarray]) -> tuple[bytes, int | None]:
     """Return the body of an answer, and the length of its JSON if tensors stand behind it as bytes.
 
@@ -144,9 +174,7 @@ def answer_of(request: Mapping[str, Any], model: str, outputs: Mapping[str, np.n
     described, rest = [], []
     for one in wanted:
         name = one.get("name") if isinstance(one, dict) else None
-        if not isinstance(name, str) or name not in outputs:
-            raise RefusedError(400, f"no output {name!r}; the model has {', '.join(outputs)}")
-        values = np.ascontiguousarray(outputs[name], "<f4")
+        (values,) = checked_outputs(outputs, [name]).values()
         found: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": list(values.shape)}
         asked = one.get("parameters")
         if asked.get("binary_data", always) is True if isinstance(asked, dict) else always:
