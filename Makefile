@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check models results search registers ladder audits diffusion readme gpu gpu-wheels clean
+.PHONY: demo test check docs models results search registers ladder audits diffusion readme gpu gpu-wheels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vitfold demo -o out/demo
@@ -29,6 +29,11 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[all,dev]'
 	touch $@ $(VENV)/.demo
+
+# A site of docs/ in out/docs; a link that leads nowhere is an error.
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs out/docs
+	@echo "out/docs/index.html"
 
 # The measurements behind the README, about 30 minutes on an idle machine, the ladder some hours more. CIFAR10_VAL and
 # CIFAR10_TRAIN: class folders of test and training images; PHOTOS: any folder of photos, for end-to-end times and calibration.
@@ -62,7 +67,7 @@ results: $(VENV)/.dev
 	$(BENCH) $(RUNGS) $(INT8PEERS) --trials 10 --seconds 6 -o results/vit-b16-int8-batch1.json
 	$(BENCH) $(RUNGS) $(INT8PEERS) --trials 5 --seconds 10 --batch 8 -o results/vit-b16-int8-batch8.json
 
-# The search of docs/search.md, its winner beside constant r, what limits it, and the same share of tokens on ViT-B/16 beside peers.
+# The search of docs/sweeps.md, its winner beside constant r, what limits it, and the same share of tokens on ViT-B/16 beside peers.
 # A quarter of an hour on an idle machine.
 SEARCH := $(WORK)/search
 SHARE := 0,0,0,0,0,42,36,30,0,0,0,0

@@ -104,7 +104,7 @@ Merge = Annotated[
 ]
 MergeRule = Annotated[
     Literal["tome", "nearest", "tofu", "pitome", "evit"],
-    _recipe(help="Which tokens go: tome merges the most similar pairs; see docs/search.md for the others."),
+    _recipe(help="Which tokens go: tome merges the most similar pairs; see docs/sweeps.md for the others."),
 ]
 Compensate = Annotated[
     bool,
