@@ -338,3 +338,30 @@ def test_what_cannot_be_read_is_said_before_anything_is_made(bundle: Path, photo
     assert "nothing matches" in error("map", bundle, tmp_path / "absent" / "*.jpg", "-o", tmp_path / "out")
     assert "is a URL" in error("map", bundle, "https://host/a.csv", "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_lance_tables(bundle: Path, photos: list[Path], expected: list[str], tmp_path: Path) -> None:
+    lance = pytest.importorskip("lance")
+    names = [f"n{i}" for i in range(20)]
+    kept = pa.table({"image": [path.read_bytes() for path in photos], "name": names})
+    for start in (0, 7):  # two fragments
+        part = kept.slice(start, 7 if start == 0 else None)
+        lance.write_dataset(part, str(tmp_path / "a.lance"), mode="create" if start == 0 else "append")
+    given = ("map", bundle, tmp_path / "a.lance", "--id", "name", "-o", tmp_path / "a", "--part", 6)
+    assert run_json(*given, "--column", "image")["images"] == 20
+    assert read(tmp_path / "a")["label"] == expected
+    assert read(tmp_path / "a")["id"] == names
+    lance.write_dataset(kept.slice(0, 1), str(tmp_path / "a.lance"), mode="append")
+    assert "changed since" in error(*given, "--column", "image")
+    (tmp_path / "a.lance").rename(tmp_path / "any name")
+    lance.dataset(str(tmp_path / "any name")).delete("name = 'n3'")
+    assert (
+        labels(bundle, tmp_path / "any name", tmp_path / "b", "--column", "image")
+        == [one for i, one in enumerate(expected) if i != 3] + expected[:1]
+    )
+    paths = pa.table({"path": [str(path) for path in photos]})
+    lance.write_dataset(paths, str(tmp_path / "b.lance"))
+    assert labels(bundle, tmp_path / "b.lance", tmp_path / "c") == expected
+    for manifest in (tmp_path / "b.lance" / "_versions").iterdir():
+        manifest.write_bytes(b"broken")
+    assert "cannot be read" in error("map", bundle, tmp_path / "b.lance", "-o", tmp_path / "d")

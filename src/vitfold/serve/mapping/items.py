@@ -10,7 +10,7 @@ from typing import Any
 
 from vitfold.errors import ImageError
 from vitfold.images import prepared_ahead
-from vitfold.serve.mapping.sources import REMOTE, SCHEME, Reference
+from vitfold.serve.mapping.sources import REMOTE, SCHEME, Reference, is_lance, open_lance
 
 _URLS = 32
 _CELLS = 64
@@ -59,6 +59,12 @@ def _cells(path: Path, rows: Sequence[int], column: str) -> Iterator[Item]:
     import pyarrow as pa
     from pyarrow import parquet
 
+    if is_lance(path):
+        opened = open_lance(path)
+        for start in range(0, len(rows), _CELLS):
+            taken = opened.take(list(rows[start : start + _CELLS]), columns=[column])
+            yield from (_cell(one) for one in taken.column(0).to_pylist())
+        return
     if path.suffix == ".arrow":
         with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as stream:
             yield from _taken(((one.num_rows, one.column(column)) for one in stream), rows)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from vitfold.decoding import ARRAYS, suffixes
-from vitfold.errors import VitfoldError, nearest
+from vitfold.errors import VitfoldError, missing_extra, nearest
 
 REMOTE = frozenset({"http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf"})
 """Schemes of URLs that Daft reads."""
@@ -23,6 +23,7 @@ SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _COLUMNS = ("image", "path", "url", "file", "file_name", "filename", "bytes")
 _TABLES = {".csv": "csv", ".parquet": "parquet", ".pq": "parquet", ".tar": "tar", ".arrow": "arrow"}
 _ROWS = 4096
+_VERSIONS = "_versions"
 
 Reference = tuple[str, bytes, int, int]
 """Id, path, offset and size of an image: a part of a file; without a size a row of a table, or, at -1, all of it."""
@@ -42,7 +43,8 @@ class Source:
         """Return name, bytes and time of change of every table, by which a changed one is noticed."""
         if self.kind == "images":
             return []
-        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in self.files]
+        told = [path / _VERSIONS if self.kind == "lance" else path for path in self.files]
+        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in told]
 
 
 def find_source(given: str, *, column: str | None = None, ids: str | None = None) -> Source:
@@ -61,9 +63,9 @@ def find_source(given: str, *, column: str | None = None, ids: str | None = None
             raise VitfoldError(f"nothing matches {given}; give a folder, a pattern in quotes, a table or a tar file")
     else:
         found = _tables_in(path) if path.is_dir() else [path]
-    if unread := next((one for one in found if one.suffix == ".lance" or one.name.endswith((".tar.gz", ".tgz"))), None):
-        raise VitfoldError(f"{unread} is not read; write a Lance table as Parquet, and unpack a compressed tar file")
-    kinds = {_TABLES.get(one.suffix.lower(), "images") for one in found}
+    if unread := next((one for one in found if one.name.endswith((".tar.gz", ".tgz"))), None):
+        raise VitfoldError(f"{unread} is not read; unpack a compressed tar file")
+    kinds = {"lance" if is_lance(one) else _TABLES.get(one.suffix.lower(), "images") for one in found}
     if len(kinds) > 1:
         raise VitfoldError(f"{given} holds {' and '.join(sorted(kinds))}; give one kind at a time by a pattern")
     kind = kinds.pop()
@@ -90,12 +92,31 @@ def _tables_in(folder: Path) -> list[Path]:
     if "dataset_dict.json" in names:
         splits = ", ".join(str(folder / name) for name in names if (folder / name).is_dir())
         raise VitfoldError(f"{folder} holds several splits; give one of {splits}")
-    if (folder / "_latest.manifest").exists() or "_versions" in names:
-        raise VitfoldError(f"{folder} is a Lance table, which is not read; write it as Parquet")
     for suffix in (".arrow",) if "dataset_info.json" in names else (".parquet", ".tar"):
         if found := [folder / name for name in names if name.endswith(suffix) and not name.startswith((".", "_"))]:
             return found
     return [folder]
+
+
+def is_lance(path: Path) -> bool:
+    """Return whether a folder is a Lance table: these keep their versions in one place."""
+    return (path / _VERSIONS).is_dir()
+
+
+def open_lance(path: Path) -> Any:
+    """Open a Lance table.
+
+    Raises:
+        VitfoldError: if it cannot be read, or the package that reads it is not installed.
+    """
+    try:
+        import lance
+    except ImportError:
+        raise VitfoldError(missing_extra("pylance", "lance", f"reading the Lance table {path}")) from None
+    try:
+        return lance.dataset(str(path))
+    except (ValueError, OSError) as error:
+        raise VitfoldError(f"{path} cannot be read ({error}); write it again, or give another") from None
 
 
 def fields(kind: str, path: Path) -> list[tuple[str, Any]]:
@@ -107,6 +128,8 @@ def fields(kind: str, path: Path) -> list[tuple[str, Any]]:
     import pyarrow as pa
     from pyarrow import csv, parquet
 
+    if kind == "lance":
+        return [(field.name, field.type) for field in open_lance(path).schema]
     try:
         if kind == "csv":
             with csv.open_csv(path) as reader:
@@ -238,7 +261,12 @@ def _place(value: str | None, table: Path) -> bytes:
 
 def _values(kind: str, path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """Yield the values of some columns, row by row."""
-    read: dict[str, Callable[..., Iterator[Any]]] = {"csv": _csv, "parquet": _parquet, "arrow": _arrow}
+    read: dict[str, Callable[..., Iterator[Any]]] = {
+        "csv": _csv,
+        "parquet": _parquet,
+        "arrow": _arrow,
+        "lance": _lance,
+    }
     for batch in read[kind](path, columns):
         if not columns:
             yield from ((),) * batch.num_rows
@@ -274,6 +302,14 @@ def _arrow(path: Path, columns: Sequence[str]) -> Iterator[Any]:
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
         for batch in stream:
             yield batch.select(columns) if columns else _Rows(num_rows=batch.num_rows)
+
+
+def _lance(path: Path, columns: Sequence[str]) -> Iterator[Any]:
+    opened = open_lance(path)
+    if columns:
+        yield from opened.to_batches(columns=list(columns), batch_size=_ROWS, scan_in_order=True)
+    else:
+        yield from _Rows.of(opened.count_rows())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
