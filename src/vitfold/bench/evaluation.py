@@ -41,6 +41,13 @@ def finite_outputs(values: Float[np.ndarray, "B ..."], of: str | Sequence[str]) 
     return values
 
 
+def softmax(logits: Float[np.ndarray, "*B C"]) -> Float[np.ndarray, "*B C"]:
+    """Return the probabilities of classes."""
+    powers: Float[np.ndarray, "*B C"] = np.exp(logits - logits.max(-1, keepdims=True))
+    powers /= powers.sum(-1, keepdims=True)
+    return powers
+
+
 def run_over(
     session: Session,
     images: ImageSet,

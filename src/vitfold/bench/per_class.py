@@ -1,4 +1,4 @@
-"""Accuracy and agreement of each class by itself: where a mean hides that one class is lost."""
+"""Accuracy and agreement of each class by itself, and the images whose label changed: what a mean hides."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vitfold.bench.classes import class_targets
-from vitfold.bench.evaluation import Outputs
+from vitfold.bench.evaluation import Outputs, softmax
 from vitfold.images import ImageSet
 
 
@@ -54,3 +54,44 @@ def per_class(
             )
         )
     return rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangedRow:
+    """An image whose label is not the unfolded model's, and how sure both were; `truth` is its folder's name."""
+
+    image: str
+    truth: str | None
+    original: str
+    original_probability: float
+    now: str
+    now_probability: float
+
+
+def changed(
+    outputs: Outputs, images: ImageSet, *, labels: Sequence[str] | None, reference: Outputs
+) -> list[ChangedRow]:
+    """Return a row for each image whose label changed, the one that the unfolded model was surest of first.
+
+    `outputs` and `reference` are logits (images, classes).
+    """
+    here = {i: row for row, i in enumerate(outputs.index)}
+    said, then = softmax(outputs.values), softmax(reference.values)
+    folders = images.class_index
+
+    def named(label: int) -> str:
+        return labels[label] if labels else str(label)
+
+    rows = [
+        ChangedRow(
+            image=str(images.paths[i]),
+            truth=images.classes[folders[i]] if images.classes and folders else None,
+            original=named(int(then[row].argmax())),
+            original_probability=float(then[row].max()),
+            now=named(int(said[here[i]].argmax())),
+            now_probability=float(said[here[i]].max()),
+        )
+        for row, i in enumerate(reference.index)
+        if i in here and said[here[i]].argmax() != then[row].argmax()
+    ]
+    return sorted(rows, key=lambda one: (-one.original_probability, one.image))

@@ -13,7 +13,7 @@ from rich.table import Table
 from vitfold.artifacts.bundle import open_bundle
 from vitfold.bench.classes import class_targets
 from vitfold.bench.evaluation import run_over
-from vitfold.bench.per_class import ClassRow, per_class
+from vitfold.bench.per_class import ChangedRow, ClassRow, changed, per_class
 from vitfold.bench.reference import compare_outputs, optional_reference, reference_outputs
 from vitfold.bench.zero_shot import SUFFIXES, check_embeds, read_embeds, zero_shot
 from vitfold.cli import options
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vitfold.model import Architecture, Array
 
 DENSE_IMAGES = 256
+SHOWN_CHANGES = 20
 _WORDS = {"top1": "top-1", "agreement": "agreement", "cosine": "cosine", "sqnr_db": "SQNR (dB)"}
 
 
@@ -161,6 +162,9 @@ def evaluate(
     naming: TextArgs,
     gates: Gates,
     by_class: Annotated[bool, typer.Option("--per-class", help="Also say it of each class folder by itself.")] = False,
+    only_changed: Annotated[
+        bool, typer.Option("--changed", help="Also list the images whose label is not that of the unfolded model.")
+    ] = False,
     exif: options.Exif = None,
     json: options.Json = False,
 ) -> None:
@@ -174,6 +178,8 @@ def evaluate(
     chosen = _chosen(given_images(images), limit, manifest)
     if by_class and (chosen.classes is None or head != "single_label"):
         raise VitfoldError("--per-class needs a classifier, and one sub-folder of --images per class")
+    if only_changed and head != "single_label":
+        raise VitfoldError("--changed needs a classifier of one label per image")
     embeds = naming.embeds(chosen, manifest.spec)
     with (
         open_session(opened, engine=run.engine, threads=run.threads) as session,
@@ -184,7 +190,7 @@ def evaluate(
     try:
         expected = _expected(opened, given, chosen, skip_bad=skip_bad)
     except VitfoldError as error:
-        if chosen.classes is None or given is not None or gates.needs_reference:
+        if chosen.classes is None or given is not None or gates.needs_reference or only_changed:
             raise
         note(f"agreement and cosine are not measured: {error}")
         expected = None
@@ -193,6 +199,9 @@ def evaluate(
     if embeds is not None:
         fidelity, unfolded = _classified(fidelity, outputs, expected, chosen, embeds)
     rows = per_class(outputs, chosen, labels=manifest.labels, reference=expected) if by_class else []
+    moved: list[ChangedRow] = []
+    if only_changed and expected is not None:
+        moved = changed(outputs, chosen, labels=manifest.labels, reference=expected)
     if outputs.skipped:
         note(f"skipped {len(outputs.skipped)} unreadable images:")
         for one in outputs.skipped[:10]:
@@ -200,13 +209,17 @@ def evaluate(
     if json:
         zero_shot = {} if embeds is None else {"zero_shot": {"texts": naming.texts, "unfolded_top1": unfolded}}
         classes = {"classes": [asdict(row) for row in rows]} if by_class else {}
-        print_json({**fidelity.to_dict(), **zero_shot, **classes, "engine": ran_on, "skipped": list(outputs.skipped)})
+        changes = {"changed": [asdict(row) for row in moved]} if only_changed else {}
+        said = {**fidelity.to_dict(), **zero_shot, **classes, **changes}
+        print_json({**said, "engine": ran_on, "skipped": list(outputs.skipped)})
     else:
         heading(opened.name, f" on {fidelity.images} images of {chosen.root}")
         for name, shown in [("engine", ran_on), *fidelity_lines(fidelity.to_dict(), head=head, unfolded=unfolded)]:
             out.print(f"  {name:10} {shown}")
         if rows:
             _print_classes(rows)
+        if only_changed:
+            _print_changes(moved)
     gates.check(fidelity)
 
 
@@ -219,6 +232,22 @@ def _print_classes(rows: Sequence[ClassRow]) -> None:
         shares = (row.top1, row.reference_top1, row.agreement)
         table.add_row(row.name, str(row.images), *("-" if one is None else f"{one:.2%}" for one in shares))
     out.print(table)
+
+
+def _print_changes(rows: Sequence[ChangedRow]) -> None:
+    """Print the images whose label changed, the first of many; all are in --json."""
+    out.print(f"  {len(rows)} labels changed")
+    if not rows:
+        return
+    table = Table(pad_edge=False)
+    for name in ("image", "folder", "original", "now"):
+        table.add_column(name)
+    for row in rows[:SHOWN_CHANGES]:
+        both = (f"{row.original} {row.original_probability:.0%}", f"{row.now} {row.now_probability:.0%}")
+        table.add_row(row.image, row.truth or "-", *both)
+    out.print(table)
+    if len(rows) > SHOWN_CHANGES:
+        out.print(f"  and {len(rows) - SHOWN_CHANGES} more in --json")
 
 
 def _chosen(found: ImageSet, limit: int | None, manifest: Manifest) -> ImageSet:

@@ -9,6 +9,7 @@ from typing import Any
 
 from vitfold.bench.environment import busy_remark
 from vitfold.report import curves, figures
+from vitfold.report.changes import MOST_PICTURES, change_strip
 from vitfold.report.loading import Document, Folder
 from vitfold.report.maps import Mapped, map_strips
 from vitfold.report.mosaic import Traced, strips
@@ -59,6 +60,7 @@ def build_sections(folder: Folder, traced: Sequence[Traced | Mapped], command: s
     sections += [_sensitivity(document) for document in folder.of("sensitivity")]
     sections += [_ladder(document) for document in folder.of("ladder")]
     sections.append(_evaluations(folder.of("evaluate")))
+    sections += [_changes(document) for document in folder.of("evaluate") if document.content.get("changed")]
     sections.append(_environment(folder))
     sections.append(_commands(folder, command))
     return [section for section in sections if section is not None]
@@ -273,6 +275,19 @@ def _evaluations(documents: Sequence[Document]) -> Section | None:
     ]  # fmt: skip
     table = Table(header=["evaluation", "images", "top-1 %", "agree %", "cosine"], rows=rows, words=("evaluation",))
     return Section(title="Evaluations", table=table)
+
+
+def _changes(document: Document) -> Section:
+    rows, images = document.content["changed"], document.content["images"]
+    worse = sum(row["truth"] is not None and row["original"] == row["truth"] for row in rows)
+    better = sum(row["truth"] is not None and row["now"] == row["truth"] for row in rows)
+    judged = f" By their folders' names, {worse} were right before, and {better} are now." if worse or better else ""
+    shown = "" if len(rows) <= MOST_PICTURES else f" The {MOST_PICTURES} that the original was surest of are shown."
+    return Section(
+        title=f"Changed labels: {document.name}",
+        text=[f"Of {images} images, {len(rows)} have another label than the original gave them.{judged}{shown}"],
+        strips=[change_strip(rows)],
+    )
 
 
 def _environment(folder: Folder) -> Section | None:

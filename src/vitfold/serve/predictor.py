@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from vitfold.artifacts.bundle import Bundle, open_bundle
-from vitfold.bench.evaluation import finite_outputs
+from vitfold.bench.evaluation import finite_outputs, softmax
 from vitfold.decoding import listed, prepared
 from vitfold.engines import ENGINES, MAIN, Port, Session, open_session
 from vitfold.errors import ArgumentError, BundleError, EngineError, ImageError, VitfoldError, check_whole
@@ -57,9 +57,7 @@ class Prediction:
             raise EngineError("the output is NaN or infinite, so that no class is probable; make the bundle again")
         if self.head == "multi_label":
             return sigmoid(self.output)
-        shifted = np.exp(self.output - self.output.max())
-        softmax: Float[np.ndarray, " C"] = shifted / shifted.sum()
-        return softmax
+        return softmax(self.output)
 
     def top(self, k: int = 5, *, threshold: float | None = None) -> list[tuple[str, float]]:
         """Return the k most probable labels with their probabilities, best first; those from `threshold` on, if given.
