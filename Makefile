@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs models results search registers ladder audits diffusion readme gpu gpu-wheels clean
+.PHONY: demo test check docs node models results search registers ladder audits diffusion readme gpu gpu-wheels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vitfold demo -o out/demo
@@ -29,6 +29,10 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[all,dev]'
 	touch $@ $(VENV)/.demo
+
+# What the tests of `vitfold export --format web` need beside Chromium and Node, 450 MB; without it they are skipped.
+node:
+	npm install --no-save --no-package-lock --no-audit --no-fund --ignore-scripts onnxruntime-web onnxruntime-node sharp
 
 # A site of docs/ in out/docs; a link that leads nowhere is an error.
 docs: $(VENV)/.dev

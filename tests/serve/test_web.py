@@ -41,7 +41,7 @@ def modules() -> Path | None:
 def runtime() -> Path:
     found = modules()
     if found is None:
-        pytest.skip("no npm package onnxruntime-web in node_modules or NODE_PATH")
+        pytest.skip("no npm package onnxruntime-web in node_modules or NODE_PATH; make node")
     return found / "onnxruntime-web"
 
 
