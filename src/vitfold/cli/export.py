@@ -51,7 +51,10 @@ class Wanted:
     overwrite: bool
 
 
-@command()
+@command(
+    shown="output format name instances threads overwrite json",
+    examples=("vitfold export vit.fold --format docker -o image", "vitfold export vit.fold --format web -o page"),
+)
 def export(
     bundle: options.BundlePath,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The model repository or folder.")],
@@ -59,6 +62,7 @@ def export(
         Format,
         typer.Option(
             "--format",
+            metavar="FORMAT",
             help="triton; docker: a folder for docker build, with `vitfold serve`; kserve, bento, ray-serve: that for "
             "these servers; web: a page that runs it in the browser; pt2: a program of torch.export; aoti: that "
             "compiled for this machine.",
