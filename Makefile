@@ -140,11 +140,19 @@ audits: $(VENV)/.dev
 # search, and its winner beside the unaccelerated sampler. Half an hour on an idle machine.
 DRAW := $(BIN)/vitfold diffusion sample demo-dit --classes all --batch 10 --json
 METHODS := solved:12,solved:14,solved:18,solved:26,stack:2,stack:3,taylor:2:1,taylor:3:1,taylor:3:2,chebyshev:4:2,first-block:0.1,guidance:2,fora:2
+# Forecasts and rules side by side, at 12, 14, 18 and 26 full steps or as near as their numbers come.
+comma := ,
+AT := 12 14 18 26
+FORECASTS := $(foreach k,$(AT),fitted:$(k) dpcache:$(k) solved:$(k)) $(foreach k,5 4 3 2,taylor-modules:$(k) dmd:$(k) foca:$(k))
+RULES := spectrum:3:1.5 spectrum:3:0.75 spectrum:2:0.25 spectrum:2:0.05 magcache:3:20 magcache:3:12 magcache:0.5:5 magcache:0.06:8 \
+	speca:0.25 speca:0.12:1 speca:0.07:1 speca:0.045 teacache:0.32 teacache:0.25 teacache:0.17 teacache:0.1 \
+	seacache:0.13 seacache:0.1 seacache:0.07 seacache:0.04
 TOKENS := tokencache:0.5:2:4,tokencache:0.8:3:6
 diffusion: $(VENV)/.dev
 	mkdir -p $(WORK)/diffusion
 	$(DRAW) --count 20 --trials 5 --reuse $(METHODS),$(TOKENS) -o $(WORK)/diffusion/methods > results/diffusion-methods.json
-	$(DRAW) --count 400 --trials 1 --reuse solved:10,solved:12,solved:18,solved:26,stack:2,$(TOKENS) -o $(WORK)/diffusion/quality > results/diffusion-quality.json
+	$(DRAW) --count 30 --trials 1 --reuse $(subst $() ,$(comma),$(strip $(FORECASTS) $(RULES))) -o $(WORK)/diffusion/forecasts > results/diffusion-forecasts.json
+	$(DRAW) --count 400 --trials 1 --reuse fitted:10,fitted:12,solved:10,solved:12,solved:18,solved:26,stack:2,$(TOKENS) -o $(WORK)/diffusion/quality > results/diffusion-quality.json
 	$(BIN)/vitfold diffusion optimize demo-dit --reuse auto --min-psnr 30 -o $(WORK)/diffusion/auto.fold --overwrite --json > results/diffusion-search.json
 	$(BIN)/vitfold diffusion optimize demo-dit --reuse none -o $(WORK)/diffusion/plain.fold --overwrite
 	$(BIN)/vitfold diffusion bench $(WORK)/diffusion/plain.fold $(WORK)/diffusion/auto.fold --batch 8 --trials 11 -o results/diffusion-bench.json

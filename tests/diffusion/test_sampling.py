@@ -14,6 +14,8 @@ from vitfold.diffusion import METHODS, find_method
 from vitfold.diffusion.compare import SamplingConfig, diffuse, draw, settled
 from vitfold.diffusion.compression import Compression, compress, network_of_step, states_along
 from vitfold.diffusion.opening import open_parts, prepare_predictor
+from vitfold.diffusion.sampling import content_filter
+from vitfold.diffusion.schedulers import build_scheduler
 from vitfold.errors import EngineError, RecipeError
 from vitfold.model import Array, DiTModel
 from vitfold.ops.run import Run
@@ -146,24 +148,69 @@ def test_samples_that_are_not_finite_are_an_error(model: DiTModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["stack:5", "taylor:4:2", "chebyshev:4:1", "fora:4", "guidance:3", "first-block:0", "tokencache:1"]
+    "method",
+    [
+        *(
+            "stack:5",
+            "taylor:4:2",
+            "chebyshev:4:1",
+            "fora:4",
+            "guidance:3",
+            "tokencache:1",
+            "taylor-modules:4",
+            "foca:5",
+        ),
+        *("first-block:0", "seacache:0", "speca:0", "dmd:9", "spectrum:9"),
+    ],
 )
 def test_computing_every_step_changes_nothing(model: DiTModel, method: str) -> None:
-    steps = 7 if method == "first-block:0" else 3
+    steps = 7 if method.endswith(":0") else 3
     expected = drawn(model, steps=steps)
     found = drawn(model, method, steps=steps)
     assert (found.full_steps, found.reused_steps) == (steps, 0)
     np.testing.assert_allclose(found.samples, expected.samples, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["first-block:10", "teacache:1000", "seacache:1000", "speca:1000"])
+def test_a_threshold_that_nothing_reaches_computes_first_two_steps_and_last(model: DiTModel, method: str) -> None:
+    found = drawn(model, method)
+    assert (found.full_steps, found.reused_steps) == (3, 4)
+
+
+@pytest.mark.parametrize("method", ["teacache:0.6", "seacache:0.6", "speca:2:1"])
+def test_rules_decide_for_every_image_by_itself(model: DiTModel, method: str) -> None:
+    alone = [drawn(model, method, labels=(label,), seed=3 + i) for i, label in enumerate(ASKED["labels"])]
+    together = drawn(model, method, batch=3)
+    for i, one in enumerate(alone):
+        np.testing.assert_allclose(together.samples[i : i + 1], one.samples, rtol=1e-5, atol=1e-5)
+    assert 3 < together.full_steps < 7
+
+
+def test_modules_are_forecast_each_for_itself(model: DiTModel) -> None:
+    """With held values it is FORA; one line through all that is added differs from lines through modules."""
+    lines, held = drawn(model, "taylor-modules:3:1"), drawn(model, "fora:3")
+    assert lines.full_steps == held.full_steps
+    assert lines.kept_bytes > held.kept_bytes
+    exact = drawn(model).samples
+    assert not np.allclose(lines.samples, drawn(model, "taylor:3:1").samples, atol=1e-4)
+    assert np.isfinite(lines.samples).all()
+    assert np.abs(lines.samples - exact).max() > 1e-4
+
+
+def test_frequencies_that_are_noise_are_left_out() -> None:
+    scheduler = build_scheduler("ddim", SCHEDULE, 7)
+    clear, noisy = (content_filter(8, scheduler, t)[0] for t in (0, 900))
+    for matrix in (clear, noisy):
+        np.testing.assert_allclose(matrix, matrix.T, atol=1e-6)
+        assert np.linalg.eigvalsh(matrix).max() == pytest.approx(1, abs=1e-5)
+        np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-5)  # the mean passes
+    finest = np.indices((8, 8)).sum(0).reshape(-1) % 2 * 2.0 - 1
+    assert np.abs(noisy @ finest).max() < 0.2 * np.abs(clear @ finest).max()
+
+
 def test_without_guidance_one_row_per_image_runs(model: DiTModel) -> None:
     found = drawn(model, "guidance:3", guidance=1.0)
     np.testing.assert_array_equal(found.samples, drawn(model, guidance=1.0).samples)
-
-
-def test_a_threshold_that_nothing_reaches_computes_first_two_steps_and_last(model: DiTModel) -> None:
-    found = drawn(model, "first-block:10")
-    assert (found.full_steps, found.reused_steps) == (3, 4)
 
 
 def test_the_stack_method_adds_the_kept_residual(model: DiTModel) -> None:
@@ -190,7 +237,7 @@ def test_the_stack_method_adds_the_kept_residual(model: DiTModel) -> None:
         np.testing.assert_allclose(executor.fetch()["prediction"], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name if name != "solved" else "solved:4" for name in METHODS])
+@pytest.mark.parametrize("name", [f"{name}:4" if name in ("solved", "fitted", "dpcache") else name for name in METHODS])
 def test_graphs_draw_what_torch_draws(model: DiTModel, name: str) -> None:
     graph, eager = (drawn(model, name, engine=engine) for engine in ("onnxruntime", "torch"))
     np.testing.assert_allclose(graph.samples, eager.samples, rtol=1e-3, atol=1e-3)

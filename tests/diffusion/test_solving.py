@@ -16,8 +16,9 @@ from vitfold.diffusion import find_method, full_steps, solve_steps
 from vitfold.diffusion.compare import SamplingConfig, diffuse
 from vitfold.diffusion.forecast import taylor
 from vitfold.diffusion.opening import open_parts
+from vitfold.diffusion.planners import best_steps
 from vitfold.diffusion.schedulers import build_scheduler
-from vitfold.diffusion.solving import best_steps, step_weights
+from vitfold.diffusion.solving import step_weights
 from vitfold.errors import RecipeError
 from vitfold.model import DiTModel
 

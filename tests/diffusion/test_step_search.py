@@ -37,7 +37,7 @@ def model() -> DiTModel:
     return build_tiny_dit()
 
 
-FEW = replace(TORCH, space=StepSpace(methods=("stack:2", "stack:3", "guidance:2"), solved=(), fewer=(0.5,)))
+FEW = replace(TORCH, space=StepSpace(methods=("stack:2", "stack:3", "guidance:2"), fitted=(), fewer=(0.5,)))
 
 
 def faster(speed_of: Callable[[SamplerRow], float]) -> Setup:
@@ -110,7 +110,7 @@ def test_one_that_breaks_the_bound_on_held_out_seeds_gives_way(model: DiTModel) 
 
 
 def test_an_interrupted_screening_goes_on_where_it_was(model: DiTModel, tmp_path: Path) -> None:
-    few = replace(FEW, space=StepSpace(methods=("stack:2", "stack:3", "guidance:2"), solved=(0.7,), fewer=(0.5,)))
+    few = replace(FEW, space=StepSpace(methods=("stack:2", "stack:3", "guidance:2"), fitted=(0.7,), fewer=(0.5,)))
     setup, bounds = replace(few, folder=tmp_path), Bounds(max_psnr_drop_db=3.0)
     made: list[list[SamplerRow]] = []
 
@@ -147,9 +147,9 @@ def test_an_interrupted_screening_goes_on_where_it_was(model: DiTModel, tmp_path
 
 
 def test_chosen_steps_are_candidates(model: DiTModel) -> None:
-    setup = replace(TORCH, space=StepSpace(methods=(), solved=(0.7,)))
+    setup = replace(TORCH, space=StepSpace(methods=(), fitted=(0.7,)))
     tried = screen(model, ASKED, Bounds(min_psnr_db=1.0), [Compression()], setup, fewer=False)
-    assert [one.row.name for one in tried] == ["solved:4"]
+    assert [one.row.name for one in tried] == ["fitted:4:4"]
     assert tried[0].row.method.mask is not None
 
 

@@ -39,8 +39,9 @@ class SamplingPlan:
 class Steps:
     """The model that the graphs of a bundle draw by, without its weights, and how they draw.
 
-    `parts` are the graphs' names; `counts` the tokens that a step renews per block and `mask` the steps computed in
-    full, where a method leaves them to the model. `search` says what else was tried.
+    `parts` are the graphs' names; `counts` the tokens that a step renews per block, `mask` the steps computed in full,
+    `weights` those of what the newest full steps kept, by step, and `rescale` the polynomial that judges a change,
+    where a method leaves them to the model. `search` says what else was tried.
     """
 
     spec: DiTSpec
@@ -54,6 +55,8 @@ class Steps:
     counts: tuple[int, ...]
     mask: tuple[int, ...]
     search: Mapping[str, Any] | None = None
+    weights: tuple[tuple[float, ...], ...] | None = None
+    rescale: tuple[float, ...] | None = None
 
 
 DiffusionModelInfo = DiTModel | Steps
@@ -90,6 +93,12 @@ def read_steps(values: Mapping[str, Any], *, labels: tuple[str, ...] | None, ori
     parts: tuple[str, ...] = entry(values, "parts", tuple[str, ...])
     if not parts or len(set(parts)) != len(parts) or not set(parts) <= set(PARTS):
         raise ImplausibleError(f"parts are some of {', '.join(PARTS)}, each once")
+    mask: tuple[int, ...] = entry(values, "mask", tuple[int, ...], within=(0, steps - 1))
+    weights = entry(values, "weights", tuple[tuple[float, ...], ...] | None)
+    if weights is not None and (
+        len(weights) != steps or any(bool(row) == (i in mask) for i, row in enumerate(weights))
+    ):
+        raise ImplausibleError("weights are one row for every step that is not computed in full")
     return Steps(
         spec=spec,
         schedule=_schedule(entry(values, "schedule", Mapping[str, Any])),
@@ -100,7 +109,9 @@ def read_steps(values: Mapping[str, Any], *, labels: tuple[str, ...] | None, ori
         plan=SamplingPlan(**{**plan, "guidance": float(plan["guidance"])}),
         parts=parts,
         counts=entry(values, "counts", tuple[int, ...], within=(0, spec.tokens)),
-        mask=entry(values, "mask", tuple[int, ...], within=(0, steps - 1)),
+        mask=mask,
+        weights=weights,
+        rescale=entry(values, "rescale", tuple[float, ...] | None),
         search=entry(values, "search", Mapping[str, Any] | None),
     )
 

@@ -176,7 +176,7 @@ def compare(
 
     for way in ways:  # a few steps settle memory; a drawing is long enough that nothing else has to
         settling = replace(way.asked, labels=way.asked.labels[: way.asked.batch], steps=min(4, way.asked.steps))
-        draw(model, way.executor, replace(way.method, budget=None), settling)
+        draw(model, way.executor, replace(way.method, planner=None), settling)
     subjects = {way.name: subject(way) for way in ways}
     times = interleave(subjects, trials=trials, warmup=0, iterations=1, settling=False, progress=say)
     measured = {
@@ -202,8 +202,8 @@ def compare(
 
 
 def settled(model: DiffusionModelInfo, executor: Session, method: ReuseMethod, asked: SamplingConfig) -> ReuseMethod:
-    """Return the method with its full steps chosen, where it leaves that to the model and nobody has yet."""
-    if method.budget is None or method.mask is not None:
+    """Return the method with what it leaves to the model chosen, where nobody has yet."""
+    if method.settled:
         return method
     return solve_steps(
         executor,

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from vitfold.diffusion import forecast
+from vitfold.diffusion import forecast, planners
 from vitfold.diffusion.forecast import Place, Weights
 from vitfold.diffusion.parts import Cut
+from vitfold.diffusion.planners import Planner, evenly
 from vitfold.errors import RecipeError, nearest
-
-WARM_UP = 2
-"""First steps that are always computed: everything changes there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +24,10 @@ class ReuseMethod:
     if that block's residual moved further than the threshold since the last full step. `guidance` keeps the difference
     between the prediction without and with a class instead of anything within the model. In the second half of the
     steps `late_interval` replaces the interval; where `ratio` is set, the other steps leave out that share of tokens.
-    Where `budget` is set, so many steps are computed; `mask` are those, once `solving` has chosen them for a model.
+
+    A `planner` chooses full steps and weights for a model; `mask` and `rows` are those, once it has, and `budget` the
+    number of full steps where that is asked for. `decay` lowers the threshold from step to step; `rescale` are the
+    coefficients that a change is judged by, the constant last, fitted where `fits` says so.
     """
 
     text: str
@@ -38,17 +40,32 @@ class ReuseMethod:
     late_interval: int | None = None
     ratio: float | None = None
     budget: int | None = None
+    planner: Planner | None = None
     mask: tuple[int, ...] | None = None
+    rows: tuple[Weights, ...] = ()
+    decay: float = 1.0
+    fits: bool = False
+    rescale: tuple[float, ...] = ()
 
     @property
     def reuses(self) -> bool:
         """Whether any step reuses another one."""
-        return self.interval > 1 or self.threshold is not None or self.budget is not None
+        return self.interval > 1 or self.threshold is not None or self.planner is not None
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to a model that nobody has asked yet."""
+        return (self.planner is None or self.mask is not None) and (not self.fits or bool(self.rescale))
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the same steps are computed for every image, by what the whole stack adds."""
+        return self.cut == "stack" and self.threshold is None
 
 
 def every_step(method: ReuseMethod) -> ReuseMethod:
     """Return what computes all steps in full with the graphs of a method."""
-    return replace(method, text="none", interval=1, late_interval=None, threshold=None, guidance=False, budget=None)
+    return replace(method, text="none", interval=1, late_interval=None, threshold=None, guidance=False, planner=None)
 
 
 def full_steps(method: ReuseMethod, steps: int) -> tuple[bool, ...]:
@@ -59,19 +76,14 @@ def full_steps(method: ReuseMethod, steps: int) -> tuple[bool, ...]:
     Raises:
         RecipeError: if full steps were chosen for another number of steps.
     """
-    if method.budget is not None:
+    if method.planner is not None:
         if method.mask is None or method.mask[-1] != steps - 1:
             chosen = "not chosen yet" if method.mask is None else f"chosen for {method.mask[-1] + 1}"
             raise RecipeError(f"the full steps of {method.text} are {chosen}, not for {steps}; leave out --steps")
         return tuple(step in method.mask for step in range(steps))
-    found: list[bool] = []
-    last = 0
-    for step in range(steps):
-        interval = method.interval if method.late_interval is None or 2 * step < steps else method.late_interval
-        due = method.threshold is None and step - last >= interval
-        found.append(step < WARM_UP or due or step == steps - 1)
-        last = step if found[-1] else last
-    return tuple(found)
+    interval = steps if method.threshold is not None else method.interval
+    full = evenly(steps, interval, method.late_interval)
+    return tuple(step in full for step in range(steps))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,9 +152,68 @@ def _taylor(text: str, interval: int, order: int) -> ReuseMethod:
     )
 
 
+def _taylor_modules(text: str, interval: int, order: int) -> ReuseMethod:
+    """Forecast the output of every attention and MLP before its gate by a Taylor series.
+
+    Source: TaylorSeer (2503.06923).
+    """
+    return replace(_taylor(text, interval, order), cut="modules")
+
+
 def _solved(text: str, count: int) -> ReuseMethod:
     """Forecast what all blocks add by a line, from `count` full steps that are chosen for the model."""
-    return replace(_taylor(text, 1, 1), budget=count)
+    return replace(_taylor(text, 1, 1), budget=count, planner=partial(planners.line, count=count))
+
+
+def _planned(text: str, planner: Planner, history: int, budget: int | None = None) -> ReuseMethod:
+    """Forecast what all blocks add by the weights of a plan."""
+    return ReuseMethod(text=text, cut="stack", interval=1, history=history, planner=planner, budget=budget)
+
+
+def _fitted(text: str, count: int, history: int) -> ReuseMethod:
+    """Forecast by weights that are fitted to the model, from `count` full steps that are chosen for it."""
+    return _planned(text, partial(planners.fitted, count=count, history=history), history, count)
+
+
+def _dpcache(text: str, count: int, order: int) -> ReuseMethod:
+    """Choose `count` full steps by costs that know the path to them.
+
+    Source: DPCache (2602.22654).
+    """
+    return _planned(text, partial(planners.path_aware, count=count, order=order), order + 1, count)
+
+
+def _magcache(text: str, threshold: float, most: int, retained: float) -> ReuseMethod:
+    """Hold what all blocks add as long as magnitudes change little.
+
+    Source: MagCache (2506.09045).
+    """
+    return _planned(text, partial(planners.magnitude, threshold=threshold, most=most, retained=retained), 1)
+
+
+def _dmd(text: str, interval: int, history: int) -> ReuseMethod:
+    """Forecast what all blocks add by its dynamic modes.
+
+    Source: Schmid (2010); the DMD calibrator of cache-dit.
+    """
+    return _planned(text, partial(planners.modes, interval=interval, history=history), history)
+
+
+def _spectrum(text: str, window: float, growth: float, degree: int, history: int) -> ReuseMethod:
+    """Forecast what all blocks add by a ridge regression onto Chebyshev polynomials.
+
+    Source: Spectrum (2603.01623).
+    """
+    planner = partial(planners.spectrum, window=window, growth=growth, degree=degree, history=history)
+    return _planned(text, planner, history)
+
+
+def _foca(text: str, interval: int) -> ReuseMethod:
+    """Forecast what all blocks add by a predictor with a corrector.
+
+    Source: FoCa (2508.16211).
+    """
+    return ReuseMethod(text=text, cut="stack", interval=interval, history=3, forecast=forecast.corrected)
 
 
 def _chebyshev(text: str, interval: int, degree: int) -> ReuseMethod:
@@ -162,6 +233,33 @@ def _first_block(text: str, threshold: float) -> ReuseMethod:
     Source: FBCache and DBCache of cache-dit, which compare mean absolute changes where this takes root mean squares.
     """
     return ReuseMethod(text=text, cut="first", interval=1, threshold=threshold)
+
+
+def _teacache(text: str, threshold: float) -> ReuseMethod:
+    """Let what the first block reads decide: how far it moved from step to step, added up since the last full one.
+
+    A polynomial of fourth degree, fitted to the model, makes of that move the one of what all blocks add.
+
+    Source: TeaCache (2411.19108).
+    """
+    return ReuseMethod(text=text, cut="input", interval=1, threshold=threshold, fits=True)
+
+
+def _seacache(text: str, threshold: float) -> ReuseMethod:
+    """Let what the first block reads decide, less the frequencies that are noise at that step.
+
+    Source: SeaCache (2602.18993).
+    """
+    return ReuseMethod(text=text, cut="filtered", interval=1, threshold=threshold)
+
+
+def _speca(text: str, threshold: float, decay: float, order: int) -> ReuseMethod:
+    """Forecast what enters the last block and what it adds, run it, and compute the step where both differ too much.
+
+    Source: SpeCa (2509.11628): the threshold at step t of T is `threshold` times `decay` to the power of t / T.
+    """
+    drafted = _taylor(text, 1, order)
+    return replace(drafted, cut="verified", threshold=threshold, decay=decay)
 
 
 def _tokencache(text: str, ratio: float, interval: int, late_interval: int) -> ReuseMethod:
@@ -187,9 +285,45 @@ METHODS: Mapping[str, Form] = {
     "fora": Form(build=_fora, numbers=(Number(default=3, least=2, most=1000),)),
     "stack": Form(build=_stack, numbers=(Number(default=2, least=2, most=1000),)),
     "taylor": Form(build=_taylor, numbers=(Number(default=3, least=2, most=1000), Number(default=1, least=1, most=4))),
+    "taylor-modules": Form(
+        build=_taylor_modules, numbers=(Number(default=3, least=2, most=1000), Number(default=1, least=1, most=4))
+    ),
+    "fitted": Form(build=_fitted, numbers=(Number(default=18, least=4, most=1000), Number(default=4, least=2, most=8))),
     "solved": Form(build=_solved, numbers=(Number(default=18, least=4, most=1000),)),
     "chebyshev": Form(
         build=_chebyshev, numbers=(Number(default=3, least=2, most=1000), Number(default=1, least=1, most=4))
+    ),
+    "foca": Form(build=_foca, numbers=(Number(default=3, least=2, most=1000),)),
+    "dmd": Form(build=_dmd, numbers=(Number(default=3, least=2, most=1000), Number(default=6, least=4, most=16))),
+    "spectrum": Form(
+        build=_spectrum,
+        numbers=(
+            Number(default=2.0, least=1.0, most=1000.0),
+            Number(default=0.75, least=0.0, most=100.0),
+            Number(default=4, least=1, most=8),
+            Number(default=10, least=2, most=64),
+        ),
+    ),
+    "dpcache": Form(
+        build=_dpcache, numbers=(Number(default=18, least=4, most=1000), Number(default=2, least=1, most=4))
+    ),
+    "magcache": Form(
+        build=_magcache,
+        numbers=(
+            Number(default=0.06, least=0.0, most=1000.0),
+            Number(default=3, least=1, most=1000),
+            Number(default=0.2, least=0.0, most=1.0),
+        ),
+    ),
+    "teacache": Form(build=_teacache, numbers=(Number(default=0.2, least=0.0, most=1000.0),)),
+    "seacache": Form(build=_seacache, numbers=(Number(default=0.2, least=0.0, most=1000.0),)),
+    "speca": Form(
+        build=_speca,
+        numbers=(
+            Number(default=0.3, least=0.0, most=1000.0),
+            Number(default=0.5, least=0.0, most=1.0),
+            Number(default=1, least=1, most=4),
+        ),
     ),
     "first-block": Form(build=_first_block, numbers=(Number(default=0.1, least=0.0, most=10.0),)),
     "tokencache": Form(

@@ -154,7 +154,8 @@ def method_of(steps: Steps) -> ReuseMethod:
     Raises:
         RecipeError: if this vitfold does not know it.
     """
-    return replace(find_method(steps.plan.reuse), mask=steps.mask or None)
+    method = find_method(steps.plan.reuse)
+    return replace(method, mask=steps.mask or None, rows=steps.weights or (), rescale=steps.rescale or ())
 
 
 def open_steps(bundle: Bundle, threads: int | None = None) -> Session:

@@ -20,6 +20,7 @@ from vitfold.architectures.dit import (
     head,
     minus,
     mlp,
+    modulated,
     modulations,
 )
 from vitfold.diffusion.token_refresh import predictor_shapes, renewed
@@ -28,12 +29,16 @@ from vitfold.ops.protocol import Ops, Port, T
 from vitfold.program import Program, replay, trace
 from vitfold.transforms.merging import merged_around_attention
 
-Cut = Literal["whole", "stack", "modules", "first", "tokens"]
-"""What of a step is kept: nothing, the residual of all blocks, every module's output, of all blocks but the first; or
-of every block, to be renewed token by token."""
+Cut = Literal["whole", "stack", "modules", "first", "input", "filtered", "verified", "tokens"]
+"""What of a step is kept: nothing, the residual of all blocks, every module's output, of all blocks but the first; of
+all, with what the first one reads (as it is or filtered) or with what the last one adds apart; or of every block, to be
+renewed token by token."""
 
 WEIGHTS = "weights"
 RESIDUAL = "residual"
+LAST = "last"
+CHANGE = "change"
+FILTER = "filter"
 PREDICTION = "prediction"
 
 
@@ -64,8 +69,10 @@ def parts(spec: DiTSpec, cut: Cut, *, history: int = 1, counts: tuple[int, ...] 
     """Return the parts of a step: always `condition` and `step`, the whole of it, and others by what is kept.
 
     stack: `full` (also hands out the residual of all blocks) and `resume` (takes a weighted sum of `history` of them);
-    modules: the same with the output of every attention and MLP before its gate, of the last full step only;
+    modules: the same with the output of every attention and MLP before its gate;
     first: `front` (the first block and how far its residual is from the last full step's), `rest` and `resume`;
+    input: `front` says how far what the first block reads is from that of the step before; filtered: its tokens are
+    mixed by a matrix before; verified: `front` runs the last block on a forecast and says how far off that is;
     tokens: `full` (also hands out what each block adds) and `refresh`, which renews it for `counts` tokens per block.
 
     Where whole blocks run, `r` tokens less enter their attention.
@@ -132,9 +139,25 @@ def _stack(spec: DiTSpec, history: int) -> Written:
     }
 
 
-def _modules(spec: DiTSpec) -> Written:
+def module_names(spec: DiTSpec) -> list[str]:
+    """Return the names of what all attentions and MLPs give, in their order."""
+    return [f"{RESIDUAL}.{kind}.{block}" for block in range(spec.num_layers) for kind in ("attn", "mlp")]
+
+
+def _modules(spec: DiTSpec, history: int) -> Written:
     image, given = _image(spec)
-    names = [f"{RESIDUAL}.{kind}.{block}" for block in range(spec.num_layers) for kind in ("attn", "mlp")]
+    names = module_names(spec)
+    if history > 1:
+        kept = _of_tokens(spec, *(f"{name}.{k}" for name in names for k in range(history)))
+        weights = _kept(spec, history)[0]
+        return {
+            "full": ((image, given), (PREDICTION, *names), lambda ops, x, m: _every_module(ops, spec, x, m)),
+            "resume": (
+                (image, given, weights, *kept),
+                (PREDICTION,),
+                lambda ops, x, m, w, *f: _from_modules(ops, spec, x, m, _sums(ops, w, f, history)),
+            ),
+        }
     return {
         "full": ((image, given), (PREDICTION, *names), lambda ops, x, m: _every_module(ops, spec, x, m)),
         "resume": (
@@ -151,7 +174,7 @@ def _first(spec: DiTSpec, history: int) -> Written:
     return {
         "front": (
             (image, given, *_of_tokens(spec, "before")),
-            ("x", "own", "change"),
+            ("x", "own", CHANGE),
             lambda ops, x, m, before: _front(ops, spec, x, m, before),
         ),
         "rest": ((x, given), (PREDICTION, RESIDUAL), lambda ops, x, m: _rest(ops, spec, x, m, 1)),
@@ -159,6 +182,34 @@ def _first(spec: DiTSpec, history: int) -> Written:
             (x, given, *_kept(spec, history)),
             (PREDICTION,),
             lambda ops, x, m, w, *kept: _resumed(ops, spec, x, m, w, kept),
+        ),
+    }
+
+
+def _input(spec: DiTSpec, history: int, *, filtered: bool) -> Written:
+    image, given = _image(spec)
+    (x,) = _of_tokens(spec, "x")
+    mixing = (Port(name=FILTER, shape=(spec.tokens, spec.tokens), batch=1),) if filtered else ()
+    return {
+        **_first(spec, history),
+        "front": (
+            (image, given, *_of_tokens(spec, "before"), *mixing),
+            ("x", "own", CHANGE),
+            lambda ops, x, m, before, *mixed: _read(ops, spec, x, m, before, mixed),
+        ),
+        "rest": ((x, given), (PREDICTION, RESIDUAL), lambda ops, x, m: _rest(ops, spec, x, m, 0)),
+    }
+
+
+def _verified(spec: DiTSpec, history: int) -> Written:
+    image, given = _image(spec)
+    kept = (*_kept(spec, history), *_of_tokens(spec, *(f"{LAST}.{k}" for k in range(history))))
+    return {
+        "full": ((image, given), (PREDICTION, RESIDUAL, LAST), lambda ops, x, m: _last_apart(ops, spec, x, m)),
+        "front": (
+            (image, given, *kept),
+            (PREDICTION, CHANGE),
+            lambda ops, x, m, w, *f: _verify(ops, spec, x, m, w, f),
         ),
     }
 
@@ -180,8 +231,11 @@ def _tokens(spec: DiTSpec, counts: tuple[int, ...]) -> Written:
 _CUTS: Mapping[Cut, Callable[[DiTSpec, int, tuple[int, ...]], Written]] = {
     "whole": lambda _spec, _history, _counts: {},
     "stack": lambda spec, history, _counts: _stack(spec, history),
-    "modules": lambda spec, _history, _counts: _modules(spec),
+    "modules": lambda spec, history, _counts: _modules(spec, history),
     "first": lambda spec, history, _counts: _first(spec, history),
+    "input": lambda spec, history, _counts: _input(spec, history, filtered=False),
+    "filtered": lambda spec, history, _counts: _input(spec, history, filtered=True),
+    "verified": lambda spec, history, _counts: _verified(spec, history),
     "tokens": lambda spec, _history, counts: _tokens(spec, counts),
 }
 
@@ -198,10 +252,21 @@ def _resumed(ops: Ops[T], spec: DiTSpec, x: T, m: T, weights: T, kept: tuple[T, 
     """The head of x + sum_k w_k R_k: every forecast that is linear in what is kept."""
     vectors = modulations(ops, spec, m)
     ops.scope("forecast", role="reuse")
-    terms = ops.split(weights, len(kept), 1) if len(kept) > 1 else (weights,)
-    for weight, residual in zip(terms, kept, strict=True):
-        x = ops.add(x, ops.multiply(weight, residual))
-    return (head(ops, spec, x, vectors),)
+    (forecast,) = _sums(ops, weights, kept, len(kept))
+    return (head(ops, spec, ops.add(x, forecast), vectors),)
+
+
+def _sums(ops: Ops[T], weights: T, kept: tuple[T, ...], history: int) -> tuple[T, ...]:
+    """Return sum_k w_k F_k of every tensor F of which `history` values are kept, side by side."""
+    ops.scope("forecast", role="reuse")
+    terms = ops.split(weights, history, 1) if history > 1 else (weights,)
+    found = []
+    for start in range(0, len(kept), history):
+        total = ops.multiply(terms[0], kept[start])
+        for weight, value in zip(terms[1:], kept[start + 1 : start + history], strict=True):
+            total = ops.add(total, ops.multiply(weight, value))
+        found.append(total)
+    return tuple(found)
 
 
 def _every_module(ops: Ops[T], spec: DiTSpec, image: T, m: T) -> tuple[T, ...]:
@@ -256,6 +321,45 @@ def _front(ops: Ops[T], spec: DiTSpec, image: T, m: T, before: T) -> tuple[T, T,
     moved = minus(ops, own, before)
     ratio = ops.divide(_energy(ops, spec, moved), ops.add_scalar(_energy(ops, spec, before), 1e-12))
     return x, own, ratio
+
+
+def _read(ops: Ops[T], spec: DiTSpec, image: T, m: T, before: T, mixing: tuple[T, ...]) -> tuple[T, T, T]:
+    """The embedded image, what the first block reads of it U, and |U - U'|_1 / |U'|_1 per row, (B, 1, 1)."""
+    vectors = modulations(ops, spec, m)
+    x = embed(ops, image)
+    ops.scope("change", role="reuse")
+    own = modulated(ops, x, vectors[0], vectors[1], spec.norm_eps)
+    for matrix in mixing:
+        own = ops.matmul("filter", matrix, own)
+    moved = _size(ops, spec, minus(ops, own, before))
+    return x, own, ops.divide(moved, ops.add_scalar(_size(ops, spec, before), 1e-12))
+
+
+def _last_apart(ops: Ops[T], spec: DiTSpec, image: T, m: T) -> tuple[T, T, T]:
+    """The prediction, what the blocks before the last add, and what that one adds."""
+    vectors, last = modulations(ops, spec, m), spec.num_layers - 1
+    x = embed(ops, image)
+    entering = blocks(ops, spec, x, vectors, range(last))
+    y = blocks(ops, spec, entering, vectors, range(last, last + 1))
+    ops.scope("residual", role="reuse")
+    return head(ops, spec, y, vectors), minus(ops, entering, x), minus(ops, y, entering)
+
+
+def _verify(ops: Ops[T], spec: DiTSpec, image: T, m: T, weights: T, kept: tuple[T, ...]) -> tuple[T, T]:
+    """The prediction of the last block on a forecast, and |F - F'|^2 / |F|^2 per row of what it adds F, forecast F'."""
+    vectors, last = modulations(ops, spec, m), spec.num_layers - 1
+    before, forecast = _sums(ops, weights, kept, len(kept) // 2)
+    entering = ops.add(embed(ops, image), before)
+    y = blocks(ops, spec, entering, vectors, range(last, last + 1))
+    ops.scope("change", role="reuse")
+    own = minus(ops, y, entering)
+    moved = _energy(ops, spec, minus(ops, own, forecast))
+    return head(ops, spec, y, vectors), ops.divide(moved, ops.add_scalar(_energy(ops, spec, own), 1e-12))
+
+
+def _size(ops: Ops[T], spec: DiTSpec, x: T) -> T:
+    total = ops.sum(ops.reshape(ops.elementwise("abs", x), (spec.tokens * spec.embed_dim,)), 1)
+    return ops.reshape(total, (1, 1))
 
 
 def _energy(ops: Ops[T], spec: DiTSpec, x: T) -> T:

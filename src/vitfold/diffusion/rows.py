@@ -52,6 +52,7 @@ def _line(row: SamplerRow, psnr_drop_db: float | None) -> dict[str, Any]:
         "name": row.name,
         "method": row.method.text,
         "mask": row.method.mask,
+        "weights": row.method.rows,
         "steps": row.steps,
         "images": len(sampled.samples),
         "full_ns": sampled.full_ns,
@@ -71,7 +72,11 @@ def _row(line: Mapping[str, Any]) -> tuple[SamplerRow, float | None]:
     mask, images = line["mask"], int(line["images"])
     row = SamplerRow(
         name=line["name"],
-        method=replace(find_method(line["method"]), mask=None if mask is None else tuple(mask)),
+        method=replace(
+            find_method(line["method"]),
+            mask=None if mask is None else tuple(mask),
+            rows=tuple(map(tuple, line.get("weights", ()))),
+        ),
         steps=line["steps"],
         sampled=Sampled(
             samples=np.zeros((images, 0, 0, 0), np.float32),

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 
 from vitfold.diffusion.methods import ReuseMethod, full_steps
-from vitfold.diffusion.parts import RESIDUAL, WEIGHTS
+from vitfold.diffusion.parts import CHANGE, FILTER, LAST, RESIDUAL, WEIGHTS, module_names
 from vitfold.engines import Session
 from vitfold.errors import EngineError
 from vitfold.model import Array, DiTSpec
@@ -92,6 +92,8 @@ def sample(
         began, full_before = time.perf_counter_ns(), state.full
         entering = scheduler.scale_model_input(x, t).float().numpy()
         state.given = {"image": np.tile(entering, (rows // count, 1, 1, 1)), "given": conditions[step][row_of]}
+        if method.cut == "filtered":
+            state.given = {**state.given, FILTER: content_filter(spec.grid, scheduler, int(t))}
         predicted = torch.from_numpy(_finite(state.advance(step, guidance), f"step {step + 1} of {len(timesteps)}"))
         if spec.learned_sigma and not _learned(scheduler):
             predicted = predicted[:, : spec.channels]
@@ -105,6 +107,23 @@ def sample(
         reused_ns=tuple(took[False]),
         kept_bytes=executor.kept_bytes,
     )
+
+
+def content_filter(grid: int, scheduler: Any, t: int) -> Float[np.ndarray, "1 N N"]:
+    """Return the matrix that mixes tokens (grid x grid) so that those frequencies pass which are no noise at time t.
+
+    Equation: H(f) = a S(f) / (a^2 S(f) + b^2), with x_t = a x + b noise and the spectrum of images S(f) = 1 / f^2; its
+    largest value is one.
+
+    Source: SeaCache (2602.18993).
+    """
+    signal = float(scheduler.alphas_cumprod[t])
+    axis = np.fft.fftfreq(grid) * grid
+    spread = np.maximum(axis[:, None] ** 2 + axis**2, 1.0)  # the mean is as large as the slowest wave
+    gain = np.sqrt(signal) / (signal + (1 - signal) * spread)
+    waves = np.fft.fft2(np.eye(grid * grid).reshape(-1, grid, grid))
+    found = np.fft.ifft2(waves * (gain / gain.max())).real.reshape(1, grid * grid, grid * grid)
+    return found.astype(np.float32)
 
 
 def _noise(spec: DiTSpec, generators: Sequence[torch.Generator]) -> torch.Tensor:
@@ -148,6 +167,10 @@ def joined(found: Sequence[Sampled]) -> Sampled:
     )
 
 
+_WATCHED = ("first", "input", "filtered")
+"""Cuts whose `front` runs at every step and says whether the rest does."""
+
+
 @dataclass(slots=True, kw_only=True)
 class _State:
     """What the loop remembers between steps: where full steps were, and under which names their tensors are kept.
@@ -164,6 +187,7 @@ class _State:
     full: int = 0
     places: tuple[int, ...] = ()
     own: tuple[str, str] = ("own.0", "own.1")
+    moved: float = 0.0
     difference: Array | None = None
     given: Mapping[str, Array] = field(default_factory=dict)
     known: set[str] = field(default_factory=set)
@@ -224,21 +248,41 @@ class _State:
         if cut == "tokens":
             self._renew(whole=whole)
             return
-        if cut == "first":
+        if cut in _WATCHED:
             before, own = self.own
             run("front", {"before": before, "own": own})
-            whole = whole or self._moved()
+            whole = self._moved(step) or whole
+            if cut != "first":
+                self.own = self.own[::-1]  # changes are from one step to the next
+        elif cut == "verified" and not whole:
+            self._forecast(step)
+            run("front")
+            whole = self._moved(step)
         if whole:
-            kept = f"{RESIDUAL}.{self.full % self.method.history}"
-            run("rest" if cut == "first" else "full", {RESIDUAL: kept})
-            self.full += 1
-            self.places = (*self.places, step)[-self.method.history :]
-            self.own = self.own[::-1]
+            self._keep(step)
             return
-        if cut != "modules":
-            self.executor.bind({WEIGHTS: self._weights(step)})
-            self.known.add(WEIGHTS)
+        if cut == "verified":
+            return
+        if cut != "modules" or self.method.history > 1:
+            self._forecast(step)
         run("resume")
+
+    def _keep(self, step: int) -> None:
+        """Compute the step in full, or what `front` has not computed of it."""
+        cut, slot = self.method.cut, self.full % self.method.history
+        names = {RESIDUAL: f"{RESIDUAL}.{slot}", LAST: f"{LAST}.{slot}"}
+        if cut == "modules" and self.method.history > 1:
+            names = {name: f"{name}.{slot}" for name in module_names(self.spec)}
+        self._run("rest" if cut in _WATCHED else "full", names)
+        self.full += 1
+        self.moved = 0.0
+        self.places = (*self.places, step)[-self.method.history :]
+        if cut == "first":
+            self.own = self.own[::-1]
+
+    def _forecast(self, step: int) -> None:
+        self.executor.bind({WEIGHTS: self._weights(step)})
+        self.known.add(WEIGHTS)
 
     def _renew(self, *, whole: bool) -> None:
         """A refreshed step reads what one side keeps and writes the other."""
@@ -249,17 +293,23 @@ class _State:
         self.full += whole
         self.own = self.own[::-1]
 
-    def _moved(self) -> bool:
-        assert self.method.threshold is not None
-        change = math.sqrt(float(np.mean(self.executor.fetch("change")["change"])))
-        return change > self.method.threshold
+    def _moved(self, step: int) -> bool:
+        """Whether the change that `front` found is too large to reuse anything."""
+        threshold = self.method.threshold
+        if threshold is None:
+            return False
+        change = float(np.mean(self.executor.fetch(CHANGE)[CHANGE]))
+        if self.method.cut in ("first", "verified"):
+            return math.sqrt(change) > threshold * math.pow(self.method.decay, step / len(self.must))
+        self.moved += max(float(np.polyval(self.method.rescale, change)), 0.0) if self.method.rescale else change
+        return self.moved > threshold
 
     def _weights(self, step: int) -> Float[np.ndarray, "1 K 1"]:
         """The forecast's weights in the order of the names under which full steps were kept."""
-        weights = np.zeros((1, self.method.history, 1), np.float32)
-        first = self.full - len(self.places)
-        for k, weight in enumerate(self.method.forecast(self.places, step)):
-            weights[0, (first + k) % self.method.history, 0] = weight
+        method, weights = self.method, np.zeros((1, self.method.history, 1), np.float32)
+        row = method.rows[step] if method.rows else method.forecast(self.places, step)
+        for back, weight in enumerate(reversed(row[-len(self.places) :])):
+            weights[0, (self.full - 1 - back) % method.history, 0] = weight
         return weights
 
 

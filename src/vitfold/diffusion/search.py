@@ -36,7 +36,7 @@ from vitfold.progress import Say
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSpace:
-    """What a search tries: methods by name; shares of the steps that `solved` computes in full; of plainly fewer steps.
+    """What a search tries: methods by name; shares of the steps that `fitted` computes in full; of plainly fewer steps.
 
     TokenCache trains a predictor for every number of steps first, and is asked for by name.
     """
@@ -46,11 +46,11 @@ class StepSpace:
         "taylor:4:2", "chebyshev:3:1", "chebyshev:4:1", "first-block:0.05", "first-block:0.1", "first-block:0.2",
         "guidance:2", "guidance:4", "fora:2",
     )  # fmt: skip
-    solved: tuple[float, ...] = (0.2, 0.24, 0.28, 0.36, 0.44, 0.52)
+    fitted: tuple[float, ...] = (0.2, 0.24, 0.28, 0.36, 0.44, 0.52)
     fewer: tuple[float, ...] = (0.8, 0.65, 0.5, 0.4, 0.3, 0.2)
 
 
-LEAST_SOLVED = 4
+LEAST_FITTED = 4
 CONVERGED = 4
 """So many times the steps count as the image that a sampler converges to."""
 HELD_OUT_SEED = 100_000
@@ -265,8 +265,8 @@ def screen(
 
 def _groups(none: ReuseMethod, steps: int, space: StepSpace) -> list[tuple[ReuseMethod, list[ReuseMethod]]]:
     """Candidates by the graphs that they run; no two in a group need others."""
-    solved = sorted({count for share in space.solved if LEAST_SOLVED <= (count := round(share * steps)) < steps})
-    methods = [none, *map(find_method, space.methods), *(find_method(f"solved:{count}") for count in solved)]
+    fitted = sorted({count for share in space.fitted if LEAST_FITTED <= (count := round(share * steps)) < steps})
+    methods = [none, *map(find_method, space.methods), *(find_method(f"fitted:{count}") for count in fitted)]
     found = [list(group) for _, group in groupby(sorted(methods, key=_graphs), _graphs)]
     return [(group[0], group) for group in found]
 

@@ -72,6 +72,8 @@ def save_steps(
             parts=tuple(found),
             counts=counts,
             mask=chosen.mask or (),
+            weights=chosen.rows or None,
+            rescale=chosen.rescale or None,
             search=None if search is None else {**search, "environment": environment()},
         )
         return Manifest(
@@ -102,7 +104,7 @@ def _verify(
     model: DiTModel, plan: SamplingPlan, method: ReuseMethod, reference: Session, session: Session
 ) -> dict[str, Any]:
     """Draw an image of the first and one of the last class by both, in so few steps that each kind comes up."""
-    steps = plan.steps if method.budget is not None else min(plan.steps, _STEPS)
+    steps = plan.steps if method.planner is not None else min(plan.steps, _STEPS)
     asked = _asked(model, plan, steps)
     drawn, expected = (draw(model, executor, method, asked).samples for executor in (session, reference))
     found_db = psnr_db(expected, drawn, peak=float(np.ptp(expected)))

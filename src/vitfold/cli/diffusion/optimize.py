@@ -42,7 +42,7 @@ SAMPLES, FID_SAMPLES = 32, 256
 
 @command(
     brief={
-        "reuse": "As solved:18, or auto: the fastest.",
+        "reuse": "As fitted:18, or auto: the fastest.",
         "merge": "Tokens merged per block.",
         "quant": "w8a8 or none.",
         "min_psnr": "Least PSNR to unaccelerated images.",
@@ -52,7 +52,7 @@ SAMPLES, FID_SAMPLES = 32, 256
     shown="output reuse merge quant steps min_psnr max_fid_rise overwrite json",
     examples=(
         "vitfold diffusion optimize demo-dit --min-psnr 30 -o fast.fold",
-        "vitfold diffusion optimize hf:FOLDER --reuse solved:18 --quant w8a8 -o fast.fold",
+        "vitfold diffusion optimize hf:FOLDER --reuse fitted:18 --quant w8a8 -o fast.fold",
     ),
 )
 def optimize(

@@ -35,7 +35,7 @@ class ModelWay:
         str | None,
         typer.Option(
             metavar="METHOD",
-            help="none, solved, stack, taylor, chebyshev, fora, first-block, guidance, tokencache, with numbers as "
+            help="none, fitted, dpcache, solved, stack, taylor, taylor-modules, first-block, tokencache, ..., with numbers as "
             "taylor:3:2; several separated by commas; or auto. A bundle has its own.",
         ),
     ] = None
@@ -57,12 +57,12 @@ class ModelWay:
 
 @command(
     brief={
-        "reuse": "How steps are reused, as solved:18 or taylor:3:1; or auto.",
+        "reuse": "How steps are reused, as fitted:18 or taylor:3:1; or auto.",
         "latents": "Write latents, not images.",
     },
     shown="reuse classes count steps seed output latents json",
     examples=(
-        "vitfold diffusion sample demo-dit --reuse solved:18 --classes all -o images",
+        "vitfold diffusion sample demo-dit --reuse fitted:18 --classes all -o images",
         "vitfold diffusion sample fast.fold --classes sneaker,bag -o images",
     ),
 )

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vitfold.diffusion.pipelines.recording import Trace
-from vitfold.diffusion.solving import steps_by_count
+from vitfold.diffusion.planners import steps_by_count
 
 LEAST = 3
 """The first two steps of a transformer and its last."""
