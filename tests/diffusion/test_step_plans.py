@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -88,8 +89,8 @@ def test_a_plan_is_a_small_file(planned: Any, tmp_path: Path) -> None:
     path = plan.save(tmp_path / "plan.json")
     assert vitfold.load_plan(path) == plan
     assert path.stat().st_size < 8000
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(RecipeError, match="has format 2, this version reads 1; update vitfold"):
+    path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(RecipeError, match="has format 3, this version reads up to 2; update vitfold"):
         vitfold.load_plan(path)
     path.write_text("{}")
     with pytest.raises(RecipeError, match="is no plan of steps .*; make one by vitfold.plan_steps"):
@@ -97,6 +98,58 @@ def test_a_plan_is_a_small_file(planned: Any, tmp_path: Path) -> None:
     replace(plan, full=(0, 1, 99)).save(path)
     with pytest.raises(RecipeError, match="damaged"):
         vitfold.load_plan(path)
+    replace(plan, rows=plan.rows[:-1]).save(path)
+    with pytest.raises(RecipeError, match="damaged"):
+        vitfold.load_plan(path)
+
+
+def test_a_plan_of_format_1_is_a_plan_of_lines(planned: Any, tmp_path: Path) -> None:
+    pipe, prompts, call, plan = planned
+    lines = replace(plan, method="solved", rows=(), position="step")
+    path = lines.save(tmp_path / "plan.json")
+    values = json.loads(path.read_text())
+    del values["method"], values["rows"]
+    path.write_text(json.dumps({**values, "format": 1}))
+    assert vitfold.load_plan(path) == lines
+    expected = draw(vitfold.accelerate(pipe, path), prompts[3], call)
+    rows = tuple(
+        () if t in plan.full else taylor([p for p in plan.full if p < t][-2:], t, order=1) for t in range(plan.runs)
+    )
+    found = draw(vitfold.accelerate(pipe, replace(lines, rows=rows)), prompts[3], call)
+    vitfold.restore(pipe)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["solved", "dpcache", "taylor:2:1", "spectrum", "magcache:0.3:4:0.1"])
+def test_every_static_method_makes_plans(method: str, tmp_path: Path) -> None:
+    pipe, prompts, call = tiny_pipe("flux")
+    bound = {"full": 7} if ":" not in method and method != "spectrum" else {}
+    plan = vitfold.plan_steps(pipe, prompts[:1], steps=STEPS, seeds=1, method=method, **bound, **call)
+    assert plan.method == (method if method != "spectrum" else "spectrum:2:0.75:4:10")
+    assert len(plan.full) == bound.get("full", len(plan.full)) < STEPS
+    assert bool(plan.rows) == (method != "solved")
+    assert vitfold.load_plan(plan.save(tmp_path / "plan.json")) == plan
+    calls = count_blocks(pipe, plan)
+    vitfold.accelerate(pipe, plan)
+    assert torch.isfinite(draw(pipe, prompts[0], call)).all()
+    vitfold.restore(pipe)
+    assert set(calls.values()) == {len(plan.full) * plan.passes}
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"method": "teacache"}, "'teacache' is no plan of steps: it decides per image.* one of .*fitted"),
+        ({"method": "none"}, "is no plan of steps"),
+        ({"method": "fitted:12"}, "name the full steps of 'fitted:12' as full="),
+        ({"method": "taylor:3:1", "full": 5}, "of taylor:3:1 follow from its numbers; leave out full"),
+        ({"method": "fited"}, "unknown reuse method 'fited'; did you mean fitted"),
+    ],
+)
+def test_methods_that_make_no_plan(asked: dict[str, Any], said: str) -> None:
+    pipe, prompts, call = tiny_pipe("flux")
+    with pytest.raises(RecipeError, match=said):
+        vitfold.plan_steps(pipe, prompts[:1], steps=STEPS, **asked, **call)
 
 
 def test_an_accelerated_pipeline_is_called_as_before_and_restored(planned: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 
 from vitfold.diffusion.methods import ReuseMethod, every_step
-from vitfold.diffusion.planners import Products
+from vitfold.diffusion.planners import Plan, Products, evenly, rows_of
 from vitfold.diffusion.sampling import sample
 from vitfold.diffusion.schedulers import build_scheduler
 from vitfold.engines import Session
@@ -72,9 +72,19 @@ def check_budget(method: ReuseMethod, steps: int) -> None:
 
 def follow(method: ReuseMethod, products: Products) -> ReuseMethod:
     """Return a method of static schedule with the full steps and weights that its planner chooses."""
-    assert method.planner is not None
-    plan = method.planner(products)
+    plan = plan_of(method, products)
     return replace(method, mask=plan.mask, rows=plan.rows)
+
+
+def plan_of(method: ReuseMethod, products: Products) -> Plan:
+    """Return the full steps of a method of static schedule, and the weights of its forecasts.
+
+    Without a planner they follow from the number of steps alone.
+    """
+    if method.planner is not None:
+        return method.planner(products)
+    mask = evenly(products.steps, method.interval, method.late_interval)
+    return rows_of(products.steps, mask, method.history, method.forecast)
 
 
 def fit_changes(changes: Sequence[float], kept: Sequence[Array]) -> tuple[float, ...]:

@@ -35,8 +35,8 @@ class ModelWay:
         str | None,
         typer.Option(
             metavar="METHOD",
-            help="none, fitted, dpcache, solved, stack, taylor, taylor-modules, first-block, tokencache, ..., with numbers as "
-            "taylor:3:2; several separated by commas; or auto. A bundle has its own.",
+            help="none, fitted, dpcache, solved, stack, taylor, first-block, tokencache, ... (docs/diffusion.md), with "
+            "numbers as taylor:3:2; several separated by commas; or auto. A bundle has its own.",
         ),
     ] = None
     engine: Annotated[

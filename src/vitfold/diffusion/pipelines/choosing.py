@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float
 
+from vitfold.diffusion.forecast import Weights
+from vitfold.diffusion.methods import ReuseMethod
+from vitfold.diffusion.pipelines.drawing import Rest
 from vitfold.diffusion.pipelines.recording import Trace
-from vitfold.diffusion.planners import steps_by_count
+from vitfold.diffusion.planners import Plan, Products, steps_by_count
+from vitfold.diffusion.solving import plan_of
 
 LEAST = 3
 """The first two steps of a transformer and its last."""
@@ -34,12 +41,36 @@ def solve(trace: Trace, most: int | None = None) -> dict[int, tuple[str, tuple[i
     return found
 
 
+def planned(trace: Trace, method: ReuseMethod, full: Sequence[int] = ()) -> Rest:
+    """Return a method's full steps and weights; where it takes a number of them, as many as `full` per transformer."""
+    mask: list[int] = []
+    rows: list[Weights] = []
+    for part in _stretches(trace):
+        steps = part.stop - part.start
+        count = sum(part.start <= step < part.stop for step in full)
+        plan = Plan(mask=tuple(range(steps)), rows=((),) * steps)
+        if steps > LEAST and (method.budget is None or count < steps):
+            one = method
+            if method.budget is not None:
+                assert isinstance(method.planner, partial)
+                one = replace(method, planner=partial(method.planner, count=count))
+            plan = plan_of(one, Products(gram=trace.gram[part, part], weights=trace.weights[part]))
+        mask += [part.start + step for step in plan.mask]
+        rows += plan.rows
+    return Rest(full=tuple(mask), rows=tuple(rows))
+
+
+def _stretches(trace: Trace) -> list[slice]:
+    """The steps of one transformer each: a forecast reaches over no change of model."""
+    bounds = [0, *(np.flatnonzero(np.diff(trace.active)) + 1).tolist(), len(trace.active)]
+    return [slice(low, high) for low, high in pairwise(bounds)]
+
+
 def _all_parts(trace: Trace, places: Float[np.ndarray, " T"], most: int) -> Solutions:
     """Solve the stretches of one transformer each, and share out the full steps among them."""
-    bounds = [0, *(np.flatnonzero(np.diff(trace.active)) + 1).tolist(), len(trace.active)]
     found: Solutions = {0: (0.0, ())}
-    for low, high in pairwise(bounds):
-        part = slice(low, high)
+    for part in _stretches(trace):
+        low = part.start
         own = _one_part(trace.gram[part, part], trace.weights[part], places[part], most)
         shared: Solutions = {}
         for count, (error, chosen) in found.items():

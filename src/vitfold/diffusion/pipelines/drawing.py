@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
+from vitfold.diffusion.forecast import Weights
 from vitfold.diffusion.pipelines.installing import bound_arguments
 from vitfold.diffusion.pipelines.recording import Recorder, Trace
 from vitfold.diffusion.pipelines.stacks import Stack, StackFinder
@@ -37,10 +38,11 @@ class Image:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rest:
-    """Which steps are computed in full, and what forecasts of the others count by."""
+    """Which steps are computed in full, what forecasts of the others count by, and by what weights; none: by a line."""
 
     full: tuple[int, ...]
-    position: str
+    position: str = "step"
+    rows: tuple[Weights, ...] = ()
 
 
 class Drawer:
@@ -120,6 +122,7 @@ class Drawer:
         hooks = None
         if resting is not None:
             hooks = Steps(scheduler=self.pipe.scheduler, full=frozenset(resting.full), position=resting.position)
+            hooks.rows = resting.rows
             hooks.install()
             for name, stack in (stacks or {}).items():
                 rest(hooks, self.transformers[name], stack)

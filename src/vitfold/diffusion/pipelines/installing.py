@@ -39,7 +39,7 @@ def accelerate(pipe: Any, plan: StepPlan | str | Path) -> Any:
     plan = plan if isinstance(plan, StepPlan) else load_plan(plan)
     transformers = denoisers(pipe)
     _check_model(pipe, plan)
-    steps = Steps(scheduler=pipe.scheduler, full=frozenset(plan.full), position=plan.position)
+    steps = Steps(scheduler=pipe.scheduler, full=frozenset(plan.full), position=plan.position, rows=plan.rows)
     installed = _Installed(plan, steps, list(transformers.values()))
     steps.ready, steps.begin = installed.check_timesteps, installed.check_step
     steps.install()

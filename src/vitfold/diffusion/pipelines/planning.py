@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from vitfold.bench.pictures import psnr_db
-from vitfold.diffusion.pipelines.choosing import solve
+from vitfold.diffusion.methods import METHODS, ReuseMethod, find_method
+from vitfold.diffusion.pipelines.choosing import planned, solve
 from vitfold.diffusion.pipelines.drawing import Drawer, Rest
 from vitfold.diffusion.pipelines.installing import restore
 from vitfold.diffusion.pipelines.recording import Trace
@@ -36,6 +38,7 @@ def plan_steps(
     full: int | None = None,
     min_psnr: float | None = None,
     max_seconds: float | None = None,
+    method: str = "fitted",
     held_out: Sequence[Any] | None = None,
     seeds: int = 2,
     say: Say | None = None,
@@ -46,15 +49,19 @@ def plan_steps(
     Prompts are what the pipeline takes first (texts; numbers of classes), or mappings of its arguments; `call` are
     arguments that go with all of them (height=..., guidance_scale=...). `full` names the number of full steps;
     `min_psnr` (30 if nothing is named) takes the fewest with that PSNR to the images of all steps, `max_seconds` the
-    most that take no longer. Where no prompts are `held_out`, the second half of `prompts` is. One image is drawn at
-    a time. What was drawn stays in the cache: the same call goes on where it was interrupted.
+    most that take no longer. `method` is "fitted" (full steps and weights fitted to the model), "solved" (lines),
+    "dpcache", or one whose steps follow from numbers of its own, such as "taylor:3:2" or "magcache". Where no prompts
+    are `held_out`, the second half of `prompts` is. One image is drawn at a time. What was drawn stays in the cache:
+    the same call goes on where it was interrupted.
 
     Raises:
         ArgumentError: if an argument is none that it takes.
-        RecipeError: if no number of full steps keeps the bound, or the scheduler is none that can be weighed.
+        RecipeError: if no number of full steps keeps the bound, the method is none of these, or the scheduler is none
+            that can be weighed.
         UnsupportedError: if the pipeline has no transformer, or one whose blocks are not understood.
         EngineError: if the device has not enough memory.
     """
+    chosen = _static(method, named=any(value is not None for value in (full, min_psnr, max_seconds)))
     bound = _check(prompts, steps, full, min_psnr, max_seconds, held_out, seeds)
     restore(pipe)
     drawer, say = Drawer(pipe, denoisers(pipe), steps, call), say or (lambda _: None)
@@ -79,7 +86,27 @@ def plan_steps(
     )
     if plan.runs <= FEW:
         return replace(plan, held_out=(held.all_steps(plan.runs),))
-    return _finished(plan, held, *_choose(trace, held, bound))
+    plan = replace(plan, method=chosen.text if chosen.budget is None else chosen.text.split(":")[0])
+    if chosen.budget is None:
+        return _finished(plan, held, held.all_steps(plan.runs), planned(trace, chosen))
+    return _finished(plan, held, *_choose(trace, held, bound, chosen))
+
+
+def _static(text: str, *, named: bool) -> ReuseMethod:
+    """Return a method whose schedule is the same for every image."""
+    method = find_method(text)
+    if not method.is_static or not method.reuses:
+        raise RecipeError(
+            f"method {text!r} is no plan of steps: it decides per image, or keeps more than what all blocks add; take "
+            f"one of {', '.join(name for name in METHODS if find_method(name).is_static)}"
+        )
+    if method.budget is not None and ":" in text:
+        raise RecipeError(f"name the full steps of {text!r} as full=..., and the method without its numbers")
+    if method.budget is None and named:
+        raise RecipeError(
+            f"the full steps of {method.text} follow from its numbers; leave out full, min_psnr and max_seconds"
+        )
+    return method
 
 
 def _split(prompts: Sequence[Any], held_out: Sequence[Any] | None) -> tuple[list[Any], list[Any]]:
@@ -174,20 +201,27 @@ def _psnr(reference: Sequence[Array], images: Sequence[Array], peak: float) -> f
     return psnr_db(a, b, peak=peak)
 
 
-def _choose(trace: Trace, held: _HeldOut, bound: tuple[str, float]) -> tuple[Row, Rest]:
+def _choose(trace: Trace, held: _HeldOut, bound: tuple[str, float], method: ReuseMethod) -> tuple[Row, Rest]:
     """The row of all steps, and the full steps that keep the bound."""
     runs, (name, value) = len(trace.gram), bound
-    found = {count: Rest(full=full, position=at) for count, (at, full) in solve(trace, _most(bound)).items()}
-    every, counts = held.all_steps(runs), sorted(found)
+    solved = solve(trace, _most(bound))
+
+    @functools.cache
+    def found(count: int) -> Rest:
+        position, full = solved[count]
+        lines = method.text.startswith("solved")
+        return Rest(full=full, position=position) if lines else planned(trace, method, full)
+
+    every, counts = held.all_steps(runs), sorted(solved)
     if name == "full":
-        if int(value) not in found:
+        if int(value) not in solved:
             raise RecipeError(f"full = {value:g} is out of range here; from {counts[0]} to {counts[-1]}")
-        return every, found[int(value)]
+        return every, found(int(value))
     if name == "max_seconds":
-        return every, _within(found, every, held, value)
+        return every, _within(found, counts, every, held, value)
 
     def keeps(count: int) -> bool:
-        reached = held.resting(found[count], runs).psnr_db
+        reached = held.resting(found(count), runs).psnr_db
         return reached is None or reached >= value
 
     low, high = 0, len(counts) - 1
@@ -199,26 +233,25 @@ def _choose(trace: Trace, held: _HeldOut, bound: tuple[str, float]) -> tuple[Row
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if keeps(counts[middle]) else (middle + 1, high)
-    return every, found[counts[high]]
+    return every, found(counts[high])
 
 
 def _most(bound: tuple[str, float]) -> int | None:
     return int(bound[1]) if bound[0] == "full" else None
 
 
-def _within(found: dict[int, Rest], every: Row, held: _HeldOut, seconds: float) -> Rest:
+def _within(found: Callable[[int], Rest], counts: Sequence[int], every: Row, held: _HeldOut, seconds: float) -> Rest:
     """The most full steps that take no longer: by a line through two measurements, then confirmed."""
-    counts = sorted(found)
     middle = counts[len(counts) // 2]
-    row = held.resting(found[middle], every.steps)
+    row = held.resting(found(middle), every.steps)
     slope = max((every.seconds - row.seconds) / (every.steps - middle), 1e-9)
     count = min(counts[-1], math.floor(middle + (seconds - row.seconds) / slope))
     while count >= counts[0]:
-        row = held.resting(found[count], every.steps)
+        row = held.resting(found(count), every.steps)
         if row.seconds <= seconds:
-            return found[count]
+            return found(count)
         count -= max(1, math.ceil((row.seconds - seconds) / slope))
-    fastest = held.resting(found[counts[0]], every.steps)
+    fastest = held.resting(found(counts[0]), every.steps)
     raise RecipeError(
         f"no plan takes {seconds:g} s: {counts[0]} steps in full take {fastest.seconds:.3g} s; allow more seconds, or "
         "name fewer steps"
@@ -227,22 +260,23 @@ def _within(found: dict[int, Rest], every: Row, held: _HeldOut, seconds: float) 
 
 def _finished(plan: StepPlan, held: _HeldOut, every: Row, chosen: Rest) -> StepPlan:
     """The plan beside plainly fewer steps: as many as it computes in full, and as many as take its time."""
-    planned = held.resting(chosen, plan.runs)
-    equal = min(plan.steps - 1, round(plan.steps * planned.seconds / every.seconds))
+    resting = held.resting(chosen, plan.runs)
+    equal = min(plan.steps - 1, round(plan.steps * resting.seconds / every.seconds))
     fewer = [held.fewer(steps) for steps in sorted({len(chosen.full), max(equal, len(chosen.full))})]
     best = max(fewer, key=_nearness)
-    ahead = _nearness(planned) - _nearness(best)
+    ahead = _nearness(resting) - _nearness(best)
     if not ahead > _AS_GOOD_DB:
         remark = (
             f"Plainly fewer steps are as good: num_inference_steps={best.steps} gives {_decibels(best)} and this "
-            f"plan {_decibels(planned)}; use them instead."
+            f"plan {_decibels(resting)}; use them instead."
         )
     else:
         remark = (
             f"On prompts and seeds held out the plan is {ahead:.1f} dB nearer to all steps than "
-            f"num_inference_steps={best.steps}, and takes {planned.seconds / every.seconds:.0%} of their time."
+            f"num_inference_steps={best.steps}, and takes {resting.seconds / every.seconds:.0%} of their time."
         )
-    return replace(plan, full=chosen.full, position=chosen.position, held_out=(every, planned, *fewer), remark=remark)
+    rows = (every, resting, *fewer)
+    return replace(plan, full=chosen.full, position=chosen.position, rows=chosen.rows, held_out=rows, remark=remark)
 
 
 def _nearness(row: Row) -> float:

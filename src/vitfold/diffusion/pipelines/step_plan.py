@@ -18,7 +18,8 @@ from vitfold.storage.checked import ImplausibleError, check_fields, entry, parse
 from vitfold.storage.ordinary import read_text, write_whole
 from vitfold.version import __version__
 
-FORMAT = 1
+FORMAT = 2
+"""Format 1 has no rows: forecasts are lines."""
 _SAMPLED = 64
 Figures = tuple["Row", ...]
 
@@ -40,7 +41,8 @@ class StepPlan:
     """Which steps of a pipeline are computed in full, what it is for, and what it gave on held-out prompts and seeds.
 
     `steps` is the pipeline's `num_inference_steps`; its scheduler makes `timesteps` of them, and `runs` are taken,
-    from timestep `first`. Steps that are not in `full` forecast what the blocks add by a line over `position`.
+    from timestep `first`. Steps that are not in `full` forecast what the blocks add by the weights of their row in
+    `rows`, of the newest full steps, or without rows by a line over `position`.
     """
 
     pipeline: str
@@ -57,6 +59,8 @@ class StepPlan:
     position: str
     held_out: Figures
     remark: str
+    method: str = "solved"
+    rows: tuple[tuple[float, ...], ...] = ()
 
     @property
     def mask(self) -> tuple[bool, ...]:
@@ -120,8 +124,8 @@ def load_plan(path: str | Path) -> StepPlan:
     try:
         values = section(parse_json(read_text(path)), "the file")
         version = entry(values, "format", int)
-        if version != FORMAT:
-            raise RecipeError(f"{path} has format {version}, this version reads {FORMAT}; update vitfold")
+        if not 1 <= version <= FORMAT:
+            raise RecipeError(f"{path} has format {version}, this version reads up to {FORMAT}; update vitfold")
         values = {field.name: values[field.name] for field in fields(StepPlan) if field.name in values}
         check_fields(StepPlan, values, "plan", {"runs": (1, 10**5), "steps": (1, 10**5)})
         plan = StepPlan(
@@ -129,13 +133,18 @@ def load_plan(path: str | Path) -> StepPlan:
                 **values,
                 "stacks": stacks_of(values["stacks"]),
                 "full": tuple(values["full"]),
+                "rows": tuple(tuple(row) for row in values.get("rows", ())),
                 "held_out": tuple(Row(**check_fields(Row, row, "held_out", {})) for row in values["held_out"]),
             }
         )
     except (OSError, UnicodeDecodeError, ImplausibleError, TypeError, KeyError) as error:
         raise RecipeError(f"{path} is no plan of steps ({error}); make one by vitfold.plan_steps") from None
-    if not set(plan.full) <= set(range(plan.runs)) or plan.position not in ("step", "time", "sigma"):
-        raise RecipeError(f"{path} is damaged: its full steps are no steps of it; make a new plan")
+    fitting = not plan.rows or [i for i, row in enumerate(plan.rows) if not row] == sorted(plan.full)
+    steps = set(range(plan.runs))
+    if not fitting or not set(plan.full) <= steps or plan.position not in ("step", "time", "sigma"):
+        raise RecipeError(
+            f"{path} is damaged: its full steps are no steps of it, or not those without weights; make a new plan"
+        )
     return plan
 
 

@@ -24,13 +24,15 @@ Streams = dict[Stream, torch.Tensor | None]
 class Steps:
     """Counts a scheduler's steps; says which are computed in full (`full`; None: all) and where in `places` they are.
 
-    `places` has "step", "time" and, where the scheduler has them, "sigma": what forecasts may count by. `begin` and
+    `places` has "step", "time" and, where the scheduler has them, "sigma": what forecasts may count by; `rows` are the
+    weights of what the newest full steps added, by step, and without them forecasts are lines. `begin` and
     `end` are called around every step, with the prediction and with the sample; `ready` with the number of timesteps.
     """
 
     scheduler: Any
     full: frozenset[int] | None = None
     position: str = "step"
+    rows: Sequence[Weights] = ()
     ready: Callable[[int], None] | None = None
     begin: Callable[[Any, Any], None] | None = None
     end: Callable[[Any], None] | None = None
@@ -57,6 +59,11 @@ class Steps:
             vars(self.scheduler).pop(name, None)
         for resting in self.resting:
             resting.remove()
+
+    @property
+    def history(self) -> int:
+        """How many full steps a forecast needs at most."""
+        return max((len(row) for row in self.rows), default=HISTORY)
 
     def reuses(self, step: int) -> bool:
         """Say whether a step's blocks rest."""
@@ -128,7 +135,7 @@ def _place(scheduler: Any, timestep: Any) -> int:
 class RestingBlocks:
     """The blocks of one transformer: computed at full steps, at others replaced by a forecast of what they add.
 
-    Every call within a step (with and without a condition) keeps what was added at its own last two full steps.
+    Every call within a step (with and without a condition) keeps what was added at its own last full steps.
     `watch` is shown the number of the call and what was added to the image's stream.
     """
 
@@ -192,13 +199,18 @@ class RestingBlocks:
     def _enter(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         self._entered = {"image": argument(block, "image", args, kwargs), "text": argument(block, "text", args, kwargs)}
         self._forecast, kept = None, self._kept.get(self.call, [])
-        if not self._steps.reuses(self._steps.step) or len(kept) < HISTORY:
+        needed = len(self._steps.rows[self._steps.step]) if self._steps.rows else HISTORY
+        if not self._steps.reuses(self._steps.step) or len(kept) < needed:
             return
         image, entered = kept[-1][1]["image"], self._entered["image"]
         if image is not None and entered is not None and image.shape == entered.shape:
             self._forecast = self._foretell(kept)
 
     def _foretell(self, kept: Sequence[tuple[int, Streams]]) -> Streams:
+        if self._steps.rows:
+            row = self._steps.rows[self._steps.step]
+            values = [value for _, value in kept[-len(row) :]]
+            return {stream: _sum([value[stream] for value in values], row) for stream in values[-1]}
         places = self._steps.places[self._steps.position][self._steps.first :]
         (before, old), (newest, new) = kept
         weights: Weights = taylor([places[before], places[newest]], places[self._steps.step], order=1)
@@ -222,7 +234,7 @@ class RestingBlocks:
             self._watch(self.call, image)
         if self._steps.full is not None:
             kept = self._kept.setdefault(self.call, [])
-            kept[:] = [*kept, (self._steps.step, added)][-HISTORY:]
+            kept[:] = [*kept, (self._steps.step, added)][-self._steps.history :]
         self._entered = {}
         self.call += 1
 
@@ -230,6 +242,19 @@ class RestingBlocks:
 def _line(old: torch.Tensor | None, new: torch.Tensor | None, weight: float) -> torch.Tensor | None:
     """A line through both: weights of a line add up to one."""
     return None if old is None or new is None else torch.add(new, new - old, alpha=-weight)
+
+
+def _sum(values: Sequence[torch.Tensor | None], weights: Weights) -> torch.Tensor | None:
+    """The weighted sum, of the newest and of differences from it: what a float of 16 bits rounds is small."""
+    newest = values[-1]
+    if newest is None:
+        return None
+    found = newest * sum(weights)
+    for value, weight in zip(values[:-1], weights, strict=False):
+        if value is None:
+            return None
+        found = torch.add(found, value - newest, alpha=weight)
+    return found
 
 
 def rest(
