@@ -145,8 +145,7 @@ comma := ,
 AT := 12 14 18 26
 FORECASTS := $(foreach k,$(AT),fitted:$(k) dpcache:$(k) solved:$(k)) $(foreach k,5 4 3 2,taylor-modules:$(k) dmd:$(k) foca:$(k))
 RULES := spectrum:3:1.5 spectrum:3:0.75 spectrum:2:0.25 spectrum:2:0.05 magcache:3:20 magcache:3:12 magcache:0.5:5 magcache:0.06:8 \
-	speca:0.25 speca:0.12:1 speca:0.07:1 speca:0.045 teacache:0.32 teacache:0.25 teacache:0.17 teacache:0.1 \
-	seacache:0.13 seacache:0.1 seacache:0.07 seacache:0.04
+	speca:0.25 speca:0.07:1 teacache:0.32 teacache:0.17 seacache:0.1 seacache:0.05
 TOKENS := tokencache:0.5:2:4,tokencache:0.8:3:6
 diffusion: $(VENV)/.dev
 	mkdir -p $(WORK)/diffusion

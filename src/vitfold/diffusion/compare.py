@@ -17,10 +17,11 @@ from vitfold.bench.measurement import Measurement, speed_up
 from vitfold.bench.pictures import FRECHET_IMAGES, psnr_db, ssim
 from vitfold.bench.statistics import Rise
 from vitfold.bench.timing import interleave
-from vitfold.diffusion import ReuseMethod, Sampled, find_method, sample, solve_steps
+from vitfold.diffusion import ReuseMethod, Sampled, find_method, full_steps, sample, solve_steps
 from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.judge import Judge, Verdict
 from vitfold.diffusion.opening import open_parts, prepare_predictor, reused_work
+from vitfold.diffusion.planners import Products
 from vitfold.diffusion.sampling import joined
 from vitfold.diffusion.schedulers import build_scheduler
 from vitfold.engines import Session
@@ -134,17 +135,22 @@ def diffuse(
     check_asked(model, asked)
     compression = compression or Compression()
     none = find_method("none")
+    executors: dict[Any, Session] = {}
+    known: dict[str, Products] = {}
     with contextlib.ExitStack() as stack:
 
         def opened(method: ReuseMethod, how: Compression) -> Variant:
-            say(f"writing the graphs of {method.text}{how.suffix}")
             predictor = None if method.ratio is None else prepare_predictor(model, method, asked.steps, asked.seed, say)
-            executor = stack.enter_context(
-                open_parts(model, method, compression=how, predictor=predictor, engine=engine, threads=threads)
-            )
+            graphs = (method.graphs, method.ratio, how is compression)
+            if graphs not in executors:
+                say(f"writing the graphs of {method.text}{how.suffix}")
+                executors[graphs] = stack.enter_context(
+                    open_parts(model, method, compression=how, predictor=predictor, engine=engine, threads=threads)
+                )
+            executor = executors[graphs]
             work = reused_work(model.spec, method, () if predictor is None else predictor.counts, how.r)
             name = f"{method.text}{how.suffix}"
-            method = settled(model, executor, method, asked)
+            method = settled(model, executor, method, asked, known)
             return Variant(name=name, method=method, executor=executor, asked=asked, reused_work=work)
 
         ways = [opened(none, Compression())]
@@ -201,7 +207,13 @@ def compare(
     return [_row(way, first.name, results[way.name], measured, shown, verdicts) for way in ways]
 
 
-def settled(model: DiffusionModelInfo, executor: Session, method: ReuseMethod, asked: SamplingConfig) -> ReuseMethod:
+def settled(
+    model: DiffusionModelInfo,
+    executor: Session,
+    method: ReuseMethod,
+    asked: SamplingConfig,
+    known: dict[str, Products] | None = None,
+) -> ReuseMethod:
     """Return the method with what it leaves to the model chosen, where nobody has yet."""
     if method.settled:
         return method
@@ -213,20 +225,23 @@ def settled(model: DiffusionModelInfo, executor: Session, method: ReuseMethod, a
         steps=asked.steps,
         sampler=asked.sampler,
         guidance=asked.guidance,
+        known=known,
     )
 
 
 def add_fewer_steps(model: DiffusionModelInfo, ways: list[Variant]) -> None:
     """Add the plain alternative to the last way: the first one, in as few steps as that one computes.
 
-    Steps are counted on the first batch; a pass without guidance is half of one.
+    Steps of methods that decide as they go are counted on the first batch; a pass without guidance is half of one.
     """
     first, last = ways[0], ways[-1]
     asked = last.asked
     if not last.method.reuses:
         return
-    found = draw(model, last.executor, last.method, replace(asked, labels=asked.labels[: asked.batch]))
-    steps = asked.steps - found.reused_steps // 2 if last.method.guidance else found.full_steps
+    full = sum(full_steps(last.method, asked.steps))
+    if last.method.threshold is not None:
+        full = draw(model, last.executor, last.method, replace(asked, labels=asked.labels[: asked.batch])).full_steps
+    steps = asked.steps - (asked.steps - full) // 2 if last.method.guidance else full
     if steps < asked.steps and all(way.name != fewer_name(steps) for way in ways):
         ways.append(replace(first, name=fewer_name(steps), asked=replace(first.asked, steps=steps)))
 

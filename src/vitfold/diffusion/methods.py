@@ -58,6 +58,11 @@ class ReuseMethod:
         return (self.planner is None or self.mask is not None) and (not self.fits or bool(self.rescale))
 
     @property
+    def graphs(self) -> tuple[str, int]:
+        """What decides which graphs it runs, but for counts of tokens."""
+        return self.cut, self.history
+
+    @property
     def is_static(self) -> bool:
         """Whether the same steps are computed for every image, by what the whole stack adds."""
         return self.cut == "stack" and self.threshold is None

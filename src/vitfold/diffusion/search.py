@@ -267,13 +267,8 @@ def _groups(none: ReuseMethod, steps: int, space: StepSpace) -> list[tuple[Reuse
     """Candidates by the graphs that they run; no two in a group need others."""
     fitted = sorted({count for share in space.fitted if LEAST_FITTED <= (count := round(share * steps)) < steps})
     methods = [none, *map(find_method, space.methods), *(find_method(f"fitted:{count}") for count in fitted)]
-    found = [list(group) for _, group in groupby(sorted(methods, key=_graphs), _graphs)]
+    found = [list(group) for _, group in groupby(sorted(methods, key=lambda one: one.graphs), lambda one: one.graphs)]
     return [(group[0], group) for group in found]
-
-
-def _graphs(method: ReuseMethod) -> tuple[str, int]:
-    """What decides which graphs a candidate runs."""
-    return method.cut, method.history
 
 
 def _fewer_steps(

@@ -34,13 +34,18 @@ def solve_steps(
     steps: int,
     sampler: str,
     guidance: float,
+    known: dict[str, Products] | None = None,
 ) -> ReuseMethod:
     """Return the method with what it leaves to the model chosen for as many steps; of eight images, drawn in full once.
+
+    `known` keeps their products for other methods of the same model, steps, sampler and guidance.
 
     Raises:
         RecipeError: if there are not more steps than are to be computed in full.
     """
     check_budget(method, steps)
+    if known and not method.fits:
+        return follow(method, known["products"])
     labels = np.linspace(0, spec.classes - 1, LABELS).round().astype(int).tolist()
     kept: list[Array] = []
     changes: list[float] = []
@@ -57,7 +62,10 @@ def solve_steps(
         return replace(method, rescale=fit_changes(changes, kept))
     found = np.stack(kept).astype(np.float32)
     gram = (found @ found.T).astype(np.float64)
-    return follow(method, Products(gram=gram, weights=step_weights(build_scheduler("ddim", schedule, steps))))
+    products = Products(gram=gram, weights=step_weights(build_scheduler("ddim", schedule, steps)))
+    if known is not None:
+        known["products"] = products
+    return follow(method, products)
 
 
 def check_budget(method: ReuseMethod, steps: int) -> None:
