@@ -11,6 +11,7 @@ from vitfold.diffusion import every_step
 from vitfold.diffusion.compare import SamplerRow, SamplingConfig, Variant, add_fewer_steps, check_asked, compare
 from vitfold.diffusion.judge import Judge
 from vitfold.diffusion.opening import method_of, open_steps, reused_work
+from vitfold.diffusion.peers import open_peers
 from vitfold.engines import DEFAULT
 from vitfold.errors import BundleError
 from vitfold.model import Array
@@ -25,11 +26,13 @@ def bench_steps(
     trials: int = 3,
     decode: Callable[[Array], Array] | None = None,
     judge: Judge | None = None,
+    peers: Sequence[str] = (),
     say: Say = lambda _: None,
 ) -> list[SamplerRow]:
     """Draw by every bundle; the first one with all steps in full is what the others are compared with.
 
-    `asked.steps` are those of the first bundle; others take as many as their own plans say.
+    `asked.steps` are those of the first bundle; others take as many as their own plans say. `peers` draw in torch,
+    image by image, in the same steps; cache-dit also in the full steps of the first bundle.
 
     Raises:
         BundleError: if the bundles are not of one model, or two have one name.
@@ -66,4 +69,6 @@ def bench_steps(
             work = reused_work(first.spec, method, steps.counts, plan.merge)
             ways.append(Variant(name=bundle.name, method=method, executor=executor, asked=own, reused_work=work))
             add_fewer_steps(first, ways)
+        opened = open_peers(peers, first, method_of(first), steps=asked.steps, sampler=asked.sampler) if peers else []
+        ways += [replace(ways[0], name=one.name, asked=asked, peer=one, reused_work=None) for one in opened]
         return compare(first, ways, engine=DEFAULT, trials=trials, decode=decode, judge=judge, say=say)

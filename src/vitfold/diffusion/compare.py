@@ -21,6 +21,7 @@ from vitfold.diffusion import ReuseMethod, Sampled, find_method, full_steps, sam
 from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.judge import Judge, Verdict
 from vitfold.diffusion.opening import open_parts, prepare_predictor, reused_work
+from vitfold.diffusion.peers import PeerPipeline
 from vitfold.diffusion.planners import Products
 from vitfold.diffusion.sampling import joined
 from vitfold.diffusion.schedulers import build_scheduler
@@ -55,13 +56,17 @@ class SamplingConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Variant:
-    """One way to draw what was asked for; `reused_work` is what a step that reuses computes of one in full."""
+    """One way to draw what was asked for; `reused_work` is what a step that reuses computes of one in full.
+
+    A peer draws by itself; otherwise the method does, by the executor.
+    """
 
     name: str
     method: ReuseMethod
     executor: Session
     asked: SamplingConfig
     reused_work: float | None = None
+    peer: PeerPipeline | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -176,11 +181,12 @@ def compare(
 
     def subject(way: Variant) -> Callable[[], None]:
         def run() -> None:
-            results[way.name] = draw(model, way.executor, way.method, way.asked)
+            results[way.name] = _drawn(model, way)
 
         return run
 
-    for way in ways:  # a few steps settle memory; a drawing is long enough that nothing else has to
+    # a few steps settle memory; a drawing is long enough that nothing else has to
+    for way in (one for one in ways if one.peer is None):
         settling = replace(way.asked, labels=way.asked.labels[: way.asked.batch], steps=min(4, way.asked.steps))
         draw(model, way.executor, replace(way.method, planner=None), settling)
     subjects = {way.name: subject(way) for way in ways}
@@ -264,6 +270,13 @@ def check_asked(model: DiffusionModelInfo, asked: SamplingConfig) -> None:
             f"{model.spec.classes - 1}"
         )
     build_scheduler(asked.sampler, model.schedule, asked.steps, learned_sigma=model.spec.learned_sigma)
+
+
+def _drawn(model: DiffusionModelInfo, way: Variant) -> Sampled:
+    if way.peer is None:
+        return draw(model, way.executor, way.method, way.asked)
+    asked = way.asked
+    return way.peer.draw(asked.labels, seed=asked.seed, steps=asked.steps, guidance=asked.guidance)
 
 
 def draw(model: DiffusionModelInfo, executor: Session, method: ReuseMethod, asked: SamplingConfig) -> Sampled:

@@ -27,12 +27,15 @@ from vitfold.model.dit import class_rows, timestep_embedding
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sampled:
-    """Samples in [-1, 1] (or latents), and how long every step took: those computed in full, and those that reused."""
+    """Samples in [-1, 1] (or latents), and how long every step took: those computed in full, and those that reused.
+
+    `kept_bytes` is None where somebody else keeps them.
+    """
 
     samples: Float[np.ndarray, "B C Y X"]
     full_ns: tuple[int, ...]
     reused_ns: tuple[int, ...]
-    kept_bytes: int
+    kept_bytes: int | None
 
     @property
     def full_steps(self) -> int:
@@ -163,7 +166,7 @@ def joined(found: Sequence[Sampled]) -> Sampled:
         samples=np.concatenate([batch.samples for batch in found]),
         full_ns=most.full_ns,
         reused_ns=most.reused_ns,
-        kept_bytes=max(batch.kept_bytes for batch in found),
+        kept_bytes=max((batch.kept_bytes for batch in found if batch.kept_bytes is not None), default=None),
     )
 
 

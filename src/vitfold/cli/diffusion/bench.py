@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from vitfold.artifacts.bundle import open_bundle
 from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.diffusion.drawing import SamplingArgs, draw_bundles
+from vitfold.cli.groups import listed
 from vitfold.cli.making import say_busy
 from vitfold.cli.terminal import note, out, print_json, steps, write_json
 from vitfold.report.tables import diffusion_table
@@ -20,6 +22,10 @@ from vitfold.report.tables import diffusion_table
 def bench(
     *,
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Bundles; the first is the baseline.")],
+    peers: Annotated[
+        str | None,
+        typer.Option(metavar="PEER,...", help="Beside them what others do on the same weights: diffusers, cache-dit."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 8,
     trials: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
     threads: options.Threads = None,
@@ -27,17 +33,24 @@ def bench(
     json: options.Json = False,
 ) -> None:
     """Time bundles of a diffusion model's steps by drawing one batch with each."""
-    bench_steps(bundles, batch, trials, threads, output, json=json)
+    bench_steps(bundles, batch, trials, threads, output, json=json, peers=listed(peers))
 
 
 def bench_steps(
-    bundles: list[Path], batch: int, trials: int, threads: int | None, output: Path | None, *, json: bool
+    bundles: list[Path],
+    batch: int,
+    trials: int,
+    threads: int | None,
+    output: Path | None,
+    *,
+    json: bool,
+    peers: Sequence[str] = (),
 ) -> None:
     """Draw one batch by every bundle; a model of latents is not decoded."""
     latent = open_bundle(bundles[0], steps=True).manifest.steps.latent
     asking = SamplingArgs(classes="all", count=batch, batch=batch, threads=threads, trials=trials, latents=latent)
     with steps("bench") as say:
-        found = draw_bundles(bundles, asking, None, None, say).document
+        found = draw_bundles(bundles, asking, None, None, say, peers).document
     if output is not None:
         write_json(output, found)
         note(f"raw samples: {output}")

@@ -196,6 +196,7 @@ def draw_bundles(
     judge: Judge | None,
     features: str | None,
     say: Callable[[str], None],
+    peers: Sequence[str] = (),
 ) -> Drawing:
     """Draw by bundles of steps, in turn.
 
@@ -209,7 +210,14 @@ def draw_bundles(
     first = bundles[0].manifest.steps
     decode, asked = asking.decoder(first), asking.asked(first, first.plan)
     rows = bench_steps(
-        bundles, asked, threads=asking.threads, trials=asking.trials, decode=decode, judge=judge, say=say
+        bundles,
+        asked,
+        threads=asking.threads,
+        trials=asking.trials,
+        decode=decode,
+        judge=judge,
+        peers=peers,
+        say=say,
     )
     plan = bundles[-1].manifest.steps.plan
     compression = {key: getattr(plan, key) for key in ("merge", "quant", "method")}
