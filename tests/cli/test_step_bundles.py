@@ -64,17 +64,31 @@ def test_a_bundle_draws_what_its_source_draws(stack: Path, source: str, tmp_path
     np.testing.assert_allclose(pixels[0], pixels[1], atol=2)
 
 
-def test_a_bundle_keeps_the_steps_that_were_chosen_for_it(source: str, tmp_path: Path) -> None:
-    path = tmp_path / "solved.fold"
-    run("diffusion", "optimize", source, *QUICK, "--reuse", "solved:4", "-o", path)
+@pytest.mark.parametrize("method", ["solved:4", "fitted:4:3"])
+def test_a_bundle_keeps_the_steps_that_were_chosen_for_it(method: str, source: str, tmp_path: Path) -> None:
+    path = tmp_path / "chosen.fold"
+    run("diffusion", "optimize", source, *QUICK, "--reuse", method, "-o", path)
     mask = run_json("inspect", path)["mask"]
     assert len(mask) == 4
+    weights = json.loads((path / "manifest.json").read_text())["weights"]
+    assert (weights is None) == method.startswith("solved")
+    assert weights is None or [i for i, row in enumerate(weights) if not row] == mask
     assert {0, 1, 4} <= set(mask)
     found = run_json("diffusion", "sample", path, "--classes", "1", "--trials", "1")
     assert found["rows"][1]["full_steps"] == 4
     assert "chosen for 5, not for 6; leave out --steps" in error(
         "diffusion", "sample", path, "--steps", "6", "--trials", "1"
     )
+
+
+def test_a_bundle_keeps_the_polynomial_that_was_fitted_for_it(source: str, tmp_path: Path) -> None:
+    path = tmp_path / "tea.fold"
+    run("diffusion", "optimize", source, *QUICK, "--reuse", "teacache:0.3", "-o", path)
+    values = json.loads((path / "manifest.json").read_text())
+    assert len(values["rescale"]) == 4
+    assert values["parts"] == ["condition", "front", "rest", "resume"]
+    found = run_json("diffusion", "sample", path, "--classes", "1", "--trials", "1")
+    assert found["rows"][1]["name"] == "tea"
 
 
 def test_bundles_beside_each_other(stack: Path, plain: Path, tmp_path: Path) -> None:
@@ -120,7 +134,7 @@ def test_a_search_writes_the_winner(source: str, tmp_path: Path) -> None:
     arguments = ("--steps", "8", "--reuse", "auto", "--min-psnr", "0", "--samples", "2", "--quant", "none")
     found = run_json("diffusion", "optimize", source, *arguments, "-o", tmp_path / "auto.fold")
     assert found["bounds"] == {"min_psnr_db": 0.0, "max_psnr_drop_db": None, "max_fid_rise": None}
-    assert {row["name"] for row in found["rows"]} >= {"none", "stack:2", "guidance:4", "solved:4", "none, 4 steps"}
+    assert {row["name"] for row in found["rows"]} >= {"none", "stack:2", "guidance:4", "fitted:4:4", "none, 4 steps"}
     chosen = "none" if found["held_out"]["winner"] is None else found["held_out"]["winner"]["reuse"]
     assert found["plan"]["reuse"] == chosen
     kept = run_json("inspect", tmp_path / "auto.fold")["search"]
