@@ -155,6 +155,8 @@ diffusion: $(VENV)/.dev
 	$(BIN)/vitfold diffusion optimize demo-dit --reuse auto --min-psnr 30 -o $(WORK)/diffusion/auto.fold --overwrite --json > results/diffusion-search.json
 	$(BIN)/vitfold diffusion optimize demo-dit --reuse none -o $(WORK)/diffusion/plain.fold --overwrite
 	$(BIN)/vitfold diffusion bench $(WORK)/diffusion/plain.fold $(WORK)/diffusion/auto.fold --batch 8 --trials 11 -o results/diffusion-bench.json
+	$(BIN)/vitfold diffusion optimize demo-dit --reuse fitted:14 -o $(WORK)/diffusion/f14.fold --overwrite
+	$(BIN)/vitfold diffusion bench $(WORK)/diffusion/f14.fold --peers diffusers,cache-dit --batch 10 --trials 1 -o results/diffusion-peers.json
 
 # Which checkpoints work, and how: small models of their classes, about 10 minutes.
 models: $(VENV)/.dev
