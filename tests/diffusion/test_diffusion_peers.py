@@ -8,7 +8,7 @@ import pytest
 
 from diffusing import write_folder
 from vitfold.artifacts.bundle import Bundle
-from vitfold.artifacts.steps import StepPlan
+from vitfold.artifacts.steps import SamplingPlan
 from vitfold.diffusion import find_method
 from vitfold.diffusion.bench import bench_steps
 from vitfold.diffusion.compare import SamplingConfig
@@ -25,7 +25,7 @@ ASKED = SamplingConfig(labels=(0, 2), seed=3, steps=STEPS, sampler="ddim", guida
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder: Path = tmp_path_factory.mktemp("peers")
     model = load_dit(f"hf:{write_folder(folder / 'dit')}")
-    plan = StepPlan(reuse="fitted:7:2", steps=STEPS, sampler="ddim", guidance=2.0)
+    plan = SamplingPlan(reuse="fitted:7:2", steps=STEPS, sampler="ddim", guidance=2.0)
     return save_steps(model, plan, find_method(plan.reuse), Compression(), folder / "a.fold")
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitfold.artifacts.steps import DiffusionModelInfo
 from vitfold.diffusion.methods import ReuseMethod, find_method, full_steps
 from vitfold.diffusion.sampling import Sampled
 from vitfold.diffusion.schedulers import build_scheduler
 from vitfold.errors import EngineError, RecipeError, SourceError, nearest
-from vitfold.model import DiffusionModelInfo
 from vitfold.sources.dit import DEMO_DIT, demo_dit_folder
 
 NULL = 1000
