@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from diffusing import build_tiny_dit
 from vitfold import pipeline
-from vitfold.artifacts.steps import StepPlan
+from vitfold.artifacts.steps import SamplingPlan
 from vitfold.cli.app import app
 from vitfold.diffusion.compression import compress
 from vitfold.diffusion.methods import find_method
@@ -26,7 +26,7 @@ pytest.importorskip("diffusers", reason="diffusers is not installed")
 @pytest.fixture(scope="module")
 def bundles(tiny_model: Callable[..., Model], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
-    plan = StepPlan(reuse="stack:2", steps=5, sampler="ddim", guidance=1.5)
+    plan = SamplingPlan(reuse="stack:2", steps=5, sampler="ddim", guidance=1.5)
     model = build_tiny_dit()
     save_steps(model, plan, find_method("stack:2"), compress(model), folder / "steps.fold")
     encoder, arrays = tiny_model(outputs=0, output="image_embeds"), tiny_model()
