@@ -1,6 +1,9 @@
 """How `vitfold serve` stands a load, beside a server written by hand with FastAPI and ONNX Runtime.
 
+    pip install fastapi python-multipart
     python examples/serve_load.py BUNDLE FOLDER OUT.json [--seconds 120] [--clients 8] [--threads 1]
+
+BUNDLE has no labels (`--num-classes 10` without class folders): the server by hand answers with numbers.
 
 Clients on loopback post files of images one after the other, each waiting for its answer; one request in ten is
 malformed. Both servers run at the same time on ports of their own, and take turns of ten seconds under the load, so
