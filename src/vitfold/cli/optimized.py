@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vitfold.cli.terminal import heading, note, out, print_json
+from vitfold.ops.count import IntegerWork, integer_work
 from vitfold.ops.energy import energy_of
 from vitfold.pipeline import count_costs
 from vitfold.recipe import MergeRecipe
@@ -71,7 +72,6 @@ def report_made(made: OptimizeResult, measured: RemedySearchResult | None, *, js
 
 
 def _planned(folded: Plan) -> dict[str, Any]:
-    macs = sum(cost.macs for cost in folded.costs())
     base = folded.recipe.merge
     quant, executed = folded.recipe.quant, folded.executed()
     original = energy_of(count_costs(folded.model.spec, MergeRecipe(r=())))
@@ -82,19 +82,16 @@ def _planned(folded: Plan) -> dict[str, Any]:
         "schedule": describe_r(base.r),
         "quantization": None if quant is None else f"{quant.scheme} by {quant.method}",
         "simulated": folded.simulated,
-        "integer": _integer(folded),
+        "integer": None if folded.quantizers is None else _integer(integer_work(executed)),
         "tokens": list(folded.tokens),
-        "macs": macs,
+        "macs": sum(cost.macs for cost in executed),
         "weight_bytes": folded.model.size_bytes,
         "bytes": sum(cost.activation_bytes + cost.weight_bytes for cost in executed),
         "energy": {**energy_of(executed).to_dict(), "original_uj": original.total_uj},
     }
 
 
-def _integer(folded: Plan) -> dict[str, Any] | None:
-    if folded.quantizers is None:
-        return None
-    work = folded.integer_work()
+def _integer(work: IntegerWork) -> dict[str, Any]:
     return {"macs_ratio": work.integer_ratio, "dequantized_operands": work.dequantized_operands}
 
 

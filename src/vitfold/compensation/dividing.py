@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vitfold.architectures.programs import UNMERGED, plain_program, program_of
 from vitfold.compensation.narrowing import Narrowing, prunable
-from vitfold.compensation.pruning import kept_by_count, with_bias
-from vitfold.compensation.ridge import RidgeSums, no_sums
+from vitfold.compensation.pruning import CHOOSING_RIDGE, kept_by_count, weight_of
+from vitfold.compensation.ridge import PREFIX_WEIGHT, RidgeSums, no_sums
 from vitfold.compensation.showing import BATCH, divided, mean_error, named, run, showing
 from vitfold.compensation.streams import Streams
 from vitfold.errors import RecipeError
@@ -25,8 +25,6 @@ from vitfold.recipe import WIDTH_STEP, PruneRecipe
 from vitfold.transforms.merging import stream_name
 
 DIVIDING_IMAGES = 512
-RIDGE = 0.01
-PREFIX_WEIGHT = 16.0
 _EIGHTHS = (7, 6, 5, 4, 3, 2, 1, 0.5)
 _MOST_HEADS = 8
 _HALVINGS = 60
@@ -146,10 +144,7 @@ def _add(into: RidgeSums, x: Float[Tensor, "B N I"], y: Float[Tensor, "B N O"], 
 def _narrower(one: Narrowing, sums: RidgeSums) -> Iterator[tuple[int, Mapping[str, Array]]]:
     """Yield parameters of the layer with zeros for what goes, for every count that is tried."""
     for count, kept in kept_by_count(sums.square, sums.cross, counts_of(one), one.width):
-        columns = with_bias(kept, one.width, len(sums.square) - 1)
-        some = RidgeSums(sums.square[columns][:, columns], sums.cross[:, columns])
-        weight = torch.zeros_like(sums.cross)
-        weight[:, columns] = some.change(RIDGE)
+        weight = weight_of(sums, one.values(kept), CHOOSING_RIDGE)
         yield count, {f"{one.layer}.weight": weight[:, :-1].numpy(), f"{one.layer}.bias": weight[:, -1].numpy()}
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from vitfold.architectures.programs import plain_program, shapes_of
+from vitfold.compensation.pruning import columns_of
 from vitfold.errors import RecipeError
 from vitfold.model import Architecture, Array, Model, ViTSpec
 from vitfold.ops.protocol import Ops
@@ -37,7 +38,7 @@ class Narrowing:
 
     def values(self, kept: Int[Tensor, " K"]) -> Int[Tensor, " V"]:
         """Return which values those of `kept` are."""
-        return (kept[:, None] * self.width + torch.arange(self.width)).flatten()
+        return columns_of(kept, self.width)
 
 
 def narrowings(spec: Architecture, program: Program, prune: PruneRecipe) -> Mapping[str, Narrowing]:

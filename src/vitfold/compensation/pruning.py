@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitfold.compensation.ridge import JITTER, RidgeSums
 
-_CHOOSING_RIDGE = 0.01
+CHOOSING_RIDGE = 0.01
 _LEAST = 1e-30
 _STEPS = 128
 """In how many steps units go, at least; in each all weights are fitted anew."""
@@ -33,7 +33,7 @@ def kept_by_count(
     Source: Optimal Brain Surgeon (Hassibi and Stork, 1993) for weights, ZipLM (2302.04089) for columns and heads.
     """
     held = square.double().clone()
-    held.diagonal()[:-1].add_(_CHOOSING_RIDGE * held.diagonal()[:-1].mean())
+    held.diagonal()[:-1].add_(CHOOSING_RIDGE * held.diagonal()[:-1].mean())
     held.diagonal()[-1].mul_(1.0 + JITTER)
     inverse = torch.linalg.inv(held)
     weight = cross.double() @ inverse
@@ -46,7 +46,7 @@ def kept_by_count(
             cost[~stays] = torch.inf
             going = torch.topk(cost, min(group, surplus), largest=False).indices
             stays[going] = False
-            columns = (going[:, None] * width + torch.arange(width)).flatten()
+            columns = columns_of(going, width)
             reach = inverse[:, columns]
             step = torch.linalg.solve(inverse[columns][:, columns], reach.T)
             weight -= weight[:, columns] @ step
@@ -98,12 +98,10 @@ def fit_narrow(
     weight = weight.double()
     cross = sums.cross.double() + weight @ sums.square.double()
     ((_, kept),) = kept_by_count(sums.square, cross, (units,), width)
-    columns = with_bias(kept, width, len(sums.square) - 1)
-    some = RidgeSums(sums.square[columns][:, columns], cross[:, columns])
+    some = RidgeSums(sums.square, cross)
     outputs, best = held_out.remaining(-weight), None
     for ridge in ridges:
-        found = torch.zeros_like(weight)
-        found[:, columns] = some.change(ridge).double()
+        found = weight_of(some, columns_of(kept, width), ridge).double()
         left = held_out.remaining(found - weight) / max(outputs, _LEAST)
         if best is None or left < best.left:
             best = NarrowFit(kept=kept, weight=found.float(), ridge=ridge, left=left)
@@ -111,6 +109,14 @@ def fit_narrow(
     return best
 
 
-def with_bias(kept: Int[Tensor, " K"], width: int, bias: int) -> Int[Tensor, " C"]:
-    """Return the columns of units, and that of the bias behind them."""
-    return torch.cat(((kept[:, None] * width + torch.arange(width)).flatten(), torch.tensor([bias])))
+def weight_of(sums: RidgeSums, columns: Int[Tensor, " C"], ridge: float) -> Float[Tensor, "O J"]:
+    """Return the weight that reads only some columns, and the bias behind them; zeros for the others."""
+    read = torch.cat((columns, torch.tensor([len(sums.square) - 1])))
+    weight = torch.zeros(sums.cross.shape)
+    weight[:, read] = RidgeSums(sums.square[read][:, read], sums.cross[:, read]).change(ridge)
+    return weight
+
+
+def columns_of(units: Int[Tensor, " K"], width: int) -> Int[Tensor, " C"]:
+    """Return the columns of units that have `width` of them each."""
+    return (units[:, None] * width + torch.arange(width)).flatten()

@@ -20,7 +20,7 @@ from torch import Tensor
 from vitfold.architectures.programs import UNMERGED, plain_program, program_of
 from vitfold.compensation.narrowing import narrowed, narrowings
 from vitfold.compensation.pruning import fit_narrow
-from vitfold.compensation.ridge import Fit, RidgeSums, fit_change, no_sums
+from vitfold.compensation.ridge import PREFIX_WEIGHT, Fit, RidgeSums, fit_change, no_sums
 from vitfold.compensation.showing import BATCH, divided, mean_error, named, run, showing
 from vitfold.compensation.streams import LIMIT_BYTES, Columns, Streams
 from vitfold.errors import CalibrationError, RecipeError
@@ -38,8 +38,6 @@ LEAST_IMAGES = 256
 MOST_IMAGES = 2048
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Shares of the mean second moment of a layer's inputs."""
-PREFIX_WEIGHT = 16.0
-"""How many original tokens a row of the prefix counts as: classifiers read it."""
 PATCH_ROWS = 64
 """Rows of patches that are looked at per image: more of them are worth as much as more images, and cost less."""
 

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+PREFIX_WEIGHT = 16.0
+"""How many original tokens a row of the prefix counts as: classifiers read it."""
 JITTER = 1e-6
 """What keeps the bias's equation regular, as a share of its own moment."""
 

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from vitfold.architectures.programs import forward
+from vitfold.architectures.programs import forward, plain_program
 from vitfold.artifacts.bundle import MAIN, QUANTIZERS, WEIGHTS, Bundle
 from vitfold.engines.session import OPEN_AXIS, Ends
 from vitfold.engines.torch import TorchSession
@@ -22,6 +22,7 @@ from vitfold.model.params import check_params
 from vitfold.ops.half import Half
 from vitfold.ops.protocol import Port
 from vitfold.ops.simulate import Simulate
+from vitfold.program.queries import attentions_of
 from vitfold.quantizer import Float8, Quantizer, Shifted, Uniform, load_quant_params
 from vitfold.recipe import MergeRecipe
 from vitfold.storage.ordinary import check_ordinary
@@ -104,7 +105,8 @@ def _fits(site: str, quantizer: Quantizer, spec: Architecture, weights: Mapping[
     else:
         axis, count = None, 0
     if operand in ("q", "k", "v", "softmax"):
-        return axis is None or (axis == 1 and count in (spec.num_heads, *getattr(spec, "block_heads", ())))
+        heads = {node.site: node.shapes[0][1] for node in attentions_of(plain_program(spec))}
+        return axis is None or (axis == 1 and count == heads.get(layer))
     weight = weights.get(f"{layer}.weight", weights.get(f"{layer.rpartition('.')[0]}.weight"))
     if weight is None or (operand == "w" and axis not in (None, 0)) or axis == 1:
         return False
