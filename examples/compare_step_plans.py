@@ -13,63 +13,27 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import cache_dit
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from diffusers.hooks import (
-    FirstBlockCacheConfig,
-    HookRegistry,
-    TaylorSeerCacheConfig,
-    apply_first_block_cache,
-    apply_taylorseer_cache,
-)
-from diffusers.hooks.hooks import CacheContext, _set_cache_context
+from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 import vitfold
 from vitfold.bench.environment import busy_remark, environment
 from vitfold.bench.pictures import psnr_db
+from vitfold.diffusion.peers import PEERS, class_pipeline, forget
 from vitfold.sources.dit import demo_dit_folder
 
 STEPS, GUIDANCE, CLASSES, SEEDS = 50, 1.5, 10, 2
 BUDGETS = (12, 14, 18, 26)
-NULL = 1000
-"""The class that DiTPipeline takes for none."""
-
-
-class Pixels(torch.nn.Module):
-    """In the place of a VAE: latents are pixels."""
-
-    config = SimpleNamespace(scaling_factor=1.0)
-    device, dtype = torch.device("cpu"), torch.float32
-
-    def decode(self, latents: torch.Tensor) -> SimpleNamespace:
-        """Return what came in."""
-        return SimpleNamespace(sample=latents)
 
 
 def build() -> Any:
-    """Return the demo as a DiTPipeline, whose table of classes has the demo's ten and the pipeline's null class."""
+    """Return the demo as a DiTPipeline."""
     folder = demo_dit_folder()
-    small = DiTTransformer2DModel.from_pretrained(folder)
-    config = {**small.config, "num_embeds_ada_norm": NULL}
-    large = DiTTransformer2DModel.from_config(config)
-    state = large.state_dict()
-    for name, weight in small.state_dict().items():
-        if weight.shape == state[name].shape:
-            state[name] = weight
-        else:
-            state[name] = torch.zeros_like(state[name])
-            state[name][:CLASSES], state[name][NULL] = weight[:CLASSES], weight[-1]
-    large.load_state_dict(state)
-    pipe = DiTPipeline(
-        transformer=large.eval(), vae=Pixels(), scheduler=DDIMScheduler.from_pretrained(folder / "scheduler")
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    return class_pipeline(DiTTransformer2DModel.from_pretrained(folder), scheduler, CLASSES)
 
 
 @contextmanager
@@ -92,34 +56,12 @@ def planned(plan: Any) -> Callable[[Any], Any]:
     return install
 
 
-def hooked(apply: Callable[[Any, Any], None], config: Any) -> Callable[[Any], Any]:
-    """Draw with a hook of diffusers; a pipeline is made anew, since not all hooks come off."""
+def installed(apply: Callable[[Any], None]) -> Callable[[Any], Any]:
+    """Draw with what a peer installs; a pipeline is made anew, since not all of it comes off."""
 
     @contextmanager
     def install(pipe: Any) -> Iterator[None]:
-        apply(pipe.transformer, config)
-        yield
-
-    return install
-
-
-def cached(mask: list[int]) -> Callable[[Any], Any]:
-    """Draw with cache-dit, a mask and its Taylor series of order one."""
-
-    @contextmanager
-    def install(pipe: Any) -> Iterator[None]:
-        cache_dit.enable_cache(
-            pipe,
-            cache_config=cache_dit.DBCacheConfig(
-                Fn_compute_blocks=1,
-                Bn_compute_blocks=0,
-                max_warmup_steps=2,
-                num_inference_steps=STEPS,
-                steps_computation_mask=mask,
-                steps_computation_policy="static",
-            ),
-            calibrator_config=cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1),
-        )
+        apply(pipe)
         yield
 
     return install
@@ -141,10 +83,7 @@ class Subject:
 
     def draw(self, label: int, seed: int) -> None:
         """Draw one image."""
-        for module in self.pipe.transformer.modules():
-            if isinstance(getattr(module, "_diffusers_hook", None), HookRegistry):
-                module._diffusers_hook.reset_stateful_hooks(recurse=False)
-        _set_cache_context(self.pipe.transformer, CacheContext("all"))
+        forget(self.pipe.transformer)
         began = time.perf_counter()
         found = self.pipe(
             [label],
@@ -180,20 +119,12 @@ def subjects() -> Iterator[Subject]:
         )
         print(plan, flush=True)
         yield Subject(f"plan, {full} full", planned(plan))
-        yield Subject(f"cache-dit, the plan's mask, {full} full", cached([int(one) for one in plan.mask]))
+        by_mask, *_ = PEERS["cache-dit"]([int(one) for one in plan.mask], STEPS)
+        yield Subject(f"cache-dit, the plan's mask, {full} full", installed(by_mask[1]))
         yield Subject(f"plainly {full} steps", plain, full)
-    yield Subject("cache-dit's mask fast", cached(cache_dit.steps_mask(total_steps=STEPS, mask_policy="fast")))
-    for threshold in (0.06, 0.08, 0.1, 0.12):
-        config = FirstBlockCacheConfig(threshold=threshold)
-        yield Subject(f"FirstBlockCache {threshold}", hooked(apply_first_block_cache, config))
-    for interval in (2, 3):
-        config = TaylorSeerCacheConfig(
-            cache_interval=interval,
-            max_order=1,
-            taylor_factors_dtype=torch.float32,
-            cache_identifiers=[r"transformer_blocks\.\d+\.(attn1|ff)"],
-        )
-        yield Subject(f"TaylorSeer per module, interval {interval}", hooked(apply_taylorseer_cache, config))
+    for name in ("cache-dit", "diffusers"):
+        for setting, apply in PEERS[name]([], STEPS):
+            yield Subject(setting, installed(apply))
 
 
 def main(out: Path) -> None:

@@ -67,7 +67,7 @@ class PeerPipeline:
         return Sampled(samples=np.concatenate(found), full_ns=most[0], reused_ns=most[1], kept_bytes=None)
 
     def _draw_one(self, label: int, seed: int, steps: int, guidance: float) -> Any:
-        _forget(self.pipe.transformer)
+        forget(self.pipe.transformer)
         marks = [(time.perf_counter_ns(), self.computed)]
         inner = type(self.pipe.scheduler).step
 
@@ -117,7 +117,7 @@ def open_peers(
     opened = []
     for text, install in found:
         scheduler = build_scheduler(sampler, model.schedule, steps, learned_sigma=model.spec.learned_sigma)
-        pipe = _pipeline(transformer, scheduler, model.spec.classes)
+        pipe = class_pipeline(transformer, scheduler, model.spec.classes)
         install(pipe)
         opened.append(PeerPipeline(name=text, pipe=pipe))
     return opened
@@ -135,8 +135,8 @@ def _transformer(source: str) -> Any:
     return DiTTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
 
 
-def _pipeline(small: Any, scheduler: Any, classes: int) -> Any:
-    """A DiTPipeline, whose table of classes has the model's own and the pipeline's null class."""
+def class_pipeline(small: Any, scheduler: Any, classes: int) -> Any:
+    """Return a DiTPipeline, whose table of classes has the model's own and the pipeline's null class."""
     from diffusers import DiTPipeline, DiTTransformer2DModel
 
     large = DiTTransformer2DModel.from_config({**small.config, "num_embeds_ada_norm": NULL})
@@ -207,7 +207,7 @@ PEERS = {"diffusers": _by_diffusers, "cache-dit": _by_cache_dit}
 """Settings by the name of the package, from the full steps of a bundle and the number of steps."""
 
 
-def _forget(transformer: Any) -> None:
+def forget(transformer: Any) -> None:
     """Let hooks of diffusers begin a new image."""
     from diffusers.hooks import HookRegistry
     from diffusers.hooks.hooks import CacheContext, _set_cache_context
