@@ -103,14 +103,15 @@ def test_attention_that_is_partly_quantized_is_explained(tiny_model, written, le
 
 def test_attention_beyond_512_tokens_is_explained_before_and_after_the_build(tiny_model, written):
     model = tiny_model(**{**WIDE, "image_size": (384, 384), "num_layers": 1})
-    foretold = check_attention(64, [577])
+    foretold = check_attention([64], [577])
     assert foretold is not None
     assert foretold.where == ("blocks.0.attn",)
     found = audit_graph(written(model, "tensorrt-int8", quantizers(model, "tensorrt-int8")), gpu="sm86")
     (explained,) = [finding for finding in found.findings if finding.kind == "unfused attention"]
     assert "512 tokens" in explained.cause
-    assert check_attention(64, [512, 400]) is None
-    assert "width 48" in check_attention(48, [100]).cause
+    assert check_attention([64, 32], [512, 400]) is None
+    assert "width 48" in check_attention([48], [100]).cause
+    assert check_attention([64, 40], [100, 100]).where == ("blocks.1.attn",)
 
 
 def test_dynamic_batches_and_other_gpus_have_the_same_kernels(tiny_model, written):

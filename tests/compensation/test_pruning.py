@@ -166,6 +166,61 @@ def test_the_head_that_nothing_needs_goes_and_costs_nothing(tiny_model) -> None:
     assert error(outputs(model), outputs(done.model)) < 1e-3
 
 
+THIN = PruneRecipe(heads=(2, 4), head_dims=(8, 4), units=(128, 96))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_become_narrower(kind: str, tiny_model) -> None:
+    model = tiny_model(mlp_dim=128, **KINDS[kind])
+    assert model.spec.head_dim == 8
+    done = compensate(model, NONE, drawn(512), prune=THIN)
+    spec = done.model.spec
+    assert (spec.block_heads, spec.block_head_dims, spec.num_heads, spec.head_dim) == ((2, 4), (8, 4), 4, 8)
+    assert done.model.params["blocks.1.attn.qkv.weight"].shape == (3 * 4 * 4, 32)
+    assert [one.head_dim for one in done.refits if one.layer.endswith("proj")] == [None, 4]
+    exact = outputs(model)
+    assert error(exact, outputs(done.model)) < 0.6 * error(exact, outputs(cut_to_width(model, THIN)))
+    assert spec_from_dict(json.loads(json.dumps(spec_to_dict(spec)))) == spec
+
+
+def test_heads_of_low_rank_lose_nothing_as_narrow_ones(tiny_model) -> None:
+    """Queries, keys and values of rank 4 that are turned at random, so that no column by itself can go."""
+    model = tiny_model(num_heads=4)
+    params, draw = dict(model.params), torch.Generator().manual_seed(3)
+    for block in range(2):
+        name = f"blocks.{block}.attn.qkv"
+        weight = torch.from_numpy(params[f"{name}.weight"]).reshape(3, 4, 8, -1)
+        turns = torch.linalg.qr(torch.randn(3, 4, 8, 8, generator=draw)).Q[..., :4]
+        params[f"{name}.weight"] = (turns @ (turns.mT @ weight)).reshape(96, -1).numpy()
+        bias = torch.from_numpy(params[f"{name}.bias"]).reshape(3, 4, 8, 1)
+        params[f"{name}.bias"] = (turns @ (turns.mT @ bias)).flatten().numpy()
+    model = model.with_params(model.spec, params)
+    done = compensate(model, NONE, drawn(512), prune=PruneRecipe(head_dims=(4, 4)))
+    assert (done.model.spec.head_dim, done.model.spec.block_head_dims) == (4, ())
+    assert error(outputs(model), outputs(done.model)) < 1e-3
+
+
+def test_a_constant_on_all_keys_does_not_count(tiny_model) -> None:
+    """It changes no softmax, however large it is, so no direction of a narrower head is spent on it."""
+    model = tiny_model(num_heads=4)
+    shifted = dict(model.params)
+    for block in range(2):
+        name = f"blocks.{block}.attn.qkv.bias"
+        shifted[name] = shifted[name].copy()
+        shifted[name][32:64] += 30.0 * torch.randn(32, generator=torch.Generator().manual_seed(block)).numpy()
+    moved = model.with_params(model.spec, shifted)
+    narrow = PruneRecipe(head_dims=(4, 4))
+    assert error(outputs(model), outputs(moved)) < 1e-6
+    both = [compensate(one, NONE, drawn(512), prune=narrow).error_after for one in (model, moved)]
+    assert both[1] == pytest.approx(both[0], rel=0.02)
+
+
+def test_heads_behind_norms_of_queries_stay_as_wide_as_they_are(tiny_model) -> None:
+    with pytest.raises(RecipeError, match="heads of block 0 cannot be narrower"):
+        compensate(tiny_model(qk_norm=True), NONE, drawn(512), prune=PruneRecipe(head_dims=(4, 4)))
+    assert measure_losses(tiny_model(qk_norm=True), drawn(512)).head_dims == ()
+
+
 def test_merging_matches_by_the_heads_that_stay(tiny_model) -> None:
     """What was refitted is what is deployed: the error that the record tells is that of the model."""
     model, merge = tiny_model(mlp_dim=128), MergeRecipe(r=(4, 4), order="index")
@@ -213,13 +268,13 @@ def test_of_all_divisions_the_best_is_found() -> None:
     losses = Losses(
         heads=({3: 0.0, 2: 0.1, 1: 0.5}, {3: 0.0, 2: 0.3, 1: 0.4}), units=({64: 0.0, 32: 0.2}, {64: 0.0, 32: 1.0})
     )
-    costs = [(32.0, 1.0), (16.0, 1.0)]
-    whole = 3 * 32 + 3 * 16 + 2 * 64
+    costs = [(96.0, 64.0), (48.0, 64.0)]
+    whole = sum(map(sum, costs))
     for share in (0.1, 0.2, 0.25, 0.4):
         found = divide(losses, costs, share)
 
         def lost(heads: tuple[int, ...], units: tuple[int, ...]) -> tuple[float, float]:
-            cost = sum(c[0] * h + c[1] * u for c, h, u in zip(costs, heads, units, strict=True))
+            cost = sum(c[0] * h / 3 + c[1] * u / 64 for c, h, u in zip(costs, heads, units, strict=True))
             return cost, sum(of[h] for of, h in zip(losses.heads, heads, strict=True)) + sum(
                 of[u] for of, u in zip(losses.units, units, strict=True)
             )

@@ -48,7 +48,7 @@ _SIZE: Range = (1, 2**16)
 _WIDTH: Range = (1, 2**20)
 _SPEC: dict[str, Range] = {
     **dict.fromkeys(("image_size", "patch_size"), _SIZE),
-    **dict.fromkeys(("channels", "num_layers", "num_heads", "head_dim", "block_heads"), _SIZE),
+    **dict.fromkeys(("channels", "num_layers", "num_heads", "head_dim", "block_heads", "block_head_dims"), _SIZE),
     **dict.fromkeys(("embed_dim", "mlp_dim", "block_mlp_dims"), _WIDTH),
     **dict.fromkeys(("registers", "map_heads", "map_mlp_width", "outputs"), (0, 2**24)),
     "norm_eps": (0.0, 1.0),
@@ -61,6 +61,7 @@ _PREPROCESS: dict[str, Range] = {
 _RECIPE: dict[str, Range] = {
     "units": _WIDTH,
     "heads": _SIZE,
+    "head_dims": _SIZE,
     "r": (0, 2**24),
     "calibration_size": (1, 2**31),
     "seed": (-(2**63), 2**63),
@@ -188,7 +189,7 @@ def _compensation(values: dict[str, Any] | None) -> dict[str, Any] | None:
         entry(section(layer, at), "layer", str, at)
         entry(layer, "ridge", float | None, at, (0.0, 1e9))
         entry(layer, "left_ratio", float, at, (-1.0, 1e9))
-        for key in ("units", "heads"):
+        for key in ("units", "heads", "head_dim"):
             if key in layer:
                 entry(layer, key, int, at, _WIDTH)
     return values

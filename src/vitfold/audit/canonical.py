@@ -71,7 +71,7 @@ def _attention(
     """Splitting q, k and v, which makes the metric too; attention; a copy where it is FP16 between INT8 products."""
     width = shape.heads * shape.head_width
     codes = _HALF if precision == "fp16" else 1
-    turned = precision == "int8" and check_attention(shape.head_width, (tokens,)) is not None
+    turned = precision == "int8" and check_attention((shape.head_width,), (tokens,)) is not None
     operands = _HALF if turned else codes
     kernels = [
         _kernel("attn.split", "fused", rows * (3 * width * (_HALF + operands) + metric)),

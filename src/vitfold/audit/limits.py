@@ -27,17 +27,20 @@ class Finding:
         return {**asdict(self), "where": list(self.where)}
 
 
-def check_attention(head_width: int, tokens: Sequence[int]) -> Finding | None:
-    """Say before any build that attention in INT8 cannot be one kernel: in which blocks, and why.
+def check_attention(head_widths: Sequence[int], tokens: Sequence[int]) -> Finding | None:
+    """Say before any build that attention in INT8 cannot be one kernel: in which blocks (none: in all), and why.
 
     Args:
+        head_widths: how wide the heads of each block are.
         tokens: how many enter each block.
     """
-    if head_width not in INT8_ATTENTION_WIDTHS:
+    odd = [block for block, width in enumerate(head_widths) if width not in INT8_ATTENTION_WIDTHS]
+    if odd:
+        widths = ", ".join(map(str, sorted({head_widths[block] for block in odd})))
         return Finding(
             kind="attention cannot fuse",
-            where=(),
-            cause=f"heads of width {head_width}; TensorRT fuses INT8 attention of width 32 and 64 only",
+            where=() if len(odd) == len(head_widths) else tuple(f"blocks.{block}.attn" for block in odd),
+            cause=f"heads of width {widths}; TensorRT fuses INT8 attention of width 32 and 64 only",
             cure="keep attention in FP16 (quant.attention = false), or use --target tensorrt-fp8: it fuses every width",
         )
     long = [block for block, count in enumerate(tokens) if count > INT8_ATTENTION_TOKENS]

@@ -161,9 +161,9 @@ def _compensated(record: Mapping[str, Any]) -> str:
     """What refitted layers gained on held-out images."""
     refitted = sum(layer["ridge"] is not None for layer in record["layers"])
     left = []
-    for key, name in (("heads", "heads"), ("units", "hidden units")):
+    for key, name in (("heads", "heads left"), ("head_dim", "values a head"), ("units", "hidden units left")):
         counts = sorted({layer[key] for layer in record["layers"] if key in layer})
-        left += [f"{' or '.join(map(str, counts))} {name} left"] if counts else []
+        left += [f"{' or '.join(map(str, counts))} {name}"] if counts else []
     if left:
         return (
             f"{refitted} layers on {record['images']} images, {', '.join(left)}; error of the output "

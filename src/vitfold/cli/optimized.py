@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vitfold.pipeline import Plan, Race, Solution
     from vitfold.registers import RemedySearchResult
 
+PRUNED = {"heads": "heads", "head_dims": "widths of the heads", "units": "hidden units"}
+"""What `[prune]` names for every block, and what it is called."""
 _MEASURED = (
     ("agreement", "agree with the unfolded model"),
     ("top1", "top-1"),
@@ -137,7 +139,7 @@ def _pruned(prune: dict[str, Any]) -> str:
     """What of the blocks goes, or stays."""
     if "mlp" in prune:
         return f"{percent(prune['mlp'])} of the hidden units of every MLP"
-    kept = (f"{name} of each block {' '.join(map(str, prune[name]))}" for name in ("heads", "units") if name in prune)
+    kept = (f"{PRUNED[name]} of each block {' '.join(map(str, prune[name]))}" for name in PRUNED if name in prune)
     return ", ".join(kept)
 
 

@@ -119,8 +119,8 @@ Prune = Annotated[
     typer.Option(
         "--prune",
         metavar="SHARE",
-        help="Take this share of the blocks' work away (0.3): the heads and hidden units that the output needs least, "
-        "found on --images and refitted on them (2000 are good, labels are not used).",
+        help="Take this share of the blocks' work away (0.3): heads, their widths and hidden units that the output "
+        "needs least, found on --images and refitted on them (2000 are good, labels are not used).",
         rich_help_panel=RECIPE,
     ),
 ]

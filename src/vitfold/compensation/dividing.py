@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitfold.architectures.programs import UNMERGED, plain_program, program_of
-from vitfold.compensation.narrowing import Narrowing, prunable
-from vitfold.compensation.pruning import CHOOSING_RIDGE, kept_by_count, weight_of
+from vitfold.compensation.factoring import Moments, factor_values, lower_scores, no_moments
+from vitfold.compensation.narrowing import Narrowing, can_thin, prunable
+from vitfold.compensation.pruning import CHOOSING_RIDGE, basis_of, kept_by_count, weight_of
 from vitfold.compensation.ridge import PREFIX_WEIGHT, RidgeSums, no_sums
 from vitfold.compensation.showing import BATCH, divided, mean_error, named, run, showing
 from vitfold.compensation.streams import Streams
@@ -21,7 +22,7 @@ from vitfold.model import Array, Model
 from vitfold.ops.run import Run
 from vitfold.program import Program, replay
 from vitfold.quant.network import Examples
-from vitfold.recipe import WIDTH_STEP, PruneRecipe
+from vitfold.recipe import HEAD_STEP, WIDTH_STEP, PruneRecipe
 from vitfold.transforms.merging import stream_name
 
 DIVIDING_IMAGES = 512
@@ -32,14 +33,18 @@ _HALVINGS = 60
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Losses:
-    """The relative squared error of the output where so many heads or units of one block alone stay, by block."""
+    """The relative squared error of the output where so many heads or units of one block alone stay, by block.
+
+    `head_dims` is that where its heads are so wide.
+    """
 
     heads: tuple[Mapping[int, float], ...]
     units: tuple[Mapping[int, float], ...]
+    head_dims: tuple[Mapping[int, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        kinds = {"heads": self.heads, "units": self.units}
+        kinds = {"heads": self.heads, "units": self.units, "head_dims": self.head_dims}
         return {kind: [{str(count): loss for count, loss in one.items()} for one in of] for kind, of in kinds.items()}
 
 
@@ -49,7 +54,7 @@ def losses_from_dict(values: Mapping[str, Any]) -> Losses:
     def read(kind: str) -> tuple[Mapping[int, float], ...]:
         return tuple({int(count): loss for count, loss in one.items()} for one in values[kind])
 
-    return Losses(heads=read("heads"), units=read("units"))
+    return Losses(heads=read("heads"), units=read("units"), head_dims=read("head_dims"))
 
 
 @torch.inference_mode()
@@ -74,8 +79,10 @@ def measure_losses(
             "neither heads nor hidden units of this model can go: attention or MLP are of a form that is not known; "
             "leave --prune out"
         )
-    found: tuple[list[Mapping[int, float]], ...] = ([], [])
+    found: tuple[list[Mapping[int, float]], ...] = ([], [], [])
+    thinner = can_thin(model.spec) and 0 in kinds
     shown = {one.layer for way in ways for one in (way[kind] for kind in kinds) if one is not None}
+    shown |= {rows.layer for heads, _ in ways if thinner and heads is not None for rows in heads.rows}
     whole = showing(program_of(model.spec, UNMERGED), shown)
     with Streams() as tokens, Streams() as exact:
         for number, group in enumerate(examples.batches(BATCH)):
@@ -91,8 +98,12 @@ def measure_losses(
             for kind, one in wanted.items():
                 losses = {count: there.loss(changed) for count, changed in _narrower(one, sums[one.layer])}
                 found[kind].append({one.there: 0.0, **losses})
+            if thinner:
+                heads = wanted[0]
+                losses = {width: there.loss(changed) for width, changed in _thinner(heads, there, sums[heads.layer])}
+                found[2].append({heads.width: 0.0, **losses})
             there.advance()
-    return Losses(heads=tuple(found[0]), units=tuple(found[1]))
+    return Losses(heads=tuple(found[0]), units=tuple(found[1]), head_dims=tuple(found[2]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -115,6 +126,15 @@ class _Block:
                 _add(into, seen[f"{layer}.x"], seen[f"{layer}.y"], self.model.spec.prefix)
         return sums
 
+    def moments(self, layer: str) -> Moments:
+        """Sum what queries and keys are made of over the images that they are fitted to."""
+        moments = no_moments(self.model.params[f"{layer}.weight"].shape[1])
+        for number in range(len(self.tokens)):
+            given = self._given(number, held=False)
+            x = run(self.program, self.model.params, given, f"{layer}.x")[f"{layer}.x"]
+            moments.add(x, _weights(x, self.model.spec.prefix))
+        return moments
+
     def loss(self, changed: Mapping[str, Array]) -> float:
         """Return what the output of the images that are held out loses with other parameters."""
         params, output = {**self.model.params, **changed}, self.model.spec.output
@@ -135,10 +155,15 @@ class _Block:
 
 
 def _add(into: RidgeSums, x: Float[Tensor, "B N I"], y: Float[Tensor, "B N O"], prefix: int) -> None:
-    """Take all rows; those of the prefix count more, since classifiers read them."""
+    """Take all rows."""
+    into.add(*(value.flatten(0, 1) for value in (x, y, _weights(x, prefix))))
+
+
+def _weights(x: Float[Tensor, "B N I"], prefix: int) -> Float[Tensor, "B N 1"]:
+    """What rows count: those of the prefix more, since classifiers read them."""
     weight = torch.ones(*x.shape[:2], 1)
     weight[:, :prefix] = PREFIX_WEIGHT
-    into.add(*(value.flatten(0, 1) for value in (x, y, weight)))
+    return weight
 
 
 def _narrower(one: Narrowing, sums: RidgeSums) -> Iterator[tuple[int, Mapping[str, Array]]]:
@@ -146,6 +171,33 @@ def _narrower(one: Narrowing, sums: RidgeSums) -> Iterator[tuple[int, Mapping[st
     for count, kept in kept_by_count(sums.square, sums.cross, counts_of(one), one.width):
         weight = weight_of(sums, one.values(kept), CHOOSING_RIDGE)
         yield count, {f"{one.layer}.weight": weight[:, :-1].numpy(), f"{one.layer}.bias": weight[:, -1].numpy()}
+
+
+def _thinner(one: Narrowing, there: _Block, sums: RidgeSums) -> Iterator[tuple[int, Mapping[str, Array]]]:
+    """Yield parameters of an attention of lower rank, as wide as it is, for every width of its heads that is tried."""
+    (rows,) = one.rows
+    weight, bias = (there.model.params.get(f"{rows.layer}.{name}") for name in ("weight", "bias"))
+    assert weight is not None
+    column = torch.zeros(len(weight)) if bias is None else torch.from_numpy(bias)
+    made, moments = torch.cat((torch.from_numpy(weight), column[:, None]), 1), there.moments(rows.layer)
+    every = torch.arange(one.there)
+    columns = one.values(every)
+    reading = weight_of(sums, columns, CHOOSING_RIDGE)
+    for width in range(one.width - HEAD_STEP, 0, -HEAD_STEP):
+        whole = lower_scores(made, moments, one.there, width).whole
+        directions = factor_values(sums.square[columns][:, columns], reading[:, columns], one.there, width)
+        basis = basis_of(directions, columns, len(sums.square))
+        some = RidgeSums(basis.T @ sums.square.double() @ basis, sums.cross.double() @ basis)
+        read = some.change(CHOOSING_RIDGE).double() @ basis.T
+        changed = {rows.layer: whole, one.layer: read.float()}
+        yield (
+            width,
+            {
+                f"{layer}.{name}": part.contiguous().numpy()
+                for layer, value in changed.items()
+                for name, part in (("weight", value[:, :-1]), ("bias", value[:, -1]))
+            },
+        )
 
 
 def counts_of(one: Narrowing) -> tuple[int, ...]:
@@ -157,38 +209,70 @@ def counts_of(one: Narrowing) -> tuple[int, ...]:
     return tuple(dict.fromkeys(count for count in counts if 0 < count < one.there))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Choice:
+    """What may stay of one part of a block, how many or how wide by kind, its cost, and what the output loses."""
+
+    stays: Mapping[str, int]
+    cost: float
+    loss: float
+
+
 def divide(losses: Losses, costs: Sequence[tuple[float, float]], share: float) -> PruneRecipe:
     """Return what stays of every block where a share of the cost of all goes, and the output loses least.
 
     Losses are taken to add up; the price of work at which the share goes is found by bisection.
 
     Args:
-        costs: of a head and of a hidden unit, for every block.
+        costs: of attention and of the MLP, for every block.
 
     Raises:
         RecipeError: if so much cannot go, or so little.
     """
-    kinds = [(kind, of) for kind, of in ((0, losses.heads), (1, losses.units)) if of]
-    items = [(costs[block][kind], one) for kind, of in kinds for block, one in enumerate(of)]
-    total = sum(cost * max(one) for cost, one in items)
+    items = [*_of_attention(losses, [cost for cost, _ in costs]), *_of_mlp(losses, [cost for _, cost in costs])]
+    total, least = (sum(end(one.cost for one in choices) for choices in items) for end in (max, min))
     wanted = (1 - share) * total
 
-    def stays(price: float) -> list[int]:
-        return [min(one, key=lambda count: (one[count] + price * cost * count, count)) for cost, one in items]
+    def at(price: float) -> list[_Choice]:
+        return [min(choices, key=lambda one: (one.loss + price * one.cost, one.cost)) for choices in items]
 
-    def cost_of(counts: Sequence[int]) -> float:
-        return sum(cost * count for (cost, _), count in zip(items, counts, strict=True))
+    def cost_of(chosen: Sequence[_Choice]) -> float:
+        return sum(one.cost for one in chosen)
 
-    least = cost_of([min(one) for _, one in items])
     if not 0 < share < 1 or wanted < least:
         raise RecipeError(f"--prune takes a share of the blocks' work, below {1 - least / total:.2f}; found {share:g}")
     low, high = 0.0, 1.0
-    while cost_of(stays(high)) > wanted:
+    while cost_of(at(high)) > wanted:
         high *= 4
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost_of(stays(middle)) > wanted else (low, middle)
-    counts = stays(high)
-    depth = len(losses.heads or losses.units)
-    found = {kind: tuple(counts[i * depth : (i + 1) * depth]) for i, (kind, _) in enumerate(kinds)}
-    return PruneRecipe(heads=found.get(0, ()), units=found.get(1, ()))
+        low, high = (middle, high) if cost_of(at(middle)) > wanted else (low, middle)
+    chosen = at(high)
+    heads, head_dims, units = (tuple(one.stays[kind] for one in chosen if kind in one.stays) for kind in _KINDS)
+    return PruneRecipe(heads=heads, head_dims=head_dims, units=units)
+
+
+_KINDS = ("heads", "head_dims", "units")
+
+
+def _of_attention(losses: Losses, costs: Sequence[float]) -> Iterator[Sequence[_Choice]]:
+    """How many heads of every block may stay, and how wide; both cost what is left of the whole."""
+    for block, heads in enumerate(losses.heads):
+        dims: Mapping[int, float] = losses.head_dims[block] if losses.head_dims else {}
+        whole = costs[block] / max(heads)
+        if not dims:
+            yield [_Choice(stays={"heads": count}, cost=whole * count, loss=loss) for count, loss in heads.items()]
+            continue
+        yield [
+            _Choice(
+                stays={"heads": count, "head_dims": width}, cost=whole * count * width / max(dims), loss=loss + thinner
+            )
+            for count, loss in heads.items()
+            for width, thinner in dims.items()
+        ]
+
+
+def _of_mlp(losses: Losses, costs: Sequence[float]) -> Iterator[Sequence[_Choice]]:
+    for block, units in enumerate(losses.units):
+        whole = costs[block] / max(units)
+        yield [_Choice(stays={"units": count}, cost=whole * count, loss=loss) for count, loss in units.items()]

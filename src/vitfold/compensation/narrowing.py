@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,7 +27,7 @@ from vitfold.transforms.rewriting import Change, Given, rewrite
 class Narrowing:
     """What reads hidden units or heads, `there` of them, each of `width` values, and how many of them `stay`.
 
-    `rows` are the layers that make them.
+    `rows` are the layers that make them. Heads may stay as fewer values each, `head_dim` of them.
     """
 
     layer: str
@@ -35,6 +35,17 @@ class Narrowing:
     there: int
     stay: int
     width: int = 1
+    head_dim: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """True if nothing of it goes."""
+        return self.stay == self.there and self.thinner is None
+
+    @property
+    def thinner(self) -> int | None:
+        """How wide heads stay, None where they stay as wide as they are."""
+        return None if self.head_dim in (None, self.width) else self.head_dim
 
     def values(self, kept: Int[Tensor, " K"]) -> Int[Tensor, " V"]:
         """Return which values those of `kept` are."""
@@ -49,14 +60,21 @@ def narrowings(spec: Architecture, program: Program, prune: PruneRecipe) -> Mapp
     """
     found: dict[str, Narrowing] = {}
     for block, (attention, mlp) in enumerate(closing_linears(program)):
-        if prune.heads:
+        if prune.heads or prune.head_dims:
             one = _heads(program, attention)
             if one is None:
                 raise RecipeError(
                     f"the heads of block {block} cannot be pruned: they share keys, or their results do not come "
-                    "straight from linear layers and go into one; leave prune.heads out, or give --prune-mlp"
+                    "straight from linear layers and go into one; leave prune.heads and prune.head_dims out, or give "
+                    "--prune-mlp"
                 )
-            found[one.layer] = replace(one, stay=prune.heads_of(block, one.there))
+            one = replace(one, stay=prune.heads_of(block, one.there), head_dim=prune.head_dim_of(block, one.width))
+            if one.thinner and not can_thin(spec):
+                raise RecipeError(
+                    f"the heads of block {block} cannot be narrower: their queries and keys pass a norm, or the model "
+                    "comes from a graph; leave prune.head_dims out"
+                )
+            found[one.layer] = one
         if prune.mlp or prune.units:
             one = _units(spec, program, mlp)
             if one is None:
@@ -65,9 +83,14 @@ def narrowings(spec: Architecture, program: Program, prune: PruneRecipe) -> Mapp
                     "of single units between them and the residual stream; leave --prune and --prune-mlp out"
                 )
             found[one.layer] = replace(one, stay=prune.units_of(block, one.there))
-    if all(one.stay == one.there for one in found.values()):
+    if all(one.whole for one in found.values()):
         raise RecipeError("pruning that takes no unit away, which go by 32; give a larger --prune or --prune-mlp")
     return found
+
+
+def can_thin(spec: Architecture) -> bool:
+    """Return whether heads of a model may be narrower: queries and keys go into their products as they are made."""
+    return isinstance(spec, ViTSpec) and not spec.qk_norm
 
 
 def prunable(spec: Architecture, program: Program) -> tuple[tuple[Narrowing | None, Narrowing | None], ...]:
@@ -100,7 +123,14 @@ def narrowed(model: Model, one: Narrowing, kept: Int[Tensor, " K"]) -> Model:
             if name in params:
                 params[name] = np.concatenate([part[values] for part in np.split(params[name], rows.parts)])
     params[f"{one.layer}.weight"] = np.ascontiguousarray(params[f"{one.layer}.weight"][:, values])
-    return with_widths(model, params)
+    return with_widths(model, params, head_dims_of(model.spec))
+
+
+def thinned(model: Model, block: int, params: Mapping[str, Array], width: int) -> Model:
+    """Return a model whose heads in a block are narrower, with the parameters of its attention that make them so."""
+    dims = list(head_dims_of(model.spec))
+    dims[block] = width
+    return with_widths(model, {**model.params, **params}, dims)
 
 
 def cut_to_width(model: Model, prune: PruneRecipe) -> Model:
@@ -109,29 +139,52 @@ def cut_to_width(model: Model, prune: PruneRecipe) -> Model:
     Raises:
         RecipeError: if what the recipe names cannot go.
     """
+    layers = {layer: block for block, (layer, _) in enumerate(closing_linears(plain_program(model.spec)))}
     for one in narrowings(model.spec, plain_program(model.spec), prune).values():
         model = narrowed(model, one, torch.arange(one.stay))
+        if one.thinner:
+            model = thinned(model, layers[one.layer], _first_columns(model.params, one, one.thinner), one.thinner)
     return model
 
 
-def with_widths(model: Model, params: Mapping[str, Array]) -> Model:
-    """Return a model with other parameters, whose MLPs and attentions may be narrower."""
-    return model.with_params(_with_widths(model.spec, params), params)
+def _first_columns(params: Mapping[str, Array], one: Narrowing, width: int) -> dict[str, Array]:
+    """The parameters of an attention with the first values of every head."""
+    values = (np.arange(one.stay)[:, None] * one.width + np.arange(width)).ravel()
+    found: dict[str, Array] = {f"{one.layer}.weight": np.ascontiguousarray(params[f"{one.layer}.weight"][:, values])}
+    for rows in one.rows:
+        for name in (f"{rows.layer}.weight", f"{rows.layer}.bias"):
+            if name in params:
+                found[name] = np.concatenate([part[values] for part in np.split(params[name], rows.parts)])
+    return found
 
 
-def _with_widths(spec: Architecture, params: Mapping[str, Array]) -> Architecture:
+def head_dims_of(spec: Architecture) -> tuple[int, ...]:
+    """Return how wide the heads of every block are; of a graph those of the first one."""
+    blocks = range(spec.num_layers)
+    return tuple(spec.head_dim_of(block) if isinstance(spec, ViTSpec) else spec.head_dim for block in blocks)
+
+
+def with_widths(model: Model, params: Mapping[str, Array], head_dims: Sequence[int]) -> Model:
+    """Return a model with other parameters, whose MLPs and attentions may be narrower, with heads so wide."""
+    return model.with_params(_with_widths(model.spec, params, head_dims), params)
+
+
+def _with_widths(spec: Architecture, params: Mapping[str, Array], head_dims: Sequence[int]) -> Architecture:
     if all(params[name].shape == shape for name, shape in shapes_of(spec).items() if name in params):
         return spec
     if isinstance(spec, ViTSpec):
         blocks = [f"blocks.{block}" for block in range(spec.num_layers)]
-        heads = [params[f"{block}.attn.proj.weight"].shape[1] // spec.head_dim for block in blocks]
+        joint = [params[f"{block}.attn.proj.weight"].shape[1] for block in blocks]
+        heads = [width // dim for width, dim in zip(joint, head_dims, strict=True)]
         units = [params[f"{block}.mlp.fc2.weight"].shape[1] for block in blocks]
         return replace(
             spec,
             num_heads=max(heads),
+            head_dim=max(head_dims),
             mlp_dim=max(units),
-            block_heads=() if len(set(heads)) == 1 else tuple(heads),
-            block_mlp_dims=() if len(set(units)) == 1 else tuple(units),
+            block_heads=_unlike(heads),
+            block_head_dims=_unlike(head_dims),
+            block_mlp_dims=_unlike(units),
         )
     shapes = {name: params[name].shape for name, _ in spec.shapes}
     program = rewrite(plain_program(spec), {**shapes_of(spec), **shapes}, _fewer_heads(shapes))
@@ -144,6 +197,11 @@ def _with_widths(spec: Architecture, params: Mapping[str, Array]) -> Architectur
         num_heads=spec.num_heads if parted is None else parted.heads,
         mlp_dim=spec.mlp_dim if mlp is None else shapes[f"{mlp}.weight"][1],
     )
+
+
+def _unlike(widths: Sequence[int]) -> tuple[int, ...]:
+    """Widths of blocks, where they are not all alike."""
+    return () if len(set(widths)) == 1 else tuple(widths)
 
 
 def _fewer_heads(shapes: Mapping[str, tuple[int, ...]]) -> Change:

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitfold.compensation.ridge import JITTER, RidgeSums
+from vitfold.compensation.factoring import factor_values
+from vitfold.compensation.ridge import JITTER, RIDGES, RidgeSums
 
 CHOOSING_RIDGE = 0.01
 _LEAST = 1e-30
@@ -86,7 +87,6 @@ def fit_narrow(
     held_out: RidgeSums,
     weight: Float[Tensor, "O J"],
     units: int,
-    ridges: Sequence[float],
     width: int = 1,
 ) -> NarrowFit:
     """Choose the units that stay and fit their weights anew; the ridge is the one that leaves least on held-out rows.
@@ -100,13 +100,64 @@ def fit_narrow(
     ((_, kept),) = kept_by_count(sums.square, cross, (units,), width)
     some = RidgeSums(sums.square, cross)
     outputs, best = held_out.remaining(-weight), None
-    for ridge in ridges:
+    for ridge in RIDGES:
         found = weight_of(some, columns_of(kept, width), ridge).double()
         left = held_out.remaining(found - weight) / max(outputs, _LEAST)
         if best is None or left < best.left:
             best = NarrowFit(kept=kept, weight=found.float(), ridge=ridge, left=left)
     assert best is not None
     return best
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ThinFit:
+    """The weight that reads narrower heads, its bias in the last column, and their directions among the values.
+
+    `ridge` and `left` as of `NarrowFit`.
+    """
+
+    weight: Float[Tensor, "O W1"]
+    directions: Float[Tensor, "H K W"]
+    ridge: float
+    left: float
+
+
+def fit_thin(
+    sums: RidgeSums, held_out: RidgeSums, weight: Float[Tensor, "O J"], narrow: NarrowFit, heads: int, width: int
+) -> ThinFit:
+    """Let the heads that stay be `width` values wide, along the directions that the layer reads best, and fit it anew.
+
+    Args:
+        weight: the layer's weight now, its bias in the last column; `sums` hold what its outputs miss.
+        narrow: which heads stay.
+    """
+    weight = weight.double()
+    size = (len(sums.square) - 1) // heads
+    columns = columns_of(narrow.kept, size)
+    own = sums.square[columns][:, columns]
+    directions = factor_values(own, narrow.weight[:, columns], len(narrow.kept), width)
+    basis = basis_of(directions, columns, len(sums.square))
+    square = sums.square.double()
+    some = RidgeSums(basis.T @ square @ basis, (sums.cross.double() + weight @ square) @ basis)
+    outputs, best = held_out.remaining(-weight), None
+    for ridge in RIDGES:
+        found = some.change(ridge)
+        left = held_out.remaining(found.double() @ basis.T - weight) / max(outputs, _LEAST)
+        if best is None or left < best.left:
+            best = ThinFit(weight=found, directions=directions, ridge=ridge, left=left)
+    assert best is not None
+    return best
+
+
+def basis_of(directions: Float[Tensor, "H K W"], columns: Int[Tensor, " C"], inputs: int) -> Float[Tensor, "J W1"]:
+    """Return what makes narrower heads of a layer's inputs, a one behind them."""
+    heads, size, width = directions.shape
+    basis = torch.zeros(inputs, heads * width + 1, dtype=torch.double)
+    for head in range(heads):
+        rows = columns[head * size : (head + 1) * size]
+        basis[rows, head * width : (head + 1) * width] = directions[head].double()
+    basis[-1, -1] = 1.0
+    return basis
 
 
 def weight_of(sums: RidgeSums, columns: Int[Tensor, " C"], ridge: float) -> Float[Tensor, "O J"]:

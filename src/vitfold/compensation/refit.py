@@ -18,8 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitfold.architectures.programs import UNMERGED, plain_program, program_of
-from vitfold.compensation.narrowing import narrowed, narrowings
-from vitfold.compensation.pruning import fit_narrow
+from vitfold.compensation.factoring import Scores, lower_scores, no_moments
+from vitfold.compensation.narrowing import Narrowing, narrowed, narrowings, thinned
+from vitfold.compensation.pruning import NarrowFit, ThinFit, fit_narrow, fit_thin
 from vitfold.compensation.ridge import PREFIX_WEIGHT, Fit, RidgeSums, fit_change, no_sums
 from vitfold.compensation.showing import BATCH, divided, mean_error, named, run, showing
 from vitfold.compensation.streams import LIMIT_BYTES, Columns, Streams
@@ -36,8 +37,6 @@ from vitfold.transforms.merging import COLUMNS, stream_name
 LEAST_IMAGES = 256
 """Fewer do not tell a layer's hidden units apart."""
 MOST_IMAGES = 2048
-RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
-"""Shares of the mean second moment of a layer's inputs."""
 PATCH_ROWS = 64
 """Rows of patches that are looked at per image: more of them are worth as much as more images, and cost less."""
 
@@ -46,7 +45,8 @@ PATCH_ROWS = 64
 class Refit:
     """What became of one layer: its ridge, None where nothing helped, and the share of the error left held out.
 
-    Where `units` or `heads` that it reads stayed, that is the share of the squared output that it misses.
+    Where `units` or `heads` that it reads stayed, that is the share of the squared output that it misses; heads may be
+    `head_dim` wide now.
     """
 
     layer: str
@@ -54,11 +54,12 @@ class Refit:
     left: float
     units: int | None = None
     heads: int | None = None
+    head_dim: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         values = {"layer": self.layer, "ridge": self.ridge, "left_ratio": self.left}
-        kept = {"units": self.units, "heads": self.heads}
+        kept = {"units": self.units, "heads": self.heads, "head_dim": self.head_dim}
         return {**values, **{name: count for name, count in kept.items() if count is not None}}
 
 
@@ -155,17 +156,20 @@ class _Walk:
         self._narrow = {} if prune is None else narrowings(model.spec, plain, prune)
         self._first = 0 if prune is not None else next(block for block, r in enumerate(merge.r) if r)
         closing = (*self._closing[self._first :], (self._last,))
-        self._shown = layers = {layer for block in closing for layer in block if layer}
+        layers = {layer for block in closing for layer in block if layer}
+        thinner = {rows.layer for one in self._narrow.values() if one.thinner for rows in one.rows}
+        self._shown = layers | thinner
         if not layers - {self._last}:
             raise RecipeError(
                 "no layer of this model writes straight to the residual stream, so merging cannot be compensated; "
                 "leave merge.compensate out"
             )
-        self._whole = showing(program_of(model.spec, UNMERGED), layers)
-        self._shorter = showing(program_of(model.spec, merge, sources=True), layers)
+        self._whole = showing(program_of(model.spec, UNMERGED), self._shown)
+        self._shorter = showing(program_of(model.spec, merge, sources=True), self._shown)
         self._exact, self._merged = exact, merged
         self._mended = model
         self._refits: list[Refit] = []
+        self._scores: dict[str, Scores] = {}
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def enter(self, number: int, inputs: tuple[Tensor, ...]) -> None:
@@ -184,6 +188,9 @@ class _Walk:
         for block in range(self._first, self._end):
             attention, mlp = self._closing[block]
             self._advance_exact(block, attention)
+            one = self._narrow.get(attention or "")
+            if one is not None and one.thinner:
+                self._lower_rank(block, one, one.thinner)
             if attention is not None and (block > self._first or attention in self._narrow):
                 self._refit(block, attention, behind_merge=False)
             if mlp is not None:
@@ -224,9 +231,9 @@ class _Walk:
             for into, images in zip((sums, held_out), divided(len(now)), strict=True):
                 into.add(*(value[images][:, chosen].flatten(0, 1) for value in rows))
         if layer in self._narrow:
-            self._take_narrow(layer, sums, held_out)
+            self._take_narrow(block, layer, sums, held_out)
         else:
-            self._take(layer, fit_change(sums, held_out, RIDGES))
+            self._take(layer, fit_change(sums, held_out))
 
     def _sums(self, layer: str) -> tuple[RidgeSums, RidgeSums]:
         outputs, inputs = self._mended.params[f"{layer}.weight"].shape
@@ -252,18 +259,45 @@ class _Walk:
             return
         self._replace(layer, self._weight(layer) + fit.change)
 
-    def _take_narrow(self, layer: str, sums: RidgeSums, held_out: RidgeSums) -> None:
+    def _lower_rank(self, block: int, one: Narrowing, width: int) -> None:
+        """Let the scores of an attention be of a lower rank; the projection behind it is then fitted to such scores."""
+        (rows,) = one.rows
+        moments = no_moments(self._mended.params[f"{rows.layer}.weight"].shape[1])
+        for number in range(len(self._merged)):
+            entering = self._merged[number]
+            given = named(self._shorter, block, entering)
+            x, source = run(self._shorter, self._mended.params, given, f"{rows.layer}.x"), entering.get("source")
+            inputs = x[f"{rows.layer}.x"]
+            size = torch.ones(*inputs.shape[:2], 1) if source is None else source.sum(2, keepdim=True)
+            fitted, _ = divided(len(inputs))
+            moments.add(inputs[fitted], self._weights(size, size.shape[1])[fitted])
+        self._scores[one.layer] = lower_scores(self._weight(rows.layer), moments, one.there, width)
+        self._replace(rows.layer, self._scores[one.layer].whole)
+
+    def _take_narrow(self, block: int, layer: str, sums: RidgeSums, held_out: RidgeSums) -> None:
         """Leave out the units or heads that a layer's output needs least; what follows sees the narrower model."""
         one = self._narrow[layer]
-        if one.stay == one.there:
-            self._take(layer, fit_change(sums, held_out, RIDGES))
+        if one.whole:
+            self._take(layer, fit_change(sums, held_out))
             return
-        fit = fit_narrow(sums, held_out, self._weight(layer), one.stay, RIDGES, one.width)
-        kept = {"units" if one.width == 1 else "heads": one.stay}
-        self._refits.append(Refit(layer=layer, ridge=fit.ridge, left=fit.left, **kept))
-        self._replace(layer, fit.weight)
-        self._mended = narrowed(self._mended, one, fit.kept)
+        weight = self._weight(layer)
+        fit = fit_narrow(sums, held_out, weight, one.stay, one.width)
+        if one.thinner:
+            self._take_thin(block, one, fit, fit_thin(sums, held_out, weight, fit, one.there, one.thinner))
+        else:
+            kept = {"units" if one.width == 1 else "heads": one.stay}
+            self._refits.append(Refit(layer=layer, ridge=fit.ridge, left=fit.left, **kept))
+            self._replace(layer, fit.weight)
+            self._mended = narrowed(self._mended, one, fit.kept)
         self._shorter = showing(program_of(self._mended.spec, self._merge, sources=True), self._shown)
+
+    def _take_thin(self, block: int, one: Narrowing, fit: NarrowFit, thin: ThinFit) -> None:
+        """Let the heads that stay be narrower: the layer that makes them, and the one that reads them."""
+        width = thin.directions.shape[2]
+        self._refits.append(Refit(layer=one.layer, ridge=thin.ridge, left=thin.left, heads=one.stay, head_dim=width))
+        made = self._scores[one.layer].narrow(fit.kept, thin.directions)
+        params = {**self._columns(one.rows[0].layer, made), **self._columns(one.layer, thin.weight)}
+        self._mended = thinned(narrowed(self._mended, one, fit.kept), block, params, width)
 
     def _weight(self, layer: str) -> Float[Tensor, "O J"]:
         """A layer's weight, its bias in the last column."""
@@ -273,9 +307,13 @@ class _Walk:
         return torch.cat((weight, column[:, None]), 1)
 
     def _replace(self, layer: str, weight: Float[Tensor, "O J"]) -> None:
-        columns = {"weight": weight[:, :-1], "bias": weight[:, -1]}
-        new = {f"{layer}.{name}": value.contiguous().numpy() for name, value in columns.items()}
+        new = self._columns(layer, weight)
         self._mended = self._mended.with_params(self._mended.spec, {**self._mended.params, **new})
+
+    def _columns(self, layer: str, weight: Float[Tensor, "O J"]) -> dict[str, Array]:
+        """A layer's weight and its bias as parameters."""
+        columns = {"weight": weight[:, :-1], "bias": weight[:, -1]}
+        return {f"{layer}.{name}": value.contiguous().numpy() for name, value in columns.items()}
 
     def _next(
         self, program: Program, params: Mapping[str, Array], block: int, columns: Columns, *shown: str
@@ -319,7 +357,7 @@ class _Walk:
             for into, images in zip((sums, held_out), divided(len(exact)), strict=True):
                 x, y, wanted = (v[images].flatten(0, -2) for v in (found[f"{layer}.x"], found[f"{layer}.y"], exact))
                 into.add(x, wanted - y, torch.ones(len(x), 1))
-        self._take(layer, fit_change(sums, held_out, RIDGES))
+        self._take(layer, fit_change(sums, held_out))
 
     def _held_output(self, params: Mapping[str, Array], number: int) -> Tensor:
         """The merged model's output on the held-out images of a group."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor
 
 PREFIX_WEIGHT = 16.0
 """How many original tokens a row of the prefix counts as: classifiers read it."""
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""Shares of the mean second moment of a layer's inputs that are tried."""
 JITTER = 1e-6
 """What keeps the bias's equation regular, as a share of its own moment."""
 
@@ -75,10 +76,10 @@ class Fit:
     left: float
 
 
-def fit_change(sums: RidgeSums, held_out: RidgeSums, ridges: Sequence[float]) -> Fit:
+def fit_change(sums: RidgeSums, held_out: RidgeSums) -> Fit:
     """Try ridges; no change at all is one of the choices."""
     best = Fit(change=None, ridge=None, left=1.0)
-    for ridge in ridges:
+    for ridge in RIDGES:
         change = sums.change(ridge)
         left = held_out.left(change)
         if left < best.left:

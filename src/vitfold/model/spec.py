@@ -39,8 +39,8 @@ class ViTSpec:
     logits of a classifier stand for: one class among all, a yes or no each, or numbers. `sinks` says what is
     done about sink tokens, None as a model comes from its zoo. `also` are outputs behind the first one: "image_embeds"
     (what the head reads), "last_hidden_state" (all tokens behind the final norm), "hidden_states.L" (all tokens behind
-    L blocks). `block_heads` and `block_mlp_dims` are the heads and the hidden units of each block where they differ;
-    `num_heads` and `mlp_dim` then are the largest.
+    L blocks). `block_heads`, `block_head_dims` and `block_mlp_dims` are the heads, their widths and the hidden units of
+    each block where they differ; `num_heads`, `head_dim` and `mlp_dim` then are the largest.
     """
 
     image_size: tuple[int, int]
@@ -75,6 +75,7 @@ class ViTSpec:
     sinks: Sinks | None = None
     also: tuple[str, ...] = ()
     block_heads: tuple[int, ...] = ()
+    block_head_dims: tuple[int, ...] = ()
     block_mlp_dims: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -99,7 +100,11 @@ class ViTSpec:
         for name in ("channels", "embed_dim", "num_layers", "num_heads", "head_dim", "mlp_dim"):
             if getattr(self, name) <= 0:
                 raise SourceError(f"{name} must be positive, found {getattr(self, name)}")
-        for name, most in (("block_heads", self.num_heads), ("block_mlp_dims", self.mlp_dim)):
+        for name, most in (
+            ("block_heads", self.num_heads),
+            ("block_head_dims", self.head_dim),
+            ("block_mlp_dims", self.mlp_dim),
+        ):
             own = getattr(self, name)
             if own and (len(own) != self.num_layers or not 0 < min(own) <= max(own) == most):
                 raise SourceError(f"{name} must be {self.num_layers} numbers from 1 to {most}, found {list(own)}")
@@ -207,9 +212,13 @@ class ViTSpec:
         """Hidden units of a block's MLP."""
         return self.block_mlp_dims[block] if self.block_mlp_dims else self.mlp_dim
 
+    def head_dim_of(self, block: int) -> int:
+        """Width K of the heads of a block's attention."""
+        return self.block_head_dims[block] if self.block_head_dims else self.head_dim
+
     def attention_dim_of(self, block: int) -> int:
         """Width of a block's concatenated heads, H * K."""
-        return self.heads_of(block) * self.head_dim
+        return self.heads_of(block) * self.head_dim_of(block)
 
     @property
     def pooled_width(self) -> int:
@@ -310,6 +319,9 @@ def spec_from_dict(values: dict[str, Any]) -> Architecture:
     return graph_spec_from_dict(values) if values.get("kind") == KIND else vit_spec_from_dict(values)
 
 
+_BY_BLOCK = ("block_heads", "block_head_dims", "block_mlp_dims")
+
+
 def vit_spec_from_dict(values: dict[str, Any]) -> ViTSpec:
     """Rebuild a spec from `spec_to_dict`; an unknown key is an error, since it would change the function."""
     known = {f.name for f in fields(ViTSpec)}
@@ -317,7 +329,7 @@ def vit_spec_from_dict(values: dict[str, Any]) -> ViTSpec:
     if unknown:
         raise SourceError(f"unknown spec key {unknown[0]!r}; this vitfold is older than the file, upgrade vitfold")
     values = dict(values)
-    for name in ("image_size", "patch_size", "also", "block_heads", "block_mlp_dims"):
+    for name in ("image_size", "patch_size", "also", *_BY_BLOCK):
         if name in values:
             values[name] = tuple(values[name])
     if values.get("sinks") is not None:
@@ -331,7 +343,7 @@ def spec_to_dict(spec: Architecture) -> dict[str, Any]:
         return graph_spec_to_dict(spec)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(replace(spec, sinks=None)).items()}
     del values["sinks"]
-    for name in ("also", "block_heads", "block_mlp_dims"):
+    for name in ("also", *_BY_BLOCK):
         if not values[name]:
             del values[name]
     if spec.problem == "single_label":
@@ -383,8 +395,8 @@ def param_shapes(spec: Architecture) -> tuple[dict[str, Shape], dict[str, Shape]
         norm(f"{block}.norm1", width)
         linear(f"{block}.attn.qkv", 3 * spec.attention_dim_of(i), width)
         if spec.qk_norm:
-            norm(f"{block}.attn.q_norm", spec.head_dim)
-            norm(f"{block}.attn.k_norm", spec.head_dim)
+            norm(f"{block}.attn.q_norm", spec.head_dim_of(i))
+            norm(f"{block}.attn.k_norm", spec.head_dim_of(i))
         linear(f"{block}.attn.proj", width, spec.attention_dim_of(i))
         norm(f"{block}.norm2", width)
         linear(f"{block}.mlp.fc1", spec.mlp_dim_of(i) * (2 if spec.mlp == "swiglu" else 1), width)
@@ -394,7 +406,7 @@ def param_shapes(spec: Architecture) -> tuple[dict[str, Shape], dict[str, Shape]
             required[f"{block}.ls2"] = (width,)
         if spec.sinks is not None and spec.sinks.cached(i):
             for name in ("cached_k", "cached_v"):
-                required[f"{block}.attn.{name}"] = (1, spec.heads_of(i), spec.sinks.rows, spec.head_dim)
+                required[f"{block}.attn.{name}"] = (1, spec.heads_of(i), spec.sinks.rows, spec.head_dim_of(i))
     if spec.final_norm:
         norm("norm", width)
     _pool_shapes(spec, required, linear, norm)

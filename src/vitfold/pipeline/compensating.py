@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vitfold.quant import Progress
 
 SEED = 0
-_FORMAT = 3
+_FORMAT = 4
 _RECORD = "record"
 
 
@@ -86,7 +86,7 @@ def compensate_plan(folded: Plan, images: ImageSet, *, progress: Progress | None
     """
     if not folded.needs_compensation:
         return folded
-    from vitfold.compensation import compensate, with_widths
+    from vitfold.compensation import compensate, head_dims_of, with_widths
     from vitfold.quant import Progress
     from vitfold.quant.network import ImageExamples
 
@@ -103,6 +103,9 @@ def compensate_plan(folded: Plan, images: ImageSet, *, progress: Progress | None
         keep_arrays("compensation", key, kept)
     measured = json.loads(kept[_RECORD].tobytes())
     refitted = {name: array for name, array in kept.items() if name != _RECORD}
-    mended = with_widths(model, {**model.params, **refitted})
+    dims = head_dims_of(model.spec)
+    if prune is not None:
+        dims = tuple(prune.head_dim_of(block, dim) for block, dim in enumerate(dims))
+    mended = with_widths(model, {**model.params, **refitted}, dims)
     record = {**measured, "root": str(Path(images.root).absolute()), "seed": SEED, "digest": digest}
     return replace(folded, folded=mended, compensated=mended, compensation=record)

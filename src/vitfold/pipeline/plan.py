@@ -12,7 +12,7 @@ from vitfold.architectures.programs import deployed_program, forward
 from vitfold.audit.limits import check_attention
 from vitfold.engines import quantized_target
 from vitfold.errors import ArgumentError, RecipeError, TargetError
-from vitfold.model import Architecture, Model, param_shapes
+from vitfold.model import Architecture, Model, ViTSpec, param_shapes
 from vitfold.model.folds import fold_layer_scale
 from vitfold.model.spec import as_vit
 from vitfold.ops.count import Count, IntegerWork, SiteCost, integer_work
@@ -183,6 +183,15 @@ def _settled(recipe: Recipe, target: Target, spec: Architecture) -> tuple[Recipe
     return recipe, remarks
 
 
+def _head_dims(recipe: Recipe, spec: Architecture) -> list[int]:
+    """How wide the heads of every block will be."""
+    prune = recipe.prune
+    whole = [
+        spec.head_dim_of(block) if isinstance(spec, ViTSpec) else spec.head_dim for block in range(spec.num_layers)
+    ]
+    return whole if prune is None else [prune.head_dim_of(block, dim) for block, dim in enumerate(whole)]
+
+
 def keep_fusible(recipe: Recipe, target: Target, spec: Architecture) -> tuple[Recipe, tuple[str, ...]]:
     """Keep the attention of those blocks float which TensorRT could not run as one kernel in INT8; also say so."""
     quant = recipe.quant
@@ -192,13 +201,14 @@ def keep_fusible(recipe: Recipe, target: Target, spec: Architecture) -> tuple[Re
     cached = [
         0 if spec.sinks is None else spec.sinks.copies * spec.sinks.cached(block) for block in range(spec.num_layers)
     ]
-    found = check_attention(spec.head_dim, [count + rows for count, rows in zip(tokens, cached, strict=True)])
+    rows = [count + extra for count, extra in zip(tokens, cached, strict=True)]
+    found = check_attention(_head_dims(recipe, spec), rows)
     if found is None:
         return recipe, ()
     if not found.where:
         return replace(recipe, quant=replace(quant, attention=False)), (f"attention stays FP16: {found.cause}",)
     sites = {**quant.sites, **dict.fromkeys(found.where, FLOAT)}
-    shown = f"{found.where[0]} to {found.where[-1]}" if len(found.where) > 1 else found.where[0]
+    shown = ", ".join(found.where)
     remark = f"{shown} stay FP16: {found.cause}; {found.cure}"
     return replace(recipe, quant=replace(quant, sites=sites)), (remark,)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vitfold.compensation import Losses
     from vitfold.quant import Progress
 
-_FORMAT = 1
+_FORMAT = 2
 _RECORD = "record"
 
 
@@ -46,7 +46,7 @@ def solve_prune(
 
     folded = optimize(model, quant="none").folded
     losses = pruning_losses(folded, images, progress=progress)
-    return divide(losses, block_costs(folded.spec, merge, losses, attention), share)
+    return divide(losses, block_costs(folded.spec, merge, attention), share)
 
 
 def pruning_losses(folded: Model, images: ImageSet, *, progress: Progress | None = None) -> Losses:
@@ -72,15 +72,11 @@ def pruning_losses(folded: Model, images: ImageSet, *, progress: Progress | None
     return losses_from_dict(json.loads(kept[_RECORD].tobytes()))
 
 
-def block_costs(
-    spec: Architecture, merge: MergeRecipe, losses: Losses, attention: float = 1.0
-) -> Sequence[tuple[float, float]]:
-    """Return what a head and a hidden unit cost in every block: multiply-accumulates, those of attention weighted."""
+def block_costs(spec: Architecture, merge: MergeRecipe, attention: float = 1.0) -> Sequence[tuple[float, float]]:
+    """Return what attention and MLP of every block cost: multiply-accumulates, those of attention weighted."""
     costs, found = count_costs(spec, merge), []
     for block in range(spec.num_layers):
         of = [cost for cost in costs if cost.block == block]
         heads, units = (sum(cost.macs for cost in of if cost.role == role) for role in ("attention", "mlp"))
-        per_head = attention * heads / max(losses.heads[block]) if losses.heads else 0.0
-        per_unit = units / max(losses.units[block]) if losses.units else 0.0
-        found.append((per_head, per_unit))
+        found.append((attention * heads, float(units)))
     return found
