@@ -60,6 +60,7 @@ OTHERS: dict[type, dict[str, Any]] = {
         "mlp": PruneRecipe(mlp=0.25),
         "units": PruneRecipe(units=(32, 32)),
         "heads": PruneRecipe(heads=(1, 1)),
+        "head_dims": PruneRecipe(head_dims=(8, 8)),
     },
     RegistersRecipe: {
         "remedy": "delete",

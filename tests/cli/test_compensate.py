@@ -68,7 +68,7 @@ def test_a_share_of_the_work_is_divided_among_the_blocks(many: Path, tmp_path: P
     made = run_json(*line, "-o", first)
     whole = run_json("optimize", *SOURCE, "--merge", "3,0", "--dry-run")
     assert made["macs"] < 0.7 * whole["macs"]
-    assert set(made["recipe"]["prune"]) == {"units", "heads"}
+    assert set(made["recipe"]["prune"]) == {"units", "heads", "head_dims"}
     assert made["energy"]["integer_uj"] > 0.0
     assert made["energy"]["total_uj"] < 0.5 * made["energy"]["original_uj"]
     assert whole["energy"]["original_uj"] == made["energy"]["original_uj"]

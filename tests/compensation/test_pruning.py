@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,7 @@ def test_heads_of_low_rank_lose_nothing_as_narrow_ones(tiny_model) -> None:
         params[f"{name}.bias"] = (turns @ (turns.mT @ bias)).flatten().numpy()
     model = model.with_params(model.spec, params)
     done = compensate(model, NONE, drawn(512), prune=PruneRecipe(head_dims=(4, 4)))
-    assert (done.model.spec.head_dim, done.model.spec.block_head_dims) == (4, ())
+    assert (done.model.spec.head_dim, done.model.spec.block_head_dims) == (8, (4, 4))
     assert error(outputs(model), outputs(done.model)) < 1e-3
 
 
@@ -213,6 +214,24 @@ def test_a_constant_on_all_keys_does_not_count(tiny_model) -> None:
     assert error(outputs(model), outputs(moved)) < 1e-6
     both = [compensate(one, NONE, drawn(512), prune=narrow).error_after for one in (model, moved)]
     assert both[1] == pytest.approx(both[0], rel=0.02)
+
+
+def test_narrow_heads_match_tokens_by_all_their_directions(tiny_model) -> None:
+    """A head may turn its keys as it likes, if its queries turn with them: who merges with whom stays the same."""
+    model, draw = tiny_model(num_heads=4), torch.Generator().manual_seed(5)
+    spec = replace(model.spec, head_dim=16, block_head_dims=(8, 8))
+    params = dict(model.params)
+    for block in range(2):
+        name = f"blocks.{block}.attn.qkv"
+        turns = torch.linalg.qr(torch.randn(4, 8, 8, generator=draw)).Q
+        for kind in ("weight", "bias"):
+            value = torch.from_numpy(params[f"{name}.{kind}"]).reshape(3, 4, 8, -1)
+            turned = torch.stack((turns @ value[0], turns @ value[1], value[2]))
+            params[f"{name}.{kind}"] = turned.reshape(params[f"{name}.{kind}"].shape).numpy()
+    narrow, turned = (model.with_params(spec, values) for values in (model.params, params))
+    merge = MergeRecipe(r=(3, 3), order="index")
+    assert error(outputs(narrow, merge), outputs(turned, merge)) < 1e-6
+    assert error(outputs(model, merge), outputs(model.with_params(model.spec, params), merge)) > 1e-5
 
 
 def test_heads_behind_norms_of_queries_stay_as_wide_as_they_are(tiny_model) -> None:

@@ -57,7 +57,7 @@ def program_of(spec: Architecture, merge: MergeRecipe = UNMERGED, *, sources: bo
     tokens_per_block(spec, merge.r)
     shapes, sinks = shapes_of(spec), spec.sinks
     deletion = Deletion(block=sinks.block, count=sinks.deletions) if sinks is not None and sinks.deletions else None
-    layout = Layout(prefix=spec.prefix, grid=spec.grid, suffix=spec.suffix)
+    layout = Layout(prefix=spec.prefix, grid=spec.grid, suffix=spec.suffix, narrow_heads=_narrow_heads(spec))
     if spec.unmergeable:
         return plain_program(spec)
     program = merged(plain_program(spec), shapes, merge, layout, deletion=deletion, sources=sources)
@@ -69,6 +69,13 @@ def program_of(spec: Architecture, merge: MergeRecipe = UNMERGED, *, sources: bo
         for name in (*dense, *(name for name in spec.also if name != "image_embeds")):
             program = without_row(program, shapes, name, spec.prefix - 1)
     return program
+
+
+def _narrow_heads(spec: Architecture) -> frozenset[int]:
+    """The blocks whose heads are narrower than the model came with."""
+    if not isinstance(spec, ViTSpec):
+        return frozenset()
+    return frozenset(block for block in range(spec.num_layers) if spec.head_dim_of(block) < spec.head_dim)
 
 
 def forward(

@@ -180,10 +180,9 @@ def _with_widths(spec: Architecture, params: Mapping[str, Array], head_dims: Seq
         return replace(
             spec,
             num_heads=max(heads),
-            head_dim=max(head_dims),
             mlp_dim=max(units),
             block_heads=_unlike(heads),
-            block_head_dims=_unlike(head_dims),
+            block_head_dims=() if set(head_dims) == {spec.head_dim} else tuple(head_dims),
             block_mlp_dims=_unlike(units),
         )
     shapes = {name: params[name].shape for name, _ in spec.shapes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,10 +77,10 @@ class Fit:
     left: float
 
 
-def fit_change(sums: RidgeSums, held_out: RidgeSums) -> Fit:
+def fit_change(sums: RidgeSums, held_out: RidgeSums, ridges: Sequence[float] = RIDGES) -> Fit:
     """Try ridges; no change at all is one of the choices."""
     best = Fit(change=None, ridge=None, left=1.0)
-    for ridge in RIDGES:
+    for ridge in ridges:
         change = sums.change(ridge)
         left = held_out.left(change)
         if left < best.left:

@@ -39,8 +39,9 @@ class ViTSpec:
     logits of a classifier stand for: one class among all, a yes or no each, or numbers. `sinks` says what is
     done about sink tokens, None as a model comes from its zoo. `also` are outputs behind the first one: "image_embeds"
     (what the head reads), "last_hidden_state" (all tokens behind the final norm), "hidden_states.L" (all tokens behind
-    L blocks). `block_heads`, `block_head_dims` and `block_mlp_dims` are the heads, their widths and the hidden units of
-    each block where they differ; `num_heads`, `head_dim` and `mlp_dim` then are the largest.
+    L blocks). `block_heads` and `block_mlp_dims` are the heads and the hidden units of each block where they differ;
+    `num_heads` and `mlp_dim` then are the largest. `block_head_dims` are the widths of each block's heads where some
+    are narrower than they were; `head_dim` is what they were.
     """
 
     image_size: tuple[int, int]
@@ -106,7 +107,8 @@ class ViTSpec:
             ("block_mlp_dims", self.mlp_dim),
         ):
             own = getattr(self, name)
-            if own and (len(own) != self.num_layers or not 0 < min(own) <= max(own) == most):
+            largest = most if name == "block_head_dims" else max(own, default=0)
+            if own and (len(own) != self.num_layers or not 0 < min(own) <= max(own) <= largest == most):
                 raise SourceError(f"{name} must be {self.num_layers} numbers from 1 to {most}, found {list(own)}")
         if self.pool in ("token", "token_avg", "token_dist") and not self.class_token:
             raise SourceError(f"pool {self.pool!r} needs a class token, which this model does not have")

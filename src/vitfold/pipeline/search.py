@@ -38,7 +38,7 @@ ARMS = "arms.jsonl"
 SCREENED = "screened.jsonl"
 SCREENED_IMAGES = 500
 FLOAT_SITES = 4
-PRUNED = (0.25, 0.4)
+PRUNED = (0.3, 0.5)
 """Shares of the blocks' work that arms may lack, where there are images to refit what stays on."""
 _WORST = 0.25
 

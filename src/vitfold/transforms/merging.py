@@ -30,11 +30,15 @@ ORIGINAL = 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How a program's tokens stand: a raster of `grid` patches between `prefix` and `suffix` rows that never merge."""
+    """How a program's tokens stand: a raster of `grid` patches between `prefix` and `suffix` rows that never merge.
+
+    In blocks of `narrow_heads` every head has directions of its own, so a mean over heads says nothing of a key.
+    """
 
     prefix: int
     grid: tuple[int, int]
     suffix: int = 0
+    narrow_heads: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -425,6 +429,7 @@ class _Merging(_Replay):
             r=r,
             width=self._made[ref].shape[-1],
             head_width=self._made[q].shape[-1],
+            narrow_heads=node.block in self._layout.narrow_heads,
             originals=self._originals,
             depth_ratio=(node.block or 0) / self._blocks,
             order=self._recipe.order,

@@ -26,7 +26,8 @@ _BEYOND = -4.0
 class Reduction(Generic[T]):
     """A block that takes r tokens away: its attention's q and k (B, H, N, K), and where in the model it stands.
 
-    `depth_ratio` is 0 in the first block and below 1 in the last; `originals` is N_0.
+    `depth_ratio` is 0 in the first block and below 1 in the last; `originals` is N_0. Keys of `narrow_heads` are looked
+    at side by side, others by their mean.
     """
 
     tokens: Tokens[T]
@@ -39,6 +40,7 @@ class Reduction(Generic[T]):
     depth_ratio: float
     order: Order | None
     trace: bool
+    narrow_heads: bool = False
 
 
 def reduce_tokens(ops: Ops[T], rule: str, site: str, here: Reduction[T]) -> Tokens[T]:
@@ -116,7 +118,7 @@ def pitome(ops: Ops[T], site: str, here: Reduction[T]) -> Tokens[T]:
     ops.scope(site)
     tokens, r = here.tokens, here.r
     prefix, count = tokens.prefix, tokens.count
-    metric = ops.mean(here.k, 1)
+    metric = _keys(ops, here)
     patches = range(prefix, count)
     cosines = ops.similarity(f"{site}.energy", metric, patches, patches)
     raised = ops.activation("elu", ops.add_scalar(cosines, _MARGIN * (here.depth_ratio - 1.0)), f"{site}.elu")
@@ -176,9 +178,17 @@ RULES: Mapping[str, Callable[..., Any]] = {
 }
 
 
+def _keys(ops: Ops[T], here: Reduction[T]) -> T:
+    """One row per token that stands for its keys: their mean over heads (2210.09461), or all of them."""
+    if not here.narrow_heads:
+        return ops.mean(here.k, 1)
+    _, heads, rows, width = ops.shape(here.k)
+    return ops.reshape(ops.transpose(here.k, (0, 2, 1, 3)), (rows, heads * width))
+
+
 def _matched(ops: Ops[T], site: str, here: Reduction[T]) -> Match[T]:
     tokens = here.tokens
-    metric = ops.mean(here.k, 1)
+    metric = _keys(ops, here)
     return match(
         ops, site, metric, count=tokens.count, prefix=tokens.prefix, suffix=tokens.suffix, r=here.r, order=here.order
     )
