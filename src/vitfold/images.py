@@ -6,7 +6,7 @@ import glob
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,7 +251,7 @@ def batches(
             yield ready
 
 
-def prepared_ahead(items: Iterable[A], prepare: Callable[[A], B], *, workers: int = 2) -> Iterator[B]:
+def prepared_ahead(items: Iterable[A], prepare: Callable[[A], B], *, workers: int = 2) -> Generator[B, None, None]:
     """Yield prepare(item) in order; threads prepare the next ones while the caller works on this one.
 
     At most `workers + 2` results exist at any time.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from vitfold.bench.comparison import Subject, compare, raw_samples
+from vitfold.bench.comparison import DecodedAhead, Subject, compare, raw_samples
+from vitfold.bench.timing import interleave
 from vitfold.engines import MAIN, Ends, Port, Session
+from vitfold.images import ImageSet
 from vitfold.model import Array, Preprocess
 
 
@@ -56,3 +59,27 @@ def test_what_is_not_timed_has_a_row_without_a_speed() -> None:
 def test_a_comparison_needs_a_clock() -> None:
     with pytest.raises(ValueError, match="timed"):
         compare([subject("guest", "made for elsewhere")], batch=1, images=None)
+
+
+def test_nothing_is_decoded_ahead_in_the_turn_of_another(photos: ImageSet) -> None:
+    """Every turn begins with nothing decoded and ends with no thread decoding."""
+    images = photos
+    one, other = subject("one"), subject("other")
+    scopes = ("engine", "decoded_ahead")
+    rows = compare([one, other], batch=1, images=images, scopes=scopes, trials=2, warmup=1, iterations=3)
+    assert [(row.subject.name, row.scope) for row in rows] == [(n, s) for s in scopes for n in ("one", "other")]
+    assert all(row.measurement is not None and len(row.measurement.trials_ns[0]) == 3 for row in rows)
+    ahead = DecodedAhead(one.session, one.preprocess, 2, images)
+    ahead()
+    assert any(thread.name.startswith("decode") for thread in threading.enumerate())
+    ahead.stop()
+    assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
+    ahead()
+    ahead.stop()
+
+
+def test_the_clock_stops_between_turns() -> None:
+    turns: list[str] = []
+    subjects = {"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}
+    interleave(subjects, trials=2, warmup=1, iterations=1, settling=False, between=lambda: turns.append("|"))
+    assert "".join(turns) == "a|b|" + "a|b|" + "b|a|"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from vitfold.bench.timing import interleave
 from vitfold.decoding import prepared
 from vitfold.engines import Session
 from vitfold.errors import ImageError
-from vitfold.images import ImageSet
+from vitfold.images import ImageSet, prepared_ahead
 from vitfold.model import Preprocess
 from vitfold.progress import Say
 
@@ -98,11 +100,17 @@ def compare(
         raise ValueError("a comparison needs a subject that is timed")
     rows: list[Row] = []
     for scope in scopes:
-        if scope == "end_to_end" and images is None:
+        if scope != "engine" and images is None:
             continue
         calls = {subject.name: _call(subject, scope, batch, images) for subject in timed}
         samples = interleave(
-            calls, trials=trials, seconds=seconds, warmup=warmup, iterations=iterations, progress=progress
+            calls,
+            trials=trials,
+            seconds=seconds,
+            warmup=warmup,
+            iterations=iterations,
+            progress=progress,
+            between=functools.partial(_stop, list(calls.values())),
         )
         measured = {
             subject.name: Measurement(
@@ -145,6 +153,8 @@ def _call(subject: Subject, scope: Scope, batch: int, images: ImageSet | None) -
         finite_outputs(session(pixels_for(subject.preprocess, batch, images)), f"{subject.name} on {session.engine}")
         return session.run
     assert images is not None
+    if scope == "decoded_ahead":
+        return DecodedAhead(subject.session, subject.preprocess, batch, images)
     paths = itertools.cycle(images.paths)
 
     def end_to_end() -> None:
@@ -152,6 +162,40 @@ def _call(subject: Subject, scope: Scope, batch: int, images: ImageSet | None) -
         session(np.stack([prepared(path, subject.preprocess) for path in chosen])).reshape(batch, -1).argmax(axis=1)
 
     return end_to_end
+
+
+class DecodedAhead:
+    """Calls that take one batch each from files to labels, while threads decode the next ones.
+
+    `stop` throws away what was decoded: no subject decodes in another one's turn, and each begins its own with nothing.
+    """
+
+    def __init__(self, session: Session, preprocess: Preprocess, batch: int, images: ImageSet) -> None:
+        self._session, self._preprocess, self._batch = session, preprocess, batch
+        self._paths = itertools.cycle(images.paths)
+        self._ahead: Generator[Num[np.ndarray, "B ..."], None, None] | None = None
+
+    def __call__(self) -> None:
+        """Run one batch."""
+        if self._ahead is None:
+            groups = (list(itertools.islice(self._paths, self._batch)) for _ in itertools.count())
+            self._ahead = prepared_ahead(groups, self._decoded)
+        self._session(next(self._ahead)).reshape(self._batch, -1).argmax(axis=1)
+
+    def stop(self) -> None:
+        """Throw away what was decoded and wait until nothing is being decoded."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def _decoded(self, paths: Sequence[Path]) -> Num[np.ndarray, "B ..."]:
+        return np.stack([prepared(path, self._preprocess) for path in paths])
+
+
+def _stop(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        if isinstance(call, DecodedAhead):
+            call.stop()
 
 
 def pixels_for(preprocess: Preprocess, batch: int, images: ImageSet | None) -> Num[np.ndarray, "B ..."]:

@@ -7,12 +7,13 @@ itself; see `timing`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
 
-Scope = Literal["engine", "end_to_end"]
+Scope = Literal["engine", "end_to_end", "decoded_ahead"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 NOISY_IQR_RATIO = 0.15
 
 
@@ -20,7 +21,8 @@ NOISY_IQR_RATIO = 0.15
 class Measurement:
     """Nanoseconds of every iteration, `trials_ns[t][i]`, of one subject at one batch size.
 
-    Scope "engine" times `run` alone on bound input; "end_to_end" times files on disk to labels.
+    Scope "engine" times `run` alone on bound input; "end_to_end" times files on disk to labels, one batch after the
+    other; "decoded_ahead" the same while threads decode the next batches, so that its samples are a throughput.
     """
 
     subject: str

@@ -39,6 +39,7 @@ def interleave(
     iterations: int | None = None,
     settling: bool = True,
     progress: Say | None = None,
+    between: Callable[[], None] = lambda: None,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Time each subject `trials` times, in turn, and return nanoseconds per iteration and trial.
@@ -46,7 +47,7 @@ def interleave(
     Every trial visits all subjects, starting with another one each time, so that a slow spell of the
     machine falls on all of them. A visit runs once unrecorded unless `settling` is off, then records iterations for
     `seconds` / `trials` (at least one, at most `max_iterations`), or exactly `iterations`. The first
-    trial is preceded by `warmup` unrecorded runs of each.
+    trial is preceded by `warmup` unrecorded runs of each. `between` is called before another subject's turn.
     """
     if trials < 1 or warmup < 0 or seconds <= 0 or (iterations is not None and iterations < 1):
         raise ValueError("trials and iterations must be at least 1, warmup at least 0 and seconds positive")
@@ -56,6 +57,7 @@ def interleave(
             progress(f"warm-up: {name}")
         for _ in range(warmup):
             subjects[name]()
+        between()
     budget_ns = int(seconds / trials * 1e9) if iterations is None else sys.maxsize
     most = max_iterations if iterations is None else iterations
     samples: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
@@ -68,6 +70,7 @@ def interleave(
                 if progress is not None:
                     progress(f"trial {trial + 1}/{trials}: {name}")
                 samples[name].append(_visit(subjects[name], budget_ns, most, settling=settling, clock=clock))
+                between()
     finally:
         if collecting:
             gc.enable()

@@ -13,6 +13,7 @@ import typer
 from vitfold.artifacts.bundle import holds_steps, open_bundle
 from vitfold.bench.comparison import compare, raw_samples
 from vitfold.bench.environment import environment
+from vitfold.bench.measurement import SCOPES
 from vitfold.bench.peers import CALIBRATED, check_peers
 from vitfold.bench.timing import PROTOCOLS
 from vitfold.cli import options
@@ -61,6 +62,10 @@ class Timing:
             "recorded iterations."
         ),
     ] = "quick"
+    decode_ahead: Annotated[
+        bool,
+        typer.Option("--decode-ahead", help="Also time images from file to label while threads decode the next ones."),
+    ] = False
     trials: Annotated[int | None, typer.Option(min=1, help="Interleaved rounds, if not the protocol's.")] = None
     seconds: Annotated[
         float | None, typer.Option(min=0.1, help="Recorded seconds per subject and scope, if not the protocol's.")
@@ -183,6 +188,7 @@ def _rows(
                 subjects,
                 batch=batch,
                 images=found,
+                scopes=SCOPES if asked.decode_ahead else SCOPES[:2],
                 trials=asked.trials or chosen.trials,
                 seconds=asked.seconds or chosen.seconds,
                 warmup=chosen.warmup,

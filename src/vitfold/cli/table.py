@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from vitfold.bench.environment import busy_remark
+from vitfold.bench.measurement import Scope
 from vitfold.cli.declaring import command
 from vitfold.cli.terminal import out
 from vitfold.errors import VitfoldError
@@ -34,7 +35,7 @@ def print_ladders(result: Mapping[str, Any], *, title: str) -> None:
 @command()
 def table(
     file: Annotated[Path, typer.Argument(metavar="FILE.json", help="JSON of bench or demo.")],
-    scope: Annotated[Literal["engine", "end_to_end"] | None, typer.Option(help="Only this scope.")] = None,
+    scope: Annotated[Scope | None, typer.Option(help="Only this scope.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Markdown instead of a terminal table.")] = False,
 ) -> None:
     """Print the tables of a JSON file that bench or demo wrote."""

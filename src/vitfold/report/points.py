@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from vitfold.bench.measurement import SCOPES
 from vitfold.errors import ReportError
 from vitfold.report.loading import Document
 
@@ -136,7 +137,7 @@ def points_of_bench(document: Mapping[str, Any], name: str) -> list[Point]:
         ReportError: if a row lacks what every row has.
     """
     rows = document["rows"]
-    scopes = [scope for scope in ("engine", "end_to_end") if any(row.get("scope") == scope for row in rows)]
+    scopes = [scope for scope in SCOPES if any(row.get("scope") == scope for row in rows)]
     try:
         return _paired([_of_bench(row) for row in rows if row["scope"] == scopes[0]])
     except (KeyError, TypeError, IndexError) as error:

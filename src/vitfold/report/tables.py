@@ -18,7 +18,11 @@ from vitfold.model.spec import MAPS
 
 RowDict = Mapping[str, Any]
 _SHOWN_ENGINES = {"simulation": "simulated"}
-SCOPES = {"engine": "engine only", "end_to_end": "end to end, file to label"}
+SCOPES = {
+    "engine": "engine only",
+    "end_to_end": "end to end, file to label",
+    "decoded_ahead": "end to end, images decoded ahead by threads",
+}
 
 
 def terminal_table(
