@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def compare(
             warmup=warmup,
             iterations=iterations,
             progress=progress,
-            between=functools.partial(_stop, list(calls.values())),
+            between=functools.partial(stop_decoding, list(calls.values())),
         )
         measured = {
             subject.name: Measurement(
@@ -192,7 +192,8 @@ class DecodedAhead:
         return np.stack([prepared(path, self._preprocess) for path in paths])
 
 
-def _stop(calls: Sequence[Callable[[], None]]) -> None:
+def stop_decoding(calls: Iterable[Callable[[], None]]) -> None:
+    """Stop whichever of the calls decodes ahead."""
     for call in calls:
         if isinstance(call, DecodedAhead):
             call.stop()

@@ -13,19 +13,23 @@ from vitfold.progress import Say
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
-    """How long is timed: `trials` interleaved rounds of `seconds` / `trials` each, or of exactly `iterations`."""
+    """How long is timed: `trials` interleaved rounds of `seconds` / `trials` each, or of exactly `iterations`.
+
+    `decode_ahead` says whether images are also timed from file to label, the next ones being decoded meanwhile.
+    """
 
     batch: int = 1
     trials: int = 10
     warmup: int = 2
     seconds: float = 3.0
     iterations: int | None = None
+    decode_ahead: bool = False
 
 
 PROTOCOLS: Mapping[str, Protocol] = {
     "quick": Protocol(),
     # Source: the report on ToMe and PTQ4ViT on GPUs, table 4.3 (docs/sources.md); here subjects take turns.
-    "report": Protocol(batch=128, trials=5, warmup=200, iterations=1000),
+    "report": Protocol(batch=128, trials=5, warmup=200, iterations=1000, decode_ahead=True),
 }
 
 

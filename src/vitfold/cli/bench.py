@@ -59,7 +59,7 @@ class Timing:
         Literal["quick", "report"],
         typer.Option(
             help="quick: batch 1, 10 rounds, 3 s per subject and scope; report: batch 128, 200 warm-up and 5 x 1000 "
-            "recorded iterations."
+            "recorded iterations, and --decode-ahead."
         ),
     ] = "quick"
     decode_ahead: Annotated[
@@ -188,7 +188,7 @@ def _rows(
                 subjects,
                 batch=batch,
                 images=found,
-                scopes=SCOPES if asked.decode_ahead else SCOPES[:2],
+                scopes=SCOPES if asked.decode_ahead or chosen.decode_ahead else SCOPES[:2],
                 trials=asked.trials or chosen.trials,
                 seconds=asked.seconds or chosen.seconds,
                 warmup=chosen.warmup,

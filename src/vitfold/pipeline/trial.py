@@ -7,13 +7,16 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from vitfold.bench.measurement import Measurement
+from vitfold.bench.comparison import DecodedAhead, stop_decoding
+from vitfold.bench.measurement import Measurement, Scope
 from vitfold.bench.timing import Protocol, interleave
 from vitfold.engines import Session, open_graph
 from vitfold.errors import EngineError
-from vitfold.model import Architecture
+from vitfold.images import ImageSet
+from vitfold.model import Architecture, Preprocess
 from vitfold.model.spec import noise
 from vitfold.pipeline.plan import Plan
 from vitfold.pipeline.writing import write_graph
@@ -48,16 +51,35 @@ def timed(sessions: Mapping[str, Session], spec: Architecture, *, protocol: Prot
     pixels = noise(spec, protocol.batch)
     for session in sessions.values():
         session.bind({session.input: pixels})
+    return _measured(sessions, {name: session.run for name, session in sessions.items()}, "engine", protocol)
+
+
+def timed_ahead(
+    sessions: Mapping[str, Session], preprocess: Preprocess, images: ImageSet, *, protocol: Protocol
+) -> dict[str, Measurement]:
+    """Time sessions on images from file to label, interleaved, while threads decode the next ones.
+
+    Raises:
+        ImageError: if an image cannot be read.
+    """
+    calls = {name: DecodedAhead(one, preprocess, protocol.batch, images) for name, one in sessions.items()}
+    return _measured(sessions, calls, "decoded_ahead", protocol)
+
+
+def _measured(
+    sessions: Mapping[str, Session], calls: Mapping[str, Callable[[], None]], scope: Scope, protocol: Protocol
+) -> dict[str, Measurement]:
     samples = interleave(
-        {name: session.run for name, session in sessions.items()},
+        calls,
         trials=protocol.trials,
         seconds=min(protocol.seconds, _most_seconds()),
         warmup=protocol.warmup,
         iterations=protocol.iterations,
+        between=partial(stop_decoding, list(calls.values())),
     )
     return {
         name: Measurement(
-            subject=name, engine=session.engine, batch=protocol.batch, scope="engine", trials_ns=samples[name]
+            subject=name, engine=session.engine, batch=protocol.batch, scope=scope, trials_ns=samples[name]
         )
         for name, session in sessions.items()
     }

@@ -29,7 +29,7 @@ from vitfold.model.spec import Head
 from vitfold.pipeline.calibration import calibrate_plan, keep_float
 from vitfold.pipeline.compensating import compensate_plan
 from vitfold.pipeline.plan import Plan, optimize
-from vitfold.pipeline.trial import SHORT, timed
+from vitfold.pipeline.trial import SHORT, timed, timed_ahead
 from vitfold.pipeline.writing import save
 from vitfold.progress import Say
 from vitfold.recipe import PruneRecipe, quant_from_scheme
@@ -189,11 +189,15 @@ def measure_attempt(
         outputs = run_over(session, trying.images, trying.model.preprocess)
         fidelity = trying.fidelity(outputs)
         times: Mapping[str, Measurement] | None = None
+        ahead: Mapping[str, Measurement] | None = None
         if not manifest.simulated:
             say("timing beside the float model")
             with open_session(plain) as beside:
                 sessions = {"float": beside, "attempt": session}
                 times = _calm(lambda: timed(sessions, trying.model.spec, protocol=trying.protocol))
+                if trying.protocol.decode_ahead:
+                    say("timing from files to labels, decoded ahead")
+                    ahead = timed_ahead(sessions, trying.model.preprocess, trying.images, protocol=trying.protocol)
     return {
         **attempt.to_dict(),
         "bundle": str(bundle.path.name),
@@ -207,6 +211,7 @@ def measure_attempt(
         "sqnr_db": fidelity.sqnr_db,
         "drop": trying.drop(outputs).to_dict() if decides(trying.model.spec.head) else None,
         **_timing(times),
+        **_ahead(ahead),
         "error": None,
     }
 
@@ -222,6 +227,15 @@ def failed_row(attempt: Trial, error: VitfoldError) -> dict[str, Any]:
         **_timing(None),
         "error": str(error),
     }
+
+
+def _ahead(times: Mapping[str, Measurement] | None) -> dict[str, Any]:
+    """Images per second from files to labels, mean and standard deviation over rounds, where that was timed."""
+    if times is None:
+        return {}
+    rates = {name: one.throughput_ips() for name, one in times.items()}
+    speedup = ratio_interval(times["float"], times["attempt"])
+    return {"decoded_ahead": {"throughput_ips": rates["attempt"], "float_ips": rates["float"], "speedup": speedup}}
 
 
 def _calm(measure: Callable[[], Mapping[str, Measurement]]) -> Mapping[str, Measurement]:

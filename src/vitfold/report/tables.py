@@ -179,8 +179,19 @@ def sweep_cells(rows: Sequence[RowDict]) -> list[list[str]]:
 
 
 def sweep_table(rows: Sequence[RowDict]) -> Table:
-    """Return the terminal table of a sweep or a search."""
-    return terminal_table(SWEEP_COLUMNS, sweep_cells(rows), words=("recipe",), wraps=True)
+    """Return the terminal table of a sweep or a search; throughput with images decoded ahead where it was timed."""
+    header, body = list(SWEEP_COLUMNS), sweep_cells(rows)
+    if any(row.get("decoded_ahead") for row in rows):
+        header += ["ahead img/s", "ahead over float"]
+        body = [[*cells, *_ahead_cells(row.get("decoded_ahead"))] for cells, row in zip(body, rows, strict=True)]
+    return terminal_table(header, body, words=("recipe",), wraps=True)
+
+
+def _ahead_cells(ahead: Mapping[str, Any] | None) -> list[str]:
+    if ahead is None:
+        return ["-", "-"]
+    rate = ahead["throughput_ips"]
+    return [f"{rate['mean']:.1f} ±{rate['std']:.1f}", ratio_text(ahead["speedup"])]
 
 
 def _latency_text(row: RowDict) -> str:
