@@ -42,6 +42,7 @@ class MergeRule:
 RULES: Mapping[str, MergeRule] = {
     "tome": MergeRule(),
     "nearest": MergeRule(),
+    "greedy": MergeRule(),
     "tofu": MergeRule(conserves=False),
     "pitome": MergeRule(),
     "evit": MergeRule(class_token=True),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,30 @@ def test_nearest_equals_the_oracle(r, prefix):
         assert_reduced(found, image, oracle.nearest(here.tokens.x[image].double().numpy(), r, prefix))
 
 
+@pytest.mark.parametrize("r", [1, 3, 6])
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+@pytest.mark.parametrize("suffix", [0, 1])
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_equals_the_oracle(r, prefix, suffix, seed):
+    here = reduction(min(r, (COUNT - prefix - suffix) // 2), prefix=prefix, suffix=suffix)
+    here = replace(here, tokens=replace(here.tokens, x=draw(2, COUNT, WIDTH, seed=10 + seed)))
+    found = reduce_tokens(Run({}), "greedy", "m", here)
+    for image in range(2):
+        x = here.tokens.x[image].double().numpy()
+        assert_reduced(found, image, oracle.greedy(x, here.r, prefix, suffix))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_greedy_pairs_share_no_token_where_enough_are_named(seed):
+    x = draw(1, COUNT, WIDTH, seed=seed)
+    rows = torch.nn.functional.normalize(x[0], dim=-1)
+    named = set((rows[0::2] @ rows[1::2].T).argmax(1).tolist())
+    here = reduction(len(named), prefix=0, batch=1)
+    found = reduce_tokens(Run({}), "greedy", "m", replace(here, tokens=replace(here.tokens, x=x)))
+    assert found.source.sum(-1).max() == 2
+    assert {len(set(np.flatnonzero(row) % 2)) for row in found.source[0].numpy() if row.sum() == 2} == {2}
+
+
 @pytest.mark.parametrize("r", [1, 4])
 @pytest.mark.parametrize("prefix", [1, 2])
 def test_evit_equals_the_oracle(r, prefix):
@@ -121,5 +147,5 @@ def test_an_unknown_rule_is_refused(without_type_checks):
     from vitfold.errors import RecipeError
 
     assert set(RULES) == set(recipe.RULES)
-    with pytest.raises(RecipeError, match=r"merge\.rule is tome, nearest, tofu, pitome, evit"):
+    with pytest.raises(RecipeError, match=r"merge\.rule is tome, nearest, greedy, tofu, pitome, evit"):
         MergeRecipe(r=(1,), rule="dynamic")  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ def test_dense_outputs_get_no_worse(tiny_model) -> None:
     assert errors(model, MERGE, done.model) <= errors(model, MERGE, model)
 
 
-@pytest.mark.parametrize("rule", ["tome", "nearest", "tofu", "pitome", "evit"])
+@pytest.mark.parametrize("rule", ["tome", "nearest", "greedy", "tofu", "pitome", "evit"])
 def test_no_rule_gets_worse_on_held_out_images(rule: str, tiny_model) -> None:
     model = tiny_model()
     done = compensated(model, MergeRecipe(r=(0, 6), order="index", rule=rule))

@@ -135,7 +135,7 @@ def test_every_feature_equals_run(tiny_model, random_images, run_torch, tmp_path
     assert_graph_equals_run(model, TARGETS[target], r, tmp_path, images, run_torch)
 
 
-@pytest.mark.parametrize("rule", ["nearest", "tofu", "pitome", "evit"])
+@pytest.mark.parametrize("rule", ["nearest", "greedy", "tofu", "pitome", "evit"])
 @pytest.mark.parametrize("order", ["index", "score"])
 @pytest.mark.parametrize("feature", ["plain", "registers", "none with registers and head", "token_avg"])
 @pytest.mark.parametrize("target", FLOAT_TARGETS)

@@ -47,6 +47,30 @@ def nearest(x: Array, r: int, prefix: int) -> Reduced:
     return [np.mean(x[group], 0) for group in members.values()], [set(group) for group in members.values()]
 
 
+def greedy(x: Array, r: int, prefix: int, suffix: int) -> Reduced:
+    """The report's algorithm 2: A names its best B, pairs are taken by score where B is free; B goes into A.
+
+    With fewer than r pairs, B that nobody named join the A that they are most like, the most alike first.
+    """
+    end = len(x) - suffix
+    a, b = list(range(prefix, end, 2)), list(range(prefix + 1, end, 2))
+    pairs = []
+    for i in a:
+        j = max(b, key=lambda j: cosine(x[i], x[j]))
+        pairs.append((cosine(x[i], x[j]), i, j))
+    partner: dict[int, int] = {}
+    for _, i, j in sorted(pairs, reverse=True):
+        if j not in partner and len(partner) < r:
+            partner[j] = i
+    left = [max((cosine(x[i], x[j]), i, j) for i in a) for j in b if j not in {pair[2] for pair in pairs}]
+    for _, i, j in sorted(left, reverse=True)[: r - len(partner)]:
+        partner[j] = i
+    groups = [[i] for i in range(prefix)]
+    groups += [[i, *(j for j in b if partner.get(j) == i)] for i in a]
+    groups += [[j] for j in [*b, *range(end, len(x))] if j not in partner]
+    return [np.mean(x[group], 0) for group in groups], [set(group) for group in groups]
+
+
 def evit(x: Array, q: Array, k: Array, r: int, prefix: int) -> Reduced:
     """2202.07800: the r + 1 patch tokens that the class token attends to least become their attention-weighted mean."""
     attention = np.zeros(len(x))

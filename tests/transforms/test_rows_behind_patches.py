@@ -72,7 +72,7 @@ def test_they_are_found_behind() -> None:
     assert behind.unmergeable == ""
 
 
-@pytest.mark.parametrize("rule", ["tome", "nearest", "tofu"])
+@pytest.mark.parametrize("rule", ["tome", "nearest", "greedy", "tofu"])
 @pytest.mark.parametrize("r", [(1, 1, 1), (3, 0, 2), (0, 8, 0)])
 def test_where_they_stand_makes_no_difference(rule: str, r: tuple[int, ...], pixels: Tensor) -> None:
     recipe = MergeRecipe(r=r, rule=rule)
@@ -85,7 +85,7 @@ def test_where_they_stand_makes_no_difference(rule: str, r: tuple[int, ...], pix
 
 @pytest.mark.parametrize("rule", ["evit", "pitome"])
 def test_rules_that_would_move_them_are_refused(rule: str) -> None:
-    with pytest.raises(RecipeError, match="tome, nearest or tofu"):
+    with pytest.raises(RecipeError, match="tome, nearest, greedy or tofu"):
         program_of(read_as_graph(BEHIND).spec, MergeRecipe(r=(1, 1, 1), rule=rule))
 
 

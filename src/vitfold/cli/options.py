@@ -103,7 +103,7 @@ Merge = Annotated[
     ),
 ]
 MergeRule = Annotated[
-    Literal["tome", "nearest", "tofu", "pitome", "evit"],
+    Literal["tome", "nearest", "greedy", "tofu", "pitome", "evit"],
     _recipe(help="Which tokens go: tome merges the most similar pairs; see docs/sweeps.md for the others."),
 ]
 Compensate = Annotated[

@@ -47,7 +47,7 @@ class SweepArgs:
         str | None, typer.Option(metavar="R,R,...", help="Schedules, comma-separated: 0,2,4,8:-1; lists in --plan.")
     ] = None
     rules: Annotated[
-        str | None, typer.Option(help="Merging rules, comma-separated: tome,nearest,tofu,pitome,evit.")
+        str | None, typer.Option(help="Merging rules, comma-separated: tome,nearest,greedy,tofu,pitome,evit.")
     ] = None
     quant: Annotated[str | None, typer.Option(help="Bits, comma-separated: none,w8a8.")] = None
     methods: Annotated[str | None, typer.Option(help="Methods of quantization, comma-separated.")] = None

@@ -49,9 +49,10 @@ def reduce_tokens(ops: Ops[T], rule: str, site: str, here: Reduction[T]) -> Toke
     Raises:
         RecipeError: if it would move tokens that stand behind the patches.
     """
-    if here.tokens.suffix and rule not in ("tome", "nearest", "tofu"):
+    if here.tokens.suffix and rule not in ("tome", "nearest", "greedy", "tofu"):
         raise RecipeError(
-            f"the rule {rule} keeps no tokens behind the patches, which this model has; take tome, nearest or tofu"
+            f"the rule {rule} keeps no tokens behind the patches, which this model has; take tome, nearest, greedy or "
+            "tofu"
         )
     reduced: Tokens[T] = RULES[rule](ops, site, here)
     return reduced
@@ -85,6 +86,34 @@ def nearest(ops: Ops[T], site: str, here: Reduction[T]) -> Tokens[T]:
     _, joined = ops.argmax(ops.similarity(f"{site}.scores", both, range(r), range(r, count)))
     survivors = ops.pad_index(kept, range(prefix), range(patches.stop, tokens.count))
     pairs = Match(moved=moved, into=ops.affine_index(joined, 1, prefix), survivors=survivors)
+    return merge(ops, site, tokens, pairs, r=r, trace=here.trace)
+
+
+def greedy(ops: Ops[T], site: str, here: Reduction[T]) -> Tokens[T]:
+    """Merge pairs none of which share a token: every A names its most similar B, every B takes the best of those.
+
+    Equation: j_i = argmax_j s_ij, s_ij = cos(x_i, x_j), x the tokens behind attention, i at even and j at odd
+    positions of the patches; of pairs (i, j_i), in descending order of s, the r first whose j is free join x_j to x_i.
+
+    An A names one B, so only a B can be asked for twice, and the best pair of every B is what the greedy choice takes.
+    Where fewer than r B are named, the B that are most like any A join it too: then an A may take two. Ties name all.
+
+    Source: Feng Mingyu, Token Merging and Post-Training Quantization (JAIST 2026), algorithm 2.
+    """
+    ops.scope(site)
+    tokens, r, prefix, end = here.tokens, here.r, here.tokens.prefix, here.tokens.count - here.tokens.suffix
+    a, b = range(prefix, end, 2), range(prefix + 1, end, 2)
+    scores = ops.similarity(f"{site}.scores", tokens.x, b, a)
+    best = ops.reshape(ops.reduce_max(scores, 1), (1, len(a)))
+    named = ops.elementwise("floor", ops.scale(ops.elementwise("subtract", scores, best), 0.5))
+    taken, partner = ops.argmax(ops.add(scores, ops.scale(named, -_BEYOND)))
+    moved, kept = ops.topk_split(taken, r, by_score=here.order == "score")
+    survivors = ops.pad_index(ops.affine_index(kept, b.step, b.start), a, range(0))
+    pairs = Match(
+        moved=ops.affine_index(moved, b.step, b.start),
+        into=ops.affine_index(ops.take(partner, moved), 1, prefix),
+        survivors=ops.pad_index(survivors, range(prefix), range(end, tokens.count)),
+    )
     return merge(ops, site, tokens, pairs, r=r, trace=here.trace)
 
 
@@ -172,6 +201,7 @@ def evit(ops: Ops[T], site: str, here: Reduction[T]) -> Tokens[T]:
 RULES: Mapping[str, Callable[..., Any]] = {
     "tome": tome,
     "nearest": nearest,
+    "greedy": greedy,
     "tofu": tofu,
     "pitome": pitome,
     "evit": evit,
