@@ -120,7 +120,7 @@ def test_every_field_of_a_recipe_reaches_every_key(tiny_model, photos, kind, nam
     assert key_of(whole) != key_of(replace(whole, **{place: other}))
     model = tiny_model()
     if kind is MergeRecipe:
-        keys = {samples_key(*calibrating(model, merge, photos), True, 0, 8, 64) for merge in (base, other)}
+        keys = {samples_key(*calibrating(model, merge, photos), "fisher", 0, 8, 64) for merge in (base, other)}
         assert len(keys) == 2
     if kind in (MergeRecipe, QuantRecipe):
         changed = {place: other}
@@ -133,13 +133,14 @@ def test_every_field_of_a_recipe_reaches_every_key(tiny_model, photos, kind, nam
 def test_every_choice_of_a_calibration_reaches_its_key(tiny_model, photos):
     model = tiny_model()
     calls = [
-        (model, MERGE, photos, True, 0, 8, 64),
-        (tiny_model(seed=1), MERGE, photos, True, 0, 8, 64),
-        (model, MERGE, photos.first(3), True, 0, 8, 64),
-        (model, MERGE, photos, False, 0, 8, 64),
-        (model, MERGE, photos, True, 1, 8, 64),
-        (model, MERGE, photos, True, 0, 4, 64),
-        (model, MERGE, photos, True, 0, 8, 65),
+        (model, MERGE, photos, "fisher", 0, 8, 64),
+        (tiny_model(seed=1), MERGE, photos, "fisher", 0, 8, 64),
+        (model, MERGE, photos.first(3), "fisher", 0, 8, 64),
+        (model, MERGE, photos, None, 0, 8, 64),
+        (model, MERGE, photos, "gauss-newton", 0, 8, 64),
+        (model, MERGE, photos, "fisher", 1, 8, 64),
+        (model, MERGE, photos, "fisher", 0, 4, 64),
+        (model, MERGE, photos, "fisher", 0, 8, 65),
     ]
     assert len({samples_key(*calibrating(*call[:3]), *call[3:]) for call in calls}) == len(calls)
 

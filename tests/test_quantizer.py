@@ -101,7 +101,9 @@ def test_a_shifted_quantizer_is_shift_round_shift_back(x, offset, inner):
 
 def twin_oracle(x: float, quantizer: Twin) -> float:
     """PTQ4ViT's definition, one number at a time: a flag picks the range, the other bits index it."""
-    first = x < 0 if quantizer.rule == "sign" else x < np.float32(quantizer.inner.high * float(quantizer.inner.scale))
+    first = (
+        x < 0 if quantizer.rule == "sign" else x < np.float32((quantizer.inner.high + 1) * float(quantizer.inner.scale))
+    )
     chosen = quantizer.inner if first else quantizer.outer
     code = round(float(np.float32(x) / np.float32(chosen.scale)))
     return min(max(code, chosen.low), chosen.high) * float(chosen.scale)

@@ -99,8 +99,9 @@ class Twin:
     """Two uniform quantizers with disjoint domains, both with zero point 0.
 
     rule "sign" (post-GELU): negative x go to `inner` (codes low..0), the others to `outer` (codes 0..high).
-    rule "magnitude" (post-softmax, x >= 0): x below the upper end of `inner`, high scale, goes to `inner`,
-    the others to `outer`.
+    rule "magnitude" (post-softmax, x >= 0): x below the upper end of `inner`, (high + 1) scale, goes to `inner`, where
+    it gets the code `high` at most, the others to `outer`: with 8 bits both have 128 codes, and 2^7 steps of `inner`
+    are below the split.
 
     Source: PTQ4ViT (2111.12293), section 3.2, in the paper's disjoint form (the released code adds both).
     """
@@ -123,7 +124,7 @@ class Twin:
     @property
     def threshold(self) -> float:
         """The value from which on `outer` is used."""
-        return 0.0 if self.rule == "sign" else float(self.inner.scale) * self.inner.high
+        return 0.0 if self.rule == "sign" else float(self.inner.scale) * (self.inner.high + 1)
 
     def __call__(self, x: Array) -> Array:
         """Quantize and dequantize."""

@@ -20,7 +20,7 @@ from vitfold.images import ImageSet, batches, find_images
 from vitfold.model import Model
 from vitfold.ops.record import Record
 from vitfold.quant import calibrate
-from vitfold.quant.collect import Samples
+from vitfold.quant.collect import Samples, probe
 from vitfold.quant.sites import find_sites
 from vitfold.recipe import MergeRecipe, QuantRecipe
 
@@ -65,7 +65,7 @@ def positions(rows: torch.Tensor, among: torch.Tensor) -> list[int]:
 @pytest.mark.parametrize("rows", [12, 29, 60, 10**6])
 def test_shares_ranges_and_the_largest_rows(tiny_model, photos, merge, rows):
     model = tiny_model(**NO_CLASS)
-    samples = collected(model, merge, photos, gradients=False, batch=4, rows=rows)
+    samples = collected(model, merge, photos, gradients=None, batch=4, rows=rows)
     streams = Streams(model, merge, photos, 4)
     quota = max(1, rows // 6)
     for site in find_sites(model.spec)[0]:
@@ -92,7 +92,7 @@ def test_shares_ranges_and_the_largest_rows(tiny_model, photos, merge, rows):
 
 def test_weighted_by_their_shares_rows_give_the_streams_moments(tiny_model, tmp_path):
     model, images = tiny_model(), many(tmp_path / "m", 24)
-    samples = collected(model, NONE, images, gradients=False, rows=24 * 8)
+    samples = collected(model, NONE, images, gradients=None, rows=24 * 8)
     one = samples.linears["blocks.1.mlp.fc2"]
     whole = torch.cat(Streams(model, NONE, images, 8).rows("blocks.1.mlp.fc2.x"))
     reach, exact = one.x.abs().amax(1, keepdim=True), float(whole.abs().amax(1).mean())
@@ -103,7 +103,7 @@ def test_weighted_by_their_shares_rows_give_the_streams_moments(tiny_model, tmp_
 def test_the_ordinary_rows_are_drawn_from_every_batch(tiny_model, tmp_path):
     """Whatever the last batch's size is, which rounds the shares differently."""
     model, images = tiny_model(**NO_CLASS), many(tmp_path / "m", 7)
-    samples = collected(model, NONE, images, gradients=False, batch=4, rows=7 * 3)
+    samples = collected(model, NONE, images, gradients=None, batch=4, rows=7 * 3)
     ordinary = samples.linears["blocks.0.attn.qkv"].ordinary
     parts = Streams(model, NONE, images, 4).rows("blocks.0.attn.qkv.x")
     found = positions(ordinary, torch.cat(parts))
@@ -116,7 +116,7 @@ def test_the_same_seed_gives_the_same_rows(tiny_model, photos, monkeypatch, tmp_
 
     def taken(seed: int, folder: str) -> torch.Tensor:
         monkeypatch.setenv("VITFOLD_CACHE", str(tmp_path / folder))
-        return collected(model, NONE, photos, gradients=False, seed=seed, rows=24).linears["blocks.0.attn.qkv"].x
+        return collected(model, NONE, photos, gradients=None, seed=seed, rows=24).linears["blocks.0.attn.qkv"].x
 
     first, again, other = taken(1, "a"), taken(1, "b"), taken(2, "c")
     np.testing.assert_array_equal(first, again)
@@ -135,7 +135,7 @@ def test_the_same_seed_gives_the_same_rows(tiny_model, photos, monkeypatch, tmp_
 def test_gradients_stand_at_their_rows(tiny_model, photos, features):
     """Against autograd on the whole stream, with the signs that the loss draws."""
     model, merge = tiny_model(**features), MergeRecipe(r=(5, 3))
-    samples = collected(model, merge, photos, gradients=True, batch=6, rows=30, seed=3)
+    samples = collected(model, merge, photos, gradients="gauss-newton", batch=6, rows=30, seed=3)
     (group,) = batches(photos, model.preprocess, batch=6)
     seen: dict[str, torch.Tensor] = {}
     ops = Record(model.params, seen.__setitem__)
@@ -158,6 +158,33 @@ def test_gradients_stand_at_their_rows(tiny_model, photos, features):
             assert found is not None
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(attention.logits.softmax(-1), seen[f"{site}.softmax"].detach())
+
+
+def curvature_of_divergence(weight: torch.Tensor, x: torch.Tensor, head: str) -> torch.Tensor:
+    """The diagonal of the Hessian of the divergence from the model itself, by autograd twice: that is the Fisher's."""
+    logits = weight @ x
+
+    def divergence(x: torch.Tensor) -> torch.Tensor:
+        if head == "single_label":
+            p = logits.softmax(-1)
+            return (p * (p.log() - (weight @ x).log_softmax(-1))).sum()
+        return torch.nn.functional.binary_cross_entropy_with_logits(weight @ x, logits.sigmoid(), reduction="sum")
+
+    assert torch.autograd.functional.jacobian(divergence, x).abs().max() < 1e-12, "PTQ4ViT's gradient says nothing"
+    return torch.autograd.functional.hessian(divergence, x).diagonal()
+
+
+@pytest.mark.parametrize("head", ["single_label", "multi_label", "regression"])
+@pytest.mark.parametrize("curvature", ["fisher", "gauss-newton"])
+def test_squared_gradients_of_the_probe_estimate_the_curvature(head, curvature):
+    rng = np.random.default_rng(0)
+    weight, x = torch.from_numpy(rng.standard_normal((4, 5))), torch.from_numpy(rng.standard_normal(5))
+    plain = head == "regression" or curvature == "gauss-newton"
+    expected = weight.square().sum(0) if plain else curvature_of_divergence(weight, x, head)
+    generator, draws = torch.Generator().manual_seed(0), 8000
+    rows = x.repeat(draws, 1).requires_grad_()
+    (found,) = torch.autograd.grad(probe(rows @ weight.T, head, curvature, generator), rows)
+    torch.testing.assert_close(found.square().mean(0), expected, rtol=0.05, atol=0)
 
 
 def tensors(samples: Samples) -> dict[str, torch.Tensor]:
@@ -198,7 +225,7 @@ def runs() -> Iterator[list[int]]:
         yield runs.counted
 
 
-@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("gradients", [None, "gauss-newton", "fisher"])
 def test_a_second_call_runs_no_model(tiny_model, photos, runs, gradients):
     model = tiny_model()
     advanced: list[int] = []
@@ -214,7 +241,7 @@ def test_every_choice_has_samples_of_its_own(tiny_model, photos, runs):
     model = tiny_model()
     changes = [
         {},
-        {"gradients": True},
+        {"gradients": "gauss-newton"},
         {"seed": 1},
         {"rows": 50},
         {"merge": MergeRecipe(r=(3, 3))},
@@ -223,19 +250,19 @@ def test_every_choice_has_samples_of_its_own(tiny_model, photos, runs):
         {"model": tiny_model(seed=1)},
     ]
     for change in changes:
-        chosen = {"model": model, "merge": NONE, "images": photos, "gradients": False, **change}
+        chosen = {"model": model, "merge": NONE, "images": photos, "gradients": None, **change}
         collected(chosen.pop("model"), chosen.pop("merge"), chosen.pop("images"), **chosen)
     assert len(runs) == len(changes)
 
 
 def test_a_damaged_entry_is_made_again(tiny_model, photos, runs):
     model = tiny_model()
-    first = collected(model, NONE, photos, gradients=False)
+    first = collected(model, NONE, photos, gradients=None)
     (entry,) = (cache_folder() / "calibration").iterdir()
     whole = entry.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"\0" * 100):
         entry.write_bytes(damaged)
-        assert_same(collected(model, NONE, photos, gradients=False), first)
+        assert_same(collected(model, NONE, photos, gradients=None), first)
         assert entry.read_bytes() == whole
     assert len(runs) == 4
 
@@ -245,14 +272,14 @@ def test_an_interrupt_leaves_nothing(tiny_model, photos):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collected(tiny_model(), NONE, photos, gradients=False, batch=2, advance=stop)
+        collected(tiny_model(), NONE, photos, gradients=None, batch=2, advance=stop)
     assert not [path for path in cache_folder().rglob("*") if path.is_file()]
 
 
 def test_a_read_only_cache_is_no_error(tiny_model, photos, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VITFOLD_CACHE", str(tmp_path / "file"))
-    assert collected(tiny_model(), NONE, photos, gradients=False).images == 6
+    assert collected(tiny_model(), NONE, photos, gradients=None).images == 6
 
 
 def with_param(model: Model, name: str, change) -> Model:
@@ -267,7 +294,7 @@ def test_activations_that_are_not_finite_are_named(tiny_model, photos, name, sit
     """The first site that sees them, on which image; and nothing is kept."""
     model = with_param(tiny_model(), name, lambda a: (a * (3e38 / np.float64(np.abs(a).max()))).astype(np.float32))
     with pytest.raises(CalibrationError, match=rf"{site}\.x are NaN or infinite on images like .*0\.png"):
-        collected(model, NONE, photos, gradients=False)
+        collected(model, NONE, photos, gradients=None)
     assert not cache_folder().exists()
 
 
@@ -284,10 +311,11 @@ def test_memory_does_not_grow_with_the_images(tiny_model, tmp_path):
     """Rows are shared out; ranges have no row, and attention operands stop after a few batches."""
     model = tiny_model()
     twenty, sixty = (
-        collected(model, NONE, many(tmp_path / str(count), count), gradients=True, rows=120) for count in (20, 60)
+        collected(model, NONE, many(tmp_path / str(count), count), gradients="gauss-newton", rows=120)
+        for count in (20, 60)
     )
     bytes_of = [sum(t.nbytes for t in tensors(samples).values()) for samples in (twenty, sixty)]
     head = 40 * (32 + 1 + 10) * 4
     assert bytes_of[1] <= bytes_of[0] + head, "the head sees one row per image, which is the least to keep"
-    more = collected(model, NONE, many(tmp_path / "more", 60), gradients=False, rows=6)
+    more = collected(model, NONE, many(tmp_path / "more", 60), gradients=None, rows=6)
     assert len(more.linears["blocks.0.attn.qkv"].x) == 60, "at least one row per image"

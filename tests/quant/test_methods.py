@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -14,9 +15,11 @@ from vitfold.errors import RecipeError
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate, fake_quantize
 from vitfold.quant import METHODS, QuantConstraints, QuantMethod, calibrate, find_method
+from vitfold.quant.activations import activation_minimum
 from vitfold.quant.attention import search_attention
 from vitfold.quant.collect import AttentionSamples, LinearSamples
 from vitfold.quant.linear import LinearProblem, search_linear
+from vitfold.quant.ranges import Grid
 from vitfold.quant.sites import LinearSite
 from vitfold.quantizer import Log, Quantizer, Shifted, Twin, Uniform
 from vitfold.recipe import MergeRecipe, QuantRecipe
@@ -60,8 +63,9 @@ def linear_sqnr_db(
 
 def test_the_table_names_every_method_once():
     assert list(METHODS) == [method.name for method in METHODS.values()]
-    assert METHODS["ptq4vit"].needs_gradients
-    assert not METHODS["vitfold"].needs_gradients
+    assert METHODS["ptq4vit"].gradients == "gauss-newton"
+    assert METHODS["ptq4vit-paper"].gradients == "fisher"
+    assert METHODS["vitfold"].gradients is None
     assert not METHODS["repq"].runs_softmax
     assert find_method("repq").to_dict()["equalize"] == "repq"
     with pytest.raises(RecipeError, match="ptq4vit"):
@@ -198,6 +202,25 @@ def test_gradients_decide_which_error_counts():
     method = replace(METHODS["ptq4vit"], twin_gelu=False)
     plain, careful = (float(search_linear(p, method, preset=None)["l.x"].scale) for p in (problem, weighted))
     assert careful < 0.5 * plain
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tied_scales_behind_gelu_are_the_best_powers_of_two(bits):
+    """Against every power of two that there is, by the error of the output."""
+    x = torch.nn.functional.gelu(3 * drawn(300, 16))
+    problem = problem_of(x, bits, activation="gelu_erf")
+    method = replace(METHODS["ptq4vit-paper"], weight_grid=Grid(start=1.0, stop=1.0, count=1))
+    quantizers = search_linear(problem, method, preset=None)
+    found, weight = quantizers["l.x"], fake_quantize(problem.weight, quantizers["l.w"])
+    assert isinstance(found, Twin)
+    assert float(found.inner.scale) == pytest.approx(-activation_minimum("gelu_erf") / 2 ** (bits - 1))
+
+    def error(power: int) -> float:
+        outer = replace(found.outer, scale=np.array(np.ldexp(found.inner.scale, power)))
+        return float(((fake_quantize(x, replace(found, outer=outer)) - x) @ weight.T).square().mean())
+
+    power = math.log2(float(found.outer.scale) / float(found.inner.scale))
+    assert power == min(range(-12, 12), key=error)
 
 
 @pytest.mark.parametrize("name", METHODS)

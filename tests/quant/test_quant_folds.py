@@ -90,7 +90,7 @@ def test_the_folds_of_methods_are_identities_and_samples_follow(
     )
 
     def samples_of(one):
-        return collected(one, merge, photos, gradients=method.needs_gradients, rows=10**6)
+        return collected(one, merge, photos, gradients=method.gradients, rows=10**6)
 
     folded, samples, presets = fold_channels(network_of(model, merge), samples_of(model), method, QuantRecipe())
     folded = model.with_params(model.spec, folded.params)
@@ -119,7 +119,7 @@ def test_repq_gives_every_channel_one_scale(tiny_model, photos, own_cache):
     gamma = np.ones(32, np.float32)
     gamma[[3, 17]] = 40
     model = model.with_params(model.spec, {**model.params, "blocks.0.norm1.weight": gamma})
-    samples = collected(model, MergeRecipe(r=()), photos, gradients=False)
+    samples = collected(model, MergeRecipe(r=()), photos, gradients=None)
     _, moved, presets = fold_channels(
         network_of(model, MergeRecipe(r=())), samples, METHODS["repq"], QuantRecipe(weights=6, activations=6)
     )
@@ -133,7 +133,7 @@ def test_repq_gives_every_channel_one_scale(tiny_model, photos, own_cache):
 
 def test_layers_that_stay_float_are_not_folded(tiny_model, photos, own_cache):
     model = tiny_model()
-    samples = collected(model, MergeRecipe(r=()), photos, gradients=False)
+    samples = collected(model, MergeRecipe(r=()), photos, gradients=None)
     quant = QuantRecipe(sites={"blocks.0.*": "float"})
     folded, _, _ = fold_channels(network_of(model, MergeRecipe(r=())), samples, METHODS["vitfold"], quant)
     changed = {name for name, array in model.params.items() if not np.array_equal(array, folded.params[name])}

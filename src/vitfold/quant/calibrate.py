@@ -131,7 +131,7 @@ def calibrate_network(
     _check_globs(quant, network.linears, network.attentions)
     check_enough(examples.count)
     progress.step("collecting activations")
-    samples = collect(network, examples, gradients=method.needs_gradients, seed=quant.seed, advance=progress.advance)
+    samples = collect(network, examples, gradients=method.gradients, seed=quant.seed, advance=progress.advance)
     check_samples(samples, quant)
     if quant.format == "float8":
         return _calibrate_float8(network, samples, quant, scheme, progress)

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
 from vitfold.errors import CalibrationError
+from vitfold.model.spec import Head
 from vitfold.ops.record import Record
 from vitfold.progress import Advance
+from vitfold.quant.methods import Curvature
 from vitfold.quant.network import Examples, Network
 
 ROWS = 1024
@@ -33,7 +35,7 @@ class LinearSamples:
 
     Half of the rows are those of largest magnitude in their batch (sink tokens, which decide ranges and are
     too rare for a random sample), the others random; `share` is how many rows of the whole stream each
-    stands for. `grad` is the gradient of `_gauss_newton_loss` at the same rows of the output, None if not asked for.
+    stands for. `grad` is the gradient of `probe` at the same rows of the output, None if not asked for.
     """
 
     x: Float[Tensor, "R I"]
@@ -149,7 +151,7 @@ def collect(
     network: Network,
     examples: Examples,
     *,
-    gradients: bool,
+    gradients: Curvature | None,
     seed: int = 0,
     batch: int = 8,
     advance: Advance | None = None,
@@ -158,7 +160,7 @@ def collect(
     """Run a network over the examples and sample every site; kept for the next call.
 
     Args:
-        gradients: also sample the gradient of `_gauss_newton_loss` at every output, for the Hessian-guided search.
+        gradients: also sample the gradient of `probe` at every output, for the Hessian-guided search.
         rows: rows per linear layer over all examples, at least one per example.
 
     Raises:
@@ -174,7 +176,9 @@ def collect(
     return _samples(network, {name: torch.from_numpy(array) for name, array in kept.items()})
 
 
-def samples_key(network: Network, examples: Examples, gradients: bool, seed: int, batch: int, rows: int) -> str:
+def samples_key(
+    network: Network, examples: Examples, gradients: Curvature | None, seed: int, batch: int, rows: int
+) -> str:
     """Return the key of what `collect` keeps: everything that it looks at."""
     return key_of(_FORMAT, network.digest, examples.digest(), gradients, seed, batch, rows)
 
@@ -183,7 +187,7 @@ def _pass(
     network: Network,
     examples: Examples,
     *,
-    gradients: bool,
+    gradients: Curvature | None,
     seed: int,
     batch: int,
     advance: Advance | None,
@@ -200,12 +204,10 @@ def _pass(
         reservoir.batch += 1
         reservoir.take_attention = seen < ATTENTION_IMAGES
         reservoir.watched = {}
-        if gradients:
+        if gradients is not None:
             with torch.enable_grad():
                 output = network.run(ops, tuple(value.requires_grad_() for value in group.inputs))
-                if network.embeds:
-                    output = torch.nn.functional.normalize(output, dim=-1)
-                loss = _gauss_newton_loss(output, generator)
+                loss = probe(output, network.head, gradients, generator)
                 watched = reservoir.watched
                 found = torch.autograd.grad(loss, list(watched.values()), allow_unused=True)
             reservoir.keep_gradients(
@@ -234,16 +236,32 @@ def _pass(
     return arrays
 
 
-def _gauss_newton_loss(output: Tensor, generator: torch.Generator) -> Tensor:
-    """A scalar whose squared gradients estimate the Gauss-Newton diagonal of the output's squared error.
+def probe(
+    output: Float[Tensor, "B *N C"], head: Head, curvature: Curvature, generator: torch.Generator
+) -> Float[Tensor, ""]:
+    """Return a scalar whose squared gradients estimate the diagonal of a curvature matrix of the loss; no labels.
 
-    <r, output> with random signs r: E[(J^T r)^2] = diag(J^T J). No labels are needed, and unlike Fisher samples of
-    a confident classifier, whose gradients all but vanish, every image counts. Embeddings are normalized first.
+    Equation: <r, S^T output>, r random signs: E[(J^T S r)^2] = diag(J^T S S^T J). "gauss-newton": S = I, the squared
+    error of the output. "fisher", on logits of one class: S = diag(sqrt p) - p sqrt(p)^T, p = softmax(output), so that
+    S S^T = diag(p) - p p^T: the Fisher information, which is the Hessian of KL(p || softmax(output)) where the
+    model equals itself; on logits of several labels S = diag(sqrt(p (1 - p))), p = sigmoid(output). Features are
+    normalized first, and as what a regression gives, they have S = I in both.
 
-    Source: Hutchinson's estimator as in PyHessian (1912.07145), on the Gauss-Newton matrix; PTQ4ViT (2111.12293)
-    takes the gradient of a divergence instead, which is zero where the model equals itself.
+    A gradient of that divergence itself is zero there. The Fisher information of a confident image all but vanishes;
+    to the Gauss-Newton matrix every image counts alike.
+
+    Source: PTQ4ViT (2111.12293), section 3.3, the Hessian by squared gradients; Hutchinson's estimator as in
+    PyHessian (1912.07145).
     """
-    signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
+    signs = torch.randint(0, 2, output.shape, generator=generator) * 2.0 - 1.0
+    if head == "features":
+        output = torch.nn.functional.normalize(output, dim=-1)
+    elif curvature == "fisher" and head == "single_label":
+        p = output.detach().softmax(-1)
+        signs = p.sqrt() * signs - p * (p.sqrt() * signs).sum(-1, keepdim=True)
+    elif curvature == "fisher" and head == "multi_label":
+        p = output.detach().sigmoid()
+        signs = (p * (1.0 - p)).sqrt() * signs
     return (output * signs).sum()
 
 

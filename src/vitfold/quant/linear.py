@@ -5,6 +5,7 @@ Grids and quantizers come from `ranges`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -203,10 +204,18 @@ def _from_range(low: Tensor, high: Tensor, bits: int, *, symmetric: bool) -> Uni
 def _search_twin(activation: str, high: Tensor, bits: int, method: QuantMethod, error: Error) -> Twin:
     """The negative range spans the function's minimum exactly; the positive scale is searched.
 
-    Source: PTQ4ViT (2111.12293), section 3.2, with the minimum of the activation function at hand.
+    Equation: with tied scales outer = 2^m inner, m an integer, over the same span as the grid of free ones.
+
+    Source: PTQ4ViT (2111.12293), section 3.2, with the minimum of the activation function at hand; the released code
+    leaves the outer scale free.
     """
-    first, _ = code_range(bits, symmetric=True)
+    first, last = code_range(bits, symmetric=True)
     inner = uniform_from_scale(activation_minimum(activation) / first, first, 0)
+    if method.tied_twins:
+        widest = float(high) / (last + 0.5) / float(inner.scale)
+        powers = range(_power(widest * method.grid.start), _power(widest * method.grid.stop) + 1)
+        scales = [float(np.ldexp(inner.scale, power)) for power in powers]
+        return min((Twin(rule="sign", inner=inner, outer=uniform_from_scale(s, 0, last)) for s in scales), key=error)
     outer = search_symmetric(
         high,
         bits,
@@ -214,6 +223,11 @@ def _search_twin(activation: str, high: Tensor, bits: int, method: QuantMethod, 
         lambda q: error(Twin(rule="sign", inner=inner, outer=q)),  # type: ignore[arg-type]
     )
     return Twin(rule="sign", inner=inner, outer=replace(outer, low=0))
+
+
+def _power(ratio: float) -> int:
+    """The power of two nearest to a positive ratio."""
+    return round(math.log2(max(ratio, 2.0**-20)))
 
 
 def _search_noise(inner: Uniform, x: Tensor, exact: Tensor, share: Tensor, weight: Tensor) -> Shifted:

@@ -13,6 +13,8 @@ from vitfold.quant.ranges import Grid
 
 Metric = Literal["minmax", "percentile", "mse", "output", "hessian"]
 Softmax = Literal["uniform", "twin", "log2", "log_sqrt2"]
+Curvature = Literal["gauss-newton", "fisher"]
+"""Whose diagonal weighs the squared error of a layer's output: see `quant.collect.probe`."""
 
 
 _WEIGHTS = Grid(start=0.4, stop=1.0, count=61)
@@ -26,11 +28,12 @@ class QuantMethod:
 
     `weights` and `activations` name the error that a range is chosen by: none (minmax), a percentile of
     the samples, the rounding error itself (mse), the error of the layer's output (output), or that
-    weighted by squared Gauss-Newton probes of the outputs (hessian). `granularity` of weights is per output channel,
-    or per tensor with one scale each for the Q, K and V rows of qkv. `softmax` lists the quantizers that the
+    weighted by the diagonal of a `curvature` of the model's output (hessian). `granularity` of weights is per output
+    channel, or per tensor with one scale each for the Q, K and V rows of qkv. `softmax` lists the quantizers that the
     search may choose from. `equalize` names the exact fold of LayerNorm's channels, `values` folds V's channels
     into proj, `head_scales` gives every attention head ranges of its own, `noise` adds a fixed vector
-    before rounding, `rounding` and `correct` say how weights go to their grid.
+    before rounding, `rounding` and `correct` say how weights go to their grid. `tied_twins` says whether the two scales
+    behind GELU differ by a power of two, as those behind softmax always do.
     """
 
     name: str
@@ -47,15 +50,17 @@ class QuantMethod:
     values: bool = False
     head_scales: bool = False
     twin_gelu: bool = False
+    tied_twins: bool = False
+    curvature: Curvature = "gauss-newton"
     softmax: tuple[Softmax, ...] = ("uniform",)
     noise: bool = False
     rounding: Literal["nearest", "gptq"] = "nearest"
     correct: bool = False
 
     @property
-    def needs_gradients(self) -> bool:
-        """True if the search weights errors by gradients of the model's outputs."""
-        return "hessian" in (self.weights, self.activations)
+    def gradients(self) -> Curvature | None:
+        """The curvature by whose probes the search weighs errors, None if it needs no gradients."""
+        return self.curvature if "hessian" in (self.weights, self.activations) else None
 
     @property
     def runs_softmax(self) -> bool:
@@ -97,6 +102,23 @@ METHODS: dict[str, QuantMethod] = {
             rounds=3,
             head_scales=True,
             twin_gelu=True,
+            softmax=("twin",),
+        ),
+        QuantMethod(
+            name="ptq4vit-paper",
+            source="PTQ4ViT as printed (2111.12293): squared gradients as the Fisher information of the model's "
+            "classes, scales of both twins a power of two apart",
+            granularity="tensor",
+            symmetric=True,
+            weights="hessian",
+            activations="hessian",
+            weight_grid=_PUBLISHED,
+            grid=_PUBLISHED,
+            rounds=3,
+            head_scales=True,
+            twin_gelu=True,
+            tied_twins=True,
+            curvature="fisher",
             softmax=("twin",),
         ),
         QuantMethod(

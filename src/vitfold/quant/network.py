@@ -15,6 +15,7 @@ from vitfold.architectures.programs import program_of
 from vitfold.artifacts.cache import key_of
 from vitfold.images import ImageSet, batches
 from vitfold.model import Array, Model, Preprocess
+from vitfold.model.spec import Head
 from vitfold.ops.run import Run
 from vitfold.program import Program, replay
 from vitfold.quant.sites import AttentionSite, LinearSite, find_sites
@@ -26,8 +27,8 @@ from vitfold.transforms.rewriting import only_outputs
 class Network:
     """A program with its parameters, and what of it can be rounded.
 
-    `leave_out` tokens per image are left out of every range. `embeds` says that only the direction of its outputs
-    counts. `digest` stands for everything, None where parameters were changed since.
+    `leave_out` tokens per image are left out of every range. `head` says what its outputs are: of features only the
+    direction counts. `digest` stands for everything, None where parameters were changed since.
     """
 
     program: Program
@@ -35,7 +36,7 @@ class Network:
     linears: tuple[LinearSite, ...]
     attentions: tuple[AttentionSite, ...]
     leave_out: int = 0
-    embeds: bool = False
+    head: Head = "regression"
     digest: str | None = None
 
     def run(self, ops: Run, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -135,6 +136,6 @@ def network_of(model: Model, merge: MergeRecipe) -> Network:
         linears=linears,
         attentions=attentions,
         leave_out=0 if spec.sinks is None else spec.sinks.leave_out,
-        embeds=spec.head == "features",
+        head=spec.head,
         digest=key_of(model.digest(), merge),
     )

@@ -93,7 +93,8 @@ class Operands:
             lower = place(site, quantizer.inner, self.target, sign="negative")
         else:
             small = node("Less", x, self._writer.number(quantizer.threshold), site=site)
-            inner = node("Where", small, x, zero(0.0), site=site)
+            largest = zero(float(quantizer.inner.scale) * quantizer.inner.high)
+            inner = node("Where", small, node("Min", x, largest, site=site), zero(0.0), site=site)
             outer = node("Where", small, zero(0.0), x, site=site)
             lower = place(site, quantizer.inner, self.target, sign="positive")
         return Branch(inner, lower), Branch(outer, place(site, quantizer.outer, self.target, sign="positive"))
