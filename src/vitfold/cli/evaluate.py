@@ -20,6 +20,7 @@ from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.groups import RunArgs, refuse
 from vitfold.cli.making import given_images, judged_images, turned
+from vitfold.cli.retrieving import RetrievalArgs, print_retrieval
 from vitfold.cli.terminal import counting, heading, note, out, print_json
 from vitfold.engines import open_session
 from vitfold.errors import GateError, VitfoldError
@@ -160,6 +161,7 @@ def evaluate(
     reference: options.ReferenceBundle = None,
     run: RunArgs,
     naming: TextArgs,
+    retrieving: RetrievalArgs,
     gates: Gates,
     by_class: Annotated[bool, typer.Option("--per-class", help="Also say it of each class folder by itself.")] = False,
     only_changed: Annotated[
@@ -181,6 +183,7 @@ def evaluate(
     if only_changed and head != "single_label":
         raise VitfoldError("--changed needs a classifier of one label per image")
     embeds = naming.embeds(chosen, manifest.spec)
+    chosen, asked = retrieving.asked(chosen, manifest.spec, whole=limit is None and not skip_bad)
     with (
         open_session(opened, engine=run.engine, threads=run.threads) as session,
         counting("evaluate", len(chosen.paths)) as advance,
@@ -190,7 +193,8 @@ def evaluate(
     try:
         expected = _expected(opened, given, chosen, skip_bad=skip_bad)
     except VitfoldError as error:
-        if chosen.classes is None or given is not None or gates.needs_reference or only_changed:
+        labelled = chosen.classes is not None or asked is not None
+        if not labelled or given is not None or gates.needs_reference or only_changed:
             raise
         note(f"agreement and cosine are not measured: {error}")
         expected = None
@@ -202,25 +206,33 @@ def evaluate(
     moved: list[ChangedRow] = []
     if only_changed and expected is not None:
         moved = changed(outputs, chosen, labels=manifest.labels, reference=expected)
-    if outputs.skipped:
-        note(f"skipped {len(outputs.skipped)} unreadable images:")
-        for one in outputs.skipped[:10]:
-            note(f"  {one}")
+    _note_skipped(outputs)
+    retrieved = {} if asked is None else {"retrieval": asked.measure(outputs, expected)}
     if json:
         zero_shot = {} if embeds is None else {"zero_shot": {"texts": naming.texts, "unfolded_top1": unfolded}}
         classes = {"classes": [asdict(row) for row in rows]} if by_class else {}
         changes = {"changed": [asdict(row) for row in moved]} if only_changed else {}
-        said = {**fidelity.to_dict(), **zero_shot, **classes, **changes}
+        said = {**fidelity.to_dict(), **zero_shot, **classes, **changes, **retrieved}
         print_json({**said, "engine": ran_on, "skipped": list(outputs.skipped)})
     else:
         heading(opened.name, f" on {fidelity.images} images of {chosen.root}")
         for name, shown in [("engine", ran_on), *fidelity_lines(fidelity.to_dict(), head=head, unfolded=unfolded)]:
             out.print(f"  {name:10} {shown}")
+        if asked is not None:
+            print_retrieval(retrieved["retrieval"])
         if rows:
             _print_classes(rows)
         if only_changed:
             _print_changes(moved)
     gates.check(fidelity)
+
+
+def _note_skipped(outputs: Outputs) -> None:
+    """Say which images could not be read."""
+    if outputs.skipped:
+        note(f"skipped {len(outputs.skipped)} unreadable images:")
+        for one in outputs.skipped[:10]:
+            note(f"  {one}")
 
 
 def _print_classes(rows: Sequence[ClassRow]) -> None:
