@@ -27,6 +27,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "cached": {"start": 1, "rows": 1, "tau": 3.5},
     "cached once": {"start": 0, "rows": 2},
     "deleted": {"block": 1, "deletions": 3},
+    "deleted at a layer": {"block": 1, "deletions": 3, "deletion_site": "blocks.0.mlp.fc2"},
     "both": {"start": 1, "rows": 1, "tau": 0.5, "block": 1, "deletions": 2},
     "float": {"layers": ("blocks.0.mlp.fc2", "blocks.1.attn.qkv"), "apart": 2},
     "split": {"layers": ("blocks.0.attn.qkv", "blocks.1.mlp.fc2"), "split_prefix": True},

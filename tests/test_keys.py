@@ -71,6 +71,9 @@ OTHERS: dict[type, dict[str, Any]] = {
         "tau": 2.0,
         "block": 1,
         "deletions": 1,
+        "deletion_site": RegistersRecipe(
+            remedy="prefix", site="blocks.0.mlp.fc1", deletions=1, deletion_site="blocks.0.mlp.fc1"
+        ),
         "sinks": 1,
         "layers": ("head",),
         "neurons": 1,

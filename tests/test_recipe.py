@@ -172,6 +172,10 @@ def test_a_list_of_another_length_is_refused(length):
         ('remedy = "prefix"\ntau = 0', r"registers\.tau must be a positive number, found 0"),
         ('remedy = "prefix"\ntau = "4"', r"registers\.tau must be a positive number, found '4'"),
         ('remedy = "prefix"\ndeletions = -1', r"registers\.deletions must be an integer of at least 0, found -1"),
+        (
+            'remedy = "delete"\ndeletion_site = "blocks.0.mlp.fc2"',
+            r"registers\.deletion_site is the layer at whose input",
+        ),
         ('remedy = "prefix"\naverage = 0', r"registers\.average must be an integer of at least 1, found 0"),
         ('remedy = "float-sinks"\nlayers = "head"', r"registers\.layers is a list of layers"),
         ('site = "blocks.0.mlp.fc2"', r"registers\.site is a layer, and needs a registers\.remedy other than auto"),

@@ -193,8 +193,9 @@ class RegistersRecipe:
     `remedy` names a row of `registers.REMEDIES`, "auto" whichever measures best. `site` is the layer that outliers cost
     most; its largest tokens are the candidates, None: found by measurement, with everything else that the remedy
     needs. The cached row is the mean of `average` candidates from the rank `token` on, stands in the blocks from
-    `start` on and counts `tau` times; `deletions` tokens are dropped in front of `block`. `sinks` tokens per image are
-    left out of statistics, or stay float in `layers`; `neurons` hidden units move to a register.
+    `start` on and counts `tau` times; `deletions` tokens are dropped in front of `block`, or at the input of the layer
+    `deletion_site` where that is given. `sinks` tokens per image are left out of statistics, or stay float in `layers`;
+    `neurons` hidden units move to a register.
 
     Source: RegCache (2510.04547), section 4.
     """
@@ -210,6 +211,7 @@ class RegistersRecipe:
     sinks: int = 0
     layers: tuple[str, ...] = ()
     neurons: int = 0
+    deletion_site: str | None = None
 
     def __post_init__(self) -> None:
         if self.remedy not in get_args(Remedy):
@@ -222,6 +224,11 @@ class RegistersRecipe:
                 raise RecipeError(f"registers.{name} must be an integer of at least {least}, found {value!r}")
         if type(self.neurons) is not int or self.neurons < 0:
             raise RecipeError(f"registers.neurons must be an integer of at least 0, found {self.neurons!r}")
+        if self.deletion_site is not None and not (isinstance(self.deletion_site, str) and self.deletions):
+            raise RecipeError(
+                f"registers.deletion_site is the layer at whose input registers.deletions tokens go, found "
+                f"{self.deletion_site!r} and {self.deletions} deletions"
+            )
         if isinstance(self.tau, bool) or not isinstance(self.tau, int | float) or not 0 < self.tau < math.inf:
             raise RecipeError(f"registers.tau must be a positive number, found {self.tau!r}")
         if not isinstance(self.layers, tuple) or not all(isinstance(layer, str) for layer in self.layers):
@@ -502,7 +509,7 @@ def tokens_per_block(spec: Architecture, r: tuple[int, ...]) -> tuple[int, ...]:
         if any(r):
             raise RecipeError(f"tokens of this model cannot merge: {spec.unmergeable}; leave --merge out")
         return (spec.tokens,) * (spec.num_layers + 1)
-    deleted = [0 if spec.sinks is None else spec.sinks.deleted(block) for block in range(spec.num_layers)] + [0]
+    deleted = [0 if spec.sinks is None else spec.sinks.deleted(block) for block in range(spec.num_layers + 1)]
     counts = [spec.tokens - deleted[0]]
     for block, removed in enumerate(r or (0,) * spec.num_layers):
         allowed = largest_r(counts[-1], spec.fixed)

@@ -14,6 +14,7 @@ from sinking import with_sinks
 from vitfold.architectures.programs import forward
 from vitfold.errors import RecipeError, SourceError
 from vitfold.model import Sinks, ViTSpec, spec_to_dict, vit_spec_from_dict
+from vitfold.ops.record import Record
 from vitfold.ops.run import Run
 from vitfold.recipe import MergeRecipe, tokens_per_block
 from vitfold.transforms.sinks import delete_largest, move_neurons, neighbour_weights
@@ -174,6 +175,39 @@ def test_moved_neurons_leave_their_maximum_in_the_last_register():
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("layer", ["blocks.1.attn.qkv", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.2.mlp.fc2"])
+@pytest.mark.parametrize("prefix", [{}, {"class_token": False, "pool": "avg"}, {"registers": 2}])
+@pytest.mark.parametrize("r", [(), (2, 0, 0)])
+def test_tokens_that_go_at_a_layer_are_the_largest_of_what_it_reads(tiny_model, random_images, layer, prefix, r):
+    """An MLP treats every row alike: they may as well go in front of the next block, if they are largest there."""
+    plain, merge = tiny_model(num_layers=3, **prefix), MergeRecipe(r=r)
+    behind, first, pixels = int(layer[7]) + (".mlp." in layer), plain.spec.prefix, random_images(plain.spec, 2)
+    seen, read, found = {}, {}, {}
+    with torch.inference_mode():
+        forward(
+            Record(plain.params, read.__setitem__),
+            plain.spec,
+            merge,
+            torch.from_numpy(pixels),
+            observe=seen.__setitem__,
+        )
+        tokens = seen[behind]
+        gone = read[f"{layer}.x"].abs().amax(-1)[:, first:].topk(3).indices + first
+        large = tokens.x.clone()
+        large.scatter_(1, gone[..., None].expand(-1, -1, 32), 1e6)
+        model = with_sinks(plain, block=behind, deletions=3, deletion_site=layer)
+        output = forward(Run(model.params), model.spec, merge, torch.from_numpy(pixels), observe=found.__setitem__)
+        if behind < 3:
+            spec = with_sinks(plain, block=behind, deletions=3).spec
+            expected = forward(Run(plain.params), spec, merge, None, given=(behind, replace(tokens, x=large)))
+            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+        else:
+            left = [[n for n in range(tokens.count) if n not in gone[image]] for image in range(2)]
+            expected = torch.stack([tokens.x[image, rows] for image, rows in enumerate(left)])
+            torch.testing.assert_close(found[3].x, expected, rtol=1e-4, atol=1e-5)
+    assert found[3].x.shape[1] == tokens_per_block(model.spec, r)[-1] == plain.spec.tokens - sum(r) - 3
+
+
 def test_deletions_count_in_the_tokens_of_every_block(tiny_model):
     spec = replace(tiny_model(num_layers=3).spec, sinks=Sinks(block=1, deletions=5))
     assert tokens_per_block(spec, ()) == (17, 12, 12, 12)
@@ -226,6 +260,8 @@ def test_values_that_mean_nothing_are_refused(fields, message):
     [
         (Sinks(start=2, rows=1), "there is no block 2: the model has 2"),
         (Sinks(block=5, deletions=1), "there is no block 5"),
+        (Sinks(block=1, deletions=1, deletion_site="blocks.1.mlp.fc3"), "no tokens can go at 'blocks.1.mlp.fc3'"),
+        (Sinks(block=0, deletions=1, deletion_site="blocks.1.mlp.fc2"), "so that block 0 has less"),
         (Sinks(deletions=16), "16 of 16 patch tokens cannot be deleted"),
         (Sinks(neurons=((0, 3),)), "cannot move the hidden unit 3 to a register"),
     ],

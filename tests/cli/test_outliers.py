@@ -43,6 +43,8 @@ def test_outliers_says_where_they_are_and_what_helps(small, few, folder):
     assert found["remedies"][0]["name"] == "none"
     assert {"name", "max_norm", "cosine", "sqnr_db", "top1", "recipe"} <= set(found["remedies"][0])
     assert {row["name"] for row in found["remedies"]} >= {"prefix", "delete", "regcache", "leave-out", "float-sinks"}
+    assert found["likeness"]["outliers"] <= 1 >= found["likeness"]["others"]
+    assert f"of the remedies against sinks {found['chosen']} is taken" in found["advice"]
     assert found["chosen"] in {row["name"] for row in found["remedies"]}
     for row in found["remedies"][1:]:
         assert RegistersRecipe(**{**row["recipe"], "layers": tuple(row["recipe"].get("layers", ()))}).resolved
@@ -75,7 +77,8 @@ def test_registers_are_found_kept_and_repeated(small, few, folder):
     assert found["recipe"]["registers"]["site"] == found["remedies"]["sensitive_site"]
     assert found["remedies"]["chosen"] == "regcache"
     deleted = found["recipe"]["registers"]["deletions"]
-    assert found["tokens"][-1] == found["tokens"][0] - deleted * (found["recipe"]["registers"].get("block", 0) > 0)
+    within = found["recipe"]["registers"].get("block", 0) > 0 or "deletion_site" in found["recipe"]["registers"]
+    assert found["tokens"][-1] == found["tokens"][0] - deleted * within
     assert "registers  regcache (site" in run("inspect", bundle).stdout
     assert run_json("inspect", bundle)["recipe"] == found["recipe"]
     run("optimize", "--from", bundle, "-o", again)
@@ -132,7 +135,7 @@ def test_an_unknown_key_offers_the_nearest(small, few, folder):
     recipe = folder / "typo.toml"
     recipe.write_text('[quant]\nweights = 8\n[registers]\nremedy = "prefix"\ndeletion = 3\n')
     said = error("optimize", *small, "--recipe", recipe, "--images", few, "-o", folder / "no.fold")
-    assert "unknown key registers.deletion; did you mean deletions?" in said
+    assert "unknown key registers.deletion; did you mean deletions or deletion_site?" in said
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,19 @@ from vitfold.ops.record import Record
 from vitfold.ops.run import Run
 from vitfold.quant import Progress
 from vitfold.recipe import MergeRecipe, QuantRecipe, RegistersRecipe, tokens_per_block
-from vitfold.registers import REMEDIES, curate, fold_registers, measure_norms, measure_remedies
+from vitfold.registers import (
+    REMEDIES,
+    curate,
+    explain,
+    fold_registers,
+    measure_likeness,
+    measure_norms,
+    measure_remedies,
+)
 from vitfold.registers.neurons import find_neurons
 from vitfold.registers.probe import Effect, Probe
 from vitfold.registers.remedies import Case
-from vitfold.registers.search import RemedyResult, ranked
+from vitfold.registers.search import FINALISTS, SCREEN_IMAGES, RemedyResult, RemedySearchResult, _Search, ranked
 
 SITE = "blocks.3.mlp.fc2"
 NONE = MergeRecipe(r=())
@@ -75,6 +83,65 @@ def test_norms_are_those_of_the_tokens(planted, pictures):
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_sinks_of_different_images_are_alike(planted, pictures, family):
+    """Against every pair of patches; in towers with sinks as in those of the paper, 0.89 against 0.26."""
+    model = planted(family)
+    few = pictures.first(3)
+    found = measure_likeness(model, few, SITE, batch=2)
+    rows = seen_on(model, few, {f"{SITE}.x"})[f"{SITE}.x"][:, model.spec.prefix :].double().numpy()
+    largest = np.abs(rows).max(-1).argmax(1)
+    unit = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+    pairs = [(i, j) for i in range(3) for j in range(3) if i != j]
+    sinks = [unit[i, largest[i]] @ unit[j, largest[j]] for i, j in pairs]
+    others = [np.delete(unit[i], largest[i], 0) @ np.delete(unit[j], largest[j], 0).T for i, j in pairs]
+    assert found.outliers == pytest.approx(np.mean(sinks), abs=1e-4)
+    assert found.others == pytest.approx(np.mean(others), abs=1e-4)
+    assert found.outliers > found.others + 0.3
+    with pytest.raises(ValueError, match="two images"):
+        measure_likeness(model, pictures.first(1), SITE)
+
+
+def test_the_whole_grid_is_screened_and_its_best_are_measured(tiny_model, photos):
+    """Every candidate with every number of copies; those of highest SQNR on few images, each measured by itself."""
+    model, said = tiny_model(), []
+    found = measure_remedies(model, NONE, QuantRecipe(), photos, names=["prefix"], progress=Progress(step=said.append))
+    case = found.case
+    (best,) = [one.recipe for one in found.remedies if one.name == "prefix"]
+    grid = REMEDIES["prefix"].wide(best, case)
+    assert len(grid) == len({(one.token, one.tau) for one in grid}) == 20 * 15
+    assert {one.average for one in grid} == {1}
+    assert len([text for text in said if text.startswith("screening candidates")]) == 20
+    assert f"measuring prefix: {FINALISTS}/{FINALISTS}" in said
+    search = _Search(model, NONE, QuantRecipe(), photos, Progress())
+    some = [one for one in grid if one.token in (0, 7)]
+    probe = Probe(model, NONE, QuantRecipe(), photos.first(SCREEN_IMAGES))
+    alone = {one: probe.effect(fold_registers(model, one, photos), case.site).sqnr_db for one in some}
+    assert search.finalists(some, case.site) == sorted(some, key=lambda one: -alone[one])[:FINALISTS]
+
+
+def test_what_was_chosen_is_explained(planted):
+    def measured(name, sqnr_db, **settings):
+        effect = Effect(max_norm=1.0, block_norm=1.0, cosine=1.0, sqnr_db=sqnr_db, right=None)
+        recipe = None if name == "none" else RegistersRecipe(remedy=name, site=SITE, **settings)
+        return RemedyResult(name=name, recipe=recipe, effect=effect)
+
+    nothing = measured("none", 9.0)
+    regcache = measured("regcache", 17.0, start=4, token=3, tau=5.0, deletions=2, deletion_site=SITE)
+    case = Case(spec=planted("clip").spec, site=SITE, noise=((SITE, 1.0),))
+
+    def said(*rows, chosen):
+        return explain(RemedySearchResult(case=case, remedies=(nothing, *rows), chosen=chosen))
+
+    better, alike = measured("float-sinks", 22.0), measured("leave-out", 16.9)
+    text = said(regcache, better, chosen=better)
+    assert "float-sinks is taken: 22.0 dB" in text
+    assert f"candidate 3, mean of 1, tau 5, 2 deletions at {SITE}): 17.0 dB" in text
+    assert "costs less at run time" in said(regcache, alike, chosen=alike)
+    assert "which is not worth 0.3 dB" in said(measured("prefix", 9.1), chosen=nothing)
+    assert said(regcache, chosen=regcache).endswith("nothing done: 9.0 dB under plain ranges")
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_registers_and_deletion_take_the_sinks_away_and_most_of_the_gap(planted, pictures, family):
     model = planted(family)
     probe = Probe(model, NONE, QuantRecipe(), pictures)
@@ -88,14 +155,14 @@ def test_registers_and_deletion_take_the_sinks_away_and_most_of_the_gap(planted,
 
 def test_the_sensitive_layer_is_found_and_the_best_remedy_chosen(planted, pictures):
     said = []
-    names = ["prefix", "float-sinks"]
+    names = ["leave-out", "float-sinks"]
     model, quant = planted("clip"), QuantRecipe()
     found = measure_remedies(model, NONE, quant, pictures, names=names, progress=Progress(step=said.append))
     assert found.site == SITE
     assert [one.name for one in found.remedies] == ["none", *names]
     assert found.chosen.effect.sqnr_db == max(one.effect.sqnr_db for one in found.remedies)
     assert found.chosen.effect.sqnr_db > found.remedies[0].effect.sqnr_db + 3
-    assert any(text.startswith("measuring prefix") for text in said)
+    assert any(text.startswith("measuring leave-out") for text in said)
     said.clear()
     again = measure_remedies(model, NONE, quant, pictures, names=names, progress=Progress(step=said.append))
     assert again == found
@@ -175,6 +242,14 @@ def test_a_register_of_zeros_that_nothing_moves_to_is_one_more_token(tiny_model,
         ({"remedy": "prefix", "site": SITE, "start": 12}, r"registers\.start = 12; the model has 8 blocks"),
         ({"remedy": "delete", "site": SITE, "block": 8, "deletions": 1}, r"registers\.block = 8"),
         ({"remedy": "delete", "site": SITE, "deletions": 64}, "the model has 64 patch tokens"),
+        (
+            {"remedy": "delete", "site": SITE, "deletions": 1, "deletion_site": "blocks.3.mlp.fc3"},
+            r"no tokens go at 'blocks\.3\.mlp\.fc3'; did you mean blocks\.3\.mlp\.fc",
+        ),
+        (
+            {"remedy": "regcache", "site": SITE, "deletions": 1, "deletion_site": "blocks.3.attn.proj"},
+            r"no tokens go at 'blocks\.3\.attn\.proj'",
+        ),
         ({"remedy": "float-sinks", "site": SITE, "sinks": 2, "layers": ("blocks.3.mlp.fc9",)}, "did you mean"),
         ({"remedy": "prefix", "site": SITE, "token": 30, "average": 9}, "lower them or give more images"),
     ],

@@ -56,7 +56,9 @@ def program_of(spec: Architecture, merge: MergeRecipe = UNMERGED, *, sources: bo
     """
     tokens_per_block(spec, merge.r)
     shapes, sinks = shapes_of(spec), spec.sinks
-    deletion = Deletion(block=sinks.block, count=sinks.deletions) if sinks is not None and sinks.deletions else None
+    deletion = None
+    if sinks is not None and sinks.deletions:
+        deletion = Deletion(block=sinks.block, count=sinks.deletions, layer=sinks.deletion_site)
     layout = Layout(prefix=spec.prefix, grid=spec.grid, suffix=spec.suffix, narrow_heads=_narrow_heads(spec))
     if spec.unmergeable:
         return plain_program(spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,7 +61,7 @@ def outliers(
     """Measure token norms, what each layer's quantization costs, and every remedy against sink tokens."""
     wanted = needed_quant(quant, method, drawing)
     require_optimize()
-    from vitfold.registers import measure_norms, measure_remedies
+    from vitfold.registers import explain, measure_likeness, measure_norms, measure_remedies
 
     found = given_images(images)
     with working("outliers") as (say, bar):
@@ -76,6 +77,8 @@ def outliers(
         measured = measure_remedies(folded.folded, merged, wanted, pool, confirm=confirm, progress=progress)
         progress.step("token norms")
         norms = measure_norms(folded.folded, pool, advance=progress.advance)
+        progress.step("likeness of outlier tokens")
+        likeness = measure_likeness(folded.folded, pool, measured.site, advance=progress.advance)
         if picture is not None:
             progress.step("picture")
             _draw(picture, pool, norms, folded.model.spec.grid, folded.model.preprocess)
@@ -86,9 +89,10 @@ def outliers(
         "method": method,
         "merge": list(merged.r),
         **_measured(measured, norms, block_layers(folded.model.spec)),
+        "likeness": asdict(likeness),
         "environment": environment(),
     }
-    values["advice"] = advise(values, prefix=model.spec.prefix)
+    values["advice"] = f"{advise(values, prefix=model.spec.prefix)} In figures: {explain(measured)}."
     if answer.write(values):
         return
     _print(values)
@@ -163,6 +167,11 @@ def _print(values: dict[str, Any]) -> None:
     heading(f"{values['source']}, token norms over {values['images']} images")
     out.print(norms_table(values))
     out.print(f"most sensitive {values['sensitive_site']}, outlier tokens at {values['sink_site']}", soft_wrap=True)
+    alike = values["likeness"]
+    out.print(
+        f"cosine between images there: {alike['outliers']:.2f} of the largest patches, {alike['others']:.2f} of others",
+        soft_wrap=True,
+    )
     out.print()
     heading(f"{values['source']}, {values['quantization']}: what helps (* chosen)")
     out.print(remedies_table(values))

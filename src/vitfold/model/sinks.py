@@ -20,8 +20,9 @@ class Sinks:
     """Prefix registers, deletions and the other remedies; left at their defaults the fields change nothing.
 
     From block `start` on `rows` cached keys and values stand in front of a block's own, each counted `tau` times.
-    In front of block `block` the `deletions` patch tokens of largest norm are dropped. In the linear layers
-    `layers` some tokens are apart: the `apart` largest per image, which stay float, or with `split_prefix` the prefix
+    In front of block `block` the `deletions` patch tokens of largest norm are dropped; with `deletion_site` at that
+    layer's input, by their norms there: `block` is then the first that they do not enter. In the linear layers `layers`
+    some tokens are apart: the `apart` largest per image, which stay float, or with `split_prefix` the prefix
     tokens, which get a range of their own. `leave_out` tokens per image are left out of the statistics of every
     range. `neurons` are pairs (block, hidden unit of its MLP) whose activations move to the model's last register.
 
@@ -38,6 +39,7 @@ class Sinks:
     split_prefix: bool = False
     leave_out: int = 0
     neurons: tuple[tuple[int, int], ...] = ()
+    deletion_site: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("start", "rows", "block", "deletions", "apart", "leave_out"):
@@ -46,6 +48,8 @@ class Sinks:
                 raise SourceError(f"sinks.{name} must be an integer of at least 0, found {value!r}")
         if not (isinstance(self.tau, int | float) and math.isfinite(self.tau) and self.tau > 0):
             raise SourceError(f"sinks.tau must be a positive number, found {self.tau!r}")
+        if self.deletion_site is not None and not (isinstance(self.deletion_site, str) and self.deletions):
+            raise SourceError(f"sinks.deletion_site is a layer where deletions happen, found {self.deletion_site!r}")
         if self.apart and self.split_prefix:
             raise SourceError("sinks.apart and sinks.split_prefix exclude each other")
 
@@ -59,7 +63,7 @@ class Sinks:
         return int(self.tau) if self.tau in WHOLE_COPIES else 1
 
     def deleted(self, block: int) -> int:
-        """Return how many tokens are dropped in front of a block."""
+        """Return how many tokens less enter a block than left the merge of the one before it."""
         return self.deletions if block == self.block else 0
 
     def moved(self, block: int) -> tuple[int, ...]:
@@ -67,8 +71,11 @@ class Sinks:
         return tuple(unit for owner, unit in self.neurons if owner == block)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        """Return plain JSON values, `deletion_site` only where there is one."""
+        values = {name: _plain(value) for name, value in asdict(self).items()}
+        if self.deletion_site is None:
+            del values["deletion_site"]
+        return values
 
 
 def sinks_from_dict(values: Mapping[str, Any]) -> Sinks:

@@ -131,11 +131,15 @@ class ViTSpec:
             self._check_sinks(self.sinks)
 
     def _check_sinks(self, sinks: Sinks) -> None:
+        site = sinks.deletion_site
         for name in ("start", "block"):
-            if getattr(sinks, name) >= self.num_layers:
+            behind = name == "block" and site is not None
+            if getattr(sinks, name) >= self.num_layers + behind:
                 raise SourceError(
                     f"there is no block {getattr(sinks, name)}: the model has {self.num_layers}, from 0 on"
                 )
+        if site is not None and sinks.block - block_layers(self).get(site, self.num_layers + 1) not in (0, 1):
+            raise SourceError(f"no tokens can go at {site!r} so that block {sinks.block} has less")
         if sinks.deletions >= self.patches:
             raise SourceError(f"{sinks.deletions} of {self.patches} patch tokens cannot be deleted; delete fewer")
         if sinks.split_prefix and not self.prefix:

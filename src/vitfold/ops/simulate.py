@@ -70,7 +70,8 @@ class Simulate(Run):
 
     With `reordered` (target "integer") a quantized softmax rounds the exponentials, whatever its own
     quantizer, and is normalized behind the product with v by the sum of what they were rounded to, so
-    that its weights sum to 1 exactly.
+    that its weights sum to 1 exactly. It shares the integers of weights with `like`, which rounds the same weights
+    alike, and inputs to as many bits.
     """
 
     def __init__(
@@ -80,11 +81,12 @@ class Simulate(Run):
         *,
         reordered: bool = False,
         device: str = "cpu",
+        like: Simulate | None = None,
     ) -> None:
         super().__init__(params, device=device)
         self._quantizers = quantizers
         self._reordered = reordered
-        self._codes: dict[str, _WeightCodes | None] = {}
+        self._codes: dict[str, _WeightCodes | None] = {} if like is None else like._codes
 
     def _operand(self, site: str, x: Tensor) -> Tensor:
         quantizer = self._quantizers.get(site)

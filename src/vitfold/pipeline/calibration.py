@@ -63,7 +63,7 @@ def find_registers(
     wanted = folded.recipe.registers
     if wanted is None or folded.folded.spec.sinks is not None:
         return folded, None
-    from vitfold.registers import fold_registers, measure_remedies
+    from vitfold.registers import explain, fold_registers, measure_remedies
 
     quant = folded.recipe.quant
     assert quant is not None
@@ -74,6 +74,7 @@ def find_registers(
         found = measure_remedies(
             folded.folded, folded.recipe.merge, quant, images, names=names, confirm=scheme, progress=progress
         )
+        folded = replace(folded, remarks=(*folded.remarks, explain(found)))
         if found.chosen.recipe is None:
             return replace(folded, recipe=replace(folded.recipe, registers=None)), found
         wanted = found.chosen.recipe

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +19,22 @@ from vitfold.model.spec import as_vit
 from vitfold.progress import Advance
 from vitfold.quant.sites import apart_layers, find_sites
 from vitfold.recipe import RegistersRecipe
-from vitfold.registers.curate import curate
+from vitfold.registers.curate import Candidates, curate
 from vitfold.registers.neurons import find_neurons
 
 
-def fold_registers(model: Model, recipe: RegistersRecipe, images: ImageSet, *, advance: Advance | None = None) -> Model:
+def fold_registers(
+    model: Model,
+    recipe: RegistersRecipe,
+    images: ImageSet,
+    *,
+    candidates: Candidates | None = None,
+    advance: Advance | None = None,
+) -> Model:
     """Return the model with what the recipe says, its arrays computed on the images.
+
+    Args:
+        candidates: what `curate` gives for the images and the recipe's site, for who has it.
 
     Raises:
         RecipeError: if the recipe does not fit the model, naming the key.
@@ -37,7 +48,8 @@ def fold_registers(model: Model, recipe: RegistersRecipe, images: ImageSet, *, a
     if recipe.deletions >= spec.patches:
         raise RecipeError(f"registers.deletions = {recipe.deletions}, the model has {spec.patches} patch tokens")
     if recipe.remedy in ("prefix", "regcache"):
-        return _cached(model, recipe, images, recipe.site, advance)
+        found = curate(model, images, recipe.site, advance=advance) if candidates is None else candidates
+        return _cached(model, recipe, found)
     if recipe.remedy == "neurons":
         return _with_register(model, find_neurons(model, images, recipe.site, recipe.neurons, advance=advance))
     return replace(model, spec=replace(spec, sinks=_sinks(spec, recipe)))
@@ -46,7 +58,7 @@ def fold_registers(model: Model, recipe: RegistersRecipe, images: ImageSet, *, a
 def _sinks(spec: Architecture, recipe: RegistersRecipe) -> Sinks:
     """What needs no arrays."""
     if recipe.remedy == "delete":
-        return Sinks(block=recipe.block, deletions=recipe.deletions)
+        return Sinks(**_deletion(spec, recipe))
     if recipe.remedy == "leave-out":
         return Sinks(leave_out=recipe.sinks)
     layers = match_layers(spec, recipe.layers)
@@ -55,6 +67,22 @@ def _sinks(spec: Architecture, recipe: RegistersRecipe) -> Sinks:
     if not spec.prefix:
         raise RecipeError("split-scales parts prefix tokens from patches, this model has none; try --registers auto")
     return Sinks(layers=layers, split_prefix=True)
+
+
+def _deletion(spec: Architecture, recipe: RegistersRecipe) -> dict[str, Any]:
+    """Where tokens go, as fields of `Sinks`.
+
+    Raises:
+        RecipeError: if no tokens can go at the layer.
+    """
+    site = recipe.deletion_site
+    if site is None:
+        return {"block": recipe.block, "deletions": recipe.deletions}
+    found = next((one for one in find_sites(spec)[0] if one.layer == site and site in apart_layers(spec)), None)
+    if found is None or found.block is None:
+        raise RecipeError(f"registers.deletion_site: no tokens go at {site!r}; {nearest(site, apart_layers(spec))}")
+    block = found.block + (found.role == "mlp")
+    return {"block": block, "deletions": recipe.deletions, "deletion_site": site}
 
 
 def match_layers(spec: Architecture, globs: tuple[str, ...]) -> tuple[str, ...]:
@@ -70,9 +98,9 @@ def match_layers(spec: Architecture, globs: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if any(fnmatchcase(name, glob) for glob in globs))
 
 
-def _cached(model: Model, recipe: RegistersRecipe, images: ImageSet, site: str, advance: Advance | None) -> Model:
-    k, v = curate(model, images, site, advance=advance).register(recipe.token, recipe.average)
-    sinks = Sinks(start=recipe.start, rows=1, tau=recipe.tau, block=recipe.block, deletions=recipe.deletions)
+def _cached(model: Model, recipe: RegistersRecipe, candidates: Candidates) -> Model:
+    k, v = candidates.register(recipe.token, recipe.average)
+    sinks = Sinks(start=recipe.start, rows=1, tau=recipe.tau, **_deletion(as_vit(model.spec, "registers need"), recipe))
     params: dict[str, Array] = dict(model.params)
     for attention in find_sites(model.spec)[1]:
         block = attention.block

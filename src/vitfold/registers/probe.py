@@ -92,6 +92,7 @@ class Probe:
         self._rarity: dict[str, float] = {}
         self._float = self._run(model, self._watching(model, self._ranges, self._norms, advance, self._rarity), 0, None)
         self._quantized: _Pass | None = None
+        self._simulated = Simulate(self._params, self._quantizers(self._ranges))
 
     @property
     def expected(self) -> Tensor:
@@ -122,15 +123,14 @@ class Probe:
         Runs begin at block `first`, by default the first that the remedy changes, on the tokens kept in front of it.
         """
         if self._quantized is None:
-            ops = Simulate(self._params, self._quantizers(self._ranges))
-            self._quantized = self._run(self._model, ops, 0, None)
+            self._quantized = self._run(self._model, self._simulated, 0, None)
         first = _first_block(model) if first is None else first
         ranges, norms = dict(self._ranges), dict(self._norms)
         if model is not self._model:
             self._run(model, self._watching(model, ranges, norms), first, self._float, keep=False)
         changed = {name: array for name, array in model.params.items() if f"{name}" not in self._params}
         params = {**self._params, **changed, **_moved_tokens(model, self._model)}
-        ops = Simulate(params, self._quantizers(ranges))
+        ops = Simulate(params, self._quantizers(ranges), like=self._simulated)
         found = torch.cat(self._run(model, ops, first, self._quantized, keep=False).outputs)
         expected = self.expected
         cosine = torch.nn.functional.cosine_similarity(found.flatten(1), expected.flatten(1), dim=1)
@@ -253,7 +253,9 @@ def _first_block(model: Model) -> int:
         return 0
     touched = [block_layers(model.spec)[layer] for layer in sinks.layers]
     touched += [sinks.start] if sinks.rows else []
-    touched += [sinks.block] if sinks.deletions else []
+    if sinks.deletions:
+        site = sinks.deletion_site
+        touched.append(sinks.block if site is None else block_layers(model.spec)[site])
     return min(touched, default=0)
 
 

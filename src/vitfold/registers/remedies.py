@@ -22,12 +22,14 @@ class Case:
     """What a grid may look at: the model, the layer around which remedies are tried, all layers with their noise.
 
     `site` is the noisiest layer that outlier tokens reach, the noisiest of all where none do; `noise` is squared error
-    over squared output with one layer quantized alone, the noisiest first.
+    over squared output with one layer quantized alone, the noisiest first. `rare` says whether wide grids are worth
+    their time: where outlier tokens reach a layer, or a remedy was asked for by name.
     """
 
     spec: Architecture
     site: str
     noise: tuple[tuple[str, float], ...]
+    rare: bool = True
 
     @property
     def noisiest_site(self) -> str:
@@ -62,18 +64,22 @@ class RemedyKind:
     """One remedy: what it does in a line, where it comes from, and its grids.
 
     Every grid is measured around the best setting so far of the remedy (or of `builds_on`), the first one from scratch.
+    `wide` is one of too many settings for all images: it is screened on few, behind `grid`, and its best are measured.
     """
 
     name: Remedy
     does: str
     source: str
     grid: Grid
+    wide: Callable[[RegistersRecipe, Case], Sequence[RegistersRecipe]] | None = None
     refine: tuple[Callable[[RegistersRecipe, Case], Sequence[RegistersRecipe]], ...] = ()
     builds_on: Remedy | None = None
 
 
 _TAUS = (1.0, 2.0, 8.0, 15.0)
 _DELETIONS = (1, 3, 6, 10)
+_RANKS, _REPEATS = range(20), range(1, 16)
+"""The grid of RegCache (2510.04547), section 4.2: which candidate, and how many copies of it."""
 
 
 def _starts(case: Case) -> list[RegistersRecipe]:
@@ -85,10 +91,19 @@ def _taus(best: RegistersRecipe, _: Case) -> list[RegistersRecipe]:
     return [replace(best, tau=tau) for tau in _TAUS if tau != best.tau]
 
 
+def _published(best: RegistersRecipe, case: Case) -> list[RegistersRecipe]:
+    """Every single candidate with every number of copies; two images or more give twice the patches of one."""
+    ranks = [rank for rank in _RANKS if rank < 2 * case.spec.patches]
+    return [replace(best, token=rank, average=1, tau=float(tau)) for rank in ranks for tau in _REPEATS]
+
+
 def _deletions(case: Case, base: RegistersRecipe) -> list[RegistersRecipe]:
     blocks = [block for block in (case.block, case.block + 1) if block < case.spec.num_layers]
     fitting = [count for count in _DELETIONS if count <= case.spec.patches // 4]
-    return [replace(base, block=block, deletions=count) for block in blocks for count in fitting]
+    in_front = [replace(base, block=block, deletions=count) for block in blocks for count in fitting]
+    if case.site not in apart_layers(case.spec):
+        return in_front
+    return [*in_front, *(replace(base, block=0, deletions=count, deletion_site=case.site) for count in fitting)]
 
 
 def _with_deletions(best: RegistersRecipe, case: Case) -> list[RegistersRecipe]:
@@ -126,11 +141,12 @@ REMEDIES: dict[Remedy, RemedyKind] = {
             does="cached keys and values of a sink stand in front of every image's own, from a middle block on",
             source="RegCache (2510.04547), section 4.2",
             grid=_starts,
+            wide=_published,
             refine=(_taus,),
         ),
         RemedyKind(
             name="delete",
-            does="the patch tokens of largest norm are dropped in front of the sensitive block",
+            does="the patch tokens of largest norm are dropped at the sensitive layer, or in front of a block",
             source="RegCache (2510.04547), section 4.3, without the prefix",
             grid=lambda case: _deletions(case, case.recipe("delete")),
         ),

@@ -15,18 +15,19 @@ from vitfold.artifacts.cache import keep_bytes, key_of, read_bytes
 from vitfold.images import ImageSet
 from vitfold.model import Model
 from vitfold.ops.run import Run
-from vitfold.registers.search import LABELLED_IMAGES, PROBE_IMAGES
+from vitfold.registers.search import LABELLED_IMAGES, PROBE_IMAGES, SCREEN_IMAGES
 
 SECONDS = 170.0
 SAMPLES = (8, 16, 32, 64, 128)
-PROBED_RUNS, STREAMED_RUNS = 45, 25
-"""Forward passes of the float model that a search costs per image: those on few images, and those over all."""
+SCREENED_RUNS, PROBED_RUNS, STREAMED_RUNS = 360, 60, 25
+"""Forward passes of the float model that a search costs per image: those of the wide grid on the fewest images, those
+on few, and those over all."""
 
 
 def estimated_seconds(count: int, seconds_per_image: float, *, labelled: bool) -> float:
     """Return about how long a search over so many images takes."""
     few = min(count, LABELLED_IMAGES if labelled else PROBE_IMAGES)
-    return seconds_per_image * (PROBED_RUNS * few + STREAMED_RUNS * count)
+    return seconds_per_image * (SCREENED_RUNS * SCREEN_IMAGES + PROBED_RUNS * few + STREAMED_RUNS * count)
 
 
 def affordable(count: int, seconds_per_image: float, *, labelled: bool) -> int:

@@ -5,6 +5,8 @@ Labels are not needed; where class folders give some, a remedy whose top-1 is lo
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +23,7 @@ from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
 from vitfold.quant import Progress, QuantConstraints, calibrate
 from vitfold.recipe import MergeRecipe, QuantRecipe, RegistersRecipe, tokens_per_block
+from vitfold.registers.curate import curate
 from vitfold.registers.fold import fold_registers
 from vitfold.registers.probe import Effect, Probe
 from vitfold.registers.remedies import REMEDIES, Case, RemedyKind
@@ -28,10 +31,12 @@ from vitfold.registers.remedies import REMEDIES, Case, RemedyKind
 PROBE_IMAGES = 16
 LABELLED_IMAGES = 64
 CONFIRM_IMAGES = 32
+SCREEN_IMAGES, FINALISTS = 2, 12
+"""A wide grid is measured on so many images, and so many of its settings then on all of the few."""
 WORTHWHILE_DB = 0.3
 RARE = 4.0
 """From this ratio of an image's largest token norm to its median on, a layer has outlier tokens."""
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +95,7 @@ class _Search:
         labelled = images.classes is not None and model.spec.head == "single_label"
         self._few = images.first(LABELLED_IMAGES if labelled else PROBE_IMAGES)
         self._probe: Probe | None = None
+        self._screening: Probe | None = None
         self._key = remedies_key(model, merge, quant, images)
 
     def _probed(self) -> Probe:
@@ -137,6 +143,28 @@ class _Search:
         kept = self._once(question, measure)
         right = kept["right"]
         return Effect(**{**kept, "right": None if right is None else tuple(right)})
+
+    def finalists(self, recipes: Sequence[RegistersRecipe], site: str) -> list[RegistersRecipe]:
+        """Return those of many recipes that have the highest SQNR on a few images, the best first.
+
+        Recipes of one candidate are one answer, so that an interrupted search goes on at the next.
+        """
+        sqnr: list[float] = []
+        groups = [list(group) for _, group in itertools.groupby(recipes, key=lambda one: one.token)]
+        for number, group in enumerate(groups, start=1):
+            self._progress.step(f"screening candidates: {number}/{len(groups)}")
+            question = ["screen", [one.to_dict() for one in group], site]
+            sqnr += self._once(question, functools.partial(self._screened, group, site))
+        order = sorted(range(len(recipes)), key=lambda i: -sqnr[i])
+        return [recipes[i] for i in order[:FINALISTS]]
+
+    def _screened(self, recipes: Sequence[RegistersRecipe], site: str) -> list[float]:
+        if self._screening is None:
+            images = self._few.first(SCREEN_IMAGES)
+            self._screening = Probe(self._model, self._merge, self._quant, images)
+        probe, candidates = self._screening, curate(self._model, self._images, site)
+        models = (fold_registers(self._model, one, self._images, candidates=candidates) for one in recipes)
+        return [probe.effect(model, site).sqnr_db for model in models]
 
     def confirm(self, recipe: RegistersRecipe | None, scheme: QuantConstraints) -> float:
         """Return the SQNR of the recipe under the plan's own method, calibrated on a few images."""
@@ -198,8 +226,8 @@ def measure_remedies(
     if not measured:
         raise RecipeError("the recipe leaves every layer of the blocks float, so registers cannot help; leave them out")
     reached = [layer for layer, _, rarity in measured if rarity >= RARE]
-    noise = tuple((layer, amount) for layer, amount, _ in measured)
-    case = Case(spec=model.spec, site=site or (reached or [noise[0][0]])[0], noise=noise)
+    noise, rare = tuple((layer, amount) for layer, amount, _ in measured), bool(reached) or names is not None
+    case = Case(spec=model.spec, site=site or (reached or [noise[0][0]])[0], noise=noise, rare=rare)
     nothing = RemedyResult(name="none", recipe=None, effect=search.effect(None, case.site))
     best: dict[str, RemedyResult] = {}
     for kind in REMEDIES.values():
@@ -232,10 +260,13 @@ def _best(
     if kind.builds_on is not None and best is None:
         return None
     found: RemedyResult | None = None
-    for refine in (None, *kind.refine):
+    wide = () if kind.wide is None or not case.rare else (kind.wide,)
+    for refine in (None, *wide, *kind.refine):
         base = found or best
         recipe = None if base is None else base.recipe
         settings = kind.grid(case) if refine is None or recipe is None else refine(recipe, case)
+        if refine is not None and refine is kind.wide:
+            settings = search.finalists([one for one in settings if search.fits(one)], case.site)
         for number, recipe in enumerate(settings, start=1):
             progress.step(f"measuring {kind.name}: {number}/{len(settings)}")
             if not search.fits(recipe):
@@ -260,6 +291,31 @@ def ranked(rows: Sequence[RemedyResult]) -> list[RemedyResult]:
     alike = [one for one in sound if one.effect.sqnr_db >= best - WORTHWHILE_DB]
     others = [one for one in rows if one not in alike]
     return alike + sorted(others, key=lambda one: (one in sound, one.effect.sqnr_db), reverse=True)
+
+
+def explain(found: RemedySearchResult) -> str:
+    """Return in words what was chosen, and what RegCache at its best comes to beside it."""
+    rows = {one.name: one for one in found.remedies}
+    cached = [rows[name] for name in ("regcache", "prefix") if name in rows]
+    chosen, regcache = found.chosen, max(cached, key=lambda one: one.effect.sqnr_db, default=None)
+    said = f"of the remedies against sinks {chosen.name} is taken: {_figures(chosen)}"
+    if regcache is None or chosen.name in ("regcache", "prefix"):
+        return f"{said}; nothing done: {_figures(rows['none'])}" if chosen is not rows["none"] else said
+    recipe = regcache.recipe
+    assert recipe is not None
+    setting = f"start {recipe.start}, candidate {recipe.token}, mean of {recipe.average}, tau {recipe.tau:g}"
+    if recipe.deletions:
+        setting += f", {recipe.deletions} deletions at {recipe.deletion_site or f'block {recipe.block}'}"
+    said += f"; RegCache at the best of its grid ({setting}): {_figures(regcache)}"
+    if chosen is rows["none"]:
+        return f"{said}, which is not worth {WORTHWHILE_DB} dB"
+    apart = chosen.effect.sqnr_db - regcache.effect.sqnr_db
+    return said if apart > WORTHWHILE_DB else f"{said}: about as good, and {chosen.name} costs less at run time"
+
+
+def _figures(one: RemedyResult) -> str:
+    by_method = "" if one.confirmed_db is None else f", {one.confirmed_db:.1f} dB by the method"
+    return f"{one.effect.sqnr_db:.1f} dB under plain ranges{by_method}"
 
 
 def _worth(best: RemedyResult, nothing: RemedyResult) -> bool:

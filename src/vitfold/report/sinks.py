@@ -78,9 +78,12 @@ def remedy_cells(values: Mapping[str, Any]) -> list[list[str]]:
 def _settings(recipe: Mapping[str, Any] | None) -> str:
     hidden = {"remedy", "site"}
     shown = {name: value for name, value in (recipe or {}).items() if name not in hidden}
-    return ", ".join(
-        f"{name} {len(value)}" if isinstance(value, list) else f"{name} {value:g}" for name, value in shown.items()
-    )
+    return ", ".join(f"{name} {_setting(value)}" for name, value in shown.items())
+
+
+def _setting(value: list[str] | str | int | float) -> str:
+    """How many layers, the name of one, or a number."""
+    return str(len(value)) if isinstance(value, list) else value if isinstance(value, str) else f"{value:g}"
 
 
 def remedies_table(values: Mapping[str, Any]) -> Table:

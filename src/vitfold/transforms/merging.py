@@ -21,7 +21,7 @@ from vitfold.program.queries import makers, readers, residuals
 from vitfold.program.trace import Recorder, Traced, call
 from vitfold.recipe import RULES, MergeRecipe
 from vitfold.transforms.rules import Reduction, reduce_tokens
-from vitfold.transforms.sinks import delete_largest, refill
+from vitfold.transforms.sinks import delete_largest, largest_left, refill, without_rows
 from vitfold.transforms.tokens import Tokens, log_size, match, merge
 
 ORIGINAL = 0
@@ -43,10 +43,11 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deletion:
-    """In front of block `block` the `count` patch tokens of largest norm go."""
+    """In front of block `block` the `count` patch tokens of largest norm go, or at the input of `layer`, if given."""
 
     block: int
     count: int
+    layer: str | None = None
 
 
 COLUMNS = ("x", "size", "source", "origin")
@@ -369,10 +370,11 @@ class _Merging(_Replay):
     ) -> None:
         super().__init__(program, shapes, layout.prefix, layout.suffix)
         self._keeps_places = places
-        self._recipe, self._layout, self._deletion, self._keeps = recipe, layout, deletion, sources
+        self._deletion = deletion or Deletion(block=0, count=0)
+        self._recipe, self._layout, self._keeps = recipe, layout, sources
         self._prop_attn = recipe.prop_attn
         blocks = residuals(program)
-        self._blocks = len(blocks)
+        self._blocks, self._residuals = len(blocks), blocks
         last = [node for node in program.nodes if node.block == self._blocks - 1][-1:]
         self._streams = (*(block.stream for block in blocks), *(node.outputs[0] for node in last))
         self._seen: dict[str, Traced] = {}
@@ -380,7 +382,7 @@ class _Merging(_Replay):
         self._merges = {
             id(block.addition): (r, block.attention) for r, block in zip(recipe.r, blocks, strict=False) if r
         }
-        self._deletes = deletion is not None and deletion.count > 0
+        self._deletes = self._deletion.count > 0
         self._conserved = not self._deletes and (not any(recipe.r) or RULES[recipe.rule].conserves)
 
     def _stream(self, ref: Ref) -> Tokens[Traced]:
@@ -395,8 +397,10 @@ class _Merging(_Replay):
         if node.block != self._open - 1 and node.block is not None:
             self._note(node.block)
             self._open = node.block + 1
-            if self._deletion is not None and self._deletes and self._deletion.block == node.block:
+            if self._deletes and self._deletion.layer is None and self._deletion.block == node.block:
                 self._delete(node.block, self._deletion.count)
+        if self._deletes and self._deletion.layer is not None and node.attributes.get("layer") == self._deletion.layer:
+            self._delete_at(node, self._deletion.count)
 
     def _note(self, boundary: int) -> None:
         """Keep the tokens in front of a block as outputs."""
@@ -415,6 +419,26 @@ class _Merging(_Replay):
         ref = self._streams[block]
         left = delete_largest(self._ops, self._stream(ref), count, order=self._recipe.order, trace=self._keeps)
         self._begin(ref, left)
+
+    def _delete_at(self, node: Node, count: int) -> None:
+        """Drop tokens from what a layer reads and from the residual stream beside it.
+
+        Raises:
+            ProgramError: if the two do not hold the same tokens.
+        """
+        assert node.block is not None
+        residual = self._residuals[node.block]
+        (stream,) = residual.addition.outputs if node.role == "mlp" else (residual.stream,)
+        x = node.source
+        if self._generation.get(x, ORIGINAL) != self._generation.get(stream, ORIGINAL):
+            raise ProgramError(f"{node.site} reads other tokens than the residual stream; delete in front of a block")
+        self._recorder.scope(f"blocks.{node.block}.delete", node.block, "merge")
+        tokens, read = self._stream(stream), self._made[x]
+        survivors = largest_left(self._ops, read, tokens, count, order=self._recipe.order)
+        left = without_rows(self._ops, tokens, survivors, count, trace=self._keeps)
+        self._begin(stream, left)
+        self._made[x], self._generation[x] = self._ops.take(read, survivors), self._generation[stream]
+        self._whole.pop(x, None)
 
     def _after(self, node: Node) -> None:
         r, attention = self._merges.get(id(node), (0, None))

@@ -98,9 +98,18 @@ def delete_largest(ops: Ops[T], tokens: Tokens[T], count: int, *, order: Order |
 
     Source: RegCache (2510.04547), section 4.3.
     """
-    norms = ops.abs_max(ops.slice(tokens.x, 1, tokens.prefix, tokens.count))
+    return without_rows(ops, tokens, largest_left(ops, tokens.x, tokens, count, order=order), count, trace=trace)
+
+
+def largest_left(ops: Ops[T], x: T, tokens: Tokens[T], count: int, *, order: Order | None) -> T:
+    """Return the rows (B, N - d, 1) that stay where the `count` patches of largest max_c |x_nc| go; x is (B, N, C)."""
+    norms = ops.abs_max(ops.slice(x, 1, tokens.prefix, tokens.count))
     _, kept = ops.topk_split(norms, count, by_score=order == "score")
-    survivors = ops.pad_index(ops.affine_index(kept, 1, tokens.prefix), range(tokens.prefix), range(0))
+    return ops.pad_index(ops.affine_index(kept, 1, tokens.prefix), range(tokens.prefix), range(0))
+
+
+def without_rows(ops: Ops[T], tokens: Tokens[T], survivors: T, count: int, *, trace: bool) -> Tokens[T]:
+    """Return the tokens without the `count` that are not among the survivors (B, N - d, 1)."""
     source = tokens.source
     if trace:
         source = source if source is not None else ops.identity_like(ops.slice(tokens.x, 2, 0, 1))
