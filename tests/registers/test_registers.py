@@ -103,17 +103,22 @@ def test_sinks_of_different_images_are_alike(planted, pictures, family):
 
 def test_the_whole_grid_is_screened_and_its_best_are_measured(tiny_model, photos):
     """Every candidate with every number of copies; those of highest SQNR on few images, each measured by itself."""
-    model, said = tiny_model(), []
+    model, said, size = tiny_model(image_size=(16, 16)), [], (16, 16)
+    sizes = {"resize": "exact", "resize_size": size, "crop_size": size}
+    model = replace(model, preprocess=replace(model.preprocess, **sizes))
     found = measure_remedies(model, NONE, QuantRecipe(), photos, names=["prefix"], progress=Progress(step=said.append))
     case = found.case
     (best,) = [one.recipe for one in found.remedies if one.name == "prefix"]
+    big = tiny_model().spec
     grid = REMEDIES["prefix"].wide(best, case)
-    assert len(grid) == len({(one.token, one.tau) for one in grid}) == 20 * 15
+    ranks = 2 * model.spec.patches
+    assert {(one.token, one.tau) for one in grid} == {(z, tau) for z in range(ranks) for tau in range(1, 16)}
+    assert len(grid) == ranks * 15 < len(REMEDIES["prefix"].wide(best, Case(spec=big, site=SITE, noise=()))) == 20 * 15
     assert {one.average for one in grid} == {1}
-    assert len([text for text in said if text.startswith("screening candidates")]) == 20
+    assert len([text for text in said if text.startswith("screening candidates")]) == ranks
     assert f"measuring prefix: {FINALISTS}/{FINALISTS}" in said
     search = _Search(model, NONE, QuantRecipe(), photos, Progress())
-    some = [one for one in grid if one.token in (0, 7)]
+    some = [one for one in grid if one.token == 5]
     probe = Probe(model, NONE, QuantRecipe(), photos.first(SCREEN_IMAGES))
     alone = {one: probe.effect(fold_registers(model, one, photos), case.site).sqnr_db for one in some}
     assert search.finalists(some, case.site) == sorted(some, key=lambda one: -alone[one])[:FINALISTS]
