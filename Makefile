@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs node models results search registers ladder audits diffusion readme gpu gpu-wheels clean
+.PHONY: demo test check docs node models results search registers ladder ablation audits diffusion readme gpu gpu-wheels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vitfold demo -o out/demo
@@ -104,6 +104,12 @@ registers: $(VENV)/.dev
 # Accuracy of every method at every bit width over three calibration seeds; goes on where it stopped.
 ladder: $(VENV)/.dev
 	$(BIN)/vitfold ladder demo --images $(CIFAR10_VAL) --calibration-images $(CIFAR10_TRAIN) -o results/ladder-cifar10.json
+
+# Prefix, deletion and both, by the methods of RegCache's own tables, on towers with planted sinks; goes on where it stopped.
+ABLATE := --methods ptq4vit,repq,noisy --quant w8a8,w6a6 --registers none,prefix,delete,regcache --seeds 0 --both "" --calibration-size 16
+ablation: $(VENV)/.dev
+	for f in siglip clip; do test -d planted-$$f || $(BIN)/python examples/planted_sinks.py $$f planted-$$f; \
+		$(BIN)/vitfold ladder hf:./planted-$$f $(ABLATE) --images $(PHOTOS) --limit 60 --calibration-images $(PHOTOS) -o results/ablation-planted-$$f.json; done
 
 # What NVIDIA's compiler makes of ViT-B/16 in every form of docs/nvidia.md, and where merging pays; no GPU needed, an hour or so.
 A := $(WORK)/audits

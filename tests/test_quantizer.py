@@ -146,28 +146,31 @@ def log_oracle(x: float, quantizer: Log) -> float:
     """The level of least distance in the logarithm; RepQ's form of a power of the base sqrt 2."""
     scale, levels = float(quantizer.scale), []
     for q in range(2**quantizer.bits):
-        if quantizer.root == 1:
-            levels.append(scale * 2.0**-q)
+        if quantizer.root != 2:
+            levels.append(scale * (2.0 ** (1 / quantizer.root)) ** -q)
         else:
             levels.append(scale * 2.0 ** -math.ceil(q / 2) * (math.sqrt(2) if q % 2 else 1.0))
-    return min(filter(None, levels), key=lambda level: abs(math.log(level) - math.log(max(x, 1e-30))))
+    return min(
+        filter(None, levels), key=lambda level: abs(math.log(level) - math.log(max(x + quantizer.offset, 1e-30)))
+    ) - (quantizer.offset)
 
 
 @settings(deadline=None)
 @given(
-    root=st.sampled_from([1, 2]),
+    root=st.sampled_from([1, 2, 37 / 12, 37 / 50]),
+    offset=st.sampled_from([0.0, 0.17]),
     bits=st.integers(2, 8),
     scale=st.floats(0.25, 1.0, width=32),
     x=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=20),
 )
-def test_a_logarithmic_quantizer_is_the_nearest_power(root, bits, scale, x):
-    quantizer = Log(scale=np.array(scale), bits=bits, root=root)
+def test_a_logarithmic_quantizer_is_the_nearest_power(root, offset, bits, scale, x):
+    quantizer = Log(scale=np.array(scale), bits=bits, root=root, offset=offset)
     values = np.array(x, np.float32)
-    steps = -root * np.log2(np.maximum(values, 1e-30).astype(np.float64) / scale)
-    values = values[np.abs(steps - np.floor(steps) - 0.5) > 1e-4]
-    found = quantizer(values)
-    np.testing.assert_allclose(found, [log_oracle(float(v), quantizer) for v in values], rtol=1e-5)
-    np.testing.assert_allclose(in_torch(values, quantizer), found, rtol=1e-6)
+    steps = -root * np.log2(np.maximum(values + np.float32(offset), 1e-30).astype(np.float64) / scale)
+    values = values[np.abs(steps - np.floor(steps) - 0.5) > 1e-3]
+    found, close = quantizer(values), 1e-6 if offset else 0.0
+    np.testing.assert_allclose(found, [log_oracle(float(v), quantizer) for v in values], rtol=1e-5, atol=close)
+    np.testing.assert_allclose(in_torch(values, quantizer), found, rtol=1e-6, atol=close)
 
 
 UNIFORM = {"scale": np.array(0.1), "zero_point": np.array(0), "low": 0, "high": 255}
@@ -188,6 +191,7 @@ WRONG = {
     "twin with an axis": lambda: Twin(rule="sign", inner=PER_HEAD, outer=PER_HEAD),
     "log of a vector": lambda: Log(scale=np.ones(2), bits=4, root=1),
     "log of zero": lambda: Log(scale=np.array(0.0), bits=4, root=1),
+    "log of a negative offset": lambda: Log(scale=np.array(1.0), bits=4, root=1, offset=-0.1),
     "a shift per tensor": lambda: Shifted(offset=np.array(1.0), inner=uniform()),
     "an infinite shift": lambda: Shifted(offset=np.array([np.inf]), inner=uniform()),
     "a shift of an axis": lambda: Shifted(offset=np.ones(2), inner=PER_HEAD),
@@ -205,7 +209,7 @@ def test_what_is_no_quantizer_is_refused(case):
     "make",
     [
         lambda: Twin(rule="other", inner=uniform(), outer=uniform()),
-        lambda: Log(scale=np.array(1.0), bits=4, root=3),
+        lambda: Log(scale=np.array(1.0), bits=4, root=0),
         lambda: Log(scale=np.array(1.0), bits=0, root=1),
         lambda: uniform([0.1], [0], axis="rows"),
     ],
@@ -232,6 +236,7 @@ ALL: dict[str, Quantizer] = {
     "blocks.0.attn.softmax": twin("magnitude"),
     "blocks.0.mlp.fc2.x": twin("sign"),
     "blocks.1.attn.softmax": Log(scale=np.array(0.9), bits=6, root=2),
+    "blocks.1.mlp.fc2.x": Log(scale=np.array(2.5), bits=4, root=37 / 20, offset=0.17),
     "head.x": Shifted(offset=np.linspace(-1, 1, 7), inner=uniform(0.3)),
 }
 
@@ -283,6 +288,7 @@ def test_the_digest_tells_the_finer_parts():
         Log(scale=np.array(1.0), bits=4, root=1),
         Log(scale=np.array(1.0), bits=4, root=2),
         Log(scale=np.array(1.0), bits=5, root=1),
+        Log(scale=np.array(1.0), bits=5, root=1, offset=0.5),
         Shifted(offset=np.zeros(3), inner=uniform()),
         Shifted(offset=np.ones(3), inner=uniform()),
         uniform([0.1, 0.2], [0, 0], axis=0),
@@ -318,7 +324,7 @@ DAMAGED = {
         {"s": {"kind": "twin", "rule": "sign", "inner": {**ENTRY, "kind": "log", "bits": 3, "root": 1}, "outer": ENTRY}}
     ),
     "a twin by another rule": json.dumps({"s": {"kind": "twin", "rule": "other", "inner": ENTRY, "outer": ENTRY}}),
-    "another root": json.dumps({"s": {**ENTRY, "kind": "log", "bits": 3, "root": 3}}),
+    "another root": json.dumps({"s": {**ENTRY, "kind": "log", "bits": 3, "root": 0}}),
 }
 
 

@@ -132,32 +132,42 @@ class Twin:
         return chosen
 
 
+_LEAST_ROOT = 2.0**-7
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Log:
-    """x ~ scale base^-q for x >= 0, q = clamp(round(-log_base(x / scale)), 0, 2^bits - 1); base 2 or sqrt 2.
+    """x ~ scale base^-q - offset for x >= -offset, base = 2^(1 / root).
+
+    Equation: q = clamp(round(-root log2((x + offset) / scale)), 0, 2^bits - 1).
 
     No runtime executes it: it exists in the simulation only.
 
-    Source: FQ-ViT (2111.13824), equation 9 (base 2); RepQ-ViT (2212.08254), equation 13 (base sqrt 2).
+    Source: FQ-ViT (2111.13824), equation 9 (root 1); RepQ-ViT (2212.08254), equation 13 (root 2); AdaLog (2407.12951),
+    section 3.2 (root 37 / q for a whole q, and the offset of an activation function's minimum).
     """
 
     scale: Array
     bits: int
-    root: Literal[1, 2]
+    root: int | float
+    offset: float = 0.0
 
     def __post_init__(self) -> None:
         scale = np.asarray(self.scale, np.float32)
         if scale.ndim != 0 or not np.isfinite(scale) or scale <= 0:
             raise ValueError("the scale of a logarithmic quantizer is one positive number")
-        if self.root not in (1, 2) or self.bits < 1:
+        if not _LEAST_ROOT <= self.root <= 1 / _LEAST_ROOT or self.bits < 1:
             raise ValueError(f"no logarithmic quantizer has {self.bits} bits and the root {self.root}")
+        if not 0 <= self.offset < np.inf:
+            raise ValueError(f"the offset of a logarithmic quantizer is not negative, found {self.offset}")
         object.__setattr__(self, "scale", scale)
 
     def __call__(self, x: Array) -> Array:
         """Quantize and dequantize; zero counts as 1e-30."""
         tiny = np.float32(1e-30)
-        codes = np.clip(np.rint(-self.root * np.log2(np.maximum(x, tiny) / self.scale)), 0, 2**self.bits - 1)
-        values: Array = (self.scale * np.exp2(-codes / self.root)).astype(np.float32)
+        x = np.maximum(x + np.float32(self.offset), tiny)
+        codes = np.clip(np.rint(-self.root * np.log2(x / self.scale)), 0, 2**self.bits - 1)
+        values: Array = (self.scale * np.exp2(-codes / self.root) - np.float32(self.offset)).astype(np.float32)
         return values
 
 
@@ -353,6 +363,8 @@ def _flatten(quantizers: Mapping[str, Quantizer]) -> tuple[str, dict[str, Array]
         else:
             arrays[f"{site}.scale"] = np.asarray(q.scale, order="C")
             head[site] = {"kind": "log", "name": site, "bits": q.bits, "root": q.root}
+            if q.offset:
+                head[site]["offset"] = q.offset
     return json.dumps(head, sort_keys=True), arrays
 
 
@@ -378,8 +390,9 @@ def _restore(found: Any, tensor: Callable[[str], Array], site: str, depth: int =
         return Shifted(offset=_real(tensor(f"{name}.offset")), inner=within)
     scale = _real(tensor(f"{name}.scale"))
     if kind == "log":
-        bits, root = entry(values, "bits", int, site, (1, 16)), entry(values, "root", int, site, (1, 2))
-        return Log(scale=scale, bits=bits, root=root)
+        bits, root = entry(values, "bits", int, site, (1, 16)), entry(values, "root", float, site)
+        offset = entry(values, "offset", float, site) if "offset" in values else 0.0
+        return Log(scale=scale, bits=bits, root=int(root) if root in (1, 2) else root, offset=offset)
     axis = entry(values, "axis", int | None, site, (-1, 1))
     if kind == "float8":
         return Float8(scale=scale, axis=axis)

@@ -19,7 +19,7 @@ from vitfold.quant.activations import activation_minimum
 from vitfold.quant.attention import search_attention
 from vitfold.quant.collect import AttentionSamples, LinearSamples
 from vitfold.quant.linear import LinearProblem, search_linear
-from vitfold.quant.ranges import Grid
+from vitfold.quant.ranges import LOG_STEPS, Grid, search_log
 from vitfold.quant.sites import LinearSite
 from vitfold.quantizer import Log, Quantizer, Shifted, Twin, Uniform
 from vitfold.recipe import MergeRecipe, QuantRecipe
@@ -202,6 +202,48 @@ def test_gradients_decide_which_error_counts():
     method = replace(METHODS["ptq4vit"], twin_gelu=False)
     plain, careful = (float(search_linear(p, method, preset=None)["l.x"].scale) for p in (problem, weighted))
     assert careful < 0.5 * plain
+
+
+@pytest.mark.parametrize(("bits", "least"), [(4, 2.0), (6, 0.5)])
+def test_a_searched_base_beats_the_best_uniform_range_behind_gelu(bits, least):
+    """AdaLog's logarithm of GELU + 0.17: on rows that the search has not seen, and uniform where that is better."""
+    method, x = METHODS["adalog"], torch.nn.functional.gelu(drawn(800, 48) - 1.5)
+    problem = problem_of(x, bits, activation="gelu_erf")
+    fresh = torch.nn.functional.gelu(drawn(800, 48, seed=5) - 1.5)
+    logarithmic, found = linear_sqnr_db(method, problem, fresh)
+    uniform, _ = linear_sqnr_db(replace(method, log_gelu=False), problem, fresh)
+    assert isinstance(found["l.x"], Log)
+    assert found["l.x"].offset == pytest.approx(-activation_minimum("gelu_erf"))
+    assert logarithmic > uniform + least
+    steps = LOG_STEPS / found["l.x"].root
+    assert steps == pytest.approx(round(steps))
+    on_engines, plain = linear_sqnr_db(method, replace(problem, uniform_only=True), fresh)
+    assert isinstance(plain["l.x"], Uniform)
+    assert on_engines == pytest.approx(uniform)
+
+
+def test_the_search_of_a_base_is_as_good_as_all_bases_and_scales():
+    x = torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 4
+
+    def error(quantizer: Log) -> float:
+        return float((fake_quantize(x, quantizer) - x).square().mean())
+
+    found = search_log(1.0, 4, error)
+    all_of_them = (
+        Log(scale=np.array(scale, np.float32), bits=4, root=LOG_STEPS / q)
+        for q in range(6, 30)
+        for scale in np.linspace(0.6, 1.1, 26)
+    )
+    assert error(found) < 1.02 * min(map(error, all_of_them))
+
+
+def test_a_searched_base_is_at_least_as_good_as_root_2_behind_softmax():
+    method = METHODS["adalog"]
+    for bits in (3, 4):
+        searched, found = attention_sqnr_db(method, bits, exact_operands=True)
+        fixed, _ = attention_sqnr_db(replace(method, softmax=("log_sqrt2",)), bits, exact_operands=True)
+        assert isinstance(found["a.softmax"], Log)
+        assert searched > fixed - 0.2
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -44,8 +44,10 @@ def fake_quantize(x: Float[Tensor, ...], quantizer: Quantizer) -> Float[Tensor, 
     if isinstance(quantizer, Shifted):
         offset = torch.from_numpy(quantizer.offset)
         return fake_quantize(x + offset, quantizer.inner) - offset
-    codes = torch.log2(x.clamp_min(1e-30) / float(quantizer.scale)).mul_(-quantizer.root).round_()
-    return torch.exp2(codes.clamp_(0, 2**quantizer.bits - 1).div_(-quantizer.root)).mul_(float(quantizer.scale))
+    x = (x + quantizer.offset if quantizer.offset else x).clamp_min(1e-30)
+    codes = torch.log2(x / float(quantizer.scale)).mul_(-quantizer.root).round_()
+    values = torch.exp2(codes.clamp_(0, 2**quantizer.bits - 1).div_(-quantizer.root)).mul_(float(quantizer.scale))
+    return values.sub_(quantizer.offset) if quantizer.offset else values
 
 
 def _fake_float8(x: Float[Tensor, ...], quantizer: Float8) -> Float[Tensor, ...]:

@@ -20,6 +20,7 @@ from vitfold.quant.ranges import (
     code_range,
     percentile_range,
     rounded,
+    search_log,
     symmetric_uniform,
     uniform_from_scale,
 )
@@ -57,7 +58,12 @@ def search_attention(
         return (weights_hat @ v_hat - exact).square() * weigh_output
 
     candidates = _softmax_candidates(bits, method, symmetric=symmetric, uniform_only=uniform_only)
-    softmax = min(candidates, key=lambda c: float(output_error(rounded(weights, c), samples.v).mean()))
+
+    def softmax_error(candidate: Quantizer) -> float:
+        return float(output_error(rounded(weights, candidate), samples.v).mean())
+
+    candidates += [search_log(1.0, bits, softmax_error)] if "adalog" in method.softmax else []
+    softmax = min(candidates, key=softmax_error)
     found[f"{site}.softmax"] = softmax
     found[f"{site}.v"] = search(samples.v, error=partial(output_error, rounded(weights, softmax)))
     return found
@@ -123,6 +129,8 @@ def _softmax_candidates(bits: int, method: QuantMethod, *, symmetric: bool, unif
                 )
                 for m in _SPLITS
             ]
+        elif kind == "adalog":
+            continue
         else:
             made.append(Log(scale=np.array(1.0, np.float32), bits=bits, root=1 if kind == "log2" else 2))
     return made

@@ -27,6 +27,7 @@ from vitfold.quant.ranges import (
     percentile_range,
     rounded,
     search_affine,
+    search_log,
     search_symmetric,
     search_weight,
     symmetric_uniform,
@@ -126,6 +127,11 @@ def _search_inputs(
 
     low, high = problem.samples.low.min(), problem.samples.high.max()
     activation = problem.site.activation
+    if activation is not None and method.log_gelu and not problem.uniform_only:
+        offset = -activation_minimum(activation)
+        moved = search_log(float(high) + offset, problem.bits, error, offset=offset)
+        plain = search_affine(low, high, problem.bits, method.grid, error)
+        return moved if error(moved) < error(plain) else plain
     if activation is not None and method.twin_gelu and (method.symmetric or not problem.uniform_only):
         twin = _search_twin(activation, high, problem.bits, method, error)
         if method.symmetric:

@@ -12,7 +12,7 @@ from vitfold.errors import RecipeError, nearest
 from vitfold.quant.ranges import Grid
 
 Metric = Literal["minmax", "percentile", "mse", "output", "hessian"]
-Softmax = Literal["uniform", "twin", "log2", "log_sqrt2"]
+Softmax = Literal["uniform", "twin", "log2", "log_sqrt2", "adalog"]
 Curvature = Literal["gauss-newton", "fisher"]
 """Whose diagonal weighs the squared error of a layer's output: see `quant.collect.probe`."""
 
@@ -32,7 +32,8 @@ class QuantMethod:
     channel, or per tensor with one scale each for the Q, K and V rows of qkv. `softmax` lists the quantizers that the
     search may choose from. `equalize` names the exact fold of LayerNorm's channels, `values` folds V's channels
     into proj, `head_scales` gives every attention head ranges of its own, `noise` adds a fixed vector
-    before rounding, `rounding` and `correct` say how weights go to their grid. `tied_twins` says whether the two scales
+    before rounding, `rounding` and `correct` say how weights go to their grid. `log_gelu` lets post-GELU
+    values have a logarithmic quantizer of a searched base, in simulations. `tied_twins` says whether the two scales
     behind GELU differ by a power of two, as those behind softmax always do.
     """
 
@@ -51,6 +52,7 @@ class QuantMethod:
     head_scales: bool = False
     twin_gelu: bool = False
     tied_twins: bool = False
+    log_gelu: bool = False
     curvature: Curvature = "gauss-newton"
     softmax: tuple[Softmax, ...] = ("uniform",)
     noise: bool = False
@@ -130,6 +132,17 @@ METHODS: dict[str, QuantMethod] = {
             activations="percentile",
             equalize="repq",
             softmax=("log_sqrt2",),
+        ),
+        QuantMethod(
+            name="adalog",
+            source="AdaLog, Wu et al., ECCV 2024 (2407.12951): logarithms of a searched base for softmax and for GELU "
+            "moved by its minimum, RepQ-ViT's fold of LayerNorm, ranges by the error of each layer's output",
+            weights="output",
+            activations="output",
+            equalize="repq",
+            head_scales=True,
+            softmax=("adalog",),
+            log_gelu=True,
         ),
         QuantMethod(
             name="noisy",

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitfold.quantizer import Quantizer, Uniform
+from vitfold.quantizer import Log, Quantizer, Uniform
 
 Error = Callable[[Quantizer], float]
 PERCENTILES = (0.999, 0.9999, 0.99999)
@@ -107,6 +107,31 @@ def search_affine(low: Float[Tensor, ""], high: Float[Tensor, ""], bits: int, gr
     a, b = pick([(a, b), *((a, b * f) for f in fine)])
     a, b = pick([(a, b), *((a * f, b) for f in fine)])
     return make((a, b))
+
+
+LOG_STEPS = 37
+"""AdaLog's r: bases are 2^(q / r) for whole q."""
+
+
+def search_log(scale: float, bits: int, error: Error, *, offset: float = 0.0) -> Log:
+    """Return the logarithmic quantizer of least error: base and scale in turn, coarse to fine.
+
+    Equation: base = 2^(q / 37), q = 1 .. 111; scale times 0.4 .. 1.1.
+
+    Source: AdaLog (2407.12951), section 3.3: progressive search, here of one candidate at a time.
+    """
+
+    def make(q: int, factor: float) -> Log:
+        return Log(scale=np.array(scale * factor, np.float32), bits=bits, root=LOG_STEPS / q, offset=offset)
+
+    def pick(pairs: Iterable[tuple[int, float]]) -> tuple[int, float]:
+        return min(pairs, key=lambda pair: error(make(*pair)))
+
+    q, factor = pick((q, 1.0) for q in (1, 2, 3, 4, 6, 8, 11, 15, 20, 27, 37, 50, 68, 92, 111))
+    q, factor = pick((q, float(f)) for f in np.linspace(1.1, 0.4, 15))
+    near = sorted({max(1, round(q * one)) for one in np.linspace(0.75, 1.35, 13)})
+    q, factor = pick((one, factor) for one in near)
+    return make(*pick((q, factor + float(step)) for step in np.linspace(-0.04, 0.04, 5)))
 
 
 def best(candidates: Iterable[Uniform], error: Error) -> Uniform:
