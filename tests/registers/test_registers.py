@@ -113,8 +113,13 @@ def test_the_whole_grid_is_screened_and_its_best_are_measured(tiny_model, photos
     grid = REMEDIES["prefix"].wide(best, case)
     ranks = 2 * model.spec.patches
     assert {(one.token, one.tau) for one in grid} == {(z, tau) for z in range(ranks) for tau in range(1, 16)}
-    assert len(grid) == ranks * 15 < len(REMEDIES["prefix"].wide(best, Case(spec=big, site=SITE, noise=()))) == 20 * 15
-    assert {one.average for one in grid} == {1}
+    assert (
+        len(grid)
+        == ranks * 15
+        < len(REMEDIES["prefix"].wide(best, Case(spec=big, site=case.site, noise=())))
+        == 20 * 15
+    )
+    assert {(one.average, one.start) for one in grid} == {(1, case.block)}
     assert len([text for text in said if text.startswith("screening candidates")]) == ranks
     assert f"measuring prefix: {FINALISTS}/{FINALISTS}" in said
     search = _Search(model, NONE, QuantRecipe(), photos, Progress())

@@ -82,9 +82,16 @@ _RANKS, _REPEATS = range(20), range(1, 16)
 """The grid of RegCache (2510.04547), section 4.2: which candidate, and how many copies of it."""
 
 
+def _blocks(case: Case) -> list[int]:
+    return sorted({max(case.block - back, 0) for back in (0, 1, 3)})
+
+
 def _starts(case: Case) -> list[RegistersRecipe]:
-    starts = sorted({max(case.block - back, 0) for back in (0, 1, 3)})
-    return [case.recipe("prefix", start=start, average=average, tau=4.0) for start in starts for average in (1, 16)]
+    return [case.recipe("prefix", start=s, average=average, tau=4.0) for s in _blocks(case) for average in (1, 16)]
+
+
+def _other_starts(best: RegistersRecipe, case: Case) -> list[RegistersRecipe]:
+    return [replace(best, start=start) for start in _blocks(case) if start != best.start]
 
 
 def _taus(best: RegistersRecipe, _: Case) -> list[RegistersRecipe]:
@@ -92,9 +99,13 @@ def _taus(best: RegistersRecipe, _: Case) -> list[RegistersRecipe]:
 
 
 def _published(best: RegistersRecipe, case: Case) -> list[RegistersRecipe]:
-    """Every single candidate with every number of copies; two images or more give twice the patches of one."""
+    """Every single candidate with every number of copies, from the sensitive block on.
+
+    Two images or more give twice the patches of one.
+    """
     ranks = [rank for rank in _RANKS if rank < 2 * case.spec.patches]
-    return [replace(best, token=rank, average=1, tau=float(tau)) for rank in ranks for tau in _REPEATS]
+    base = replace(best, start=case.block, average=1)
+    return [replace(base, token=rank, tau=float(tau)) for rank in ranks for tau in _REPEATS]
 
 
 def _deletions(case: Case, base: RegistersRecipe) -> list[RegistersRecipe]:
@@ -142,7 +153,7 @@ REMEDIES: dict[Remedy, RemedyKind] = {
             source="RegCache (2510.04547), section 4.2",
             grid=_starts,
             wide=_published,
-            refine=(_taus,),
+            refine=(_other_starts, _taus),
         ),
         RemedyKind(
             name="delete",
