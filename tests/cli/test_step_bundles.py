@@ -91,6 +91,19 @@ def test_a_bundle_keeps_the_polynomial_that_was_fitted_for_it(source: str, tmp_p
     assert found["rows"][1]["name"] == "tea"
 
 
+def test_a_bundle_chooses_blocks_as_it_draws(source: str, tmp_path: Path) -> None:
+    path = tmp_path / "blocks.fold"
+    method = "tokencache-blocks:0.4:3:3:0.5:norm"
+    run("diffusion", "optimize", source, *QUICK, "--reuse", method, "-o", path)
+    values = json.loads((path / "manifest.json").read_text())
+    parts = ["condition", "full", "whole.0", "renew.0", "whole.1", "renew.1", "front"]
+    assert (values["parts"], values["plan"]["reuse"]) == (parts, f"{method}:tprr")
+    found = run_json("diffusion", "sample", path, "--classes", "1", "--trials", "1")["rows"][1]
+    assert (found["full_steps"], found["reused_steps"]) == (3, 2)
+    (path / "manifest.json").write_text(json.dumps({**values, "parts": [*parts[:-1], "whole.01"]}))
+    assert "parts are some of" in error("diffusion", "sample", path, "--classes", "1")
+
+
 def test_bundles_beside_each_other(stack: Path, plain: Path, tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     found = run_json("diffusion", "bench", plain, stack, "--trials", "1", "--batch", "3", "-o", path)

@@ -13,7 +13,7 @@ from diffusing import ORIGIN, SCHEDULE, build_module, build_tiny_dit
 from vitfold.diffusion import METHODS, find_method
 from vitfold.diffusion.compare import SamplingConfig, diffuse, draw, settled
 from vitfold.diffusion.compression import Compression, compress, network_of_step, states_along
-from vitfold.diffusion.opening import open_parts, prepare_predictor
+from vitfold.diffusion.opening import open_parts, prepare_tokens
 from vitfold.diffusion.sampling import content_filter
 from vitfold.diffusion.schedulers import build_scheduler
 from vitfold.errors import EngineError, RecipeError
@@ -40,8 +40,8 @@ def drawn(
     **changed: Any,
 ) -> Any:
     found, asked = find_method(method), SamplingConfig(**{**ASKED, **changed})
-    predictor = None if found.ratio is None else prepare_predictor(model, found, asked.steps, asked.seed)
-    with open_parts(model, found, predictor=predictor, compression=compression, engine=engine) as executor:
+    tokens = prepare_tokens(model, found, asked.steps)
+    with open_parts(model, found, tokens=tokens, compression=compression, engine=engine) as executor:
         return draw(model, executor, settled(model, executor, found, asked), asked)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from diffusing import build_tiny_dit
 from vitfold.bench.pictures import moments
+from vitfold.diffusion import find_method
 from vitfold.diffusion.compare import SamplerRow, SamplingConfig, compare
 from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.judge import Judge
@@ -180,3 +181,21 @@ def test_bounds_in_words() -> None:
     assert describe_bounds(Bounds(min_psnr_db=30.0, max_fid_rise=0.5).to_dict()) == (
         "at least 30 dB to the unaccelerated images, a Frechet distance at most 0.5 larger"
     )
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_tokencache_is_a_candidate_whose_predictor_is_trained_once(model: DiTModel) -> None:
+    names = ("tokencache:0.5:2:3", "tokencache-blocks:0.5:2:3")
+    assert {name.split(":")[0] for name in StepSpace().methods} >= {"tokencache", "tokencache-blocks"}
+    said: list[str] = []
+    setup = replace(
+        faster(lambda row: 9.0 if "blocks" in row.name else full(row)),
+        space=StepSpace(methods=names, fitted=(), fewer=(0.5,)),
+        say=said.append,
+    )
+    found = search_steps(model, ASKED, Bounds(min_psnr_db=0.0), [Compression()], setup, samples=2)
+    assert found.winner is not None
+    assert found.winner.row.method == find_method(names[1])
+    assert 0 < (found.winner.row.reused_work or 0) < 1
+    assert {one.row.name.split(":")[0] for one in found.tried} == {"tokencache", "tokencache-blocks", "none, 3 steps"}
+    assert sum("round 1/" in text for text in said) == 1

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from diffusing import build_tiny_dit
 from vitfold.diffusion import find_method
-from vitfold.diffusion.opening import prepare_predictor
+from vitfold.diffusion.opening import TokenPlan, open_parts, prepare_predictor, prepare_tokens
 from vitfold.diffusion.schedulers import build_scheduler
-from vitfold.diffusion.token_predictor import TokenPredictor, share_budget, train_predictor
+from vitfold.diffusion.token_predictor import TokenPredictor, settle_counts, share_budget, train_predictor
 from vitfold.model import DiTModel
 
 
@@ -25,7 +25,7 @@ def model() -> DiTModel:
 @pytest.fixture(scope="module")
 def predictor(model: DiTModel) -> TokenPredictor:
     scheduler = build_scheduler("ddim", model.schedule, 20)
-    return train_predictor(model, scheduler, ratio=0.5, say=lambda _: None)
+    return train_predictor(model, scheduler, say=lambda _: None)
 
 
 def test_training_lowers_the_loss_and_leaves_the_model_alone(model: DiTModel, predictor: TokenPredictor) -> None:
@@ -36,23 +36,27 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone(model: DiTModel, pr
     again = build_tiny_dit()
     for name, array in model.params.items():
         np.testing.assert_array_equal(array, again.params[name])
-    assert sum(predictor.counts) == model.spec.num_layers * model.spec.tokens // 2
+    assert predictor.ranked.shape == (model.spec.num_layers, model.spec.tokens)
+    assert (np.diff(predictor.ranked, axis=1) <= 0).all(), "the best token stands first"
 
 
 @pytest.mark.usefixtures("own_cache")
 def test_a_predictor_is_trained_once(model: DiTModel) -> None:
     said: list[str] = []
-    method = find_method("tokencache:0.5:2:4")
-    first = prepare_predictor(model, method, 10, 0, said.append)
+    first = prepare_predictor(model, 10, said.append)
     assert any("training the predictor" in text for text in said)
     said.clear()
-    again = prepare_predictor(model, method, 10, 0, said.append)
-    assert not said
-    assert (again.counts, again.losses) == (first.counts, first.losses)
-    assert set(again.params) == set(first.params)
-    for name, array in first.params.items():
-        np.testing.assert_array_equal(again.params[name], array)
-    prepare_predictor(model, method, 11, 0, said.append)
+    again = prepare_predictor(model, 10, said.append)
+    methods = ("tokencache:0.5:2:4", "tokencache:0.25:3:6", "tokencache-blocks:0.5:2:4")
+    plans = [prepare_tokens(model, find_method(method), 10, said.append) for method in methods]
+    assert not said, "one predictor serves every budget"
+    assert again.losses == first.losses
+    for name, array in {**first.params, "ranked": first.ranked}.items():
+        found = again.ranked if name == "ranked" else again.params[name]
+        np.testing.assert_array_equal(found, array)
+        assert name == "ranked" or all(plan is not None and (plan.params[name] == array).all() for plan in plans)
+    assert [sum(plan.counts) for plan in plans if plan is not None] == [16, 24, 16]
+    prepare_predictor(model, 11, said.append)
     assert said, "other steps are another trajectory"
 
 
@@ -62,17 +66,17 @@ def test_the_best_tokens_get_what_the_whole_block_adds(model: DiTModel, predicto
     import torch
 
     from vitfold.architectures.dit import blocks
-    from vitfold.diffusion.token_refresh import renewed, scores
+    from vitfold.diffusion.token_refresh import predicted_scores, renewed
     from vitfold.ops.run import Run
 
     spec, ops = model.spec, Run({**model.params, **predictor.params})
     generator = torch.Generator().manual_seed(count)
     x, kept = (torch.randn(3, spec.tokens, spec.embed_dim, generator=generator) for _ in range(2))
     given = tuple(0.3 * torch.randn(3, 1, spec.embed_dim, generator=generator) for _ in range(spec.modulations))
-    found = renewed(ops, spec, 1, x, given, kept, count).numpy()
+    scores = predicted_scores(ops, spec, x, *given[:2])[:, :, 1:]
+    found = renewed(ops, spec, 1, x, given, kept, scores, count).numpy()
     new = (blocks(ops, spec, x, given, range(1, 2)) - x).numpy()
-    weights = scores(ops, spec, 1, x, given).numpy()
-    assert 0 < weights.min() <= weights.max() < 1
+    weights = scores.numpy()
     expected = kept.numpy().copy()
     for image in range(3):
         best = sorted(range(spec.tokens), key=lambda token: -weights[image, token, 0])[:count]
@@ -92,23 +96,37 @@ def test_a_budget_is_spent_on_the_best_cells(depth: int, tokens: int, ratio: flo
     assert not taken or not left or min(taken) >= max(left)
 
 
-def test_no_predictor_is_a_bug_where_one_is_needed(model: DiTModel) -> None:
-    from vitfold.diffusion.opening import open_parts
+@given(st.integers(1, 60), st.data())
+@settings(max_examples=80, deadline=None)
+def test_blocks_that_are_nearly_whole_are_whole(tokens: int, data: st.DataObject) -> None:
+    counts = data.draw(st.lists(st.integers(0, tokens), min_size=1, max_size=12))
+    found = settle_counts(counts, tokens)
+    assert sum(found) == sum(counts)
+    nearly = [block for block, count in enumerate(counts) if count >= 0.9 * tokens]
+    if tuple(counts) != found:
+        assert all(found[block] == tokens for block in nearly)
+        assert all(found[block] <= count for block, count in enumerate(counts) if block not in nearly)
+    else:
+        left = sum(count for block, count in enumerate(counts) if block not in nearly)
+        assert sum(tokens - counts[block] for block in nearly) in range(left + 1, tokens * 12) or all(
+            counts[block] == tokens for block in nearly
+        )
 
-    with pytest.raises(ValueError, match="goes with a trained predictor"), open_parts(model, find_method("tokencache")):
+
+def test_no_predictor_is_a_bug_where_one_is_needed(model: DiTModel) -> None:
+    with (
+        pytest.raises(ValueError, match="goes with a plan of its tokens"),
+        open_parts(model, find_method("tokencache")),
+    ):
         pass
 
 
 def test_a_graph_hands_an_input_on(model: DiTModel, predictor: TokenPredictor) -> None:
     """A block that renews nothing returns what it was given."""
-    from dataclasses import replace
-
-    from vitfold.diffusion.opening import open_parts
-
     drawn: dict[str, Any] = {}
     for engine in ("torch", "onnxruntime"):
-        none = replace(predictor, counts=(0, 3))
-        with open_parts(model, find_method("tokencache"), predictor=none, engine=engine) as executor:
+        none = TokenPlan(counts=(0, 3), params=predictor.params)
+        with open_parts(model, find_method("tokencache"), tokens=none, engine=engine) as executor:
             draw, tokens = np.random.default_rng(0), (16, 32)
             shapes = {"image": (1, 16, 16), "given": (14, 32), "kept.0": tokens, "kept.1": tokens}
             for name, shape in shapes.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -11,8 +12,9 @@ from vitfold.model.dit import dit_spec_from_dict
 from vitfold.model.spec import with_names_of_today
 from vitfold.storage.checked import ImplausibleError, Range, check_fields, entry
 
-PARTS = ("condition", "step", "full", "front", "rest", "resume", "refresh")
-"""Every graph that a method may have."""
+PARTS = ("condition", "step", "full", "front", "rest", "resume", "refresh", "whole.N", "renew.N")
+"""Every graph that a method may have; N is the number of a block."""
+_PART = re.compile("|".join(re.escape(part).replace("N", "(0|[1-9][0-9]{0,4})") for part in PARTS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +93,7 @@ def read_steps(values: Mapping[str, Any], *, labels: tuple[str, ...] | None, ori
         raise ImplausibleError(f"there are {len(labels)} labels for {spec.classes} classes")
     steps = int(plan["steps"])
     parts: tuple[str, ...] = entry(values, "parts", tuple[str, ...])
-    if not parts or len(set(parts)) != len(parts) or not set(parts) <= set(PARTS):
+    if not parts or len(set(parts)) != len(parts) or not all(map(_PART.fullmatch, parts)):
         raise ImplausibleError(f"parts are some of {', '.join(PARTS)}, each once")
     mask: tuple[int, ...] = entry(values, "mask", tuple[int, ...], within=(0, steps - 1))
     weights = entry(values, "weights", tuple[tuple[float, ...], ...] | None)

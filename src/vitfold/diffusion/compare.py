@@ -20,7 +20,7 @@ from vitfold.bench.timing import interleave
 from vitfold.diffusion import ReuseMethod, Sampled, find_method, full_steps, sample, solve_steps
 from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.judge import Judge, Verdict
-from vitfold.diffusion.opening import open_parts, prepare_predictor, reused_work
+from vitfold.diffusion.opening import open_parts, prepare_tokens, reused_work
 from vitfold.diffusion.peers import PeerPipeline
 from vitfold.diffusion.planners import Products
 from vitfold.diffusion.sampling import joined
@@ -145,15 +145,15 @@ def diffuse(
     with contextlib.ExitStack() as stack:
 
         def opened(method: ReuseMethod, how: Compression) -> Variant:
-            predictor = None if method.ratio is None else prepare_predictor(model, method, asked.steps, asked.seed, say)
-            graphs = (method.graphs, method.ratio, how is compression)
+            tokens = prepare_tokens(model, method, asked.steps, say)
+            graphs = (method.graphs, how is compression)
             if graphs not in executors:
                 say(f"writing the graphs of {method.text}{how.suffix}")
                 executors[graphs] = stack.enter_context(
-                    open_parts(model, method, compression=how, predictor=predictor, engine=engine, threads=threads)
+                    open_parts(model, method, compression=how, tokens=tokens, engine=engine, threads=threads)
                 )
             executor = executors[graphs]
-            work = reused_work(model.spec, method, () if predictor is None else predictor.counts, how.r)
+            work = reused_work(model.spec, method, () if tokens is None else tokens.counts, how.r)
             name = f"{method.text}{how.suffix}"
             method = settled(model, executor, method, asked, known)
             return Variant(name=name, method=method, executor=executor, asked=asked, reused_work=work)

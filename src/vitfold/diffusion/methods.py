@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import get_args
 
 from vitfold.diffusion import forecast, planners
 from vitfold.diffusion.forecast import Place, Weights
 from vitfold.diffusion.parts import Cut
-from vitfold.diffusion.planners import Planner, evenly
+from vitfold.diffusion.planners import Planner, evenly, spread
+from vitfold.diffusion.token_choice import BlockChoice, Schedule, Scoring, check_share
 from vitfold.errors import RecipeError, nearest
 
 
@@ -23,7 +25,8 @@ class ReuseMethod:
     Every `interval`-th step is computed; where `threshold` is set, the first block of every step is, and the rest only
     if that block's residual moved further than the threshold since the last full step. `guidance` keeps the difference
     between the prediction without and with a class instead of anything within the model. In the second half of the
-    steps `late_interval` replaces the interval; where `ratio` is set, the other steps leave out that share of tokens.
+    steps `late_interval` replaces the interval; where `ratio` is set, the other steps leave out that share of tokens;
+    `choice` says of which blocks, where they are chosen as it goes.
 
     A `planner` chooses full steps and weights for a model; `mask` and `rows` are those, once it has, and `budget` the
     number of full steps where that is asked for. `decay` lowers the threshold from step to step; `rescale` are the
@@ -39,6 +42,7 @@ class ReuseMethod:
     guidance: bool = False
     late_interval: int | None = None
     ratio: float | None = None
+    choice: BlockChoice | None = None
     budget: int | None = None
     planner: Planner | None = None
     mask: tuple[int, ...] | None = None
@@ -58,9 +62,17 @@ class ReuseMethod:
         return (self.planner is None or self.mask is not None) and (not self.fits or bool(self.rescale))
 
     @property
-    def graphs(self) -> tuple[str, int]:
-        """What decides which graphs it runs, but for counts of tokens."""
-        return self.cut, self.history
+    def graphs(self) -> tuple[str, int, str]:
+        """What decides which graphs it runs."""
+        tokens = "" if self.ratio is None else f"{self.ratio:g}"
+        if self.choice is not None:
+            tokens = f"{tokens} {self.choice.share:g} {self.choice.scoring}"
+        return self.cut, self.history, tokens
+
+    @property
+    def decides(self) -> bool:
+        """Whether each image decides by itself what is computed, so that images are drawn one by one."""
+        return self.threshold is not None or (self.choice is not None and self.choice.decides)
 
     @property
     def is_static(self) -> bool:
@@ -88,6 +100,8 @@ def full_steps(method: ReuseMethod, steps: int) -> tuple[bool, ...]:
         return tuple(step in method.mask for step in range(steps))
     interval = steps if method.threshold is not None else method.interval
     full = evenly(steps, interval, method.late_interval)
+    if method.choice is not None and method.choice.schedule != "tprr":
+        full = spread(steps, len(full))
     return tuple(step in full for step in range(steps))
 
 
@@ -118,11 +132,29 @@ class Number:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Word:
+    """A choice of a method: its value where it is left out, and all that there are."""
+
+    default: str
+    words: tuple[str, ...]
+
+    def read(self, word: str) -> str:
+        """Return the word.
+
+        Raises:
+            RecipeError: if it is none of them.
+        """
+        if word not in self.words:
+            raise RecipeError(f"{word!r} is none of {', '.join(self.words)}")
+        return word
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """How a method is written: NAME[:NUMBER[:NUMBER]]; `build` takes that text and the numbers."""
+    """How a method is written: NAME[:NUMBER[:NUMBER]]; `build` takes that text and the numbers, or words."""
 
     build: Callable[..., ReuseMethod]
-    numbers: tuple[Number, ...] = ()
+    numbers: tuple[Number | Word, ...] = ()
 
 
 def _none(text: str) -> ReuseMethod:
@@ -277,6 +309,26 @@ def _tokencache(text: str, ratio: float, interval: int, late_interval: int) -> R
     return ReuseMethod(text=text, cut="tokens", interval=interval, late_interval=late_interval, ratio=ratio)
 
 
+def _tokencache_blocks(
+    text: str,
+    ratio: float,
+    interval: int,
+    late_interval: int,
+    share: float,
+    scoring: Scoring,
+    schedule: Schedule,
+) -> ReuseMethod:
+    """Choose at every reused step which blocks leave out tokens, by their scores or by turns.
+
+    What is the paper's and what is ours: docs/adr/0033-blocks-chosen-as-they-go.md.
+
+    Source: TokenCache (2409.18523).
+    """
+    check_share(share, ratio)
+    choice = BlockChoice(share=share, scoring=scoring, schedule=schedule)
+    return replace(_tokencache(text, ratio, interval, late_interval), cut="blocks", choice=choice)
+
+
 def _guidance(text: str, interval: int) -> ReuseMethod:
     """Keep the difference that the class makes to the prediction, so that most steps run the pass with a class alone.
 
@@ -285,6 +337,11 @@ def _guidance(text: str, interval: int) -> ReuseMethod:
     return ReuseMethod(text=text, cut="whole", interval=interval, guidance=True)
 
 
+_TOKENS = (
+    Number(default=0.5, least=0.0, most=1.0),
+    Number(default=2, least=2, most=1000),
+    Number(default=4, least=2, most=1000),
+)
 METHODS: Mapping[str, Form] = {
     "none": Form(build=_none),
     "fora": Form(build=_fora, numbers=(Number(default=3, least=2, most=1000),)),
@@ -331,12 +388,14 @@ METHODS: Mapping[str, Form] = {
         ),
     ),
     "first-block": Form(build=_first_block, numbers=(Number(default=0.1, least=0.0, most=10.0),)),
-    "tokencache": Form(
-        build=_tokencache,
+    "tokencache": Form(build=_tokencache, numbers=_TOKENS),
+    "tokencache-blocks": Form(
+        build=_tokencache_blocks,
         numbers=(
-            Number(default=0.5, least=0.0, most=1.0),
-            Number(default=2, least=2, most=1000),
-            Number(default=4, least=2, most=1000),
+            *_TOKENS,
+            Number(default=0.75, least=0.0, most=1.0),
+            Word(default="predictor", words=get_args(Scoring)),
+            Word(default="tprr", words=get_args(Schedule)),
         ),
     ),
     "guidance": Form(build=_guidance, numbers=(Number(default=2, least=2, most=1000),)),
@@ -355,10 +414,11 @@ def find_method(text: str) -> ReuseMethod:
         raise RecipeError(f"unknown reuse method {name!r}; {nearest(name, METHODS)}")
     if len(given) > len(form.numbers):
         raise RecipeError(f"{name} takes {len(form.numbers)} numbers, found {len(given)} in {text!r}; leave some out")
-    values = [number.default for number in form.numbers]
-    for place, word in enumerate(given):
-        try:
+    values: list[int | float | str] = [number.default for number in form.numbers]
+    try:
+        for place, word in enumerate(given):
             values[place] = form.numbers[place].read(word)
-        except RecipeError as error:
-            raise RecipeError(f"in reuse method {text!r}, {error}") from None
-    return form.build(":".join((name, *(f"{value:g}" for value in values))), *values)
+        shown = (value if isinstance(value, str) else f"{value:g}" for value in values)
+        return form.build(":".join((name, *shown)), *values)
+    except RecipeError as error:
+        raise RecipeError(f"in reuse method {text!r}, {error}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,8 @@ from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.eager import eager, ends_of
 from vitfold.diffusion.parts import Part, parts
 from vitfold.diffusion.schedulers import build_scheduler
-from vitfold.diffusion.token_predictor import TokenPredictor, train_predictor
+from vitfold.diffusion.solving import SEED
+from vitfold.diffusion.token_predictor import TokenPredictor, settle_counts, share_budget, train_predictor
 from vitfold.diffusion.token_refresh import predictor_shapes
 from vitfold.engines import DEFAULT, ENGINES, Session, check_ends, open_graph, open_session, quantized_target
 from vitfold.errors import EngineError
@@ -33,23 +34,46 @@ from vitfold.quantizer import Quantizer
 from vitfold.target import Target, find_target
 
 EXECUTORS = tuple(row.name for row in ENGINES.values() if row.several_parts)
-_PREDICTOR_FORMAT = 1
+_PREDICTOR_FORMAT = 2
 """Counted up where training changes."""
 
 
-def prepare_predictor(
-    model: DiTModel, method: ReuseMethod, steps: int, seed: int, say: Callable[[str], None] = lambda _: None
-) -> TokenPredictor:
-    """Train what a method with a token budget needs, along as many steps as will be drawn; kept for the next run."""
-    assert method.ratio is not None
-    key = key_of(_PREDICTOR_FORMAT, model.digest(), method.ratio, steps, seed)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenPlan:
+    """What a method with a budget of tokens needs besides the model: tokens to renew per block, a predictor's weights.
+
+    Scores by chance or by norms have no weights.
+    """
+
+    counts: tuple[int, ...]
+    params: Mapping[str, Array]
+
+
+def prepare_tokens(
+    model: DiTModel, method: ReuseMethod, steps: int, say: Callable[[str], None] = lambda _: None
+) -> TokenPlan | None:
+    """Return how a method spends its budget of tokens, with a predictor of as many steps; None where it has none."""
+    if method.ratio is None:
+        return None
+    spec, choice = model.spec, method.choice
+    even = () if choice is None else (choice.renewed_tokens(spec, method.ratio),) * spec.num_layers
+    if choice is not None and choice.scoring != "predictor":
+        return TokenPlan(counts=even, params={})
+    predictor = prepare_predictor(model, steps, say)
+    counts = even or settle_counts(share_budget(predictor.ranked, method.ratio), spec.tokens)
+    return TokenPlan(counts=counts, params=predictor.params)
+
+
+def prepare_predictor(model: DiTModel, steps: int, say: Callable[[str], None] = lambda _: None) -> TokenPredictor:
+    """Train the network that scores tokens, along as many steps as will be drawn; kept for the next run."""
+    key = key_of(_PREDICTOR_FORMAT, model.digest(), steps)
     kept = read_arrays("predictors", key)
-    if kept is not None and set(kept) == {*predictor_shapes(model.spec), "counts", "losses"}:
-        counts, (first, last) = kept.pop("counts"), kept.pop("losses")
-        return TokenPredictor(params=kept, counts=tuple(map(int, counts)), losses=(float(first), float(last)))
+    if kept is not None and set(kept) == {*predictor_shapes(model.spec), "ranked", "losses"}:
+        ranked, (first, last) = kept.pop("ranked"), kept.pop("losses")
+        return TokenPredictor(params=kept, ranked=ranked, losses=(float(first), float(last)))
     scheduler = build_scheduler("ddim", model.schedule, steps)
-    found = train_predictor(model, scheduler, ratio=method.ratio, seed=seed, say=say)
-    keep_arrays("predictors", key, {**found.params, "counts": np.array(found.counts), "losses": np.array(found.losses)})
+    found = train_predictor(model, scheduler, seed=SEED, say=say)
+    keep_arrays("predictors", key, {**found.params, "ranked": found.ranked, "losses": np.array(found.losses)})
     return found
 
 
@@ -59,7 +83,7 @@ def open_parts(
     method: ReuseMethod,
     *,
     compression: Compression | None = None,
-    predictor: TokenPredictor | None = None,
+    tokens: TokenPlan | None = None,
     engine: str = "onnxruntime",
     threads: int | None = None,
 ) -> Iterator[Session]:
@@ -68,11 +92,11 @@ def open_parts(
     Raises:
         EngineError: if the engine is unknown or refuses a graph.
     """
-    if (method.ratio is not None) != (predictor is not None):
-        raise ValueError(f"{method.text} goes with a trained predictor, and no other method does")
+    if (method.ratio is not None) != (tokens is not None):
+        raise ValueError(f"{method.text} goes with a plan of its tokens, and no other method does")
     compression = compression or Compression()
-    found = plan_parts(model.spec, method, () if predictor is None else predictor.counts, compression.r)
-    params = step_params(model, compression, predictor)
+    found = plan_parts(model.spec, method, () if tokens is None else tokens.counts, compression.r)
+    params = step_params(model, compression, tokens)
     if engine == "torch":
         if threads is not None:
             torch.set_num_threads(check_threads(threads))
@@ -88,7 +112,8 @@ def open_parts(
 
 def plan_parts(spec: DiTSpec, method: ReuseMethod, counts: tuple[int, ...], r: int) -> dict[str, Part]:
     """Return the parts that a method runs."""
-    found = dict(parts(spec, method.cut, history=method.history, counts=counts, r=r))
+    scoring = "predictor" if method.choice is None else method.choice.scoring
+    found = dict(parts(spec, method.cut, history=method.history, counts=counts, scoring=scoring, r=r))
     if method.cut != "whole":
         del found["step"]
     return found
@@ -106,13 +131,17 @@ def reused_work(spec: DiTSpec, method: ReuseMethod, counts: tuple[int, ...] = ()
         count = Count({**required, **optional, **predictor_shapes(spec)})
         part.run(count, *((1, *port.shape) for port in part.inputs))
         macs[name] = count.macs
+    if method.choice is not None:
+        share = method.choice.reused_blocks(spec.num_layers) / spec.num_layers
+        each = [(1 - share) * macs[f"whole.{b}"] + share * macs[f"renew.{b}"] for b in range(spec.num_layers)]
+        return (macs["front"] + sum(each)) / macs["full"]
     full = sum(macs[name] for name in ("full", "front", "rest") if name in macs)
     return sum(macs[name] for name in ("front", "resume", "refresh") if name in macs) / full
 
 
-def step_params(model: DiTModel, compression: Compression, predictor: TokenPredictor | None) -> dict[str, Array]:
+def step_params(model: DiTModel, compression: Compression, tokens: TokenPlan | None) -> dict[str, Array]:
     """Return all weights that the parts read."""
-    return {**(compression.params or model.params), **(predictor.params if predictor is not None else {})}
+    return {**(compression.params or model.params), **(tokens.params if tokens is not None else {})}
 
 
 def write_parts(

@@ -23,22 +23,24 @@ from vitfold.architectures.dit import (
     modulated,
     modulations,
 )
-from vitfold.diffusion.token_refresh import predictor_shapes, renewed
+from vitfold.diffusion.token_choice import Scoring
+from vitfold.diffusion.token_refresh import norm_scores, predicted_scores, predictor_shapes, renewed
 from vitfold.model.dit import MODULATIONS, DiTSpec, dit_param_shapes
 from vitfold.ops.protocol import Ops, Port, T
 from vitfold.program import Program, replay, trace
 from vitfold.transforms.merging import merged_around_attention
 
-Cut = Literal["whole", "stack", "modules", "first", "input", "filtered", "verified", "tokens"]
+Cut = Literal["whole", "stack", "modules", "first", "input", "filtered", "verified", "tokens", "blocks"]
 """What of a step is kept: nothing, the residual of all blocks, every module's output, of all blocks but the first; of
 all, with what the first one reads (as it is or filtered) or with what the last one adds apart; or of every block, to be
-renewed token by token."""
+renewed token by token, in one graph or in one for each block."""
 
 WEIGHTS = "weights"
 RESIDUAL = "residual"
 LAST = "last"
 CHANGE = "change"
 FILTER = "filter"
+SCORES = "scores"
 PREDICTION = "prediction"
 
 
@@ -65,7 +67,15 @@ class Part:
 
 
 @functools.lru_cache(maxsize=32)
-def parts(spec: DiTSpec, cut: Cut, *, history: int = 1, counts: tuple[int, ...] = (), r: int = 0) -> Mapping[str, Part]:
+def parts(
+    spec: DiTSpec,
+    cut: Cut,
+    *,
+    history: int = 1,
+    counts: tuple[int, ...] = (),
+    scoring: Scoring = "predictor",
+    r: int = 0,
+) -> Mapping[str, Part]:
     """Return the parts of a step: always `condition` and `step`, the whole of it, and others by what is kept.
 
     stack: `full` (also hands out the residual of all blocks) and `resume` (takes a weighted sum of `history` of them);
@@ -73,17 +83,21 @@ def parts(spec: DiTSpec, cut: Cut, *, history: int = 1, counts: tuple[int, ...] 
     first: `front` (the first block and how far its residual is from the last full step's), `rest` and `resume`;
     input: `front` says how far what the first block reads is from that of the step before; filtered: its tokens are
     mixed by a matrix before; verified: `front` runs the last block on a forecast and says how far off that is;
-    tokens: `full` (also hands out what each block adds) and `refresh`, which renews it for `counts` tokens per block.
+    tokens: `full` (also hands out what each block adds) and `refresh`, which renews it for `counts` tokens per block;
+    blocks: `full`, `front` (the embedded image, and a score for every token of every block) and for each block
+    `whole.N` and `renew.N`, which computes `counts` tokens; the last block's also make the prediction.
 
     Where whole blocks run, `r` tokens less enter their attention.
     """
     written = {**_always(spec), **_CUTS[cut](spec, history, counts)}
+    if cut == "blocks":
+        written["front"] = _scored(spec, scoring)
     required, optional = dit_param_shapes(spec)
     shapes = {**required, **optional, **predictor_shapes(spec)}
     found = {}
     for name, (inputs, outputs, run) in written.items():
         program = trace(run, shapes, inputs=inputs, outputs=outputs)
-        merges = name not in ("condition", "resume", "refresh")
+        merges = name not in ("condition", "resume", "refresh") and not name.startswith("renew.")
         found[name] = Part(program=merged_around_attention(program, shapes, r) if merges else program)
     return MappingProxyType(found)
 
@@ -228,6 +242,31 @@ def _tokens(spec: DiTSpec, counts: tuple[int, ...]) -> Written:
     }
 
 
+def _scored(spec: DiTSpec, scoring: Scoring) -> tuple[Sequence[Port], Sequence[str], Callable[..., Any]]:
+    """The part in front of blocks that are chosen as they go; scores by chance come from outside."""
+    image, given = _image(spec)
+    if scoring == "random":
+        return (image,), ("x",), embed
+    if scoring == "norm":
+        kept = _of_tokens(spec, *(f"kept.{block}" for block in range(spec.num_layers)))
+        return (image, *kept), ("x", SCORES), lambda ops, x, *f: (embed(ops, x), norm_scores(ops, f))
+    return (image, given), ("x", SCORES), lambda ops, x, m: _predicted(ops, spec, x, m)
+
+
+def _blocks(spec: DiTSpec, counts: tuple[int, ...]) -> Written:
+    image, given = _image(spec)
+    added = [f"{RESIDUAL}.{block}" for block in range(spec.num_layers)]
+    scored = Port(name=SCORES, shape=(spec.tokens, spec.num_layers))
+    found: dict[str, Any] = {"full": ((image, given), (PREDICTION, *added), lambda ops, x, m: _added(ops, spec, x, m))}
+    for block, count in enumerate(counts):
+        x, kept = _of_tokens(spec, "x", f"kept.{block}")
+        made = (PREDICTION if block == spec.num_layers - 1 else "y", added[block])
+        reads = (x, given, kept, *((scored,) if 0 < count < spec.tokens else ()))
+        found[f"whole.{block}"] = ((x, given), made, functools.partial(_one_block, spec=spec, block=block))
+        found[f"renew.{block}"] = (reads, made, functools.partial(_one_renewed, spec=spec, block=block, count=count))
+    return found
+
+
 _CUTS: Mapping[Cut, Callable[[DiTSpec, int, tuple[int, ...]], Written]] = {
     "whole": lambda _spec, _history, _counts: {},
     "stack": lambda spec, history, _counts: _stack(spec, history),
@@ -237,6 +276,7 @@ _CUTS: Mapping[Cut, Callable[[DiTSpec, int, tuple[int, ...]], Written]] = {
     "filtered": lambda spec, history, _counts: _input(spec, history, filtered=True),
     "verified": lambda spec, history, _counts: _verified(spec, history),
     "tokens": lambda spec, _history, counts: _tokens(spec, counts),
+    "blocks": lambda spec, _history, counts: _blocks(spec, counts),
 }
 
 
@@ -305,10 +345,43 @@ def _refreshed(
 ) -> tuple[T, ...]:
     vectors, found = modulations(ops, spec, m), []
     x = embed(ops, image)
+    scores = ops.split(predicted_scores(ops, spec, x, *vectors[:2]), spec.num_layers, 2)
     for block, (count, before) in enumerate(zip(counts, kept, strict=True)):
-        found.append(renewed(ops, spec, block, x, vectors, before, count))
+        found.append(renewed(ops, spec, block, x, vectors, before, scores[block], count))
         x = ops.add(x, found[-1])
     return (head(ops, spec, x, vectors), *found)
+
+
+def _predicted(ops: Ops[T], spec: DiTSpec, image: T, m: T) -> tuple[T, T]:
+    x = embed(ops, image)
+    return x, predicted_scores(ops, spec, x, *_vectors_of(ops, m, 0)[:2])
+
+
+def _vectors_of(ops: Ops[T], m: T, block: int) -> tuple[T, ...]:
+    """The six vectors of a block at the places where those of all blocks stand; what is in front of them isn't read."""
+    first = MODULATIONS * block
+    ops.scope("modulations", role="condition")
+    return ops.split(ops.slice(m, 1, first, first + MODULATIONS), MODULATIONS, 1) * (block + 1)
+
+
+def _one_block(ops: Ops[T], x: T, m: T, *, spec: DiTSpec, block: int) -> tuple[T, T]:
+    y = blocks(ops, spec, x, _vectors_of(ops, m, block), range(block, block + 1))
+    ops.scope("residual", role="reuse")
+    return _ended(ops, spec, block, y, m), minus(ops, y, x)
+
+
+def _one_renewed(ops: Ops[T], x: T, m: T, kept: T, *scores: T, spec: DiTSpec, block: int, count: int) -> tuple[T, T]:
+    scored = ops.slice(scores[0], 2, block, block + 1) if scores else kept
+    found = renewed(ops, spec, block, x, _vectors_of(ops, m, block), kept, scored, count)
+    return _ended(ops, spec, block, ops.add(x, found), m), found
+
+
+def _ended(ops: Ops[T], spec: DiTSpec, block: int, y: T, m: T) -> T:
+    """The prediction behind the last block, what it was given behind the others."""
+    if block < spec.num_layers - 1:
+        return y
+    first = MODULATIONS * spec.num_layers
+    return head(ops, spec, y, ops.split(ops.slice(m, 1, first, first + 2), 2, 1))
 
 
 def _front(ops: Ops[T], spec: DiTSpec, image: T, m: T, before: T) -> tuple[T, T, T]:

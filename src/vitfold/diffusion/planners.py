@@ -71,6 +71,12 @@ def evenly(steps: int, interval: int, late_interval: int | None = None) -> tuple
     return tuple(found)
 
 
+def spread(steps: int, count: int) -> tuple[int, ...]:
+    """Return the first two steps, the last, and as many between them, evenly, as make `count` in all."""
+    places = np.linspace(WARM_UP - 1, steps - 1, max(count - WARM_UP + 1, 1))
+    return tuple(sorted({*range(min(WARM_UP, steps)), *(round(float(place)) for place in places)} & set(range(steps))))
+
+
 def rows_of(steps: int, mask: Sequence[int], history: int, forecast: Callable[[Sequence[int], int], Any]) -> Plan:
     """Return a plan whose weights are `forecast(newest full steps, step)`, of at most `history` of them."""
     full = set(mask)

@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float
 
 from vitfold.diffusion.methods import ReuseMethod, full_steps
-from vitfold.diffusion.parts import CHANGE, FILTER, LAST, RESIDUAL, WEIGHTS, module_names
+from vitfold.diffusion.parts import CHANGE, FILTER, LAST, RESIDUAL, SCORES, WEIGHTS, module_names
+from vitfold.diffusion.token_choice import BlockChoice, choose_blocks
 from vitfold.engines import Session
 from vitfold.errors import EngineError
 from vitfold.model import Array, DiTSpec
@@ -73,7 +74,7 @@ def sample(
         EngineError: if a sample is NaN or infinite.
     """
     count = len(labels)
-    if method.threshold is not None and count > 1:
+    if method.decides and count > 1:
         again = {"seed": seed, "guidance": guidance, "watch": watch}
         return _one_by_one(executor, spec, scheduler, method, labels, again)
     rows = 2 * count if guidance != 1.0 else count
@@ -88,6 +89,8 @@ def sample(
         spec=spec,
         count=count,
         rows=rows,
+        ages=[0] * spec.num_layers,
+        chance=[np.random.default_rng((seed + i, 1)) for i in range(count)],
     )
     extra: dict[str, Any] = {"generator": generators} if _is_stochastic(scheduler) else {}
     took: dict[bool, list[int]] = {True: [], False: []}
@@ -178,7 +181,8 @@ _WATCHED = ("first", "input", "filtered")
 class _State:
     """What the loop remembers between steps: where full steps were, and under which names their tensors are kept.
 
-    `given` are image and condition of the step, for all rows.
+    `given` are image and condition of the step, for all rows; `ages` the refreshed steps since each block ran in full,
+    `chance` what scores at random come from, for each image.
     """
 
     executor: Session
@@ -194,6 +198,8 @@ class _State:
     difference: Array | None = None
     given: Mapping[str, Array] = field(default_factory=dict)
     known: set[str] = field(default_factory=set)
+    ages: list[int] = field(default_factory=list)
+    chance: Sequence[np.random.Generator] = ()
 
     @property
     def newest(self) -> str:
@@ -248,8 +254,8 @@ class _State:
             self.full += 1
             return
         whole = self.must[step]
-        if cut == "tokens":
-            self._renew(whole=whole)
+        if cut in ("tokens", "blocks"):
+            self._renew(step, whole=whole)
             return
         if cut in _WATCHED:
             before, own = self.own
@@ -287,14 +293,48 @@ class _State:
         self.executor.bind({WEIGHTS: self._weights(step)})
         self.known.add(WEIGHTS)
 
-    def _renew(self, *, whole: bool) -> None:
+    def _renew(self, step: int, *, whole: bool) -> None:
         """A refreshed step reads what one side keeps and writes the other."""
         depth, (before, now) = self.spec.num_layers, self.own
         names = {f"{RESIDUAL}.{block}": f"{now}.{block}" for block in range(depth)}
         kept = {f"kept.{block}": f"{before}.{block}" for block in range(depth)}
-        self._run("full" if whole else "refresh", names if whole else {**names, **kept})
+        if whole:
+            self._run("full", names)
+            self.ages = [0] * depth
+        elif self.method.choice is None:
+            self._run("refresh", {**names, **kept})
+        else:
+            self._block_by_block(step, self.method.choice, {**names, **kept})
         self.full += whole
         self.own = self.own[::-1]
+
+    def _block_by_block(self, step: int, choice: BlockChoice, names: Mapping[str, str]) -> None:
+        """Choose the blocks that leave out tokens, by the scores of all rows, and run one after the other."""
+        depth = self.spec.num_layers
+        turns = "x.0", "x.1"
+        self._run("front", {**names, "x": turns[0]})
+        reused = choose_blocks(
+            self._scores(choice).mean((0, 1)),
+            self.ages,
+            choice.reused_blocks(depth),
+            by_turns=choice.by_turns(step, len(self.must)),
+        )
+        for block in range(depth):
+            part = "renew" if block in reused else "whole"
+            self._run(f"{part}.{block}", {**names, "x": turns[block % 2], "y": turns[1 - block % 2]})
+        self.ages = [age + 1 if block in reused else 0 for block, age in enumerate(self.ages)]
+
+    def _scores(self, choice: BlockChoice) -> Float[np.ndarray, "B N L"]:
+        """What the front has found, or chance: the same for an image with its class and without."""
+        if choice.scoring != "random":
+            found = self.executor.fetch(SCORES)[SCORES]
+            return found if choice.scoring == "norm" else 1 / (1 + np.exp(-found.astype(np.float64)))
+        drawn = np.stack([one.random((self.spec.tokens, self.spec.num_layers), np.float32) for one in self.chance])
+        scores = np.tile(drawn, (self.rows // self.count, 1, 1))
+        if any(port.name == SCORES for ends in self.executor.parts.values() for port in ends.inputs):
+            self.executor.bind({SCORES: scores})
+            self.known.add(SCORES)
+        return scores
 
     def _moved(self, step: int) -> bool:
         """Whether the change that `front` found is too large to reuse anything."""

@@ -26,7 +26,7 @@ from vitfold.diffusion.compare import (
 )
 from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.judge import Judge
-from vitfold.diffusion.opening import open_parts, reused_work
+from vitfold.diffusion.opening import TokenPlan, open_parts, prepare_tokens, reused_work
 from vitfold.diffusion.rows import append_group, read_groups
 from vitfold.engines import Session
 from vitfold.errors import RecipeError
@@ -38,13 +38,14 @@ from vitfold.progress import Say
 class StepSpace:
     """What a search tries: methods by name; shares of the steps that `fitted` computes in full; of plainly fewer steps.
 
-    TokenCache trains a predictor for every number of steps first, and is asked for by name.
+    TokenCache trains a predictor first, once for a model and a number of steps.
     """
 
     methods: tuple[str, ...] = (
         "stack:2", "stack:3", "stack:4", "taylor:2:1", "taylor:3:1", "taylor:4:1", "taylor:5:1", "taylor:3:2",
         "taylor:4:2", "chebyshev:3:1", "chebyshev:4:1", "first-block:0.05", "first-block:0.1", "first-block:0.2",
-        "guidance:2", "guidance:4", "fora:2",
+        "guidance:2", "guidance:4", "fora:2", "tokencache:0.5:2:4", "tokencache:0.8:3:6", "tokencache-blocks:0.5:2:4",
+        "tokencache-blocks:0.7:3:6",
     )  # fmt: skip
     fitted: tuple[float, ...] = (0.2, 0.24, 0.28, 0.36, 0.44, 0.52)
     fewer: tuple[float, ...] = (0.8, 0.65, 0.5, 0.4, 0.3, 0.2)
@@ -241,15 +242,17 @@ def screen(
                     continue
                 if found and time.monotonic() > deadline:
                     return found
+                tokens = prepare_tokens(model, method, asked.steps, setup.say)
+                counts = () if tokens is None else tokens.counts
                 setup.say(f"measuring {called}")
-                with _opened(model, method, compression, setup) as executor:
+                with _opened(model, method, compression, setup, tokens) as executor:
                     ways = [
                         Variant(
                             name=f"{one.text}{compression.suffix}",
                             method=settled(model, executor, one, asked),
                             executor=executor,
                             asked=asked,
-                            reused_work=reused_work(model.spec, one, (), compression.r),
+                            reused_work=reused_work(model.spec, one, counts, compression.r),
                         )
                         for one in group
                         if one.reuses or compression.suffix
@@ -288,7 +291,8 @@ def _fewer_steps(
 
 def _again(model: DiTModel, first: Variant, one: Tried, goal: Array | None, setup: Setup) -> tuple[SamplerRow, Tried]:
     """Measure one candidate on held-out seeds, beside the plain sampler."""
-    with _opened(model, one.row.method, one.compression, setup) as executor:
+    tokens = prepare_tokens(model, one.row.method, one.row.steps, setup.say)
+    with _opened(model, one.row.method, one.compression, setup, tokens) as executor:
         asked = replace(first.asked, steps=one.row.steps)
         work = one.row.reused_work
         way = Variant(name=one.row.name, method=one.row.method, executor=executor, asked=asked, reused_work=work)
@@ -303,9 +307,10 @@ def _measured(model: DiTModel, ways: Sequence[Variant], setup: Setup) -> list[Sa
 
 
 def _opened(
-    model: DiTModel, method: ReuseMethod, compression: Compression, setup: Setup
+    model: DiTModel, method: ReuseMethod, compression: Compression, setup: Setup, tokens: TokenPlan | None = None
 ) -> contextlib.AbstractContextManager[Session]:
-    return open_parts(model, method, compression=compression, engine=setup.engine, threads=setup.threads)
+    threads = setup.threads
+    return open_parts(model, method, compression=compression, tokens=tokens, engine=setup.engine, threads=threads)
 
 
 def _converged(model: DiTModel, first: Variant, bounds: Bounds, setup: Setup) -> Array | None:

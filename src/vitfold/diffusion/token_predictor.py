@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitfold.architectures.dit import blocks, condition, embed, head, minus, modulations
-from vitfold.diffusion.token_refresh import blended, predictor_shapes, scores
+from vitfold.diffusion.token_refresh import blended, predicted_scores, predictor_shapes
 from vitfold.model import Array, DiTModel, DiTSpec
 from vitfold.model.dit import class_rows, timestep_embedding
 from vitfold.ops.run import Run
@@ -25,15 +25,17 @@ ROWS = 8
 PAIRS = 12
 """Pairs of steps along one trajectory that are learned from."""
 _PENALTY = 0.05
+_WHOLE = 0.9
+"""From this share of its tokens on, a block is run whole."""
 _RATE = 1e-2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenPredictor:
-    """Trained weights, tokens to renew per block, and the loss before and after training."""
+    """Trained weights, mean scores of each block's best token, its second best, ..., and losses before and after."""
 
     params: Mapping[str, Array]
-    counts: tuple[int, ...]
+    ranked: Float[np.ndarray, "L N"]
     losses: tuple[float, float]
 
 
@@ -48,9 +50,9 @@ class _Pair:
 
 
 def train_predictor(
-    model: DiTModel, scheduler: Any, *, ratio: float, rounds: int = 6, seed: int = 0, say: Callable[[str], None]
+    model: DiTModel, scheduler: Any, *, rounds: int = 6, seed: int = 0, say: Callable[[str], None]
 ) -> TokenPredictor:
-    """Train on steps that are one to three after the one that is kept, and share a budget of tokens among blocks.
+    """Train on steps that are one to three after the one that is kept.
 
     Equation: |x_L - x_L'|^2 / |x_L'' - x_L'|^2 + 0.05 mean a, x_L' of the whole step, x_L'' all from what is kept.
 
@@ -73,10 +75,10 @@ def train_predictor(
             total += loss.item() / len(pairs)
         losses.append(total)
     with torch.no_grad():
-        found = torch.stack([_all_scores(ops, model.spec, pair) for pair in pairs])
+        ranked = torch.stack([_ranked(ops, model.spec, pair) for pair in pairs]).mean(0)
     return TokenPredictor(
         params={name: value.detach().numpy() for name, value in learned.items()},
-        counts=share_budget(found.mean(0).numpy(), ratio),
+        ranked=ranked.numpy(),
         losses=(losses[0], losses[-1]),
     )
 
@@ -94,6 +96,21 @@ def share_budget(ranked: Float[np.ndarray, "L N"], ratio: float) -> tuple[int, .
     return tuple(int(count) for count in np.bincount(order // tokens, minlength=depth))
 
 
+def settle_counts(counts: Sequence[int], tokens: int) -> tuple[int, ...]:
+    """Let blocks that renew nearly all of their tokens renew all, at the cost of those that renew the fewest.
+
+    Picking so many rows and putting them back takes longer than the few others. The sum stays; where nothing is left
+    to take, the counts do.
+    """
+    found = [tokens if count >= _WHOLE * tokens else count for count in counts]
+    owed = sum(found) - sum(counts)
+    for block in sorted(range(len(found)), key=lambda block: found[block]):
+        if found[block] < tokens:
+            taken = min(found[block], owed)
+            found[block], owed = found[block] - taken, owed - taken
+    return tuple(counts) if owed else tuple(found)
+
+
 def _initial(spec: DiTSpec, generator: torch.Generator) -> dict[str, Tensor]:
     """Random first layers; second ones that score every token alike, at three quarters."""
     found = {name: torch.zeros(shape) for name, shape in predictor_shapes(spec).items()}
@@ -106,23 +123,21 @@ def _initial(spec: DiTSpec, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def _loss(ops: Run, spec: DiTSpec, pair: _Pair) -> Tensor:
-    x, held, total = pair.x, pair.x, torch.zeros(())
+    x, held, scores = pair.x, pair.x, _scores(ops, spec, pair)
     for block, kept in enumerate(pair.kept):
-        total = total + scores(ops, spec, block, x, pair.given).mean() / spec.num_layers
-        x = x + blended(ops, spec, block, x, pair.given, kept)
+        x = x + blended(ops, spec, block, x, pair.given, kept, scores[:, :, block : block + 1])
         held = held + kept
     scale = (held - pair.last).square().mean() + 1e-12
-    return (x - pair.last).square().mean() / scale + _PENALTY * total
+    return (x - pair.last).square().mean() / scale + _PENALTY * scores.mean()
 
 
-def _all_scores(ops: Run, spec: DiTSpec, pair: _Pair) -> Float[Tensor, "L N"]:
+def _scores(ops: Run, spec: DiTSpec, pair: _Pair) -> Float[Tensor, "B N L"]:
+    return predicted_scores(ops, spec, pair.x, *pair.given[:2]).sigmoid()
+
+
+def _ranked(ops: Run, spec: DiTSpec, pair: _Pair) -> Float[Tensor, "L N"]:
     """Mean scores over rows, every block's best token first."""
-    x, found = pair.x, []
-    for block, kept in enumerate(pair.kept):
-        ranked = scores(ops, spec, block, x, pair.given)[:, :, 0].sort(dim=1, descending=True).values
-        found.append(ranked.mean(0))
-        x = x + blended(ops, spec, block, x, pair.given, kept)
-    return torch.stack(found)
+    return _scores(ops, spec, pair).sort(dim=1, descending=True).values.mean(0).T
 
 
 def _pairs(model: DiTModel, scheduler: Any, generator: torch.Generator) -> list[_Pair]:

@@ -16,7 +16,7 @@ from vitfold.diffusion import ReuseMethod
 from vitfold.diffusion.compare import SamplingConfig, draw, settled
 from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.eager import eager
-from vitfold.diffusion.opening import open_graphs, plan_parts, prepare_predictor, step_params, step_target, write_parts
+from vitfold.diffusion.opening import open_graphs, plan_parts, prepare_tokens, step_params, step_target, write_parts
 from vitfold.engines import Session
 from vitfold.errors import EngineError
 from vitfold.model import DiTModel
@@ -47,9 +47,9 @@ def save_steps(
         BundleError: if the destination cannot be written, or exists and may not be replaced.
         EngineError: if the graphs draw something else.
     """
-    predictor = None if method.ratio is None else prepare_predictor(model, method, plan.steps, 0, say)
-    counts = () if predictor is None else predictor.counts
-    params = step_params(model, compression, predictor)
+    tokens = prepare_tokens(model, method, plan.steps, say)
+    counts = () if tokens is None else tokens.counts
+    params = step_params(model, compression, tokens)
     found = plan_parts(model.spec, method, counts, compression.r)
 
     def write(folder: Path) -> Manifest:
