@@ -60,6 +60,7 @@ DIFFUSION = {
     "optimize": Entry(at="diffusion.optimize:optimize", panel="Commands", help="Find or take a way to draw faster."),
     "sample": Entry(at="diffusion.sample:sample", panel="Commands", help="Draw images; compare ways to draw."),
     "bench": Entry(at="diffusion.bench:bench", panel="Commands", help="Time bundles of steps in one run."),
+    "ablate": Entry(at="diffusion.ablate:ablate", panel="Commands", help="Say what TokenCache's pieces are worth."),
 }
 
 
