@@ -102,7 +102,7 @@ def add_gated(ops: Ops[T], x: T, y: T, gate: T) -> T:
 
 def minus(ops: Ops[T], a: T, b: T) -> T:
     """A - b."""
-    return ops.add(a, ops.scale(b, -1.0))
+    return ops.elementwise("subtract", a, b)
 
 
 def head(ops: Ops[T], spec: DiTSpec, x: T, given: Sequence[T]) -> T:
