@@ -60,7 +60,9 @@ def ablate(
     if json:
         print_json(found)
     else:
-        out.print(diffusion_table(found))
+        called = {one.method.text: ", ".join(one.factors.values()) for one in variants}
+        shown = [{**row, "name": called.get(row["name"], row["name"])} for row in found["rows"]]
+        out.print(diffusion_table({**found, "rows": shown}))
         for factor, values in found["effects"].items():
             said = ", ".join(f"{value} {number(db, '.1f')}" for value, db in values.items())
             out.print(f"  {factor:9} {said} (mean dB)")
