@@ -31,6 +31,7 @@ from vitfold.version import __version__
 if TYPE_CHECKING:
     import torch
 
+    from vitfold.diffusion.conditions import Prompts
     from vitfold.diffusion.pipelines import StepPlan
     from vitfold.engines.network import Network
 
@@ -57,6 +58,8 @@ __all__ = [
     "__version__",
     "accelerate",
     "adapt",
+    "embed_prompts",
+    "export_steps",
     "find_images",
     "load",
     "load_plan",
@@ -134,6 +137,31 @@ def accelerate(pipe: Any, plan: Any) -> Any:
     from vitfold.diffusion import pipelines
 
     return pipelines.accelerate(pipe, plan)
+
+
+def export_steps(pipe: Any, plan: Any, prompts: Any, path: Any, **options: Any) -> Bundle:
+    """Write the steps of a pipeline of diffusers by a plan, or by a method such as "fitted:14", as a bundle of graphs.
+
+    Options are those of `vitfold.diffusion.exporting.export_steps`: steps, overwrite, and arguments of the pipeline.
+
+    Raises:
+        VitfoldError: as its kinds say there.
+    """
+    from vitfold.diffusion import exporting
+
+    return exporting.export_steps(pipe, plan, prompts, path, **options)
+
+
+def embed_prompts(pipe: Any, prompts: Any, **call: Any) -> Prompts:
+    """Return prompts as a pipeline of diffusers hands them to its transformer; `.save(FILE)` is for `--embeddings`.
+
+    Raises:
+        UnsupportedError: if the pipeline calls its transformer in another way than once a step.
+        RecipeError: if prompts come to different shapes.
+    """
+    from vitfold.diffusion import lifting
+
+    return lifting.embed_prompts(pipe, prompts, **call)
 
 
 def restore(pipe: Any) -> Any:

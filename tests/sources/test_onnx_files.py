@@ -342,7 +342,12 @@ def test_shapes_and_orders_of_axes_are_followed_with_the_batch_anywhere(seed):
         made = f"v{i}"
         if random.random() < 0.6 or len(shape) < 3:
             perm = random.permutation(len(shape)).tolist()
-            nodes.append(helper.make_node("Transpose", [name], [made], perm=perm))
+            if i % 2:
+                axes = "abcdefgh"[: len(shape)]
+                equation = f"{axes}->{''.join(axes[axis] for axis in perm)}"
+                nodes.append(helper.make_node("Einsum", [name], [made], equation=equation))
+            else:
+                nodes.append(helper.make_node("Transpose", [name], [made], perm=perm))
             shape = [shape[axis] for axis in perm]
         else:
             at = int(random.integers(0, len(shape) - 1))

@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from typing import Any, get_type_hints
 
-from vitfold.model import DiTSpec, GraphSpec, ViTSpec, spec_to_dict
+from vitfold.model import DenoiserSpec, DiTSpec, GraphSpec, ViTSpec, spec_to_dict
+from vitfold.model.denoiser import denoiser_spec_to_dict
 from vitfold.storage.checked import ImplausibleError, Range, entry, section
 from vitfold.target import ENGINES, Target
 
@@ -30,6 +31,8 @@ def _plain(value: Any) -> Any:
         return spec_to_dict(value)
     if isinstance(value, DiTSpec):
         return asdict(value)
+    if isinstance(value, DenoiserSpec):
+        return denoiser_spec_to_dict(value)
     if hasattr(value, "to_dict"):
         return value.to_dict()
     return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value

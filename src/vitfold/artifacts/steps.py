@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from vitfold.model import DiTModel, DiTSpec, Origin
+from vitfold.model import DenoiserModel, DenoiserSpec, DiTModel, DiTSpec, Origin
+from vitfold.model.denoiser import KIND, denoiser_spec_from_dict
 from vitfold.model.dit import dit_spec_from_dict
 from vitfold.model.spec import with_names_of_today
 from vitfold.storage.checked import ImplausibleError, Range, check_fields, entry
@@ -46,7 +47,7 @@ class Steps:
     where a method leaves them to the model. `search` says what else was tried.
     """
 
-    spec: DiTSpec
+    spec: DiTSpec | DenoiserSpec
     schedule: Mapping[str, Any]
     labels: tuple[str, ...] | None
     origin: Origin
@@ -61,7 +62,7 @@ class Steps:
     rescale: tuple[float, ...] | None = None
 
 
-DiffusionModelInfo = DiTModel | Steps
+DiffusionModelInfo = DiTModel | DenoiserModel | Steps
 """What drawing asks besides what runs the graphs: spec, schedule, labels, origin, and how latents become images."""
 
 
@@ -75,6 +76,13 @@ _SPEC: dict[str, Range] = {
 }
 
 
+_DENOISER: dict[str, Range] = {
+    **dict.fromkeys(("image_shape", "outputs", "num_layers"), (1, 2**16)),
+    **dict.fromkeys(("tokens", "embed_dim"), (1, 2**20)),
+    "time_scale": (0.0, 1e6),
+}
+
+
 def read_steps(values: Mapping[str, Any], *, labels: tuple[str, ...] | None, origin: Mapping[str, Any]) -> Steps:
     """Return what a manifest says of the steps.
 
@@ -82,15 +90,16 @@ def read_steps(values: Mapping[str, Any], *, labels: tuple[str, ...] | None, ori
         ImplausibleError: naming the first value that is wrong.
         SourceError: if the spec is of no architecture.
     """
-    spec = dit_spec_from_dict(check_fields(DiTSpec, with_names_of_today(values.get("spec")), "spec", _SPEC))
+    spec = _spec(values.get("spec"))
     plan = check_fields(SamplingPlan, values.get("plan"), "plan", _PLAN)
     unknown = sorted(set(plan) - {field.name for field in fields(SamplingPlan)})
     if unknown:
         raise ImplausibleError(
             f"unknown key plan.{unknown[0][:60]}; this vitfold is older than the file, upgrade vitfold"
         )
-    if labels is not None and len(labels) != spec.classes:
-        raise ImplausibleError(f"there are {len(labels)} labels for {spec.classes} classes")
+    classes = spec.classes if isinstance(spec, DiTSpec) else 0
+    if labels is not None and len(labels) != classes:
+        raise ImplausibleError(f"there are {len(labels)} labels for {classes} classes")
     steps = int(plan["steps"])
     parts: tuple[str, ...] = entry(values, "parts", tuple[str, ...])
     if not parts or len(set(parts)) != len(parts) or not all(map(_PART.fullmatch, parts)):
@@ -116,6 +125,13 @@ def read_steps(values: Mapping[str, Any], *, labels: tuple[str, ...] | None, ori
         rescale=entry(values, "rescale", tuple[float, ...] | None),
         search=entry(values, "search", Mapping[str, Any] | None),
     )
+
+
+def _spec(values: Any) -> DiTSpec | DenoiserSpec:
+    if isinstance(values, Mapping) and values.get("kind") == KIND:
+        checked = check_fields(DenoiserSpec, {**values}, "spec", _DENOISER)
+        return denoiser_spec_from_dict(checked)
+    return dit_spec_from_dict(check_fields(DiTSpec, with_names_of_today(values), "spec", _SPEC))
 
 
 _STEPS: Range = (1, 1_000_000)

@@ -61,6 +61,7 @@ DIFFUSION = {
     "sample": Entry(at="diffusion.sample:sample", panel="Commands", help="Draw images; compare ways to draw."),
     "bench": Entry(at="diffusion.bench:bench", panel="Commands", help="Time bundles of steps in one run."),
     "ablate": Entry(at="diffusion.ablate:ablate", panel="Commands", help="Say what TokenCache's pieces are worth."),
+    "embed": Entry(at="diffusion.prompts:embed", panel="Commands", help="Write prompts as embeddings."),
 }
 
 

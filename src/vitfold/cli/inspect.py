@@ -10,13 +10,14 @@ import typer
 
 from vitfold.architectures.programs import deployed_program, plain_program
 from vitfold.artifacts.bundle import holds_steps, open_bundle
+from vitfold.artifacts.steps import Steps
 from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.graph_facts import graph_document, graph_lines, load_graph
 from vitfold.cli.terminal import heading, out, print_json
 from vitfold.engines.exactness import exact_execution
 from vitfold.errors import EngineError, VitfoldError
-from vitfold.model import Preprocess, ViTSpec
+from vitfold.model import DiTSpec, Preprocess, ViTSpec
 from vitfold.report.tables import describe_registers, fidelity_lines
 from vitfold.schedule import describe_r
 from vitfold.target import PLAIN
@@ -184,6 +185,16 @@ def _quant(quant: QuantRecipe | None, *, simulated: bool) -> str:
     return f"{shown} (simulated)" if simulated else shown
 
 
+def _model_facts(steps: Steps) -> str:
+    """What a bundle draws, and by what."""
+    spec, kind = steps.spec, "latents" if steps.latent else "images"
+    _, height, width = spec.image_shape
+    if isinstance(spec, DiTSpec):
+        own = f"{spec.num_heads} heads, patch {spec.patch_size}"
+        return f"{own}, {kind} of {height} x {width}, {spec.classes} classes"
+    return f"{spec.module}, {kind} of {height} x {width}, by {', '.join(one.name for one in spec.conditions)}"
+
+
 def _inspect_steps(path: Path, *, json: bool) -> None:
     opened = open_bundle(path, steps=True)
     manifest, steps = opened.manifest, opened.manifest.steps
@@ -193,12 +204,7 @@ def _inspect_steps(path: Path, *, json: bool) -> None:
     spec, plan, db = steps.spec, steps.plan, manifest.verified["psnr_db"]
     lines = [
         ("origin", f"{steps.origin.source} ({steps.origin.loader})"),
-        (
-            "model",
-            f"{spec.num_layers} blocks, width {spec.embed_dim}, {spec.num_heads} heads, patch {spec.patch_size}, "
-            f"{'latents' if steps.latent else 'images'} of {spec.image_size} x {spec.image_size}, "
-            f"{spec.classes} classes",
-        ),
+        ("model", f"{spec.num_layers} blocks, width {spec.embed_dim}, {_model_facts(steps)}"),
         ("target", f"{manifest.target['name']} ({manifest.target['engine']})"),
         ("reuse", plan.reuse),
         ("sampler", f"{plan.steps} steps of {plan.sampler}, guidance {plan.guidance:g}"),

@@ -19,15 +19,16 @@ from vitfold.bench.statistics import Rise
 from vitfold.bench.timing import interleave
 from vitfold.diffusion import ReuseMethod, Sampled, find_method, full_steps, sample, solve_steps
 from vitfold.diffusion.compression import Compression
+from vitfold.diffusion.conditions import Conditions, Prompts
 from vitfold.diffusion.judge import Judge, Verdict
 from vitfold.diffusion.opening import open_parts, prepare_tokens, reused_work
 from vitfold.diffusion.peers import PeerPipeline
 from vitfold.diffusion.planners import Products
-from vitfold.diffusion.sampling import joined
+from vitfold.diffusion.sampling import conditions_of, joined
 from vitfold.diffusion.schedulers import build_scheduler
 from vitfold.engines import Session
 from vitfold.errors import RecipeError
-from vitfold.model import Array, DiTModel
+from vitfold.model import Array, DenoiserSpec, DiTModel, DiTSpec
 from vitfold.progress import Say
 
 VERDICT_KEYS = ("frechet", "frechet_noise", "class_accuracy", "class_accuracy_interval")
@@ -36,7 +37,7 @@ NO_FRECHET = f"it takes a model for features, and at least {FRECHET_IMAGES} real
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
-    """What to draw: one image per label, and how."""
+    """What to draw: one image per label, and how; labels are numbers among the `conditions`, by default classes."""
 
     labels: tuple[int, ...]
     seed: int
@@ -44,6 +45,7 @@ class SamplingConfig:
     sampler: str
     guidance: float
     batch: int
+    conditions: Conditions | None = None
 
     def __post_init__(self) -> None:
         if not self.labels:
@@ -206,7 +208,7 @@ def compare(
     def judged(images: Array) -> Verdict | None:
         if judge is None:
             return None
-        return judge(images, first.asked.labels, model.spec.classes)
+        return judge(images, first.asked.labels, model.spec.classes if isinstance(model.spec, DiTSpec) else 0)
 
     shown = {way.name: shown_by(results[way.name].samples, decode) for way in ways}
     verdicts = {name: judged(images) for name, images in shown.items()}
@@ -232,6 +234,7 @@ def settled(
         sampler=asked.sampler,
         guidance=asked.guidance,
         known=known,
+        conditions=asked.conditions,
     )
 
 
@@ -263,12 +266,13 @@ def check_asked(model: DiffusionModelInfo, asked: SamplingConfig) -> None:
     Raises:
         RecipeError: naming what is out of range.
     """
-    wrong = [label for label in asked.labels if not 0 <= label < model.spec.classes]
+    conditions = asked.conditions or conditions_of(model.spec)
+    if isinstance(conditions, Prompts) and isinstance(model.spec, DenoiserSpec):
+        conditions.check(model.spec, asked.guidance)
+    count, what = conditions.count, "class" if isinstance(model.spec, DiTSpec) else "prompt"
+    wrong = [label for label in asked.labels if not 0 <= label < count]
     if wrong:
-        raise RecipeError(
-            f"class {wrong[0]} is out of range; this model has {model.spec.classes} classes: 0 to "
-            f"{model.spec.classes - 1}"
-        )
+        raise RecipeError(f"{what} {wrong[0]} is out of range; there are {count}: 0 to {count - 1}")
     build_scheduler(asked.sampler, model.schedule, asked.steps, learned_sigma=model.spec.learned_sigma)
 
 
@@ -286,7 +290,16 @@ def draw(model: DiffusionModelInfo, executor: Session, method: ReuseMethod, aske
         scheduler = build_scheduler(asked.sampler, model.schedule, asked.steps, learned_sigma=model.spec.learned_sigma)
         labels = asked.labels[start : start + asked.batch]
         found.append(
-            sample(executor, model.spec, scheduler, method, labels, seed=asked.seed + start, guidance=asked.guidance)
+            sample(
+                executor,
+                model.spec,
+                scheduler,
+                method,
+                labels,
+                seed=asked.seed + start,
+                guidance=asked.guidance,
+                conditions=asked.conditions,
+            )
         )
     return joined(found)
 

@@ -17,6 +17,7 @@ from vitfold.artifacts.steps import Steps
 from vitfold.cores import check_threads
 from vitfold.diffusion import ReuseMethod, find_method
 from vitfold.diffusion.compression import Compression
+from vitfold.diffusion.denoiser_parts import denoiser_ends, denoiser_parts
 from vitfold.diffusion.eager import eager, ends_of
 from vitfold.diffusion.parts import Part, parts
 from vitfold.diffusion.schedulers import build_scheduler
@@ -25,7 +26,7 @@ from vitfold.diffusion.token_predictor import TokenPredictor, settle_counts, sha
 from vitfold.diffusion.token_refresh import predictor_shapes
 from vitfold.engines import DEFAULT, ENGINES, Session, check_ends, open_graph, open_session, quantized_target
 from vitfold.errors import EngineError
-from vitfold.model import Array, DiTModel, DiTSpec
+from vitfold.model import Array, DenoiserModel, DenoiserSpec, DiTModel, DiTSpec
 from vitfold.model.dit import dit_param_shapes
 from vitfold.ops.count import Count
 from vitfold.ops.run import Run
@@ -119,9 +120,27 @@ def plan_parts(spec: DiTSpec, method: ReuseMethod, counts: tuple[int, ...], r: i
     return found
 
 
-def reused_work(spec: DiTSpec, method: ReuseMethod, counts: tuple[int, ...] = (), r: int = 0) -> float | None:
-    """Return the multiply-accumulates of a step that reuses as a share of one in full, None where none does."""
-    if not method.reuses:
+def parts_of(
+    model: DiTModel | DenoiserModel, method: ReuseMethod, counts: tuple[int, ...] = (), r: int = 0
+) -> dict[str, Part]:
+    """Return the parts of a model that a method runs.
+
+    Raises:
+        RecipeError: if the model cannot be cut as the method wants it.
+    """
+    if isinstance(model, DenoiserModel):
+        return denoiser_parts(model, method)
+    return plan_parts(model.spec, method, counts, r)
+
+
+def reused_work(
+    spec: DiTSpec | DenoiserSpec, method: ReuseMethod, counts: tuple[int, ...] = (), r: int = 0
+) -> float | None:
+    """Return the multiply-accumulates of a step that reuses as a share of one in full.
+
+    None where none reuses, or the program is not at hand.
+    """
+    if not method.reuses or isinstance(spec, DenoiserSpec):
         return None
     if method.guidance:
         return 0.5
@@ -139,7 +158,9 @@ def reused_work(spec: DiTSpec, method: ReuseMethod, counts: tuple[int, ...] = ()
     return sum(macs[name] for name in ("front", "resume", "refresh") if name in macs) / full
 
 
-def step_params(model: DiTModel, compression: Compression, tokens: TokenPlan | None) -> dict[str, Array]:
+def step_params(
+    model: DiTModel | DenoiserModel, compression: Compression, tokens: TokenPlan | None
+) -> dict[str, Array]:
     """Return all weights that the parts read."""
     return {**(compression.params or model.params), **(tokens.params if tokens is not None else {})}
 
@@ -196,9 +217,13 @@ def open_steps(bundle: Bundle, threads: int | None = None) -> Session:
         EngineError: if the engine refuses a graph, or would compute it wrongly on this processor.
     """
     steps = bundle.manifest.steps
-    found = plan_parts(steps.spec, method_of(steps), steps.counts, steps.plan.merge)
+    method = method_of(steps)
+    if isinstance(steps.spec, DenoiserSpec):
+        ends = denoiser_ends(steps.spec, method)
+    else:
+        ends = ends_of(plan_parts(steps.spec, method, steps.counts, steps.plan.merge))
     session = open_session(bundle, threads=threads)
-    check_ends(session, ends_of(found), bundle.graphs)
+    check_ends(session, ends, bundle.graphs)
     return session
 
 

@@ -169,7 +169,7 @@ def _modules(spec: DiTSpec, history: int) -> Written:
             "resume": (
                 (image, given, weights, *kept),
                 (PREDICTION,),
-                lambda ops, x, m, w, *f: _from_modules(ops, spec, x, m, _sums(ops, w, f, history)),
+                lambda ops, x, m, w, *f: _from_modules(ops, spec, x, m, weighted_sums(ops, w, f, history)),
             ),
         }
     return {
@@ -292,11 +292,11 @@ def _resumed(ops: Ops[T], spec: DiTSpec, x: T, m: T, weights: T, kept: tuple[T, 
     """The head of x + sum_k w_k R_k: every forecast that is linear in what is kept."""
     vectors = modulations(ops, spec, m)
     ops.scope("forecast", role="reuse")
-    (forecast,) = _sums(ops, weights, kept, len(kept))
+    (forecast,) = weighted_sums(ops, weights, kept, len(kept))
     return (head(ops, spec, ops.add(x, forecast), vectors),)
 
 
-def _sums(ops: Ops[T], weights: T, kept: tuple[T, ...], history: int) -> tuple[T, ...]:
+def weighted_sums(ops: Ops[T], weights: T, kept: tuple[T, ...], history: int) -> tuple[T, ...]:
     """Return sum_k w_k F_k of every tensor F of which `history` values are kept, side by side."""
     ops.scope("forecast", role="reuse")
     terms = ops.split(weights, history, 1) if history > 1 else (weights,)
@@ -421,7 +421,7 @@ def _last_apart(ops: Ops[T], spec: DiTSpec, image: T, m: T) -> tuple[T, T, T]:
 def _verify(ops: Ops[T], spec: DiTSpec, image: T, m: T, weights: T, kept: tuple[T, ...]) -> tuple[T, T]:
     """The prediction of the last block on a forecast, and |F - F'|^2 / |F|^2 per row of what it adds F, forecast F'."""
     vectors, last = modulations(ops, spec, m), spec.num_layers - 1
-    before, forecast = _sums(ops, weights, kept, len(kept) // 2)
+    before, forecast = weighted_sums(ops, weights, kept, len(kept) // 2)
     entering = ops.add(embed(ops, image), before)
     y = blocks(ops, spec, entering, vectors, range(last, last + 1))
     ops.scope("change", role="reuse")

@@ -21,6 +21,7 @@ from vitfold.diffusion.methods import ReuseMethod, find_method, full_steps
 from vitfold.diffusion.sampling import Sampled
 from vitfold.diffusion.schedulers import build_scheduler
 from vitfold.errors import EngineError, RecipeError, SourceError, nearest
+from vitfold.model import DiTSpec
 from vitfold.sources.dit import DEMO_DIT, demo_dit_folder
 
 NULL = 1000
@@ -106,6 +107,8 @@ def open_peers(
     for name in names:
         if name not in PEERS:
             raise RecipeError(f"unknown peer {name!r}; {nearest(name, PEERS)}")
+    if not isinstance(model.spec, DiTSpec):
+        raise RecipeError("peers draw by classes, and this model takes prompts; leave out --peers")
     transformer = _transformer(model.origin.source)
     if find_method("none").text != method.text and method.threshold is None:
         mask = [int(one) for one in full_steps(method, steps)]

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from vitfold.diffusion.conditions import Classes, Conditions
 from vitfold.diffusion.methods import ReuseMethod, full_steps
 from vitfold.diffusion.parts import CHANGE, FILTER, LAST, RESIDUAL, SCORES, WEIGHTS, module_names
 from vitfold.diffusion.token_choice import BlockChoice, choose_blocks
 from vitfold.engines import Session
-from vitfold.errors import EngineError
-from vitfold.model import Array, DiTSpec
-from vitfold.model.dit import class_rows, timestep_embedding
+from vitfold.errors import EngineError, RecipeError
+from vitfold.model import Array, DenoiserSpec, DiTSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -51,17 +51,19 @@ class Sampled:
 
 def sample(
     executor: Session,
-    spec: DiTSpec,
+    spec: DiTSpec | DenoiserSpec,
     scheduler: Any,
     method: ReuseMethod,
     labels: Sequence[int],
     *,
     seed: int,
     guidance: float,
+    conditions: Conditions | None = None,
     watch: Callable[[Array], None] | None = None,
 ) -> Sampled:
     """Draw one sample per label; sample i depends on seed + i alone, and not on what is drawn beside it.
 
+    Labels are numbers among the `conditions`, by default the model's classes.
     A method that decides as it goes decides for every sample by itself, so its samples are drawn one by one.
     `watch` is shown what all blocks added at every step, (2 B, N, D), by a method that keeps it and computes all.
 
@@ -72,16 +74,17 @@ def sample(
 
     Raises:
         EngineError: if a sample is NaN or infinite.
+        RecipeError: if the model's conditions come from outside, and there are none.
     """
     count = len(labels)
     if method.decides and count > 1:
-        again = {"seed": seed, "guidance": guidance, "watch": watch}
+        again = {"seed": seed, "guidance": guidance, "conditions": conditions, "watch": watch}
         return _one_by_one(executor, spec, scheduler, method, labels, again)
     rows = 2 * count if guidance != 1.0 else count
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
-    x = _noise(spec, generators) * scheduler.init_noise_sigma
-    timesteps = [int(t) for t in scheduler.timesteps]
-    conditions, row_of = _conditions(executor, spec, timesteps, labels, guided=rows > count)
+    x = _noise(spec, generators) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    timesteps = [float(t) for t in scheduler.timesteps]
+    at = (conditions or conditions_of(spec)).at(executor, timesteps, labels, guided=rows > count)
     state = _State(
         executor=executor,
         method=method,
@@ -96,9 +99,9 @@ def sample(
     took: dict[bool, list[int]] = {True: [], False: []}
     for step, t in enumerate(scheduler.timesteps):
         began, full_before = time.perf_counter_ns(), state.full
-        entering = scheduler.scale_model_input(x, t).float().numpy()
-        state.given = {"image": np.tile(entering, (rows // count, 1, 1, 1)), "given": conditions[step][row_of]}
-        if method.cut == "filtered":
+        entering = _scaled(scheduler, x, t).float().numpy()
+        state.given = {"image": np.tile(entering, (rows // count, 1, 1, 1)), **at(step)}
+        if method.cut == "filtered" and isinstance(spec, DiTSpec):
             state.given = {**state.given, FILTER: content_filter(spec.grid, scheduler, int(t))}
         predicted = torch.from_numpy(_finite(state.advance(step, guidance), f"step {step + 1} of {len(timesteps)}"))
         if spec.learned_sigma and not _learned(scheduler):
@@ -112,6 +115,20 @@ def sample(
         full_ns=tuple(took[True]),
         reused_ns=tuple(took[False]),
         kept_bytes=executor.kept_bytes,
+    )
+
+
+def conditions_of(spec: DiTSpec | DenoiserSpec) -> Classes:
+    """Return the conditions of a model that has them within.
+
+    Raises:
+        RecipeError: if they come from outside.
+    """
+    if isinstance(spec, DiTSpec):
+        return Classes(spec=spec)
+    names = ", ".join(one.name for one in spec.conditions)
+    raise RecipeError(
+        f"{spec.module} draws by embeddings of prompts ({names}); give --embeddings FILE or --prompts FILE"
     )
 
 
@@ -132,9 +149,14 @@ def content_filter(grid: int, scheduler: Any, t: int) -> Float[np.ndarray, "1 N 
     return found.astype(np.float32)
 
 
-def _noise(spec: DiTSpec, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    shape = (spec.channels, spec.image_size, spec.image_size)
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+def _noise(spec: DiTSpec | DenoiserSpec, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    return torch.stack([torch.randn(spec.image_shape, generator=generator) for generator in generators])
+
+
+def _scaled(scheduler: Any, x: torch.Tensor, t: Any) -> torch.Tensor:
+    """What enters the model; schedulers of flow matching leave it as it is."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    return x if scale is None else scale(x, t)
 
 
 def _finite(values: Array, where: str) -> Array:
@@ -148,7 +170,7 @@ def _finite(values: Array, where: str) -> Array:
 
 def _one_by_one(
     executor: Session,
-    spec: DiTSpec,
+    spec: DiTSpec | DenoiserSpec,
     scheduler: Any,
     method: ReuseMethod,
     labels: Sequence[int],
@@ -188,7 +210,7 @@ class _State:
     executor: Session
     method: ReuseMethod
     must: tuple[bool, ...]
-    spec: DiTSpec
+    spec: DiTSpec | DenoiserSpec
     count: int
     rows: int
     full: int = 0
@@ -280,7 +302,7 @@ class _State:
         """Compute the step in full, or what `front` has not computed of it."""
         cut, slot = self.method.cut, self.full % self.method.history
         names = {RESIDUAL: f"{RESIDUAL}.{slot}", LAST: f"{LAST}.{slot}"}
-        if cut == "modules" and self.method.history > 1:
+        if cut == "modules" and self.method.history > 1 and isinstance(self.spec, DiTSpec):
             names = {name: f"{name}.{slot}" for name in module_names(self.spec)}
         self._run("rest" if cut in _WATCHED else "full", names)
         self.full += 1
@@ -354,19 +376,6 @@ class _State:
         for back, weight in enumerate(reversed(row[-len(self.places) :])):
             weights[0, (self.full - 1 - back) % method.history, 0] = weight
         return weights
-
-
-def _conditions(
-    executor: Session, spec: DiTSpec, timesteps: Sequence[int], labels: Sequence[int], *, guided: bool
-) -> tuple[Float[np.ndarray, "T U M D"], Array]:
-    """Return what every step and every class asked for do to the model, and the row of each sample."""
-    asked = [*labels, *([spec.null_class] * len(labels) if guided else [])]
-    classes, row_of = np.unique(np.array(asked), return_inverse=True)
-    t_freq = timestep_embedding(spec, np.repeat(np.array(timesteps), len(classes)))
-    executor.bind({"waves": t_freq, "label": class_rows(spec, np.tile(classes, len(timesteps)))})
-    executor.run("condition")
-    found = executor.fetch("given")["given"]
-    return found.reshape(len(timesteps), len(classes), spec.modulations, spec.embed_dim), row_of
 
 
 def _guided(with_class: Array, without: Array, guidance: float, channels: int) -> Array:

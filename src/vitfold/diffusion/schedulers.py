@@ -14,6 +14,7 @@ SAMPLERS = {
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
     "ddpm": "DDPMScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
 }
 
 

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from vitfold.diffusion.conditions import Conditions
 from vitfold.diffusion.methods import ReuseMethod, every_step
 from vitfold.diffusion.planners import Plan, Products, evenly, rows_of
-from vitfold.diffusion.sampling import sample
+from vitfold.diffusion.sampling import conditions_of, sample
 from vitfold.diffusion.schedulers import build_scheduler
 from vitfold.engines import Session
 from vitfold.errors import RecipeError
-from vitfold.model import Array, DiTSpec
+from vitfold.model import Array, DenoiserSpec, DiTSpec
 
 LABELS = 8
 SEED = 1_000_000
@@ -27,7 +28,7 @@ SEED = 1_000_000
 
 def solve_steps(
     executor: Session,
-    spec: DiTSpec,
+    spec: DiTSpec | DenoiserSpec,
     schedule: Mapping[str, Any],
     method: ReuseMethod,
     *,
@@ -35,6 +36,7 @@ def solve_steps(
     sampler: str,
     guidance: float,
     known: dict[str, Products] | None = None,
+    conditions: Conditions | None = None,
 ) -> ReuseMethod:
     """Return the method with what it leaves to the model chosen for as many steps; of eight images, drawn in full once.
 
@@ -46,7 +48,8 @@ def solve_steps(
     check_budget(method, steps)
     if known and not method.fits:
         return follow(method, known["products"])
-    labels = np.linspace(0, spec.classes - 1, LABELS).round().astype(int).tolist()
+    conditions = conditions or conditions_of(spec)
+    labels = np.linspace(0, conditions.count - 1, LABELS).round().astype(int).tolist()
     kept: list[Array] = []
     changes: list[float] = []
 
@@ -57,15 +60,30 @@ def solve_steps(
             changes.append(float(np.mean(executor.fetch("change")["change"])))
 
     scheduler = build_scheduler(sampler, schedule, steps, learned_sigma=spec.learned_sigma)
-    sample(executor, spec, scheduler, every_step(method), labels, seed=SEED, guidance=guidance, watch=keep)
+    sample(
+        executor,
+        spec,
+        scheduler,
+        every_step(method),
+        labels,
+        seed=SEED,
+        guidance=guidance,
+        conditions=conditions,
+        watch=keep,
+    )
     if method.fits:
         return replace(method, rescale=fit_changes(changes, kept))
     found = np.stack(kept).astype(np.float32)
     gram = (found @ found.T).astype(np.float64)
-    products = Products(gram=gram, weights=step_weights(build_scheduler("ddim", schedule, steps)))
+    products = Products(gram=gram, weights=step_weights(build_scheduler(_weighing(sampler), schedule, steps)))
     if known is not None:
         known["products"] = products
     return follow(method, products)
+
+
+def _weighing(sampler: str) -> str:
+    """The sampler that weighs an error: a first-order one of the same kind."""
+    return sampler if sampler.startswith("flow") else "ddim"
 
 
 def check_budget(method: ReuseMethod, steps: int) -> None:

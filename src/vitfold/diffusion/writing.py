@@ -15,11 +15,13 @@ from vitfold.bench.pictures import psnr_db
 from vitfold.diffusion import ReuseMethod
 from vitfold.diffusion.compare import SamplingConfig, draw, settled
 from vitfold.diffusion.compression import Compression
+from vitfold.diffusion.conditions import Conditions
 from vitfold.diffusion.eager import eager
-from vitfold.diffusion.opening import open_graphs, plan_parts, prepare_tokens, step_params, step_target, write_parts
+from vitfold.diffusion.opening import open_graphs, parts_of, prepare_tokens, step_params, step_target, write_parts
+from vitfold.diffusion.sampling import conditions_of
 from vitfold.engines import Session
 from vitfold.errors import EngineError
-from vitfold.model import DiTModel
+from vitfold.model import DenoiserModel, DiTModel
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
 from vitfold.version import __version__
@@ -31,13 +33,14 @@ _STEPS = 8
 
 
 def save_steps(
-    model: DiTModel,
+    model: DiTModel | DenoiserModel,
     plan: SamplingPlan,
     method: ReuseMethod,
     compression: Compression,
     path: Path,
     *,
     search: Mapping[str, Any] | None = None,
+    conditions: Conditions | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
@@ -47,10 +50,10 @@ def save_steps(
         BundleError: if the destination cannot be written, or exists and may not be replaced.
         EngineError: if the graphs draw something else.
     """
-    tokens = prepare_tokens(model, method, plan.steps, say)
+    tokens = prepare_tokens(model, method, plan.steps, say) if isinstance(model, DiTModel) else None
     counts = () if tokens is None else tokens.counts
+    found = parts_of(model, method, counts, compression.r)
     params = step_params(model, compression, tokens)
-    found = plan_parts(model.spec, method, counts, compression.r)
 
     def write(folder: Path) -> Manifest:
         say("writing graphs")
@@ -58,8 +61,8 @@ def save_steps(
         say("verifying")
         simulate = Simulate(params, compression.quantizers) if compression.quantizers else Run(params)
         with open_graphs(found, folder, None) as session:
-            chosen = settled(model, session, method, _asked(model, plan, plan.steps))
-            verified = _verify(model, plan, chosen, eager(found, simulate), session)
+            chosen = settled(model, session, method, _asked(model, plan, plan.steps, conditions))
+            verified = _verify(model, plan, conditions, chosen, eager(found, simulate), session)
         target = step_target(quantized=compression.quantizers is not None)
         steps = Steps(
             spec=model.spec,
@@ -89,23 +92,31 @@ def save_steps(
     return write_bundle(path, write, overwrite=overwrite)
 
 
-def _asked(model: DiTModel, plan: SamplingPlan, steps: int) -> SamplingConfig:
+def _asked(
+    model: DiTModel | DenoiserModel, plan: SamplingPlan, steps: int, conditions: Conditions | None
+) -> SamplingConfig:
     return SamplingConfig(
-        labels=(0, model.spec.classes - 1),
+        labels=(0, (conditions or conditions_of(model.spec)).count - 1),
         seed=0,
         steps=steps,
         sampler=plan.sampler,
         guidance=plan.guidance,
         batch=2,
+        conditions=conditions,
     )
 
 
 def _verify(
-    model: DiTModel, plan: SamplingPlan, method: ReuseMethod, reference: Session, session: Session
+    model: DiTModel | DenoiserModel,
+    plan: SamplingPlan,
+    conditions: Conditions | None,
+    method: ReuseMethod,
+    reference: Session,
+    session: Session,
 ) -> dict[str, Any]:
-    """Draw an image of the first and one of the last class by both, in so few steps that each kind comes up."""
+    """Draw an image of the first and one of the last condition by both, in so few steps that each kind comes up."""
     steps = plan.steps if method.planner is not None else min(plan.steps, _STEPS)
-    asked = _asked(model, plan, steps)
+    asked = _asked(model, plan, steps, conditions)
     drawn, expected = (draw(model, executor, method, asked).samples for executor in (session, reference))
     found_db = psnr_db(expected, drawn, peak=float(np.ptp(expected)))
     least = LEAST_DB if plan.quant == "none" else LEAST_INTEGER_DB

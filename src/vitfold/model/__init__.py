@@ -1,5 +1,6 @@
 """Models as plain data: spec, parameters, preprocessing, labels, origin. No torch here."""
 
+from vitfold.model.denoiser import Condition, DenoiserModel, DenoiserSpec
 from vitfold.model.dit import DiTModel, DiTSpec
 from vitfold.model.graph import GraphEnd, GraphSpec
 from vitfold.model.params import Array, Checkpoint, Model, Origin, check_params
@@ -19,6 +20,9 @@ __all__ = [
     "Architecture",
     "Array",
     "Checkpoint",
+    "Condition",
+    "DenoiserModel",
+    "DenoiserSpec",
     "DiTModel",
     "DiTSpec",
     "GraphEnd",

@@ -85,6 +85,11 @@ class DiTSpec:
         return self.image_size // self.patch_size
 
     @property
+    def image_shape(self) -> Shape:
+        """Channels, height and width of what is drawn."""
+        return self.channels, self.image_size, self.image_size
+
+    @property
     def tokens(self) -> int:
         """Tokens N of every block."""
         return self.grid**2

@@ -27,6 +27,16 @@ REPLACED = frozenset({
     "SASolverScheduler", "UniPCMultistepScheduler",
 })  # fmt: skip
 """Classes that solve the same diffusion with another method: one of the samplers here draws by the same model."""
+FLOW = {"FlowMatchEulerDiscreteScheduler": "flow-euler"}
+"""Classes of flow matching, for models that are trained for it."""
+_FLOW_OPTIONS = (
+    "use_dynamic_shifting",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+    "stochastic_sampling",
+)
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
@@ -60,3 +70,19 @@ def own_sampler(schedule: Mapping[str, Any]) -> OwnSampler:
     if kind in OWN or not kind:
         return OwnSampler(name=OWN.get(kind, USUAL))
     return OwnSampler(name=USUAL, replaced=kind)
+
+
+def flow_sampler(schedule: Mapping[str, Any]) -> str | None:
+    """Return the sampler of a schedule of flow matching; None where it is none.
+
+    Raises:
+        SourceError: if its times depend on more than their number.
+    """
+    sampler = FLOW.get(str(schedule.get("_class_name") or ""))
+    more = next((name for name in _FLOW_OPTIONS if schedule.get(name)), None)
+    if sampler is not None and more is not None:
+        raise SourceError(
+            f"the model's scheduler has {more}, and vitfold knows times of flow matching that depend on their number "
+            "alone; draw by vitfold.accelerate in the pipeline's own process"
+        )
+    return sampler

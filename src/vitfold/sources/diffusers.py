@@ -142,11 +142,13 @@ def load_decoder(folder: Path) -> Callable[[Array], Array]:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise SourceError(f"diffusers cannot read {folder}: {str(error).strip().splitlines()[0]}") from None
 
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+
     def decode(latents: Array) -> Array:
         images = []
         with torch.inference_mode():
             for latent in torch.from_numpy(latents)[:, None]:
-                images.append(vae.decode(latent / vae.config.scaling_factor, return_dict=False)[0])
+                images.append(vae.decode(latent / vae.config.scaling_factor + shift, return_dict=False)[0])
         result: Array = ((torch.cat(images).clamp(-1, 1) + 1) / 2).numpy()
         return result
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vitfold.artifacts.steps import DiffusionModelInfo, SamplingPlan
     from vitfold.diffusion import ReuseMethod
     from vitfold.diffusion.compare import SamplerRow, SamplingConfig
+    from vitfold.diffusion.conditions import Conditions, Prompts
     from vitfold.diffusion.judge import Judge
     from vitfold.model import Array
 
@@ -54,6 +55,15 @@ class SamplingArgs:
         typer.Option("--latents", help="Write latents (latents.npz) instead of images, for models without their VAE."),
     ] = False
 
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prompts for a bundle of a pipeline's steps, as diffusion embed writes them; --classes are their "
+            "numbers.",
+        ),
+    ] = None
+
     def asked(self, model: DiffusionModelInfo, plan: SamplingPlan | None = None) -> SamplingConfig:
         """Return it for a model, or for a bundle of its steps.
 
@@ -63,14 +73,26 @@ class SamplingArgs:
         """
         from vitfold.diffusion.compare import SamplingConfig
 
+        conditions = self._conditions(model)
         return SamplingConfig(
-            labels=read_classes(self.classes, self.count, model),
+            labels=read_classes(self.classes, self.count, model, conditions),
+            conditions=conditions,
             seed=self.seed,
             steps=self.steps if self.steps is not None else (STEPS if plan is None else plan.steps),
             sampler=self._sampler(model, plan),
             guidance=self.guidance if self.guidance is not None else (GUIDANCE if plan is None else plan.guidance),
             batch=self.batch,
         )
+
+    def _conditions(self, model: DiffusionModelInfo) -> Prompts | None:
+        from vitfold.diffusion.conditions import load_prompts
+        from vitfold.model import DenoiserSpec
+
+        if self.embeddings is None:
+            return None
+        if not isinstance(model.spec, DenoiserSpec):
+            raise RecipeError(f"{model.origin.source} draws by classes; leave out --embeddings")
+        return load_prompts(self.embeddings, model.spec)
 
     def _sampler(self, model: DiffusionModelInfo, plan: SamplingPlan | None) -> str:
         """The sampler asked for, else the bundle's, else the folder's own; say where that one is replaced."""
@@ -142,21 +164,26 @@ class Drawing:
                 raise VitfoldError(f"cannot write {folder}: {error}; choose another folder") from None
             return
         names = self.model.labels
-        words = [names[label] if names else f"class-{label}" for label in self.asked.labels]
+        kind = "class" if self.asked.conditions is None else "prompt"
+        words = [names[label] if names else f"{kind}-{label}" for label in self.asked.labels]
         write_images(folder, {row.name: self.decode(row.sampled.samples) for row in self.rows}, words)
 
 
-def read_classes(words: str, count: int | None, model: DiffusionModelInfo) -> tuple[int, ...]:
-    """Return one class per image: numbers or names separated by commas, or `all`; repeated up to `count` images.
+def read_classes(
+    words: str, count: int | None, model: DiffusionModelInfo, conditions: Conditions | None = None
+) -> tuple[int, ...]:
+    """Return one class or prompt per image: numbers or names separated by commas, or `all`; repeated up to `count`.
 
     Raises:
         SourceError: if a word is neither a number nor one of the model's labels.
     """
-    labels = model.labels or ()
+    from vitfold.diffusion.sampling import conditions_of
+
+    labels, count_of = model.labels or (), (conditions or conditions_of(model.spec)).count
     found: list[int] = []
     for word in (word.strip() for word in words.split(",")):
         if word == "all":
-            found += range(model.spec.classes)
+            found += range(count_of)
         elif word.isdecimal():
             found.append(int(word))
         elif word in labels:

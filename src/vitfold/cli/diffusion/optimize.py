@@ -19,6 +19,7 @@ from vitfold.bench.environment import environment
 from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.diffusion.drawing import SamplingArgs, default_judge, document, open_features
+from vitfold.cli.diffusion.prompts import Prompts, save_pipeline
 from vitfold.cli.groups import JudgeArgs, StepArgs, StepSearchArgs, refuse
 from vitfold.cli.making import require_optimize, say_busy
 from vitfold.cli.terminal import heading, note, out, print_json, quiet_stdout, steps
@@ -67,6 +68,7 @@ def optimize(
     way: StepSearchArgs,
     stepping: StepArgs,
     judging: JudgeArgs,
+    prompts: Prompts = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
@@ -76,6 +78,13 @@ def optimize(
         features, real = default_judge(source, judging.features, judging.real)
         judging = JudgeArgs(real=real, features=features)
     _check(way, judging)
+    if prompts is not None:
+        with reserve_bundle(output, overwrite=overwrite) as place, steps("optimize") as say, quiet_stdout():
+            draft = save_pipeline(source, prompts, way, stepping, place.draft(), say)
+            bundle = publish_bundle(place, draft)
+        _show(_summary(bundle), None, json=json)
+        note(f"next: vitfold diffusion embed {source} --prompts {prompts} -o E.safetensors, then sample {output}")
+        return
     from vitfold.diffusion import find_method
     from vitfold.diffusion.compare import check_asked
     from vitfold.diffusion.compression import compress
@@ -104,10 +113,7 @@ def optimize(
         draft = save_steps(model, plan, method, chosen, place.draft(), search=searched, say=say)
         bundle = publish_bundle(place, draft)
     values = {**(searched or {}), **_summary(bundle)}
-    if json:
-        print_json(values)
-    else:
-        _print(values, found)
+    _show(values, found, json=json)
     if searched is not None:
         say_busy(searched["environment"])
     note(f"next: vitfold diffusion sample {output} --classes 0,1,2 -o images, or vitfold diffusion bench {output}")
@@ -215,6 +221,13 @@ def _summary(bundle: Bundle) -> dict[str, Any]:
         "digest": bundle.digest,
         "verified": dict(bundle.manifest.verified),
     }
+
+
+def _show(values: dict[str, Any], found: StepSearchResult | None, *, json: bool) -> None:
+    if json:
+        print_json(values)
+    else:
+        _print(values, found)
 
 
 def _print(values: dict[str, Any], found: StepSearchResult | None) -> None:

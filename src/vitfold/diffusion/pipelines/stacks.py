@@ -157,3 +157,8 @@ def _order(run: Sequence[tuple[str, nn.Module, Any, Any, Any]]) -> tuple[Stream,
 
 def _of(output: Any, streams: tuple[Stream, ...], stream: Stream) -> Any:
     return output if isinstance(output, torch.Tensor) else output[streams.index(stream)]
+
+
+def image_of(output: Any, streams: tuple[Stream, ...]) -> Any:
+    """Return the image's stream of what a block returned."""
+    return _of(output, streams, "image")

@@ -105,15 +105,15 @@ class Steps:
             if own is self.scheduler:
                 self.forget()
                 self.fresh = copy.deepcopy(own)
-                self.places = _places(own)
+                self.places = places_of(own)
                 if self.ready is not None:
                     self.ready(len(own.timesteps))
 
         return set_timesteps
 
 
-def _places(scheduler: Any) -> dict[str, list[float]]:
-    """What a scheduler counts by, where no two steps are at one place."""
+def places_of(scheduler: Any) -> dict[str, list[float]]:
+    """Return what a scheduler counts by, where no two steps are at one place."""
     count = len(scheduler.timesteps)
     found = {"step": [float(i) for i in range(count)], "time": [float(t) for t in scheduler.timesteps]}
     sigmas = getattr(scheduler, "sigmas", None)

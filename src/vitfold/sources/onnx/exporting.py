@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -11,18 +12,23 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vitfold.errors import SourceError, UnsupportedError
+from vitfold.model import Array
 from vitfold.model.graph import Kind
 from vitfold.model.spec import random_array
-from vitfold.sources.onnx.model import ReadGraph, read
-from vitfold.sources.onnx.reading import BATCHES, read_plain, read_plain_pair
+from vitfold.program import Program
+from vitfold.sources.onnx.model import ReadGraph, lift_blocks, read
+from vitfold.sources.onnx.reading import BATCHES, Plain, read_plain, read_plain_pair
 
+R = TypeVar("R")
 INPUT = "pixel_values"
 OUTPUT = "output"
 _OPSET = 17
@@ -35,7 +41,7 @@ _NAMED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """The one input that a module takes: its name, its shape without the batch, its type as NumPy calls it."""
+    """One input that a module takes: its name, its shape without the batch, its type as NumPy calls it."""
 
     name: str = INPUT
     shape: tuple[int, ...]
@@ -44,6 +50,30 @@ class Given:
     def example(self, batch: int) -> Tensor:
         """Return random numbers of this kind."""
         return torch.from_numpy(random_array((batch, *self.shape), self.dtype, np.random.default_rng(0)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ModuleProgram:
+    """What a module computes as a program with its parameters, and how far that is from its export."""
+
+    program: Program
+    params: Mapping[str, Array]
+    error: float
+
+
+def read_program(module: nn.Module, given: Sequence[Given], names: Sequence[str]) -> ModuleProgram:
+    """Read a module of several inputs, whose batch is in front, as a program; it returns as many tensors as `names`.
+
+    Raises:
+        SourceError: if torch cannot export it, or it has what vitfold cannot hold, with every reason.
+        ParityError: if the program does not compute what the export does.
+    """
+
+    def reader(plain: Plain, model: onnx.ModelProto, path: Path) -> ModuleProgram:
+        found, error, _ = lift_blocks(plain, model, path)
+        return ModuleProgram(program=found.program, params=found.params, error=error)
+
+    return _lifted(module, given, names, type(module).__name__, reader)
 
 
 def read_module(
@@ -61,20 +91,45 @@ def read_module(
     wrapped = _Tensors(module, outputs)
     with torch.no_grad():
         names = wrapped.names(given.example(BATCHES[0]))
+    return _lifted(wrapped, (given,), names, type(module).__name__, functools.partial(read, head=head))
+
+
+def _lifted(
+    module: nn.Module,
+    given: Sequence[Given],
+    names: Sequence[str],
+    kind: str,
+    reader: Callable[[Plain, onnx.ModelProto, Path], R],
+) -> R:
+    """Export a module in the first way that a reader can read."""
     reasons = []
     with tempfile.TemporaryDirectory(prefix="vitfold-") as folder:
         for name, way in WAYS.items():
             try:
-                with _quietly():
-                    plain, model = way(wrapped, given, names, Path(folder))
-                return read(plain, model, Path(type(module).__name__), head=head)
+                with _quietly(), _AsTorchSqueezes():
+                    plain, model = way(module, given, names, Path(folder))
+                return reader(plain, model, Path(kind))
             except UnsupportedError:
                 raise
             except SourceError as error:
                 reasons.append(f"{name}: {error}")
             except Exception as error:  # the exporters raise errors of many classes
                 reasons.append(f"{name}: {_short(error)}")
-    raise SourceError(f"{type(module).__name__} cannot be read as a graph: {'; '.join(reasons)}")
+    raise SourceError(f"{kind} cannot be read as a graph: {'; '.join(reasons)}")
+
+
+class _AsTorchSqueezes(TorchFunctionMode):
+    """Leaves out what squeezes an axis of another length than 1: nothing in torch, and an error in ONNX."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func in (Tensor.squeeze, torch.squeeze) and args:
+            axis = given.get("dim", args[1] if len(args) > 1 else None)
+            if isinstance(axis, int) and args[0].shape[axis] != 1:
+                return args[0]
+        return func(*args, **given)
 
 
 class _Tensors(nn.Module):
@@ -84,9 +139,9 @@ class _Tensors(nn.Module):
         super().__init__()
         self.module, self._wanted = module, outputs
 
-    def forward(self, given: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs in order."""
-        return tuple(self._named(self.module(given)).values())
+        return tuple(self._named(self.module(*given)).values())
 
     def names(self, example: Tensor) -> tuple[str, ...]:
         """Return the outputs' names."""
@@ -116,15 +171,15 @@ def named_tensors(made: Any) -> dict[str, Tensor]:
     return {name: found[name] for name in (*first, *(name for name in found if name not in first))}
 
 
-def _with_any_batch(module: nn.Module, given: Given, names: Sequence[str], folder: Path) -> Any:
+def _with_any_batch(module: nn.Module, given: Sequence[Given], names: Sequence[str], folder: Path) -> Any:
     """Export by torch.export with an open batch."""
     path = folder / "open.onnx"
     batch = torch.export.Dim("batch", min=1)
-    _export(module, given, BATCHES[0], names, path, dynamo=True, dynamic_shapes=({0: batch},))
-    return read_plain(path)
+    _export(module, given, BATCHES[0], names, path, dynamo=True, dynamic_shapes=(tuple({0: batch} for _ in given),))
+    return read_plain(path, several=len(given) > 1)
 
 
-def _batch_by_batch(module: nn.Module, given: Given, names: Sequence[str], folder: Path) -> Any:
+def _batch_by_batch(module: nn.Module, given: Sequence[Given], names: Sequence[str], folder: Path) -> Any:
     """Export by torch.export for each of the two batches."""
     paths = (folder / "first.onnx", folder / "second.onnx")
     for path, size in zip(paths, BATCHES, strict=True):
@@ -132,15 +187,15 @@ def _batch_by_batch(module: nn.Module, given: Given, names: Sequence[str], folde
     return read_plain_pair(paths)
 
 
-def _by_torchscript(module: nn.Module, given: Given, names: Sequence[str], folder: Path) -> Any:
+def _by_torchscript(module: nn.Module, given: Sequence[Given], names: Sequence[str], folder: Path) -> Any:
     """Export by tracing."""
     path = folder / "traced.onnx"
-    axes = {name: {0: "batch"} for name in (given.name, *names)}
+    axes = {name: {0: "batch"} for name in (*(one.name for one in given), *names)}
     _export(module, given, BATCHES[0], names, path, dynamo=False, opset_version=_OPSET, dynamic_axes=axes)
-    return read_plain(path)
+    return read_plain(path, several=len(given) > 1)
 
 
-WAYS: Mapping[str, Callable[[nn.Module, Given, Sequence[str], Path], Any]] = {
+WAYS: Mapping[str, Callable[[nn.Module, Sequence[Given], Sequence[str], Path], Any]] = {
     "torch.export with an open batch": _with_any_batch,
     "torch.export for two batches": _batch_by_batch,
     "tracing": _by_torchscript,
@@ -148,9 +203,12 @@ WAYS: Mapping[str, Callable[[nn.Module, Given, Sequence[str], Path], Any]] = {
 """How a module is exported, in the order in which it is tried."""
 
 
-def _export(module: nn.Module, given: Given, batch: int, names: Sequence[str], path: Path, **options: Any) -> None:
-    example = given.example(batch)
-    torch.onnx.export(module, (example,), path, input_names=[given.name], output_names=list(names), **options)
+def _export(
+    module: nn.Module, given: Sequence[Given], batch: int, names: Sequence[str], path: Path, **options: Any
+) -> None:
+    examples = tuple(one.example(batch) for one in given)
+    inputs = [one.name for one in given]
+    torch.onnx.export(module, examples, path, input_names=inputs, output_names=list(names), **options)
 
 
 @contextlib.contextmanager

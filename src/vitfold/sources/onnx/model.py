@@ -77,6 +77,17 @@ def read_graph(
 def read(plain: Plain, model: onnx.ModelProto, path: Path, *, head: Kind | None = None) -> ReadGraph:
     """Lift a graph, recognise its parts, and compare it with what it came from, as `read_graph` does."""
     image = _image_end(plain, path)
+    found, error, lifted = lift_blocks(plain, model, path)
+    return ReadGraph(spec=_spec(plain, image, lifted, found, head), params=found.params, error=error)
+
+
+def lift_blocks(plain: Plain, model: onnx.ModelProto, path: Path) -> tuple[Blocks, float, LiftedProgram]:
+    """Return a graph's program with its blocks, how far it is from what it came from, and how it was lifted.
+
+    Raises:
+        SourceError: if it has what vitfold cannot hold, or no attention.
+        ParityError: if the program does not compute what the graph does, naming the first node that differs.
+    """
     lifted = lift(plain)
     program, params = with_attentions(*with_folded_scales(lifted.program, lifted.params))
     shapes = {name: array.shape for name, array in params.items()}
@@ -87,8 +98,7 @@ def read(plain: Plain, model: onnx.ModelProto, path: Path, *, head: Kind | None 
         )
     read_of = params_read(program)
     found = with_blocks(program, {name: array for name, array in params.items() if name in read_of})
-    error = _check_parity(path, plain, model, lifted, found)
-    return ReadGraph(spec=_spec(plain, image, lifted, found, head), params=found.params, error=error)
+    return found, _check_parity(path, plain, model, lifted, found), lifted
 
 
 def _weighs_values(program: Program) -> bool:

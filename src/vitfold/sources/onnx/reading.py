@@ -73,11 +73,12 @@ class Plain:
 
 
 def read_plain(
-    path: Path, *, image_size: Sequence[int] | None = None, chosen: Sequence[str] = ()
+    path: Path, *, image_size: Sequence[int] | None = None, chosen: Sequence[str] = (), several: bool = False
 ) -> tuple[Plain, onnx.ModelProto]:
     """Read a file; return it in normal form and, in single precision, as it is.
 
     Where all names that are `chosen` are outputs of it, it is read as one of these outputs and of what they need.
+    `several` inputs are for programs of their own, not for models of images.
 
     Raises:
         SourceError: if it is no ONNX model, lacks something, or has what no program of vitfold can hold.
@@ -86,7 +87,8 @@ def read_plain(
     _check(model, path)
     if chosen and {one.name for one in model.graph.output} >= set(chosen):
         _keep_outputs(model, chosen)
-    _check_inputs(model, path)
+    if not several:
+        _check_inputs(model, path)
     inputs, outputs = _ends(model, "input"), _ends(model, "output")
     model = _in_single_precision(model)
     fixed = _with_sizes(model, inputs, image_size, path)

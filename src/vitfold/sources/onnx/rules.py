@@ -80,6 +80,15 @@ def _transpose(lift: Lift, node: onnx.NodeProto) -> None:
     lift.values[node.output[0]] = transposed(lift.ops, x, perm)
 
 
+def _einsum(lift: Lift, node: onnx.NodeProto) -> None:
+    """An equation of one operand that only changes the order of axes."""
+    equation = _attributes(node)["equation"].decode().replace(" ", "")
+    given, _, made = equation.partition("->")
+    if len(node.input) != 1 or sorted(given) != sorted(made) or len(set(given)) < len(given) or "." in given:
+        raise UnliftableError(f"computes {equation}")
+    lift.values[node.output[0]] = transposed(lift.ops, lift.value(node.input[0]), [given.index(axis) for axis in made])
+
+
 def _expand(lift: Lift, node: onnx.NodeProto) -> None:
     x = lift.value(node.input[0])
     shapes = lift.shapes_of(node.output[0])
@@ -502,6 +511,7 @@ RULES: Mapping[str, Rule] = {
     "Cast": _cast,
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), _reshape),
     "Transpose": _transpose,
+    "Einsum": _einsum,
     "Expand": _expand,
     **{name: _elementwise(op) for name, op in (("Add", "add"), ("Sub", "subtract"), ("Div", "divide"))},
     **{name: _elementwise(op) for name, op in (("Pow", "power"), ("Max", "maximum"), ("Min", "minimum"))},

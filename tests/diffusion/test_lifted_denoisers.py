@@ -1,0 +1,164 @@
+"""Transformers of text pipelines as bundles: the pipeline's own latents, with all steps and with a plan."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipelining import tiny_pipe
+from vitfold.artifacts.bundle import open_bundle
+from vitfold.diffusion import every_step
+from vitfold.diffusion.compare import SamplingConfig, check_asked, draw
+from vitfold.diffusion.conditions import Prompts, load_prompts
+from vitfold.diffusion.exporting import export_steps
+from vitfold.diffusion.lifting import embed_prompts
+from vitfold.diffusion.opening import method_of, open_steps
+from vitfold.diffusion.pipelines import StepPlan, accelerate, plan_steps, restore
+from vitfold.errors import BundleError, RecipeError, UnsupportedError
+from vitfold.model import Array, DenoiserSpec
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with NumPy 2
+STEPS, FULL = 10, 5
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A pipeline with its plan, and the bundle of both."""
+
+    pipe: Any
+    prompts: list[dict[str, Any]]
+    call: dict[str, Any]
+    plan: StepPlan
+    path: Path
+    bank: Prompts
+
+
+@pytest.fixture(scope="module", params=["pixart", "sd3"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    pipe, prompts, call = tiny_pipe(request.param)
+    plan = plan_steps(pipe, prompts[:2], steps=STEPS, full=FULL, seeds=1, **call)
+    path = tmp_path_factory.mktemp("bundle") / "fast.fold"
+    sizes = {name: value for name, value in call.items() if name != "output_type"}
+    export_steps(pipe, plan, prompts, path, **sizes)
+    return Exported(
+        pipe=pipe, prompts=prompts, call=call, plan=plan, path=path, bank=embed_prompts(pipe, prompts, **call)
+    )
+
+
+def _drawn(exported: Exported, label: int, seed: int, *, rests: bool) -> Array:
+    steps = open_bundle(exported.path, steps=True).manifest.steps
+    asked = SamplingConfig(
+        labels=(label,),
+        seed=seed,
+        steps=STEPS,
+        sampler=steps.plan.sampler,
+        guidance=steps.plan.guidance,
+        batch=1,
+        conditions=exported.bank,
+    )
+    method = method_of(steps)
+    with open_steps(open_bundle(exported.path, steps=True)) as session:
+        return draw(steps, session, method if rests else every_step(method), asked).samples
+
+
+def _expected(exported: Exported, label: int, seed: int) -> Array:
+    given = {**exported.call, **exported.prompts[label], "num_inference_steps": STEPS}
+    made = exported.pipe(**given, generator=torch.Generator().manual_seed(seed))[0]
+    return np.asarray(made)
+
+
+def _apart(a: Array, b: Array) -> float:
+    return float(np.abs(a - b).max() / np.abs(a).max())
+
+
+def test_all_steps_are_the_pipelines_own(exported: Exported) -> None:
+    restore(exported.pipe)
+    assert _apart(_expected(exported, 2, 5), _drawn(exported, 2, 5, rests=False)) < TOLERANCE
+
+
+def test_a_plan_draws_what_it_draws_in_the_pipeline(exported: Exported) -> None:
+    every = _expected(exported, 1, 7)
+    accelerate(exported.pipe, exported.plan)
+    try:
+        planned = _expected(exported, 1, 7)
+    finally:
+        restore(exported.pipe)
+    found = _drawn(exported, 1, 7, rests=True)
+    assert _apart(planned, found) < TOLERANCE
+    assert _apart(every, found) > 2 * _apart(planned, found)  # steps did rest
+
+
+def test_prompts_and_seeds_decide(exported: Exported) -> None:
+    first = _drawn(exported, 0, 0, rests=True)
+    assert _apart(first, _drawn(exported, 3, 0, rests=True)) > TOLERANCE
+    assert _apart(first, _drawn(exported, 0, 1, rests=True)) > 0.1
+
+
+def test_embeddings_go_through_a_file(exported: Exported, tmp_path: Path) -> None:
+    spec = open_bundle(exported.path, steps=True).manifest.steps.spec
+    assert isinstance(spec, DenoiserSpec)
+    path = exported.bank.save(tmp_path / "prompts.safetensors")
+    found = load_prompts(path, spec)
+    assert found.names == exported.bank.names
+    assert found.time_scale == exported.bank.time_scale
+    for name, rows in exported.bank.given.items():
+        assert np.array_equal(found.given[name], rows)
+        assert np.array_equal(found.negative[name], exported.bank.negative[name])
+    with pytest.raises(RecipeError, match="holds no embeddings"):
+        load_prompts(exported.path / "manifest.json", spec)
+
+
+def test_embeddings_of_another_model_are_refused(exported: Exported) -> None:
+    steps = open_bundle(exported.path, steps=True).manifest.steps
+    asked = SamplingConfig(
+        labels=(0,), seed=0, steps=STEPS, sampler=steps.plan.sampler, guidance=3.0, batch=1, conditions=exported.bank
+    )
+    check_asked(steps, asked)
+    shorter = {name: rows[:, :-1] for name, rows in exported.bank.given.items()}
+    with pytest.raises(RecipeError, match="of shape"):
+        check_asked(steps, replace(asked, conditions=replace(exported.bank, given=shorter, negative={})))
+    with pytest.raises(RecipeError, match="negative embeddings"):
+        check_asked(steps, replace(asked, conditions=replace(exported.bank, negative={})))
+    with pytest.raises(RecipeError, match="--embeddings"):
+        check_asked(steps, replace(asked, conditions=None))
+    with pytest.raises(RecipeError, match="prompt 4 is out of range"):
+        check_asked(steps, replace(asked, labels=(4,)))
+
+
+def test_a_plan_belongs_to_its_weights_and_guidance(exported: Exported, tmp_path: Path) -> None:
+    sizes = {name: value for name, value in exported.call.items() if name != "output_type"}
+    other = replace(exported.plan, weights="0" * 64)
+    with pytest.raises(RecipeError, match="other weights"):
+        export_steps(exported.pipe, other, exported.prompts, tmp_path / "no.fold", **sizes)
+    with pytest.raises(RecipeError, match="guidance_scale = 9"):
+        export_steps(
+            exported.pipe, exported.plan, exported.prompts, tmp_path / "no.fold", **{**sizes, "guidance_scale": 9}
+        )
+    with pytest.raises(RecipeError, match="cut around all blocks"):
+        export_steps(exported.pipe, "first-block:0.1", exported.prompts, tmp_path / "no.fold", steps=9, **sizes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_spec_is_refused(exported: Exported, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.fold"
+    shutil.copytree(exported.path, copy)
+    values = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
+    for change in ({"image_shape": [4, 8]}, {"conditions": [{"name": "image", "shape": [2]}]}, {"later": 1}):
+        damaged = {**values, "spec": {**values["spec"], **change}}
+        (copy / "manifest.json").write_text(json.dumps(damaged), encoding="utf-8")
+        with pytest.raises(BundleError):
+            open_bundle(copy, steps=True)
+
+
+def test_flux_is_refused_by_what_is_missing() -> None:
+    pipe, prompts, call = tiny_pipe("flux")
+    with pytest.raises(UnsupportedError, match=r"no latents of \(batch, channels, height, width\)"):
+        embed_prompts(pipe, prompts, **call)
