@@ -21,7 +21,8 @@ from vitfold.diffusion.exporting import export_steps
 from vitfold.diffusion.lifting import embed_prompts
 from vitfold.diffusion.opening import method_of, open_steps
 from vitfold.diffusion.pipelines import StepPlan, accelerate, plan_steps, restore
-from vitfold.errors import BundleError, RecipeError, UnsupportedError
+from vitfold.diffusion.schedulers import build_scheduler
+from vitfold.errors import BundleError, RecipeError, SourceError, UnsupportedError
 from vitfold.model import Array, DenoiserSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with NumPy 2
@@ -156,6 +157,16 @@ def test_a_damaged_spec_is_refused(exported: Exported, tmp_path: Path) -> None:
         (copy / "manifest.json").write_text(json.dumps(damaged), encoding="utf-8")
         with pytest.raises(BundleError):
             open_bundle(copy, steps=True)
+
+
+def test_samplers_go_with_schedules_of_their_kind() -> None:
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    assert len(build_scheduler("flow-euler", flow, 5).timesteps) == 5
+    for sampler, schedule in (("flow-euler", {"beta_schedule": "linear"}), ("ddim", flow)):
+        with pytest.raises(RecipeError, match="does not go with this model's schedule"):
+            build_scheduler(sampler, schedule, 5)
+    with pytest.raises(SourceError, match="use_dynamic_shifting"):
+        build_scheduler("flow-euler", {**flow, "use_dynamic_shifting": True}, 5)
 
 
 def test_flux_is_refused_by_what_is_missing() -> None:

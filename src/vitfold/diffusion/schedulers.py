@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vitfold.errors import RecipeError, SourceError, missing_extra, nearest
+from vitfold.model.schedule import FLOW, flow_sampler
 
 SAMPLERS = {
     "ddim": "DDIMScheduler",
@@ -22,11 +23,15 @@ def build_scheduler(sampler: str, schedule: Mapping[str, Any], steps: int, *, le
     """Return a scheduler of diffusers with its timesteps set; DDPM uses a learned variance where the model has one.
 
     Raises:
-        RecipeError: if the sampler is unknown, or takes no such number of steps.
+        RecipeError: if the sampler is unknown, of another kind than the schedule, or takes no such number of steps.
         SourceError: if diffusers is not installed or does not understand the model's schedule.
     """
     if sampler not in SAMPLERS:
         raise RecipeError(f"unknown sampler {sampler!r}; {nearest(sampler, SAMPLERS)}")
+    flow = flow_sampler(schedule)
+    if flow != (sampler if sampler in FLOW.values() else None):
+        kind = "a diffusion, not of flow matching" if flow is None else f"flow matching, which {flow} draws by"
+        raise RecipeError(f"the sampler {sampler} does not go with this model's schedule, which is of {kind}")
     try:
         import diffusers
     except ModuleNotFoundError:
