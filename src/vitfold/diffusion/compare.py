@@ -269,10 +269,15 @@ def check_asked(model: DiffusionModelInfo, asked: SamplingConfig) -> None:
     conditions = asked.conditions or conditions_of(model.spec)
     if isinstance(conditions, Prompts) and isinstance(model.spec, DenoiserSpec):
         conditions.check(model.spec, asked.guidance)
-    count, what = conditions.count, "class" if isinstance(model.spec, DiTSpec) else "prompt"
+    count = conditions.count
+    what, has = (
+        ("class", f"this model has {count} classes")
+        if isinstance(model.spec, DiTSpec)
+        else ("prompt", f"there are {count}")
+    )
     wrong = [label for label in asked.labels if not 0 <= label < count]
     if wrong:
-        raise RecipeError(f"{what} {wrong[0]} is out of range; there are {count}: 0 to {count - 1}")
+        raise RecipeError(f"{what} {wrong[0]} is out of range; {has}: 0 to {count - 1}")
     build_scheduler(asked.sampler, model.schedule, asked.steps, learned_sigma=model.spec.learned_sigma)
 
 
