@@ -164,7 +164,9 @@ def _compensated(record: Mapping[str, Any]) -> str:
     left = []
     for key, name in (("heads", "heads left"), ("head_dim", "values a head"), ("units", "hidden units left")):
         counts = sorted({layer[key] for layer in record["layers"] if key in layer})
-        left += [f"{' or '.join(map(str, counts))} {name}"] if counts else []
+        few = len(counts) < 3
+        shown = (" or " if few else " to ").join(map(str, counts if few else (counts[0], counts[-1])))
+        left += [f"{shown} {name}"] if counts else []
     if left:
         return (
             f"{refitted} layers on {record['images']} images, {', '.join(left)}; error of the output "
