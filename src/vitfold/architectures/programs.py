@@ -75,8 +75,6 @@ def program_of(spec: Architecture, merge: MergeRecipe = UNMERGED, *, sources: bo
 
 def _narrow_heads(spec: Architecture) -> frozenset[int]:
     """The blocks whose heads are narrower than the model came with."""
-    if not isinstance(spec, ViTSpec):
-        return frozenset()
     return frozenset(block for block in range(spec.num_layers) if spec.head_dim_of(block) < spec.head_dim)
 
 

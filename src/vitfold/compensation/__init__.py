@@ -1,7 +1,7 @@
 """Weights that mend what merging shifts, in closed form, from images without labels."""
 
 from vitfold.compensation.dividing import DIVIDING_IMAGES, Losses, divide, losses_from_dict, measure_losses
-from vitfold.compensation.narrowing import cut_to_width, head_dims_of, with_widths
+from vitfold.compensation.narrowing import cut_to_width, with_widths
 from vitfold.compensation.refit import LEAST_IMAGES, MOST_IMAGES, Compensated, Refit, check_enough, compensate
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "compensate",
     "cut_to_width",
     "divide",
-    "head_dims_of",
     "losses_from_dict",
     "measure_losses",
     "with_widths",

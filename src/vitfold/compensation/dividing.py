@@ -14,7 +14,7 @@ from vitfold.architectures.programs import UNMERGED, plain_program, program_of
 from vitfold.compensation.factoring import Moments, factor_values, lower_scores, no_moments
 from vitfold.compensation.narrowing import Narrowing, can_thin, prunable
 from vitfold.compensation.pruning import CHOOSING_RIDGE, basis_of, kept_by_count, weight_of
-from vitfold.compensation.ridge import PREFIX_WEIGHT, RidgeSums, no_sums
+from vitfold.compensation.ridge import PREFIX_WEIGHT, RidgeSums, as_params, no_sums, with_bias
 from vitfold.compensation.showing import BATCH, divided, mean_error, named, run, showing
 from vitfold.compensation.streams import Streams
 from vitfold.errors import RecipeError
@@ -170,34 +170,21 @@ def _narrower(one: Narrowing, sums: RidgeSums) -> Iterator[tuple[int, Mapping[st
     """Yield parameters of the layer with zeros for what goes, for every count that is tried."""
     for count, kept in kept_by_count(sums.square, sums.cross, counts_of(one), one.width):
         weight = weight_of(sums, one.values(kept), CHOOSING_RIDGE)
-        yield count, {f"{one.layer}.weight": weight[:, :-1].numpy(), f"{one.layer}.bias": weight[:, -1].numpy()}
+        yield count, as_params(one.layer, weight)
 
 
 def _thinner(one: Narrowing, there: _Block, sums: RidgeSums) -> Iterator[tuple[int, Mapping[str, Array]]]:
     """Yield parameters of an attention of lower rank, as wide as it is, for every width of its heads that is tried."""
     (rows,) = one.rows
-    weight, bias = (there.model.params.get(f"{rows.layer}.{name}") for name in ("weight", "bias"))
-    assert weight is not None
-    column = torch.zeros(len(weight)) if bias is None else torch.from_numpy(bias)
-    made, moments = torch.cat((torch.from_numpy(weight), column[:, None]), 1), there.moments(rows.layer)
-    every = torch.arange(one.there)
-    columns = one.values(every)
+    made, moments = with_bias(there.model.params, rows.layer), there.moments(rows.layer)
+    columns = one.values(torch.arange(one.there))
     reading = weight_of(sums, columns, CHOOSING_RIDGE)
     for width in range(one.width - HEAD_STEP, 0, -HEAD_STEP):
         whole = lower_scores(made, moments, one.there, width).whole
         directions = factor_values(sums.square[columns][:, columns], reading[:, columns], one.there, width)
         basis = basis_of(directions, columns, len(sums.square))
-        some = RidgeSums(basis.T @ sums.square.double() @ basis, sums.cross.double() @ basis)
-        read = some.change(CHOOSING_RIDGE).double() @ basis.T
-        changed = {rows.layer: whole, one.layer: read.float()}
-        yield (
-            width,
-            {
-                f"{layer}.{name}": part.contiguous().numpy()
-                for layer, value in changed.items()
-                for name, part in (("weight", value[:, :-1]), ("bias", value[:, -1]))
-            },
-        )
+        read = sums.along(basis).change(CHOOSING_RIDGE).double() @ basis.T
+        yield width, {**as_params(rows.layer, whole), **as_params(one.layer, read.float())}
 
 
 def counts_of(one: Narrowing) -> tuple[int, ...]:

@@ -117,13 +117,18 @@ def _units(spec: Architecture, program: Program, layer: str | None) -> Narrowing
 
 def narrowed(model: Model, one: Narrowing, kept: Int[Tensor, " K"]) -> Model:
     """Return a model with only those of the units or heads; the layer that reads them reads no others."""
-    params, values = dict(model.params), one.values(kept).numpy()
+    params = {**model.params, **_only_values(model.params, one, one.values(kept).numpy())}
+    return with_widths(model, params, head_dims_of(model.spec))
+
+
+def _only_values(params: Mapping[str, Array], one: Narrowing, values: Array) -> dict[str, Array]:
+    """The parameters of the layers that make some values and of the one that reads them."""
+    found: dict[str, Array] = {f"{one.layer}.weight": np.ascontiguousarray(params[f"{one.layer}.weight"][:, values])}
     for rows in one.rows:
         for name in (f"{rows.layer}.weight", f"{rows.layer}.bias"):
             if name in params:
-                params[name] = np.concatenate([part[values] for part in np.split(params[name], rows.parts)])
-    params[f"{one.layer}.weight"] = np.ascontiguousarray(params[f"{one.layer}.weight"][:, values])
-    return with_widths(model, params, head_dims_of(model.spec))
+                found[name] = np.concatenate([part[values] for part in np.split(params[name], rows.parts)])
+    return found
 
 
 def thinned(model: Model, block: int, params: Mapping[str, Array], width: int) -> Model:
@@ -143,25 +148,14 @@ def cut_to_width(model: Model, prune: PruneRecipe) -> Model:
     for one in narrowings(model.spec, plain_program(model.spec), prune).values():
         model = narrowed(model, one, torch.arange(one.stay))
         if one.thinner:
-            model = thinned(model, layers[one.layer], _first_columns(model.params, one, one.thinner), one.thinner)
+            first = (np.arange(one.stay)[:, None] * one.width + np.arange(one.thinner)).ravel()
+            model = thinned(model, layers[one.layer], _only_values(model.params, one, first), one.thinner)
     return model
-
-
-def _first_columns(params: Mapping[str, Array], one: Narrowing, width: int) -> dict[str, Array]:
-    """The parameters of an attention with the first values of every head."""
-    values = (np.arange(one.stay)[:, None] * one.width + np.arange(width)).ravel()
-    found: dict[str, Array] = {f"{one.layer}.weight": np.ascontiguousarray(params[f"{one.layer}.weight"][:, values])}
-    for rows in one.rows:
-        for name in (f"{rows.layer}.weight", f"{rows.layer}.bias"):
-            if name in params:
-                found[name] = np.concatenate([part[values] for part in np.split(params[name], rows.parts)])
-    return found
 
 
 def head_dims_of(spec: Architecture) -> tuple[int, ...]:
     """Return how wide the heads of every block are; of a graph those of the first one."""
-    blocks = range(spec.num_layers)
-    return tuple(spec.head_dim_of(block) if isinstance(spec, ViTSpec) else spec.head_dim for block in blocks)
+    return tuple(spec.head_dim_of(block) for block in range(spec.num_layers))
 
 
 def with_widths(model: Model, params: Mapping[str, Array], head_dims: Sequence[int]) -> Model:

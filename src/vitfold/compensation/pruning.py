@@ -137,8 +137,7 @@ def fit_thin(
     own = sums.square[columns][:, columns]
     directions = factor_values(own, narrow.weight[:, columns], len(narrow.kept), width)
     basis = basis_of(directions, columns, len(sums.square))
-    square = sums.square.double()
-    some = RidgeSums(basis.T @ square @ basis, (sums.cross.double() + weight @ square) @ basis)
+    some = RidgeSums(sums.square, sums.cross.double() + weight @ sums.square.double()).along(basis)
     outputs, best = held_out.remaining(-weight), None
     for ridge in RIDGES:
         found = some.change(ridge)

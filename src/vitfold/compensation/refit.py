@@ -21,7 +21,7 @@ from vitfold.architectures.programs import UNMERGED, plain_program, program_of
 from vitfold.compensation.factoring import Scores, lower_scores, no_moments
 from vitfold.compensation.narrowing import Narrowing, narrowed, narrowings, thinned
 from vitfold.compensation.pruning import NarrowFit, ThinFit, fit_narrow, fit_thin
-from vitfold.compensation.ridge import PREFIX_WEIGHT, Fit, RidgeSums, fit_change, no_sums
+from vitfold.compensation.ridge import PREFIX_WEIGHT, Fit, RidgeSums, as_params, fit_change, no_sums, with_bias
 from vitfold.compensation.showing import BATCH, divided, mean_error, named, run, showing
 from vitfold.compensation.streams import LIMIT_BYTES, Columns, Streams
 from vitfold.errors import CalibrationError, RecipeError
@@ -296,24 +296,15 @@ class _Walk:
         width = thin.directions.shape[2]
         self._refits.append(Refit(layer=one.layer, ridge=thin.ridge, left=thin.left, heads=one.stay, head_dim=width))
         made = self._scores[one.layer].narrow(fit.kept, thin.directions)
-        params = {**self._columns(one.rows[0].layer, made), **self._columns(one.layer, thin.weight)}
+        params = {**as_params(one.rows[0].layer, made), **as_params(one.layer, thin.weight)}
         self._mended = thinned(narrowed(self._mended, one, fit.kept), block, params, width)
 
     def _weight(self, layer: str) -> Float[Tensor, "O J"]:
-        """A layer's weight, its bias in the last column."""
-        weight = torch.from_numpy(self._mended.params[f"{layer}.weight"])
-        bias = self._mended.params.get(f"{layer}.bias")
-        column = torch.zeros(len(weight)) if bias is None else torch.from_numpy(bias)
-        return torch.cat((weight, column[:, None]), 1)
+        return with_bias(self._mended.params, layer)
 
     def _replace(self, layer: str, weight: Float[Tensor, "O J"]) -> None:
-        new = self._columns(layer, weight)
-        self._mended = self._mended.with_params(self._mended.spec, {**self._mended.params, **new})
-
-    def _columns(self, layer: str, weight: Float[Tensor, "O J"]) -> dict[str, Array]:
-        """A layer's weight and its bias as parameters."""
-        columns = {"weight": weight[:, :-1], "bias": weight[:, -1]}
-        return {f"{layer}.{name}": value.contiguous().numpy() for name, value in columns.items()}
+        params = {**self._mended.params, **as_params(layer, weight)}
+        self._mended = self._mended.with_params(self._mended.spec, params)
 
     def _next(
         self, program: Program, params: Mapping[str, Array], block: int, columns: Columns, *shown: str

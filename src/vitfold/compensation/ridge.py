@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from vitfold.model import Array
 
 PREFIX_WEIGHT = 16.0
 """How many original tokens a row of the prefix counts as: classifiers read it."""
@@ -15,6 +17,19 @@ RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Shares of the mean second moment of a layer's inputs that are tried."""
 JITTER = 1e-6
 """What keeps the bias's equation regular, as a share of its own moment."""
+
+
+def with_bias(params: Mapping[str, Array], layer: str) -> Float[Tensor, "O J"]:
+    """Return a layer's weight, its bias in the last column."""
+    weight, bias = torch.from_numpy(params[f"{layer}.weight"]), params.get(f"{layer}.bias")
+    column = torch.zeros(len(weight)) if bias is None else torch.from_numpy(bias)
+    return torch.cat((weight, column[:, None]), 1)
+
+
+def as_params(layer: str, weight: Float[Tensor, "O J"]) -> dict[str, Array]:
+    """Undo `with_bias`: a layer's weight and its bias as parameters."""
+    columns = {"weight": weight[:, :-1], "bias": weight[:, -1]}
+    return {f"{layer}.{name}": value.contiguous().numpy() for name, value in columns.items()}
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +63,11 @@ class RidgeSums:
         square.diagonal()[-1].mul_(1.0 + JITTER)
         found: Tensor = torch.linalg.solve(square, self.cross.double().T).T
         return found.float()
+
+    def along(self, basis: Float[Tensor, "J C"]) -> RidgeSums:
+        """Return the sums of inputs x B instead of x."""
+        square, cross = self.square.double(), self.cross.double()
+        return RidgeSums(basis.T @ square @ basis, cross @ basis)
 
     def remaining(self, change: Float[Tensor, "O J"]) -> float:
         """Return what a change makes of the sum of |missing|^2."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from vitfold.artifacts.bundle import Bundle
 from vitfold.artifacts.steps import SamplingPlan
@@ -17,9 +16,8 @@ from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.conditions import Prompts
 from vitfold.diffusion.denoiser_parts import check_cut, denoiser_parts
 from vitfold.diffusion.eager import eager
-from vitfold.diffusion.lifting import embed_prompts, lift_pipeline, method_of_plan
+from vitfold.diffusion.lifting import call_arguments, embed_prompts, lift_pipeline, method_of_plan
 from vitfold.diffusion.methods import find_method
-from vitfold.diffusion.pipelines.drawing import bound_names
 from vitfold.diffusion.pipelines.step_plan import StepPlan, guidance_of, scheduler_facts, weights_digest
 from vitfold.diffusion.pipelines.stepping import denoisers
 from vitfold.diffusion.solving import check_budget
@@ -134,10 +132,7 @@ def check_pipeline(
         labels=(0,), seed=0, steps=steps, sampler=sampler, guidance=guidance, batch=1, conditions=prompts
     )
     found = draw(model, executor, method, asked).samples
-    names = [name for name in bound_names(pipe) if name != "self"]
-    own = dict(prompt) if isinstance(prompt, Mapping) else {names[0]: prompt}
-    given = {**call, **own, "num_inference_steps": steps, "output_type": "latent"}
-    made = pipe(**given, generator=torch.Generator("cpu").manual_seed(0))
+    made = pipe(**{**call_arguments(pipe, prompt, call, steps=steps), "output_type": "latent"})
     expected = next(iter(made.values()) if hasattr(made, "values") else iter(made)).float().cpu().numpy()
     if expected.shape != found.shape or not np.isfinite(expected).all():
         raise UnsupportedError(f"{type(pipe).__name__} returns {expected.shape}, the program {found.shape}")

@@ -87,7 +87,7 @@ def lift_pipeline(pipe: Any, prompt: Any, *, origin: Origin, decoder: str | None
         embed_dim=shapes[LEFT][2],
         num_layers=len(blocks),
         conditions=tuple(Condition(name=n, shape=tuple(t.shape[1:])) for n, t in conditions.items()),
-        time_scale=float(seen.tensors[TIMESTEP].flatten()[0]) / timestep if timestep else 1.0,
+        time_scale=_time_scale(seen, timestep),
     )
     return DenoiserModel(
         spec=spec,
@@ -132,7 +132,7 @@ def embed_prompts(pipe: Any, prompts: Sequence[Any], **call: Any) -> Prompts:
     scale = 1.0
     for prompt in prompts:
         seen, timestep = _seen(pipe, module, prompt, call)
-        scale = float(seen.tensors[TIMESTEP].flatten()[0]) / timestep if timestep else 1.0
+        scale = _time_scale(seen, timestep)
         for name, tensor in seen.conditions.items():
             rows = tensor.detach().float().cpu().numpy()
             given.setdefault(name, []).append(rows[-1])
@@ -195,10 +195,20 @@ def _only(pipe: Any) -> nn.Module:
     return module
 
 
+def call_arguments(pipe: Any, prompt: Any, call: Mapping[str, Any], *, steps: int) -> dict[str, Any]:
+    """Return what a pipeline is called with to draw by a prompt, from seed 0: a text, or some of its arguments."""
+    first = next(name for name in bound_names(pipe) if name != "self")
+    own = dict(prompt) if isinstance(prompt, Mapping) else {first: prompt}
+    return {**call, **own, "num_inference_steps": steps, "generator": torch.Generator("cpu").manual_seed(0)}
+
+
+def _time_scale(seen: _Call, timestep: float) -> float:
+    """What a transformer is given for a timestep of the scheduler, as a share of it."""
+    return float(seen.tensors[TIMESTEP].flatten()[0]) / timestep if timestep else 1.0
+
+
 def _seen(pipe: Any, module: nn.Module, prompt: Any, call: Mapping[str, Any]) -> tuple[_Call, float]:
     """What a transformer is given at a pipeline's first step, and the scheduler's timestep there."""
-    names = [name for name in bound_names(pipe) if name != "self"]
-    own = dict(prompt) if isinstance(prompt, Mapping) else {names[0]: prompt}
     calls: list[inspect.BoundArguments] = []
 
     def see(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -207,7 +217,7 @@ def _seen(pipe: Any, module: nn.Module, prompt: Any, call: Mapping[str, Any]) ->
 
     hook = module.register_forward_pre_hook(see, with_kwargs=True)
     try:
-        pipe(**{**call, **own, "num_inference_steps": 2, "generator": torch.Generator("cpu").manual_seed(0)})
+        pipe(**call_arguments(pipe, prompt, call, steps=2))
     except _SeenError:
         pass
     finally:

@@ -54,6 +54,10 @@ class GraphSpec:
     suffix: int = 0
     foreign: tuple[tuple[str, str], ...] = ()
 
+    def head_dim_of(self, _block: int) -> int:
+        """Width of the heads of a block, taken to be that of the first one's."""
+        return self.head_dim
+
     def __post_init__(self) -> None:
         if not self.inputs or not self.outputs_of:
             raise SourceError("a graph needs an input and an output")

@@ -101,14 +101,14 @@ class ViTSpec:
         for name in ("channels", "embed_dim", "num_layers", "num_heads", "head_dim", "mlp_dim"):
             if getattr(self, name) <= 0:
                 raise SourceError(f"{name} must be positive, found {getattr(self, name)}")
-        for name, most in (
-            ("block_heads", self.num_heads),
-            ("block_head_dims", self.head_dim),
-            ("block_mlp_dims", self.mlp_dim),
+        for name, most, reached in (
+            ("block_heads", self.num_heads, True),
+            ("block_head_dims", self.head_dim, False),
+            ("block_mlp_dims", self.mlp_dim, True),
         ):
             own = getattr(self, name)
-            largest = most if name == "block_head_dims" else max(own, default=0)
-            if own and (len(own) != self.num_layers or not 0 < min(own) <= max(own) <= largest == most):
+            fits = not own or (0 < min(own) <= max(own) <= most and (max(own) == most or not reached))
+            if not fits or len(own) not in (0, self.num_layers):
                 raise SourceError(f"{name} must be {self.num_layers} numbers from 1 to {most}, found {list(own)}")
         if self.pool in ("token", "token_avg", "token_dist") and not self.class_token:
             raise SourceError(f"pool {self.pool!r} needs a class token, which this model does not have")

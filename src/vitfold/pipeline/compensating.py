@@ -13,7 +13,7 @@ import numpy as np
 from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
 from vitfold.errors import CalibrationError
 from vitfold.images import ImageSet, find_images
-from vitfold.pipeline.plan import Plan
+from vitfold.pipeline.plan import Plan, head_dims_left
 from vitfold.pipeline.writing import FIDELITY_IMAGES
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def compensate_plan(folded: Plan, images: ImageSet, *, progress: Progress | None
     """
     if not folded.needs_compensation:
         return folded
-    from vitfold.compensation import compensate, head_dims_of, with_widths
+    from vitfold.compensation import compensate, with_widths
     from vitfold.quant import Progress
     from vitfold.quant.network import ImageExamples
 
@@ -103,9 +103,6 @@ def compensate_plan(folded: Plan, images: ImageSet, *, progress: Progress | None
         keep_arrays("compensation", key, kept)
     measured = json.loads(kept[_RECORD].tobytes())
     refitted = {name: array for name, array in kept.items() if name != _RECORD}
-    dims = head_dims_of(model.spec)
-    if prune is not None:
-        dims = tuple(prune.head_dim_of(block, dim) for block, dim in enumerate(dims))
-    mended = with_widths(model, {**model.params, **refitted}, dims)
+    mended = with_widths(model, {**model.params, **refitted}, head_dims_left(prune, model.spec))
     record = {**measured, "root": str(Path(images.root).absolute()), "seed": SEED, "digest": digest}
     return replace(folded, folded=mended, compensated=mended, compensation=record)

@@ -12,7 +12,7 @@ from vitfold.architectures.programs import deployed_program, forward
 from vitfold.audit.limits import check_attention
 from vitfold.engines import quantized_target
 from vitfold.errors import ArgumentError, RecipeError, TargetError
-from vitfold.model import Architecture, Model, ViTSpec, param_shapes
+from vitfold.model import Architecture, Model, param_shapes
 from vitfold.model.folds import fold_layer_scale
 from vitfold.model.spec import as_vit
 from vitfold.ops.count import Count, IntegerWork, SiteCost, integer_work
@@ -183,13 +183,10 @@ def _settled(recipe: Recipe, target: Target, spec: Architecture) -> tuple[Recipe
     return recipe, remarks
 
 
-def _head_dims(recipe: Recipe, spec: Architecture) -> list[int]:
-    """How wide the heads of every block will be."""
-    prune = recipe.prune
-    whole = [
-        spec.head_dim_of(block) if isinstance(spec, ViTSpec) else spec.head_dim for block in range(spec.num_layers)
-    ]
-    return whole if prune is None else [prune.head_dim_of(block, dim) for block, dim in enumerate(whole)]
+def head_dims_left(prune: PruneRecipe | None, spec: Architecture) -> tuple[int, ...]:
+    """Return how wide the heads of every block are where those of a model are pruned."""
+    whole = [spec.head_dim_of(block) for block in range(spec.num_layers)]
+    return tuple(dim if prune is None else prune.head_dim_of(block, dim) for block, dim in enumerate(whole))
 
 
 def keep_fusible(recipe: Recipe, target: Target, spec: Architecture) -> tuple[Recipe, tuple[str, ...]]:
@@ -202,7 +199,7 @@ def keep_fusible(recipe: Recipe, target: Target, spec: Architecture) -> tuple[Re
         0 if spec.sinks is None else spec.sinks.copies * spec.sinks.cached(block) for block in range(spec.num_layers)
     ]
     rows = [count + extra for count, extra in zip(tokens, cached, strict=True)]
-    found = check_attention(_head_dims(recipe, spec), rows)
+    found = check_attention(head_dims_left(recipe.prune, spec), rows)
     if found is None:
         return recipe, ()
     if not found.where:

@@ -5,7 +5,7 @@ The parts themselves are `linear`, `attention`, `ranges`, `folding`, `equalize` 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from vitfold.errors import RecipeError, nearest
@@ -74,6 +74,21 @@ class QuantMethod:
         return asdict(self)
 
 
+_PTQ4VIT = QuantMethod(
+    name="ptq4vit",
+    source="PTQ4ViT, Yuan et al., ECCV 2022 (2111.12293): twin uniform quantizers in the paper's disjoint "
+    "form, Hessian-guided alternating search with Gauss-Newton probes",
+    granularity="tensor",
+    symmetric=True,
+    weights="hessian",
+    activations="hessian",
+    weight_grid=_PUBLISHED,
+    grid=_PUBLISHED,
+    rounds=3,
+    head_scales=True,
+    twin_gelu=True,
+    softmax=("twin",),
+)
 METHODS: dict[str, QuantMethod] = {
     method.name: method
     for method in (
@@ -91,37 +106,14 @@ METHODS: dict[str, QuantMethod] = {
             rounding="gptq",
             correct=True,
         ),
-        QuantMethod(
-            name="ptq4vit",
-            source="PTQ4ViT, Yuan et al., ECCV 2022 (2111.12293): twin uniform quantizers in the paper's disjoint "
-            "form, Hessian-guided alternating search with Gauss-Newton probes",
-            granularity="tensor",
-            symmetric=True,
-            weights="hessian",
-            activations="hessian",
-            weight_grid=_PUBLISHED,
-            grid=_PUBLISHED,
-            rounds=3,
-            head_scales=True,
-            twin_gelu=True,
-            softmax=("twin",),
-        ),
-        QuantMethod(
+        _PTQ4VIT,
+        replace(
+            _PTQ4VIT,
             name="ptq4vit-paper",
             source="PTQ4ViT as printed (2111.12293): squared gradients as the Fisher information of the model's "
             "classes, scales of both twins a power of two apart",
-            granularity="tensor",
-            symmetric=True,
-            weights="hessian",
-            activations="hessian",
-            weight_grid=_PUBLISHED,
-            grid=_PUBLISHED,
-            rounds=3,
-            head_scales=True,
-            twin_gelu=True,
             tied_twins=True,
             curvature="fisher",
-            softmax=("twin",),
         ),
         QuantMethod(
             name="repq",
