@@ -22,7 +22,7 @@ from vitfold.cli.declaring import command
 from vitfold.cli.groups import listed
 from vitfold.cli.making import given_images, judged_images, say_busy, turned
 from vitfold.cli.table import print_ladders
-from vitfold.cli.terminal import counting, note, print_json, skipped, steps, write_json
+from vitfold.cli.terminal import counting, note, print_json, skipped, steps, write_samples
 from vitfold.errors import VitfoldError
 from vitfold.pipeline.subjects import Lineup
 
@@ -129,9 +129,7 @@ def bench_bundles(bundles: list[Path], asked: Timing) -> None:
         "protocol": asked.protocol,
         "rows": [row.to_dict() for row in rows],
     }
-    if asked.output is not None:
-        write_json(asked.output, {**result, "measurements": raw_samples(rows)})
-        note(f"raw samples: {asked.output}")
+    write_samples(asked.output, {**result, "measurements": raw_samples(rows)})
     if asked.json:
         print_json(result)
         say_busy(before)

@@ -197,6 +197,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def write_samples(path: Path | None, value: Any) -> None:
+    """Write a JSON document with raw samples where a file is named, and say so.
+
+    Raises:
+        VitfoldError: if the file cannot be written.
+    """
+    if path is not None:
+        write_json(path, value)
+        note(f"raw samples: {path}")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file, and the folder that it lies in.
 

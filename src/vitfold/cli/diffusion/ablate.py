@@ -11,7 +11,7 @@ from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.diffusion.drawing import SamplingArgs, document
 from vitfold.cli.making import require_optimize, say_busy
-from vitfold.cli.terminal import note, out, print_json, quiet_stdout, steps, write_json
+from vitfold.cli.terminal import out, print_json, quiet_stdout, steps, write_samples
 from vitfold.report.tables import diffusion_table, number
 from vitfold.sources.dit import load_dit
 
@@ -54,9 +54,7 @@ def ablate(
         rows = diffuse(model, methods, asked, threads=asking.threads, trials=asking.trials, decode=decode, say=say)
         found = document(model, asked, rows, compress(model).to_dict(), features=None, chosen=None, before=before)
     found["effects"] = main_effects(variants, {row.name: row.psnr_db for row in rows})
-    if output is not None:
-        write_json(output, found)
-        note(f"raw samples: {output}")
+    write_samples(output, found)
     if json:
         print_json(found)
     else:

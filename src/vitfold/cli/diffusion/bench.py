@@ -14,7 +14,7 @@ from vitfold.cli.declaring import command
 from vitfold.cli.diffusion.drawing import SamplingArgs, draw_bundles
 from vitfold.cli.groups import listed
 from vitfold.cli.making import say_busy
-from vitfold.cli.terminal import note, out, print_json, steps, write_json
+from vitfold.cli.terminal import out, print_json, steps, write_samples
 from vitfold.report.tables import diffusion_table
 
 
@@ -51,9 +51,7 @@ def bench_steps(
     asking = SamplingArgs(classes="all", count=batch, batch=batch, threads=threads, trials=trials, latents=latent)
     with steps("bench") as say:
         found = draw_bundles(bundles, asking, None, None, say, peers).document
-    if output is not None:
-        write_json(output, found)
-        note(f"raw samples: {output}")
+    write_samples(output, found)
     if json:
         print_json(found)
     else:
