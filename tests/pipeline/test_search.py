@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from vitfold.artifacts.journal import append_row
 from vitfold.bench.fidelity import Fidelity
 from vitfold.bench.statistics import Drop
 from vitfold.errors import VitfoldError
 from vitfold.pipeline import search as search_module
 from vitfold.pipeline.goals import Arm, LeastDrop, LeastLatency, arm_from_dict
-from vitfold.pipeline.search import Verdict, check_enough, search
+from vitfold.pipeline.search import SCREENED, Verdict, check_enough, search
 from vitfold.recipe import PruneRecipe
+from vitfold.schedule.solve import Point
 
 POINTS = tuple((0.1 + 0.1 * i, 0.1 * (9 - i), (90 - 10 * i, 0, 0)) for i in range(10))
 
@@ -48,8 +51,9 @@ class SearchContext:
     def merging(self, r: tuple[int, ...]) -> float:
         return r[0] / 1000
 
-    def screen(self, r: tuple[int, ...], rule: str) -> Drop:
+    def screen(self, point: Point, rule: str) -> Drop:
         assert rule == "tome"
+        r = point[2]
         self.screened.append(r)
         found = drop(self.merging(r) + self.hidden)
         return replace(found, low=found.low - self.hidden)
@@ -204,6 +208,20 @@ def test_arms_survive_their_journal() -> None:
     assert (found.points, found.rule) == (POINTS, "nearest")
     assert found.attempt(8).rule == "nearest"
     assert found.attempt(8).name == "w8a8-openvino-nearest-r10_0_0"
+
+
+def test_what_was_screened_stands_for_what_distorts_alike(tmp_path: Path) -> None:
+    """It is read back from the journal, and nothing is measured again: there is no model here to measure with."""
+    kept = {"rule": "tome", "prune": None}
+    append_row(tmp_path / SCREENED, {**kept, "merge": [8, 0, 0], "distortion": 0.100, "drop": drop(0.01).to_dict()})
+    append_row(tmp_path / SCREENED, {**kept, "merge": [9, 0, 0], "distortion": 0.108, "drop": drop(0.02).to_dict()})
+    nothing: Any = SimpleNamespace()
+    laboratory = search_module.SearchContext(trying=nothing, held_out=nothing, folder=tmp_path, say=lambda _: None)
+    assert laboratory.screen((0.5, 0.101, (0, 8, 0)), "tome").drop == 0.01
+    assert laboratory.screen((0.5, 0.112, (0, 8, 0)), "tome").drop == 0.02
+    for point, rule in (((0.5, 0.101, (0, 8, 0)), "nearest"), ((0.5, 0.2, (0, 16, 0)), "tome")):
+        with pytest.raises(AttributeError):
+            laboratory.screen(point, rule)
 
 
 def test_too_few_images_cannot_tell_the_drop() -> None:

@@ -70,3 +70,11 @@ def test_between_lengths_it_is_linear():
     table = LatencyTable(lengths=(10, 20), seconds=(1.0, 3.0), merge_seconds=0.5, attention_ratio=0.5)
     assert table.block(15, 0) == pytest.approx(2.0)
     assert table.block(20, 10) == pytest.approx(2.0 + 0.5)
+
+
+def test_narrower_blocks_work_less_and_merge_as_long():
+    whole = LatencyTable(lengths=(50, 100), seconds=(1.0, 2.0), merge_seconds=0.25, attention_ratio=0.5)
+    narrow = whole.narrowed(0.4)
+    assert narrow.block(100, 0) == pytest.approx(0.4 * 2.0)
+    assert narrow.block(100, 50) == pytest.approx(0.4 * 1.5 + 0.25)
+    assert whole.block(100, 50) == pytest.approx(1.5 + 0.25)

@@ -72,11 +72,11 @@ def arm_from_dict(values: Mapping[str, Any]) -> Arm:
 class LeastLatency:
     """The fastest recipe that drops at most `max_drop`, a share of the images, on held-out images too.
 
-    `screen` returns the drop of merging alone, by a rule, `screen_pruned` that of pruning alone.
+    `screen` returns the drop of a point's merging alone, by a rule, `screen_pruned` that of pruning alone.
     """
 
     max_drop: float
-    screen: Callable[[tuple[int, ...], str], Drop]
+    screen: Callable[[Point, str], Drop]
     screen_pruned: Callable[[PruneRecipe], Drop]
 
     def start(self, arm: Arm) -> int:
@@ -85,7 +85,7 @@ class LeastLatency:
         low, high = 0, len(arm.points) - 1
         while low < high:
             middle = (low + high) // 2
-            if self.screen(arm.points[middle][2], arm.rule).drop <= bound:
+            if self.screen(arm.points[middle], arm.rule).drop <= bound:
                 high = middle
             else:
                 low = middle + 1
@@ -112,7 +112,7 @@ class LeastLatency:
         found = next((i for i in range(index - 1, -1, -1) if arm.points[i][1] >= wanted), None)
         if compensated:
             return found
-        return None if found is None or self.screen(arm.points[found][2], arm.rule).low > self.max_drop else found
+        return None if found is None or self.screen(arm.points[found], arm.rule).low > self.max_drop else found
 
     def cost(self, arm: Arm, index: int) -> float:
         """Seconds, relative to the float model's."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from vitfold.errors import BundleError, RecipeError, VitfoldError
 from vitfold.images import ImageSet
 from vitfold.pipeline.goals import CLOSE, Arm, Goal, LeastLatency, arm_from_dict
 from vitfold.pipeline.latency import PROBE, measure_latency, on_this_machine, roughly_calibrated
+from vitfold.pipeline.plan import Plan
 from vitfold.pipeline.pruning import solve_prune
 from vitfold.pipeline.solving import gentlest_rule, measure_merging
 from vitfold.pipeline.sweep import PLAIN, plain_bundle
@@ -31,16 +33,18 @@ from vitfold.pipeline.trial import opened, timed
 from vitfold.pipeline.trials import EvalContext, Trial, failed_row, measure_attempt, plan_attempt
 from vitfold.progress import Say
 from vitfold.recipe import MergeRecipe, PruneRecipe, check_prune, quant_from_scheme
-from vitfold.schedule.solve import frontier
+from vitfold.schedule.solve import Point, Space, frontier
 from vitfold.schedule.table import LatencyTable
 
 ARMS = "arms.jsonl"
 SCREENED = "screened.jsonl"
 SCREENED_IMAGES = 500
 FLOAT_SITES = 4
-PRUNED = (0.3, 0.5)
+PRUNED = (0.3, 0.4, 0.5, 0.6)
 """Shares of the blocks' work that arms may lack, where there are images to refit what stays on."""
 _WORST = 0.25
+_ALIKE = 0.1
+"""How far the distortions of two schedules may lie apart, relative to the larger, for one to stand for the other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +77,30 @@ class SearchResult:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Screened:
+    """What merging or pruning alone costs, in float; `distortion` is what was predicted of its schedule."""
+
+    attempt: Trial
+    distortion: float
+    drop: Drop
+
+    def is_like(self, distortion: float) -> bool:
+        """Say whether a schedule that distorts so much costs as much, as near as some images tell."""
+        return abs(self.distortion - distortion) <= _ALIKE * max(self.distortion, distortion)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        kept = {name: self.attempt.to_dict()[name] for name in ("merge", "rule", "prune")}
+        return {**kept, "distortion": self.distortion, "drop": self.drop.to_dict()}
+
+
+def _screened_from_dict(row: Mapping[str, Any]) -> _Screened:
+    prune = check_prune(row["prune"], name=SCREENED)
+    attempt = Trial(name="", r=tuple(row["merge"]), rule=row["rule"], prune=prune)
+    return _Screened(attempt=attempt, distortion=row["distortion"], drop=Drop(**row["drop"]))
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class SearchContext:
     """What a search measures with: images to choose by and images to verify on, a folder, a journal of rows."""
@@ -82,15 +110,12 @@ class SearchContext:
     folder: Path
     say: Say
     rows: list[dict[str, Any]] = field(default_factory=list)
-    _screened: dict[tuple[tuple[int, ...], str, PruneRecipe | None], Drop] = field(default_factory=dict)
+    _screened: list[_Screened] = field(default_factory=list)
     _plain: Bundle | None = None
 
     def __post_init__(self) -> None:
         self.rows = read_rows(self.folder / ROWS)
-        self._screened = {
-            (tuple(row["merge"]), row["rule"], check_prune(row["prune"], name=SCREENED)): Drop(**row["drop"])
-            for row in read_rows(self.folder / SCREENED)
-        }
+        self._screened = [_screened_from_dict(row) for row in read_rows(self.folder / SCREENED)]
 
     @property
     def plain(self) -> Bundle:
@@ -105,27 +130,36 @@ class SearchContext:
             times = timed({"float": session}, self.trying.model.spec, protocol=self.trying.protocol)
         return times["float"].latency_ms()["median"]
 
-    def screen(self, r: tuple[int, ...], rule: str) -> Drop:
-        """Return the drop of merging alone, on the first images."""
-        return self._screen(Trial(name="", r=r, rule=rule), "schedules")
+    def screen(self, point: Point, rule: str) -> Drop:
+        """Return the drop of merging alone, on the first images; or that of a schedule that distorts alike."""
+        _, distortion, r = point
+        alike = [
+            found
+            for found in self._screened
+            if found.attempt.prune is None and found.attempt.rule == rule and found.is_like(distortion)
+        ]
+        if alike:
+            return min(alike, key=lambda found: abs(found.distortion - distortion)).drop
+        return self._screen(Trial(name="", r=r, rule=rule), distortion, "schedules")
 
     def screen_pruned(self, prune: PruneRecipe) -> Drop:
         """Return the drop of narrower blocks alone, on the first images."""
+        for found in self._screened:
+            if found.attempt.prune == prune:
+                return found.drop
         unmerged = (0,) * self.trying.model.spec.num_layers
-        return self._screen(Trial(name="", r=unmerged, prune=prune), "narrower blocks")
+        return self._screen(Trial(name="", r=unmerged, prune=prune), 0.0, "narrower blocks")
 
-    def _screen(self, attempt: Trial, shown: str) -> Drop:
-        key = (attempt.r, attempt.rule, attempt.prune)
-        if key not in self._screened:
-            self.say(f"screening {shown}")
-            some = self.trying.images.first(SCREENED_IMAGES)
-            with opened(plan_attempt(attempt, self.trying)) as session:
-                outputs = run_over(session, some, self.trying.model.preprocess)
-            trying = replace(self.trying, images=some, expected=_only(self.trying, some))
-            self._screened[key] = drop = trying.drop(outputs)
-            kept = {name: attempt.to_dict()[name] for name in ("merge", "rule", "prune")}
-            append_row(self.folder / SCREENED, {**kept, "drop": drop.to_dict()})
-        return self._screened[key]
+    def _screen(self, attempt: Trial, distortion: float, shown: str) -> Drop:
+        self.say(f"screening {shown}")
+        some = self.trying.images.first(SCREENED_IMAGES)
+        with opened(plan_attempt(attempt, self.trying)) as session:
+            outputs = run_over(session, some, self.trying.model.preprocess)
+        trying = replace(self.trying, images=some, expected=_only(self.trying, some))
+        found = _Screened(attempt=attempt, distortion=distortion, drop=trying.drop(outputs))
+        self._screened.append(found)
+        append_row(self.folder / SCREENED, found.to_dict())
+        return found.drop
 
     def measure(self, attempt: Trial) -> dict[str, Any]:
         """Return the row of an attempt: a kept one whose bundle is still there, or a new one."""
@@ -163,55 +197,64 @@ def find_arms(laboratory: SearchContext, quants: Sequence[str], targets: Sequenc
     path = laboratory.folder / ARMS
     kept = read_rows(path)
     narrower = _narrower(laboratory)
-    wanted = [(quant, target, share) for quant in quants for target in targets for share in narrower]
+    pairs = [(quant, target) for quant in quants for target in targets]
+    wanted = [(*pair, share) for pair in pairs for share in narrower]
     if [(row["quant"], row["target"], row["share"]) for row in kept] == wanted:
         return [arm_from_dict(row) for row in kept]
     path.unlink(missing_ok=True)
-    arms = build_arms(laboratory, wanted, narrower)
+    arms = build_arms(laboratory, pairs, narrower)
     for arm in arms:
         append_row(path, arm.to_dict())
     return arms
 
 
 def build_arms(
-    laboratory: SearchContext, wanted: Sequence[tuple[str, str, float]], narrower: Mapping[float, PruneRecipe | None]
+    laboratory: SearchContext, pairs: Sequence[tuple[str, str]], narrower: Mapping[float, PruneRecipe | None]
 ) -> list[Arm]:
-    """Measure a latency table for every combination and the distortions once, and return the frontiers.
+    """Measure a latency table for every pair and the distortions once, and return the frontiers.
+
+    Of narrower blocks only the narrowest are timed: what others take lies on the line between them and whole blocks.
 
     Args:
-        wanted: bits, a target, and a share of the blocks' work that goes.
-        narrower: what of the blocks stays then.
+        pairs: bits and a target.
+        narrower: what of the blocks stays by the share of their work that goes.
     """
     trying, say = laboratory.trying, laboratory.say
     say("choosing a merging rule")
     rule = gentlest_rule(trying.model, trying.calibration)
-    plans = {
-        (quant, target, share): roughly_calibrated(
-            trying.model, quant_from_scheme(quant), target, trying.calibration, rule, narrower[share]
-        )
-        for quant, target, share in wanted
-    }
+
+    def rough(pair: tuple[str, str], share: float) -> Plan:
+        quant, target = pair
+        kept = (trying.calibration, rule, narrower[share])
+        return roughly_calibrated(trying.model, quant_from_scheme(quant), target, *kept)
+
+    plans = {pair: rough(pair, 0.0) for pair in pairs}
     here = on_this_machine(next(iter(plans.values())))
     merging = measure_merging(trying.model, trying.calibration, **here, rule=rule, say=say)
-    arms = []
+    protocol, most, arms = replace(PROBE, batch=trying.protocol.batch), max(narrower), []
     with open_session(laboratory.plain) as plain:
-        for (quant, target, share), plan in plans.items():
-            less = f" without {100 * share:g} % of the blocks" if share else ""
-            say(f"timing schedules of {quant} on {target}{less}")
-            protocol = replace(PROBE, batch=trying.protocol.batch)
+        for (quant, target), plan in plans.items():
+            say(f"timing schedules of {quant} on {target}")
             table = measure_latency(plan, protocol=protocol)
-            with opened(plan) as session:
-                beside = timed({"float": plain, "arm": session}, trying.model.spec, protocol=protocol)
+            with ExitStack() as closing:
+                sessions = {"float": plain, "arm": closing.enter_context(opened(plan))}
+                if most:
+                    sessions["narrowest"] = closing.enter_context(opened(rough((quant, target), most)))
+                times = timed(sessions, trying.model.spec, protocol=protocol)
+            ratio = 1 / speed_up(times["arm"], times["narrowest"])["median"] if most else 1.0
             none = (0,) * trying.model.spec.num_layers
-            scale = 1 / speed_up(beside["float"], beside["arm"])["median"] / table.total(none, trying.model.spec.tokens)
-
-            def seconds(tokens: int, merged: int, _: bool, table: LatencyTable = table, scale: float = scale) -> float:
-                return scale * table.block(tokens, merged)
-
-            points = tuple(frontier(merging.space, seconds, _WORST))
-            prune = narrower[share]
-            arms.append(Arm(quant=quant, target=target, rule=rule, share=share, prune=prune, points=points))
+            whole = table.total(none, trying.model.spec.tokens)
+            scale = 1 / speed_up(times["float"], times["arm"])["median"] / whole
+            for share, prune in narrower.items():
+                left = 1.0 - (1.0 - ratio) * share / most if most else 1.0
+                points = _points(merging.space, table.narrowed(left), scale)
+                arms.append(Arm(quant=quant, target=target, rule=rule, share=share, prune=prune, points=points))
     return arms
+
+
+def _points(space: Space, table: LatencyTable, scale: float) -> tuple[Point, ...]:
+    """Return the schedules that none beats in both predicted time and distortion."""
+    return tuple(frontier(space, lambda tokens, merged, _: scale * table.block(tokens, merged), _WORST))
 
 
 def _narrower(laboratory: SearchContext) -> Mapping[float, PruneRecipe | None]:
@@ -354,7 +397,7 @@ def _pays(row: Mapping[str, Any]) -> bool:
 def _quantization_costs(arm: Arm, index: int, row: Mapping[str, Any], laboratory: SearchContext) -> bool:
     if arm.quant == "none" or row["drop"] is None:
         return False
-    merging = laboratory.screen(arm.points[index][2], arm.rule).drop
+    merging = laboratory.screen(arm.points[index], arm.rule).drop
     return bool(row["drop"]["drop"] - merging > max(merging, 0.0))
 
 

@@ -6,7 +6,7 @@ Whole models are timed, not blocks on their own, because a block alone finds its
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -36,6 +36,10 @@ class LatencyTable:
         before, after = (float(np.interp(count, self.lengths, self.seconds)) for count in (tokens, tokens - merged))
         merging = self.merge_seconds if merged else 0.0
         return self.attention_ratio * before + (1 - self.attention_ratio) * after + merging
+
+    def narrowed(self, ratio: float) -> LatencyTable:
+        """Return the table of narrower blocks, whose work takes `ratio` of the time; their merges take as long."""
+        return replace(self, seconds=tuple(ratio * value for value in self.seconds))
 
     def total(self, r: Sequence[int], tokens: int) -> float:
         """Return the seconds of a whole schedule."""
