@@ -73,6 +73,10 @@ results: $(VENV)/.dev
 		$(BIN)/vitfold optimize $(VITB) --merge 8 --target cpu:$$c -o $(WORK)/$$c.fold --overwrite; done
 	$(BENCH) $(WORK)/r8.fold $(WORK)/gather=gather_elements.fold $(WORK)/gather=one_hot.fold $(WORK)/scatter_add=scatter_elements.fold \
 		$(WORK)/linear_bias=add.fold --trials 15 --seconds 8 -o results/merge-lowerings.json
+	for a in fused decomposed; do for r in 0 4; do $(BIN)/vitfold optimize demo --merge $$r --quant w8a8 --images $(CIFAR10_TRAIN) --keep-slower \
+		--target cpu-vnni:attention=$$a --overwrite -o $(WORK)/r$$r-$$a.fold; done; done
+	$(BIN)/vitfold bench $(foreach r,0 4,$(WORK)/r$(r)-decomposed.fold $(WORK)/r$(r)-fused.fold) --images $(CIFAR10_VAL) --limit 500 \
+		--baseline r0-decomposed --trials 25 --seconds 5 -o results/attention-cifar10.json
 	for r in 0 8; do \
 		$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $$r -o $(WORK)/r$$r-w8a8.fold; \
 		$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $$r --target openvino -o $(WORK)/r$$r-w8a8-ov.fold; done

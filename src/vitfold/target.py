@@ -14,6 +14,7 @@ from vitfold.errors import TargetError, nearest
 Gather = Literal["gather_nd", "gather_elements", "one_hot"]
 Scatter = Literal["one_hot", "masked_sum", "scatter_elements"]
 Bias = Literal["gemm", "add"]
+Attention = Literal["decomposed", "fused"]
 FloatType = Literal["float32", "float16"]
 ActivationType = Literal["uint8", "int8", "float8e4m3fn"]
 ArgMax = Literal["argmax", "topk"]
@@ -140,8 +141,8 @@ class Target:
     """Lowering choices of one target.
 
     `gather` and `scatter_add` say how token rows are picked and summed, `linear_bias` whether a linear
-    layer is one Gemm or a MatMul and an Add, `contrib` whether ONNX Runtime's own operators
-    (com.microsoft) may appear.
+    layer is one Gemm or a MatMul and an Add, `attention` whether float attention between integer layers is
+    one operator or its parts, `contrib` whether ONNX Runtime's own operators (com.microsoft) may appear.
 
     The others say how quantized products run. `activation_type` stores activation codes; `symmetric`
     allows no zero point but 0; `weight_bits` is the widest weight code that the target multiplies
@@ -159,6 +160,7 @@ class Target:
     gather: Gather
     scatter_add: Scatter
     linear_bias: Bias
+    attention: Attention
     activation_type: ActivationType
     symmetric: bool
     weight_bits: int
@@ -196,6 +198,7 @@ _CPU = Target(
     gather="gather_nd",
     scatter_add="one_hot",
     linear_bias="gemm",
+    attention="fused",
     activation_type="uint8",
     symmetric=False,
     weight_bits=7,
@@ -211,6 +214,7 @@ _PORTABLE = Target(
     gather="gather_elements",
     scatter_add="one_hot",
     linear_bias="add",
+    attention="decomposed",
     activation_type="uint8",
     symmetric=False,
     weight_bits=7,
@@ -349,6 +353,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "gather": get_args(Gather),
     "scatter_add": get_args(Scatter),
     "linear_bias": get_args(Bias),
+    "attention": get_args(Attention),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -426,6 +427,29 @@ def test_optimized_cpu_graphs_multiply_integers_in_every_quantized_layer(tiny_mo
     for node in graph.node:
         if node.op_type in ("MatMul", "Gemm", "FusedMatMul", "FusedGemm"):
             assert not [x for x in node.input[:2] if x in constants], f"{node.name} multiplies float weights"
+
+
+def graph_of(program: Any, model: Model, target: Target, quantizers: Mapping[str, Quantizer], path: Path) -> Any:
+    write_onnx(emit_graph(program, model, target, quantizers), path)
+    return onnx.load(str(path)).graph
+
+
+@pytest.mark.parametrize("r", [(), (5, 3)], ids=["unmerged", "merged"])
+def test_float_attention_between_integer_layers_is_one_operator(tiny_model, random_images, tmp_path, r):
+    """It reads rows as the layers make them, so nothing is parted into heads but the keys that merging looks at."""
+    model, images = tiny_model(), random_images(tiny_model().spec, 3)
+    target = TARGETS["cpu"]
+    model, quantizers = quantized_for(target, model, images, r, attention=False)
+    program, results, transposed = whole(model, r), [], []
+    for name in ("fused", "decomposed"):
+        graph = graph_of(program, model, replace(target, attention=name), quantizers, tmp_path / f"{name}.onnx")
+        counted = Counter(node.op_type for node in graph.node)
+        assert counted["Attention"] == (2 if name == "fused" else 0)
+        assert counted["Softmax"] == (0 if name == "fused" else 2)
+        transposed.append(counted["Transpose"])
+        results.append(session_of(tmp_path / f"{name}.onnx").run(None, {"pixel_values": images})[0])
+    assert transposed[0] <= transposed[1] - 2 * (4 if not r else 3)
+    assert np.median(errors_of_rows(results[0], results[1])) < 1e-5
 
 
 @pytest.mark.parametrize("name", STANDARD)

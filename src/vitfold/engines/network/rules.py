@@ -121,6 +121,17 @@ def attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
+def attended_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, heads: int) -> Tensor:
+    """The same of rows (B, N, H K), to rows."""
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
+    return attended(q, k, v, bias, scale).transpose(1, 2).flatten(2)
+
+
+def expanded(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Repeated along axes of length 1; a length of 1 asks for nothing."""
+    return x.expand(*(-1 if length == 1 else length for length in shape))
+
+
 def divided(a: Any, b: Any) -> Tensor:
     """a / b; of integers towards zero."""
     whole = all(isinstance(x, int) or (isinstance(x, Tensor) and not x.is_floating_point()) for x in (a, b))
@@ -288,6 +299,14 @@ def _gemm(t: Translation, node: Any) -> RuleResult:
     return t.call(gemm, inputs[0], inputs[1], bias, bool(t.attribute(node, "transB", 0)))
 
 
+def _attention(t: Translation, node: Any) -> RuleResult:
+    q, k, v, *bias = t.inputs(node)
+    scale, heads = t.attribute(node, "scale", None), t.attribute(node, "q_num_heads", 0)
+    if scale is None or not heads or heads != t.attribute(node, "kv_num_heads", 0) or len(bias) > 1:
+        return t.refuse(node, "an attention of heads that are shared, or without its scale")
+    return t.call(attended_rows, q, k, v, bias[0] if bias else None, float(scale), int(heads))
+
+
 def _fused_matmul(t: Translation, node: Any) -> RuleResult:
     turned = tuple(bool(t.attribute(node, name, 0)) for name in ("transA", "transB"))
     return t.call(multiplied, *t.inputs(node), turned, t.attribute(node, "alpha", 1.0))
@@ -333,6 +352,8 @@ RULES: dict[str, Rule] = {
     "ArgMax": lambda t, node: t.call(
         torch.argmax, t.input(node, 0), t.attribute(node, "axis", 0), bool(t.attribute(node, "keepdims", 1))
     ),
+    "Attention": _attention,
+    "Expand": lambda t, node: t.call(expanded, t.input(node, 0), t.integers(node, 1)),
     "FusedMatMul": _fused_matmul,
     "Gather": _gather,
     "GatherElements": _gather_elements,

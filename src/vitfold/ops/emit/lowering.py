@@ -6,7 +6,8 @@ It holds a writer, a lowering of rows and lowerings of products: values that the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +24,8 @@ from vitfold.ops.protocol import UNARY, Ops, input_site
 from vitfold.quantizer import Quantizer
 from vitfold.target import Target
 
+ATTENTION_OPSET = 23
+"""The first one with an operator Attention."""
 _ELEMENTWISE = {
     **{"add": "Add", "subtract": "Sub", "multiply": "Mul", "divide": "Div", "power": "Pow"},
     **{"maximum": "Max", "minimum": "Min", "negative": "Neg"},
@@ -121,17 +124,21 @@ class Emit(Ops[Value]):
     def heads(self, layer: str, x: Value, parts: int, heads: int) -> tuple[Value, ...]:
         """Linear, Reshape, Transpose and Split; or one product per part, which spares the Split.
 
+        Where attention is one operator, it reads those products as they are, and nothing is transposed.
+
         Raises:
             TargetError: naming a quantizer that the target cannot execute.
         """
         made = self._products(f"{layer}.x", f"{layer}.w").linear_parts(layer, x.onnx, parts)
         if made is None:
             return super().heads(layer, x, parts, heads)
-        shapes, writer, values = self.count.heads(layer, x.shape, parts, heads), self.writer, []
-        for y, shape in zip(made, shapes, strict=True):
-            rows = writer.node("Reshape", y, writer.integers(0, shape[2], shape[1], shape[3]))
-            values.append(Value(writer.node("Transpose", rows, perm=[0, 2, 1, 3]), shape))
-        return tuple(values)
+        shapes = self.count.heads(layer, x.shape, parts, heads)
+        return tuple(self._in_heads(y, shape) for y, shape in zip(made, shapes, strict=True))
+
+    def _in_heads(self, rows: ir.Value, shape: Shape) -> Value:
+        """Rows (B, N, H K) as tokens in heads."""
+        parted = self.writer.node("Reshape", rows, self.writer.integers(0, shape[2], shape[1], shape[3]))
+        return Value(self.writer.node("Transpose", parted, perm=[0, 2, 1, 3]), shape, rows)
 
     def layer_norm(self, layer: str, x: Value, eps: float) -> Value:
         """One LayerNormalization; decomposed it would overflow in FP16."""
@@ -166,17 +173,34 @@ class Emit(Ops[Value]):
         return Value(self.writer.node("Softmax", a.onnx, site=site, axis=-1), self.count.softmax(site, a.shape))
 
     def attention(self, site: str, q: Value, k: Value, v: Value, bias: Value | None) -> Value:
-        """Decomposed: scores, a bias of any shape that broadcasts, softmax and weighted sum.
+        """One operator, where the target has it and all is float; else scores, bias, softmax and weighted sum.
+
+        A bias may have any shape that broadcasts.
 
         Raises:
             TargetError: naming a quantizer that the target cannot execute.
         """
         shape = self.count.attention(site, q.shape, k.shape, v.shape, None if bias is None else bias.shape)
         scoring, averaging = (self._products(f"{site}.{a}", f"{site}.{b}") for a, b in (("q", "k"), ("softmax", "v")))
-        scores = scoring.scores(site, q.onnx, k.onnx, 1.0 / math.sqrt(q.shape[-1]))
+        scale = 1.0 / math.sqrt(q.shape[-1])
+        rows = [one.rows for one in (q, k, v) if one.rows is not None]
+        if self._target.attention == "fused" and len(rows) == 3 and scoring is averaging is self._float:
+            return self._in_heads(self._fused(site, rows, q, bias, scale), shape)
+        scores = scoring.scores(site, q.onnx, k.onnx, scale)
         if bias is not None:
             scores = self.writer.node("Add", scores, bias.onnx, site=f"{site}.bias")
         return Value(averaging.average(site, scores, v.onnx), shape)
+
+    def _fused(self, site: str, rows: Sequence[ir.Value], q: Value, bias: Value | None, scale: float) -> ir.Value:
+        """Attention of rows that are not parted into heads, to rows; ONNX Runtime wants a bias for every query."""
+        self.opset = max(self.opset, ATTENTION_OPSET)
+        inputs, writer, (_, heads, queries, _) = list(rows), self.writer, q.shape
+        if bias is not None:
+            each = writer.integers(1, 1, queries, 1)
+            whole = bias.shape[-2] == queries
+            inputs.append(bias.onnx if whole else writer.node("Expand", bias.onnx, each, site=f"{site}.bias"))
+        attributes: dict[str, Any] = {"scale": scale, "q_num_heads": heads, "kv_num_heads": heads}
+        return writer.node("Attention", *inputs, site=site, **attributes)
 
     def matmul(self, site: str, a: Value, b: Value, *, transpose_b: bool = False) -> Value:
         """MatMul; a transposed right side stays a flag where the target has one."""
@@ -210,14 +234,17 @@ class Emit(Ops[Value]):
         return Value(self._rows.similarity(site, metric.onnx, a, b), shape)
 
     def reshape(self, a: Value, shape: tuple[int, ...]) -> Value:
-        """Reshape; the batch axis is copied."""
+        """Reshape; the batch axis is copied. Tokens whose heads are joined again are rows that are there."""
         counted = self.count.reshape(a.shape, shape)
+        if a.rows is not None and shape == (a.shape[1], a.shape[2] * a.shape[3]):
+            return Value(a.rows, counted)
         return Value(self.writer.node("Reshape", a.onnx, self.writer.integers(0, *shape)), counted)
 
     def transpose(self, a: Value, perm: tuple[int, ...]) -> Value:
         """Transpose."""
         counted = self.count.transpose(a.shape, perm)
-        return Value(self.writer.node("Transpose", a.onnx, perm=list(perm)), counted)
+        rows = a.rows if perm == (0, 2, 1, 3) else None
+        return Value(self.writer.node("Transpose", a.onnx, perm=list(perm)), counted, rows)
 
     def split(self, a: Value, parts: int, axis: int) -> tuple[Value, ...]:
         """Split."""

@@ -22,10 +22,15 @@ MICROSOFT = "com.microsoft"
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """An ONNX value and the shape of one image's share of it (batch axis 1)."""
+    """An ONNX value and the shape of one image's share of it (batch axis 1).
+
+    Where it is tokens in heads, (B, H, N, K) or (B, N, H, K), `rows` are the same numbers as (B, N, H K), if they are
+    there.
+    """
 
     onnx: ir.Value
     shape: Shape
+    rows: ir.Value | None = None
 
 
 class Writer:
