@@ -31,10 +31,12 @@ class SearchContext:
     """Merging drops as much as it distorts / 10; quantizing adds `quantizing`, on OpenVINO everything takes half.
 
     Screening sees `hidden` more, with an interval as wide as that. Compensated merging drops `mended` of what it did.
+    Quantizing adds `sinks` more unless there is a remedy against sink tokens; None: no remedy fits the model.
     """
 
     mended: float | None = None
     pruning: float = 0.0
+    sinks: float | None = None
 
     quantizing: float = 0.0
     held_out: float = 0.0
@@ -43,6 +45,10 @@ class SearchContext:
     rows: list[dict[str, Any]] = field(default_factory=list)
     screened: list[tuple[int, ...]] = field(default_factory=list)
     tried: list[str] = field(default_factory=list)
+
+    @property
+    def takes_registers(self) -> bool:
+        return self.sinks is not None
 
     @property
     def trying(self) -> Any:
@@ -67,6 +73,8 @@ class SearchContext:
         seconds *= 0.5 if attempt.target == "openvino" else 1.0
         seconds = 2.0 if attempt.target in self.slower else seconds
         cost = self.quantizing / (10 if attempt.float_sites else 1) if attempt.quant == "w8a8" else 0.0
+        sinks = 0.0 if attempt.registers or attempt.quant != "w8a8" else self.sinks or 0.0
+        cost += sinks
         share = 0.0 if attempt.prune is None else attempt.prune.mlp
         seconds *= 1.0 - 0.6 * share
         mended = (self.mended or 1.0) if attempt.compensate else 1.0
@@ -141,6 +149,23 @@ def test_where_quantization_costs_sensitive_sites_go_back_to_float_before_less_i
     assert laboratory.tried[:2] == ["w8a8-openvino-r30_0_0", "w8a8-openvino-float4-r30_0_0"]
     assert found.winner is not None
     assert found.winner.row["merge"][0] < 30
+
+
+def test_where_float_sites_do_not_mend_quantization_a_remedy_against_sinks_is_tried() -> None:
+    laboratory = SearchContext(sinks=0.05)
+    found = run(laboratory, [arm("w8a8", "openvino", 0.25)], least_latency(laboratory))
+    assert [name.rpartition("-r")[0].removeprefix("w8a8-openvino") for name in laboratory.tried[:3]] == [
+        "",
+        "-float4",
+        "-registers",
+    ]
+    assert found.winner is not None
+    assert found.winner.row["registers"]
+    assert found.winner.row["merge"][0] == 30
+    without = SearchContext(quantizing=0.05)
+    assert "-registers" not in "".join(
+        run(without, [arm("w8a8", "openvino", 0.25)], least_latency(without)).rows[-1]["recipe"]
+    )
 
 
 def test_what_meets_the_bound_is_followed_by_bolder_recipes_until_none_can() -> None:

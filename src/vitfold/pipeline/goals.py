@@ -38,10 +38,11 @@ class Arm:
         values = {"quant": self.quant, "target": self.target, "rule": self.rule, "share": self.share}
         return {**values, "prune": prune, "points": points}
 
-    def attempt(self, index: int, float_sites: int = 0, *, compensate: bool = False) -> Trial:
+    def attempt(self, index: int, float_sites: int = 0, *, compensate: bool = False, registers: bool = False) -> Trial:
         """Return the recipe of a point."""
         r = self.points[index][2]
         kept = (f"-float{float_sites}" if float_sites else "") + ("-compensated" if compensate else "")
+        kept += "-registers" if registers else ""
         rule = self.rule if any(r) else "tome"  # where nothing merges all rules are one
         kept += f"-{rule}" if rule != "tome" else ""
         kept += f"-prune{100 * self.share:g}" if self.share else ""
@@ -57,6 +58,7 @@ class Arm:
             float_sites=float_sites,
             compensate=compensate,
             prune=self.prune,
+            registers=registers,
         )
 
 

@@ -23,6 +23,7 @@ from vitfold.bench.statistics import Drop
 from vitfold.engines import open_session
 from vitfold.errors import BundleError, RecipeError, VitfoldError
 from vitfold.images import ImageSet
+from vitfold.model import ViTSpec
 from vitfold.pipeline.goals import CLOSE, Arm, Goal, LeastLatency, arm_from_dict
 from vitfold.pipeline.latency import PROBE, measure_latency, on_this_machine, roughly_calibrated
 from vitfold.pipeline.plan import Plan
@@ -59,11 +60,12 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class _Step:
-    """A point of an arm, with how many sites stay float and whether merging is compensated."""
+    """A point of an arm: how many sites stay float, whether merging is compensated, and sinks are seen to."""
 
     index: int
     float_sites: int = 0
     compensate: bool = False
+    registers: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +125,11 @@ class SearchContext:
         if self._plain is None:
             self._plain = plain_bundle(self.folder / PLAIN, self.trying, say=self.say)
         return self._plain
+
+    @property
+    def takes_registers(self) -> bool:
+        """Whether something could be done about sink tokens: the model has the parts that remedies name."""
+        return isinstance(self.trying.model.spec, ViTSpec)
 
     def plain_ms(self) -> float:
         """Return what the float model takes per call."""
@@ -278,9 +285,9 @@ def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minute
 
     On every arm the trial starts where `goal` says; from what met the bound it goes on to bolder recipes, from what
     missed it to gentler ones. One whose drop comes from quantization more than from merging is tried again with its
-    most sensitive sites float, one that merges too much with its merging compensated, where there are images for that.
-    Arms of narrower blocks start from gentler merging, by what pruning alone costs. What meets the bound has to keep it
-    on held-out images too.
+    most sensitive sites float, and with a remedy against sink tokens where that does not mend it; one that merges too
+    much with its merging compensated, where there are images for that. Arms of narrower blocks start from gentler
+    merging, by what pruning alone costs. What meets the bound has to keep it on held-out images too.
     """
     ends, verified = time.monotonic() + 60 * minutes, 0
     # An arm waits with the best that it could promise at all; only when its turn comes is it found out what it does.
@@ -306,7 +313,9 @@ def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minute
         if (number, step) in tried:
             continue
         tried.add((number, step))
-        row = laboratory.measure(arm.attempt(step.index, step.float_sites, compensate=step.compensate))
+        row = laboratory.measure(
+            arm.attempt(step.index, step.float_sites, compensate=step.compensate, registers=step.registers)
+        )
         kept = False
         if goal.meets(row) and _pays(row):
             verdict = laboratory.verify(row)
@@ -330,7 +339,7 @@ def _following(
     if kept:
         bolder = goal.bolder(arm, index, compensated=step.compensate or arm.prune is not None)
         if bolder is not None:
-            yield _Step(index=bolder, compensate=step.compensate)
+            yield _Step(index=bolder, compensate=step.compensate, registers=step.registers)
         elif mends and isinstance(goal, LeastLatency):
             bolder = goal.bolder(arm, index, compensated=True)
             if bolder is not None:
@@ -341,8 +350,10 @@ def _following(
     if step.float_sites == 0 and isinstance(goal, LeastLatency):
         if mends and not step.compensate:
             yield replace(step, compensate=True)
-        if _quantization_costs(arm, index, row, laboratory):
+        if not step.registers and _quantization_costs(arm, index, row, laboratory):
             yield replace(step, float_sites=FLOAT_SITES)
+    if step.float_sites and laboratory.takes_registers:
+        yield replace(step, float_sites=0, registers=True)
     following = goal.further(arm, index) if step.float_sites == 0 and not step.compensate else None
     if following is not None:
         yield _Step(index=following)

@@ -60,7 +60,8 @@ def check_decides(head: Head) -> None:
 class Trial:
     """One recipe by name: r per block by a rule, bits or "none", method, target, and how many sites stay float.
 
-    `compensate` says whether layers are refitted to the merging, `prune` which heads and hidden units stay.
+    `compensate` says whether layers are refitted to the merging, `prune` which heads and hidden units stay, `registers`
+    whether something is done about sink tokens where that is worth it.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Trial:
     float_sites: int = 0
     compensate: bool = False
     prune: PruneRecipe | None = None
+    registers: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, as rows begin."""
@@ -85,6 +87,7 @@ class Trial:
             "float_sites": self.float_sites,
             "compensate": self.compensate,
             "prune": None if self.prune is None else self.prune.to_dict(),
+            "registers": self.registers,
         }
 
 
@@ -154,6 +157,7 @@ def plan_attempt(attempt: Trial, trying: EvalContext, *, say: Say = lambda _: No
         compensate=attempt.compensate,
         prune=attempt.prune,
         quant=quant or "none",
+        registers="auto" if attempt.registers else None,
         target=attempt.target,
     )
     if folded.needs_compensation:
