@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-avx2 check docs node models results search registers ladder ablation audits diffusion readme gpu gpu-wheels clean
+.PHONY: demo test test-avx2 check docs node models results search protocol registers ladder ablation audits diffusion readme gpu gpu-wheels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vitfold demo -o out/demo
@@ -103,6 +103,11 @@ search: $(VENV)/.dev
 	$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $(SHARE) --target openvino -o $(SEARCH)/found-w8a8-ov.fold
 	$(BENCH) $(SEARCH)/found-w8a8-ov.fold $(SEARCH)/found-w8a8.fold --peers torch,onnxruntime-int8,nncf --calibration-images $(PHOTOS) \
 		--calibration-size 32 --trials 15 --seconds 8 -o results/vit-b16-found-batch1.json
+
+# The source report's tables 4.4, 4.7 and 4.8 on the demo's model: its protocol, at a batch and as many calls as a CPU takes; goes on where it stopped.
+PROTOCOL := --images $(CIFAR10_VAL) --calibration-images $(CIFAR10_TRAIN) --merge 0,1,2,3,4 --batch 16 --iterations 20
+protocol: $(VENV)/.dev
+	for t in 4-4 4-7; do $(BIN)/vitfold sweep demo --plan recipes/sweeps/report-table-$$t.toml $(PROTOCOL) -o $(WORK)/table-$$t --json > results/table-$$t-cifar10.json; done
 
 # What a cached row of registers costs in time, of ViT-B/16 on one thread. Ten minutes on an idle machine.
 registers: $(VENV)/.dev

@@ -91,7 +91,7 @@ def test_a_peer_computes_what_the_original_does(
     found = run(peer, pixels)
     assert found.shape == expected.shape
     error = np.abs(found - expected).max() / np.abs(expected).max()
-    assert error < 1e-5 or (name in CALIBRATED and 1e-5 < error < 0.05)
+    assert error < 1e-5 or (name in CALIBRATED and 1e-5 < error < 0.1)
     assert peer.size_bytes > 0
     assert capsys.readouterr().out == ""
     assert tempfile.gettempdir() != str(tmp_path)

@@ -182,3 +182,14 @@ def test_a_search_that_cannot_be_is_refused(few, small, tmp_path, arguments, cod
 def test_a_search_needs_classes_that_fit(few, tmp_path, classes, message) -> None:
     source = ("timm:test_vit", "--weights", "random", "--image-size", 32, "--num-classes", classes)
     assert message in error("optimize", *source, "--images", few, "--max-drop", 60, "-o", tmp_path / "a.fold")
+
+
+def test_the_reports_protocol_can_be_as_long_as_the_machine_allows(folder: Path, few: Path, small) -> None:
+    shorter = ("--calibration-size", 8, "--protocol", "report", "--batch", 2, "--iterations", 3)
+    swept = run_json("sweep", *small, "--merge", "1", "--images", few, *shorter, "-o", folder / "protocol")
+    assert (swept["protocol"], swept["batch"], swept["iterations"]) == ("report", 2, 3)
+    (row,) = swept["rows"]
+    assert len(row["latency_ns"]["trials"]) == 5
+    assert row["decoded_ahead"]["throughput_ips"]["mean"] > 0
+    text = error("sweep", *small, "--merge", "1", "--images", few, *shorter[:4], "-o", folder / "protocol")
+    assert "holds a sweep with another batch, iterations" in text

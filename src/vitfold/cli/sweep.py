@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,7 +16,7 @@ import typer
 from vitfold.artifacts.journal import ROWS, alone
 from vitfold.bench.environment import environment
 from vitfold.bench.reference import Reference, reference_outputs
-from vitfold.bench.timing import PROTOCOLS
+from vitfold.bench.timing import PROTOCOLS, Protocol
 from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.groups import CalibrationArgs, ModelArgs
@@ -58,6 +58,21 @@ class SweepArgs:
     protocol: Annotated[
         Literal["quick", "report"] | None, typer.Option(help="How every recipe is timed beside the float model.")
     ] = None
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per call, if not the protocol's.")] = None
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="Calls per repetition, if not the protocol's; as many to warm up at most.")
+    ] = None
+
+    def timing(self, protocol: str) -> Protocol:
+        """Return how every recipe is timed by a protocol, with what was asked otherwise."""
+        from vitfold.pipeline.trial import SHORT
+
+        timing = SHORT if protocol == "quick" else PROTOCOLS[protocol]
+        if self.batch is not None:
+            timing = replace(timing, batch=self.batch)
+        if self.iterations is not None:
+            timing = replace(timing, iterations=self.iterations, warmup=min(timing.warmup, self.iterations))
+        return timing
 
     def chosen(self) -> dict[str, Any]:
         """Return what is swept over: options, else the plan's, else one recipe of each.
@@ -126,13 +141,15 @@ def sweep(
             **asdict(drawing),
             "target": chosen["target"],
             "protocol": chosen["protocol"],
+            "batch": over.batch,
+            "iterations": over.iterations,
         }
         beside = {"environment": environment()}
         begin_sweep(output, head, beside)
         stack.enter_context(alone(output / ROWS))
         rows = begin_sweep(output, head, beside)
         again = partial(_command, source, calibration_images or images, drawing, loading.words())
-        trying = partial(_trying, model, calibration, reported, head, say)
+        trying = partial(_trying, model, calibration, reported, head, over.timing(chosen["protocol"]), say)
         for row in run_sweep(output, attempts, rows, trying, retry=retry, command=again, say=say):
             rows.append(row)
     latest = {row["recipe"]: row for row in rows}
@@ -179,8 +196,14 @@ def divided(images: ImageSet, calibration: ImageSet | None, size: int, seed: int
     return chosen, others
 
 
-def _trying(model: Model, calibration: ImageSet, images: ImageSet, head: Mapping[str, Any], say: Any) -> EvalContext:
-    from vitfold.pipeline.trial import SHORT
+def _trying(
+    model: Model,
+    calibration: ImageSet,
+    images: ImageSet,
+    head: Mapping[str, Any],
+    protocol: Protocol,
+    say: Any,
+) -> EvalContext:
     from vitfold.pipeline.trials import EvalContext
 
     say("running the float model over the images, once")
@@ -192,7 +215,7 @@ def _trying(model: Model, calibration: ImageSet, images: ImageSet, head: Mapping
         calibration_seed=head["calibration_seed"],
         images=images,
         expected=expected,
-        protocol=SHORT if head["protocol"] == "quick" else PROTOCOLS[head["protocol"]],
+        protocol=protocol,
     )
 
 
