@@ -19,8 +19,10 @@ from vitfold.compensation.pruning import kept_by_count
 from vitfold.errors import RecipeError
 from vitfold.model import Model, spec_from_dict, spec_to_dict
 from vitfold.ops.run import Run
+from vitfold.pipeline import fusible_widths
 from vitfold.program.queries import HiddenRows, head_rows, hidden_rows
-from vitfold.recipe import MergeRecipe, PruneRecipe
+from vitfold.recipe import MergeRecipe, PruneRecipe, quant_from_scheme
+from vitfold.target import find_target
 
 HALF = PruneRecipe(mlp=0.5)
 KINDS: dict[str, dict[str, Any]] = {
@@ -302,6 +304,20 @@ def test_of_all_divisions_the_best_is_found() -> None:
         assert cost <= (1 - share) * whole
         every = [lost(h, u) for h in product((1, 2, 3), repeat=2) for u in product((32, 64), repeat=2)]
         assert all(other >= loss or price > cost for price, other in every)
+
+
+def test_heads_become_only_as_wide_as_the_target_fuses() -> None:
+    dims = {64: 0.0, 56: 0.01, 48: 0.02, 40: 0.03, 32: 0.2, 24: 0.3}
+    heads = {4: 0.0, 3: 1.0, 2: 2.0, 1: 3.0}
+    units = {64: 0.0, 32: 5.0}
+    losses = Losses(heads=(heads,) * 2, units=(units,) * 2, head_dims=(dims,) * 2)
+    costs = [(1.0, 1.0)] * 2
+    assert set(divide(losses, costs, 0.15).head_dims) == {40}
+    widths = fusible_widths(find_target("tensorrt-int8"), quant_from_scheme("w8a8"))
+    assert widths is not None
+    assert set(divide(losses.of_widths(widths), costs, 0.15).head_dims) == {32}
+    for target, quant in (("tensorrt-int8", None), ("tensorrt-fp8", "fp8"), ("openvino", "w8a8")):
+        assert fusible_widths(find_target(target), quant and quant_from_scheme(quant)) is None
 
 
 def test_more_than_can_go_is_refused(tiny_model) -> None:

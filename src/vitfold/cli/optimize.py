@@ -310,7 +310,7 @@ def _planned(job: _Job, found: ImageSet | None, say: Say) -> tuple[_Plan, Soluti
         merge=schedule,
         rule=wanted.merge_rule,
         compensate=wanted.compensate,
-        prune=wanted.prune_mlp if wanted.prune is None else _pruned(model, schedule, wanted, own, found, say),
+        prune=wanted.prune_mlp if wanted.prune is None else _pruned(model, schedule, wanted, asked, own, found, say),
         quant=asked or wanted.quant,
         registers=wanted.registers,
         recipe=read,
@@ -345,7 +345,13 @@ def _solved(model: Model, found: ImageSet | None, wanted: RecipeArgs, say: Say, 
 
 
 def _pruned(
-    model: Model, schedule: Merge, wanted: RecipeArgs, own: ImageSet | None, found: ImageSet | None, say: Say
+    model: Model,
+    schedule: Merge,
+    wanted: RecipeArgs,
+    quant: QuantRecipe | None,
+    own: ImageSet | None,
+    found: ImageSet | None,
+    say: Say,
 ) -> PruneRecipe:
     """Find which heads and hidden units stay where a share of the blocks' work goes, on the images of refitting."""
     from vitfold.quant import Progress
@@ -356,7 +362,8 @@ def _pruned(
         assert found is not None
         images, _ = pipeline.divide_for_compensation(found)
     merge = MergeRecipe(r=resolve_r(schedule, model.spec), rule=wanted.merge_rule)
-    return pipeline.solve_prune(model, merge, images, wanted.prune, progress=Progress(step=say))
+    widths = pipeline.fusible_widths(find_target(wanted.base), quant)
+    return pipeline.solve_prune(model, merge, images, wanted.prune, widths=widths, progress=Progress(step=say))
 
 
 def _repeated(path: Path, images: Path | None, found: ImageSet | None, say: Say) -> _Plan:

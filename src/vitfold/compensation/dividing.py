@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,11 @@ class Losses:
         """Return plain JSON values."""
         kinds = {"heads": self.heads, "units": self.units, "head_dims": self.head_dims}
         return {kind: [{str(count): loss for count, loss in one.items()} for one in of] for kind, of in kinds.items()}
+
+    def of_widths(self, widths: Collection[int]) -> Losses:
+        """Return the same where heads may be so wide only, or as wide as they are."""
+        kept = tuple({w: loss for w, loss in of.items() if w in widths or w == max(of)} for of in self.head_dims)
+        return replace(self, head_dims=kept)
 
 
 def losses_from_dict(values: Mapping[str, Any]) -> Losses:

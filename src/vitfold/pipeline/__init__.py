@@ -16,7 +16,7 @@ from vitfold.pipeline.compensating import (
     recorded_division,
 )
 from vitfold.pipeline.latency import measure_latency, on_this_machine, roughly_calibrated
-from vitfold.pipeline.plan import Plan, count_costs, optimize, read_recipe
+from vitfold.pipeline.plan import Plan, count_costs, fusible_widths, optimize, read_recipe
 from vitfold.pipeline.pruning import block_costs, pruning_losses, solve_prune
 from vitfold.pipeline.racing import Race, fastest, float_plan, race
 from vitfold.pipeline.solving import (
@@ -49,6 +49,7 @@ __all__ = [
     "fastest",
     "find_registers",
     "float_plan",
+    "fusible_widths",
     "keep_float",
     "measure_latency",
     "measure_merging",

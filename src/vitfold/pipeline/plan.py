@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vitfold.architectures.programs import deployed_program, forward
-from vitfold.audit.limits import check_attention
+from vitfold.audit.limits import INT8_ATTENTION_WIDTHS, check_attention
 from vitfold.engines import quantized_target
 from vitfold.errors import ArgumentError, RecipeError, TargetError
 from vitfold.model import Architecture, Model, param_shapes
@@ -187,6 +187,13 @@ def head_dims_left(prune: PruneRecipe | None, spec: Architecture) -> tuple[int, 
     """Return how wide the heads of every block are where those of a model are pruned."""
     whole = [spec.head_dim_of(block) for block in range(spec.num_layers)]
     return tuple(dim if prune is None else prune.head_dim_of(block, dim) for block, dim in enumerate(whole))
+
+
+def fusible_widths(target: Target, quant: QuantRecipe | None) -> Collection[int] | None:
+    """Return how wide heads may be for attention to be one kernel, None where any width may: TensorRT's in INT8."""
+    if quant is None or not target.runtime.strongly_typed or quant.attention is False or quant.format != "integer":
+        return None
+    return INT8_ATTENTION_WIDTHS
 
 
 def keep_fusible(recipe: Recipe, target: Target, spec: Architecture) -> tuple[Recipe, tuple[str, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +29,7 @@ def solve_prune(
     share: float,
     *,
     attention: float = 1.0,
+    widths: Collection[int] | None = None,
     progress: Progress | None = None,
 ) -> PruneRecipe:
     """Return which heads and hidden units stay where a share of the blocks' multiply-accumulates goes.
@@ -37,6 +38,7 @@ def solve_prune(
         merge: what merges, which makes later blocks cheaper.
         images: 512 of them are looked at; no labels are used.
         attention: what a multiply-accumulate of attention costs, where one of an MLP costs 1.
+        widths: how wide heads may become (`plan.fusible_widths`); None: any multiple of 8.
 
     Raises:
         RecipeError: if neither heads nor units of this model can go, or not so much of them.
@@ -46,6 +48,8 @@ def solve_prune(
 
     folded = optimize(model, quant="none").folded
     losses = pruning_losses(folded, images, progress=progress)
+    if widths is not None:
+        losses = losses.of_widths(widths)
     return divide(losses, block_costs(folded.spec, merge, attention), share)
 
 
