@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-avx2 check docs node models results search protocol registers ladder ablation audits diffusion readme gpu gpu-wheels clean
+.PHONY: demo test test-avx2 check docs node models results search lengths protocol registers ladder ablation audits diffusion readme gpu gpu-wheels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vitfold demo -o out/demo
@@ -103,6 +103,12 @@ search: $(VENV)/.dev
 	$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $(SHARE) --target openvino -o $(SEARCH)/found-w8a8-ov.fold
 	$(BENCH) $(SEARCH)/found-w8a8-ov.fold $(SEARCH)/found-w8a8.fold --peers torch,onnxruntime-int8,nncf --calibration-images $(PHOTOS) \
 		--calibration-size 32 --trials 15 --seconds 8 -o results/vit-b16-found-batch1.json
+
+# Which numbers of tokens kernels like, on one thread; the last on a processor that looks as if it ended at AVX2. Five minutes on an idle machine.
+LENGTHS := demo --images assets/demo/images --lengths 34:60 --quant w8a8
+lengths: $(VENV)/.dev out/avx2.so
+	for t in cpu-vnni openvino; do taskset -c 0 $(BIN)/vitfold lengths $(LENGTHS) --target $$t -o results/lengths-demo-$$t.json; done
+	LD_PRELOAD=$(CURDIR)/out/avx2.so taskset -c 0 $(BIN)/vitfold lengths $(LENGTHS) --target cpu-avx2 -o results/lengths-demo-cpu-avx2.json
 
 # The source report's tables 4.4, 4.7 and 4.8 on the demo's model: its protocol, at a batch and as many calls as a CPU takes; goes on where it stopped.
 PROTOCOL := --images $(CIFAR10_VAL) --calibration-images $(CIFAR10_TRAIN) --merge 0,1,2,3,4 --batch 16 --iterations 20

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 
-from vitfold.schedule.solve import STEP, Space, schedule_seconds, solve
+from vitfold.schedule.solve import STEP, Space, frontier, schedule_seconds, solve
 
 DEPTH, TOKENS = 4, 33
 
@@ -84,3 +85,15 @@ def test_distortion_is_interpolated_in_the_share_of_the_tokens():
     assert s.distortion(0, 100, 5) == pytest.approx(0.005)
     assert s.distortion(0, 40, 7) == pytest.approx(0.01 + 0.02 * (0.175 - 0.1) / 0.15)
     assert s.distortion(0, 10, 6) == pytest.approx(0.12)
+
+
+def test_lengths_are_multiples_where_they_are_aligned():
+    """The first merge makes up for what the length is beside; a length that is a multiple goes by whole steps."""
+    space = Space(depth=2, tokens=65, prefix=1, single=[{0.5: 1.0}] * 2, step=6, aligned=True)
+    assert [65 - merged for merged in space.merges(65)] == [60, 54, 48, 42, 36]
+    assert [54 - merged for merged in space.merges(54)] == [48, 42, 36, 30]
+    found = frontier(space, lambda tokens, merged, _: float(tokens - merged), 10.0)
+    assert len(found) > 3
+    for _, _, r in found:
+        lengths = 65 - np.cumsum(r)
+        assert all(length == 65 or length % 6 == 0 for length in lengths)

@@ -42,6 +42,7 @@ COMMANDS = {
     "bench": Entry(at="bench:bench", panel="Measure", help="Time bundles and other runtimes in one run."),
     "compare": Entry(at="compare:compare", panel="Measure", help="Time a bundle beside what you could run instead."),
     "profile": Entry(at="profile:profile", panel="Measure", help="Say where the time goes, and what limits it."),
+    "lengths": Entry(at="lengths:lengths", panel="Measure", help="Say which numbers of tokens kernels like."),
     "report": Entry(at="report:report", panel="Measure", help="Write one HTML page of a folder's measurements."),
     "table": Entry(at="table:table", panel="Measure", help="Print the tables of a JSON file of bench or demo."),
     "inspect": Entry(at="inspect:inspect", panel="Understand", help="Print what is in a bundle."),

@@ -16,6 +16,7 @@ from vitfold.pipeline.compensating import (
     recorded_division,
 )
 from vitfold.pipeline.latency import measure_latency, on_this_machine, roughly_calibrated
+from vitfold.pipeline.lengths import LengthTime, check_lengths, measure_lengths
 from vitfold.pipeline.plan import Plan, count_costs, fusible_widths, optimize, read_recipe
 from vitfold.pipeline.pruning import block_costs, pruning_losses, solve_prune
 from vitfold.pipeline.racing import Race, fastest, float_plan, race
@@ -35,6 +36,7 @@ __all__ = [
     "FIDELITY_IMAGES",
     "LIKE",
     "USUAL_BATCH",
+    "LengthTime",
     "Plan",
     "Race",
     "Solution",
@@ -42,6 +44,7 @@ __all__ = [
     "block_costs",
     "calibrate_plan",
     "check_forecast",
+    "check_lengths",
     "compensate_plan",
     "constraints_of",
     "count_costs",
@@ -52,6 +55,7 @@ __all__ = [
     "fusible_widths",
     "keep_float",
     "measure_latency",
+    "measure_lengths",
     "measure_merging",
     "on_this_machine",
     "optimize",

@@ -24,6 +24,8 @@ PROBE = Protocol(trials=7, seconds=1.0)
 ROUGH_IMAGES = 8
 MOST_MERGES = 6
 FINENESS = 32
+ROWS = 6
+"""Rows that integer kernels with VNNI take at once: a length above a multiple of it costs as much as the next one."""
 
 
 def measure_latency(
@@ -81,12 +83,12 @@ def roughly_calibrated(
 
 
 def on_this_machine(plan: Plan) -> dict[str, Any]:
-    """Return how schedules for a plan look: their order, in which steps and how many merges there may be."""
-    return {
-        "order": plan.recipe.merge.order,
-        "step": max(1, plan.model.spec.tokens // FINENESS),
-        "most_merges": MOST_MERGES,
-    }
+    """Return how schedules for a plan look: their order, to which lengths they lead, in how many merges at most."""
+    tokens = plan.model.spec.tokens
+    step, aligned = max(1, tokens // FINENESS), tokens >= FINENESS
+    if aligned:
+        step = ROWS * max(1, round(step / ROWS))
+    return {"order": plan.recipe.merge.order, "step": step, "aligned": aligned, "most_merges": MOST_MERGES}
 
 
 def _merging(plan: Plan, r: Schedule) -> Plan:

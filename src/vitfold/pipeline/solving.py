@@ -78,9 +78,10 @@ def measure_merging(
     rule: str = "tome",
     step: int = STEP,
     most_merges: int = MOST_MERGES,
+    aligned: bool = False,
     say: Say = lambda _: None,
 ) -> MergeDistortion:
-    """Measure single merges of several sizes in every block; schedules will be of `step` and `most_merges`."""
+    """Measure single merges of several sizes in every block; what schedules will be is told by `Space`'s fields."""
     pixels, spec = _pixels(model, images), model.spec
     measure = _measurer(model, pixels, order, rule)
     single: list[dict[float, float]] = []
@@ -88,7 +89,13 @@ def measure_merging(
         say(f"measuring single merges: block {block + 1}/{spec.num_layers}")
         single.append({share: measure(_one(spec, block, share)) for share in SHARES})
     space = Space(
-        depth=spec.num_layers, tokens=spec.tokens, prefix=spec.fixed, single=single, step=step, most_merges=most_merges
+        depth=spec.num_layers,
+        tokens=spec.tokens,
+        prefix=spec.fixed,
+        single=single,
+        step=step,
+        most_merges=most_merges,
+        aligned=aligned,
     )
     return MergeDistortion(spec=spec, space=space, measure=measure, images=len(pixels))
 

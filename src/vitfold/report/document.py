@@ -3,7 +3,7 @@
 The markers, each ended by its closing twin: `<!-- table: FILE.json SCOPE -->`, `<!-- accuracy: PATTERN -->`, `<!--
 ladder: FILE.json -->`, `<!-- models: FILE.json -->`, `<!-- timm: FILE.json -->`, `<!-- audit: FILE.json -->`, `<!--
 forecast: FILE.json -->`, `<!-- outliers: FILE.json -->`, `<!-- sweep: FILE.json -->` and `<!-- diffusion: FILE.json
-[likeness] -->` (likeness: without distances, which need more images).
+[likeness] -->` (likeness: without distances, which need more images) and `<!-- lengths: FILE.json FILE.json -->`.
 `python -m vitfold.report.document README.md` fills them in; a test compares.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vitfold.report.audits import GPUS, forecast_cells, forecast_columns, overview_cells, overview_columns
+from vitfold.report.lengths import length_cell
 from vitfold.report.sinks import remedy_cells, remedy_columns
 from vitfold.report.tables import (
     DISTANCES,
@@ -28,7 +29,7 @@ from vitfold.report.tables import (
     sweep_cells,
 )
 
-_KINDS = "table|accuracy|ladder|models|timm|audit|forecast|outliers|sweep|diffusion"
+_KINDS = "table|accuracy|ladder|models|timm|audit|forecast|outliers|sweep|diffusion|lengths"
 _BLOCK = re.compile(rf"(<!-- ({_KINDS}): ([^>]+?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
@@ -66,6 +67,15 @@ def _accuracy(root: Path, pattern: str) -> str:
 def _ladder(root: Path, name: str) -> str:
     header, body = accuracy_rows(json.loads((root / name).read_text(encoding="utf-8")))
     return _lines(header, body, left=2)
+
+
+def _lengths(root: Path, names: str) -> str:
+    """Files side by side: the time of each length, and by how many per cent it lies beside its line."""
+    files = [json.loads((root / name).read_text(encoding="utf-8")) for name in names.split()]
+    rows = [{row["tokens"]: row for row in file["lengths"]} for file in files]
+    tokens = sorted(set[int]().union(*rows), reverse=True)
+    body = [[str(at), *(length_cell(of[at]) if at in of else "-" for of in rows)] for at in tokens]
+    return _lines(["tokens", *(file["target"] for file in files)], body, left=0)
 
 
 def _models(root: Path, name: str) -> str:
@@ -142,6 +152,7 @@ _MAKERS = {
     "outliers": _outliers,
     "sweep": _sweep,
     "diffusion": _diffusion,
+    "lengths": _lengths,
 }
 
 

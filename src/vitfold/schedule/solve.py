@@ -39,8 +39,8 @@ class Solved:
 class Space:
     """Where the search looks: blocks, tokens of which `prefix` never merge, and how strongly each merge distorts.
 
-    Merges are multiples of `step`, and at most `most_merges` of them. `single[block][share]` is the distortion of
-    merging that share of the tokens in that block alone.
+    Merges are multiples of `step`, or, where lengths are `aligned`, what they lead to is; at most `most_merges` of
+    them. `single[block][share]` is the distortion of merging that share of the tokens in that block alone.
     """
 
     depth: int
@@ -49,6 +49,12 @@ class Space:
     single: Sequence[Mapping[float, float]]
     step: int = STEP
     most_merges: int = MOST_MERGES
+    aligned: bool = False
+
+    def merges(self, tokens: int) -> range:
+        """Return how many of so many tokens may merge."""
+        first = (tokens % self.step or self.step) if self.aligned else self.step
+        return range(first, largest_r(tokens, self.prefix) + 1, self.step)
 
     def distortion(self, block: int, tokens: int, merged: int) -> float:
         """Interpolate linearly in the share of the tokens that are there."""
@@ -109,8 +115,7 @@ def frontier(space: Space, seconds: Seconds, most: float) -> list[Point]:
     for block in range(space.depth):
         following: dict[tuple[int, int], list[Point]] = {}
         for (merges, tokens), points in states.items():
-            largest = largest_r(tokens, space.prefix) if merges < space.most_merges else 0
-            for merged in range(0, largest + 1, space.step):
+            for merged in (0, *(space.merges(tokens) if merges < space.most_merges else ())):
                 cost = seconds(tokens, merged, merges > 0)
                 worse = space.distortion(block, tokens, merged) if merged else 0.0
                 reached = following.setdefault((merges + (merged > 0), tokens - merged), [])

@@ -1,0 +1,78 @@
+"""`vitfold lengths`: what single tokens cost on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from vitfold import pipeline
+from vitfold.bench.environment import environment
+from vitfold.cli import options
+from vitfold.cli.declaring import command
+from vitfold.cli.groups import JsonArgs, ModelArgs
+from vitfold.cli.making import given_images, judged_images, require_optimize, say_busy
+from vitfold.cli.terminal import note, out, steps
+from vitfold.errors import RecipeError
+from vitfold.recipe import quant_from_scheme
+from vitfold.report.lengths import lengths_sentence, lengths_table
+
+
+@command(
+    shown="lengths quant target images batch json",
+    examples=("vitfold lengths timm:vit_base_patch16_224 --weights random --lengths 176:196 --images PHOTOS",),
+)
+def lengths(
+    *,
+    source: options.Source,
+    lengths: Annotated[str, typer.Option(metavar="A:B|N,N,...", help="Tokens: from A to B, or those named.")],
+    images: options.NeededImages,
+    quant: options.Quant = "w8a8",
+    target: options.QuantTarget = "cpu",
+    batch: options.Batch = 1,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds, each with sessions of its own.")] = 6,
+    answer: JsonArgs,
+    loading: ModelArgs,
+) -> None:
+    """Time a model at many numbers of tokens, to see whether kernels round them up and which are worth merging to."""
+    wanted = _numbers(lengths)
+    require_optimize()
+    found = given_images(images)
+    before = environment()
+    with steps("lengths") as say:
+        model = loading.load(source, say)
+        found = judged_images(found, model.spec, model.labels)
+        plan = pipeline.roughly_calibrated(model, quant_from_scheme(quant or "none"), target, found)
+        pipeline.check_lengths(plan, wanted)
+        rows = pipeline.measure_lengths(plan, wanted, batch=batch, rounds=rounds, say=say)
+    result: dict[str, Any] = {
+        "source": source,
+        "quant": quant,
+        "target": plan.target.name,
+        "batch": batch,
+        "rounds": rounds,
+        "lengths": [row.to_dict() for row in rows],
+        "environment": before,
+    }
+    if answer.output is not None:
+        note(f"lengths: {answer.output}")
+    say_busy(before)
+    if answer.write(result):
+        return
+    out.print(lengths_table(result))
+    out.print(lengths_sentence(result))
+
+
+def _numbers(text: str) -> list[int]:
+    """Return the lengths of "176:196" or "176,184,192".
+
+    Raises:
+        RecipeError: if it is neither.
+    """
+    first, between, last = text.partition(":")
+    try:
+        if between:
+            return list(range(int(first), int(last) + 1))
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"--lengths takes A:B, as 176:196, or numbers, as 176,184,192; found {text!r}") from None
