@@ -19,9 +19,9 @@ from vitfold.compensation.pruning import kept_by_count
 from vitfold.errors import RecipeError
 from vitfold.model import Model, spec_from_dict, spec_to_dict
 from vitfold.ops.run import Run
-from vitfold.pipeline import fusible_widths
+from vitfold.pipeline import fusible_widths, optimize
 from vitfold.program.queries import HiddenRows, head_rows, hidden_rows
-from vitfold.recipe import MergeRecipe, PruneRecipe, quant_from_scheme
+from vitfold.recipe import MergeRecipe, PruneRecipe, Recipe, RegistersRecipe, quant_from_scheme
 from vitfold.target import find_target
 
 HALF = PruneRecipe(mlp=0.5)
@@ -318,6 +318,20 @@ def test_heads_become_only_as_wide_as_the_target_fuses() -> None:
     assert set(divide(losses.of_widths(widths), costs, 0.15).head_dims) == {32}
     for target, quant in (("tensorrt-int8", None), ("tensorrt-fp8", "fp8"), ("openvino", "w8a8")):
         assert fusible_widths(find_target(target), quant and quant_from_scheme(quant)) is None
+
+
+def test_registers_are_refused_where_heads_come_to_differ(tiny_model) -> None:
+    uneven = Recipe(
+        merge=NONE,
+        quant=quant_from_scheme("w8a8"),
+        registers=RegistersRecipe(remedy="auto"),
+        prune=PruneRecipe(head_dims=(8, 16)),
+    )
+    model = tiny_model(head_dim=16)
+    with pytest.raises(RecipeError, match="heads differ from block to block; take hidden units only"):
+        optimize(model, recipe=uneven)
+    even = replace(uneven, prune=PruneRecipe(head_dims=(8, 8)))
+    assert optimize(model, recipe=even).recipe.registers is not None
 
 
 def test_more_than_can_go_is_refused(tiny_model) -> None:

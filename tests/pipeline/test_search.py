@@ -168,6 +168,14 @@ def test_where_float_sites_do_not_mend_quantization_a_remedy_against_sinks_is_tr
     )
 
 
+def test_arms_whose_heads_differ_take_no_registers() -> None:
+    laboratory = SearchContext(mended=0.9, sinks=0.05)
+    narrower = replace(arm("w8a8", "openvino", 0.25), share=0.5, prune=PruneRecipe(mlp=0.5))
+    run(laboratory, [narrower], least_latency(laboratory))
+    assert any("-float4" in name for name in laboratory.tried)
+    assert not any("-registers" in name for name in laboratory.tried)
+
+
 def test_what_meets_the_bound_is_followed_by_bolder_recipes_until_none_can() -> None:
     laboratory = SearchContext(hidden=0.015)
     found = run(laboratory, [arm()], least_latency(laboratory))

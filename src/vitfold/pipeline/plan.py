@@ -12,7 +12,7 @@ from vitfold.architectures.programs import deployed_program, forward
 from vitfold.audit.limits import INT8_ATTENTION_WIDTHS, check_attention
 from vitfold.engines import quantized_target
 from vitfold.errors import ArgumentError, RecipeError, TargetError
-from vitfold.model import Architecture, Model, param_shapes
+from vitfold.model import Architecture, Model, ViTSpec, param_shapes
 from vitfold.model.folds import fold_layer_scale
 from vitfold.model.spec import as_vit
 from vitfold.ops.count import Count, IntegerWork, SiteCost, integer_work
@@ -164,7 +164,12 @@ def _check_fits(recipe: Recipe, spec: Architecture) -> None:
     """Check that a model has what a recipe asks of it: tokens enough, named parts for registers, a class token."""
     tokens_per_block(spec, recipe.merge.r)
     if recipe.registers is not None:
-        as_vit(spec, "registers need")
+        heads = _heads_left(recipe.prune, as_vit(spec, "registers need"))
+        if len(set(zip(heads, head_dims_left(recipe.prune, spec), strict=True))) > 1:
+            raise RecipeError(
+                "registers are keys and values of one shape for all blocks, and here heads differ from block to block; "
+                "take hidden units only (--prune-mlp), or leave registers out"
+            )
     if RULES[recipe.merge.rule].class_token and not spec.class_token:
         raise RecipeError(
             f"merge.rule {recipe.merge.rule} asks the class token, which this model does not have; use tome or pitome"
@@ -181,6 +186,12 @@ def _settled(recipe: Recipe, target: Target, spec: Architecture) -> tuple[Recipe
         order: Order = "index" if target.keeps_order else "score"
         recipe = replace(recipe, merge=replace(recipe.merge, order=order))
     return recipe, remarks
+
+
+def _heads_left(prune: PruneRecipe | None, spec: ViTSpec) -> tuple[int, ...]:
+    """Return how many heads of every block stay where those of a model are pruned."""
+    whole = [spec.heads_of(block) for block in range(spec.num_layers)]
+    return tuple(heads if prune is None else prune.heads_of(block, heads) for block, heads in enumerate(whole))
 
 
 def head_dims_left(prune: PruneRecipe | None, spec: Architecture) -> tuple[int, ...]:

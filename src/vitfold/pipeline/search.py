@@ -352,7 +352,7 @@ def _following(
             yield replace(step, compensate=True)
         if not step.registers and _quantization_costs(arm, index, row, laboratory):
             yield replace(step, float_sites=FLOAT_SITES)
-    if step.float_sites and laboratory.takes_registers:
+    if step.float_sites and arm.prune is None and laboratory.takes_registers:
         yield replace(step, float_sites=0, registers=True)
     following = goal.further(arm, index) if step.float_sites == 0 and not step.compensate else None
     if following is not None:
