@@ -54,6 +54,7 @@ OTHERS: dict[type, dict[str, Any]] = {
         "format": "float8",
         "outputs": True,
         "calibrate_merged": False,
+        "polish_minutes": 2.0,
         "sites": {"head": "float"},
     },
     PruneRecipe: {

@@ -91,7 +91,8 @@ class QuantRecipe:
     `head_bits` is the least that the classifier gets, as every published table does it. `format` says what
     the bits are: integers, or 8-bit floats (E4M3). `outputs` says whether the products of qkv and fc1 are rounded
     too, before their scale and bias (None: as the target gains from it). `calibrate_merged` says whether ranges and
-    rounding are found on the model that merges, or on the one that does not.
+    rounding are found on the model that merges, or on the one that does not. `polish_minutes` is how long weights,
+    scales, biases and norms are trained behind all that, on the same images and without labels.
     """
 
     weights: int = 8
@@ -104,6 +105,7 @@ class QuantRecipe:
     format: Format = "integer"
     outputs: bool | None = None
     calibrate_merged: bool = True
+    polish_minutes: float = 0.0
     sites: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -123,6 +125,7 @@ class QuantRecipe:
             raise RecipeError("quant.outputs is true or false")
         if not isinstance(self.calibrate_merged, bool):
             raise RecipeError("quant.calibrate_merged is true or false")
+        self._check_polish()
         if self.attention not in (None, True, False) or not isinstance(self.method, str):
             raise RecipeError("quant.attention is true or false, quant.method a name")
         if not isinstance(self.sites, Mapping):
@@ -130,6 +133,17 @@ class QuantRecipe:
         for glob, scheme in self.sites.items():
             if scheme != FLOAT:
                 bits_from_scheme(scheme, name=f"quant.sites.{glob!r}")
+
+    def _check_polish(self) -> None:
+        minutes = self.polish_minutes
+        if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 <= minutes < math.inf:
+            raise RecipeError(f"quant.polish_minutes is a number of minutes, 0 for none, found {minutes!r}")
+        if minutes and self.format == "float8":
+            raise RecipeError(
+                "quant.polish_minutes trains weights on grids of integers, and fp8 has none; leave it out, or give "
+                "--quant w8a8"
+            )
+        object.__setattr__(self, "polish_minutes", float(minutes))
 
     def bits(self, site: str, *, weight: bool) -> int | None:
         """Return the bits of a site's weight or activation, None where it stays float."""
@@ -366,6 +380,8 @@ class Recipe:
             values["quant"]["sites"] = dict(self.quant.sites)
             if self.quant.calibrate_merged:
                 del values["quant"]["calibrate_merged"]
+            if not self.quant.polish_minutes:
+                del values["quant"]["polish_minutes"]
             for name in ("attention", "outputs"):
                 if values["quant"][name] is None:
                     del values["quant"][name]

@@ -183,6 +183,7 @@ def test_a_ladder_goes_on_where_it_stopped(folder: Path, few: Path, small: tuple
     assert again["rows"] == json.loads(before)["rows"]
     more = run_json(*base, "--methods", "minmax,mse", "--quant", "w4a4", "--seeds", "0", "-o", path)
     assert [row["method"] for row in more["rows"]] == ["minmax", "minmax", "mse"]
+    assert "minutes are numbers" in error(*base, "--polish", "0,soon", code=2)
     message = error("ladder", *small, *images, "--limit", "5", "-o", path)
     assert "another model, merging or image folder" in message
     (folder / "not.json").write_text("[]")
@@ -195,6 +196,7 @@ def test_a_ladder_goes_on_where_it_stopped(folder: Path, few: Path, small: tuple
         (("--quant", "w9a9"), "w8a8"),
         (("--quant", "int8"), "w8a8"),
         (("--quant", "w8a8", "--method", "ptq4vti"), "ptq4vit"),
+        (("--quant", "fp8", "--target", "tensorrt-fp8", "--polish", "2"), "fp8 has none"),
         (("--quant", "w6a6", "--target", "openvino"), "--target simulation"),
         (("--target", "integer"), "add --quant w8a8"),
     ],
@@ -204,6 +206,12 @@ def test_what_cannot_be_quantized_says_what_can(
 ) -> None:
     assert expected in error("optimize", *RANDOM, "-o", folder / "bad.fold", "--images", few, *arguments)
     assert not (folder / "bad.fold").exists()
+
+
+def test_polishing_goes_with_a_quantization_that_is_named(folder: Path, few: Path) -> None:
+    arguments = ("optimize", *RANDOM, "-o", folder / "bad.fold", "--images", few, "--polish", "2")
+    assert "--polish needs --quant" in error(*arguments, code=2)
+    assert "a search chooses" in error(*arguments, "--quant", "w8a8", "--max-drop", "1", code=2)
 
 
 def test_quantization_asks_for_images(folder: Path) -> None:

@@ -102,6 +102,7 @@ class RecipeArgs:
     quant: options.Quant = None
     method: options.Method = None
     calibrate_merged: options.CalibrateMerged = True
+    polish: options.Polish = 0.0
     registers: options.Registers = None
     keep_float: options.KeepFloat = 0
     target: options.Target = None

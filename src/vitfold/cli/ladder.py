@@ -17,7 +17,7 @@ from vitfold.cli.making import given_images, judged_images, require_optimize
 from vitfold.cli.terminal import counted, note, out, print_json, working, write_json
 from vitfold.errors import VitfoldError
 from vitfold.pipeline.plan import registers_from_name
-from vitfold.recipe import MergeRecipe
+from vitfold.recipe import MergeRecipe, QuantRecipe
 from vitfold.report.tables import accuracy_table
 from vitfold.schedule import resolve_r
 from vitfold.storage.ordinary import read_text
@@ -30,7 +30,7 @@ METHODS = "vitfold,ptq4vit,repq,noisy,smooth,mse,percentile,minmax"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellArgs:
-    """What is measured: every method at every bit width, for every seed and remedy."""
+    """What is measured: every method at every bit width, for every seed, remedy and time of training."""
 
     methods: Annotated[str, typer.Option(help="Methods, comma-separated.")] = METHODS
     quant: Annotated[str, typer.Option(help="Bit widths, comma-separated.")] = "w8a8,w6a6,w4a4"
@@ -38,6 +38,9 @@ class CellArgs:
     registers: Annotated[
         str, typer.Option(help="What to do about sink tokens, comma-separated, as none,regcache; see optimize.")
     ] = "none"
+    polish: Annotated[
+        str, typer.Option(help="Minutes of training behind calibration, comma-separated, as 0,6; see optimize.")
+    ] = "0"
     both: Annotated[str, typer.Option(help="Methods to simulate too where an engine executes them.")] = "vitfold"
 
     def cells(self) -> list[Cell]:
@@ -58,7 +61,14 @@ class CellArgs:
         except ValueError:
             raise typer.BadParameter(f"seeds are integers, found {self.seeds!r}", param_hint="--seeds") from None
         schemes, both, remedies = listed(self.quant), listed(self.both), listed(self.registers)
-        return plan_cells(listed(self.methods), schemes, seeds, both=both, registers=remedies)
+        minutes = [QuantRecipe(polish_minutes=one).polish_minutes for one in self._minutes()]
+        return plan_cells(listed(self.methods), schemes, seeds, both=both, registers=remedies, polish=minutes)
+
+    def _minutes(self) -> list[float]:
+        try:
+            return [float(one) for one in self.polish.split(",")]
+        except ValueError:
+            raise typer.BadParameter(f"minutes are numbers, found {self.polish!r}", param_hint="--polish") from None
 
 
 @command(

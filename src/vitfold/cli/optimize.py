@@ -197,6 +197,11 @@ def _refused_recipes(job: _Job) -> tuple[tuple[bool, str, str], ...]:
             "--calibrate-unmerged",
         ),
         (
+            wanted.polish > 0 and (named or not quantizes),
+            "--polish needs --quant, for example --quant w4a4; recipes say quant.polish_minutes = 6",
+            "--polish",
+        ),
+        (
             wanted.compensate and (unseen or (merge in ("", "0", "none") and not job.search)),
             "--compensate needs --images, and goes with --merge; recipes say merge.compensate = true",
             "--compensate",
@@ -224,6 +229,7 @@ def _refused_searches(job: _Job) -> tuple[tuple[bool, str, str], ...]:
         or (wanted.prune, wanted.prune_mlp) != (None, None)
         or wanted.keep_float > 0
         or not wanted.calibrate_merged
+        or wanted.polish > 0
         or job.dry_run
     )
     return (
@@ -231,8 +237,8 @@ def _refused_searches(job: _Job) -> tuple[tuple[bool, str, str], ...]:
         (bool(search) and job.images is None, "a search measures on images: give --images DIR", "--images"),
         (
             bool(search) and own,
-            "a search chooses --merge, --compensate, --prune, --method, --registers, --keep-float and recipes; "
-            "leave them out",
+            "a search chooses --merge, --compensate, --prune, --method, --registers, --keep-float and recipes, without "
+            "--polish; leave them out",
             bounds,
         ),
         (bool(search) and job.source is None, "a search needs SOURCE", "SOURCE"),
@@ -298,7 +304,7 @@ def _planned(job: _Job, found: ImageSet | None, say: Say) -> tuple[_Plan, Soluti
     implied = None if read is not None else find_target(wanted.base).implied_quant
     asked = quant_recipe(wanted.quant or implied, wanted.method, calibration)
     if asked is not None:
-        asked = replace(asked, calibrate_merged=wanted.calibrate_merged)
+        asked = replace(asked, calibrate_merged=wanted.calibrate_merged, polish_minutes=wanted.polish)
     batches = wanted.batches()
     schedule: str | tuple[int, ...] | None = wanted.merge
     if wanted.merge is not None and wanted.merge.partition(":")[0] == "auto":

@@ -147,6 +147,17 @@ CalibrateMerged = Annotated[
         help="Whether ranges and rounding are found on the model that merges, or on the one that does not.",
     ),
 ]
+Polish = Annotated[
+    float,
+    _recipe(
+        "--polish",
+        min=0,
+        metavar="MINUTES",
+        help="Train weights, scales, biases and norms for so long behind calibration, to give what the float model "
+        "gives, on the calibration images (--calibration-size 1024 is good, labels are not used); worth it below 8 "
+        "bits.",
+    ),
+]
 Registers = Annotated[
     str | None,
     _recipe(

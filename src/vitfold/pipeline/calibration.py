@@ -16,7 +16,7 @@ from vitfold.storage.digest import file_sha256
 from vitfold.target import Target
 
 if TYPE_CHECKING:
-    from vitfold.quant import Progress, QuantConstraints
+    from vitfold.quant import Calibrated, Progress, QuantConstraints
     from vitfold.quant.sensitivity import SiteSensitivity
     from vitfold.registers import RemedySearchResult
 
@@ -106,6 +106,10 @@ def calibrate_plan(folded: Plan, images: ImageSet, *, progress: Progress | None 
     merge = calibration_merging(folded.recipe)
     done = calibrate(folded.folded, merge, quant, images, scheme=constraints_of(folded.target), progress=progress)
     settings = environment()
+    polished: dict[str, Any] = {}
+    if quant.polish_minutes:
+        done, polished["polish"] = polish(folded, done, images, progress=progress)
+        folded = replace(folded, remarks=(*folded.remarks, explain_polish(polished["polish"])))
     record = {
         "method": find_method(quant.method).to_dict(),
         "seed": quant.seed,
@@ -115,8 +119,46 @@ def calibrate_plan(folded: Plan, images: ImageSet, *, progress: Progress | None 
         ],
         "environment": {key: settings[key] for key in ("processor", "threads", "system", "python", "packages")},
         "quantizers": done.quantizers.digest(),
+        **polished,
     }
     return replace(folded, folded=done.model, quantizers=done.quantizers, calibration=record)
+
+
+def polish(
+    folded: Plan, done: Calibrated, images: ImageSet, *, progress: Progress | None = None
+) -> tuple[Calibrated, dict[str, Any]]:
+    """Train what was calibrated to give what the original gives, unmerged and in float; also say how that went.
+
+    Raises:
+        CalibrationError: on too few images.
+        RecipeError: if no gradient reaches anything that could be trained.
+    """
+    from vitfold.quant.network import ImageExamples, network_of
+    from vitfold.quant.polish import polish_network
+
+    quant = folded.recipe.quant
+    assert quant is not None
+    found = polish_network(
+        network_of(folded.model, MergeRecipe(r=())),
+        network_of(done.model, folded.recipe.merge),
+        done.folded.params,
+        done.quantizers,
+        ImageExamples(images=images, preprocess=folded.model.preprocess),
+        budget=quant.polish_minutes * 60.0,
+        seed=quant.seed,
+        half_scales=constraints_of(folded.target).half_scales,
+        say=(lambda _: None) if progress is None else progress.step,
+    )
+    model = done.model.with_params(done.model.spec, found.params)
+    return replace(done, model=model, quantizers=found.quantizers), found.record.to_dict()
+
+
+def explain_polish(record: Mapping[str, Any]) -> str:
+    """Say in a sentence what polishing did."""
+    measured = f"{record['updates']} updates on {record['images']} images; on {record['held_out']} held out the loss"
+    if record["kept"]:
+        return f"polished: {measured} fell from {record['loss_before']:.4g} to {record['loss_after']:.4g}"
+    return f"not polished: {measured} did not fall below {record['loss_before']:.4g}, so the calibrated model is kept"
 
 
 def rank_sites(

@@ -30,18 +30,19 @@ _SIMULATION = TARGETS["simulation"].engine
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One accuracy: a method at a bit width with one calibration seed and one remedy, executed or simulated."""
+    """One accuracy: a method at a bit width with one calibration seed, one remedy and `polish` minutes of training."""
 
     method: str
     scheme: str
     seed: int
     engine: str
     registers: str = "none"
+    polish: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, `registers` only where there are some."""
-        values = asdict(self)
-        return values if self.registers != "none" else {k: v for k, v in values.items() if k != "registers"}
+        """Return plain JSON values, `registers` and minutes of `polish` only where there are some."""
+        optional = {"registers": "none", "polish": 0.0}
+        return {name: value for name, value in asdict(self).items() if optional.get(name) != value}
 
 
 def cell_from_dict(row: Mapping[str, Any]) -> Cell:
@@ -56,6 +57,7 @@ def plan_cells(
     *,
     both: Collection[str] = (),
     registers: Sequence[str] = ("none",),
+    polish: Sequence[float] = (0.0,),
 ) -> list[Cell]:
     """Return the cells, seed by seed; what an engine executes runs there, for the methods in `both` simulated too."""
     cells = []
@@ -66,9 +68,17 @@ def plan_cells(
                 engines = [DEFAULT] if executable else [_SIMULATION]
                 engines += [_SIMULATION] if executable and method in both else []
                 cells += [
-                    Cell(method=method, scheme=scheme.upper(), seed=seed, engine=engine, registers=remedy)
+                    Cell(
+                        method=method,
+                        scheme=scheme.upper(),
+                        seed=seed,
+                        engine=engine,
+                        registers=remedy,
+                        polish=minutes,
+                    )
                     for remedy in registers
                     for engine in engines
+                    for minutes in polish
                 ]
     return cells
 
@@ -105,6 +115,7 @@ def run_cells(
             "fidelity": fidelity.to_dict(),
             "attention": bool(folded.recipe.quant and folded.recipe.quant.attention),
             **({} if cell.registers == "none" else {"registers_recipe": _registers(folded)}),
+            **({"polished": (folded.calibration or {})["polish"]} if cell.polish else {}),
             "error": None,
         }
 
@@ -117,7 +128,12 @@ def _registers(folded: Plan) -> dict[str, Any] | None:
 def _calibrated(model: Model, merge: MergeRecipe, cell: Cell, calibration: ImageSet, size: int) -> Plan:
     weights, activations = bits_from_scheme(cell.scheme)
     quant = QuantRecipe(
-        weights=weights, activations=activations, method=cell.method, calibration_size=size, seed=cell.seed
+        weights=weights,
+        activations=activations,
+        method=cell.method,
+        calibration_size=size,
+        seed=cell.seed,
+        polish_minutes=cell.polish,
     )
     registers = registers_from_name(cell.registers)
     folded = optimize(model, recipe=Recipe(merge=merge, quant=quant, registers=registers))

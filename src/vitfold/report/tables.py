@@ -236,8 +236,9 @@ def accuracy_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 
 def _variant(row: RowDict) -> str:
-    """The method, and the remedy against sinks where there is one."""
-    return f"{row['method']} + {row['registers']}" if "registers" in row else str(row["method"])
+    """The method, the remedy against sinks and the minutes of polishing where there are some."""
+    name = f"{row['method']} + {row['registers']}" if "registers" in row else str(row["method"])
+    return f"{name} + polish {row['polish']:g} min" if "polish" in row else name
 
 
 def _spread(fidelities: Sequence[Mapping[str, Any]]) -> str:
