@@ -24,6 +24,7 @@ from vitfold.quant.network import ImageExamples, network_of
 from vitfold.quant.polish import loss_of, polish_network
 from vitfold.quantizer import Log, Twin, Uniform
 from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe, check_quant
+from vitfold.report.tables import accuracy_rows
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 MERGE = MergeRecipe(r=(5, 3))
@@ -206,6 +207,10 @@ def test_a_ladder_has_cells_with_and_without():
     assert "polish" not in cells[0].to_dict()
     assert [cell_from_dict(cell.to_dict()) for cell in cells] == cells
     assert cells[1] == Cell(method="vitfold", scheme="W4A4", seed=0, engine="simulation", polish=6.0)
+    fidelities = ({"top1": 0.8}, {"top1": 0.9})
+    rows = [{**cell.to_dict(), "fidelity": one} for cell, one in zip(cells, fidelities, strict=True)]
+    _, body = accuracy_rows({"source": "mine", "rows": rows})
+    assert body == [["vitfold", "simulated", "80.00"], ["vitfold + polish 6 min", "simulated", "90.00"]]
 
 
 @pytest.mark.parametrize("scheme", ["w4a4", "w4a8"])
