@@ -154,8 +154,7 @@ Polish = Annotated[
         min=0,
         metavar="MINUTES",
         help="Train weights, scales, biases and norms for so long behind calibration, to give what the float model "
-        "gives, on the calibration images (--calibration-size 1024 is good, labels are not used); worth it below 8 "
-        "bits.",
+        "gives, on the calibration images (labels are not used); kept only if held-out ones gain.",
     ),
 ]
 Registers = Annotated[

@@ -141,7 +141,6 @@ def polish(
     found = polish_network(
         network_of(folded.model, MergeRecipe(r=())),
         network_of(done.model, folded.recipe.merge),
-        done.folded.params,
         done.quantizers,
         ImageExamples(images=images, preprocess=folded.model.preprocess),
         budget=quant.polish_minutes * 60.0,

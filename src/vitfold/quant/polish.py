@@ -35,9 +35,10 @@ _EVERY = 8
 _MOST_HELD_OUT = 256
 _MOST_BYTES = 2**30
 """Inputs are kept in memory up to here; further images are not used."""
-_INSIDE = 0.45
-"""Weights start at their codes, moved towards their float values by at most so many steps."""
-_CODE_RATE, _RATE, _SCALE_RATE = 2e-2, 5e-4, 3e-3
+_CODE_RATE, _RATE, _SCALE_RATE = 3e-3, 1e-4, 3e-4
+"""Of codes, in steps of their grids; of biases and norms; of the logarithms of scales."""
+_WARMUP = 0.1
+"""The share of the time in which rates rise."""
 _JUDGEMENTS = 6
 Clock = Callable[[], float]
 
@@ -74,7 +75,6 @@ class Polished:
 def polish_network(
     teacher: Network,
     network: Network,
-    folded: Mapping[str, Array],
     quantizers: QuantParams,
     examples: Examples,
     *,
@@ -91,7 +91,6 @@ def polish_network(
     Args:
         teacher: the float network whose outputs are wanted.
         network: the quantized one, its weights on their grids.
-        folded: the float parameters of `network`, where its weights come from.
         budget: seconds of training by `clock`; the seed fixes the order of images, the clock how many are seen.
 
     Raises:
@@ -100,7 +99,7 @@ def polish_network(
     """
     say("polishing: float outputs")
     training, held_out = (_taught(teacher, inputs) for inputs in _divided(examples))
-    learner = _Learner(network=network, folded=folded, quantizers=quantizers, half_scales=half_scales)
+    learner = _Learner(network=network, quantizers=quantizers, half_scales=half_scales)
     judge = _Judge(network=network, held_out=held_out, params=network.params, quantizers=quantizers)
     before = judge.least = judge.loss(network.params, quantizers)
     updates = _train(learner, judge, training.shuffled(seed), budget=budget, clock=clock, say=say)
@@ -119,7 +118,7 @@ def _train(
 ) -> int:
     """Train until the time is spent, let the judge see the network now and then, and return how many updates it took.
 
-    Rates fall as half a cosine of the time that is spent.
+    Rates rise in a straight line, then fall as half a cosine of the time that is spent.
     """
     optimizer = learner.optimizer()
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -133,7 +132,7 @@ def _train(
         if spent >= 1.0:
             break
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * 0.5 * (1.0 + math.cos(math.pi * spent))
+            group["lr"] = rate * min((spent + 0.01) / _WARMUP, 0.5 * (1.0 + math.cos(math.pi * spent)))
         optimizer.zero_grad()
         _backward(loss_of(learner.run(batch.inputs), batch.wanted, learner.network.head))
         optimizer.step()
@@ -238,7 +237,6 @@ class _Learner:
     """What is trained: codes as real numbers, logarithms of scales, biases and the affine of norms."""
 
     network: Network
-    folded: Mapping[str, Array]
     quantizers: QuantParams
     half_scales: bool
     codes: dict[str, Tensor] = field(default_factory=dict)
@@ -266,11 +264,10 @@ class _Learner:
         return quantizer.axis is None or len(np.unique(quantizer.scale)) > 3 or layer not in self.codes
 
     def _first_codes(self, layer: str, quantizer: Uniform) -> Tensor:
-        """Where the weight was rounded to, moved towards where it came from, less than to the next code."""
+        """Where the weight was rounded to."""
         scale = quantizer.scale.reshape(-1, 1) if quantizer.axis == 0 else quantizer.scale
         now = np.rint(self.network.params[f"{layer}.weight"] / scale)
-        moved = np.clip(self.folded[f"{layer}.weight"] / scale - now, -_INSIDE, _INSIDE)
-        return torch.from_numpy((now + moved).astype(np.float32)).requires_grad_()
+        return torch.from_numpy(np.asarray(now, np.float32)).requires_grad_()
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Return Adam with a rate for each kind."""
