@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vitfold.ops.count import Count
-from vitfold.profile.kinds import KINDS, kind_of, part_of, parts_of, site_of
+from vitfold.profile.kinds import KINDS, kind_of, part_of, parts_of, place_of, site_of
 
 
 @pytest.mark.parametrize(
@@ -76,3 +76,8 @@ def test_every_counted_product_has_a_kind(tiny_model) -> None:
     for cost in count.costs:
         if cost.macs and ".merge" not in cost.site:
             assert kind_of(cost.site, "") == ("linear" if cost.kind == "linear" else "attention"), cost.site
+
+
+def test_parts_stand_as_in_the_model():
+    parts = ["head", "blocks.10", "blocks.2", "embed", "blocks.0"]
+    assert sorted(parts, key=place_of) == ["embed", "blocks.0", "blocks.2", "blocks.10", "head"]

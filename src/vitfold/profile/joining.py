@@ -14,7 +14,7 @@ import numpy as np
 from vitfold.engines.session import EngineProfile
 from vitfold.ops.count import SiteCost
 from vitfold.profile.ceiling import Ceiling
-from vitfold.profile.kinds import KINDS, OTHER, kind_of, part_of, parts_of, site_of
+from vitfold.profile.kinds import KINDS, OTHER, kind_of, part_of, parts_of, place_of, site_of
 
 _OF_COST = {"linear": "linear", "softmax": "softmax", "normalization": "normalization", "activation": "activation",
             "layout": "layout"}  # fmt: skip
@@ -197,7 +197,7 @@ def join(
         kinds=tuple(_kind(kind, time[kind], count[kind], _total(work, kind=kind), ceiling) for kind in KINDS),
         blocks=tuple(
             BlockTime(block=part, latency_ns=found, macs=_total(work, part=part).macs)
-            for part, found in per_block.items()
+            for part, found in sorted(per_block.items(), key=lambda item: place_of(item[0]))
         ),
         profiled_ns=float(np.median(measured.profiled_ns)),
         fastest_ns=float(min(measured.profiled_ns)),

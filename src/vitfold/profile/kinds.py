@@ -47,7 +47,7 @@ _COMPILED = tuple((re.compile(site), re.compile(op), kind) for site, op, kind in
 _SITE = re.compile(
     r"(?:blocks\.\d+(?:\.[A-Za-z]\w*)+|(?:embed|pool|patch_embed|pre_norm|norm|pool_norm|head\w*)(?:\.\w+)*)"
 )
-_BLOCK = re.compile(r"blocks\.\d+")
+_BLOCK = re.compile(r"blocks\.(\d+)")
 _REPEAT = re.compile(r"\.\d+$")
 
 
@@ -72,6 +72,12 @@ def part_of(site: str) -> str:
     if found is not None:
         return found.group()
     return "embed" if site.startswith(("embed", "patch_embed", "pre_norm")) else HEADS
+
+
+def place_of(part: str) -> tuple[int, int]:
+    """Return where a part stands in the model: engines do not run all nodes in its order."""
+    found = _BLOCK.match(part)
+    return (1, int(found[1])) if found is not None else (0 if part == "embed" else 2, 0)
 
 
 def parts_of(names: Sequence[str]) -> list[str]:

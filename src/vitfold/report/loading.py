@@ -30,6 +30,7 @@ _OTHERS: dict[str, frozenset[str]] = {
     "audit of one graph": frozenset({"kernels", "findings"}),
     "accumulators": frozenset({"layers_beyond", "rows"}),
     "forecast": frozenset({"prediction", "rows"}),
+    "lengths": frozenset({"lengths", "rounds"}),
     "many images": frozenset({"files", "bytes", "rows"}),
     "plans of steps": frozenset({"how", "rows"}),
     "a server under load": frozenset({"clients", "seconds", "rows"}),
