@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from invoking import DEMO
+from invoking import DEMO, saved_vit
 
 from vitfold.pipeline.trial import MOST_SECONDS
 
@@ -45,11 +45,4 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """A model in a file: six blocks of width 64, which calibrate in a moment."""
-    import timm
-    import torch
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("small") / "small.safetensors"
-    save_file(timm.create_model("test_vit", img_size=32, num_classes=10).state_dict(), path)
-    return (str(path), "--arch", "test_vit", "--image-size", "32", "--num-classes", "10")
+    return saved_vit(tmp_path_factory.mktemp("small") / "small.safetensors", image_size=32)

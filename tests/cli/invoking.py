@@ -34,3 +34,14 @@ def error(*arguments: object, code: int = 1) -> str:
     result = run(*arguments, code=code)
     assert result.stdout == ""
     return " ".join(result.stderr.split())
+
+
+def saved_vit(path: Path, *, image_size: int) -> tuple[str, ...]:
+    """Write a model of six blocks of width 64 to a file, and return the words that load it."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit", img_size=image_size, num_classes=10).state_dict(), path)
+    return (str(path), "--arch", "test_vit", "--image-size", str(image_size), "--num-classes", "10")

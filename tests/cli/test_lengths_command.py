@@ -6,20 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from invoking import error, run
+from invoking import error, run, saved_vit
 
 
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """A model of six blocks and 17 tokens, in a file."""
-    import timm
-    import torch
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("larger") / "larger.safetensors"
-    save_file(timm.create_model("test_vit", img_size=64, num_classes=10).state_dict(), path)
-    return (str(path), "--arch", "test_vit", "--image-size", "64", "--num-classes", "10")
+    """A model of 17 tokens in a file."""
+    return saved_vit(tmp_path_factory.mktemp("larger") / "larger.safetensors", image_size=64)
 
 
 def test_lengths_are_timed_and_said(larger: tuple[str, ...], few: Path, tmp_path: Path) -> None:

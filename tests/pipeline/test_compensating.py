@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from picturing import gradient_pictures
 from vitfold import pipeline
 from vitfold.artifacts.bundle import open_bundle
 from vitfold.engines import open_session
 from vitfold.errors import CalibrationError, RecipeError
-from vitfold.images import ImageSet, find_images
+from vitfold.images import ImageSet
 from vitfold.model import Model
 from vitfold.pipeline import compensate_plan, divide_for_compensation, recorded_division
 from vitfold.recipe import QuantRecipe
@@ -23,13 +23,7 @@ from vitfold.recipe import QuantRecipe
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
     """350 small pictures of random gradients."""
-    folder, draw = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
-    rise = np.linspace(0, 1, 32)
-    for i in range(350):
-        base, right, down = draw.uniform(0, 255, (3, 1, 1, 3))
-        pixels = base + (right - base) * rise[None, :, None] / 2 + (down - base) * rise[:, None, None] / 2
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.png")
-    return find_images(folder)
+    return gradient_pictures(tmp_path_factory.mktemp("many"), 350)
 
 
 def test_images_are_divided_once_and_found_again(many: ImageSet) -> None:

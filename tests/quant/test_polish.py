@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from picturing import gradient_pictures
 from vitfold import pipeline
 from vitfold.artifacts.bundle import open_bundle
 from vitfold.errors import CalibrationError, RecipeError
-from vitfold.images import ImageSet, find_images
+from vitfold.images import ImageSet
 from vitfold.ops.simulate import Simulate, fake_quantize
 from vitfold.ops.straight import StraightThrough, round_through
 from vitfold.pipeline.ladder import Cell, cell_from_dict, plan_cells
@@ -34,13 +34,7 @@ W4A4 = QuantRecipe(weights=4, activations=4, attention=True)
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
     """48 small pictures of random gradients."""
-    folder, draw = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
-    rise = np.linspace(0, 1, 32)
-    for i in range(48):
-        base, right, down = draw.uniform(0, 255, (3, 1, 1, 3))
-        pixels = base + (right - base) * rise[None, :, None] / 2 + (down - base) * rise[:, None, None] / 2
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.png")
-    return find_images(folder)
+    return gradient_pictures(tmp_path_factory.mktemp("many"), 48)
 
 
 @pytest.fixture(autouse=True)

@@ -84,10 +84,14 @@ def ratio_interval(baseline: Measurement, subject: Measurement, *, seed: int = 0
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.
     """
-    ratios = paired_ratios(baseline, subject)
-    drawn = np.random.default_rng(seed).choice(ratios, (_RESAMPLES, len(ratios)))
+    return median_interval(paired_ratios(baseline, subject), np.random.default_rng(seed))
+
+
+def median_interval(values: Float[np.ndarray, " T"], rng: np.random.Generator) -> dict[str, float]:
+    """Return the median, and a 95 % interval of it: a percentile bootstrap."""
+    drawn = rng.choice(values, (_RESAMPLES, len(values)))
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
-    return {"median": float(np.median(ratios)), "low": float(low), "high": float(high)}
+    return {"median": float(np.median(values)), "low": float(low), "high": float(high)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

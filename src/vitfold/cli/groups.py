@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vitfold.cli import options
-from vitfold.cli.terminal import print_json, quiet_stdout, write_json
+from vitfold.cli.terminal import note, print_json, quiet_stdout, write_json
 from vitfold.progress import Say
 from vitfold.sources import load_source
 
@@ -80,6 +80,11 @@ class JsonArgs:
 
     output: options.JsonFile = None
     json: options.Json = False
+
+    def say(self, what: str) -> None:
+        """Name the file that the document will be in, if there is one."""
+        if self.output is not None:
+            note(f"{what}: {self.output}")
 
     def write(self, document: Any) -> bool:
         """Write the document to its file, and print it where JSON is wanted; say whether it was printed."""

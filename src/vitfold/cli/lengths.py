@@ -12,8 +12,9 @@ from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.groups import JsonArgs, ModelArgs
 from vitfold.cli.making import given_images, judged_images, require_optimize, say_busy
-from vitfold.cli.terminal import note, out, steps
+from vitfold.cli.terminal import out, steps
 from vitfold.errors import RecipeError
+from vitfold.pipeline.lengths import ROUNDS
 from vitfold.recipe import quant_from_scheme
 from vitfold.report.lengths import lengths_sentence, lengths_table
 
@@ -30,7 +31,7 @@ def lengths(
     quant: options.Quant = "w8a8",
     target: options.QuantTarget = "cpu",
     batch: options.Batch = 1,
-    rounds: Annotated[int, typer.Option(min=2, help="Rounds, each with sessions of its own.")] = 6,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds, each with sessions of its own.")] = ROUNDS,
     answer: JsonArgs,
     loading: ModelArgs,
 ) -> None:
@@ -42,8 +43,8 @@ def lengths(
     with steps("lengths") as say:
         model = loading.load(source, say)
         found = judged_images(found, model.spec, model.labels)
+        pipeline.check_lengths(model.spec, wanted)
         plan = pipeline.roughly_calibrated(model, quant_from_scheme(quant or "none"), target, found)
-        pipeline.check_lengths(plan, wanted)
         rows = pipeline.measure_lengths(plan, wanted, batch=batch, rounds=rounds, say=say)
     result: dict[str, Any] = {
         "source": source,
@@ -54,8 +55,7 @@ def lengths(
         "lengths": [row.to_dict() for row in rows],
         "environment": before,
     }
-    if answer.output is not None:
-        note(f"lengths: {answer.output}")
+    answer.say("lengths")
     say_busy(before)
     if answer.write(result):
         return

@@ -14,7 +14,7 @@ from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.groups import JsonArgs
 from vitfold.cli.making import given_images, say_busy
-from vitfold.cli.terminal import note, out, steps
+from vitfold.cli.terminal import out, steps
 from vitfold.engines import open_session
 from vitfold.errors import VitfoldError
 from vitfold.pipeline import count_costs
@@ -72,8 +72,7 @@ def profile(
             "advice": list(advise(joined)),
             "environment": before,
         }
-    if answer.output is not None:
-        note(f"profile: {answer.output}")
+    answer.say("profile")
     say_busy(before)
     if answer.write(result):
         return

@@ -25,7 +25,7 @@ ROUGH_IMAGES = 8
 MOST_MERGES = 6
 FINENESS = 32
 ROWS = 6
-"""Rows that integer kernels with VNNI take at once: a length above a multiple of it costs as much as the next one."""
+"""Tokens by which the time of integer kernels with VNNI goes up in steps."""
 
 
 def measure_latency(
@@ -47,10 +47,10 @@ def measure_latency(
     except ValueError as error:
         raise RecipeError(f"no latency table for this model: {error}; give the tokens to merge") from None
     times: dict[Schedule, float] = {}
-    with opened(_merging(plan, probes[0])) as plain:
+    with opened(with_schedule(plan, probes[0])) as plain:
         for index, probe in enumerate(probes[1:], start=1):
             say(f"timing schedules: {index}/{len(probes) - 1}")
-            with opened(_merging(plan, probe)) as session:
+            with opened(with_schedule(plan, probe)) as session:
                 found = timed({"plain": plain, "probe": session}, spec, protocol=protocol)
             taken = found["plain"].latency_ms()["median"] * 1e-3
             times.setdefault(probes[0], taken)
@@ -91,7 +91,8 @@ def on_this_machine(plan: Plan) -> dict[str, Any]:
     return {"order": plan.recipe.merge.order, "step": step, "aligned": aligned, "most_merges": MOST_MERGES}
 
 
-def _merging(plan: Plan, r: Schedule) -> Plan:
+def with_schedule(plan: Plan, r: Schedule) -> Plan:
+    """Return the plan with another schedule."""
     return replace(plan, recipe=replace(plan.recipe, merge=replace(plan.recipe.merge, r=r)))
 
 

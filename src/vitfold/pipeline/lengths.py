@@ -15,8 +15,11 @@ import numpy as np
 from jaxtyping import Float
 
 from vitfold.bench.measurement import paired_ratios
+from vitfold.bench.statistics import median_interval
 from vitfold.bench.timing import Protocol
 from vitfold.errors import RecipeError
+from vitfold.model import Architecture
+from vitfold.pipeline.latency import with_schedule
 from vitfold.pipeline.plan import Plan
 from vitfold.pipeline.trial import opened, timed
 from vitfold.progress import Say
@@ -27,7 +30,6 @@ ROUND = Protocol(trials=5, seconds=0.5)
 ROUNDS = 6
 _TOGETHER = 8
 """How many sessions are open at a time."""
-_RESAMPLES = 2000
 _SHOWN = 3
 
 
@@ -56,13 +58,12 @@ class LengthTime:
         return {**asdict(self), "stands_out": self.stands_out}
 
 
-def check_lengths(plan: Plan, lengths: Sequence[int]) -> None:
+def check_lengths(spec: Architecture, lengths: Sequence[int]) -> None:
     """Check that one merge in the first block leads to every length, and that there are enough for a line.
 
     Raises:
         RecipeError: naming the lengths that can be.
     """
-    spec = plan.model.spec
     least, most = spec.tokens - largest_r(spec.tokens, spec.fixed), spec.tokens - 1
     wrong = [length for length in lengths if not least <= length <= most]
     if wrong or len(set(lengths)) < 3:
@@ -90,7 +91,7 @@ def measure_lengths(
     Raises:
         RecipeError: on lengths that cannot be.
     """
-    check_lengths(plan, lengths)
+    check_lengths(plan.model.spec, lengths)
     protocol = replace(ROUND, batch=batch)
     longest, *others = sorted(set(lengths), reverse=True)
     found: dict[int, list[Float[np.ndarray, " T"]]] = {length: [] for length in others}
@@ -107,15 +108,15 @@ def measure_lengths(
 def _timed(plan: Plan, longest: int, some: Sequence[int], protocol: Protocol) -> dict[int, Float[np.ndarray, " T"]]:
     """Return what lengths take as shares of the longest one's time, trial by trial."""
     with ExitStack() as closing:
-        sessions = {str(at): closing.enter_context(opened(_at_length(plan, at))) for at in (longest, *some)}
+        plans = {str(at): with_schedule(plan, _to_length(plan.model.spec, at)) for at in (longest, *some)}
+        sessions = {name: closing.enter_context(opened(one)) for name, one in plans.items()}
         times = timed(sessions, plan.model.spec, protocol=protocol)
     return {at: 1 / paired_ratios(times[str(longest)], times[str(at)]) for at in some}
 
 
-def _at_length(plan: Plan, length: int) -> Plan:
-    spec = plan.model.spec
-    r: Schedule = (spec.tokens - length, *(0,) * (spec.num_layers - 1))
-    return replace(plan, recipe=replace(plan.recipe, merge=replace(plan.recipe.merge, r=r)))
+def _to_length(spec: Architecture, length: int) -> Schedule:
+    """One merge in the first block."""
+    return (spec.tokens - length, *(0,) * (spec.num_layers - 1))
 
 
 def _beside_a_line(longest: int, shares: dict[int, Float[np.ndarray, "R T"]]) -> tuple[LengthTime, ...]:
@@ -125,10 +126,9 @@ def _beside_a_line(longest: int, shares: dict[int, Float[np.ndarray, "R T"]]) ->
     slope, offset = np.polyfit(list(middle), list(middle.values()), 1)
     rng, rows = np.random.default_rng(0), []
     for length, of in medians.items():
-        drawn = np.median(rng.choice(of, (_RESAMPLES, len(of))), axis=1)
-        low, high = np.percentile(drawn, [2.5, 97.5])
-        beside = middle[length] / float(slope * length + offset) - 1
+        found = median_interval(of, rng)
+        beside = found["median"] / float(slope * length + offset) - 1
         rows.append(
-            LengthTime(tokens=length, ratio=middle[length], low=float(low), high=float(high), beside_line=beside)
+            LengthTime(tokens=length, ratio=found["median"], low=found["low"], high=found["high"], beside_line=beside)
         )
     return tuple(rows)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vitfold.artifacts.bundle import Bundle, open_bundle
 from vitfold.artifacts.journal import ROWS, append_row, read_rows
 from vitfold.bench.evaluation import Outputs, run_over
@@ -238,22 +240,25 @@ def build_arms(
     plans = {pair: rough(pair, 0.0) for pair in pairs}
     here = on_this_machine(next(iter(plans.values())))
     merging = measure_merging(trying.model, trying.calibration, **here, rule=rule, say=say)
-    protocol, most, arms = replace(PROBE, batch=trying.protocol.batch), max(narrower), []
+    protocol, arms = replace(PROBE, batch=trying.protocol.batch), []
+    ends = sorted({0.0, max(narrower)})
     with open_session(laboratory.plain) as plain:
         for (quant, target), plan in plans.items():
             say(f"timing schedules of {quant} on {target}")
             table = measure_latency(plan, protocol=protocol)
             with ExitStack() as closing:
-                sessions = {"float": plain, "arm": closing.enter_context(opened(plan))}
-                if most:
-                    sessions["narrowest"] = closing.enter_context(opened(rough((quant, target), most)))
+                sessions = {"float": plain}
+                for share in ends:
+                    narrow = plan if share == 0.0 else rough((quant, target), share)
+                    sessions[str(share)] = closing.enter_context(opened(narrow))
                 times = timed(sessions, trying.model.spec, protocol=protocol)
-            ratio = 1 / speed_up(times["arm"], times["narrowest"])["median"] if most else 1.0
+            whole, *others = (times[str(share)] for share in ends)
+            ratios = [1.0, *(1 / speed_up(whole, other)["median"] for other in others)]
             none = (0,) * trying.model.spec.num_layers
-            whole = table.total(none, trying.model.spec.tokens)
-            scale = 1 / speed_up(times["float"], times["arm"])["median"] / whole
+            total = table.total(none, trying.model.spec.tokens)
+            scale = 1 / speed_up(times["float"], whole)["median"] / total
             for share, prune in narrower.items():
-                left = 1.0 - (1.0 - ratio) * share / most if most else 1.0
+                left = float(np.interp(share, ends, ratios))
                 points = _points(merging.space, table.narrowed(left), scale)
                 arms.append(Arm(quant=quant, target=target, rule=rule, share=share, prune=prune, points=points))
     return arms

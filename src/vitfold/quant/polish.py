@@ -265,8 +265,7 @@ class _Learner:
 
     def _first_codes(self, layer: str, quantizer: Uniform) -> Tensor:
         """Where the weight was rounded to."""
-        scale = quantizer.scale.reshape(-1, 1) if quantizer.axis == 0 else quantizer.scale
-        now = np.rint(self.network.params[f"{layer}.weight"] / scale)
+        now = np.rint(self.network.params[f"{layer}.weight"] / quantizer.scale.reshape(self._shape(quantizer)))
         return torch.from_numpy(np.asarray(now, np.float32)).requires_grad_()
 
     def optimizer(self) -> torch.optim.Optimizer:
