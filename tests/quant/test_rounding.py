@@ -13,7 +13,7 @@ from vitfold.ops.simulate import Simulate, fake_quantize
 from vitfold.quant import METHODS
 from vitfold.quant.moments import collect_moments, round_weights
 from vitfold.quant.ranges import symmetric_uniform
-from vitfold.quant.rounding import gptq, ridge_weight
+from vitfold.quant.rounding import ROUNDINGS, descend, gptq, gptq_descended, halving, ridge_weight
 from vitfold.quantizer import Uniform
 from vitfold.recipe import MergeRecipe
 
@@ -97,6 +97,73 @@ def test_gptq_equals_a_slow_oracle():
     expected = torch.empty_like(result)
     expected[:, order] = result
     np.testing.assert_allclose(gptq(weight, quantizer, moments.float(), damping=0.01), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("name", sorted(ROUNDINGS))
+def test_every_rounding_returns_numbers_of_the_grid_exactly(bits, name):
+    x, weight = correlated(300, 24, 0), random_weight(10, 24, 0)
+    scale = np.linspace(0.01, 1.2, 10).astype(np.float32)
+    quantizer = Uniform(scale=scale, zero_point=np.arange(10) % 4, low=0, high=2**bits - 1, axis=0)
+    for each in (quantizer, grid_of(weight, bits)):
+        found = ROUNDINGS[name](weight, each, x.T @ x, damping=0.01)
+        np.testing.assert_array_equal(fake_quantize(found, each), found)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("seed", range(4))
+def test_halves_and_descents_err_less_than_nearest_rounding(bits, seed):
+    x, weight = correlated(400, 24, seed), random_weight(10, 24, seed)
+    moments = x.T @ x / len(x)
+    quantizer = grid_of(weight, bits)
+    nearest = output_error(weight, fake_quantize(weight, quantizer), moments)
+    first = gptq(weight, quantizer, moments, damping=0.01)
+    descended = gptq_descended(weight, quantizer, moments, damping=0.01)
+    damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(24)
+    assert output_error(weight, descended, damped) <= output_error(weight, first, damped)
+    assert output_error(weight, halving(weight, quantizer, moments, damping=0.01), moments) < 0.8 * nearest
+
+
+def test_a_descent_takes_the_best_single_move_until_there_is_none():
+    """Against trying every move of every column by one."""
+    x, weight = correlated(300, 6, 1), random_weight(4, 6, 1)
+    moments = (x.T @ x / len(x)).double()
+    quantizer = grid_of(weight, 3)
+    start = fake_quantize(weight, quantizer)
+    found = descend(weight, start, quantizer, moments, steps=100)
+    for row in range(4):
+        codes = quantizer.codes(start.numpy())[row].astype(float)
+
+        def error(codes, row=row):
+            d = weight[row].double().numpy() - codes * float(quantizer.scale[row])
+            return float(d @ moments.numpy() @ d)
+
+        while True:
+            moves = [codes + t * np.eye(6)[j] for j in range(6) for t in (-1, 1)]
+            allowed = [m for m in moves if m.min() >= quantizer.low and m.max() <= quantizer.high]
+            best = min(allowed, key=error)
+            if error(best) >= error(codes) - 1e-12:
+                break
+            codes = best
+        np.testing.assert_allclose(found[row], codes * quantizer.scale[row], rtol=1e-6)
+
+
+def test_halves_equal_a_slow_oracle():
+    """Half of what is left to its grid with every direction tried, the rest solved for; few columns, two rows."""
+    x, weight = correlated(200, 4, 2), random_weight(2, 4, 2)
+    moments = (x.T @ x / len(x)).double()
+    quantizer = grid_of(weight, 4)
+    left = weight.double().clone()
+    lam = 0.01 * moments.diagonal().mean()
+    expected = torch.empty(2, 4)
+    for now, rest in (([0, 1], [2, 3]), ([2], [3]), ([3], [])):
+        part = left[:, now].float()
+        expected[:, now] = descend(part, fake_quantize(part, quantizer), quantizer, moments[now][:, now], steps=100)
+        error = left[:, now] - expected[:, now]
+        if rest:
+            inverse = torch.linalg.inv(moments[rest][:, rest] + lam * torch.eye(len(rest)))
+            left[:, rest] += error @ moments[now][:, rest] @ inverse
+    np.testing.assert_allclose(halving(weight, quantizer, moments, damping=0.01), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -148,7 +148,7 @@ def calibrate_network(
     if scheme.half_scales:
         quantizers = {site: in_half(quantizer) for site, quantizer in quantizers.items()}
     params: dict[str, Array] = dict(folded.params)
-    if method.rounding == "gptq" or method.correct:
+    if method.rounding != "nearest" or method.correct:
         progress.step("collecting second moments")
         moments = collect_moments(folded, examples, quantizers, advance=progress.advance)
         params |= round_weights(params, quantizers, moments, method, step=progress.step)

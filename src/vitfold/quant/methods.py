@@ -13,6 +13,7 @@ from vitfold.quant.ranges import Grid
 
 Metric = Literal["minmax", "percentile", "mse", "output", "hessian"]
 Softmax = Literal["uniform", "twin", "log2", "log_sqrt2", "adalog"]
+Rounding = Literal["nearest", "gptq", "gptq-descended", "halving"]
 Curvature = Literal["gauss-newton", "fisher"]
 """Whose diagonal weighs the squared error of a layer's output: see `quant.collect.probe`."""
 
@@ -56,7 +57,7 @@ class QuantMethod:
     curvature: Curvature = "gauss-newton"
     softmax: tuple[Softmax, ...] = ("uniform",)
     noise: bool = False
-    rounding: Literal["nearest", "gptq"] = "nearest"
+    rounding: Rounding = "nearest"
     correct: bool = False
 
     @property
@@ -135,6 +136,17 @@ METHODS: dict[str, QuantMethod] = {
             head_scales=True,
             softmax=("adalog",),
             log_gelu=True,
+        ),
+        QuantMethod(
+            name="erq",
+            source="ERQ, Zhong et al., ICML 2024 (2407.06794): RepQ-ViT's quantizers, weights refitted by ridge "
+            "regression to the rounding of their inputs, then rounded by halves, each refitted to the one before",
+            weights="mse",
+            activations="percentile",
+            equalize="repq",
+            softmax=("log_sqrt2",),
+            rounding="halving",
+            correct=True,
         ),
         QuantMethod(
             name="noisy",

@@ -17,7 +17,7 @@ from vitfold.progress import Advance, Say
 from vitfold.quant.collect import ordinary_rows
 from vitfold.quant.methods import QuantMethod
 from vitfold.quant.network import Examples, Network
-from vitfold.quant.rounding import gptq, ridge_weight
+from vitfold.quant.rounding import ROUNDINGS, ridge_weight
 from vitfold.quantizer import Quantizer, Uniform
 
 DAMPING = 0.01
@@ -97,10 +97,10 @@ def round_weights(
         target = weight
         if method.correct:
             target = ridge_weight(weight, square.double(), cross.double(), damping=DAMPING)
-        if method.rounding == "gptq":
-            final = gptq(target, quantizer, square, damping=DAMPING)
-        else:
+        if method.rounding == "nearest":
             final = fake_quantize(target, quantizer)
+        else:
+            final = ROUNDINGS[method.rounding](target, quantizer, square, damping=DAMPING)
         bias = params.get(f"{layer}.bias", np.zeros(len(weight), np.float32))
         changed[f"{layer}.weight"] = final.numpy()
         changed[f"{layer}.bias"] = (torch.from_numpy(bias) + weight @ mean - final @ mean_hat).numpy()
