@@ -13,7 +13,7 @@ from vitfold.ops.simulate import Simulate, fake_quantize
 from vitfold.quant import METHODS
 from vitfold.quant.moments import collect_moments, round_weights
 from vitfold.quant.ranges import symmetric_uniform
-from vitfold.quant.rounding import ROUNDINGS, descend, gptq, gptq_descended, halving, ridge_weight
+from vitfold.quant.rounding import ROUNDINGS, descend, gptq, halving, ridge_weight
 from vitfold.quantizer import Uniform
 from vitfold.recipe import MergeRecipe
 
@@ -112,15 +112,11 @@ def test_every_rounding_returns_numbers_of_the_grid_exactly(bits, name):
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("seed", range(4))
-def test_halves_and_descents_err_less_than_nearest_rounding(bits, seed):
+def test_halves_err_less_than_nearest_rounding(bits, seed):
     x, weight = correlated(400, 24, seed), random_weight(10, 24, seed)
     moments = x.T @ x / len(x)
     quantizer = grid_of(weight, bits)
     nearest = output_error(weight, fake_quantize(weight, quantizer), moments)
-    first = gptq(weight, quantizer, moments, damping=0.01)
-    descended = gptq_descended(weight, quantizer, moments, damping=0.01)
-    damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(24)
-    assert output_error(weight, descended, damped) <= output_error(weight, first, damped)
     assert output_error(weight, halving(weight, quantizer, moments, damping=0.01), moments) < 0.8 * nearest
 
 

@@ -29,6 +29,7 @@ from vitfold.quant.moments import collect_moments, round_weights
 from vitfold.quant.network import Examples, ImageExamples, Network, network_of
 from vitfold.quant.outputs import search_outputs
 from vitfold.quant.ranges import rounded
+from vitfold.quant.rotation import rotate_streams, turn_heads
 from vitfold.quant.sites import AttentionSite, LinearSite, find_sites
 from vitfold.quantizer import Quantizer, QuantParams, Uniform, in_half
 from vitfold.recipe import MergeRecipe, QuantRecipe
@@ -130,6 +131,8 @@ def calibrate_network(
     method = find_method(quant.method)
     _check_globs(quant, network.linears, network.attentions)
     check_enough(examples.count)
+    if method.rotate and quant.format != "float8":
+        network = turn_heads(rotate_streams(network))
     progress.step("collecting activations")
     samples = collect(network, examples, gradients=method.gradients, seed=quant.seed, advance=progress.advance)
     check_samples(samples, quant)

@@ -13,7 +13,7 @@ from vitfold.quant.ranges import Grid
 
 Metric = Literal["minmax", "percentile", "mse", "output", "hessian"]
 Softmax = Literal["uniform", "twin", "log2", "log_sqrt2", "adalog"]
-Rounding = Literal["nearest", "gptq", "gptq-descended", "halving"]
+Rounding = Literal["nearest", "gptq", "halving"]
 Curvature = Literal["gauss-newton", "fisher"]
 """Whose diagonal weighs the squared error of a layer's output: see `quant.collect.probe`."""
 
@@ -31,11 +31,11 @@ class QuantMethod:
     the samples, the rounding error itself (mse), the error of the layer's output (output), or that
     weighted by the diagonal of a `curvature` of the model's output (hessian). `granularity` of weights is per output
     channel, or per tensor with one scale each for the Q, K and V rows of qkv. `softmax` lists the quantizers that the
-    search may choose from. `equalize` names the exact fold of LayerNorm's channels, `values` folds V's channels
-    into proj, `head_scales` gives every attention head ranges of its own, `noise` adds a fixed vector
-    before rounding, `rounding` and `correct` say how weights go to their grid. `log_gelu` lets post-GELU
-    values have a logarithmic quantizer of a searched base, in simulations. `tied_twins` says whether the two scales
-    behind GELU differ by a power of two, as those behind softmax always do.
+    search may choose from. `rotate` turns streams and heads so that no channel is an outlier, `equalize` names the
+    exact fold of LayerNorm's channels, `values` folds V's channels into proj, `head_scales` gives every attention head
+    ranges of its own, `noise` adds a fixed vector before rounding, `rounding` and `correct` say how weights go to their
+    grid. `log_gelu` lets post-GELU values have a logarithmic quantizer of a searched base, in simulations. `tied_twins`
+    says whether the two scales behind GELU differ by a power of two, as those behind softmax always do.
     """
 
     name: str
@@ -50,6 +50,7 @@ class QuantMethod:
     rounds: int = 1
     equalize: Literal["none", "repq", "smooth", "searched"] = "none"
     values: bool = False
+    rotate: bool = False
     head_scales: bool = False
     twin_gelu: bool = False
     tied_twins: bool = False

@@ -129,16 +129,7 @@ def halving(
     return result
 
 
-def gptq_descended(
-    weight: Float[Tensor, "O I"], quantizer: Uniform, moments: Float[Tensor, "I I"], *, damping: float
-) -> Float[Tensor, "O I"]:
-    """`gptq`, then `descend` on the damped error: at most one move for every fourth column."""
-    start = gptq(weight, quantizer, moments, damping=damping)
-    damped = moments.double() + damping * moments.diagonal().mean() * torch.eye(len(moments), dtype=torch.float64)
-    return descend(weight, start, quantizer, damped, steps=-(-weight.shape[1] // 4))
-
-
-ROUNDINGS = {"gptq": gptq, "gptq-descended": gptq_descended, "halving": halving}
+ROUNDINGS = {"gptq": gptq, "halving": halving}
 """How weights go to their grid where they look at each other, by name."""
 _LEAST_GAIN = 1e-9
 _REFINEMENTS = 100

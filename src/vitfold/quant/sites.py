@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from vitfold.architectures.programs import plain_program
 from vitfold.model import Architecture
 from vitfold.program import Node, Program, Ref
-from vitfold.program.queries import attention_before, attentions_of, linears_of, makers, norm_before
+from vitfold.program.queries import attention_before, attentions_of, linears_of, makers, norm_before, readers
 from vitfold.transforms.sinks import PREFIX_ROWS
 
 
@@ -22,7 +22,8 @@ class LinearSite:
 
     `block` and `role` say where in the program it stands. `norm` is the LayerNorm that feeds it and nothing else,
     `activation` the function whose output it takes. Where its input is an average of values, `attention` is what
-    averages them, and `values` the layer whose last third of outputs they are. `groups` are the kinds of outputs that
+    averages them, and `values` the layer whose last third of outputs they are; `direct` says that the other two thirds
+    are its queries and keys, as they are and for nothing else. `groups` are the kinds of outputs that
     it has: queries, keys and values. `wide` says whether it makes more channels than it reads. `apart` names the input
     of those tokens which have a range of their own there.
     """
@@ -34,6 +35,7 @@ class LinearSite:
     activation: str | None = None
     attention: str | None = None
     values: str | None = None
+    direct: bool = False
     groups: int = 1
     wide: bool = False
     apart: str | None = None
@@ -103,6 +105,7 @@ def _linear(program: Program, made_by: Mapping[Ref, Node], node: Node) -> Linear
         activation=before.attributes["kind"] if before is not None and before.op == "activation" else None,
         attention=None if averaging is None or values is None else averaging.site,
         values=values,
+        direct=averaging is not None and values is not None and _direct(program, made_by, averaging),
         groups=node.attributes.get("parts", 1),
         wide=sum(shape[1] * shape[3] if node.op == "heads" else shape[-1] for shape in node.shapes) > read,
     )
@@ -115,6 +118,13 @@ def _values_of(made_by: Mapping[Ref, Node], attention: Node) -> str | None:
     if maker is None or maker.op != "heads" or maker.attributes["parts"] != 3 or maker.outputs[2] != ref:
         return None
     return maker.site
+
+
+def _direct(program: Program, made_by: Mapping[Ref, Node], attention: Node) -> bool:
+    """Say whether queries and keys are the first two thirds of what makes the values, and go nowhere else."""
+    maker, read_by = made_by[attention.operand("v")], readers(program)
+    pairs = zip(("q", "k"), maker.outputs, strict=False)
+    return all(attention.operand(name) == ref and read_by[ref] == (attention,) for name, ref in pairs)
 
 
 def _depending_on_inputs(program: Program) -> set[Ref]:
