@@ -24,6 +24,8 @@ from vitfold.ops.simulate import Simulate, fake_quantize
 from vitfold.pipeline.calibration import constraints_of
 from vitfold.program.queries import projections_of
 from vitfold.quant import METHODS, Calibrated, Progress, QuantConstraints, calibrate, find_method
+from vitfold.quant.network import network_of
+from vitfold.quant.rotation import rotate_streams, turn_heads
 from vitfold.quant.sites import find_sites
 from vitfold.quantizer import Float8, Log, Twin, Uniform
 from vitfold.recipe import MergeRecipe, QuantRecipe
@@ -223,7 +225,8 @@ def test_what_the_recipe_keeps_float_stays_float(wide, calibrated, images, other
     done = calibrate(wide, MERGE, recipe(4, "vitfold", sites=sites), images, scheme=FREE)
     quantized = {site.rpartition(".")[0] for site in done.quantizers}
     assert quantized == {f"blocks.1.{n}" for n in ("attn.qkv", "attn.proj", "attn", "mlp.fc1", "mlp.fc2")}
-    for name, array in wide.params.items():
+    turned = turn_heads(rotate_streams(network_of(wide, MERGE))).params
+    for name, array in turned.items():
         if name.startswith(("blocks.0.", "head", "norm", "patch_embed")):
             np.testing.assert_array_equal(done.model.params[name], array, name)
     assert done.quantizers["blocks.1.mlp.fc2.w"].bits == 8

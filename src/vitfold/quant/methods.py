@@ -96,10 +96,12 @@ METHODS: dict[str, QuantMethod] = {
     for method in (
         QuantMethod(
             name="vitfold",
-            source="LayerNorm channels shifted and scaled (strength searched), V's channels folded into proj, ranges "
-            "searched by the error of each layer's output, GPTQ rounding with a ridge correction",
+            source="residual streams and heads turned at random, LayerNorm channels shifted and scaled (strength "
+            "searched), V's channels folded into proj, ranges searched by the error of each layer's output, GPTQ "
+            "rounding with a ridge correction",
             weights="output",
             activations="output",
+            rotate=True,
             equalize="searched",
             values=True,
             head_scales=True,
