@@ -24,6 +24,9 @@ from vitfold.model import Array
 from vitfold.storage.checked import Range, entry, parse_json, section
 from vitfold.storage.ordinary import check_ordinary
 
+NARROW_BITS = 8
+"""What kernels multiply; codes of more bits are multiplied in two halves."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Uniform:
@@ -65,6 +68,20 @@ class Uniform:
     def bits(self) -> int:
         """Bits that the codes need."""
         return int(self.high - self.low).bit_length()
+
+    def halves(self) -> tuple[Uniform, Uniform]:
+        """Return the quantizers of two 8-bit halves of wide codes per tensor, which have the zero point 0.
+
+        Equation: x ~ 256 s round(x / (256 s)) + s round((x - 256 s round(x / (256 s))) / s); a rest of half a coarse
+        step saturates by one fine step.
+        """
+        if self.axis is not None or not self.symmetric or (self.low, self.high) != (-(2**15), 2**15 - 1):
+            raise ValueError("only codes of 16 bits per tensor with the zero point 0 have halves")
+        zero = np.array(0)
+        return (
+            Uniform(scale=np.asarray(self.scale * np.float32(256)), zero_point=zero, low=-128, high=127),
+            Uniform(scale=self.scale, zero_point=zero, low=-128, high=127),
+        )
 
     def _aligned(self, x: Array) -> tuple[Array, Array]:
         if self.axis is None:

@@ -79,6 +79,9 @@ class MergeRecipe:
 
 FLOAT = "float"
 _BITS = range(2, 9)
+WIDE = "w8a16"
+WIDE_BITS = 16
+"""Of activations of the few layers that 8 bits hurt most: two integer products instead of one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +114,10 @@ class QuantRecipe:
     def __post_init__(self) -> None:
         for name in ("weights", "activations", "head_bits"):
             value = getattr(self, name)
-            if type(value) is not int or value not in _BITS:
-                raise RecipeError(f"quant.{name} must be {_BITS.start} to {_BITS.stop - 1} bits, found {value!r}")
+            wide = name == "activations" and value == WIDE_BITS
+            if type(value) is not int or not (value in _BITS or wide):
+                more = f", or {WIDE_BITS}" if name == "activations" else ""
+                raise RecipeError(f"quant.{name} must be {_BITS.start} to {_BITS.stop - 1} bits{more}, found {value!r}")
         if type(self.calibration_size) is not int or self.calibration_size < 1:
             raise RecipeError(f"quant.calibration_size must be at least 1, found {self.calibration_size!r}")
         if type(self.seed) is not int:
@@ -158,8 +163,16 @@ class QuantRecipe:
     @property
     def executable(self) -> bool:
         """True if integer kernels of 8 bits execute every activation; weights of fewer bits are stored in 8."""
-        schemes = [bits_from_scheme(s)[1] for s in self.sites.values() if s != FLOAT]
-        return all(bits == 8 for bits in (self.activations, *schemes))
+        return self._activation_bits <= {8, WIDE_BITS}
+
+    @property
+    def wide(self) -> bool:
+        """True if some activations have 16 bits: each of their products takes two of 8 bits."""
+        return WIDE_BITS in self._activation_bits
+
+    @property
+    def _activation_bits(self) -> set[int]:
+        return {self.activations, *(bits_from_scheme(s)[1] for s in self.sites.values() if s != FLOAT)}
 
     @property
     def scheme(self) -> str:
@@ -190,9 +203,9 @@ def bits_from_scheme(scheme: str, *, name: str = "--quant") -> tuple[int, int]:
         RecipeError: naming the usual ones.
     """
     found = re.fullmatch(r"w(\d+)a(\d+)", scheme.lower()) if isinstance(scheme, str) else None
-    if found is None or int(found[1]) not in _BITS or int(found[2]) not in _BITS:
+    if found is None or int(found[1]) not in _BITS or int(found[2]) not in (*_BITS, WIDE_BITS):
         raise RecipeError(
-            f"{name} cannot be {scheme!r}; give w8a8, w6a6, w4a8, w4a4 or the like, with 2 to 8 bits, or fp8"
+            f"{name} cannot be {scheme!r}; give w8a8, w6a6, w4a8, w4a4 or the like, with 2 to 8 bits, w8a16, or fp8"
         )
     return int(found[1]), int(found[2])
 

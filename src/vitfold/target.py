@@ -185,6 +185,11 @@ class Target:
         return ENGINES[self.engine]
 
     @property
+    def takes_wide(self) -> bool:
+        """True if it multiplies activations of 16 bits, as two products of 8 bits."""
+        return self.quantized_product == "matmul_integer_to_float" and not self.symmetric
+
+    @property
     def simulated(self) -> bool:
         """True if no engine executes it."""
         return not self.runtime.executes

@@ -168,6 +168,22 @@ def test_where_float_sites_do_not_mend_quantization_a_remedy_against_sinks_is_tr
     )
 
 
+@pytest.mark.parametrize("mends", [True, False])
+def test_where_the_engine_multiplies_16_bits_sites_are_wide_before_they_are_float(mends) -> None:
+    class Wide(SearchContext):
+        def measure(self, attempt: Any) -> dict[str, Any]:
+            row = super().measure(attempt if mends or not attempt.wide else replace(attempt, float_sites=0))
+            return {**row, "recipe": attempt.name}
+
+    laboratory = Wide(quantizing=0.014)
+    found = run(laboratory, [arm("w8a8", "cpu-vnni", 0.25)], least_latency(laboratory, max_drop=0.0125))
+    kinds = [name.rpartition("-r")[0].removeprefix("w8a8-cpu-vnni") for name in laboratory.tried]
+    assert kinds[:2] == ["", "-wide4"]
+    assert (kinds[2] == "-float4") == (not mends)
+    assert found.winner is not None
+    assert any(row["wide"] for row in found.rows)
+
+
 def test_arms_whose_heads_differ_take_no_registers() -> None:
     laboratory = SearchContext(mended=0.9, sinks=0.05)
     narrower = replace(arm("w8a8", "openvino", 0.25), share=0.5, prune=PruneRecipe(mlp=0.5))

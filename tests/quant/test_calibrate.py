@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -25,6 +26,7 @@ from vitfold.pipeline.calibration import constraints_of
 from vitfold.program.queries import projections_of
 from vitfold.quant import METHODS, Calibrated, Progress, QuantConstraints, calibrate, find_method
 from vitfold.quant.network import network_of
+from vitfold.quant.ranges import wide_uniform
 from vitfold.quant.rotation import rotate_streams, turn_heads
 from vitfold.quant.sites import find_sites
 from vitfold.quantizer import Float8, Log, Twin, Uniform
@@ -170,6 +172,37 @@ def test_what_vitfold_finds_for_a_target_runs_there(wide, calibrated, others, tm
     assert all(isinstance(q, Uniform) and q.axis in (None, 0) for q in done.quantizers.values())
     assert {q.bits for s, q in done.quantizers.items() if s.endswith(".w")} == {target.weight_bits}
     assert_follows(executed(done, name, others, tmp_path), done, wide, name, others)
+
+
+@pytest.mark.parametrize("name", ["cpu-vnni", "cpu-avx2"])
+def test_inputs_of_16_bits_run_as_two_products(wide, images, others, tmp_path, name):
+    sites = {"blocks.*.mlp.fc2": "w8a16", "blocks.0.attn.qkv": "w8a16"}
+    target = TARGETS[name]
+    narrow = calibrate(wide, MERGE, recipe(8, "mse"), images, scheme=constraints_of(target))
+    done = calibrate(wide, MERGE, recipe(8, "mse", sites=sites), images, scheme=constraints_of(target))
+    assert {s for s, q in done.quantizers.items() if q.bits == 16} == {
+        "blocks.0.mlp.fc2.x",
+        "blocks.1.mlp.fc2.x",
+        "blocks.0.attn.qkv.x",
+    }
+    found = executed(done, name, others, tmp_path)
+    assert_follows(found, done, wide, name, others)
+    operators = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    linears = [s for s in done.quantizers if s.endswith(".w")]
+    assert operators.count("MatMulIntegerToFloat") >= len(linears) + 3
+    assert sqnr_db(wide, done, others) > sqnr_db(wide, narrow, others)
+
+
+def test_halves_of_wide_codes_hold_what_the_whole_does():
+    whole = wide_uniform(3.0)
+    coarse, fine = whole.halves()
+    x = np.random.default_rng(0).uniform(-3, 3, 10_000).astype(np.float32)
+    first = coarse(x)
+    together = first + fine(x - first)
+    assert np.abs(together - x).max() < 1.6 * float(whole.scale)
+    np.testing.assert_allclose(together, whole(x), atol=1.01 * float(whole.scale))
+    with pytest.raises(ValueError, match="16 bits"):
+        coarse.halves()
 
 
 def test_eight_bit_floats_run_as_they_are_simulated(wide, images, others, tmp_path):

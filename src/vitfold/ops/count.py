@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from vitfold.model import Array
 from vitfold.ops.protocol import Ops, input_site
-from vitfold.quantizer import Quantizer, Twin
+from vitfold.quantizer import NARROW_BITS, Quantizer, Twin, Uniform
 
 Shape = tuple[int, ...]
 FLOAT_BYTES = 4
@@ -23,7 +23,8 @@ FLOAT_BYTES = 4
 class SiteCost:
     """Work of one operation on one image: MACs, bytes of activations moved, bytes of weights read.
 
-    `integer` says whether both operands of a product are quantized; then weights take one byte each.
+    `integer` says whether both operands of a product are quantized; then weights take one byte each;
+    `products` counts the products of 8 bits that it takes then: two where an operand has two branches.
     `dequantized_operands` counts the dequantizations that stand in front of that product.
     """
 
@@ -33,9 +34,16 @@ class SiteCost:
     activation_bytes: int
     weight_bytes: int
     integer: bool = False
+    products: int = 1
     dequantized_operands: int = 0
     block: int | None = None
     role: str | None = None
+
+
+def _branches(quantizer: Quantizer) -> int:
+    """How many operands of 8 bits stand for one of an activation; weights of any width have one."""
+    wide = isinstance(quantizer, Uniform) and quantizer.bits > NARROW_BITS
+    return 2 if wide or isinstance(quantizer, Twin) else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +110,11 @@ class Count(Ops[Shape]):
         """Append a cost; `operands` are the sites of both sides of a product."""
         moved = sum(math.prod(shape) for shape in (*inputs, output)) * FLOAT_BYTES
         integer = operands is not None and all(operand in self._quantizers for operand in operands)
-        dequantized = 0
+        dequantized, products = 0, 1
+        if integer and operands is not None:
+            products = max(_branches(self._quantizers[operand]) for operand in operands)
         if integer and operands is not None and self._dequantize_first:
-            dequantized = sum(2 if isinstance(self._quantizers[operand], Twin) else 1 for operand in operands)
+            dequantized = sum(_branches(self._quantizers[operand]) for operand in operands)
         self.costs.append(
             SiteCost(
                 site=site,
@@ -113,6 +123,7 @@ class Count(Ops[Shape]):
                 activation_bytes=moved,
                 weight_bytes=weights * (1 if integer else FLOAT_BYTES),
                 integer=integer,
+                products=products,
                 dequantized_operands=dequantized,
                 block=self._block,
                 role=self._role,

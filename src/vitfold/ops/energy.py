@@ -43,11 +43,11 @@ class Energy:
 def energy_of(costs: Iterable[SiteCost]) -> Energy:
     """Sum up what `Count` found."""
     found = tuple(costs)
-    integer = sum(cost.macs for cost in found if cost.integer)
-    macs = sum(cost.macs for cost in found)
+    integer = sum(cost.macs * cost.products for cost in found if cost.integer)
+    floating = sum(cost.macs for cost in found if not cost.integer)
     return Energy(
         integer_uj=1e-6 * INTEGER_MAC_PJ * integer,
-        float_uj=1e-6 * FLOAT_MAC_PJ * (macs - integer),
+        float_uj=1e-6 * FLOAT_MAC_PJ * floating,
         weights_uj=1e-6 * WEIGHT_BYTE_PJ * sum(cost.weight_bytes for cost in found),
         activations_uj=1e-6 * ACTIVATION_BYTE_PJ * sum(cost.activation_bytes for cost in found),
     )

@@ -178,8 +178,10 @@ def rank_sites(
     return measure_sensitivity(done, merge, images, step=progress.step)
 
 
-def keep_float(folded: Plan, calibration: ImageSet, count: int, *, progress: Progress | None = None) -> Plan:
-    """Return the plan with its `count` most sensitive sites left float.
+def keep_float(
+    folded: Plan, calibration: ImageSet, count: int, *, scheme: str = FLOAT, progress: Progress | None = None
+) -> Plan:
+    """Return the plan with its `count` most sensitive sites left float, or rounded by another `scheme`, as "w8a16".
 
     They are found on calibration images: what they cost is a property of the model, not of these images.
     """
@@ -187,7 +189,7 @@ def keep_float(folded: Plan, calibration: ImageSet, count: int, *, progress: Pro
     if quant is None:
         return folded
     ranked = rank_sites(folded, calibration, calibration.first(RANKING_IMAGES), progress=progress)
-    sites = {**quant.sites, **{one.site: FLOAT for one in ranked[:count]}}
+    sites = {**quant.sites, **{one.site: scheme for one in ranked[:count]}}
     return replace(folded, recipe=replace(folded.recipe, quant=replace(quant, sites=sites)))
 
 

@@ -38,10 +38,19 @@ class Arm:
         values = {"quant": self.quant, "target": self.target, "rule": self.rule, "share": self.share}
         return {**values, "prune": prune, "points": points}
 
-    def attempt(self, index: int, float_sites: int = 0, *, compensate: bool = False, registers: bool = False) -> Trial:
+    def attempt(
+        self,
+        index: int,
+        float_sites: int = 0,
+        *,
+        wide: bool = False,
+        compensate: bool = False,
+        registers: bool = False,
+    ) -> Trial:
         """Return the recipe of a point."""
         r = self.points[index][2]
-        kept = (f"-float{float_sites}" if float_sites else "") + ("-compensated" if compensate else "")
+        kept = f"-{'wide' if wide else 'float'}{float_sites}" if float_sites else ""
+        kept += "-compensated" if compensate else ""
         kept += "-registers" if registers else ""
         rule = self.rule if any(r) else "tome"  # where nothing merges all rules are one
         kept += f"-{rule}" if rule != "tome" else ""
@@ -56,6 +65,7 @@ class Arm:
             method=method,
             target=self.target,
             float_sites=float_sites,
+            wide=wide,
             compensate=compensate,
             prune=self.prune,
             registers=registers,

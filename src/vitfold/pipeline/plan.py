@@ -264,6 +264,11 @@ def resolve_target(name: str, quant: QuantRecipe | None) -> Target:
             f"no engine of target {name} executes activations of fewer than 8 bits ({quant.scheme}); "
             "use --quant w8a8 or w4a8, or --target simulation"
         )
+    if quant.wide and not target.takes_wide:
+        raise TargetError(
+            f"target {name} has no kernels for activations of 16 bits ({quant.scheme}); use --target cpu, which takes "
+            "two products of 8 bits for one in ONNX Runtime, or keep these layers float"
+        )
     if target.name == "cpu":
         return quantized_target(target.engine)
     if target.name == "openvino" and importlib.util.find_spec("openvino") is not None:

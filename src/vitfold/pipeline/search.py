@@ -38,6 +38,7 @@ from vitfold.progress import Say
 from vitfold.recipe import MergeRecipe, PruneRecipe, check_prune, quant_from_scheme
 from vitfold.schedule.solve import Point, Space, frontier
 from vitfold.schedule.table import LatencyTable
+from vitfold.target import find_target
 
 ARMS = "arms.jsonl"
 SCREENED = "screened.jsonl"
@@ -62,10 +63,11 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class _Step:
-    """A point of an arm: how many sites stay float, whether merging is compensated, and sinks are seen to."""
+    """A point of an arm: how many sites are float or wide, whether merging is compensated, and sinks are seen to."""
 
     index: int
     float_sites: int = 0
+    wide: bool = False
     compensate: bool = False
     registers: bool = False
 
@@ -290,9 +292,10 @@ def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minute
 
     On every arm the trial starts where `goal` says; from what met the bound it goes on to bolder recipes, from what
     missed it to gentler ones. One whose drop comes from quantization more than from merging is tried again with its
-    most sensitive sites float, and with a remedy against sink tokens where that does not mend it; one that merges too
-    much with its merging compensated, where there are images for that. Arms of narrower blocks start from gentler
-    merging, by what pruning alone costs. What meets the bound has to keep it on held-out images too.
+    most sensitive sites wide where its engine multiplies 16 bits, then float, and with a remedy against sink tokens
+    where that does not mend it; one that merges too much with its merging compensated, where there are images for that.
+    Arms of narrower blocks start from gentler merging, by what pruning alone costs. What meets the bound has to keep it
+    on held-out images too.
     """
     ends, verified = time.monotonic() + 60 * minutes, 0
     # An arm waits with the best that it could promise at all; only when its turn comes is it found out what it does.
@@ -319,7 +322,9 @@ def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minute
             continue
         tried.add((number, step))
         row = laboratory.measure(
-            arm.attempt(step.index, step.float_sites, compensate=step.compensate, registers=step.registers)
+            arm.attempt(
+                step.index, step.float_sites, wide=step.wide, compensate=step.compensate, registers=step.registers
+            )
         )
         kept = False
         if goal.meets(row) and _pays(row):
@@ -356,8 +361,10 @@ def _following(
         if mends and not step.compensate:
             yield replace(step, compensate=True)
         if not step.registers and _quantization_costs(arm, index, row, laboratory):
-            yield replace(step, float_sites=FLOAT_SITES)
-    if step.float_sites and arm.prune is None and laboratory.takes_registers:
+            yield replace(step, float_sites=FLOAT_SITES, wide=find_target(arm.target).takes_wide)
+    if step.wide:
+        yield replace(step, wide=False)
+    elif step.float_sites and arm.prune is None and laboratory.takes_registers:
         yield replace(step, float_sites=0, registers=True)
     following = goal.further(arm, index) if step.float_sites == 0 and not step.compensate else None
     if following is not None:

@@ -32,7 +32,7 @@ from vitfold.pipeline.plan import Plan, optimize
 from vitfold.pipeline.trial import SHORT, timed, timed_ahead
 from vitfold.pipeline.writing import save
 from vitfold.progress import Say
-from vitfold.recipe import PruneRecipe, quant_from_scheme
+from vitfold.recipe import FLOAT, WIDE, PruneRecipe, quant_from_scheme
 
 CHECKED_IMAGES = 16
 
@@ -60,8 +60,9 @@ def check_decides(head: Head) -> None:
 class Trial:
     """One recipe by name: r per block by a rule, bits or "none", method, target, and how many sites stay float.
 
-    `compensate` says whether layers are refitted to the merging, `prune` which heads and hidden units stay, `registers`
-    whether something is done about sink tokens where that is worth it.
+    With `wide` these are not float but have inputs of 16 bits. `compensate` says whether layers are refitted to the
+    merging, `prune` which heads and hidden units stay, `registers` whether something is done about sink tokens where
+    that is worth it.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Trial:
     method: str | None = None
     target: str = "cpu"
     float_sites: int = 0
+    wide: bool = False
     compensate: bool = False
     prune: PruneRecipe | None = None
     registers: bool = False
@@ -85,6 +87,7 @@ class Trial:
             "method": self.method,
             "target": self.target,
             "float_sites": self.float_sites,
+            "wide": self.wide,
             "compensate": self.compensate,
             "prune": None if self.prune is None else self.prune.to_dict(),
             "registers": self.registers,
@@ -169,7 +172,8 @@ def plan_attempt(attempt: Trial, trying: EvalContext, *, say: Say = lambda _: No
     say("calibrating")
     images = trying.calibration.sample(trying.calibration_size, seed=trying.calibration_seed)
     if attempt.float_sites:
-        folded = keep_float(folded, images, attempt.float_sites)
+        scheme = WIDE if attempt.wide else FLOAT
+        folded = keep_float(folded, images, attempt.float_sites, scheme=scheme)
     return calibrate_plan(folded, images)
 
 

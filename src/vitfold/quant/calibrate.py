@@ -31,7 +31,7 @@ from vitfold.quant.outputs import search_outputs
 from vitfold.quant.ranges import rounded
 from vitfold.quant.rotation import rotate_streams, turn_heads
 from vitfold.quant.sites import AttentionSite, LinearSite, find_sites
-from vitfold.quantizer import Quantizer, QuantParams, Uniform, in_half
+from vitfold.quantizer import NARROW_BITS, Quantizer, QuantParams, Uniform, in_half
 from vitfold.recipe import MergeRecipe, QuantRecipe
 from vitfold.transforms.sinks import PREFIX_ROWS
 
@@ -182,6 +182,7 @@ def _search(
         bits = quant.bits(attention.site, weight=False)
         if bits is None:
             continue
+        bits = min(bits, NARROW_BITS)
         say = functools.partial(progress.step, f"searching ranges: {attention.site} {number}/{len(network.attentions)}")
         found = samples.attentions[attention.site]
         how = {"symmetric": scheme.symmetric, "uniform_only": scheme.uniform_only}

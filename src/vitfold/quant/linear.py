@@ -32,9 +32,10 @@ from vitfold.quant.ranges import (
     search_weight,
     symmetric_uniform,
     uniform_from_scale,
+    wide_uniform,
 )
 from vitfold.quant.sites import LinearSite
-from vitfold.quantizer import Quantizer, Shifted, Twin, Uniform
+from vitfold.quantizer import NARROW_BITS, Quantizer, Shifted, Twin, Uniform
 
 _NOISE_STEPS = 16
 
@@ -65,14 +66,22 @@ def search_linear(problem: LinearProblem, method: QuantMethod, *, preset: Unifor
     exact = x @ problem.weight.T
     weight = _initial_weight(problem, method)
     alternate = "hessian" in (method.weights, method.activations) and method.rounding == "nearest"
+    if problem.bits > NARROW_BITS:
+        preset = _widest(problem)
     inputs: Quantizer = preset or _search_inputs(problem, method, x, exact, grad, rounded(problem.weight, weight))
     for _ in range(method.rounds if alternate else 1):
         weight = _search_weight(problem, method, rounded(x, inputs), exact, grad)
         if preset is None and alternate:
             inputs = _search_inputs(problem, method, x, exact, grad, rounded(problem.weight, weight))
-    if method.noise and isinstance(inputs, Uniform):
+    if method.noise and isinstance(inputs, Uniform) and problem.bits <= NARROW_BITS:
         inputs = _search_noise(inputs, x, exact, share, rounded(problem.weight, weight))
     return {f"{layer}.x": inputs, f"{layer}.w": weight}
+
+
+def _widest(problem: LinearProblem) -> Uniform:
+    """What wide codes clip at: nothing, and zero is the code 0."""
+    largest = float(torch.maximum(problem.samples.low.min().abs(), problem.samples.high.max().abs()))
+    return wide_uniform(largest)
 
 
 def _initial_weight(problem: LinearProblem, method: QuantMethod) -> Uniform:
@@ -180,7 +189,7 @@ def search_apart(
             x,
             problem.bits,
             method,
-            symmetric=problem.symmetric,
+            symmetric=problem.symmetric or problem.bits > NARROW_BITS,
             error=lambda q, x=x, w=weight: float((rounded(x, q) @ w.T - x @ w.T).square().mean()),  # type: ignore[misc]
         )
     return found

@@ -44,6 +44,12 @@ def uniform_from_scale(scale: float, low: int, high: int) -> Uniform:
     return Uniform(scale=np.array(scale, np.float32), zero_point=np.array(0, np.int32), low=low, high=high)
 
 
+def wide_uniform(absmax: float) -> Uniform:
+    """Return the quantizer of 16 bits whose coarse half clips nothing up to absmax: scale = absmax / (127 * 256)."""
+    low, high = code_range(16, symmetric=True)
+    return uniform_from_scale(float(_positive(torch.tensor(absmax / (127 * 256)))), low, high)
+
+
 def _positive(scale: Tensor) -> Tensor:
     return scale.float().clamp_min(torch.finfo(torch.float32).tiny * 2**24)
 

@@ -13,7 +13,7 @@ from vitfold.model import Array
 from vitfold.ops.emit.codes import Placed, PlacedWeight, Sign, place, place_weight
 from vitfold.ops.emit.writer import Writer
 from vitfold.products import computed_type
-from vitfold.quantizer import Quantizer, Shifted, Twin
+from vitfold.quantizer import NARROW_BITS, Quantizer, Shifted, Twin, Uniform
 from vitfold.target import Target
 
 
@@ -57,9 +57,10 @@ class Operands:
         return place(site, self.quantizers[site], self.target)
 
     def left(self, site: str, x: ir.Value) -> tuple[Branch, ...]:
-        """One branch for a uniform quantizer, two for a twin one: each element is zero in one of them.
+        """One branch for a uniform quantizer, two for a twin one or for wide codes.
 
-        The offset of a shifted quantizer of a linear layer's input is added here, and taken off in `moved_bias`.
+        Each element is zero in one branch of a twin; wide codes have a coarse and a fine half. The offset of a shifted
+        quantizer of a linear layer's input is added here, and taken off in `moved_bias`.
 
         Raises:
             TargetError: if the branches need zero points that the target has not, and no bias can take their place.
@@ -74,6 +75,8 @@ class Operands:
         if isinstance(quantizer, Shifted) and linear:
             x = self._writer.node("Add", x, self._writer.constant(quantizer.offset), site=site)
             return (Branch(x, place(site, quantizer.inner, self.target)),)
+        if isinstance(quantizer, Uniform) and quantizer.bits > NARROW_BITS and linear:
+            return self._halves(site, quantizer, x)
         if not isinstance(quantizer, Twin):
             sign: Sign = "positive" if site.endswith(".softmax") else "any"
             one = Branch(x, place(site, quantizer, self.target, sign=sign))
@@ -84,6 +87,22 @@ class Operands:
         if any(branch.placed.shift for branch in branches):
             raise TargetError(f"{site}: {self.target.name} has no zero points for this twin quantizer")
         return branches
+
+    def _halves(self, site: str, quantizer: Uniform, x: ir.Value) -> tuple[Branch, Branch]:
+        """What the coarse codes of a wide quantizer hold, and what they leave.
+
+        Raises:
+            TargetError: if the target leaves products to whoever recognizes pairs of Q and DQ, or has no zero points.
+        """
+        if not self.target.takes_wide:
+            raise TargetError(
+                f"{site} has {quantizer.bits} bits, which {self.target.name} does not multiply; use --target cpu, or "
+                "keep the layer float"
+            )
+        coarse, fine = (place(site, half, self.target) for half in quantizer.halves())
+        first = Branch(x, coarse)
+        rest = self._writer.node("Sub", x, self.grid(site, first), site=site)
+        return first, Branch(rest, fine)
 
     def _twins(self, site: str, quantizer: Twin, x: ir.Value) -> tuple[Branch, Branch]:
         node, zero = self._writer.node, self._writer.number
