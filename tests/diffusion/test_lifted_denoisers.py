@@ -12,18 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from pipelining import tiny_pipe
+from pipelining import tiny_pipe, tiny_vae
 from vitfold.artifacts.bundle import open_bundle
 from vitfold.diffusion import every_step
 from vitfold.diffusion.compare import SamplingConfig, check_asked, draw
 from vitfold.diffusion.conditions import Prompts, load_prompts
-from vitfold.diffusion.exporting import export_steps
+from vitfold.diffusion.decoding import lift_decoder, open_decoder, write_decoder
+from vitfold.diffusion.exporting import decoded_latents, export_steps
 from vitfold.diffusion.lifting import embed_prompts
 from vitfold.diffusion.opening import method_of, open_steps
 from vitfold.diffusion.pipelines import StepPlan, accelerate, plan_steps, restore
 from vitfold.diffusion.schedulers import build_scheduler
-from vitfold.errors import BundleError, RecipeError, SourceError, UnsupportedError
+from vitfold.errors import BundleError, ParityError, RecipeError, SourceError, UnsupportedError
 from vitfold.model import Array, DenoiserSpec
+from vitfold.sources.diffusers import LatentDecoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with NumPy 2
 STEPS, FULL = 10, 5
@@ -44,14 +46,17 @@ class Exported:
 
 @pytest.fixture(scope="module", params=["pixart", "sd3"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    pipe, prompts, call = tiny_pipe(request.param)
+    pipe, prompts, call = tiny_pipe(request.param, tiny_vae() if request.param == "pixart" else None)
     plan = plan_steps(pipe, prompts[:2], steps=STEPS, full=FULL, seeds=1, **call)
     path = tmp_path_factory.mktemp("bundle") / "fast.fold"
-    sizes = {name: value for name, value in call.items() if name != "output_type"}
-    export_steps(pipe, plan, prompts, path, **sizes)
+    export_steps(pipe, plan, prompts, path, **_sizes(call))
     return Exported(
         pipe=pipe, prompts=prompts, call=call, plan=plan, path=path, bank=embed_prompts(pipe, prompts, **call)
     )
+
+
+def _sizes(call: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in call.items() if name != "output_type"}
 
 
 def _drawn(exported: Exported, label: int, seed: int, *, rests: bool) -> Array:
@@ -70,8 +75,8 @@ def _drawn(exported: Exported, label: int, seed: int, *, rests: bool) -> Array:
         return draw(steps, session, method if rests else every_step(method), asked).samples
 
 
-def _expected(exported: Exported, label: int, seed: int) -> Array:
-    given = {**exported.call, **exported.prompts[label], "num_inference_steps": STEPS}
+def _expected(exported: Exported, label: int, seed: int, kind: str = "latent") -> Array:
+    given = {**exported.call, **exported.prompts[label], "num_inference_steps": STEPS, "output_type": kind}
     made = exported.pipe(**given, generator=torch.Generator().manual_seed(seed))[0]
     return np.asarray(made)
 
@@ -101,6 +106,54 @@ def test_prompts_and_seeds_decide(exported: Exported) -> None:
     first = _drawn(exported, 0, 0, rests=True)
     assert _apart(first, _drawn(exported, 3, 0, rests=True)) > TOLERANCE
     assert _apart(first, _drawn(exported, 0, 1, rests=True)) > 0.1
+
+
+def test_images_are_the_pipelines_own_and_need_no_folder(exported: Exported) -> None:
+    bundle = open_bundle(exported.path, steps=True)
+    if exported.pipe.vae is None:
+        assert (bundle.manifest.steps.decode, bundle.decode_bytes) == (None, 0)
+        with pytest.raises(SourceError, match="--latents"):
+            open_decoder(bundle)
+        return
+    restore(exported.pipe)
+    decode = open_decoder(bundle)
+    images = np.concatenate([_expected(exported, label, 3, "np") for label in (1, 2)])
+    latents = np.concatenate([_drawn(exported, label, 3, rests=False) for label in (1, 2)])
+    assert np.abs(np.moveaxis(images, -1, 1) - decode(latents)).max() < TOLERANCE
+    assert bundle.manifest.steps.decoder is None
+    assert bundle.decode_bytes > 0
+
+
+def test_a_decoder_that_the_pipeline_does_not_use_so_is_refused() -> None:
+    for name, adds in (("pixart", False), ("sd3", True)):
+        pipe, prompts, call = tiny_pipe(name, tiny_vae(shift=0.5))
+        given = {**_sizes(call), **prompts[0], "num_inference_steps": 3, "generator": torch.Generator().manual_seed(0)}
+        decoding = LatentDecoder(pipe.vae)
+        if adds:
+            assert decoded_latents(pipe, given, decoding).shape == (1, 4, 8, 8)
+            continue
+        with pytest.raises(UnsupportedError, match="--no-vae"):
+            decoded_latents(pipe, given, decoding)
+
+
+def test_a_decoder_without_attention_and_a_damaged_one(exported: Exported, tmp_path: Path) -> None:
+    class Twice(torch.nn.Module):
+        def forward(self, latents: torch.Tensor) -> torch.Tensor:
+            return latents.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :3].tanh()
+
+    decoder = lift_decoder(Twice(), (4, 8, 8))
+    assert write_decoder(decoder, tmp_path).image_shape == (3, 16, 16)
+    with pytest.raises(ParityError, match="--no-vae"):
+        write_decoder(replace(decoder, module=torch.nn.Identity()), tmp_path)
+    copy = tmp_path / "copy.fold"
+    shutil.copytree(exported.path, copy)
+    values = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
+    decode = {"image_shape": [3, 16, 16], "relative_error": 0.0}
+    wrong = [{**decode, "image_shape": [3, 16]}, {**decode, "relative_error": -1.0}, "yes"]
+    for one in [*wrong, *([] if "decode" in values else [decode])]:  # whose graph is not there
+        (copy / "manifest.json").write_text(json.dumps({**values, "decode": one}), encoding="utf-8")
+        with pytest.raises(BundleError):
+            open_bundle(copy, steps=True)
 
 
 def test_embeddings_go_through_a_file(exported: Exported, tmp_path: Path) -> None:
@@ -135,7 +188,7 @@ def test_embeddings_of_another_model_are_refused(exported: Exported) -> None:
 
 
 def test_a_plan_belongs_to_its_weights_and_guidance(exported: Exported, tmp_path: Path) -> None:
-    sizes = {name: value for name, value in exported.call.items() if name != "output_type"}
+    sizes = _sizes(exported.call)
     other = replace(exported.plan, weights="0" * 64)
     with pytest.raises(RecipeError, match="other weights"):
         export_steps(exported.pipe, other, exported.prompts, tmp_path / "no.fold", **sizes)

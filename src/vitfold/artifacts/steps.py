@@ -15,6 +15,8 @@ from vitfold.storage.checked import ImplausibleError, Range, check_fields, entry
 
 PARTS = ("condition", "step", "full", "front", "rest", "resume", "refresh", "whole.N", "renew.N")
 """Every graph that a method may have; N is the number of a block."""
+DECODE = "decode"
+"""The graph that makes images of latents; no step runs it."""
 _PART = re.compile("|".join(re.escape(part).replace("N", "(0|[1-9][0-9]{0,4})") for part in PARTS))
 
 
@@ -39,12 +41,25 @@ class SamplingPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeGraph:
+    """The graph `DECODE` of a bundle: the shape of the images that it makes of latents, and its error to the VAE."""
+
+    image_shape: tuple[int, int, int]
+    relative_error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
     """The model that the graphs of a bundle draw by, without its weights, and how they draw.
 
     `parts` are the graphs' names; `counts` the tokens that a step renews per block, `mask` the steps computed in full,
     `weights` those of what the newest full steps kept, by step, and `rescale` the polynomial that judges a change,
-    where a method leaves them to the model. `search` says what else was tried.
+    where a method leaves them to the model. `search` says what else was tried. `decode` is the graph that makes images
+    of latents, where there is one; `decoder` the folder of the VAE where the bundle was made.
     """
 
     spec: DiTSpec | DenoiserSpec
@@ -60,6 +75,7 @@ class Steps:
     search: Mapping[str, Any] | None = None
     weights: tuple[tuple[float, ...], ...] | None = None
     rescale: tuple[float, ...] | None = None
+    decode: DecodeGraph | None = None
 
 
 DiffusionModelInfo = DiTModel | DenoiserModel | Steps
@@ -124,7 +140,15 @@ def read_steps(values: Mapping[str, Any], *, labels: tuple[str, ...] | None, ori
         weights=weights,
         rescale=entry(values, "rescale", tuple[float, ...] | None),
         search=entry(values, "search", Mapping[str, Any] | None),
+        decode=_decode(entry(values, DECODE, Mapping[str, Any] | None)),
     )
+
+
+def _decode(values: Mapping[str, Any] | None) -> DecodeGraph | None:
+    if values is None:
+        return None
+    shape = entry(values, "image_shape", tuple[int, int, int], DECODE, (1, 2**16))
+    return DecodeGraph(image_shape=shape, relative_error=entry(values, "relative_error", float, DECODE, (0.0, 1.0)))
 
 
 def _spec(values: Any) -> DiTSpec | DenoiserSpec:

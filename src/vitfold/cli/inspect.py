@@ -10,7 +10,7 @@ import typer
 
 from vitfold.architectures.programs import deployed_program, plain_program
 from vitfold.artifacts.bundle import holds_steps, open_bundle
-from vitfold.artifacts.steps import Steps
+from vitfold.artifacts.steps import DECODE, Steps
 from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.graph_facts import graph_document, graph_lines, load_graph
@@ -197,11 +197,21 @@ def _model_facts(steps: Steps) -> str:
     return f"{spec.module}, {kind} of {height} x {width}, by {', '.join(one.name for one in spec.conditions)}"
 
 
+def _decoding(opened: Bundle) -> str:
+    """What makes images of a bundle's latents, and the bytes that this takes in it."""
+    steps = opened.manifest.steps
+    if steps.decode is None:
+        return "left as latents" if steps.decoder is None else f"by the VAE in {steps.decoder}"
+    _, height, width = steps.decode.image_shape
+    return f"{height} x {width}, by the graph {DECODE} ({opened.decode_bytes / 1e6:.1f} MB of the size)"
+
+
 def _inspect_steps(path: Path, *, json: bool) -> None:
     opened = open_bundle(path, steps=True)
     manifest, steps = opened.manifest, opened.manifest.steps
     if json:
-        print_json({**manifest.to_dict(), "size_bytes": opened.size_bytes, "digest": opened.digest})
+        sizes = {"size_bytes": opened.size_bytes, "decode_bytes": opened.decode_bytes}
+        print_json({**manifest.to_dict(), **sizes, "digest": opened.digest})
         return
     spec, plan, db = steps.spec, steps.plan, manifest.verified["psnr_db"]
     lines = [
@@ -213,6 +223,7 @@ def _inspect_steps(path: Path, *, json: bool) -> None:
         ("merge", f"{plan.merge} tokens per block"),
         ("quant", plan.quant if plan.method is None else f"{plan.quant} by {plan.method}"),
         ("parts", " ".join(manifest.parts)),
+        *([("images", _decoding(opened))] if steps.latent else []),
         ("size", f"{opened.size_bytes / 1e6:.1f} MB"),
         ("verified", f"{manifest.verified['engine']}, {'equal' if db is None else f'{db:.0f} dB'} to the reference"),
         ("digest", opened.digest),

@@ -8,29 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from vitfold.artifacts.bundle import Bundle
 from vitfold.artifacts.steps import SamplingPlan
 from vitfold.diffusion.compare import SamplingConfig, draw
 from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.conditions import Prompts
+from vitfold.diffusion.decoding import difference, in_unit_range, lift_decoder
 from vitfold.diffusion.denoiser_parts import check_cut, denoiser_parts
 from vitfold.diffusion.eager import eager
 from vitfold.diffusion.lifting import call_arguments, embed_prompts, lift_pipeline, method_of_plan
 from vitfold.diffusion.methods import find_method
 from vitfold.diffusion.pipelines.step_plan import StepPlan, guidance_of, scheduler_facts, weights_digest
-from vitfold.diffusion.pipelines.stepping import denoisers
+from vitfold.diffusion.pipelines.stepping import Steps, denoisers
 from vitfold.diffusion.solving import check_budget
 from vitfold.diffusion.writing import save_steps
 from vitfold.errors import ArgumentError, RecipeError, UnsupportedError
-from vitfold.model import DenoiserModel, Origin
+from vitfold.model import Array, DenoiserModel, Origin
 from vitfold.model.schedule import flow_sampler, own_sampler
 from vitfold.ops.run import Run
+from vitfold.sources.diffusers import LatentDecoder
 
 STEPS = 50
 _CHECKED_STEPS = 4
 _TOLERANCE = 1e-3
-"""Of latents behind a few steps: each adds the rounding of its transformer."""
+"""Of latents behind a few steps: each adds the rounding of its transformer. Of images in [0, 1]."""
+_ENTERING = 1e-5
+"""Of what a VAE is handed: shares and sums of latents."""
 
 
 def export_steps(
@@ -40,6 +46,7 @@ def export_steps(
     path: str | Path,
     *,
     steps: int = STEPS,
+    vae: bool = True,
     source: str | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda _: None,
@@ -49,14 +56,16 @@ def export_steps(
 
     `plan` is what `plan_steps` returned, or a method by name such as "fitted:14", whose steps and weights are then
     fitted on these prompts. `call` are the pipeline's arguments (height=..., guidance_scale=...); sizes, and the length
-    of a text, belong to the bundle. Before anything is written, a few steps of the pipeline itself have to give the
-    same latents as the program.
+    of a text, belong to the bundle. With `vae` the bundle also makes images of latents, by a graph of the pipeline's
+    decoder. Before anything is written, a few steps of the pipeline itself have to give the same latents as the
+    program, and its decoder the same image of them.
 
     Raises:
         ArgumentError: if there are no prompts.
         RecipeError: if the plan is of another model or has no form in a bundle.
         UnsupportedError: if the pipeline draws in a way that is not followed.
-        SourceError: if the transformer cannot be exported, or the scheduler is not followed.
+        SourceError: if transformer or decoder cannot be exported, or the scheduler is not followed.
+        ParityError: if the program of one computes something else.
         BundleError: if the destination cannot be written, or exists and may not be replaced.
         EngineError: if the graphs draw something else than the program.
     """
@@ -83,12 +92,26 @@ def export_steps(
     sampler = sampler_of(model)
     applied = guidance if bank.negative else 1.0
     bank.check(model.spec, applied)
+    decoding = LatentDecoder(pipe.vae) if vae and getattr(pipe, "vae", None) is not None else None
     say("comparing with the pipeline")
-    check_pipeline(pipe, prompts[0], model, bank, sampler=sampler, guidance=applied, call=call)
+    check_pipeline(pipe, prompts[0], model, bank, sampler=sampler, guidance=applied, call=call, decoding=decoding)
+    if decoding is not None:
+        say("reading the VAE's decoder as a program")
+    lifted = None if decoding is None else lift_decoder(decoding, model.spec.image_shape)
     settings = SamplingPlan(
         reuse=method.text, steps=steps, sampler=sampler, guidance=applied, **Compression().to_dict()
     )
-    return save_steps(model, settings, method, Compression(), Path(path), conditions=bank, overwrite=overwrite, say=say)
+    return save_steps(
+        model,
+        settings,
+        method,
+        Compression(),
+        Path(path),
+        conditions=bank,
+        decoder=lifted,
+        overwrite=overwrite,
+        say=say,
+    )
 
 
 def sampler_of(model: DenoiserModel) -> str:
@@ -119,30 +142,81 @@ def check_pipeline(
     sampler: str,
     guidance: float,
     call: Mapping[str, Any],
+    decoding: LatentDecoder | None = None,
     steps: int = _CHECKED_STEPS,
 ) -> float:
     """Return max|a - b| / max|a| of the latents a of a few steps of the pipeline and b of the program by our sampler.
 
+    `decoding` has to make the image of the pipeline's latents that its VAE makes.
+
     Raises:
         UnsupportedError: if they differ, so that the pipeline does something that is not followed.
     """
-    method = find_method("none")
+    method, kind = find_method("none"), type(pipe).__name__
     executor = eager(denoiser_parts(model, method), Run(model.params))
     asked = SamplingConfig(
         labels=(0,), seed=0, steps=steps, sampler=sampler, guidance=guidance, batch=1, conditions=prompts
     )
     found = draw(model, executor, method, asked).samples
-    made = pipe(**{**call_arguments(pipe, prompt, call, steps=steps), "output_type": "latent"})
-    expected = next(iter(made.values()) if hasattr(made, "values") else iter(made)).float().cpu().numpy()
+    given = call_arguments(pipe, prompt, call, steps=steps)
+    latents = _latents(pipe, given) if decoding is None else decoded_latents(pipe, given, decoding)
+    expected = latents.float().cpu().numpy()
     if expected.shape != found.shape or not np.isfinite(expected).all():
-        raise UnsupportedError(f"{type(pipe).__name__} returns {expected.shape}, the program {found.shape}")
-    error = float(np.abs(expected - found).max()) / (float(np.abs(expected).max()) or 1.0)
+        raise UnsupportedError(f"{kind} returns {expected.shape}, the program {found.shape}")
+    error = difference(expected, found)
     if not error <= _TOLERANCE:
         raise UnsupportedError(
-            f"{type(pipe).__name__} draws other latents than its transformer by {sampler} (by {error:.2g}, relative): "
+            f"{kind} draws other latents than its transformer by {sampler} (by {error:.2g}, relative): "
             "it does something between the steps that bundles do not; draw in its own process by vitfold.accelerate"
         )
     return error
+
+
+def _latents(pipe: Any, given: Mapping[str, Any]) -> Tensor:
+    """The latents that a pipeline returns."""
+    made = pipe(**{**given, "output_type": "latent"})
+    latents: Tensor = next(iter(made.values()) if hasattr(made, "values") else iter(made))
+    return latents
+
+
+def decoded_latents(pipe: Any, given: Mapping[str, Any], decoding: LatentDecoder) -> Tensor:
+    """Return the last latents of a pipeline's scheduler, if `decoding` decodes them just as it does.
+
+    Raises:
+        UnsupportedError: if not.
+    """
+    samples: list[Tensor] = []
+    decoded: list[Tensor] = []
+    inner = type(pipe.vae).decode
+
+    def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        decoded.append(latents)
+        return inner(pipe.vae, latents, *args, **kwargs)
+
+    hooks = Steps(scheduler=pipe.scheduler, end=samples.append)
+    hooks.install()
+    pipe.vae.decode = decode
+    try:
+        made = pipe(**{**given, "output_type": "np"})
+    finally:
+        del pipe.vae.decode
+        hooks.remove()
+    images = np.asarray(next(iter(made.values()) if hasattr(made, "values") else iter(made)))
+    with torch.inference_mode():
+        entered = decoding.entering(samples[-1])
+        found = in_unit_range(decoding(samples[-1]).float().cpu().numpy())
+    same = len(decoded) == 1 and difference(_array(decoded[0]), _array(entered)) <= _ENTERING
+    if not same or not np.abs(np.moveaxis(images, -1, 1) - found).max() <= _TOLERANCE:
+        raise UnsupportedError(
+            f"{type(pipe).__name__} makes an image of its latents in another way than by its VAE alone; leave the "
+            "decoder out: --no-vae (vae=False)"
+        )
+    return samples[-1]
+
+
+def _array(tensor: Tensor) -> Array:
+    found: Array = tensor.float().cpu().numpy()
+    return found
 
 
 def _guidance(pipe: Any, plan: StepPlan | str, call: Mapping[str, Any]) -> float:

@@ -16,6 +16,7 @@ from vitfold.diffusion import ReuseMethod
 from vitfold.diffusion.compare import SamplingConfig, draw, settled
 from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.conditions import Conditions
+from vitfold.diffusion.decoding import Decoder, write_decoder
 from vitfold.diffusion.eager import eager
 from vitfold.diffusion.opening import open_graphs, parts_of, prepare_tokens, step_params, step_target, write_parts
 from vitfold.diffusion.sampling import conditions_of
@@ -41,14 +42,18 @@ def save_steps(
     *,
     search: Mapping[str, Any] | None = None,
     conditions: Conditions | None = None,
+    decoder: Decoder | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
     """Write the graphs of a plan and its method, and keep them if they draw what the reference interpreter draws.
 
+    With a `decoder` a graph is written that makes images of latents.
+
     Raises:
         BundleError: if the destination cannot be written, or exists and may not be replaced.
         EngineError: if the graphs draw something else.
+        ParityError: if the decoder's graph decodes something else.
     """
     tokens = prepare_tokens(model, method, plan.steps, say) if isinstance(model, DiTModel) else None
     counts = () if tokens is None else tokens.counts
@@ -77,6 +82,7 @@ def save_steps(
             mask=chosen.mask or (),
             weights=chosen.rows or None,
             rescale=chosen.rescale or None,
+            decode=None if decoder is None else write_decoder(decoder, folder),
             search=None if search is None else {**search, "environment": environment()},
         )
         return Manifest(

@@ -8,12 +8,12 @@ Differs from DiT's own repository: every block embeds timestep and class itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from vitfold.architectures.dit import dit
 from vitfold.errors import ParityError, SourceError
@@ -129,30 +129,42 @@ def translate(
     return model
 
 
-def load_decoder(folder: Path) -> Callable[[Array], Array]:
-    """Return what turns latents into images in [0, 1]: the decoder of diffusers' `AutoencoderKL`.
+class LatentDecoder(nn.Module):
+    """What turns latents of a denoiser, (B, *latent), into images in about [-1, 1], (B, C, Y, X), by a VAE.
+
+    Equation: decode(latents / scale + shift).
+    """
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        config: Any = vae.config
+        self.vae, self._scale = vae, float(getattr(config, "scaling_factor", None) or 1.0)
+        self._shift = float(getattr(config, "shift_factor", None) or 0.0)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return images of latents."""
+        decode: Any = self.vae.decode
+        images: torch.Tensor = decode(self.entering(latents), return_dict=False)[0]
+        return images
+
+    def entering(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return what the VAE is handed."""
+        return latents / self._scale + self._shift
+
+
+def read_vae(folder: Path) -> nn.Module:
+    """Return the `AutoencoderKL` of a folder, in single precision.
 
     Raises:
-        SourceError: if diffusers cannot read the folder.
+        SourceError: if diffusers cannot read it.
     """
     from diffusers import AutoencoderKL
 
     try:
-        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
+        vae: nn.Module = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise SourceError(f"diffusers cannot read {folder}: {str(error).strip().splitlines()[0]}") from None
-
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-
-    def decode(latents: Array) -> Array:
-        images = []
-        with torch.inference_mode():
-            for latent in torch.from_numpy(latents)[:, None]:
-                images.append(vae.decode(latent / vae.config.scaling_factor + shift, return_dict=False)[0])
-        result: Array = ((torch.cat(images).clamp(-1, 1) + 1) / 2).numpy()
-        return result
-
-    return decode
+    return vae.eval()
 
 
 def check_dit_parity(module: Any, model: DiTModel, *, seed: int = 0) -> float:

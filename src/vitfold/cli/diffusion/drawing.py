@@ -23,6 +23,7 @@ from vitfold.sources import load_source
 from vitfold.sources.dit import REAL, judge_folder
 
 if TYPE_CHECKING:
+    from vitfold.artifacts.bundle import Bundle
     from vitfold.artifacts.steps import DiffusionModelInfo, SamplingPlan
     from vitfold.diffusion import ReuseMethod
     from vitfold.diffusion.compare import SamplerRow, SamplingConfig
@@ -115,24 +116,24 @@ class SamplingArgs:
             note(f"the folder's {own.replaced} is replaced by {own.name}; choose another one with --sampler")
         return own.name
 
-    def decoder(self, model: DiffusionModelInfo) -> Callable[[Array], Array] | None:
+    def decoder(self, model: DiffusionModelInfo, bundle: Bundle | None = None) -> Callable[[Array], Array] | None:
         """Return what makes images in [0, 1] of samples, None where latents are wanted.
+
+        A bundle decodes by its own graph where it has one.
 
         Raises:
             SourceError: if the model makes latents, and its VAE is not there.
+            EngineError: if ONNX Runtime refuses the graph.
         """
+        from vitfold.diffusion.decoding import in_unit_range, load_decoder, open_decoder
+
         if self.latents:
             return None
         if not model.latent:
-            return lambda samples: (samples.clip(-1, 1) + 1) / 2
-        if model.decoder is None:
-            raise SourceError(
-                f"{model.origin.source} makes latents, and the VAE that turns them into images is not there; put it "
-                "into the folder vae beside the transformer, or write the latents: --latents"
-            )
-        from vitfold.sources.diffusers import load_decoder
-
-        return load_decoder(Path(model.decoder))
+            return in_unit_range
+        if bundle is not None:
+            return open_decoder(bundle, threads=self.threads)
+        return load_decoder(model.decoder, model.origin.source)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -235,7 +236,7 @@ def draw_bundles(
     before = environment()
     bundles = [open_bundle(path, steps=True) for path in paths]
     first = bundles[0].manifest.steps
-    decode, asked = asking.decoder(first), asking.asked(first, first.plan)
+    decode, asked = asking.decoder(first, bundles[0]), asking.asked(first, first.plan)
     rows = bench_steps(
         bundles,
         asked,

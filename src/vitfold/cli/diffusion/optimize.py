@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +20,7 @@ from vitfold.bench.environment import environment
 from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.diffusion.drawing import SamplingArgs, default_judge, document, open_features
-from vitfold.cli.diffusion.prompts import Prompts, save_pipeline
+from vitfold.cli.diffusion.prompts import Prompts, Vae, save_pipeline
 from vitfold.cli.groups import JudgeArgs, StepArgs, StepSearchArgs, refuse
 from vitfold.cli.making import require_optimize, say_busy
 from vitfold.cli.terminal import heading, note, out, print_json, quiet_stdout, steps
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from vitfold.artifacts.bundle import Bundle
     from vitfold.diffusion.compare import SamplingConfig
     from vitfold.diffusion.compression import Compression
+    from vitfold.diffusion.decoding import Decoder
     from vitfold.diffusion.search import Bounds, StepSearchResult
     from vitfold.model import DiTModel
 
@@ -69,6 +71,7 @@ def optimize(
     stepping: StepArgs,
     judging: JudgeArgs,
     prompts: Prompts = None,
+    vae: Vae = True,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
@@ -80,7 +83,7 @@ def optimize(
     _check(way, judging)
     if prompts is not None:
         with reserve_bundle(output, overwrite=overwrite) as place, steps("optimize") as say, quiet_stdout():
-            draft = save_pipeline(source, prompts, way, stepping, place.draft(), say)
+            draft = save_pipeline(source, prompts, way, stepping, place.draft(), say, vae=vae)
             bundle = publish_bundle(place, draft)
         _show(_summary(bundle), None, json=json)
         note(f"next: vitfold diffusion embed {source} --prompts {prompts} -o E.safetensors, then sample {output}")
@@ -110,13 +113,24 @@ def optimize(
         plan = SamplingPlan(
             reuse=method.text, steps=count, sampler=few.sampler, guidance=few.guidance, **chosen.to_dict()
         )
-        draft = save_steps(model, plan, method, chosen, place.draft(), search=searched, say=say)
+        decoder = _decoder(model, say) if vae else None
+        draft = save_steps(model, plan, method, chosen, place.draft(), search=searched, decoder=decoder, say=say)
         bundle = publish_bundle(place, draft)
     values = {**(searched or {}), **_summary(bundle)}
     _show(values, found, json=json)
     if searched is not None:
         say_busy(searched["environment"])
     note(f"next: vitfold diffusion sample {output} --classes 0,1,2 -o images, or vitfold diffusion bench {output}")
+
+
+def _decoder(model: DiTModel, say: Callable[[str], None]) -> Decoder | None:
+    """What decodes a model's latents, as a program; None where it makes images, or its VAE is not there."""
+    from vitfold.diffusion.decoding import lift_folder
+
+    if not model.latent or model.decoder is None:
+        return None
+    say("reading the VAE's decoder as a program")
+    return lift_folder(model.decoder, model.spec.image_shape)
 
 
 def _check(way: StepSearchArgs, judging: JudgeArgs) -> None:

@@ -28,8 +28,24 @@ Prompts = Annotated[
 ]
 
 
+Vae = Annotated[
+    bool,
+    typer.Option(
+        "--vae/--no-vae",
+        help="Keep the decoder of a model of latents in the bundle, as a graph: images then need no folder.",
+    ),
+]
+
+
 def save_pipeline(
-    source: str, prompts: Path, way: StepSearchArgs, stepping: StepArgs, place: Path, say: Callable[[str], None]
+    source: str,
+    prompts: Path,
+    way: StepSearchArgs,
+    stepping: StepArgs,
+    place: Path,
+    say: Callable[[str], None],
+    *,
+    vae: bool,
 ) -> Bundle:
     """Write the steps of a pipeline as a bundle, by the method that `--reuse` names."""
     from vitfold.diffusion.exporting import STEPS, export_steps
@@ -47,7 +63,7 @@ def save_pipeline(
     if stepping.guidance is not None:
         call["guidance_scale"] = stepping.guidance
     count = STEPS if stepping.steps is None else stepping.steps
-    return export_steps(pipe, way.reuse, found, place, steps=count, source=source, say=say, **call)
+    return export_steps(pipe, way.reuse, found, place, steps=count, vae=vae, source=source, say=say, **call)
 
 
 @command(
