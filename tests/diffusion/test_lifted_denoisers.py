@@ -16,15 +16,20 @@ from pipelining import tiny_pipe, tiny_vae
 from vitfold.artifacts.bundle import open_bundle
 from vitfold.diffusion import every_step
 from vitfold.diffusion.compare import SamplingConfig, check_asked, draw
+from vitfold.diffusion.compression import compress, network_of_step, states_along
 from vitfold.diffusion.conditions import Prompts, load_prompts
 from vitfold.diffusion.decoding import lift_decoder, open_decoder, write_decoder
+from vitfold.diffusion.denoiser_parts import inner_layers
 from vitfold.diffusion.exporting import decoded_latents, export_steps
-from vitfold.diffusion.lifting import embed_prompts
+from vitfold.diffusion.lifting import embed_prompts, lift_pipeline
 from vitfold.diffusion.opening import method_of, open_steps
 from vitfold.diffusion.pipelines import StepPlan, accelerate, plan_steps, restore
 from vitfold.diffusion.schedulers import build_scheduler
 from vitfold.errors import BundleError, ParityError, RecipeError, SourceError, UnsupportedError
-from vitfold.model import Array, DenoiserSpec
+from vitfold.model import Array, DenoiserModel, DenoiserSpec, Origin
+from vitfold.ops.run import Run
+from vitfold.ops.simulate import Simulate
+from vitfold.program import program_from_dict
 from vitfold.sources.diffusers import LatentDecoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with NumPy 2
@@ -154,6 +159,41 @@ def test_a_decoder_without_attention_and_a_damaged_one(exported: Exported, tmp_p
         (copy / "manifest.json").write_text(json.dumps({**values, "decode": one}), encoding="utf-8")
         with pytest.raises(BundleError):
             open_bundle(copy, steps=True)
+
+
+@pytest.fixture(scope="module")
+def lifted() -> tuple[DenoiserModel, Prompts]:
+    pipe, prompts, call = tiny_pipe("sd3")
+    origin = Origin(source="tests:sd3", loader="tests", arguments={})
+    return lift_pipeline(pipe, prompts[0], origin=origin, **_sizes(call)), embed_prompts(pipe, prompts, **call)
+
+
+@pytest.mark.parametrize("method", ["gptq", "minmax", "smooth", "vitfold"])
+def test_a_lifted_denoiser_takes_methods_of_quantization(lifted: tuple[DenoiserModel, Prompts], method: str) -> None:
+    model, bank = lifted
+    how = {"steps": 4, "guidance": 3.0, "sampler": "flow-euler", "conditions": bank}
+    found = compress(model, quant="w8a8", method=method, **how)
+    layers = {site.removesuffix(".w") for site in found.quantizers or {} if site.endswith(".w")}
+    assert layers == inner_layers(model)
+    assert found.params is not None
+    network, states = network_of_step(model, 0), states_along(model, 24, r=0, seed=5, **how)
+    (one,) = states.batches(24)
+    with torch.inference_mode():
+        exact = network.run(Run(model.params), one.inputs)
+        rounded = network.run(Simulate(found.params, found.quantizers or {}), one.inputs)
+    assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.1
+
+
+def test_layers_of_tokens_that_met_the_image_are_quantized(lifted: tuple[DenoiserModel, Prompts]) -> None:
+    """Of SD3's dual blocks: six of the image and, behind the first attention, of the text; the last has no text MLP."""
+    model, _ = lifted
+    program, inner = program_from_dict(json.loads(model.program)), inner_layers(model)
+    rows = [program.shapes[node.source][1] for node in program.nodes if node.site in inner]
+    assert sorted(set(rows)) == [5, 16]
+    assert rows.count(16) == 3 * 6
+    assert rows.count(5) == 3 + 6 + 3
+    with pytest.raises(RecipeError, match="--merge 2 is out of range"):
+        compress(model, r=2)
 
 
 def test_embeddings_go_through_a_file(exported: Exported, tmp_path: Path) -> None:

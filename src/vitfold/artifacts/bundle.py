@@ -137,10 +137,11 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values without format header and file list; `compensation` only where there is one."""
         kind = {"kind": STEPS} if isinstance(self.held, Steps) else {}
+        left: tuple[str, ...]
         if isinstance(self.held, Vision):
             left = ("compensation",) if self.held.compensation is None else ()
         else:
-            left = (DECODE,) if self.held.decode is None else ()
+            left = tuple(name for name in (DECODE, "fidelity") if getattr(self.held, name) is None)
         return {**kind, **plain_fields(self.held, but=left), **plain_fields(self, but=("held",))}
 
 

@@ -53,13 +53,31 @@ class DecodeGraph:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepFidelity:
+    """How near quantized steps draw to the same steps in float, at seeds that calibration has not seen.
+
+    `of` says what was compared. `psnr_db` is over all of them; None where they are equal.
+    """
+
+    of: Literal["images", "latents"]
+    images: int
+    seed: int
+    psnr_db: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
     """The model that the graphs of a bundle draw by, without its weights, and how they draw.
 
     `parts` are the graphs' names; `counts` the tokens that a step renews per block, `mask` the steps computed in full,
     `weights` those of what the newest full steps kept, by step, and `rescale` the polynomial that judges a change,
     where a method leaves them to the model. `search` says what else was tried. `decode` is the graph that makes images
-    of latents, where there is one; `decoder` the folder of the VAE where the bundle was made.
+    of latents, where there is one; `decoder` the folder of the VAE where the bundle was made. `fidelity` is what
+    quantization costs, where that was measured.
     """
 
     spec: DiTSpec | DenoiserSpec
@@ -76,6 +94,7 @@ class Steps:
     weights: tuple[tuple[float, ...], ...] | None = None
     rescale: tuple[float, ...] | None = None
     decode: DecodeGraph | None = None
+    fidelity: StepFidelity | None = None
 
 
 DiffusionModelInfo = DiTModel | DenoiserModel | Steps
@@ -141,7 +160,16 @@ def read_steps(values: Mapping[str, Any], *, labels: tuple[str, ...] | None, ori
         rescale=entry(values, "rescale", tuple[float, ...] | None),
         search=entry(values, "search", Mapping[str, Any] | None),
         decode=_decode(entry(values, DECODE, Mapping[str, Any] | None)),
+        fidelity=_fidelity(entry(values, "fidelity", Mapping[str, Any] | None)),
     )
+
+
+def _fidelity(values: Mapping[str, Any] | None) -> StepFidelity | None:
+    if values is None:
+        return None
+    within: dict[str, Range] = {"images": (1, 2**31), "seed": (0, 2**53), "psnr_db": (-1e4, 1e4)}
+    found = check_fields(StepFidelity, values, "fidelity", within)
+    return StepFidelity(**{field.name: found[field.name] for field in fields(StepFidelity)})
 
 
 def _decode(values: Mapping[str, Any] | None) -> DecodeGraph | None:

@@ -18,7 +18,7 @@ from vitfold.cli.terminal import heading, out, print_json
 from vitfold.engines.exactness import exact_execution
 from vitfold.errors import EngineError, VitfoldError
 from vitfold.model import DiTSpec, Preprocess, ViTSpec
-from vitfold.report.tables import describe_registers, fidelity_lines
+from vitfold.report.tables import describe_registers, describe_steps_fidelity, fidelity_lines
 from vitfold.schedule import describe_r
 from vitfold.target import PLAIN
 
@@ -222,6 +222,7 @@ def _inspect_steps(path: Path, *, json: bool) -> None:
         ("sampler", f"{plan.steps} steps of {plan.sampler}, guidance {plan.guidance:g}"),
         ("merge", f"{plan.merge} tokens per block"),
         ("quant", plan.quant if plan.method is None else f"{plan.quant} by {plan.method}"),
+        *([("fidelity", describe_steps_fidelity(steps.fidelity.to_dict()))] if steps.fidelity is not None else []),
         ("parts", " ".join(manifest.parts)),
         *([("images", _decoding(opened))] if steps.latent else []),
         ("size", f"{opened.size_bytes / 1e6:.1f} MB"),

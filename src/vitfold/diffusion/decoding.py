@@ -119,16 +119,29 @@ def open_decoder(bundle: Bundle, *, threads: int | None = None) -> Decode:
     return lambda given: in_unit_range(_run(session, given))
 
 
+def decoded_by(graph: DecodeGraph | None, folder: Path) -> Decode | None:
+    """Return what decodes by the graph that was written to a folder; None where there is none."""
+    if graph is None:
+        return None
+
+    def decode(latents: Array) -> Array:
+        with open_graph({DECODE: folder / graph_name(DECODE)}, DEFAULT) as session:
+            return in_unit_range(_run(session, latents))
+
+    return decode
+
+
 def load_decoder(folder: str | None, source: str) -> Decode:
     """Return what decodes latents by the VAE in a folder, in torch and diffusers.
 
     Raises:
         SourceError: if there is none, or diffusers cannot read it.
     """
-    if folder is None:
+    if folder is None or not Path(folder).is_dir():
+        where = "" if folder is None else f" ({folder})"
         raise SourceError(
-            f"{source} makes latents, and the VAE that turns them into images is not there; put it into the folder "
-            "vae beside the transformer, or write the latents: --latents"
+            f"{source} makes latents, and the VAE that turns them into images is not there{where}; put it into the "
+            "folder vae beside the transformer, or write the latents: --latents"
         )
     module = LatentDecoder(read_vae(Path(folder)))
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from vitfold.artifacts.bundle import Bundle
 from vitfold.artifacts.steps import SamplingPlan
 from vitfold.diffusion.compare import SamplingConfig, draw
-from vitfold.diffusion.compression import Compression
+from vitfold.diffusion.compression import check_scheme, compress
 from vitfold.diffusion.conditions import Prompts
 from vitfold.diffusion.decoding import difference, in_unit_range, lift_decoder
 from vitfold.diffusion.denoiser_parts import check_cut, denoiser_parts
 from vitfold.diffusion.eager import eager
 from vitfold.diffusion.lifting import call_arguments, embed_prompts, lift_pipeline, method_of_plan
-from vitfold.diffusion.methods import find_method
+from vitfold.diffusion.methods import ReuseMethod, find_method
 from vitfold.diffusion.pipelines.step_plan import StepPlan, guidance_of, scheduler_facts, weights_digest
 from vitfold.diffusion.pipelines.stepping import Steps, denoisers
 from vitfold.diffusion.solving import check_budget
@@ -29,6 +29,7 @@ from vitfold.errors import ArgumentError, RecipeError, UnsupportedError
 from vitfold.model import Array, DenoiserModel, Origin
 from vitfold.model.schedule import flow_sampler, own_sampler
 from vitfold.ops.run import Run
+from vitfold.quant import Progress
 from vitfold.sources.diffusers import LatentDecoder
 
 STEPS = 50
@@ -46,6 +47,8 @@ def export_steps(
     path: str | Path,
     *,
     steps: int = STEPS,
+    quant: str = "none",
+    quant_method: str | None = None,
     vae: bool = True,
     source: str | None = None,
     overwrite: bool = False,
@@ -56,62 +59,72 @@ def export_steps(
 
     `plan` is what `plan_steps` returned, or a method by name such as "fitted:14", whose steps and weights are then
     fitted on these prompts. `call` are the pipeline's arguments (height=..., guidance_scale=...); sizes, and the length
-    of a text, belong to the bundle. With `vae` the bundle also makes images of latents, by a graph of the pipeline's
-    decoder. Before anything is written, a few steps of the pipeline itself have to give the same latents as the
-    program, and its decoder the same image of them.
+    of a text, belong to the bundle. `quant`, such as "w8a8", rounds the linear layers of the blocks by a method of
+    `vitfold.quant`, calibrated on trajectories of these prompts. With `vae` the bundle also makes images of latents, by
+    a graph of the pipeline's decoder. Before anything is written, a few steps of the pipeline itself have to give the
+    same latents as the program, and its decoder the same image of them.
 
     Raises:
         ArgumentError: if there are no prompts.
-        RecipeError: if the plan is of another model or has no form in a bundle.
+        RecipeError: if the plan is of another model or has no form in a bundle, or bits or method are unknown.
         UnsupportedError: if the pipeline draws in a way that is not followed.
         SourceError: if transformer or decoder cannot be exported, or the scheduler is not followed.
         ParityError: if the program of one computes something else.
+        CalibrationError: if an activation is constant, NaN or infinite.
         BundleError: if the destination cannot be written, or exists and may not be replaced.
         EngineError: if the graphs draw something else than the program.
     """
-    if isinstance(prompts, str) or not prompts:
-        raise ArgumentError(f'prompts must be a list of at least one prompt, such as ["a red fox"], found {prompts!r}')
-    folder = Path(str(getattr(getattr(pipe, "config", {}), "_name_or_path", "") or ""))
-    name = source or (f"hf:{folder}" if folder.is_dir() and folder.name else type(pipe).__name__)
-    decoder = str(folder / "vae") if folder.name and (folder / "vae").is_dir() else None
+    _check(prompts, quant, quant_method)
     guidance = _guidance(pipe, plan, call)
-    if isinstance(plan, StepPlan):
-        _check_plan(pipe, plan)
-        steps, method = plan.steps, method_of_plan(pipe, plan)
-        call = {**call, "guidance_scale": guidance}
-    else:
-        method = find_method(plan)
-        check_budget(method, steps)
-    for transformer in denoisers(pipe).values():
-        check_cut(type(transformer).__name__, method)
+    method, steps = _method(pipe, plan, steps)
+    call = {**call, "guidance_scale": guidance} if isinstance(plan, StepPlan) else call
     say(f"embedding {len(prompts)} prompts")
     bank = embed_prompts(pipe, prompts, **call)
     say("reading the transformer as a program")
-    origin = Origin(source=name, loader="diffusers", arguments={})
-    model = lift_pipeline(pipe, prompts[0], origin=origin, decoder=decoder, **call)
-    sampler = sampler_of(model)
-    applied = guidance if bank.negative else 1.0
+    model = _lifted(pipe, prompts[0], source, call)
+    sampler, applied = sampler_of(model), guidance if bank.negative else 1.0
     bank.check(model.spec, applied)
     decoding = LatentDecoder(pipe.vae) if vae and getattr(pipe, "vae", None) is not None else None
     say("comparing with the pipeline")
     check_pipeline(pipe, prompts[0], model, bank, sampler=sampler, guidance=applied, call=call, decoding=decoding)
     if decoding is not None:
         say("reading the VAE's decoder as a program")
-    lifted = None if decoding is None else lift_decoder(decoding, model.spec.image_shape)
-    settings = SamplingPlan(
-        reuse=method.text, steps=steps, sampler=sampler, guidance=applied, **Compression().to_dict()
-    )
-    return save_steps(
-        model,
-        settings,
-        method,
-        Compression(),
-        Path(path),
-        conditions=bank,
-        decoder=lifted,
-        overwrite=overwrite,
-        say=say,
-    )
+    decoder = None if decoding is None else lift_decoder(decoding, model.spec.image_shape)
+    along: dict[str, Any] = {"steps": steps, "guidance": applied, "sampler": sampler, "conditions": bank}
+    compression = compress(model, quant=quant, method=quant_method, progress=Progress(step=say), **along)
+    settings = SamplingPlan(reuse=method.text, steps=steps, sampler=sampler, guidance=applied, **compression.to_dict())
+    how: dict[str, Any] = {"conditions": bank, "decoder": decoder, "overwrite": overwrite, "say": say}
+    return save_steps(model, settings, method, compression, Path(path), **how)
+
+
+def _check(prompts: Sequence[Any], quant: str, quant_method: str | None) -> None:
+    if isinstance(prompts, str) or not prompts:
+        raise ArgumentError(f'prompts must be a list of at least one prompt, such as ["a red fox"], found {prompts!r}')
+    if quant_method is not None and quant == "none":
+        raise RecipeError(f'quant_method="{quant_method}" says how quant rounds; give quant="w8a8"')
+    check_scheme(quant, quant_method)
+
+
+def _method(pipe: Any, plan: StepPlan | str, steps: int) -> tuple[ReuseMethod, int]:
+    """The method that a plan is, and its steps."""
+    if isinstance(plan, StepPlan):
+        _check_plan(pipe, plan)
+        method, steps = method_of_plan(pipe, plan), plan.steps
+    else:
+        method = find_method(plan)
+        check_budget(method, steps)
+    for transformer in denoisers(pipe).values():
+        check_cut(type(transformer).__name__, method)
+    return method, steps
+
+
+def _lifted(pipe: Any, prompt: Any, source: str | None, call: Mapping[str, Any]) -> DenoiserModel:
+    """The transformer as a program, with the folder that the pipeline was loaded from."""
+    folder = Path(str(getattr(getattr(pipe, "config", {}), "_name_or_path", "") or ""))
+    name = source or (f"hf:{folder}" if folder.is_dir() and folder.name else type(pipe).__name__)
+    decoder = str(folder / "vae") if folder.name and (folder / "vae").is_dir() else None
+    origin = Origin(source=name, loader="diffusers", arguments={})
+    return lift_pipeline(pipe, prompt, origin=origin, decoder=decoder, **call)
 
 
 def sampler_of(model: DenoiserModel) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from vitfold.diffusion import ReuseMethod
 from vitfold.diffusion.compare import SamplingConfig, draw, settled
 from vitfold.diffusion.compression import Compression
 from vitfold.diffusion.conditions import Conditions
-from vitfold.diffusion.decoding import Decoder, write_decoder
+from vitfold.diffusion.decoding import Decoder, decoded_by, write_decoder
 from vitfold.diffusion.eager import eager
+from vitfold.diffusion.fidelity import fidelity_of
 from vitfold.diffusion.opening import open_graphs, parts_of, prepare_tokens, step_params, step_target, write_parts
 from vitfold.diffusion.sampling import conditions_of
 from vitfold.engines import Session
@@ -68,6 +70,14 @@ def save_steps(
         with open_graphs(found, folder, None) as session:
             chosen = settled(model, session, method, _asked(model, plan, plan.steps, conditions))
             verified = _verify(model, plan, conditions, chosen, eager(found, simulate), session)
+            decode = None if decoder is None else write_decoder(decoder, folder)
+            fidelity = None
+            if compression.quantizers is not None and search is None:
+                say("drawing by float steps at held-out seeds")
+                exact = step_params(model, replace(compression, params=None), tokens)
+                fidelity = fidelity_of(
+                    model, plan, conditions, chosen, session, found, exact, decoded_by(decode, folder)
+                )
         target = step_target(quantized=compression.quantizers is not None)
         steps = Steps(
             spec=model.spec,
@@ -82,7 +92,8 @@ def save_steps(
             mask=chosen.mask or (),
             weights=chosen.rows or None,
             rescale=chosen.rescale or None,
-            decode=None if decoder is None else write_decoder(decoder, folder),
+            decode=decode,
+            fidelity=fidelity,
             search=None if search is None else {**search, "environment": environment()},
         )
         return Manifest(

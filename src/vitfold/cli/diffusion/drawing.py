@@ -34,6 +34,15 @@ if TYPE_CHECKING:
 STEPS, GUIDANCE = 50, 1.5  # the guidance by which the paper measures DiT-XL
 
 
+Embeddings = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Prompts for a bundle of a pipeline's steps, as diffusion embed writes them; --classes are their numbers.",
+    ),
+]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingArgs:
     """What options ask for; None takes what a bundle was made with, or the default."""
@@ -56,14 +65,7 @@ class SamplingArgs:
         typer.Option("--latents", help="Write latents (latents.npz) instead of images, for models without their VAE."),
     ] = False
 
-    embeddings: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Prompts for a bundle of a pipeline's steps, as diffusion embed writes them; --classes are their "
-            "numbers.",
-        ),
-    ] = None
+    embeddings: Embeddings = None
 
     def asked(self, model: DiffusionModelInfo, plan: SamplingPlan | None = None) -> SamplingConfig:
         """Return it for a model, or for a bundle of its steps.

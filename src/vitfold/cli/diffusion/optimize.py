@@ -26,7 +26,7 @@ from vitfold.cli.making import require_optimize, say_busy
 from vitfold.cli.terminal import heading, note, out, print_json, quiet_stdout, steps
 from vitfold.errors import CacheError
 from vitfold.processor import processor
-from vitfold.report.tables import diffusion_table, number
+from vitfold.report.tables import describe_steps_fidelity, diffusion_table, number
 from vitfold.sources.dit import load_dit
 from vitfold.version import __version__
 
@@ -227,13 +227,16 @@ def _search_folder(model: DiTModel, few: SamplingConfig, able: list[Compression]
 
 
 def _summary(bundle: Bundle) -> dict[str, Any]:
+    fidelity = bundle.manifest.steps.fidelity
     return {
         "bundle": str(bundle.path),
         "plan": bundle.manifest.steps.plan.to_dict(),
         "parts": list(bundle.manifest.parts),
         "size_bytes": bundle.size_bytes,
+        "decode_bytes": bundle.decode_bytes,
         "digest": bundle.digest,
         "verified": dict(bundle.manifest.verified),
+        "fidelity": None if fidelity is None else fidelity.to_dict(),
     }
 
 
@@ -261,4 +264,6 @@ def _print(values: dict[str, Any], found: StepSearchResult | None) -> None:
     db = values["verified"]["psnr_db"]
     exact = "the same images as" if db is None else f"within {db:.0f} dB of"
     out.print(f"  verified  {values['verified']['engine']} draws {exact} the reference")
+    if values["fidelity"] is not None:
+        out.print(f"  fidelity  {describe_steps_fidelity(values['fidelity'])}")
     out.print(f"  bundle    {values['bundle']} ({values['size_bytes'] / 1e6:.1f} MB)", soft_wrap=True)

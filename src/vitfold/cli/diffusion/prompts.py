@@ -50,10 +50,9 @@ def save_pipeline(
     """Write the steps of a pipeline as a bundle, by the method that `--reuse` names."""
     from vitfold.diffusion.exporting import STEPS, export_steps
 
-    chosen = (way.quant not in (None, "none"), way.merge is not None, way.method is not None)
     refuse(
         (way.reuse == "auto", "a pipeline with prompts takes a method by name, such as --reuse fitted:14", "--reuse"),
-        (any(chosen), "steps of a pipeline with prompts stay float and unmerged; leave it out", "--quant"),
+        (way.merge is not None, "steps of a pipeline with prompts stay unmerged; leave it out", "--merge"),
         (way.heads is not None, "the folder says its heads itself; leave it out", "--heads"),
         (stepping.sampler is not None, "a pipeline's own scheduler is the sampler; leave it out", "--sampler"),
     )
@@ -63,7 +62,10 @@ def save_pipeline(
     if stepping.guidance is not None:
         call["guidance_scale"] = stepping.guidance
     count = STEPS if stepping.steps is None else stepping.steps
-    return export_steps(pipe, way.reuse, found, place, steps=count, vae=vae, source=source, say=say, **call)
+    quantized: dict[str, Any] = {"quant": way.quant or "none", "quant_method": way.method}
+    return export_steps(
+        pipe, way.reuse, found, place, steps=count, vae=vae, source=source, say=say, **quantized, **call
+    )
 
 
 @command(
