@@ -24,17 +24,19 @@ from vitfold.diffusion.exporting import decoded_latents, export_steps
 from vitfold.diffusion.lifting import embed_prompts, lift_pipeline
 from vitfold.diffusion.opening import method_of, open_steps
 from vitfold.diffusion.pipelines import StepPlan, accelerate, plan_steps, restore
+from vitfold.diffusion.sampling import pack
 from vitfold.diffusion.schedulers import build_scheduler
 from vitfold.errors import BundleError, ParityError, RecipeError, SourceError, UnsupportedError
 from vitfold.model import Array, DenoiserModel, DenoiserSpec, Origin
+from vitfold.model.denoiser import denoiser_spec_from_dict, denoiser_spec_to_dict
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
 from vitfold.program import program_from_dict
-from vitfold.sources.diffusers import LatentDecoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with NumPy 2
 STEPS, FULL = 10, 5
 TOLERANCE = 1e-4
+ORIGIN = Origin(source="tests:pipe", loader="tests", arguments={})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +51,15 @@ class Exported:
     bank: Prompts
 
 
-@pytest.fixture(scope="module", params=["pixart", "sd3"])
+VAES = {"pixart": (4, None), "flux": (1, 0.3)}
+"""Channels of latents in front of packing, and what is added to them."""
+
+
+@pytest.fixture(scope="module", params=["pixart", "sd3", "flux"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    pipe, prompts, call = tiny_pipe(request.param, tiny_vae() if request.param == "pixart" else None)
+    pipe, prompts, call = tiny_pipe(request.param, tiny_vae(*VAES[request.param]) if request.param in VAES else None)
+    if request.param == "flux":
+        pipe.scheduler = type(pipe.scheduler)(use_dynamic_shifting=True)
     plan = plan_steps(pipe, prompts[:2], steps=STEPS, full=FULL, seeds=1, **call)
     path = tmp_path_factory.mktemp("bundle") / "fast.fold"
     export_steps(pipe, plan, prompts, path, **_sizes(call))
@@ -133,12 +141,11 @@ def test_a_decoder_that_the_pipeline_does_not_use_so_is_refused() -> None:
     for name, adds in (("pixart", False), ("sd3", True)):
         pipe, prompts, call = tiny_pipe(name, tiny_vae(shift=0.5))
         given = {**_sizes(call), **prompts[0], "num_inference_steps": 3, "generator": torch.Generator().manual_seed(0)}
-        decoding = LatentDecoder(pipe.vae)
         if adds:
-            assert decoded_latents(pipe, given, decoding).shape == (1, 4, 8, 8)
+            assert decoded_latents(pipe, given)[0].shape == (1, 4, 8, 8)
             continue
         with pytest.raises(UnsupportedError, match="--no-vae"):
-            decoded_latents(pipe, given, decoding)
+            decoded_latents(pipe, given)
 
 
 def test_a_decoder_without_attention_and_a_damaged_one(exported: Exported, tmp_path: Path) -> None:
@@ -164,8 +171,7 @@ def test_a_decoder_without_attention_and_a_damaged_one(exported: Exported, tmp_p
 @pytest.fixture(scope="module")
 def lifted() -> tuple[DenoiserModel, Prompts]:
     pipe, prompts, call = tiny_pipe("sd3")
-    origin = Origin(source="tests:sd3", loader="tests", arguments={})
-    return lift_pipeline(pipe, prompts[0], origin=origin, **_sizes(call)), embed_prompts(pipe, prompts, **call)
+    return lift_pipeline(pipe, prompts[0], origin=ORIGIN, **_sizes(call)), embed_prompts(pipe, prompts, **call)
 
 
 @pytest.mark.parametrize("method", ["gptq", "minmax", "smooth", "vitfold"])
@@ -205,7 +211,9 @@ def test_embeddings_go_through_a_file(exported: Exported, tmp_path: Path) -> Non
     assert found.time_scale == exported.bank.time_scale
     for name, rows in exported.bank.given.items():
         assert np.array_equal(found.given[name], rows)
-        assert np.array_equal(found.negative[name], exported.bank.negative[name])
+    assert set(found.negative) == set(exported.bank.negative)
+    for name, rows in exported.bank.negative.items():
+        assert np.array_equal(found.negative[name], rows)
     with pytest.raises(RecipeError, match="holds no embeddings"):
         load_prompts(exported.path / "manifest.json", spec)
 
@@ -213,14 +221,20 @@ def test_embeddings_go_through_a_file(exported: Exported, tmp_path: Path) -> Non
 def test_embeddings_of_another_model_are_refused(exported: Exported) -> None:
     steps = open_bundle(exported.path, steps=True).manifest.steps
     asked = SamplingConfig(
-        labels=(0,), seed=0, steps=STEPS, sampler=steps.plan.sampler, guidance=3.0, batch=1, conditions=exported.bank
+        labels=(0,),
+        seed=0,
+        steps=STEPS,
+        sampler=steps.plan.sampler,
+        guidance=steps.plan.guidance,
+        batch=1,
+        conditions=exported.bank,
     )
     check_asked(steps, asked)
     shorter = {name: rows[:, :-1] for name, rows in exported.bank.given.items()}
     with pytest.raises(RecipeError, match="of shape"):
         check_asked(steps, replace(asked, conditions=replace(exported.bank, given=shorter, negative={})))
     with pytest.raises(RecipeError, match="negative embeddings"):
-        check_asked(steps, replace(asked, conditions=replace(exported.bank, negative={})))
+        check_asked(steps, replace(asked, guidance=3.0, conditions=replace(exported.bank, negative={})))
     with pytest.raises(RecipeError, match="--embeddings"):
         check_asked(steps, replace(asked, conditions=None))
     with pytest.raises(RecipeError, match="prompt 4 is out of range"):
@@ -245,7 +259,12 @@ def test_a_damaged_spec_is_refused(exported: Exported, tmp_path: Path) -> None:
     copy = tmp_path / "copy.fold"
     shutil.copytree(exported.path, copy)
     values = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
-    for change in ({"image_shape": [4, 8]}, {"conditions": [{"name": "image", "shape": [2]}]}, {"later": 1}):
+    for change in (
+        {"image_shape": [4, 8, 8, 8]},
+        {"packing": [[2, 3], [4, 1]]},
+        {"conditions": [{"name": "image", "shape": [2]}]},
+        {"later": 1},
+    ):
         damaged = {**values, "spec": {**values["spec"], **change}}
         (copy / "manifest.json").write_text(json.dumps(damaged), encoding="utf-8")
         with pytest.raises(BundleError):
@@ -262,7 +281,47 @@ def test_samplers_go_with_schedules_of_their_kind() -> None:
         build_scheduler("flow-euler", {**flow, "use_dynamic_shifting": True}, 5)
 
 
-def test_flux_is_refused_by_what_is_missing() -> None:
+def test_packed_latents_have_one_order() -> None:
+    spec = DenoiserSpec(
+        module="Packed",
+        image_shape=(6, 8),
+        outputs=8,
+        tokens=6,
+        embed_dim=4,
+        num_layers=1,
+        conditions=(),
+        packing=((2, 12), (3, 2), (2, 24), (2, 6), (2, 1)),
+    )
+    drawn = torch.arange(48.0)
+    expected = drawn.reshape(2, 2, 2, 3, 2).permute(1, 3, 0, 2, 4).reshape(6, 8)  # channels, rows, 2, columns, 2
+    assert torch.equal(pack(drawn, spec), expected)
+    assert denoiser_spec_from_dict(json.loads(json.dumps(denoiser_spec_to_dict(spec)))) == spec
+    wrong: list[dict[str, Any]] = [
+        {"packing": ()},
+        {"packing": ((2, 12), (3, 2), (2, 24), (2, 6))},
+        {"packing": ((2, 12), (3, 2), (2, 24), (2, 6), (2, 2))},
+    ]
+    for change in wrong:
+        with pytest.raises(SourceError, match="which is no order"):
+            replace(spec, **change)
+    with pytest.raises(SourceError, match="not packed"):
+        replace(spec, outputs=16)
+
+
+def test_what_a_scheduler_is_told_is_followed_or_refused() -> None:
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    own = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    own.set_timesteps(sigmas=np.linspace(1.0, 1 / 7, 7), mu=0.8)
+    made = build_scheduler("flow-euler", {**flow, "_mu": 0.8, "_sigmas": "even"}, 7)
+    assert torch.equal(made.sigmas, own.sigmas)
     pipe, prompts, call = tiny_pipe("flux")
-    with pytest.raises(UnsupportedError, match=r"no latents of \(batch, channels, height, width\)"):
+    with pytest.raises(UnsupportedError, match="sigmas of its own"):
+        lift_pipeline(pipe, prompts[0], origin=ORIGIN, sigmas=[1.0, 0.9, 0.1], **_sizes(call))
+
+
+@pytest.mark.parametrize(("name", "said"), [("wan", "2 transformers"), ("cogvideox", r"no latents of \(batch")])
+def test_pipelines_of_frames_are_refused_by_what_is_missing(name: str, said: str) -> None:
+    pipe, prompts, call = tiny_pipe(name)
+    with pytest.raises(UnsupportedError, match=said):
         embed_prompts(pipe, prompts, **call)

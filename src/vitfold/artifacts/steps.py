@@ -10,6 +10,7 @@ from typing import Any, Literal
 from vitfold.model import DenoiserModel, DenoiserSpec, DiTModel, DiTSpec, Origin
 from vitfold.model.denoiser import KIND, denoiser_spec_from_dict
 from vitfold.model.dit import dit_spec_from_dict
+from vitfold.model.schedule import SHIFT, SIGMAS
 from vitfold.model.spec import with_names_of_today
 from vitfold.storage.checked import ImplausibleError, Range, check_fields, entry
 
@@ -115,6 +116,7 @@ _DENOISER: dict[str, Range] = {
     **dict.fromkeys(("image_shape", "outputs", "num_layers"), (1, 2**16)),
     **dict.fromkeys(("tokens", "embed_dim"), (1, 2**20)),
     "time_scale": (0.0, 1e6),
+    "packing": (1, 2**40),
 }
 
 
@@ -195,6 +197,8 @@ _SCHEDULE: dict[str, tuple[Any, Range | None]] = {
     "clip_sample_range": (float, (0.0, 1e6)),
     "sample_max_value": (float, (0.0, 1e6)),
     "dynamic_thresholding_ratio": (float, (0.0, 1.0)),
+    SHIFT: (float, (-1e3, 1e3)),
+    SIGMAS: (Literal["even"], None),
     "beta_schedule": (Literal["linear", "scaled_linear", "squaredcos_cap_v2"], None),
     "prediction_type": (Literal["epsilon", "sample", "v_prediction", "flow_prediction"], None),
     "timestep_spacing": (Literal["linspace", "leading", "trailing"], None),

@@ -190,7 +190,11 @@ def _quant(quant: QuantRecipe | None, *, simulated: bool) -> str:
 def _model_facts(steps: Steps) -> str:
     """What a bundle draws, and by what."""
     spec, kind = steps.spec, "latents" if steps.latent else "images"
-    _, height, width = spec.image_shape
+    if not isinstance(spec, DiTSpec) and spec.packed:
+        tokens, channels = spec.image_shape
+        given = ", ".join(one.name for one in spec.conditions)
+        return f"{spec.module}, {kind} of {tokens} tokens of {channels}, by {given}"
+    *_, height, width = spec.image_shape
     if isinstance(spec, DiTSpec):
         own = f"{spec.num_heads} heads, patch {spec.patch_size}"
         return f"{own}, {kind} of {height} x {width}, {spec.classes} classes"

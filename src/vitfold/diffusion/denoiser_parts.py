@@ -46,7 +46,7 @@ def denoiser_ends(spec: DenoiserSpec, method: ReuseMethod) -> dict[str, Ends]:
     """
     check_cut(spec.module, method)
     given = _given(spec)
-    prediction = Port(name=PREDICTION, shape=(spec.outputs, *spec.image_shape[1:]))
+    prediction = Port(name=PREDICTION, shape=spec.prediction_shape)
     residual = Port(name=RESIDUAL, shape=(spec.tokens, spec.embed_dim))
     if method.cut == "whole":
         return {"step": Ends(given, (prediction,))}

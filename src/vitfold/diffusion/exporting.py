@@ -23,6 +23,7 @@ from vitfold.diffusion.lifting import call_arguments, embed_prompts, lift_pipeli
 from vitfold.diffusion.methods import ReuseMethod, find_method
 from vitfold.diffusion.pipelines.step_plan import StepPlan, guidance_of, scheduler_facts, weights_digest
 from vitfold.diffusion.pipelines.stepping import Steps, denoisers
+from vitfold.diffusion.schedulers import build_scheduler
 from vitfold.diffusion.solving import check_budget
 from vitfold.diffusion.writing import save_steps
 from vitfold.errors import ArgumentError, RecipeError, UnsupportedError
@@ -83,13 +84,17 @@ def export_steps(
     say("reading the transformer as a program")
     model = _lifted(pipe, prompts[0], source, call)
     sampler, applied = sampler_of(model), guidance if bank.negative else 1.0
+    if isinstance(plan, StepPlan):
+        method = method_of_plan(plan, build_scheduler(sampler, model.schedule, steps))
     bank.check(model.spec, applied)
-    decoding = LatentDecoder(pipe.vae) if vae and getattr(pipe, "vae", None) is not None else None
     say("comparing with the pipeline")
-    check_pipeline(pipe, prompts[0], model, bank, sampler=sampler, guidance=applied, call=call, decoding=decoding)
+    decodes = vae and getattr(pipe, "vae", None) is not None
+    checked: dict[str, Any] = {"sampler": sampler, "guidance": applied, "call": call, "vae": decodes}
+    decoding = check_pipeline(pipe, prompts[0], model, bank, **checked)
+    decoder = None
     if decoding is not None:
         say("reading the VAE's decoder as a program")
-    decoder = None if decoding is None else lift_decoder(decoding, model.spec.image_shape)
+        decoder = lift_decoder(decoding, model.spec.image_shape)
     along: dict[str, Any] = {"steps": steps, "guidance": applied, "sampler": sampler, "conditions": bank}
     compression = compress(model, quant=quant, method=quant_method, progress=Progress(step=say), **along)
     settings = SamplingPlan(reuse=method.text, steps=steps, sampler=sampler, guidance=applied, **compression.to_dict())
@@ -106,13 +111,12 @@ def _check(prompts: Sequence[Any], quant: str, quant_method: str | None) -> None
 
 
 def _method(pipe: Any, plan: StepPlan | str, steps: int) -> tuple[ReuseMethod, int]:
-    """The method that a plan is, and its steps."""
+    """The method that a plan is of or names, and its steps."""
     if isinstance(plan, StepPlan):
         _check_plan(pipe, plan)
-        method, steps = method_of_plan(pipe, plan), plan.steps
-    else:
-        method = find_method(plan)
-        check_budget(method, steps)
+        return find_method("none"), plan.steps
+    method = find_method(plan)
+    check_budget(method, steps)
     for transformer in denoisers(pipe).values():
         check_cut(type(transformer).__name__, method)
     return method, steps
@@ -155,15 +159,15 @@ def check_pipeline(
     sampler: str,
     guidance: float,
     call: Mapping[str, Any],
-    decoding: LatentDecoder | None = None,
+    vae: bool = False,
     steps: int = _CHECKED_STEPS,
-) -> float:
-    """Return max|a - b| / max|a| of the latents a of a few steps of the pipeline and b of the program by our sampler.
+) -> LatentDecoder | None:
+    """Check that a few steps of a pipeline give the latents of its program by our sampler.
 
-    `decoding` has to make the image of the pipeline's latents that its VAE makes.
+    With `vae` return what decodes them as the pipeline does.
 
     Raises:
-        UnsupportedError: if they differ, so that the pipeline does something that is not followed.
+        UnsupportedError: if not, so that the pipeline does something that is not followed.
     """
     method, kind = find_method("none"), type(pipe).__name__
     executor = eager(denoiser_parts(model, method), Run(model.params))
@@ -171,9 +175,12 @@ def check_pipeline(
         labels=(0,), seed=0, steps=steps, sampler=sampler, guidance=guidance, batch=1, conditions=prompts
     )
     found = draw(model, executor, method, asked).samples
-    given = call_arguments(pipe, prompt, call, steps=steps)
-    latents = _latents(pipe, given) if decoding is None else decoded_latents(pipe, given, decoding)
-    expected = latents.float().cpu().numpy()
+    given, decoding = call_arguments(pipe, prompt, call, steps=steps), None
+    if vae:
+        latents, decoding = decoded_latents(pipe, given, model.spec.packing)
+    else:
+        latents = _first(pipe(**{**given, "output_type": "latent"}))
+    expected = _array(latents)
     if expected.shape != found.shape or not np.isfinite(expected).all():
         raise UnsupportedError(f"{kind} returns {expected.shape}, the program {found.shape}")
     error = difference(expected, found)
@@ -182,21 +189,21 @@ def check_pipeline(
             f"{kind} draws other latents than its transformer by {sampler} (by {error:.2g}, relative): "
             "it does something between the steps that bundles do not; draw in its own process by vitfold.accelerate"
         )
-    return error
+    return decoding
 
 
-def _latents(pipe: Any, given: Mapping[str, Any]) -> Tensor:
-    """The latents that a pipeline returns."""
-    made = pipe(**{**given, "output_type": "latent"})
-    latents: Tensor = next(iter(made.values()) if hasattr(made, "values") else iter(made))
-    return latents
+def _first(made: Any) -> Any:
+    """The images of what a pipeline returned."""
+    return next(iter(made.values()) if hasattr(made, "values") else iter(made))
 
 
-def decoded_latents(pipe: Any, given: Mapping[str, Any], decoding: LatentDecoder) -> Tensor:
-    """Return the last latents of a pipeline's scheduler, if `decoding` decodes them just as it does.
+def decoded_latents(
+    pipe: Any, given: Mapping[str, Any], packing: Sequence[tuple[int, int]] = ()
+) -> tuple[Tensor, LatentDecoder]:
+    """Return the last latents of a pipeline's scheduler, and what decodes them just as the pipeline does.
 
     Raises:
-        UnsupportedError: if not.
+        UnsupportedError: if it makes images in another way than by its VAE.
     """
     samples: list[Tensor] = []
     decoded: list[Tensor] = []
@@ -210,21 +217,22 @@ def decoded_latents(pipe: Any, given: Mapping[str, Any], decoding: LatentDecoder
     hooks.install()
     pipe.vae.decode = decode
     try:
-        made = pipe(**{**given, "output_type": "np"})
+        images = np.asarray(_first(pipe(**{**given, "output_type": "np"})))
     finally:
         del pipe.vae.decode
         hooks.remove()
-    images = np.asarray(next(iter(made.values()) if hasattr(made, "values") else iter(made)))
-    with torch.inference_mode():
-        entered = decoding.entering(samples[-1])
-        found = in_unit_range(decoding(samples[-1]).float().cpu().numpy())
-    same = len(decoded) == 1 and difference(_array(decoded[0]), _array(entered)) <= _ENTERING
-    if not same or not np.abs(np.moveaxis(images, -1, 1) - found).max() <= _TOLERANCE:
-        raise UnsupportedError(
-            f"{type(pipe).__name__} makes an image of its latents in another way than by its VAE alone; leave the "
-            "decoder out: --no-vae (vae=False)"
-        )
-    return samples[-1]
+    if len(decoded) == 1:
+        decoding = LatentDecoder(pipe.vae, packing=packing, entered=decoded[0].shape[1:] if packing else ())
+        with torch.inference_mode():
+            entered = _array(decoding.entering(samples[-1]))
+            found = np.moveaxis(in_unit_range(_array(decoding(samples[-1]))), 1, -1)
+        near = found.shape == images.shape and np.abs(images - found).max() <= _TOLERANCE
+        if near and difference(_array(decoded[0]), entered) <= _ENTERING:
+            return samples[-1], decoding
+    raise UnsupportedError(
+        f"{type(pipe).__name__} makes an image of its latents in another way than by its VAE alone; leave the "
+        "decoder out: --no-vae (vae=False)"
+    )
 
 
 def _array(tensor: Tensor) -> Array:
@@ -241,7 +249,7 @@ def _guidance(pipe: Any, plan: StepPlan | str, call: Mapping[str, Any]) -> float
             raise RecipeError(f"guidance_scale = {asked} (plan: {planned}); leave it out, or make a plan for it")
         return planned
     default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
-    return float(call.get("guidance_scale", 1.0 if default is None else default.default))
+    return float(call.get("guidance_scale", None if default is None else default.default) or 1.0)
 
 
 def _check_plan(pipe: Any, plan: StepPlan) -> None:
