@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from pipelining import tiny_pipe, tiny_vae
 from vitfold.artifacts.bundle import open_bundle
-from vitfold.diffusion import every_step
+from vitfold.artifacts.steps import SamplingPlan
+from vitfold.audit.audit import audit_graph
+from vitfold.diffusion import every_step, find_method
 from vitfold.diffusion.compare import SamplingConfig, check_asked, draw
 from vitfold.diffusion.compression import compress, network_of_step, states_along
 from vitfold.diffusion.conditions import Prompts, load_prompts
@@ -22,11 +25,20 @@ from vitfold.diffusion.decoding import lift_decoder, open_decoder, write_decoder
 from vitfold.diffusion.denoiser_parts import inner_layers
 from vitfold.diffusion.exporting import decoded_latents, export_steps
 from vitfold.diffusion.lifting import embed_prompts, lift_pipeline
-from vitfold.diffusion.opening import method_of, open_steps
+from vitfold.diffusion.opening import find_step_target, method_of, open_steps
 from vitfold.diffusion.pipelines import StepPlan, accelerate, plan_steps, restore
 from vitfold.diffusion.sampling import pack
 from vitfold.diffusion.schedulers import build_scheduler
-from vitfold.errors import BundleError, ParityError, RecipeError, SourceError, UnsupportedError
+from vitfold.diffusion.writing import save_steps
+from vitfold.errors import (
+    BundleError,
+    EngineError,
+    ParityError,
+    RecipeError,
+    SourceError,
+    TargetError,
+    UnsupportedError,
+)
 from vitfold.model import Array, DenoiserModel, DenoiserSpec, Origin
 from vitfold.model.denoiser import denoiser_spec_from_dict, denoiser_spec_to_dict
 from vitfold.ops.run import Run
@@ -188,6 +200,37 @@ def test_a_lifted_denoiser_takes_methods_of_quantization(lifted: tuple[DenoiserM
         exact = network.run(Run(model.params), one.inputs)
         rounded = network.run(Simulate(found.params, found.quantizers or {}), one.inputs)
     assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.1
+
+
+@pytest.mark.parametrize("name", ["tensorrt-fp16", "tensorrt-int8"])
+def test_steps_are_written_for_tensorrt(lifted: tuple[DenoiserModel, Prompts], name: str, tmp_path: Path) -> None:
+    model, bank = lifted
+    target, method = find_step_target(name), find_method("stack:2")
+    how = {"steps": 4, "guidance": 3.0, "sampler": "flow-euler"}
+    compression = compress(model, quant=target.implied_quant, target=target, conditions=bank, **how)
+    plan = SamplingPlan(reuse=method.text, **how, **compression.to_dict())
+    bundle = save_steps(model, plan, method, compression, tmp_path / "a.fold", conditions=bank, target=target)
+    steps, verified = bundle.manifest.steps, bundle.manifest.verified
+    assert bundle.manifest.target == {"name": name, "engine": "tensorrt"}
+    assert steps.fidelity is not None
+    assert 30 < (steps.fidelity.psnr_db or 0) < 120
+    assert 0 < verified["largest_value"] < 65504
+    types = {value.type.tensor_type.elem_type for value in onnx.load(bundle.graphs["full"]).graph.output}
+    assert types == {onnx.TensorProto.FLOAT}
+    assert onnx.TensorProto.FLOAT16 in {one.data_type for one in onnx.load(bundle.graphs["full"]).graph.initializer}
+    with pytest.raises(EngineError, match=r"build full.onnx and resume.onnx by trtexec"):
+        open_steps(bundle)
+    with open_steps(bundle, engine="onnxruntime") as session:
+        assert set(session.parts) == {"full", "resume"}
+    pytest.importorskip("tensorrt_rtx", reason="NVIDIA's compiler is not installed")
+    compiled = [audit_graph(path, gpu="sm86", batch=2) for path in bundle.graphs.values()]
+    assert all(one.kernels and not one.to_dict()["not_understood"] for one in compiled)
+
+
+def test_steps_are_not_written_for_every_target() -> None:
+    for name in ("torch", "openvino", "tensorrt-fp8", "simulation"):
+        with pytest.raises(TargetError, match=f"not written for {name}; they are for cpu, cpu-amx"):
+            find_step_target(name)
 
 
 def test_layers_of_tokens_that_met_the_image_are_quantized(lifted: tuple[DenoiserModel, Prompts]) -> None:

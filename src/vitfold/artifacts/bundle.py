@@ -310,7 +310,7 @@ def _manifest(values: Mapping[str, Any], *, name: str) -> Manifest:
     labels = entry(values, "labels", tuple[str, ...] | None)
     origin, target = checked_origin(values.get("origin")), checked_target(values.get("target"))
     steps = "kind" in values
-    if steps and not ENGINES[target["engine"]].several_parts:
+    if steps and not (ENGINES[target["engine"]].several_parts or ENGINES[target["engine"]].gpu):
         raise ImplausibleError(f"target.engine is {target['engine']}, which does not run steps")
     held = (
         read_steps(values, labels=labels, origin=origin)

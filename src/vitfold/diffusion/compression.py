@@ -27,6 +27,7 @@ from vitfold.quant.network import ArrayExamples, Network
 from vitfold.quant.sites import sites_of
 from vitfold.quantizer import Quantizer
 from vitfold.recipe import QuantRecipe, quant_from_scheme
+from vitfold.target import Target
 
 TRAJECTORIES = 4
 DEFAULT_METHOD = "gptq"
@@ -70,6 +71,7 @@ def compress(
     guidance: float = 1.5,
     sampler: str = "ddim",
     conditions: Conditions | None = None,
+    target: Target | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Compression:
@@ -81,6 +83,7 @@ def compress(
     Args:
         quant: "none", or bits of weights and activations such as "w8a8".
         method: a method of `vitfold.quant`; None: `DEFAULT_METHOD`.
+        target: what graphs will be written for; None: this processor.
 
     Raises:
         RecipeError: if a block cannot merge that many tokens, or the bits or the method are unknown.
@@ -102,7 +105,7 @@ def compress(
         conditions=conditions,
         seed=seed,
     )
-    limits = QuantConstraints(weight_bits=quantized_target(DEFAULT).weight_bits)
+    limits = QuantConstraints.of(target or quantized_target(DEFAULT))
     done = calibrate_network(network_of_step(model, r), recipe, states, scheme=limits, progress=progress)
     return Compression(r=r, recipe=recipe, quantizers=done.quantizers, params=done.params)
 

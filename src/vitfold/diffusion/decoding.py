@@ -64,8 +64,8 @@ def lift_folder(folder: str | Path, shape: Sequence[int]) -> Decoder:
     return lift_decoder(LatentDecoder(read_vae(Path(folder))), shape)
 
 
-def write_decoder(decoder: Decoder, folder: Path) -> DecodeGraph:
-    """Write the graph of a decoder, and compare it with the module on random latents.
+def write_decoder(decoder: Decoder, folder: Path, target: str = "cpu") -> DecodeGraph:
+    """Write the graph of a decoder in single precision, and compare it with the module on random latents.
 
     Raises:
         ParityError: if its images differ by more than `TOLERANCE`.
@@ -74,7 +74,7 @@ def write_decoder(decoder: Decoder, folder: Path) -> DecodeGraph:
     from vitfold.ops.emit import emit_ports, write_onnx
 
     part = Part(program=decoder.lifted.program)
-    graph = emit_ports(part.run, decoder.lifted.params, find_target("cpu"), inputs=part.inputs, outputs=[SAMPLES])
+    graph = emit_ports(part.run, decoder.lifted.params, find_target(target), inputs=part.inputs, outputs=[SAMPLES])
     path = folder / graph_name(DECODE)
     write_onnx(graph, path)
     latents = torch.randn((1, *decoder.shape), generator=torch.Generator().manual_seed(0))

@@ -21,6 +21,7 @@ from vitfold.diffusion.denoiser_parts import check_cut, denoiser_parts
 from vitfold.diffusion.eager import eager
 from vitfold.diffusion.lifting import call_arguments, embed_prompts, lift_pipeline, method_of_plan
 from vitfold.diffusion.methods import ReuseMethod, find_method
+from vitfold.diffusion.opening import find_step_target
 from vitfold.diffusion.pipelines.step_plan import StepPlan, guidance_of, scheduler_facts, weights_digest
 from vitfold.diffusion.pipelines.stepping import Steps, denoisers
 from vitfold.diffusion.schedulers import build_scheduler
@@ -48,9 +49,10 @@ def export_steps(
     path: str | Path,
     *,
     steps: int = STEPS,
-    quant: str = "none",
+    quant: str | None = None,
     quant_method: str | None = None,
     vae: bool = True,
+    target: str | None = None,
     source: str | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda _: None,
@@ -62,8 +64,9 @@ def export_steps(
     fitted on these prompts. `call` are the pipeline's arguments (height=..., guidance_scale=...); sizes, and the length
     of a text, belong to the bundle. `quant`, such as "w8a8", rounds the linear layers of the blocks by a method of
     `vitfold.quant`, calibrated on trajectories of these prompts. With `vae` the bundle also makes images of latents, by
-    a graph of the pipeline's decoder. Before anything is written, a few steps of the pipeline itself have to give the
-    same latents as the program, and its decoder the same image of them.
+    a graph of the pipeline's decoder. `target` is what graphs are written for, by default this processor. Before
+    anything is written, a few steps of the pipeline itself have to give the same latents as the program, and its
+    decoder the same image of them.
 
     Raises:
         ArgumentError: if there are no prompts.
@@ -74,7 +77,10 @@ def export_steps(
         CalibrationError: if an activation is constant, NaN or infinite.
         BundleError: if the destination cannot be written, or exists and may not be replaced.
         EngineError: if the graphs draw something else than the program.
+        TargetError: if there is no such target, or it cannot execute what the graphs hold.
     """
+    lowering = None if target is None else find_step_target(target)
+    quant = quant or ("none" if lowering is None else lowering.implied_quant)
     _check(prompts, quant, quant_method)
     guidance = _guidance(pipe, plan, call)
     method, steps = _method(pipe, plan, steps)
@@ -96,9 +102,12 @@ def export_steps(
         say("reading the VAE's decoder as a program")
         decoder = lift_decoder(decoding, model.spec.image_shape)
     along: dict[str, Any] = {"steps": steps, "guidance": applied, "sampler": sampler, "conditions": bank}
-    compression = compress(model, quant=quant, method=quant_method, progress=Progress(step=say), **along)
+    compression = compress(
+        model, quant=quant, method=quant_method, target=lowering, progress=Progress(step=say), **along
+    )
     settings = SamplingPlan(reuse=method.text, steps=steps, sampler=sampler, guidance=applied, **compression.to_dict())
     how: dict[str, Any] = {"conditions": bank, "decoder": decoder, "overwrite": overwrite, "say": say}
+    how["target"] = lowering
     return save_steps(model, settings, method, compression, Path(path), **how)
 
 

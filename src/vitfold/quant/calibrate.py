@@ -32,6 +32,7 @@ from vitfold.quant.ranges import rounded
 from vitfold.quant.sites import AttentionSite, LinearSite, find_sites
 from vitfold.quantizer import Quantizer, QuantParams, Uniform, in_half
 from vitfold.recipe import MergeRecipe, QuantRecipe
+from vitfold.target import Target
 from vitfold.transforms.sinks import PREFIX_ROWS
 
 LEAST_IMAGES = 2
@@ -51,6 +52,16 @@ class QuantConstraints:
     weight_bits: int = 8
     uniform_only: bool = True
     half_scales: bool = False
+
+    @classmethod
+    def of(cls, target: Target) -> QuantConstraints:
+        """Return what calibration has to respect on a target."""
+        return cls(
+            symmetric=target.symmetric,
+            weight_bits=target.weight_bits,
+            uniform_only=not target.simulated,
+            half_scales=target.float_type == "float16",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

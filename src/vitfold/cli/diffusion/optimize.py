@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from vitfold.diffusion.decoding import Decoder
     from vitfold.diffusion.search import Bounds, StepSearchResult
     from vitfold.model import DiTModel
+    from vitfold.target import Target
 
 AUTO = "auto"
 MIN_PSNR_DB = 30.0
@@ -72,6 +73,7 @@ def optimize(
     judging: JudgeArgs,
     prompts: Prompts = None,
     vae: Vae = True,
+    target: options.StepTarget = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
@@ -81,9 +83,10 @@ def optimize(
         features, real = default_judge(source, judging.features, judging.real)
         judging = JudgeArgs(real=real, features=features)
     _check(way, judging)
+    lowering = None if target is None else _target(target, way)
     if prompts is not None:
         with reserve_bundle(output, overwrite=overwrite) as place, steps("optimize") as say, quiet_stdout():
-            draft = save_pipeline(source, prompts, way, stepping, place.draft(), say, vae=vae)
+            draft = save_pipeline(source, prompts, way, stepping, place.draft(), say, vae=vae, target=target)
             bundle = publish_bundle(place, draft)
         _show(_summary(bundle), None, json=json)
         note(f"next: vitfold diffusion embed {source} --prompts {prompts} -o E.safetensors, then sample {output}")
@@ -100,7 +103,7 @@ def optimize(
         few = SamplingArgs(classes="all", count=8, **asdict(stepping)).asked(model)
         check_asked(model, few)
         say("compressing")
-        able = _compressions(model, way, few)
+        able = _compressions(model, way, few, lowering)
         found, searched = None, None
         chosen, count = able[0], few.steps
         if method is None:
@@ -114,7 +117,9 @@ def optimize(
             reuse=method.text, steps=count, sampler=few.sampler, guidance=few.guidance, **chosen.to_dict()
         )
         decoder = _decoder(model, say) if vae else None
-        draft = save_steps(model, plan, method, chosen, place.draft(), search=searched, decoder=decoder, say=say)
+        draft = save_steps(
+            model, plan, method, chosen, place.draft(), search=searched, decoder=decoder, target=lowering, say=say
+        )
         bundle = publish_bundle(place, draft)
     values = {**(searched or {}), **_summary(bundle)}
     _show(values, found, json=json)
@@ -146,14 +151,28 @@ def _check(way: StepSearchArgs, judging: JudgeArgs) -> None:
     )
 
 
-def _compressions(model: DiTModel, way: StepSearchArgs, few: SamplingConfig) -> list[Compression]:
+def _target(name: str, way: StepSearchArgs) -> Target:
+    """The target that is asked for; a search measures on this machine."""
+    from vitfold.diffusion.opening import find_step_target
+
+    refuse(
+        (way.reuse == AUTO, "a search measures here; name a method beside --target, as --reuse fitted:18", "--reuse")
+    )
+    return find_step_target(name)
+
+
+def _compressions(
+    model: DiTModel, way: StepSearchArgs, few: SamplingConfig, target: Target | None
+) -> list[Compression]:
     """What steps may be compressed with: as named, else not at all, and where that is searched in 8 bits too."""
     from vitfold.diffusion.compression import compress
 
     schemes = ["none", "w8a8"] if way.reuse == AUTO else ["none"]
-    if way.quant is not None:
-        schemes = [way.quant.lower()]
-    along = partial(compress, model, r=int(way.merge or 0), method=way.method, steps=few.steps, guidance=few.guidance)
+    if way.quant is not None or target is not None:
+        schemes = [(way.quant or ("none" if target is None else target.implied_quant)).lower()]
+    along = partial(
+        compress, model, target=target, r=int(way.merge or 0), method=way.method, steps=few.steps, guidance=few.guidance
+    )
     return [along(quant=scheme) for scheme in schemes]
 
 

@@ -46,6 +46,7 @@ def save_pipeline(
     say: Callable[[str], None],
     *,
     vae: bool,
+    target: str | None,
 ) -> Bundle:
     """Write the steps of a pipeline as a bundle, by the method that `--reuse` names."""
     from vitfold.diffusion.exporting import STEPS, export_steps
@@ -62,7 +63,7 @@ def save_pipeline(
     if stepping.guidance is not None:
         call["guidance_scale"] = stepping.guidance
     count = STEPS if stepping.steps is None else stepping.steps
-    quantized: dict[str, Any] = {"quant": way.quant or "none", "quant_method": way.method}
+    quantized: dict[str, Any] = {"quant": way.quant, "quant_method": way.method, "target": target}
     return export_steps(
         pipe, way.reuse, found, place, steps=count, vae=vae, source=source, say=say, **quantized, **call
     )
