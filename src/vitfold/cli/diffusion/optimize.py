@@ -285,4 +285,5 @@ def _print(values: dict[str, Any], found: StepSearchResult | None) -> None:
     out.print(f"  verified  {values['verified']['engine']} draws {exact} the reference")
     if values["fidelity"] is not None:
         out.print(f"  fidelity  {describe_steps_fidelity(values['fidelity'])}")
-    out.print(f"  bundle    {values['bundle']} ({values['size_bytes'] / 1e6:.1f} MB)", soft_wrap=True)
+    decoding = f", {values['decode_bytes'] / 1e6:.1f} MB of it the VAE's decoder" if values["decode_bytes"] else ""
+    out.print(f"  bundle    {values['bundle']} ({values['size_bytes'] / 1e6:.1f} MB{decoding})", soft_wrap=True)
