@@ -451,16 +451,37 @@ PIPES: Mapping[str, Pipe] = {
 }
 
 
-def tiny_pipe(name: str) -> tuple[Any, list[dict[str, Any]], dict[str, Any]]:
-    """Return a pipeline of random weights without text encoders, prompts for it, and arguments that go with them."""
+def tiny_vae(channels: int = 4, shift: float | None = None) -> Any:
+    """Return an AutoencoderKL of random weights that halves both sides of an image."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return diffusers.AutoencoderKL(
+            latent_channels=channels,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(4, 8),
+            layers_per_block=1,
+            norm_num_groups=2,
+            scaling_factor=0.5,
+            shift_factor=shift,
+        ).eval()
+
+
+def tiny_pipe(name: str, vae: Any = None) -> tuple[Any, list[dict[str, Any]], dict[str, Any]]:
+    """Return a pipeline of random weights without text encoders, prompts for it, and arguments that go with them.
+
+    With a `tiny_vae` images are as much smaller as it makes them larger.
+    """
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     own = PIPES[name]
     more = {key: FAMILIES[value].build() if isinstance(value, str) else value for key, value in own.more.items()}
     pipe = getattr(diffusers, own.kind)(
         scheduler=getattr(diffusers, own.scheduler[0])(**own.scheduler[1]),
         transformer=FAMILIES[own.family].build(),
-        **dict.fromkeys(own.lacks),
+        **{**dict.fromkeys(own.lacks), "vae": vae},
         **more,
     )
     pipe.set_progress_bar_config(disable=True)
-    return pipe, [own.prompt(i) for i in range(4)], {**own.call, "output_type": "latent"}
+    sizes = {} if vae is None else {"height": 16, "width": 16}
+    return pipe, [own.prompt(i) for i in range(4)], {**own.call, **sizes, "output_type": "latent"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from vitfold.artifacts.digested import MANIFEST, check_files, read_header, reserve_bundle, seal
 from vitfold.artifacts.manifest import checked_origin, checked_target, checked_verified, plain_fields, sha256_entry
-from vitfold.artifacts.steps import Steps, read_steps
+from vitfold.artifacts.steps import DECODE, Steps, read_steps
 from vitfold.artifacts.vision import Vision, read_vision
 from vitfold.errors import BundleError, VitfoldError
 from vitfold.model import Architecture, GraphSpec, Preprocess
@@ -137,7 +137,11 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values without format header and file list; `compensation` only where there is one."""
         kind = {"kind": STEPS} if isinstance(self.held, Steps) else {}
-        left = ("compensation",) if isinstance(self.held, Vision) and self.held.compensation is None else ()
+        left: tuple[str, ...]
+        if isinstance(self.held, Vision):
+            left = ("compensation",) if self.held.compensation is None else ()
+        else:
+            left = tuple(name for name in (DECODE, "fidelity") if getattr(self.held, name) is None)
         return {**kind, **plain_fields(self.held, but=left), **plain_fields(self, but=("held",))}
 
 
@@ -159,6 +163,17 @@ class Bundle:
     def graphs(self) -> dict[str, Path]:
         """The ONNX graph of every part."""
         return {part: self.path / graph_name(part) for part in self.manifest.parts}
+
+    @property
+    def decode_path(self) -> Path:
+        """The graph that makes images of the latents of steps, where the manifest states one."""
+        return self.path / graph_name(DECODE)
+
+    @property
+    def decode_bytes(self) -> int:
+        """Bytes of that graph with its weights; 0 where there is none."""
+        graph = self.decode_path
+        return sum(one.stat().st_size for one in (graph, graph.with_name(f"{graph.name}.data")) if one.is_file())
 
     @property
     def onnx_path(self) -> Path:
@@ -266,6 +281,7 @@ def open_bundle(path: str | Path, *, steps: bool | None = False) -> Bundle:
     needed += [WEIGHTS, QUANTIZERS] if manifest.simulated else []
     needed += [RECIPE] if isinstance(manifest.held, Vision) else []
     needed += [PROGRAM] if graph else []
+    needed += [graph_name(DECODE)] if isinstance(manifest.held, Steps) and manifest.held.decode is not None else []
     size = check_files(folder, header, needed)
     return Bundle(path=folder, manifest=manifest, size_bytes=size, digest=header.digest)
 
@@ -294,7 +310,7 @@ def _manifest(values: Mapping[str, Any], *, name: str) -> Manifest:
     labels = entry(values, "labels", tuple[str, ...] | None)
     origin, target = checked_origin(values.get("origin")), checked_target(values.get("target"))
     steps = "kind" in values
-    if steps and not ENGINES[target["engine"]].several_parts:
+    if steps and not (ENGINES[target["engine"]].several_parts or ENGINES[target["engine"]].gpu):
         raise ImplausibleError(f"target.engine is {target['engine']}, which does not run steps")
     held = (
         read_steps(values, labels=labels, origin=origin)

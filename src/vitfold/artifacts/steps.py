@@ -10,11 +10,14 @@ from typing import Any, Literal
 from vitfold.model import DenoiserModel, DenoiserSpec, DiTModel, DiTSpec, Origin
 from vitfold.model.denoiser import KIND, denoiser_spec_from_dict
 from vitfold.model.dit import dit_spec_from_dict
+from vitfold.model.schedule import SHIFT, SIGMAS
 from vitfold.model.spec import with_names_of_today
 from vitfold.storage.checked import ImplausibleError, Range, check_fields, entry
 
 PARTS = ("condition", "step", "full", "front", "rest", "resume", "refresh", "whole.N", "renew.N")
 """Every graph that a method may have; N is the number of a block."""
+DECODE = "decode"
+"""The graph that makes images of latents; no step runs it."""
 _PART = re.compile("|".join(re.escape(part).replace("N", "(0|[1-9][0-9]{0,4})") for part in PARTS))
 
 
@@ -39,12 +42,43 @@ class SamplingPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeGraph:
+    """The graph `DECODE` of a bundle: the shape of the images that it makes of latents, and its error to the VAE."""
+
+    image_shape: tuple[int, int, int]
+    relative_error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFidelity:
+    """How near quantized steps draw to the same steps in float, at seeds that calibration has not seen.
+
+    `of` says what was compared. `psnr_db` is over all of them; None where they are equal.
+    """
+
+    of: Literal["images", "latents"]
+    images: int
+    seed: int
+    psnr_db: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
     """The model that the graphs of a bundle draw by, without its weights, and how they draw.
 
     `parts` are the graphs' names; `counts` the tokens that a step renews per block, `mask` the steps computed in full,
     `weights` those of what the newest full steps kept, by step, and `rescale` the polynomial that judges a change,
-    where a method leaves them to the model. `search` says what else was tried.
+    where a method leaves them to the model. `search` says what else was tried. `decode` is the graph that makes images
+    of latents, where there is one; `decoder` the folder of the VAE where the bundle was made. `fidelity` is what
+    quantization costs, where that was measured.
     """
 
     spec: DiTSpec | DenoiserSpec
@@ -60,6 +94,8 @@ class Steps:
     search: Mapping[str, Any] | None = None
     weights: tuple[tuple[float, ...], ...] | None = None
     rescale: tuple[float, ...] | None = None
+    decode: DecodeGraph | None = None
+    fidelity: StepFidelity | None = None
 
 
 DiffusionModelInfo = DiTModel | DenoiserModel | Steps
@@ -80,6 +116,7 @@ _DENOISER: dict[str, Range] = {
     **dict.fromkeys(("image_shape", "outputs", "num_layers"), (1, 2**16)),
     **dict.fromkeys(("tokens", "embed_dim"), (1, 2**20)),
     "time_scale": (0.0, 1e6),
+    "packing": (1, 2**40),
 }
 
 
@@ -124,7 +161,24 @@ def read_steps(values: Mapping[str, Any], *, labels: tuple[str, ...] | None, ori
         weights=weights,
         rescale=entry(values, "rescale", tuple[float, ...] | None),
         search=entry(values, "search", Mapping[str, Any] | None),
+        decode=_decode(entry(values, DECODE, Mapping[str, Any] | None)),
+        fidelity=_fidelity(entry(values, "fidelity", Mapping[str, Any] | None)),
     )
+
+
+def _fidelity(values: Mapping[str, Any] | None) -> StepFidelity | None:
+    if values is None:
+        return None
+    within: dict[str, Range] = {"images": (1, 2**31), "seed": (0, 2**53), "psnr_db": (-1e4, 1e4)}
+    found = check_fields(StepFidelity, values, "fidelity", within)
+    return StepFidelity(**{field.name: found[field.name] for field in fields(StepFidelity)})
+
+
+def _decode(values: Mapping[str, Any] | None) -> DecodeGraph | None:
+    if values is None:
+        return None
+    shape = entry(values, "image_shape", tuple[int, int, int], DECODE, (1, 2**16))
+    return DecodeGraph(image_shape=shape, relative_error=entry(values, "relative_error", float, DECODE, (0.0, 1.0)))
 
 
 def _spec(values: Any) -> DiTSpec | DenoiserSpec:
@@ -143,6 +197,8 @@ _SCHEDULE: dict[str, tuple[Any, Range | None]] = {
     "clip_sample_range": (float, (0.0, 1e6)),
     "sample_max_value": (float, (0.0, 1e6)),
     "dynamic_thresholding_ratio": (float, (0.0, 1.0)),
+    SHIFT: (float, (-1e3, 1e3)),
+    SIGMAS: (Literal["even"], None),
     "beta_schedule": (Literal["linear", "scaled_linear", "squaredcos_cap_v2"], None),
     "prediction_type": (Literal["epsilon", "sample", "v_prediction", "flow_prediction"], None),
     "timestep_spacing": (Literal["linspace", "leading", "trailing"], None),

@@ -16,7 +16,9 @@ _SIGMA, _WINDOW = 1.5, 11
 Images = Float[np.ndarray, "B C Y X"]
 
 
-def psnr_db(reference: Images, images: Images, *, peak: float = 1.0) -> float | None:
+def psnr_db(
+    reference: Float[np.ndarray, B * image], images: Float[np.ndarray, B * image], *, peak: float = 1.0
+) -> float | None:
     """Return the peak signal-to-noise ratio over all pixels of all images in decibels; None where they are equal.
 
     Equation: 10 log10(peak^2 / mean (a - b)^2).

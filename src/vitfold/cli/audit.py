@@ -45,7 +45,7 @@ def audit(
         audits = []
         for path in subjects:
             say(f"compiling {path}")
-            audits.append(_audit(path, gpu, batch))
+            audits += _audits(path, gpu, batch)
     documents: list[dict[str, Any]] = [one.to_dict() for one in audits]
     document: Any = documents[0] if len(documents) == 1 else {"audits": documents}
     printed = answer.write(document)
@@ -65,15 +65,18 @@ def audit(
         _print_findings(shown)
 
 
-def _audit(path: Path, gpu: str, batch: int) -> Audit:
+def _audits(path: Path, gpu: str, batch: int) -> list[Audit]:
+    """What the compiler makes of a graph; of a bundle of steps, of every graph."""
     from vitfold.audit.audit import audit_graph
 
     if path.is_file():
-        return audit_graph(path, gpu=gpu, batch=batch)
-    bundle = open_bundle(path)
+        return [audit_graph(path, gpu=gpu, batch=batch)]
+    bundle = open_bundle(path, steps=None)
     if bundle.manifest.simulated:
         raise BundleError(f"{path} is simulated and has no graph; make one with --target tensorrt-int8")
-    return audit_graph(bundle.onnx_path, gpu=gpu, batch=batch, name=bundle.name)
+    several = len(bundle.graphs) > 1
+    names = {part: f"{bundle.name}, {part}" if several else bundle.name for part in bundle.graphs}
+    return [audit_graph(graph, gpu=gpu, batch=batch, name=names[part]) for part, graph in bundle.graphs.items()]
 
 
 def _print_findings(audit: dict[str, Any]) -> None:

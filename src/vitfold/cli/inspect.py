@@ -10,7 +10,7 @@ import typer
 
 from vitfold.architectures.programs import deployed_program, plain_program
 from vitfold.artifacts.bundle import holds_steps, open_bundle
-from vitfold.artifacts.steps import Steps
+from vitfold.artifacts.steps import DECODE, Steps
 from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.graph_facts import graph_document, graph_lines, load_graph
@@ -18,7 +18,7 @@ from vitfold.cli.terminal import heading, out, print_json
 from vitfold.engines.exactness import exact_execution
 from vitfold.errors import EngineError, VitfoldError
 from vitfold.model import DiTSpec, Preprocess, ViTSpec
-from vitfold.report.tables import describe_registers, fidelity_lines
+from vitfold.report.tables import describe_registers, describe_steps_fidelity, fidelity_lines
 from vitfold.schedule import describe_r
 from vitfold.target import PLAIN
 
@@ -190,18 +190,32 @@ def _quant(quant: QuantRecipe | None, *, simulated: bool) -> str:
 def _model_facts(steps: Steps) -> str:
     """What a bundle draws, and by what."""
     spec, kind = steps.spec, "latents" if steps.latent else "images"
-    _, height, width = spec.image_shape
+    if not isinstance(spec, DiTSpec) and spec.packed:
+        tokens, channels = spec.image_shape
+        given = ", ".join(one.name for one in spec.conditions)
+        return f"{spec.module}, {kind} of {tokens} tokens of {channels}, by {given}"
+    *_, height, width = spec.image_shape
     if isinstance(spec, DiTSpec):
         own = f"{spec.num_heads} heads, patch {spec.patch_size}"
         return f"{own}, {kind} of {height} x {width}, {spec.classes} classes"
     return f"{spec.module}, {kind} of {height} x {width}, by {', '.join(one.name for one in spec.conditions)}"
 
 
+def _decoding(opened: Bundle) -> str:
+    """What makes images of a bundle's latents, and the bytes that this takes in it."""
+    steps = opened.manifest.steps
+    if steps.decode is None:
+        return "left as latents" if steps.decoder is None else f"by the VAE in {steps.decoder}"
+    _, height, width = steps.decode.image_shape
+    return f"{height} x {width}, by the graph {DECODE} ({opened.decode_bytes / 1e6:.1f} MB of the size)"
+
+
 def _inspect_steps(path: Path, *, json: bool) -> None:
     opened = open_bundle(path, steps=True)
     manifest, steps = opened.manifest, opened.manifest.steps
     if json:
-        print_json({**manifest.to_dict(), "size_bytes": opened.size_bytes, "digest": opened.digest})
+        sizes = {"size_bytes": opened.size_bytes, "decode_bytes": opened.decode_bytes}
+        print_json({**manifest.to_dict(), **sizes, "digest": opened.digest})
         return
     spec, plan, db = steps.spec, steps.plan, manifest.verified["psnr_db"]
     lines = [
@@ -212,7 +226,9 @@ def _inspect_steps(path: Path, *, json: bool) -> None:
         ("sampler", f"{plan.steps} steps of {plan.sampler}, guidance {plan.guidance:g}"),
         ("merge", f"{plan.merge} tokens per block"),
         ("quant", plan.quant if plan.method is None else f"{plan.quant} by {plan.method}"),
+        *([("fidelity", describe_steps_fidelity(steps.fidelity.to_dict()))] if steps.fidelity is not None else []),
         ("parts", " ".join(manifest.parts)),
+        *([("images", _decoding(opened))] if steps.latent else []),
         ("size", f"{opened.size_bytes / 1e6:.1f} MB"),
         ("verified", f"{manifest.verified['engine']}, {'equal' if db is None else f'{db:.0f} dB'} to the reference"),
         ("digest", opened.digest),

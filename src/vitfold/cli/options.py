@@ -177,6 +177,13 @@ Target = Annotated[
         "Default: cpu; a search tries cpu and openvino."
     ),
 ]
+StepTarget = Annotated[
+    str | None,
+    typer.Option(
+        help="What graphs are written for: this processor (default), cpu-avx2, cpu-vnni, portable, tensorrt-fp16, "
+        "tensorrt-int8, ... Those of TensorRT are for vitfold audit and trtexec."
+    ),
+]
 RecipeFile = Annotated[Path | None, _recipe(metavar="FILE.toml", help="Every choice in a file.")]
 Repeat = Annotated[
     Path | None, _recipe("--from", metavar="BUNDLE", help="Make this bundle again, from the same images.")

@@ -15,8 +15,10 @@ from vitfold.errors import RecipeError
 from vitfold.model import DenoiserModel, DenoiserSpec
 from vitfold.model.denoiser import IMAGE, TIMESTEP
 from vitfold.ops.protocol import Ops, Port, T
-from vitfold.program import program_from_dict, replay, trace
+from vitfold.program import Ref, program_from_dict, replay, trace
+from vitfold.program.queries import linears_of
 from vitfold.transforms.dead import without_dead_nodes
+from vitfold.transforms.rewriting import only_outputs
 
 ENTERED, LEFT = "entered", "left"
 CUTS = ("whole", "stack")
@@ -44,7 +46,7 @@ def denoiser_ends(spec: DenoiserSpec, method: ReuseMethod) -> dict[str, Ends]:
     """
     check_cut(spec.module, method)
     given = _given(spec)
-    prediction = Port(name=PREDICTION, shape=(spec.outputs, *spec.image_shape[1:]))
+    prediction = Port(name=PREDICTION, shape=spec.prediction_shape)
     residual = Port(name=RESIDUAL, shape=(spec.tokens, spec.embed_dim))
     if method.cut == "whole":
         return {"step": Ends(given, (prediction,))}
@@ -65,6 +67,27 @@ def denoiser_parts(model: DenoiserModel, method: ReuseMethod) -> dict[str, Part]
     """
     check_cut(model.spec.module, method)
     return dict(_parts(model.spec, model.program, tuple(sorted(model.shapes.items())), method.cut, method.history))
+
+
+def inner_layers(model: DenoiserModel) -> frozenset[str]:
+    """Return the linear layers of the stack of blocks that read rows of tokens which depend on the image.
+
+    So a text stream counts where it has met the image; what depends on the prompt alone, and vectors that modulate
+    tokens, do not.
+    """
+    program = program_from_dict(json.loads(model.program))
+    before, within = (
+        {node.site for node in without_dead_nodes(only_outputs(program, name)).nodes} for name in (ENTERED, LEFT)
+    )
+    varying = {Ref([port.name for port in program.inputs].index(IMAGE))}
+    for node in program.nodes:
+        if varying.intersection(node.reads()):
+            varying.update(node.outputs)
+    return frozenset(
+        node.site
+        for node in linears_of(program)
+        if node.site in within - before and node.source in varying and len(program.shapes[node.source]) > 2
+    )
 
 
 @functools.lru_cache(maxsize=8)

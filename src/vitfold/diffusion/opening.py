@@ -25,14 +25,14 @@ from vitfold.diffusion.solving import SEED
 from vitfold.diffusion.token_predictor import TokenPredictor, settle_counts, share_budget, train_predictor
 from vitfold.diffusion.token_refresh import predictor_shapes
 from vitfold.engines import DEFAULT, ENGINES, Session, check_ends, open_graph, open_session, quantized_target
-from vitfold.errors import EngineError
+from vitfold.errors import EngineError, TargetError
 from vitfold.model import Array, DenoiserModel, DenoiserSpec, DiTModel, DiTSpec
 from vitfold.model.dit import dit_param_shapes
 from vitfold.ops.count import Count
 from vitfold.ops.run import Run
 from vitfold.ops.simulate import Simulate
 from vitfold.quantizer import Quantizer
-from vitfold.target import Target, find_target
+from vitfold.target import TARGETS, Target, find_target
 
 EXECUTORS = tuple(row.name for row in ENGINES.values() if row.several_parts)
 _PREDICTOR_FORMAT = 2
@@ -170,11 +170,16 @@ def write_parts(
     params: Mapping[str, Array],
     folder: Path,
     quantizers: Mapping[str, Quantizer] | None = None,
+    target: Target | None = None,
 ) -> None:
-    """Write parts as ONNX graphs for ONNX Runtime on this processor, their weights once for all."""
+    """Write parts as ONNX graphs, by default for ONNX Runtime on this processor, their weights once for all.
+
+    Raises:
+        TargetError: naming the site whose quantizer the target cannot execute.
+    """
     from vitfold.ops.emit import emit_ports, write_together
 
-    target = step_target(quantized=quantizers is not None)
+    target = target or step_target(quantized=quantizers is not None)
     graphs = {
         name: emit_ports(
             part.run,
@@ -189,13 +194,15 @@ def write_parts(
     write_together(graphs, folder)
 
 
-def open_graphs(found: Mapping[str, Part], folder: Path, threads: int | None, *, engine: str = DEFAULT) -> Session:
-    """Open the graphs of parts that were written to a folder.
+def open_graphs(
+    found: Mapping[str, Part], folder: Path, threads: int | None, *, engine: str = DEFAULT, literal: bool = False
+) -> Session:
+    """Open the graphs of parts that were written to a folder; `literal` ones were written for another engine.
 
     Raises:
         EngineError: if the engine refuses one.
     """
-    return open_graph({name: folder / graph_name(name) for name in found}, engine, threads=threads)
+    return open_graph({name: folder / graph_name(name) for name in found}, engine, threads=threads, literal=literal)
 
 
 def method_of(steps: Steps) -> ReuseMethod:
@@ -208,8 +215,8 @@ def method_of(steps: Steps) -> ReuseMethod:
     return replace(method, mask=steps.mask or None, rows=steps.weights or (), rescale=steps.rescale or ())
 
 
-def open_steps(bundle: Bundle, threads: int | None = None) -> Session:
-    """Open the graphs of a bundle.
+def open_steps(bundle: Bundle, threads: int | None = None, *, engine: str | None = None) -> Session:
+    """Open the graphs of a bundle, in the engine that they were written for unless another one is named.
 
     Raises:
         RecipeError: if this vitfold does not know its method.
@@ -222,9 +229,29 @@ def open_steps(bundle: Bundle, threads: int | None = None) -> Session:
         ends = denoiser_ends(steps.spec, method)
     else:
         ends = ends_of(plan_parts(steps.spec, method, steps.counts, steps.plan.merge))
-    session = open_session(bundle, threads=threads)
+    made_for = ENGINES[str(bundle.manifest.target["engine"])]
+    if engine is None and made_for.gpu:
+        raise EngineError(
+            f"{bundle.path} is made for {made_for.name}, which runs one graph at a time here; build "
+            f"{' and '.join(f'{graph_name(part)}' for part in steps.parts)} by trtexec or look at them by vitfold "
+            "audit, and to draw on this machine make a bundle without --target"
+        )
+    session = open_session(bundle, threads=threads, engine=engine)
     check_ends(session, ends, bundle.graphs)
     return session
+
+
+def find_step_target(name: str) -> Target:
+    """Return a target that graphs of steps can be written for.
+
+    Raises:
+        TargetError: if there is no such target, or its engine runs no steps.
+    """
+    able = {one.name for one in TARGETS.values() if one.engine in (DEFAULT, "tensorrt") and one.implied_quant != "fp8"}
+    target = find_target(name)
+    if name.partition(":")[0] not in able:
+        raise TargetError(f"steps are not written for {name}; they are for {', '.join(sorted(able))}")
+    return target
 
 
 def step_target(*, quantized: bool) -> Target:

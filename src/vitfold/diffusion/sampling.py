@@ -33,7 +33,7 @@ class Sampled:
     `kept_bytes` is None where somebody else keeps them.
     """
 
-    samples: Float[np.ndarray, "B C Y X"]
+    samples: Float[np.ndarray, B * latent]
     full_ns: tuple[int, ...]
     reused_ns: tuple[int, ...]
     kept_bytes: int | None
@@ -100,7 +100,7 @@ def sample(
     for step, t in enumerate(scheduler.timesteps):
         began, full_before = time.perf_counter_ns(), state.full
         entering = _scaled(scheduler, x, t).float().numpy()
-        state.given = {"image": np.tile(entering, (rows // count, 1, 1, 1)), **at(step)}
+        state.given = {"image": np.concatenate([entering] * (rows // count)), **at(step)}
         if method.cut == "filtered" and isinstance(spec, DiTSpec):
             state.given = {**state.given, FILTER: content_filter(spec.grid, scheduler, int(t))}
         predicted = torch.from_numpy(_finite(state.advance(step, guidance), f"step {step + 1} of {len(timesteps)}"))
@@ -150,7 +150,16 @@ def content_filter(grid: int, scheduler: Any, t: int) -> Float[np.ndarray, "1 N 
 
 
 def _noise(spec: DiTSpec | DenoiserSpec, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    return torch.stack([torch.randn(spec.image_shape, generator=generator) for generator in generators])
+    drawn = [torch.randn(spec.image_shape, generator=generator) for generator in generators]
+    return torch.stack([pack(one, spec) if isinstance(spec, DenoiserSpec) else one for one in drawn])
+
+
+def pack(drawn: torch.Tensor, spec: DenoiserSpec) -> torch.Tensor:
+    """Return noise in the order of latents: as a pipeline packs what it draws."""
+    if not spec.packing:
+        return drawn
+    strides = [stride for _, stride in spec.packing]
+    return drawn.reshape(-1).as_strided([length for length, _ in spec.packing], strides).reshape(spec.image_shape)
 
 
 def _scaled(scheduler: Any, x: torch.Tensor, t: Any) -> torch.Tensor:
@@ -238,7 +247,7 @@ class _State:
         if self.rows == self.count:
             return found
         with_class, without = found[: self.count], found[self.count :]
-        return _guided(with_class, without, guidance, self.spec.channels)
+        return _guided(with_class, without, guidance, self.spec)
 
     def _past_guidance(self, step: int, guidance: float) -> Array:
         if self.must[step] or self.difference is None:
@@ -252,7 +261,7 @@ class _State:
             self.executor.run("step")
             found = self._prediction()
         with_class = found[: self.count]
-        return _guided(with_class, with_class + self.difference, guidance, self.spec.channels)
+        return _guided(with_class, with_class + self.difference, guidance, self.spec)
 
     def _prediction(self) -> Array:
         return self.executor.fetch("prediction")["prediction"]
@@ -378,8 +387,9 @@ class _State:
         return weights
 
 
-def _guided(with_class: Array, without: Array, guidance: float, channels: int) -> Array:
-    """Guide the first `channels`, the prediction itself; a variance behind it is the one with the class."""
+def _guided(with_class: Array, without: Array, guidance: float, spec: DiTSpec | DenoiserSpec) -> Array:
+    """Guide the prediction itself; a variance in the channels behind it is the one with the class."""
+    channels = spec.channels if spec.learned_sigma else None
     guided: Array = with_class.copy()
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused where the step is known
         guided[:, :channels] = without[:, :channels] + np.float32(guidance) * (with_class - without)[:, :channels]

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from vitfold.errors import RecipeError, SourceError, missing_extra, nearest
-from vitfold.model.schedule import FLOW, flow_sampler
+from vitfold.model.schedule import EVEN, FLOW, SHIFT, SIGMAS, flow_sampler
 
 SAMPLERS = {
     "ddim": "DDIMScheduler",
@@ -46,9 +49,22 @@ def build_scheduler(sampler: str, schedule: Mapping[str, Any], steps: int, *, le
         own.pop("variance_type", None)
     try:
         scheduler = getattr(diffusers, SAMPLERS[sampler]).from_config(own)
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(**_times(schedule, steps))
     except (NotImplementedError, ValueError, TypeError, KeyError) as error:
         raise SourceError(
             f"diffusers' {SAMPLERS[sampler]} does not take this model's schedule ({error}); choose another --sampler"
         ) from None
     return scheduler
+
+
+def even_sigmas(steps: int) -> Float[np.ndarray, " T"]:
+    """Return the sigmas that pipelines of packed latents start from, before they are shifted."""
+    return np.linspace(1.0, 1 / steps, steps)
+
+
+def _times(schedule: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """What a scheduler is told: as many steps, or sigmas, and their shift."""
+    shift = {"mu": float(schedule[SHIFT])} if SHIFT in schedule else {}
+    if schedule.get(SIGMAS) == EVEN:
+        return {"sigmas": even_sigmas(steps).tolist(), **shift}
+    return {"num_inference_steps": steps, **shift}

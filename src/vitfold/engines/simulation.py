@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -16,7 +15,7 @@ from vitfold.architectures.programs import forward, plain_program
 from vitfold.artifacts.bundle import MAIN, QUANTIZERS, WEIGHTS, Bundle
 from vitfold.engines.session import OPEN_AXIS, Ends
 from vitfold.engines.torch import TorchSession
-from vitfold.errors import BundleError, EngineError, SourceError
+from vitfold.errors import BundleError, SourceError
 from vitfold.model import Architecture, Array
 from vitfold.model.params import check_params
 from vitfold.ops.half import Half
@@ -64,16 +63,7 @@ class SimulationSession(TorchSession):
         Raises:
             EngineError: if a value was larger than half precision can hold.
         """
-        if self._half is None:
-            return None
-        if self._half.overflow is not None:
-            value, site = self._half.overflow
-            shown = f"{value:,.0f}" if np.isfinite(value) else "infinity"
-            raise EngineError(
-                f"half precision overflows at {site}: it meets {shown}, and FP16 holds 65,504 at most, so a GPU would "
-                "answer NaN on ordinary images; make the bundle in single precision: --target portable"
-            )
-        return self._half.peak
+        return None if self._half is None else self._half.check()
 
 
 def open_simulation(bundle: Bundle, *, threads: int | None = None) -> SimulationSession:

@@ -37,6 +37,9 @@ _FLOW_OPTIONS = (
     "invert_sigmas",
     "stochastic_sampling",
 )
+SHIFT, SIGMAS, EVEN = "_mu", "_sigmas", "even"
+"""What a pipeline hands its scheduler besides a number of steps, kept beside the words of diffusers: by how much times
+are shifted for one size of images, and which sigmas it starts from: evenly from 1 down to 1 / steps."""
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
@@ -76,10 +79,11 @@ def flow_sampler(schedule: Mapping[str, Any]) -> str | None:
     """Return the sampler of a schedule of flow matching; None where it is none.
 
     Raises:
-        SourceError: if its times depend on more than their number.
+        SourceError: if its times depend on more than their number, and on a shift that is not known.
     """
     sampler = FLOW.get(str(schedule.get("_class_name") or ""))
-    more = next((name for name in _FLOW_OPTIONS if schedule.get(name)), None)
+    known = ("use_dynamic_shifting",) if isinstance(schedule.get(SHIFT), float | int) else ()
+    more = next((name for name in _FLOW_OPTIONS if schedule.get(name) and name not in known), None)
     if sampler is not None and more is not None:
         raise SourceError(
             f"the model's scheduler has {more}, and vitfold knows times of flow matching that depend on their number "

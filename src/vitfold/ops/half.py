@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitfold.errors import EngineError
 from vitfold.model import Array
 from vitfold.ops.protocol import input_site
 from vitfold.ops.simulate import Simulate, fake_quantize
@@ -37,6 +38,21 @@ class Half(Simulate):
         self.peak: tuple[float, str] = (0.0, "input")
         self.overflow: tuple[float, str] | None = None
         self._scope = "input"
+
+    def check(self) -> tuple[float, str]:
+        """Return the largest number that was met so far, and its site.
+
+        Raises:
+            EngineError: if half precision cannot hold one.
+        """
+        if self.overflow is not None:
+            value, site = self.overflow
+            shown = f"{value:,.0f}" if math.isfinite(value) else "infinity"
+            raise EngineError(
+                f"half precision overflows at {site}: it meets {shown}, and FP16 holds 65,504 at most, so a GPU would "
+                "answer NaN on ordinary images; make the bundle in single precision: --target portable"
+            )
+        return self.peak
 
     def _half(self, x: Tensor, site: str | None = None) -> Tensor:
         if not x.is_floating_point():

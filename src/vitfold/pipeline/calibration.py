@@ -27,12 +27,7 @@ def constraints_of(target: Target) -> QuantConstraints:
     """Return what calibration has to respect on a target."""
     from vitfold.quant import QuantConstraints
 
-    return QuantConstraints(
-        symmetric=target.symmetric,
-        weight_bits=target.weight_bits,
-        uniform_only=not target.simulated,
-        half_scales=target.float_type == "float16",
-    )
+    return QuantConstraints.of(target)
 
 
 def calibration_merging(recipe: Recipe) -> MergeRecipe:

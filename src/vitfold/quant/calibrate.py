@@ -33,6 +33,7 @@ from vitfold.quant.rotation import rotate_streams, turn_heads
 from vitfold.quant.sites import AttentionSite, LinearSite, find_sites
 from vitfold.quantizer import NARROW_BITS, Quantizer, QuantParams, Uniform, in_half
 from vitfold.recipe import MergeRecipe, QuantRecipe
+from vitfold.target import Target
 from vitfold.transforms.sinks import PREFIX_ROWS
 
 LEAST_IMAGES = 2
@@ -52,6 +53,16 @@ class QuantConstraints:
     weight_bits: int = 8
     uniform_only: bool = True
     half_scales: bool = False
+
+    @classmethod
+    def of(cls, target: Target) -> QuantConstraints:
+        """Return what calibration has to respect on a target."""
+        return cls(
+            symmetric=target.symmetric,
+            weight_bits=target.weight_bits,
+            uniform_only=not target.simulated,
+            half_scales=target.float_type == "float16",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -284,6 +284,13 @@ def describe_registers(registers: Mapping[str, Any] | None) -> str:
     return f"{registers['remedy']} ({shown})" if shown else str(registers["remedy"])
 
 
+def describe_steps_fidelity(fidelity: Mapping[str, Any]) -> str:
+    """Return what quantized steps cost, in words."""
+    db, count = fidelity["psnr_db"], fidelity["images"]
+    near = "equal" if db is None else f"{db:.1f} dB"
+    return f"{near} to float steps, {fidelity['of']} of {count} held-out seeds"
+
+
 def _setting(value: Any) -> str:
     return " ".join(value) if isinstance(value, list) else str(value)
 

@@ -8,12 +8,13 @@ Differs from DiT's own repository: every block embeds timestep and class itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from vitfold.architectures.dit import dit
 from vitfold.errors import ParityError, SourceError
@@ -30,6 +31,7 @@ CLASS = "DiTTransformer2DModel"
 OLD_CLASS = "Transformer2DModel"
 """What diffusers called a DiT before it had a class of its own; it still loads those folders as one."""
 _ACTIVATIONS: dict[str, Activation] = {"gelu-approximate": "gelu_tanh", "gelu": "gelu_erf"}
+_OF_FRAMES = 5
 _INSTEAD = "use a DiT such as hf:facebook/DiT-XL-2-256"
 
 
@@ -129,30 +131,57 @@ def translate(
     return model
 
 
-def load_decoder(folder: Path) -> Callable[[Array], Array]:
-    """Return what turns latents into images in [0, 1]: the decoder of diffusers' `AutoencoderKL`.
+class LatentDecoder(nn.Module):
+    """What turns latents of a denoiser, (B, *latent), into images in about [-1, 1], (B, C, Y, X), by a VAE.
+
+    `entered` is what the VAE takes, without the batch, of packed latents, whose axes `packing` says (`DenoiserSpec`).
+
+    Equation: decode(latents / scale + shift), or decode(latents * std + mean) where the VAE has these per channel.
+    """
+
+    def __init__(self, vae: nn.Module, *, packing: Sequence[tuple[int, int]] = (), entered: Sequence[int] = ()) -> None:
+        super().__init__()
+        config: Any = vae.config
+        self.vae = vae
+        mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+        self._scale = float(getattr(config, "scaling_factor", None) or 1.0)
+        self._shift = float(getattr(config, "shift_factor", None) or 0.0)
+        self._lengths, self._entered = [length for length, _ in packing], tuple(entered)
+        self._order = sorted(range(len(packing)), key=lambda axis: -packing[axis][1])
+        self._by_channel = mean is not None and std is not None
+        for name, values in (("mean", mean), ("std", std)):
+            one = torch.tensor(values if self._by_channel else [0.0], dtype=torch.float32)
+            self.register_buffer(name, one.reshape(-1, *[1] * (len(entered) - 1 if entered else 2)), persistent=False)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return images of latents."""
+        decode: Any = self.vae.decode
+        images: torch.Tensor = decode(self.entering(latents), return_dict=False)[0]
+        return images[:, :, 0] if images.ndim == _OF_FRAMES else images
+
+    def entering(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return what the VAE is handed."""
+        if self._entered:
+            axes = latents.reshape(-1, *self._lengths).permute(0, *(1 + axis for axis in self._order))
+            latents = axes.reshape(-1, *self._entered)
+        if self._by_channel:
+            return latents * self.get_buffer("std") + self.get_buffer("mean")
+        return latents / self._scale + self._shift
+
+
+def read_vae(folder: Path) -> nn.Module:
+    """Return the `AutoencoderKL` of a folder, in single precision.
 
     Raises:
-        SourceError: if diffusers cannot read the folder.
+        SourceError: if diffusers cannot read it.
     """
     from diffusers import AutoencoderKL
 
     try:
-        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
+        vae: nn.Module = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise SourceError(f"diffusers cannot read {folder}: {str(error).strip().splitlines()[0]}") from None
-
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-
-    def decode(latents: Array) -> Array:
-        images = []
-        with torch.inference_mode():
-            for latent in torch.from_numpy(latents)[:, None]:
-                images.append(vae.decode(latent / vae.config.scaling_factor + shift, return_dict=False)[0])
-        result: Array = ((torch.cat(images).clamp(-1, 1) + 1) / 2).numpy()
-        return result
-
-    return decode
+    return vae.eval()
 
 
 def check_dit_parity(module: Any, model: DiTModel, *, seed: int = 0) -> float:

@@ -33,8 +33,8 @@ def open_pipeline(source: str) -> tuple[Any, dict[str, Any]]:
     logging.disable_progress_bar()
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            str(folder) if folder.is_dir() else name, torch_dtype=torch.float32, local_files_only=folder.is_dir()
-        )
+            str(folder) if folder.is_dir() else name, local_files_only=folder.is_dir()
+        ).to(torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SourceError(f"diffusers cannot read {source}: {line}") from None

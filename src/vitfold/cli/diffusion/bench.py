@@ -11,7 +11,7 @@ import typer
 from vitfold.artifacts.bundle import open_bundle
 from vitfold.cli import options
 from vitfold.cli.declaring import command
-from vitfold.cli.diffusion.drawing import SamplingArgs, draw_bundles
+from vitfold.cli.diffusion.drawing import Embeddings, SamplingArgs, draw_bundles
 from vitfold.cli.groups import listed
 from vitfold.cli.making import say_busy
 from vitfold.cli.terminal import out, print_json, steps, write_samples
@@ -26,6 +26,7 @@ def bench(
         str | None,
         typer.Option(metavar="PEER,...", help="Beside them what others do on the same weights: diffusers, cache-dit."),
     ] = None,
+    embeddings: Embeddings = None,
     batch: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 8,
     trials: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
     threads: options.Threads = None,
@@ -33,7 +34,7 @@ def bench(
     json: options.Json = False,
 ) -> None:
     """Time bundles of a diffusion model's steps by drawing one batch with each."""
-    bench_steps(bundles, batch, trials, threads, output, json=json, peers=listed(peers))
+    bench_steps(bundles, batch, trials, threads, output, json=json, peers=listed(peers), embeddings=embeddings)
 
 
 def bench_steps(
@@ -45,10 +46,19 @@ def bench_steps(
     *,
     json: bool,
     peers: Sequence[str] = (),
+    embeddings: Path | None = None,
 ) -> None:
     """Draw one batch by every bundle; a model of latents is not decoded."""
     latent = open_bundle(bundles[0], steps=True).manifest.steps.latent
-    asking = SamplingArgs(classes="all", count=batch, batch=batch, threads=threads, trials=trials, latents=latent)
+    asking = SamplingArgs(
+        classes="all",
+        count=batch,
+        batch=batch,
+        threads=threads,
+        trials=trials,
+        latents=latent,
+        embeddings=embeddings,
+    )
     with steps("bench") as say:
         found = draw_bundles(bundles, asking, None, None, say, peers).document
     write_samples(output, found)

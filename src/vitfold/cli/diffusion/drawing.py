@@ -23,6 +23,7 @@ from vitfold.sources import load_source
 from vitfold.sources.dit import REAL, judge_folder
 
 if TYPE_CHECKING:
+    from vitfold.artifacts.bundle import Bundle
     from vitfold.artifacts.steps import DiffusionModelInfo, SamplingPlan
     from vitfold.diffusion import ReuseMethod
     from vitfold.diffusion.compare import SamplerRow, SamplingConfig
@@ -31,6 +32,15 @@ if TYPE_CHECKING:
     from vitfold.model import Array
 
 STEPS, GUIDANCE = 50, 1.5  # the guidance by which the paper measures DiT-XL
+
+
+Embeddings = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Prompts for a bundle of a pipeline's steps, as diffusion embed writes them; --classes are their numbers.",
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,14 +65,7 @@ class SamplingArgs:
         typer.Option("--latents", help="Write latents (latents.npz) instead of images, for models without their VAE."),
     ] = False
 
-    embeddings: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Prompts for a bundle of a pipeline's steps, as diffusion embed writes them; --classes are their "
-            "numbers.",
-        ),
-    ] = None
+    embeddings: Embeddings = None
 
     def asked(self, model: DiffusionModelInfo, plan: SamplingPlan | None = None) -> SamplingConfig:
         """Return it for a model, or for a bundle of its steps.
@@ -115,24 +118,24 @@ class SamplingArgs:
             note(f"the folder's {own.replaced} is replaced by {own.name}; choose another one with --sampler")
         return own.name
 
-    def decoder(self, model: DiffusionModelInfo) -> Callable[[Array], Array] | None:
+    def decoder(self, model: DiffusionModelInfo, bundle: Bundle | None = None) -> Callable[[Array], Array] | None:
         """Return what makes images in [0, 1] of samples, None where latents are wanted.
+
+        A bundle decodes by its own graph where it has one.
 
         Raises:
             SourceError: if the model makes latents, and its VAE is not there.
+            EngineError: if ONNX Runtime refuses the graph.
         """
+        from vitfold.diffusion.decoding import in_unit_range, load_decoder, open_decoder
+
         if self.latents:
             return None
         if not model.latent:
-            return lambda samples: (samples.clip(-1, 1) + 1) / 2
-        if model.decoder is None:
-            raise SourceError(
-                f"{model.origin.source} makes latents, and the VAE that turns them into images is not there; put it "
-                "into the folder vae beside the transformer, or write the latents: --latents"
-            )
-        from vitfold.sources.diffusers import load_decoder
-
-        return load_decoder(Path(model.decoder))
+            return in_unit_range
+        if bundle is not None:
+            return open_decoder(bundle, threads=self.threads)
+        return load_decoder(model.decoder, model.origin.source)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -235,7 +238,7 @@ def draw_bundles(
     before = environment()
     bundles = [open_bundle(path, steps=True) for path in paths]
     first = bundles[0].manifest.steps
-    decode, asked = asking.decoder(first), asking.asked(first, first.plan)
+    decode, asked = asking.decoder(first, bundles[0]), asking.asked(first, first.plan)
     rows = bench_steps(
         bundles,
         asked,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -19,13 +20,13 @@ from vitfold.bench.environment import environment
 from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.diffusion.drawing import SamplingArgs, default_judge, document, open_features
-from vitfold.cli.diffusion.prompts import Prompts, save_pipeline
+from vitfold.cli.diffusion.prompts import Prompts, Vae, save_pipeline
 from vitfold.cli.groups import JudgeArgs, StepArgs, StepSearchArgs, refuse
 from vitfold.cli.making import require_optimize, say_busy
 from vitfold.cli.terminal import heading, note, out, print_json, quiet_stdout, steps
 from vitfold.errors import CacheError
 from vitfold.processor import processor
-from vitfold.report.tables import diffusion_table, number
+from vitfold.report.tables import describe_steps_fidelity, diffusion_table, number
 from vitfold.sources.dit import load_dit
 from vitfold.version import __version__
 
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
     from vitfold.artifacts.bundle import Bundle
     from vitfold.diffusion.compare import SamplingConfig
     from vitfold.diffusion.compression import Compression
+    from vitfold.diffusion.decoding import Decoder
     from vitfold.diffusion.search import Bounds, StepSearchResult
     from vitfold.model import DiTModel
+    from vitfold.target import Target
 
 AUTO = "auto"
 MIN_PSNR_DB = 30.0
@@ -69,6 +72,8 @@ def optimize(
     stepping: StepArgs,
     judging: JudgeArgs,
     prompts: Prompts = None,
+    vae: Vae = True,
+    target: options.StepTarget = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
@@ -78,9 +83,10 @@ def optimize(
         features, real = default_judge(source, judging.features, judging.real)
         judging = JudgeArgs(real=real, features=features)
     _check(way, judging)
+    lowering = None if target is None else _target(target, way)
     if prompts is not None:
         with reserve_bundle(output, overwrite=overwrite) as place, steps("optimize") as say, quiet_stdout():
-            draft = save_pipeline(source, prompts, way, stepping, place.draft(), say)
+            draft = save_pipeline(source, prompts, way, stepping, place.draft(), say, vae=vae, target=target)
             bundle = publish_bundle(place, draft)
         _show(_summary(bundle), None, json=json)
         note(f"next: vitfold diffusion embed {source} --prompts {prompts} -o E.safetensors, then sample {output}")
@@ -97,7 +103,7 @@ def optimize(
         few = SamplingArgs(classes="all", count=8, **asdict(stepping)).asked(model)
         check_asked(model, few)
         say("compressing")
-        able = _compressions(model, way, few)
+        able = _compressions(model, way, few, lowering)
         found, searched = None, None
         chosen, count = able[0], few.steps
         if method is None:
@@ -110,13 +116,26 @@ def optimize(
         plan = SamplingPlan(
             reuse=method.text, steps=count, sampler=few.sampler, guidance=few.guidance, **chosen.to_dict()
         )
-        draft = save_steps(model, plan, method, chosen, place.draft(), search=searched, say=say)
+        decoder = _decoder(model, say) if vae else None
+        draft = save_steps(
+            model, plan, method, chosen, place.draft(), search=searched, decoder=decoder, target=lowering, say=say
+        )
         bundle = publish_bundle(place, draft)
     values = {**(searched or {}), **_summary(bundle)}
     _show(values, found, json=json)
     if searched is not None:
         say_busy(searched["environment"])
     note(f"next: vitfold diffusion sample {output} --classes 0,1,2 -o images, or vitfold diffusion bench {output}")
+
+
+def _decoder(model: DiTModel, say: Callable[[str], None]) -> Decoder | None:
+    """What decodes a model's latents, as a program; None where it makes images, or its VAE is not there."""
+    from vitfold.diffusion.decoding import lift_folder
+
+    if not model.latent or model.decoder is None:
+        return None
+    say("reading the VAE's decoder as a program")
+    return lift_folder(model.decoder, model.spec.image_shape)
 
 
 def _check(way: StepSearchArgs, judging: JudgeArgs) -> None:
@@ -132,14 +151,28 @@ def _check(way: StepSearchArgs, judging: JudgeArgs) -> None:
     )
 
 
-def _compressions(model: DiTModel, way: StepSearchArgs, few: SamplingConfig) -> list[Compression]:
+def _target(name: str, way: StepSearchArgs) -> Target:
+    """The target that is asked for; a search measures on this machine."""
+    from vitfold.diffusion.opening import find_step_target
+
+    refuse(
+        (way.reuse == AUTO, "a search measures here; name a method beside --target, as --reuse fitted:18", "--reuse")
+    )
+    return find_step_target(name)
+
+
+def _compressions(
+    model: DiTModel, way: StepSearchArgs, few: SamplingConfig, target: Target | None
+) -> list[Compression]:
     """What steps may be compressed with: as named, else not at all, and where that is searched in 8 bits too."""
     from vitfold.diffusion.compression import compress
 
     schemes = ["none", "w8a8"] if way.reuse == AUTO else ["none"]
-    if way.quant is not None:
-        schemes = [way.quant.lower()]
-    along = partial(compress, model, r=int(way.merge or 0), method=way.method, steps=few.steps, guidance=few.guidance)
+    if way.quant is not None or target is not None:
+        schemes = [(way.quant or ("none" if target is None else target.implied_quant)).lower()]
+    along = partial(
+        compress, model, target=target, r=int(way.merge or 0), method=way.method, steps=few.steps, guidance=few.guidance
+    )
     return [along(quant=scheme) for scheme in schemes]
 
 
@@ -213,13 +246,16 @@ def _search_folder(model: DiTModel, few: SamplingConfig, able: list[Compression]
 
 
 def _summary(bundle: Bundle) -> dict[str, Any]:
+    fidelity = bundle.manifest.steps.fidelity
     return {
         "bundle": str(bundle.path),
         "plan": bundle.manifest.steps.plan.to_dict(),
         "parts": list(bundle.manifest.parts),
         "size_bytes": bundle.size_bytes,
+        "decode_bytes": bundle.decode_bytes,
         "digest": bundle.digest,
         "verified": dict(bundle.manifest.verified),
+        "fidelity": None if fidelity is None else fidelity.to_dict(),
     }
 
 
@@ -247,4 +283,7 @@ def _print(values: dict[str, Any], found: StepSearchResult | None) -> None:
     db = values["verified"]["psnr_db"]
     exact = "the same images as" if db is None else f"within {db:.0f} dB of"
     out.print(f"  verified  {values['verified']['engine']} draws {exact} the reference")
-    out.print(f"  bundle    {values['bundle']} ({values['size_bytes'] / 1e6:.1f} MB)", soft_wrap=True)
+    if values["fidelity"] is not None:
+        out.print(f"  fidelity  {describe_steps_fidelity(values['fidelity'])}")
+    decoding = f", {values['decode_bytes'] / 1e6:.1f} MB of it the VAE's decoder" if values["decode_bytes"] else ""
+    out.print(f"  bundle    {values['bundle']} ({values['size_bytes'] / 1e6:.1f} MB{decoding})", soft_wrap=True)

@@ -28,16 +28,32 @@ Prompts = Annotated[
 ]
 
 
+Vae = Annotated[
+    bool,
+    typer.Option(
+        "--vae/--no-vae",
+        help="Keep the decoder of a model of latents in the bundle, as a graph: images then need no folder.",
+    ),
+]
+
+
 def save_pipeline(
-    source: str, prompts: Path, way: StepSearchArgs, stepping: StepArgs, place: Path, say: Callable[[str], None]
+    source: str,
+    prompts: Path,
+    way: StepSearchArgs,
+    stepping: StepArgs,
+    place: Path,
+    say: Callable[[str], None],
+    *,
+    vae: bool,
+    target: str | None,
 ) -> Bundle:
     """Write the steps of a pipeline as a bundle, by the method that `--reuse` names."""
     from vitfold.diffusion.exporting import STEPS, export_steps
 
-    chosen = (way.quant not in (None, "none"), way.merge is not None, way.method is not None)
     refuse(
         (way.reuse == "auto", "a pipeline with prompts takes a method by name, such as --reuse fitted:14", "--reuse"),
-        (any(chosen), "steps of a pipeline with prompts stay float and unmerged; leave it out", "--quant"),
+        (way.merge is not None, "steps of a pipeline with prompts stay unmerged; leave it out", "--merge"),
         (way.heads is not None, "the folder says its heads itself; leave it out", "--heads"),
         (stepping.sampler is not None, "a pipeline's own scheduler is the sampler; leave it out", "--sampler"),
     )
@@ -47,7 +63,10 @@ def save_pipeline(
     if stepping.guidance is not None:
         call["guidance_scale"] = stepping.guidance
     count = STEPS if stepping.steps is None else stepping.steps
-    return export_steps(pipe, way.reuse, found, place, steps=count, source=source, say=say, **call)
+    quantized: dict[str, Any] = {"quant": way.quant, "quant_method": way.method, "target": target}
+    return export_steps(
+        pipe, way.reuse, found, place, steps=count, vae=vae, source=source, say=say, **quantized, **call
+    )
 
 
 @command(

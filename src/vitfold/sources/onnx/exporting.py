@@ -61,8 +61,13 @@ class ModuleProgram:
     error: float
 
 
-def read_program(module: nn.Module, given: Sequence[Given], names: Sequence[str]) -> ModuleProgram:
+def read_program(
+    module: nn.Module, given: Sequence[Given], names: Sequence[str], *, attending: bool = True
+) -> ModuleProgram:
     """Read a module of several inputs, whose batch is in front, as a program; it returns as many tensors as `names`.
+
+    Args:
+        attending: it has to have attention, as transformers have.
 
     Raises:
         SourceError: if torch cannot export it, or it has what vitfold cannot hold, with every reason.
@@ -70,7 +75,7 @@ def read_program(module: nn.Module, given: Sequence[Given], names: Sequence[str]
     """
 
     def reader(plain: Plain, model: onnx.ModelProto, path: Path) -> ModuleProgram:
-        found, error, _ = lift_blocks(plain, model, path)
+        found, error, _ = lift_blocks(plain, model, path, attending=attending)
         return ModuleProgram(program=found.program, params=found.params, error=error)
 
     return _lifted(module, given, names, type(module).__name__, reader)

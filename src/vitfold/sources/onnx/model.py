@@ -81,18 +81,20 @@ def read(plain: Plain, model: onnx.ModelProto, path: Path, *, head: Kind | None 
     return ReadGraph(spec=_spec(plain, image, lifted, found, head), params=found.params, error=error)
 
 
-def lift_blocks(plain: Plain, model: onnx.ModelProto, path: Path) -> tuple[Blocks, float, LiftedProgram]:
+def lift_blocks(
+    plain: Plain, model: onnx.ModelProto, path: Path, *, attending: bool = True
+) -> tuple[Blocks, float, LiftedProgram]:
     """Return a graph's program with its blocks, how far it is from what it came from, and how it was lifted.
 
     Raises:
-        SourceError: if it has what vitfold cannot hold, or no attention.
+        SourceError: if it has what vitfold cannot hold, or no attention and is meant to be `attending`.
         ParityError: if the program does not compute what the graph does, naming the first node that differs.
     """
     lifted = lift(plain)
     program, params = with_attentions(*with_folded_scales(lifted.program, lifted.params))
     shapes = {name: array.shape for name, array in params.items()}
     program = without_dead_nodes(with_short_views(program, shapes))
-    if not attentions_of(program) and not _weighs_values(program):
+    if attending and not attentions_of(program) and not _weighs_values(program):
         raise UnsupportedError(
             f"{path} has no attention: vitfold makes transformers faster, not convolutional networks"
         )
