@@ -73,7 +73,7 @@ def _runs(gpu: str, target: str) -> bool:
     Raises:
         TargetError: if the GPU is unknown, or the target is not TensorRT's.
     """
-    from vitfold.audit.roofline import find_gpu
+    from vitfold.audit.gpus import find_gpu
 
     peak = find_gpu(gpu).peak
     return find_target(target).implied_quant != "fp8" or "fp8" in peak

@@ -11,7 +11,8 @@ import numpy as np
 
 from vitfold.architectures.programs import forward
 from vitfold.audit.canonical import BlockShape, block_kernels
-from vitfold.audit.roofline import Gpu, find_gpu, predict
+from vitfold.audit.gpus import Gpu, find_gpu
+from vitfold.audit.roofline import predict
 from vitfold.errors import RecipeError, TargetError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Architecture, Array, Model, ViTSpec

@@ -78,9 +78,7 @@ def overview_cells(audits: Sequence[Audit], gpus: Sequence[str]) -> list[list[st
 def overview_table(audits: Sequence[Audit], gpus: Sequence[str] = GPUS) -> Table:
     """One row per audit."""
     first = audits[0]
-    title = (
-        f"{first['compiler']}, {first['gpu']}, batch {first['batch']}; times are a roofline model, not a measurement"
-    )
+    title = f"{first['compiler']}, {first['gpu']}, batch {first['batch']}; times: {first['prediction']}"
     table = Table(title=title, box=box.SIMPLE_HEAD)
     for column in overview_columns(gpus):
         table.add_column(
@@ -110,12 +108,17 @@ def block_table(audit: Audit) -> Table:
 
 
 def prediction_table(audits: Sequence[Audit]) -> Table:
-    """One row per GPU: modelled milliseconds, what bounds them, and the ratio to the first audit."""
-    table = Table(title="roofline model, not a measurement: ms per batch", box=box.SIMPLE_HEAD)
+    """One row per GPU: modelled milliseconds, what bounds them, and the ratio to the first audit.
+
+    `padding` and `idle` are shares of the tensor cores' time.
+    """
+    table = Table(title=f"{audits[0]['prediction']}: ms per batch", box=box.SIMPLE_HEAD)
     table.add_column("GPU")
     for index, audit in enumerate(audits):
         table.add_column(audit["name"], justify="right", overflow="fold")
         table.add_column("bound by")
+        table.add_column("padding", justify="right")
+        table.add_column("idle", justify="right")
         if index:
             table.add_column("speed-up", justify="right")
     for gpu in dict.fromkeys(gpu for audit in audits for gpu in audit["predicted_ms"]):
@@ -125,10 +128,47 @@ def prediction_table(audits: Sequence[Audit]) -> Table:
             shares = audit["predicted_bound"].get(gpu, {})
             bound = max(shares, key=shares.__getitem__) if shares else "type not run"
             cells += [_NONE if ms is None else f"{ms:.3f}", f"{bound} {100 * shares[bound]:.0f} %" if shares else bound]
+            cores = audit["tensor_cores"].get(gpu)
+            cells += [_NONE if cores is None else f"{100 * cores[what]:.1f} %" for what in ("padding", "idle")]
             if index:
                 cells.append(_NONE if ms is None or first is None else f"{first / ms:.2f}x")
         table.add_row(gpu, *cells)
     return table
+
+
+def tiles_table(tiles: Mapping[str, Any], model: Mapping[str, Any], title: str) -> Table:
+    """One row per product: the tile taken, what it pads, its waves, and which share of multiprocessors the last fills.
+
+    Args:
+        tiles: of a document, with its GPU.
+        model: the constants that the document names.
+    """
+    chips = model["gpus"][tiles["gpu"]]["multiprocessors"]
+    table = Table(title=f"{title}: {tiles['gpu']}, {chips} multiprocessors; tiles are assumed", box=box.SIMPLE_HEAD)
+    for column in ("product", "rows x columns x depth", "type", "tile", "padding", "waves", "last", "ms", "bound by"):
+        table.add_column(column, justify="left" if column in ("product", "type", "bound by") else "right")
+    for row in tiles["products"]:
+        table.add_row(*tile_cells(row))
+    return table
+
+
+def tile_cells(row: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a product in tiles."""
+    product, (rows, columns) = row["product"], row["tile"]
+    shape = f"{product['rows']} x {product['columns']} x {product['depth']}"
+    many = "" if product["matrices"] == 1 else f"{product['matrices']} x "
+    shared = "" if row["splits"] == 1 else f", depth / {row['splits']}"
+    return [
+        row["name"] if row["count"] == 1 else f"{row['count']} x {row['name']}",
+        many + shape,
+        row["precision"],
+        f"{rows} x {columns}{shared}",
+        f"{100 * (row['padded_ratio'] - 1):.1f} %",
+        str(row["waves"]),
+        f"{100 * row['last_wave']:.0f} %",
+        f"{row['ms']:.4f}",
+        row["bound"],
+    ]
 
 
 def forecast_columns(document: Mapping[str, Any]) -> list[str]:
