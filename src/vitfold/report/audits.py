@@ -8,6 +8,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from vitfold.report.tables import terminal_table
+
 Audit = Mapping[str, Any]
 _MB = 1e-6
 _NONE = "-"
@@ -136,49 +138,51 @@ def prediction_table(audits: Sequence[Audit]) -> Table:
     return table
 
 
+TILE_COLUMNS = ("product", "rows x columns x depth", "type", "tile", "padded", "waves", "last %", "us")
+
+
 def tiles_table(tiles: Mapping[str, Any], model: Mapping[str, Any], title: str) -> Table:
-    """One row per product: the tile taken, what it pads, its waves, and which share of multiprocessors the last fills.
+    """One row per product: the tile taken, work padded over work, waves, how much of the GPU the last one fills.
+
+    A tile "64x32/3" shares its depth among three multiprocessors.
 
     Args:
         tiles: of a document, with its GPU.
         model: the constants that the document names.
     """
     chips = model["gpus"][tiles["gpu"]]["multiprocessors"]
-    table = Table(title=f"{title}: {tiles['gpu']}, {chips} multiprocessors; tiles are assumed", box=box.SIMPLE_HEAD)
-    for column in ("product", "rows x columns x depth", "type", "tile", "padding", "waves", "last", "ms", "bound by"):
-        table.add_column(column, justify="left" if column in ("product", "type", "bound by") else "right")
-    for row in tiles["products"]:
-        table.add_row(*tile_cells(row))
-    return table
+    title = f"{title}: {tiles['gpu']}, {chips} multiprocessors; tiles are assumed, times modelled"
+    return terminal_table(TILE_COLUMNS, map(tile_cells, tiles["products"]), words=("product", "type"), title=title)
 
 
 def tile_cells(row: Mapping[str, Any]) -> list[str]:
     """Return the cells of a product in tiles."""
     product, (rows, columns) = row["product"], row["tile"]
-    shape = f"{product['rows']} x {product['columns']} x {product['depth']}"
-    many = "" if product["matrices"] == 1 else f"{product['matrices']} x "
-    shared = "" if row["splits"] == 1 else f", depth / {row['splits']}"
+    many = "" if product["matrices"] == 1 else f"{product['matrices']} of "
+    shared = "" if row["splits"] == 1 else f"/{row['splits']}"
     return [
-        row["name"] if row["count"] == 1 else f"{row['count']} x {row['name']}",
-        many + shape,
+        row["name"] if row["count"] == 1 else f"{row['count']} {row['name']}",
+        f"{many}{product['rows']}x{product['columns']}x{product['depth']}",
         row["precision"],
-        f"{rows} x {columns}{shared}",
-        f"{100 * (row['padded_ratio'] - 1):.1f} %",
+        f"{rows}x{columns}{shared}",
+        f"{row['padded_ratio']:.2f}x",
         str(row["waves"]),
-        f"{100 * row['last_wave']:.0f} %",
-        f"{row['ms']:.4f}",
-        row["bound"],
+        f"{100 * row['last_wave']:.0f}",
+        f"{1e3 * row['ms']:.1f}",
     ]
 
 
 def forecast_columns(document: Mapping[str, Any]) -> list[str]:
     """Return the header of a forecast."""
     like = f"r = {document['rows'][0]['like']}"
-    return ["GPU", "batch", "FP16 ms", "unmerged", like, "solved", "over FP16", "distortion", "schedule"]
+    return ["GPU", "batch", "FP16 ms", "unmerged", like, "solved", "over FP16", "lost %", "distortion", "schedule"]
 
 
 def forecast_cells(document: Mapping[str, Any]) -> list[list[str]]:
-    """Return one row per GPU and batch: the solved schedule beside FP16, no merging and the constant schedule."""
+    """Return one row per GPU and batch: the solved schedule beside FP16, no merging and the constant schedule.
+
+    `lost` is what of the tensor cores' time goes to padding and to idle multiprocessors.
+    """
     from vitfold.schedule import describe_r
 
     rows = []
@@ -186,7 +190,7 @@ def forecast_cells(document: Mapping[str, Any]) -> list[list[str]]:
         numbers = [f"{row[key]:.3f}" for key in ("ms_fp16", "ms_none", "ms_like", "ms")]
         kept = f"{row['distortion']:.2g} of {row['distortion_like']:.2g}"
         ratio = f"{row['ms_fp16'] / row['ms']:.2f}x"
-        rows.append([row["gpu"], str(row["batch"]), *numbers, ratio, kept, describe_r(row["r"])])
+        rows.append([row["gpu"], str(row["batch"]), *numbers, ratio, lost(row["cores"]), kept, describe_r(row["r"])])
     return rows
 
 
@@ -199,6 +203,11 @@ def forecast_table(document: Mapping[str, Any]) -> Table:
     for row in forecast_cells(document):
         table.add_row(*row)
     return table
+
+
+def lost(cores: Mapping[str, float]) -> str:
+    """Return the shares of the tensor cores' time that padding and idle multiprocessors take, in per cent."""
+    return f"{100 * cores['padding']:.0f} + {100 * cores['idle']:.0f}"
 
 
 def _attention(audit: Audit) -> str:
