@@ -8,6 +8,7 @@ Source: Williams et al., Roofline (CACM 2009), with a cost per launch; `tiles` f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -59,24 +60,20 @@ def roofline_seconds(kernel: Kernel, gpu: Gpu, limits: Ceilings) -> float:
 def predict(kernels: Sequence[Kernel], gpu: Gpu, limits: Ceilings | None = None) -> Prediction:
     """Sum the model over a plan that `gpu.runs`."""
     limits = limits or ceilings()
-    spent: dict[Bound, float] = {"compute": 0.0, "memory": 0.0, "launch": len(kernels) * limits.launch_us * 1e-6}
-    without, cores, padding, idle = spent["launch"], 0.0, 0.0, 0.0
-    for kernel in kernels:
-        without += roofline_seconds(kernel, gpu, limits)
-        tiling = kernel_tiling(kernel, gpu, limits)
-        if tiling is None:
-            spent["memory"] += roofline_seconds(kernel, gpu, limits)
-            continue
-        spent["compute" if tiling.arithmetic > tiling.traffic else "memory"] += tiling.seconds
-        cores += tiling.arithmetic
-        padding += tiling.arithmetic * tiling.padding
-        idle += tiling.arithmetic * tiling.idle
-    total = sum(spent.values())
+    tilings = [kernel_tiling(kernel, gpu, limits) for kernel in kernels]
+    alone = [roofline_seconds(kernel, gpu, limits) for kernel in kernels]
+    spent: dict[Bound, list[float]] = {"compute": [], "memory": [], "launch": [len(kernels) * limits.launch_us * 1e-6]}
+    for tiling, seconds in zip(tilings, alone, strict=True):
+        bound: Bound = "compute" if tiling is not None and tiling.arithmetic > tiling.traffic else "memory"
+        spent[bound].append(seconds if tiling is None else tiling.seconds)
+    sums = {bound: math.fsum(seconds) for bound, seconds in spent.items()}
+    total, found = math.fsum(sums.values()), [tiling for tiling in tilings if tiling is not None]
+    cores = math.fsum(tiling.arithmetic for tiling in found) or 1.0
     return Prediction(
         gpu=gpu.key,
         ms=1e3 * total,
-        roofline_ms=1e3 * without,
-        share={name: seconds / total for name, seconds in spent.items()},
-        padding=padding / cores if cores else 0.0,
-        idle=idle / cores if cores else 0.0,
+        roofline_ms=1e3 * math.fsum([*alone, *spent["launch"]]),
+        share={bound: seconds / total for bound, seconds in sums.items()},
+        padding=math.fsum(tiling.arithmetic * tiling.padding for tiling in found) / cores,
+        idle=math.fsum(tiling.arithmetic * tiling.idle for tiling in found) / cores,
     )
