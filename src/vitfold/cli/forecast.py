@@ -60,7 +60,7 @@ def forecast(
 ) -> None:
     """Solve a schedule for every GPU and batch: modelled times at a measured distortion. No GPU is needed."""
     if measured is not None:
-        refuse((source is not None, "the file says what was measured; give no SOURCE with it", "--measured"))
+        refuse((source is not None, "give no SOURCE with it", "--measured"))
         _compare(measured, answer)
         return
     refuse(

@@ -53,11 +53,15 @@ def overview_columns(gpus: Sequence[str]) -> list[str]:
         "MB",
         "engine MB",
         *(f"{g} ms" for g in gpus),
+        f"{gpus[0]} lost %",
     ]
 
 
 def overview_cells(audits: Sequence[Audit], gpus: Sequence[str]) -> list[list[str]]:
-    """Return one row per audit: its kernels, what they move, and modelled milliseconds per batch."""
+    """Return one row per audit: its kernels, what they move, and modelled milliseconds per batch.
+
+    `lost` is what of the tensor cores' time goes to padding and to idle multiprocessors.
+    """
     rows = []
     for audit in audits:
         times = [audit["predicted_ms"].get(gpu) for gpu in gpus]
@@ -72,6 +76,7 @@ def overview_cells(audits: Sequence[Audit], gpus: Sequence[str]) -> list[list[st
                 f"{audit['bytes_moved'] * _MB:.0f}",
                 f"{audit['engine_bytes'] * _MB:.0f}",
                 *(_NONE if ms is None else f"{ms:.2f}" for ms in times),
+                lost(audit.get("tensor_cores", {}).get(gpus[0])),
             ]
         )
     return rows
@@ -190,7 +195,8 @@ def forecast_cells(document: Mapping[str, Any]) -> list[list[str]]:
         numbers = [f"{row[key]:.3f}" for key in ("ms_fp16", "ms_none", "ms_like", "ms")]
         kept = f"{row['distortion']:.2g} of {row['distortion_like']:.2g}"
         ratio = f"{row['ms_fp16'] / row['ms']:.2f}x"
-        rows.append([row["gpu"], str(row["batch"]), *numbers, ratio, lost(row["cores"]), kept, describe_r(row["r"])])
+        wasted = lost(row.get("cores"))
+        rows.append([row["gpu"], str(row["batch"]), *numbers, ratio, wasted, kept, describe_r(row["r"])])
     return rows
 
 
@@ -205,8 +211,10 @@ def forecast_table(document: Mapping[str, Any]) -> Table:
     return table
 
 
-def lost(cores: Mapping[str, float]) -> str:
+def lost(cores: Mapping[str, Any] | None) -> str:
     """Return the shares of the tensor cores' time that padding and idle multiprocessors take, in per cent."""
+    if cores is None:
+        return _NONE
     return f"{100 * cores['padding']:.0f} + {100 * cores['idle']:.0f}"
 
 
