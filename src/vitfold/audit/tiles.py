@@ -84,26 +84,30 @@ def tile(product: Product, precision: Precision, gpu: Gpu, moved: int, limits: C
     return min(_tilings(product, precision, gpu, moved, limits, rules), key=lambda one: (one.seconds, one.arithmetic))
 
 
+@lru_cache
+def _candidates(rules: TileRules, least: int, *, attends: bool) -> tuple[tuple[int, int, float], ...]:
+    """Rows, columns and rate of the tiles of which one side has as many rows as an instruction."""
+    shapes = rules.attention if attends else rules.shapes
+    return tuple((*shape, rules.rate(*shape)) for shape in shapes if max(shape) >= least)
+
+
 def _tilings(
     product: Product, precision: Precision, gpu: Gpu, moved: int, limits: Ceilings, rules: TileRules
 ) -> Iterator[Tiling]:
     step = rules.step_bytes // _BYTES[precision]
     peak, bandwidth = gpu.peak[precision] * limits.compute, gpu.bandwidth * limits.memory
-    steps = math.ceil(product.depth / step)
-    for rows, columns in rules.attention if product.attends else rules.shapes:
-        if max(rows, columns) < gpu.instruction_rows:
-            continue
-        across = math.ceil(product.columns / columns)
+    steps, result = math.ceil(product.depth / step), product.matrices * product.rows * product.columns
+    for rows, columns, rate in _candidates(rules, gpu.instruction_rows, attends=product.attends):
+        down, across = math.ceil(product.rows / rows), math.ceil(product.columns / columns)
         for splits in (1,) if product.attends else rules.splits:
             if splits > steps:
-                continue
+                break
             if product.attends:  # both products, over all keys
-                tiles = product.matrices * math.ceil(product.rows / rows)
-                tile_macs = 2 * rows * columns * across * steps * step
+                tiles, tile_macs = product.matrices * down, 2 * rows * columns * across * steps * step
             else:
-                tiles = product.matrices * math.ceil(product.rows / rows) * across * splits
+                tiles = product.matrices * down * across * splits
                 tile_macs = rows * columns * math.ceil(steps / splits) * step
-            partial = 2 * _PARTIAL * splits * product.matrices * product.rows * product.columns if splits > 1 else 0
+            partial = 2 * _PARTIAL * splits * result if splits > 1 else 0
             waves = math.ceil(tiles / gpu.multiprocessors)
             yield Tiling(
                 rows=rows,
@@ -113,6 +117,6 @@ def _tilings(
                 tile_macs=tile_macs,
                 macs=product.macs,
                 multiprocessors=gpu.multiprocessors,
-                arithmetic=waves * 2 * tile_macs * gpu.multiprocessors / (peak * rules.rate(rows, columns)),
+                arithmetic=waves * 2 * tile_macs * gpu.multiprocessors / (peak * rate),
                 traffic=(moved + partial) / bandwidth,
             )

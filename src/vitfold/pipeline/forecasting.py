@@ -51,7 +51,8 @@ def forecast_lengths(
     wrong = [length for length in lengths if not 1 <= length <= spec.tokens]
     if wrong or not lengths:
         raise RecipeError(
-            f"--lengths takes numbers of tokens from 1 to {spec.tokens}, which this model has; found {wrong[:3]}"
+            f"--lengths takes numbers of tokens from 1 to {spec.tokens}, which this model has; found "
+            f"{', '.join(map(str, wrong[:3])) or 'none'}"
         )
     device = find_gpu(gpu)
     kernels = block_kernels_of(spec, find_target(target), device, batch)
