@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, Literal
@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from vitfold.architectures.programs import forward
-from vitfold.audit.canonical import BlockShape, block_kernels
-from vitfold.audit.roofline import Gpu, find_gpu, predict
+from vitfold.audit.canonical import BlockShape, block_kernels, schedule_kernels
+from vitfold.audit.gpus import Gpu, find_gpu
+from vitfold.audit.roofline import Prediction, predict
 from vitfold.errors import RecipeError, TargetError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Architecture, Array, Model, ViTSpec
@@ -24,6 +25,8 @@ from vitfold.target import Target, find_target
 
 SHARES = (0.04, 0.12, 0.25, 0.5)
 LIKE = "8"
+ON_GPUS: Mapping[str, Any] = {"step": STEP, "aligned": True}
+"""How schedules for GPUs look: they lead to multiples of 4 tokens, among which those that fill tiles are."""
 SOLVING_IMAGES = 32
 CONSIDERED_RULES = ("tome", "nearest")
 """Rules that suit every model, the cheapest first: the second costs 4 % more in float and 9 % in INT8 (demo, r = 4)."""
@@ -39,8 +42,10 @@ Bits = Literal["fp16", "int8", "fp8"]
 class Solution:
     """The schedule, and what the model of time says about it, about `like` and about merging nothing.
 
-    Milliseconds are a roofline model's of the transformer blocks alone, or, where `gpu` is None, come from a table
-    measured on this machine; `ms_fp16` merges nothing and does not quantize. Distortions are measured.
+    Milliseconds are a model's of the transformer blocks alone, or, where `gpu` is None, come from a table measured on
+    this machine; `ms_fp16` merges nothing and does not quantize, `cores` and `cores_none` say which shares of the
+    tensor cores' time go to padding and to idle multiprocessors, and `ms_roofline` what the schedule would take without
+    either; they are None where nothing is modelled. Distortions are measured.
     """
 
     r: tuple[int, ...]
@@ -54,6 +59,9 @@ class Solution:
     ms_fp16: float | None
     distortion: float
     distortion_like: float
+    ms_roofline: float | None = None
+    cores: Mapping[str, float] | None = None
+    cores_none: Mapping[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -123,11 +131,23 @@ def solve_merge(merging: MergeDistortion, *, target: str, gpu: str, batch: int, 
         TargetError: if the target is not one of TensorRT's, or the GPU is unknown or does not run its types.
         RecipeError: if `like` merges nothing.
     """
-    device = find_gpu(gpu)
-    seconds, half = (block_seconds(merging.spec, find_target(name), device, batch) for name in (target, _HALF))
-    found = _solve(merging, seconds, like)
-    none = schedule_seconds((0,) * merging.spec.num_layers, merging.spec.tokens, half)
-    return replace(found, gpu=device.key, batch=batch, ms_fp16=1e3 * none)
+    device, spec = find_gpu(gpu), merging.spec
+    seconds, half = (block_seconds(spec, find_target(name), device, batch) for name in (target, _HALF))
+    found, none = _solve(merging, seconds, like), (0,) * spec.num_layers
+    shape, precision = block_of(spec, find_target(target), device)
+    solved, unmerged = (
+        predict(schedule_kernels(shape, precision, batch=batch, tokens=spec.tokens, r=r), device)
+        for r in (found.r, none)
+    )
+    return replace(
+        found,
+        gpu=device.key,
+        batch=batch,
+        ms_fp16=1e3 * schedule_seconds(none, spec.tokens, half),
+        ms_roofline=solved.roofline_ms,
+        cores=_cores(solved),
+        cores_none=_cores(unmerged),
+    )
 
 
 def solve_measured(merging: MergeDistortion, table: LatencyTable, *, batch: int = 1, like: str = LIKE) -> Solution:
@@ -179,10 +199,26 @@ def block_seconds(spec: Architecture, target: Target, gpu: Gpu, batch: int) -> S
     Raises:
         TargetError: if the target is not TensorRT's, or the GPU does not multiply its type.
     """
+    shape, precision = block_of(spec, target, gpu)
+
+    @cache
+    def seconds(tokens: int, merged: int, sizes: bool) -> float:
+        kernels = block_kernels(shape, precision, batch=batch, tokens=tokens, merged=merged, sizes=sizes)
+        return predict(kernels, gpu).ms * 1e-3
+
+    return seconds
+
+
+def block_of(spec: Architecture, target: Target, gpu: Gpu) -> tuple[BlockShape, Bits]:
+    """Return the shape of a model's blocks, and the type that TensorRT multiplies in on a GPU.
+
+    Raises:
+        TargetError: if the target is not TensorRT's, or the GPU does not multiply its type.
+    """
     if not target.runtime.gpu:
         raise TargetError(
-            f"--merge auto needs a model of the hardware, which target {target.name} has not; choose a target of "
-            "TensorRT, or give the tokens to merge"
+            f"times on GPUs need a target of TensorRT, {target.name} is none; choose tensorrt-fp16, tensorrt-int8 or "
+            "tensorrt-fp8, or give the tokens to merge"
         )
     precision: Bits = {"w8a8": "int8", "fp8": "fp8"}.get(target.implied_quant, "fp16")  # type: ignore[assignment]
     if precision not in gpu.peak:
@@ -191,13 +227,11 @@ def block_seconds(spec: Architecture, target: Target, gpu: Gpu, batch: int) -> S
     shape = BlockShape(
         width=spec.embed_dim, heads=spec.num_heads, head_width=spec.head_dim, hidden=hidden, inner=spec.mlp_dim
     )
+    return shape, precision
 
-    @cache
-    def seconds(tokens: int, merged: int, sizes: bool) -> float:
-        kernels = block_kernels(shape, precision, batch=batch, tokens=tokens, merged=merged, sizes=sizes)
-        return predict(kernels, gpu).ms * 1e-3
 
-    return seconds
+def _cores(found: Prediction) -> dict[str, float]:
+    return {"padding": found.padding, "idle": found.idle}
 
 
 def _one(spec: Architecture, block: int, share: float) -> tuple[int, ...]:
