@@ -142,7 +142,8 @@ def accelerate(pipe: Any, plan: Any) -> Any:
 def export_steps(pipe: Any, plan: Any, prompts: Any, path: Any, **options: Any) -> Bundle:
     """Write the steps of a pipeline of diffusers by a plan, or by a method such as "fitted:14", as a bundle of graphs.
 
-    Options are those of `vitfold.diffusion.exporting.export_steps`: steps, overwrite, and arguments of the pipeline.
+    Options are those of `vitfold.diffusion.exporting.export_steps`: steps, quant, quant_method, vae, target, overwrite,
+    and arguments of the pipeline.
 
     Raises:
         VitfoldError: as its kinds say there.

@@ -87,6 +87,14 @@ def test_without_the_decoder_the_folder_is_needed(home: Path, tmp_path: Path) ->
     assert "decode.onnx" in error("diffusion", "sample", tmp_path / "damaged.fold", *given)
 
 
+def test_a_folder_without_what_it_names_is_refused(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "elsewhere", tmp_path / "pipe")
+    shutil.rmtree(tmp_path / "pipe" / "vae")
+    how = ("--prompts", home / "prompts.safetensors", "--reuse", "none", "-o", tmp_path / "no.fold")
+    said = error("diffusion", "optimize", f"hf:{tmp_path / 'pipe'}", *how)
+    assert "lacks the folder vae, which its model_index.json names (AutoencoderKL)" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "said", "code"),
     [

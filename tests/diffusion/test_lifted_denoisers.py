@@ -312,6 +312,16 @@ def test_a_damaged_spec_is_refused(exported: Exported, tmp_path: Path) -> None:
         (copy / "manifest.json").write_text(json.dumps(damaged), encoding="utf-8")
         with pytest.raises(BundleError):
             open_bundle(copy, steps=True)
+    whole = {"of": "latents", "images": 4, "seed": 7, "psnr_db": 40.0}
+    (copy / "manifest.json").write_text(json.dumps({**values, "fidelity": whole}), encoding="utf-8")
+    fidelity = open_bundle(copy, steps=True).manifest.steps.fidelity
+    assert fidelity is not None
+    assert fidelity.to_dict() == whole
+    for change in ({"of": "sketches"}, {"images": 0}, {"psnr_db": "high"}):
+        damaged = {**values, "fidelity": {**whole, **change}}
+        (copy / "manifest.json").write_text(json.dumps(damaged), encoding="utf-8")
+        with pytest.raises(BundleError):
+            open_bundle(copy, steps=True)
 
 
 def test_samplers_go_with_schedules_of_their_kind() -> None:

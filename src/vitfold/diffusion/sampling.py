@@ -128,7 +128,8 @@ def conditions_of(spec: DiTSpec | DenoiserSpec) -> Classes:
         return Classes(spec=spec)
     names = ", ".join(one.name for one in spec.conditions)
     raise RecipeError(
-        f"{spec.module} draws by embeddings of prompts ({names}); give --embeddings FILE or --prompts FILE"
+        f"{spec.module} draws by embeddings of prompts ({names}); give --embeddings FILE, which vitfold "
+        "diffusion embed writes"
     )
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from vitfold.errors import SourceError
+from vitfold.sources.hub import read_object
 from vitfold.sources.load import import_package
 
 
@@ -27,6 +28,7 @@ def open_pipeline(source: str) -> tuple[Any, dict[str, Any]]:
     folder = Path(name).expanduser()
     if (folder.is_absolute() or name.startswith((".", "~"))) and not folder.is_dir():
         raise SourceError(f"there is no folder {folder}; give the one that save_pretrained of a pipeline wrote")
+    _check_whole(folder)
     logging = diffusers.utils.logging
     before = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -44,6 +46,22 @@ def open_pipeline(source: str) -> tuple[Any, dict[str, Any]]:
     pipe.set_progress_bar_config(disable=True)
     names = inspect.signature(type(pipe).__call__).parameters
     return pipe, {"use_resolution_binning": False} if "use_resolution_binning" in names else {}
+
+
+def _check_whole(folder: Path) -> None:
+    """Check that a folder has what its index names.
+
+    Raises:
+        SourceError: naming the component whose folder is missing.
+    """
+    if not (folder / "model_index.json").is_file():
+        return
+    for name, kind in read_object(folder / "model_index.json").items():
+        if isinstance(kind, list) and kind and kind[0] is not None and not (folder / name).is_dir():
+            raise SourceError(
+                f"{folder} lacks the folder {name}, which its model_index.json names ({kind[-1]}); copy it there, or "
+                "save the pipeline again by save_pretrained"
+            )
 
 
 def read_prompts(path: Path) -> list[Any]:

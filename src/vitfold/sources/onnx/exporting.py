@@ -7,6 +7,7 @@ import functools
 import io
 import logging
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ R = TypeVar("R")
 INPUT = "pixel_values"
 OUTPUT = "output"
 _OPSET = 17
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _NAMED = (
     *("logits", "image_embeds", "text_embeds", "pooler_output", "last_hidden_state"),
     *("predicted_depth", "pred_boxes", "heatmaps"),
@@ -254,7 +256,7 @@ def _closed(descriptor: int) -> Iterator[None]:
 
 
 def _short(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in _COLOUR.sub("", str(error)).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:200]
 
 
