@@ -81,6 +81,7 @@ def lift_pipeline(pipe: Any, prompt: Any, *, origin: Origin, decoder: str | None
     module = _only(pipe)
     seen = _seen(pipe, module, prompt, call)
     packing = _packing(pipe, module, prompt, call) if seen.tensors[_LATENTS].ndim == _PACKED else ()
+    schedule = {**_schedule(pipe.scheduler), **_times(pipe, module, prompt, call, seen)}
     stack = _stack(module, seen)
     blocks = stack.blocks(module)
     cut = _Cut(module, seen, blocks)
@@ -112,7 +113,7 @@ def lift_pipeline(pipe: Any, prompt: Any, *, origin: Origin, decoder: str | None
         origin=origin,
         program=json.dumps(found.program.to_dict(), separators=(",", ":")),
         shapes={n: tuple(array.shape) for n, array in found.params.items()},
-        schedule={**_schedule(pipe.scheduler), **_times(pipe, module, prompt, call, seen)},
+        schedule=schedule,
         decoder=decoder,
     )
 
