@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -61,7 +62,34 @@ def test_an_audit_counts_explains_and_prices(bundles: dict[str, Path], tmp_path:
     picture = ElementTree.fromstring((tmp_path / "a.svg").read_text())
     bars = picture.findall(".//{http://www.w3.org/2000/svg}rect")
     assert len(bars) == 1 + len(found["middle_block"])
-    assert (tmp_path / "a.json").exists()
+    assert set(found["tensor_cores"]) == set(found["predicted_ms"]) == set(found["model"]["gpus"])
+    assert all(0 <= cores[what] < 1 for cores in found["tensor_cores"].values() for what in ("padding", "idle"))
+    assert all(ms <= found["predicted_ms"][gpu] * (1 + 1e-9) for gpu, ms in found["predicted_roofline_ms"].items())
+    assert found["tiles"]["gpu"] == "A10", "the first of the table with the capability compiled for"
+    products = found["tiles"]["products"]
+    assert sum(row["count"] for row in products) == sum(
+        found["kinds"].get(kind, 0) for kind in ("gemm", "product", "attention", "convolution")
+    )
+    macs = [row["count"] * math.prod(list(row["product"].values())[:4]) for row in products]
+    attention = [row["product"]["attends"] for row in products]
+    assert sum(n * (1 + twice) for n, twice in zip(macs, attention, strict=True)) == found["macs"]
+
+
+def test_an_audit_that_was_written_is_priced_again_without_a_compiler(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    found = run_json("audit", bundles["int8"], bundles["fp16"], "-o", path)["audits"]
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    assert run_json("audit", path)["audits"] == found
+    shown = " ".join(run("audit", path, "--tiles", "H100").stdout.split())
+    assert "H100, 132 multiprocessors; tiles are assumed, times modelled" in shown
+    assert "did you mean" in error("audit", path, "--tiles", "H101")
+    (tmp_path / "other.json").write_text('{"rows": []}')
+    assert "is no audit" in error("audit", tmp_path / "other.json")
+    (tmp_path / "noise.json").write_text("{")
+    assert "cannot read" in error("audit", tmp_path / "noise.json")
+    assert "cannot read" in error("audit", tmp_path / "none.json")
 
 
 def test_audits_stand_side_by_side(bundles: dict[str, Path]) -> None:
@@ -121,6 +149,11 @@ def test_a_forecast_solves_every_gpu_and_batch(small: tuple[str, ...], few: Path
     for row in found["rows"]:
         assert row["distortion"] <= row["distortion_like"]
         assert row["ms"] <= row["ms_none"], "never slower than merging nothing"
+        assert row["ms_roofline"] <= row["ms"]
+        assert 0 <= row["cores"]["padding"] < 1
+        assert 0 < row["cores_none"]["idle"] < 1
+    assert found["prediction"].endswith("assumed tiles and waves, not a measurement")
+    assert list(found["model"]["gpus"]) == ["A100", "T4"]
     assert (tmp_path / "f.json").exists()
     assert "A100" in run("forecast", *small, "--images", few, "--like", 1, "--gpus", "A100", "--batches", 8).stdout
     left = run_json(

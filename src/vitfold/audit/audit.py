@@ -13,7 +13,7 @@ from vitfold.audit.findings import find_problems
 from vitfold.audit.kernels import KINDS, PRECISIONS, Kernel, read_kernel
 from vitfold.audit.layers import parse_layers
 from vitfold.audit.limits import Finding
-from vitfold.audit.roofline import Prediction, gpus, predict
+from vitfold.audit.pricing import costs, priced, usual_gpu
 from vitfold.errors import EngineError
 
 
@@ -80,12 +80,8 @@ class Audit:
         """Bytes of activations that the kernels read and write, per batch."""
         return sum(kernel.bytes_moved for kernel in self.kernels)
 
-    def predictions(self) -> tuple[Prediction, ...]:
-        """Model the time on every GPU of the table that runs the plan's types."""
-        return tuple(predict(self.kernels, gpu) for gpu in gpus() if gpu.runs(self.kernels))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+    def to_dict(self, tiles_on: str | None = None) -> dict[str, Any]:
+        """Return plain JSON values; tiles are those on this GPU, by default the first that the plan stands for."""
         return {
             "name": self.name,
             "gpu": self.gpu,
@@ -112,13 +108,12 @@ class Audit:
             "weight_bytes": sum(kernel.weight_bytes for kernel in self.kernels),
             "macs": sum(kernel.macs for kernel in self.kernels),
             "engine_bytes": self.compiled.engine_bytes,
-            "predicted_ms": {prediction.gpu: prediction.ms for prediction in self.predictions()},
-            "predicted_bound": {prediction.gpu: dict(prediction.share) for prediction in self.predictions()},
-            "prediction": "roofline model, not a measurement",
+            **priced(self.kernels, tiles_on or usual_gpu(self.gpu)),
             "findings": [finding.to_dict() for finding in self.findings],
             "not_understood": list(self.not_understood),
             "build_seconds": self.compiled.seconds,
             "build_peak_bytes": self.compiled.peak_bytes,
+            "costs": costs(self.kernels),
         }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vitfold.audit.kernels import Kernel, Kind, Precision
+from vitfold.audit.kernels import Kernel, Kind, Precision, Product
 from vitfold.audit.limits import check_attention
 
 _HALF = 2
@@ -43,7 +43,8 @@ def block_kernels(
 
     def gemm(site: str, rows: int, inputs: int, outputs: int, residual: int = 0) -> Kernel:
         moved = rows * (code * inputs + _HALF * outputs + residual)
-        return _kernel(site, "gemm", moved, rows * inputs * outputs, code * inputs * outputs, precision)
+        product = Product(matrices=1, rows=rows, columns=outputs, depth=inputs)
+        return _kernel(site, "gemm", moved, product, code * inputs * outputs, precision)
 
     def norm(site: str, rows: int) -> Kernel:
         """LayerNorm; in 8 bits it also adds the residual, which FP16 products do themselves."""
@@ -73,13 +74,14 @@ def _attention(
     codes = _HALF if precision == "fp16" else 1
     turned = precision == "int8" and check_attention((shape.head_width,), (tokens,)) is not None
     operands = _HALF if turned else codes
+    matrices = rows // tokens * shape.heads
     kernels = [
         _kernel("attn.split", "fused", rows * (3 * width * (_HALF + operands) + metric)),
         _kernel(
             "attn",
             "attention",
             rows * (width * (3 * operands + codes) + (_HALF if sizes else 0)),
-            2 * rows * tokens * width,
+            Product(matrices=matrices, rows=tokens, columns=tokens, depth=shape.head_width, attends=True),
             precision="fp16" if turned else precision,
         ),
     ]
@@ -100,7 +102,7 @@ def _merge(shape: BlockShape, batch: int, tokens: int, merged: int, *, quantized
             "merge.scores",
             "product",
             batch * ((a + b) * (metric + _HALF) + a * b * _HALF),
-            batch * a * b * shape.head_width,
+            Product(matrices=batch, rows=a, columns=b, depth=shape.head_width),
             precision="fp16",
         ),
         _kernel("merge.best", "sort", batch * (a * b * _HALF + a * (_HALF + _LONG))),
@@ -111,13 +113,18 @@ def _merge(shape: BlockShape, batch: int, tokens: int, merged: int, *, quantized
 
 
 def _kernel(
-    site: str, kind: Kind, moved: int, macs: int = 0, weight_bytes: int = 0, precision: Precision | None = None
+    site: str,
+    kind: Kind,
+    moved: int,
+    product: Product | None = None,
+    weight_bytes: int = 0,
+    precision: Precision | None = None,
 ) -> Kernel:
     return Kernel(
         name=site,
         kind=kind,
         precision=precision,
-        macs=macs,
+        product=product,
         bytes_moved=moved,
         weight_bytes=weight_bytes,
         nodes=(),

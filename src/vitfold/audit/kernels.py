@@ -26,10 +26,31 @@ _BLOCK = re.compile(r"(?:blocks?|layers?|resblocks|encoder_layer|h)[._/]+(?:laye
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """What a kernel multiplies: `matrices` times rows x depth by depth x columns.
+
+    Where it `attends`, rows are queries, columns keys and depth the width of a head, and both products of attention
+    are meant.
+    """
+
+    matrices: int
+    rows: int
+    columns: int
+    depth: int
+    attends: bool = False
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates."""
+        return (2 if self.attends else 1) * self.matrices * self.rows * self.columns * self.depth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
     """A kernel of the plan. `kind` "product" is a matrix product of two activations.
 
-    "edge" converts the graph's input, or picks the rows that the classifier reads.
+    "edge" converts the graph's input, or picks the rows that the classifier reads. `product` is None where nothing is
+    multiplied, or where shapes do not tell what.
 
     `block` is the first transformer block that it belongs to, None before and behind them.
     """
@@ -37,13 +58,18 @@ class Kernel:
     name: str
     kind: Kind
     precision: Precision | None
-    macs: int
+    product: Product | None
     bytes_moved: int
     weight_bytes: int
     nodes: tuple[str, ...]
     sites: tuple[str, ...]
     block: int | None
     shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates."""
+        return 0 if self.product is None else self.product.macs
 
     @property
     def is_unfused_attention(self) -> bool:
@@ -64,7 +90,7 @@ def read_kernel(layer: Layer, site_of: Mapping[str, str], inputs: frozenset[str]
         name=layer.name,
         kind=kind,
         precision=_precision(layer) if kind in ("gemm", "product", "attention", "convolution") else None,
-        macs=_macs(layer, kind),
+        product=_product(layer, kind),
         bytes_moved=activations,
         weight_bytes=weights,
         nodes=layer.nodes,
@@ -107,19 +133,16 @@ def _precision(layer: Layer) -> Precision | None:
     return max(types, key=("int8", "fp8", "fp16", "fp32").index) if types else None
 
 
-def _macs(layer: Layer, kind: Kind) -> int:
+def _product(layer: Layer, kind: Kind) -> Product | None:
     if kind == "attention" and len(layer.inputs) >= 2:
-        q, k = layer.inputs[0].shape, layer.inputs[1].shape
-        if len(q) >= 3 and len(k) >= 3:
-            keys = k[-1] if k[-2] == q[-1] else k[-2]
-            return 2 * math.prod(q) * keys
+        return _attention(layer.inputs[0].shape, layer.inputs[1].shape)
     if kind == "convolution" and layer.outputs and layer.constants:
-        weight = max(layer.constants, key=lambda tensor: tensor.elements)
-        return layer.outputs[0].elements * math.prod(weight.shape[1:])
-    if kind == "gemm":
-        weight_matrix = _weight(layer)
-        return layer.outputs[0].elements * weight_matrix.shape[-2] if weight_matrix is not None else 0
-    if kind == "product" and layer.outputs:
+        weight = max(layer.constants, key=lambda tensor: tensor.elements).shape
+        return _known(1, layer.outputs[0].elements // weight[0], weight[0], math.prod(weight[1:]))
+    if kind == "gemm" and (matrix := _weight(layer)) is not None:
+        depth, columns = matrix.shape[-2:]
+        return _known(1, layer.outputs[0].elements // columns, columns, depth)
+    if kind == "product" and layer.outputs and len(layer.outputs[0].shape) >= 2:
         out = layer.outputs[0].shape
         operands = [t.shape for t in layer.inputs if len(t.shape) >= 2]
         depths = [
@@ -128,5 +151,19 @@ def _macs(layer: Layer, kind: Kind) -> int:
             for b in operands
             if a is not b and a[-1] == b[-2] and a[-2] == out[-2] and b[-1] == out[-1]
         ]
-        return math.prod(out) * max(depths, default=0)
-    return 0
+        return _known(math.prod(out[:-2]), out[-2], out[-1], max(depths, default=0))
+    return None
+
+
+def _attention(q: tuple[int, ...], k: tuple[int, ...]) -> Product | None:
+    if len(q) < 3 or len(k) < 3:
+        return None
+    keys = k[-1] if k[-2] == q[-1] else k[-2]
+    return _known(math.prod(q[:-2]), q[-2], keys, q[-1], attends=True)
+
+
+def _known(matrices: int, rows: int, columns: int, depth: int, *, attends: bool = False) -> Product | None:
+    """A product, None where its shape was not found or is dynamic (-1)."""
+    if min(matrices, rows, columns, depth) < 1:
+        return None
+    return Product(matrices=matrices, rows=rows, columns=columns, depth=depth, attends=attends)

@@ -12,9 +12,11 @@ from vitfold.cli import options
 from vitfold.cli.declaring import command
 from vitfold.cli.groups import JsonArgs
 from vitfold.cli.terminal import heading, note, out, steps, write_text
-from vitfold.errors import BundleError
-from vitfold.report.audits import block_table, overview_table, prediction_table, summary_table
+from vitfold.errors import BundleError, EngineError
+from vitfold.report.audits import block_table, overview_table, prediction_table, summary_table, tiles_table
 from vitfold.report.pictures import block_picture
+from vitfold.storage.checked import parse_json, section
+from vitfold.storage.ordinary import read_text
 
 if TYPE_CHECKING:
     from vitfold.audit.audit import Audit
@@ -26,12 +28,19 @@ _SIDE_BY_SIDE = 2
 def audit(
     *,
     subjects: Annotated[
-        list[Path], typer.Argument(metavar="BUNDLE_OR_ONNX...", help="Bundles or any ONNX files, shown side by side.")
+        list[Path],
+        typer.Argument(
+            metavar="BUNDLE_OR_ONNX...",
+            help="Bundles or any ONNX files, shown side by side; JSON of earlier audits, to price their kernels again.",
+        ),
     ],
     gpu: Annotated[
         str, typer.Option(help="Compute capability to compile for: sm75, sm80, sm86, sm89, sm120.")
     ] = "sm86",
     batch: options.Batch = 8,
+    tiles: Annotated[
+        str | None, typer.Option(metavar="GPU", help="Show the tiles of every product on this GPU, as H100 or A10.")
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Draw the kernels of the middle block there.")
     ] = None,
@@ -39,14 +48,19 @@ def audit(
 ) -> None:
     """Compile ahead of time without a GPU; count, explain and price every kernel. Times are a model, not measured."""
     from vitfold.audit.compiler import check_gpu
+    from vitfold.audit.gpus import find_gpu
 
     check_gpu(gpu)
+    if tiles is not None:
+        find_gpu(tiles)
+    documents: list[dict[str, Any]] = []
     with steps("audit") as say:
-        audits = []
         for path in subjects:
+            if path.suffix == ".json":
+                documents += _repriced(path, tiles)
+                continue
             say(f"compiling {path}")
-            audits.append(_audit(path, gpu, batch))
-    documents: list[dict[str, Any]] = [one.to_dict() for one in audits]
+            documents.append(_audit(path, gpu, batch).to_dict(tiles))
     document: Any = documents[0] if len(documents) == 1 else {"audits": documents}
     printed = answer.write(document)
     if picture is not None:
@@ -61,8 +75,23 @@ def audit(
         for shown in documents:
             out.print(block_table(shown))
         out.print(prediction_table(documents))
+    if tiles is not None or len(documents) == 1:
+        for shown in documents:
+            out.print(tiles_table(shown["tiles"], shown["model"], shown["name"]))
     for shown in documents:
         _print_findings(shown)
+
+
+def _repriced(path: Path, tiles: str | None) -> list[dict[str, Any]]:
+    """Return the audits of a JSON file, priced by the model as it is now."""
+    from vitfold.audit.pricing import reprice
+
+    try:
+        found = section(parse_json(read_text(path)), str(path))
+        audits = [section(one, "audits") for one in found.get("audits", [found])]
+    except (OSError, ValueError, TypeError) as error:
+        raise EngineError(f"cannot read {path} ({error}); give what `vitfold audit --output` wrote") from None
+    return [reprice(one, tiles) for one in audits]
 
 
 def _audit(path: Path, gpu: str, batch: int) -> Audit:

@@ -9,6 +9,7 @@ import typer
 
 from vitfold.cli import options
 from vitfold.cli.terminal import note, print_json, quiet_stdout, write_json
+from vitfold.errors import RecipeError
 from vitfold.progress import Say
 from vitfold.sources import load_source
 
@@ -26,6 +27,21 @@ def refuse(*mistakes: tuple[bool, str, str]) -> None:
 def listed(text: str | None) -> list[str]:
     """Return the words of a list separated by commas."""
     return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def numbers_of(text: str) -> list[int]:
+    """Return the lengths of "176:196" or "176,184,192".
+
+    Raises:
+        RecipeError: if it is neither.
+    """
+    first, between, last = text.partition(":")
+    try:
+        if between:
+            return list(range(int(first), int(last) + 1))
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"--lengths takes A:B, as 176:196, or numbers, as 176,184,192; found {text!r}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,10 +10,9 @@ from vitfold import pipeline
 from vitfold.bench.environment import environment
 from vitfold.cli import options
 from vitfold.cli.declaring import command
-from vitfold.cli.groups import JsonArgs, ModelArgs
+from vitfold.cli.groups import JsonArgs, ModelArgs, numbers_of
 from vitfold.cli.making import given_images, judged_images, require_optimize, say_busy
 from vitfold.cli.terminal import out, steps
-from vitfold.errors import RecipeError
 from vitfold.pipeline.lengths import ROUNDS
 from vitfold.recipe import quant_from_scheme
 from vitfold.report.lengths import lengths_sentence, lengths_table
@@ -35,8 +34,11 @@ def lengths(
     answer: JsonArgs,
     loading: ModelArgs,
 ) -> None:
-    """Time a model at many numbers of tokens, to see whether kernels round them up and which are worth merging to."""
-    wanted = _numbers(lengths)
+    """Time a model at many numbers of tokens, to see whether kernels round them up and which are worth merging to.
+
+    Of GPUs that are not here `vitfold forecast --lengths` says it in a model.
+    """
+    wanted = numbers_of(lengths)
     require_optimize()
     found = given_images(images)
     before = environment()
@@ -61,18 +63,3 @@ def lengths(
         return
     out.print(lengths_table(result))
     out.print(lengths_sentence(result))
-
-
-def _numbers(text: str) -> list[int]:
-    """Return the lengths of "176:196" or "176,184,192".
-
-    Raises:
-        RecipeError: if it is neither.
-    """
-    first, between, last = text.partition(":")
-    try:
-        if between:
-            return list(range(int(first), int(last) + 1))
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise RecipeError(f"--lengths takes A:B, as 176:196, or numbers, as 176,184,192; found {text!r}") from None

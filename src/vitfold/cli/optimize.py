@@ -340,7 +340,7 @@ def _solved(model: Model, found: ImageSet | None, wanted: RecipeArgs, say: Say, 
     if find_target(target).runtime.gpu:
         usual = pipeline.USUAL_BATCH if batch is None else batch[1]
         pipeline.check_forecast(model.spec, target=target, gpu=wanted.gpu, batch=usual)
-        merging = pipeline.measure_merging(model, found, say=say)
+        merging = pipeline.measure_merging(model, found, **pipeline.ON_GPUS, say=say)
         say("solving")
         return pipeline.solve_merge(merging, target=target, gpu=wanted.gpu, batch=usual, like=like)
     plan = pipeline.roughly_calibrated(model, quant, target, found)

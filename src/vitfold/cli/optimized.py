@@ -182,7 +182,10 @@ def _print_bundle(values: dict[str, Any]) -> None:
 
 def print_solution(found: Solution) -> None:
     """Print what `--merge auto` chose, and by what."""
-    model = f"on {found.gpu} at batch {found.batch}, in a roofline model of the blocks, not a measurement"
+    model = (
+        f"on {found.gpu} at batch {found.batch}, in a roofline model of the blocks with assumed tiles and waves, "
+        "not a measurement"
+    )
     where = "by a table measured here at batch 1" if found.gpu is None else model
     plain, like = f"{found.ms_none:.3f} ms without merging", f"{found.ms_like:.3f} ms with r = {found.like}"
     if not any(found.r):

@@ -15,6 +15,7 @@ from vitfold.pipeline.compensating import (
     divide_for_compensation,
     recorded_division,
 )
+from vitfold.pipeline.forecasting import LengthForecast, forecast_lengths
 from vitfold.pipeline.latency import measure_latency, on_this_machine, roughly_calibrated
 from vitfold.pipeline.lengths import LengthTime, check_lengths, measure_lengths
 from vitfold.pipeline.plan import Plan, count_costs, fusible_widths, optimize, read_recipe
@@ -22,6 +23,7 @@ from vitfold.pipeline.pruning import block_costs, pruning_losses, solve_prune
 from vitfold.pipeline.racing import Race, fastest, float_plan, race
 from vitfold.pipeline.solving import (
     LIKE,
+    ON_GPUS,
     USUAL_BATCH,
     Solution,
     check_forecast,
@@ -35,7 +37,9 @@ from vitfold.pipeline.writing import FIDELITY_IMAGES, save
 __all__ = [
     "FIDELITY_IMAGES",
     "LIKE",
+    "ON_GPUS",
     "USUAL_BATCH",
+    "LengthForecast",
     "LengthTime",
     "Plan",
     "Race",
@@ -52,6 +56,7 @@ __all__ = [
     "fastest",
     "find_registers",
     "float_plan",
+    "forecast_lengths",
     "fusible_widths",
     "keep_float",
     "measure_latency",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, Literal
@@ -11,7 +11,9 @@ import numpy as np
 
 from vitfold.architectures.programs import forward
 from vitfold.audit.canonical import BlockShape, block_kernels
-from vitfold.audit.roofline import Gpu, find_gpu, predict
+from vitfold.audit.gpus import Gpu, find_gpu
+from vitfold.audit.kernels import Kernel
+from vitfold.audit.roofline import Prediction, predict
 from vitfold.errors import RecipeError, TargetError
 from vitfold.images import ImageSet, batches
 from vitfold.model import Architecture, Array, Model, ViTSpec
@@ -24,6 +26,8 @@ from vitfold.target import Target, find_target
 
 SHARES = (0.04, 0.12, 0.25, 0.5)
 LIKE = "8"
+ON_GPUS: Mapping[str, Any] = {"step": STEP, "aligned": True}
+"""How schedules for GPUs look: they lead to multiples of 4 tokens, among which those that fill tiles are."""
 SOLVING_IMAGES = 32
 CONSIDERED_RULES = ("tome", "nearest")
 """Rules that suit every model, the cheapest first: the second costs 4 % more in float and 9 % in INT8 (demo, r = 4)."""
@@ -33,14 +37,18 @@ USUAL_BATCH = 8
 _HALF = "tensorrt-fp16"
 _BATCH = 8
 Bits = Literal["fp16", "int8", "fp8"]
+Blocks = Callable[[int, int, bool], tuple[Kernel, ...]]
+"""The kernels of a block: tokens that enter, tokens merged in it, whether any were merged before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
     """The schedule, and what the model of time says about it, about `like` and about merging nothing.
 
-    Milliseconds are a roofline model's of the transformer blocks alone, or, where `gpu` is None, come from a table
-    measured on this machine; `ms_fp16` merges nothing and does not quantize. Distortions are measured.
+    Milliseconds are a model's of the transformer blocks alone, or, where `gpu` is None, come from a table measured on
+    this machine; `ms_fp16` merges nothing and does not quantize, `cores` and `cores_none` say which shares of the
+    tensor cores' time go to padding and to idle multiprocessors, and `ms_roofline` what the schedule would take without
+    either; they are None where nothing is modelled. Distortions are measured.
     """
 
     r: tuple[int, ...]
@@ -54,6 +62,9 @@ class Solution:
     ms_fp16: float | None
     distortion: float
     distortion_like: float
+    ms_roofline: float | None = None
+    cores: Mapping[str, float] | None = None
+    cores_none: Mapping[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -123,11 +134,20 @@ def solve_merge(merging: MergeDistortion, *, target: str, gpu: str, batch: int, 
         TargetError: if the target is not one of TensorRT's, or the GPU is unknown or does not run its types.
         RecipeError: if `like` merges nothing.
     """
-    device = find_gpu(gpu)
-    seconds, half = (block_seconds(merging.spec, find_target(name), device, batch) for name in (target, _HALF))
-    found = _solve(merging, seconds, like)
-    none = schedule_seconds((0,) * merging.spec.num_layers, merging.spec.tokens, half)
-    return replace(found, gpu=device.key, batch=batch, ms_fp16=1e3 * none)
+    device, spec = find_gpu(gpu), merging.spec
+    seconds, half = (block_seconds(spec, find_target(name), device, batch) for name in (target, _HALF))
+    found, none = _solve(merging, seconds, like), (0,) * spec.num_layers
+    kernels = block_kernels_of(spec, find_target(target), device, batch)
+    solved, unmerged = (predict(_blocks(kernels, r, spec.tokens), device) for r in (found.r, none))
+    return replace(
+        found,
+        gpu=device.key,
+        batch=batch,
+        ms_fp16=1e3 * schedule_seconds(none, spec.tokens, half),
+        ms_roofline=solved.roofline_ms,
+        cores=_cores(solved),
+        cores_none=_cores(unmerged),
+    )
 
 
 def solve_measured(merging: MergeDistortion, table: LatencyTable, *, batch: int = 1, like: str = LIKE) -> Solution:
@@ -179,10 +199,25 @@ def block_seconds(spec: Architecture, target: Target, gpu: Gpu, batch: int) -> S
     Raises:
         TargetError: if the target is not TensorRT's, or the GPU does not multiply its type.
     """
+    kernels = block_kernels_of(spec, target, gpu, batch)
+
+    @cache
+    def seconds(tokens: int, merged: int, sizes: bool) -> float:
+        return predict(kernels(tokens, merged, sizes), gpu).ms * 1e-3
+
+    return seconds
+
+
+def block_kernels_of(spec: Architecture, target: Target, gpu: Gpu, batch: int) -> Blocks:
+    """Return what gives the kernels of a model's block, as TensorRT would compile it for a GPU.
+
+    Raises:
+        TargetError: if the target is not TensorRT's, or the GPU does not multiply its type.
+    """
     if not target.runtime.gpu:
         raise TargetError(
-            f"--merge auto needs a model of the hardware, which target {target.name} has not; choose a target of "
-            "TensorRT, or give the tokens to merge"
+            f"times on GPUs need a target of TensorRT, {target.name} is none; choose tensorrt-fp16, tensorrt-int8 or "
+            "tensorrt-fp8, or give the tokens to merge"
         )
     precision: Bits = {"w8a8": "int8", "fp8": "fp8"}.get(target.implied_quant, "fp16")  # type: ignore[assignment]
     if precision not in gpu.peak:
@@ -192,12 +227,24 @@ def block_seconds(spec: Architecture, target: Target, gpu: Gpu, batch: int) -> S
         width=spec.embed_dim, heads=spec.num_heads, head_width=spec.head_dim, hidden=hidden, inner=spec.mlp_dim
     )
 
-    @cache
-    def seconds(tokens: int, merged: int, sizes: bool) -> float:
-        kernels = block_kernels(shape, precision, batch=batch, tokens=tokens, merged=merged, sizes=sizes)
-        return predict(kernels, gpu).ms * 1e-3
+    def kernels(tokens: int, merged: int, sizes: bool) -> tuple[Kernel, ...]:
+        return block_kernels(shape, precision, batch=batch, tokens=tokens, merged=merged, sizes=sizes)
 
-    return seconds
+    return kernels
+
+
+def _blocks(kernels: Blocks, r: Sequence[int], tokens: int) -> list[Kernel]:
+    """The kernels of all blocks of a schedule."""
+    found: list[Kernel] = []
+    sizes = False
+    for merged in r:
+        found += kernels(tokens, merged, sizes)
+        tokens, sizes = tokens - merged, sizes or merged > 0
+    return found
+
+
+def _cores(found: Prediction) -> dict[str, float]:
+    return {"padding": found.padding, "idle": found.idle}
 
 
 def _one(spec: Architecture, block: int, share: float) -> tuple[int, ...]:

@@ -8,6 +8,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from vitfold.report.tables import terminal_table
+
 Audit = Mapping[str, Any]
 _MB = 1e-6
 _NONE = "-"
@@ -51,11 +53,15 @@ def overview_columns(gpus: Sequence[str]) -> list[str]:
         "MB",
         "engine MB",
         *(f"{g} ms" for g in gpus),
+        f"{gpus[0]} lost %",
     ]
 
 
 def overview_cells(audits: Sequence[Audit], gpus: Sequence[str]) -> list[list[str]]:
-    """Return one row per audit: its kernels, what they move, and modelled milliseconds per batch."""
+    """Return one row per audit: its kernels, what they move, and modelled milliseconds per batch.
+
+    `lost` is what of the tensor cores' time goes to padding and to idle multiprocessors.
+    """
     rows = []
     for audit in audits:
         times = [audit["predicted_ms"].get(gpu) for gpu in gpus]
@@ -70,6 +76,7 @@ def overview_cells(audits: Sequence[Audit], gpus: Sequence[str]) -> list[list[st
                 f"{audit['bytes_moved'] * _MB:.0f}",
                 f"{audit['engine_bytes'] * _MB:.0f}",
                 *(_NONE if ms is None else f"{ms:.2f}" for ms in times),
+                lost(audit.get("tensor_cores", {}).get(gpus[0])),
             ]
         )
     return rows
@@ -78,9 +85,7 @@ def overview_cells(audits: Sequence[Audit], gpus: Sequence[str]) -> list[list[st
 def overview_table(audits: Sequence[Audit], gpus: Sequence[str] = GPUS) -> Table:
     """One row per audit."""
     first = audits[0]
-    title = (
-        f"{first['compiler']}, {first['gpu']}, batch {first['batch']}; times are a roofline model, not a measurement"
-    )
+    title = f"{first['compiler']}, {first['gpu']}, batch {first['batch']}; times: {first['prediction']}"
     table = Table(title=title, box=box.SIMPLE_HEAD)
     for column in overview_columns(gpus):
         table.add_column(
@@ -110,12 +115,17 @@ def block_table(audit: Audit) -> Table:
 
 
 def prediction_table(audits: Sequence[Audit]) -> Table:
-    """One row per GPU: modelled milliseconds, what bounds them, and the ratio to the first audit."""
-    table = Table(title="roofline model, not a measurement: ms per batch", box=box.SIMPLE_HEAD)
+    """One row per GPU: modelled milliseconds, what bounds them, and the ratio to the first audit.
+
+    `padding` and `idle` are shares of the tensor cores' time.
+    """
+    table = Table(title=f"{audits[0]['prediction']}: ms per batch", box=box.SIMPLE_HEAD)
     table.add_column("GPU")
     for index, audit in enumerate(audits):
         table.add_column(audit["name"], justify="right", overflow="fold")
         table.add_column("bound by")
+        table.add_column("padding", justify="right")
+        table.add_column("idle", justify="right")
         if index:
             table.add_column("speed-up", justify="right")
     for gpu in dict.fromkeys(gpu for audit in audits for gpu in audit["predicted_ms"]):
@@ -125,20 +135,59 @@ def prediction_table(audits: Sequence[Audit]) -> Table:
             shares = audit["predicted_bound"].get(gpu, {})
             bound = max(shares, key=shares.__getitem__) if shares else "type not run"
             cells += [_NONE if ms is None else f"{ms:.3f}", f"{bound} {100 * shares[bound]:.0f} %" if shares else bound]
+            cores = audit["tensor_cores"].get(gpu)
+            cells += [_NONE if cores is None else f"{100 * cores[what]:.1f} %" for what in ("padding", "idle")]
             if index:
                 cells.append(_NONE if ms is None or first is None else f"{first / ms:.2f}x")
         table.add_row(gpu, *cells)
     return table
 
 
+TILE_COLUMNS = ("product", "rows x columns x depth", "type", "tile", "padded", "waves", "last %", "us")
+
+
+def tiles_table(tiles: Mapping[str, Any], model: Mapping[str, Any], title: str) -> Table:
+    """One row per product: the tile taken, work padded over work, waves, how much of the GPU the last one fills.
+
+    A tile "64x32/3" shares its depth among three multiprocessors.
+
+    Args:
+        tiles: of a document, with its GPU.
+        model: the constants that the document names.
+    """
+    chips = model["gpus"][tiles["gpu"]]["multiprocessors"]
+    title = f"{title}: {tiles['gpu']}, {chips} multiprocessors; tiles are assumed, times modelled"
+    return terminal_table(TILE_COLUMNS, map(tile_cells, tiles["products"]), words=("product", "type"), title=title)
+
+
+def tile_cells(row: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a product in tiles."""
+    product, (rows, columns) = row["product"], row["tile"]
+    many = "" if product["matrices"] == 1 else f"{product['matrices']} of "
+    shared = "" if row["splits"] == 1 else f"/{row['splits']}"
+    return [
+        row["name"] if row["count"] == 1 else f"{row['count']} {row['name']}",
+        f"{many}{product['rows']}x{product['columns']}x{product['depth']}",
+        row["precision"],
+        f"{rows}x{columns}{shared}",
+        f"{row['padded_ratio']:.2f}x",
+        str(row["waves"]),
+        f"{100 * row['last_wave']:.0f}",
+        f"{1e3 * row['ms']:.1f}",
+    ]
+
+
 def forecast_columns(document: Mapping[str, Any]) -> list[str]:
     """Return the header of a forecast."""
     like = f"r = {document['rows'][0]['like']}"
-    return ["GPU", "batch", "FP16 ms", "unmerged", like, "solved", "over FP16", "distortion", "schedule"]
+    return ["GPU", "batch", "FP16 ms", "unmerged", like, "solved", "over FP16", "lost %", "distortion", "schedule"]
 
 
 def forecast_cells(document: Mapping[str, Any]) -> list[list[str]]:
-    """Return one row per GPU and batch: the solved schedule beside FP16, no merging and the constant schedule."""
+    """Return one row per GPU and batch: the solved schedule beside FP16, no merging and the constant schedule.
+
+    `lost` is what of the tensor cores' time goes to padding and to idle multiprocessors.
+    """
     from vitfold.schedule import describe_r
 
     rows = []
@@ -146,7 +195,8 @@ def forecast_cells(document: Mapping[str, Any]) -> list[list[str]]:
         numbers = [f"{row[key]:.3f}" for key in ("ms_fp16", "ms_none", "ms_like", "ms")]
         kept = f"{row['distortion']:.2g} of {row['distortion_like']:.2g}"
         ratio = f"{row['ms_fp16'] / row['ms']:.2f}x"
-        rows.append([row["gpu"], str(row["batch"]), *numbers, ratio, kept, describe_r(row["r"])])
+        wasted = lost(row.get("cores"))
+        rows.append([row["gpu"], str(row["batch"]), *numbers, ratio, wasted, kept, describe_r(row["r"])])
     return rows
 
 
@@ -159,6 +209,13 @@ def forecast_table(document: Mapping[str, Any]) -> Table:
     for row in forecast_cells(document):
         table.add_row(*row)
     return table
+
+
+def lost(cores: Mapping[str, Any] | None) -> str:
+    """Return the shares of the tensor cores' time that padding and idle multiprocessors take, in per cent."""
+    if cores is None:
+        return _NONE
+    return f"{100 * cores['padding']:.0f} + {100 * cores['idle']:.0f}"
 
 
 def _attention(audit: Audit) -> str:

@@ -3,7 +3,9 @@
 The markers, each ended by its closing twin: `<!-- table: FILE.json SCOPE -->`, `<!-- accuracy: PATTERN -->`, `<!--
 ladder: FILE.json -->`, `<!-- models: FILE.json -->`, `<!-- timm: FILE.json -->`, `<!-- audit: FILE.json -->`, `<!--
 forecast: FILE.json -->`, `<!-- outliers: FILE.json -->`, `<!-- sweep: FILE.json -->` and `<!-- diffusion: FILE.json
-[likeness] -->` (likeness: without distances, which need more images) and `<!-- lengths: FILE.json FILE.json -->`.
+[likeness] -->` (likeness: without distances, which need more images), `<!-- lengths: FILE.json FILE.json -->`,
+`<!-- modelled-lengths: FILE.json GPU -->` and `<!-- measured-lengths: FILE.json -->` (of a GPU; the file may not exist
+yet).
 `python -m vitfold.report.document README.md` fills them in; a test compares.
 """
 
@@ -15,7 +17,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vitfold.audit.measured import compare_measured
+from vitfold.errors import VitfoldError
 from vitfold.report.audits import GPUS, forecast_cells, forecast_columns, overview_cells, overview_columns
+from vitfold.report.gpu_lengths import (
+    MEASURED_COLUMNS,
+    batches_of,
+    lengths_cells,
+    lengths_columns,
+    measured_cells,
+    measured_sentence,
+)
 from vitfold.report.lengths import length_cell
 from vitfold.report.sinks import remedy_cells, remedy_columns
 from vitfold.report.tables import (
@@ -29,8 +41,7 @@ from vitfold.report.tables import (
     sweep_cells,
 )
 
-_KINDS = "table|accuracy|ladder|models|timm|audit|forecast|outliers|sweep|diffusion|lengths"
-_BLOCK = re.compile(rf"(<!-- ({_KINDS}): ([^>]+?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- ([a-z-]+): ([^>]+?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 def fill(text: str, root: Path) -> str:
@@ -113,12 +124,35 @@ def _first(text: str) -> str:
 
 def _audit(root: Path, name: str) -> str:
     audits = json.loads((root / name).read_text(encoding="utf-8"))["audits"]
-    return _lines(overview_columns(GPUS), overview_cells(audits, GPUS), left=5)
+    table = _lines(overview_columns(GPUS), overview_cells(audits, GPUS), left=5)
+    return f"{table}\n\nTimes: {audits[0]['prediction']}."
 
 
 def _forecast(root: Path, name: str) -> str:
     document = json.loads((root / name).read_text(encoding="utf-8"))
-    return _lines(forecast_columns(document), forecast_cells(document), left=1)
+    table = _lines(forecast_columns(document), forecast_cells(document), left=1)
+    return f"{table}\n\nTimes: {document['prediction']}."
+
+
+def _modelled_lengths(root: Path, argument: str) -> str:
+    """The lengths of a forecast on one GPU."""
+    name, gpu = argument.split()
+    document = json.loads((root / name).read_text(encoding="utf-8"))
+    rows = [row for row in document["lengths"] if row["gpu"] == gpu]
+    table = _lines(lengths_columns(batches_of(rows)), lengths_cells(rows), left=0)
+    return f"{table}\n\n{document['source']}, {document['target']} on {gpu}; {document['prediction']}."
+
+
+def _measured_lengths(root: Path, name: str) -> str:
+    """What was measured on a GPU beside the model, as soon as there is a file of it."""
+    if not (root / name).is_file():
+        return f"Not measured yet: `make gpu` on a GPU of the table writes {name}, `make readme` the comparison here."
+    try:
+        document = compare_measured(json.loads((root / name).read_text(encoding="utf-8")))
+    except VitfoldError as error:
+        return f"Nothing to compare: {error}."
+    table = _lines(list(MEASURED_COLUMNS), measured_cells(document), left=1)
+    return f"{table}\n\n{measured_sentence(document)}; modelled: {document['prediction']}."
 
 
 def _outliers(root: Path, name: str) -> str:
@@ -153,6 +187,8 @@ _MAKERS = {
     "sweep": _sweep,
     "diffusion": _diffusion,
     "lengths": _lengths,
+    "modelled-lengths": _modelled_lengths,
+    "measured-lengths": _measured_lengths,
 }
 
 

@@ -31,6 +31,8 @@ _OTHERS: dict[str, frozenset[str]] = {
     "accumulators": frozenset({"layers_beyond", "rows"}),
     "forecast": frozenset({"prediction", "rows"}),
     "lengths": frozenset({"lengths", "rounds"}),
+    "forecast of lengths": frozenset({"lengths", "prediction"}),
+    "a forecast beside measured times": frozenset({"measured", "prediction"}),
     "many images": frozenset({"files", "bytes", "rows"}),
     "plans of steps": frozenset({"how", "rows"}),
     "a server under load": frozenset({"clients", "seconds", "rows"}),

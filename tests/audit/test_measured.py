@@ -1,0 +1,111 @@
+"""Measured times beside modelled ones: of GPUs in the table, and of nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vitfold.audit.gpus import find_gpu
+from vitfold.audit.measured import compare_measured
+from vitfold.errors import EngineError
+
+ROOT = Path(__file__).parents[2]
+LENGTHS = (197, 192, 176, 128)
+
+
+def document(**environment: Any) -> dict[str, Any]:
+    """Times that grow by the tokens alone."""
+    names = ("qkv-fp16", "fc2-int8", "attention-fp16", "norm-fp16")
+    rows = [{"tokens": n, "batch": 128, "ms": {name: 0.002 * n for name in names}} for n in LENGTHS]
+    found = {"device": "cuda", "gpu": "NVIDIA H200", "multiprocessors": 132, **environment}
+    return {"environment": found, "width": 768, "heads": 12, "rows": rows}
+
+
+def test_ratios_are_to_the_longest_length_of_a_product():
+    found = compare_measured(document())
+    assert found["gpu"] == "H200"
+    assert found["measured_on"] == {"gpu": "NVIDIA H200", "multiprocessors": 132}
+    assert "not a measurement" in found["prediction"]
+    assert [row["tokens"] for row in found["measured"]] == list(LENGTHS) * 3, "a name that is no product is left out"
+    by = {(row["product"], row["tokens"]): row for row in found["measured"]}
+    for product in ("qkv-fp16", "fc2-int8", "attention-fp16"):
+        assert by[product, 197]["measured_ratio"] == by[product, 197]["modelled_ratio"] == 1.0
+        assert by[product, 128]["measured_ratio"] == pytest.approx(128 / 197)
+        assert 0.4 < by[product, 128]["modelled_ratio"] < 1
+    assert 0 < found["median_error"]["tiles"] < 0.2
+
+
+def test_a_model_that_is_right_has_no_error():
+    given = document()
+    modelled = {(row["product"], row["tokens"]): row["modelled_ms"] for row in compare_measured(given)["measured"]}
+    for row in given["rows"]:
+        row["ms"] = {name: 3 * ms for (name, tokens), ms in modelled.items() if tokens == row["tokens"]}
+    assert compare_measured(given)["median_error"]["tiles"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_one_length_has_no_ratio():
+    given = document()
+    del given["rows"][1:]
+    assert compare_measured(given)["median_error"] == {"tiles": None, "roofline": None}
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"gpu": "NVIDIA GeForce GTX 1080"}, "whose peaks are not in audit/gpus.toml"),
+        ({"multiprocessors": 16}, r"a part of a GPU \(MIG\)"),
+    ],
+)
+def test_other_gpus_are_refused(environment, told):
+    with pytest.raises(EngineError, match=told):
+        compare_measured(document(**environment))
+
+
+def test_the_devices_of_the_table_are_told_apart():
+    named = {gpu: find_gpu(gpu).devices[0] for gpu in ("L4", "L40S", "A10", "A100")}
+    assert {
+        compare_measured(document(gpu=n, multiprocessors=find_gpu(g).multiprocessors))["gpu"] for g, n in named.items()
+    } == set(named)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.pop("width"),
+        lambda d: d.update(rows=[]),
+        lambda d: d["rows"][0].update(tokens="197"),
+        lambda d: d["rows"][0]["ms"].update({"qkv-fp16": -1.0}),
+        lambda d: d.update(environment=[]),
+    ],
+)
+def test_what_holds_no_lengths_is_refused(change):
+    broken = document()
+    change(broken)
+    with pytest.raises(EngineError, match="no measured lengths in this file"):
+        compare_measured(broken)
+
+
+def test_what_a_processor_measured_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The file as the report on a GPU writes it where there is none."""
+    torch = pytest.importorskip("torch")
+    spec = importlib.util.spec_from_file_location("gpu_report", ROOT / "examples" / "gpu_report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    report = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_report", report)
+    spec.loader.exec_module(report)
+    device = torch.device("cpu")
+    facts = report.gpu_environment(device)
+    report.lengths(report.Report(tmp_path, device, time.monotonic() + 60, tmp_path, True, facts))
+    written = json.loads((tmp_path / "gpu-lengths.json").read_text())
+    assert len(written["rows"]) == 6
+    with pytest.raises(EngineError, match=r"measured on cpu: .* run `make gpu` on one of NVIDIA H100"):
+        compare_measured(written)
+    written["environment"] |= {"gpu": "NVIDIA H100 80GB HBM3", "multiprocessors": 132}
+    assert len(compare_measured(written)["measured"]) == 9 * 6, "every product that the report times is known"
