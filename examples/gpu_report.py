@@ -255,8 +255,8 @@ def _outputs(network: Network, pixels: np.ndarray) -> np.ndarray:
     return np.concatenate(made)
 
 
-def subjects_of(report: Report, source: str) -> tuple[list[Subject], list[Subject]]:
-    """Return what is timed at the largest batch, and at the others, with all graphs written."""
+def subjects_of(report: Report, source: str) -> tuple[list[Subject], list[Subject], dict[str, Any]]:
+    """Return what is timed at the largest batch, and at the others, with all graphs written, and its blocks' shape."""
     model, few = load_source(source, weights="random").model, find_images(demo_folder() / "images").sample(2, seed=0)
     layers = model.spec.num_layers
     merges = {"r0": None, "r8": 8, "3x48": [48 if i in (2, 5, 8) else 0 for i in range(layers)]}
@@ -279,7 +279,10 @@ def subjects_of(report: Report, source: str) -> tuple[list[Subject], list[Subjec
     if installed_version("torchao") is not None:
         peers.append(Subject("torchao-int8", None, "float16", "torchao"))
     core = [peers[0], *(s for s in ours if s.name in ("fp16-r0", f"fp16-{most}", "int8-r0", f"int8-{most}"))]
-    return [*peers, *ours], core
+    spec = model.spec
+    shape = {"tokens": spec.tokens, "width": spec.embed_dim, "heads": spec.num_heads, "head_width": spec.head_dim}
+    schedules = {name: list(resolve_r(r, spec)) for name, r in merges.items()}
+    return [*peers, *ours], core, {"blocks": {**shape, "hidden": spec.mlp_dim, "schedules": schedules}}
 
 
 def warm(report: Report, source: str, subjects: Sequence[Subject], batch: int) -> None:
@@ -322,7 +325,7 @@ def _pixels(module: Any, subject: Subject, batch: int, device: torch.device) -> 
 def speed(report: Report) -> None:
     """Engine time of ViT-B/16 (random weights): every subject of a batch takes turns with the others."""
     source = "timm:vit_tiny_patch16_224" if report.small else "timm:vit_base_patch16_224"
-    whole, core = subjects_of(report, source)
+    whole, core, blocks = subjects_of(report, source)
     rows: list[dict[str, Any]] = []
     plan = [(2, whole[:2] + whole[4:6])] if report.small else [(128, whole), (1, core), (8, core), (64, core)]
     for place, (batch, subjects) in enumerate(plan):
@@ -335,7 +338,7 @@ def speed(report: Report) -> None:
         found = rows_of(timed, batch)
         rows += failed + found
         note = "random weights; ratios are least, median and largest of paired rounds"
-        report.write("vit-b16", rows, model=source, scope="engine", note=note)
+        report.write("vit-b16", rows, model=source, scope="engine", note=note, **blocks)
         for row in found:
             pairs = ", ".join(f"{row[key][1]:.2f} {key.replace('_', ' ')}" for key in row if key.startswith("faster"))
             report.say(f"batch {batch}: {row['name']:20} {row['median_ms']:9.3f} ms  {pairs}")

@@ -87,7 +87,44 @@ def test_the_devices_of_the_table_are_told_apart():
 def test_what_holds_no_lengths_is_refused(change):
     broken = document()
     change(broken)
-    with pytest.raises(EngineError, match="no measured lengths in this file"):
+    with pytest.raises(EngineError, match="nothing in this file to compare with"):
+        compare_measured(broken)
+
+
+def models(**changes: Any) -> dict[str, Any]:
+    """A ViT-B/16 without merging and with, whose times go with the tokens."""
+    schedules = {"r0": [0] * 12, "r8": [8] * 12}
+    blocks = {"tokens": 197, "width": 768, "heads": 12, "head_width": 64, "hidden": 3072, "schedules": schedules}
+    rows: list[dict[str, Any]] = [
+        {"name": f"{precision}-{merging}", "batch": batch, "median_ms": 0.1 * batch * ratio}
+        for batch in (1, 128)
+        for precision in ("fp16", "int8", "fp8")
+        for merging, ratio in (("r8", 0.8), ("r0", 1.0))
+    ]
+    rows += [{"name": "torch-fp16", "batch": 1, "median_ms": 1.0}, {"name": "fp8-r8", "batch": 8, "error": "no kernel"}]
+    return {"environment": document()["environment"], "blocks": blocks, "rows": rows, **changes}
+
+
+def test_merged_models_stand_beside_those_without_merging():
+    found = compare_measured(models())["measured"]
+    assert [(row["product"], row["batch"], row["tokens"]) for row in found] == [
+        (f"{precision}-{merging}", batch, tokens)
+        for batch in (1, 128)
+        for precision in ("fp16", "int8", "fp8")
+        for merging, tokens in (("r0", 197), ("r8", 101))
+    ]
+    by = {(row["product"], row["batch"]): row for row in found}
+    assert by["int8-r8", 128]["measured_ratio"] == pytest.approx(0.8)
+    assert by["int8-r8", 128]["modelled_ratio"] < 1 < by["int8-r8", 1]["modelled_ratio"], "a launch is dear at batch 1"
+
+
+def test_a_report_without_blocks_is_refused():
+    broken = models()
+    del broken["blocks"]
+    with pytest.raises(EngineError, match="width is missing"):
+        compare_measured(broken)
+    broken = models(blocks={**models()["blocks"], "schedules": {"r8": [8, -1]}})
+    with pytest.raises(EngineError, match=r"blocks.schedules.r8\[1\] has to be an integer of 0 to 197"):
         compare_measured(broken)
 
 

@@ -96,4 +96,4 @@ def test_a_source_or_a_file_is_needed(tmp_path: Path) -> None:
     assert "give a model, or --measured FILE" in error("forecast", code=2)
     assert "cannot read" in error("forecast", "--measured", tmp_path / "none.json")
     (tmp_path / "other.json").write_text('{"environment": {"gpu": "NVIDIA H200"}}')
-    assert "no measured lengths in this file" in error("forecast", "--measured", tmp_path / "other.json")
+    assert "nothing in this file to compare with" in error("forecast", "--measured", tmp_path / "other.json")

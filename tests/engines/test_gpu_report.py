@@ -39,3 +39,4 @@ def test_every_section_writes_its_file_on_a_bare_machine(tmp_path: Path) -> None
     timed = {row["name"]: row for row in found["gpu-vit-b16"]["rows"]}
     assert not [row for row in timed.values() if "error" in row]
     assert {"torch-compile-fp16", "fp16-r0", "int8-r0"} <= set(timed)
+    assert set(found["gpu-vit-b16"]["blocks"]["schedules"]) == {"r0", "r8"}, "for `vitfold forecast --measured`"

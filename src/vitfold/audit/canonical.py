@@ -5,6 +5,7 @@ It prices schedules that have not been emitted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +65,23 @@ def block_kernels(
         kernels.append(_kernel("mlp.act", "fused", left * (_HALF * shape.hidden + code * shape.inner)))
     kernels += [gemm("mlp.fc2", left, shape.inner, shape.width, residual), norm("norm1", left)]
     return tuple(kernels)
+
+
+def schedule_kernels(
+    shape: BlockShape,
+    precision: Literal["fp16", "int8", "fp8"],
+    *,
+    batch: int,
+    tokens: int,
+    r: Sequence[int],
+) -> tuple[Kernel, ...]:
+    """Return the kernels of all blocks of a schedule that `tokens` enter."""
+    found: list[Kernel] = []
+    sizes = False
+    for merged in r:
+        found += block_kernels(shape, precision, batch=batch, tokens=tokens, merged=merged, sizes=sizes)
+        tokens, sizes = tokens - merged, sizes or merged > 0
+    return tuple(found)
 
 
 def _attention(

@@ -1,14 +1,16 @@
-"""What was measured on a GPU beside what the model says of the same products.
+"""What was measured on a GPU beside what the model says of the same products, or of the blocks of a merged model.
 
-The file is `gpu-lengths.json` of `examples/gpu_report.py`: linear layers and attention of a block at several lengths.
+The files are those of `examples/gpu_report.py`: `gpu-lengths.json`, linear layers and attention of a block at several
+lengths, and `gpu-vit-b16.json`, whole models, of which the blocks are modelled as TensorRT would compile them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vitfold.audit.canonical import BlockShape, schedule_kernels
 from vitfold.audit.gpus import Gpu, ceilings, constants, gpus
 from vitfold.audit.kernels import Kernel, Precision, Product
 from vitfold.audit.pricing import PREDICTION
@@ -20,7 +22,8 @@ _LINEAR = {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}
 """Inputs and outputs of the layers, in widths of the model."""
 _PRECISIONS: Mapping[str, tuple[Precision, int, int]] = {"fp16": ("fp16", 2, 2), "int8": ("int8", 1, 4)}
 """The type multiplied in, bytes of an operand's number and of an output's: PyTorch's INT8 products end in INT32."""
-_SIZE = (1, 2**20)
+_BLOCK = ("tokens", "width", "heads", "head_width", "hidden")
+_SIZE, _MS = (1, 2**20), (1e-9, 1e9)
 _KEPT = ("gpu", "capability", "multiprocessors", "torch", "cuda", "nvidia_smi")
 
 
@@ -28,6 +31,7 @@ _KEPT = ("gpu", "capability", "multiprocessors", "torch", "cuda", "nvidia_smi")
 class Compared:
     """A product at a length: milliseconds measured and modelled; ratios are to the longest length of the same product.
 
+    Of a merged model `tokens` are those that its last block leaves, and ratios are to the model without merging.
     `roofline_ratio` is that of the model without tiles and waves.
     """
 
@@ -51,14 +55,16 @@ def compare_measured(document: Mapping[str, Any]) -> dict[str, Any]:
     """Return measured and modelled times side by side, as plain JSON values.
 
     Raises:
-        EngineError: if the file holds no lengths, or was not measured on a GPU of the table.
+        EngineError: if the file holds neither, or was not measured on a GPU of the table.
     """
     try:
         environment = section(document.get("environment"), "environment")
         gpu = _device(environment)
-        rows = _compared(document, gpu)
+        rows = _models(document, gpu) if "blocks" in document else _products(document, gpu)
     except ImplausibleError as error:
-        raise EngineError(f"no measured lengths in this file: {error}; give gpu-lengths.json of `make gpu`") from None
+        raise EngineError(
+            f"nothing in this file to compare with: {error}; give gpu-lengths.json or gpu-vit-b16.json of `make gpu`"
+        ) from None
     return {
         "gpu": gpu.key,
         "measured_on": {key: environment[key] for key in _KEPT if key in environment},
@@ -96,9 +102,13 @@ def _device(environment: Mapping[str, Any]) -> Gpu:
     )
 
 
-def _compared(document: Mapping[str, Any], gpu: Gpu) -> list[Compared]:
+Line = tuple[int, int, float, Sequence[Kernel]]
+"""Tokens, batch, measured milliseconds, and the kernels that the model takes for it."""
+
+
+def _products(document: Mapping[str, Any], gpu: Gpu) -> list[Compared]:
     width, heads = (int(entry(document, key, int, within=_SIZE)) for key in ("width", "heads"))
-    lines: dict[str, list[tuple[int, int, float, Kernel]]] = {}
+    lines: dict[str, list[Line]] = {}
     for place, row in enumerate(entry(document, "rows", list)):
         values = section(row, where := f"rows[{place}]")
         tokens, batch = (int(entry(values, key, int, where, _SIZE)) for key in ("tokens", "batch"))
@@ -106,31 +116,55 @@ def _compared(document: Mapping[str, Any], gpu: Gpu) -> list[Compared]:
         for name in times:
             kernel = _kernel(name, width=width, heads=heads, tokens=tokens, batch=batch)
             if kernel is not None and kernel.precision in gpu.peak:
-                ms = float(entry(times, name, float, f"{where}.ms", (1e-9, 1e9)))
-                lines.setdefault(name, []).append((tokens, batch, ms, kernel))
+                ms = float(entry(times, name, float, f"{where}.ms", _MS))
+                lines.setdefault(name, []).append((tokens, batch, ms, [kernel]))
     if not lines:
         raise ImplausibleError("rows hold no products")
-    return [row for name, of in lines.items() for row in _beside(name, of, gpu)]
+    return [row for name, of in lines.items() for row in _beside([name] * len(of), of, gpu)]
 
 
-def _beside(name: str, of: list[tuple[int, int, float, Kernel]], gpu: Gpu) -> list[Compared]:
-    """One product at its lengths, the longest first."""
-    of = sorted(of, key=lambda line: -line[0])
-    found = [predict([kernel], gpu, ceilings()) for _, _, _, kernel in of]
+def _models(document: Mapping[str, Any], gpu: Gpu) -> list[Compared]:
+    """Merged models beside those without merging, in the same type and at the same batch."""
+    blocks = section(document["blocks"], "blocks")
+    sizes = {name: int(entry(blocks, name, int, "blocks", _SIZE)) for name in _BLOCK}
+    tokens, shape = sizes.pop("tokens"), BlockShape(**sizes, inner=sizes["hidden"])
+    schedules = section(blocks.get("schedules"), "blocks.schedules")
+    lines: dict[tuple[str, int], dict[str, Line]] = {}
+    for place, row in enumerate(entry(document, "rows", list)):
+        values = section(row, where := f"rows[{place}]")
+        precision, _, merging = entry(values, "name", str, where).partition("-")
+        if merging not in schedules or precision not in ("fp16", "int8", "fp8") or precision not in gpu.peak:
+            continue
+        if "error" in values:
+            continue
+        batch, ms = int(entry(values, "batch", int, where, _SIZE)), float(entry(values, "median_ms", float, where, _MS))
+        r = entry(schedules, merging, tuple[int, ...], "blocks.schedules", (0, tokens))
+        kernels = schedule_kernels(shape, precision, batch=batch, tokens=tokens, r=r)
+        lines.setdefault((precision, batch), {})[f"{precision}-{merging}"] = (tokens - sum(r), batch, ms, kernels)
+    if not lines:
+        raise ImplausibleError("rows hold no models of blocks.schedules")
+    return [row for of in lines.values() for row in _beside(list(of), list(of.values()), gpu)]
+
+
+def _beside(names: Sequence[str], of: Sequence[Line], gpu: Gpu) -> list[Compared]:
+    """The same at several lengths, the longest first."""
+    places = sorted(range(len(of)), key=lambda place: -of[place][0])
+    found = [predict(of[place][3], gpu, ceilings()) for place in places]
+    longest = of[places[0]][2]
     return [
         Compared(
-            product=name,
-            tokens=tokens,
-            batch=batch,
-            measured_ms=ms,
+            product=names[place],
+            tokens=of[place][0],
+            batch=of[place][1],
+            measured_ms=of[place][2],
             modelled_ms=here.ms,
-            measured_ratio=ms / of[0][2],
+            measured_ratio=of[place][2] / longest,
             modelled_ratio=here.ms / found[0].ms,
             roofline_ratio=here.roofline_ms / found[0].roofline_ms,
             padding=here.padding,
             idle=here.idle,
         )
-        for (tokens, batch, ms, _), here in zip(of, found, strict=True)
+        for place, here in zip(places, found, strict=True)
     ]
 
 

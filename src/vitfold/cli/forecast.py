@@ -53,7 +53,7 @@ def forecast(
     ] = None,
     measured: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Compare the model with gpu-lengths.json, which `make gpu` measured."),
+        typer.Option(metavar="FILE", help="Compare with gpu-lengths.json or gpu-vit-b16.json of `make gpu`."),
     ] = None,
     answer: JsonArgs,
     loading: ModelArgs,
@@ -139,7 +139,9 @@ def _compare(path: Path, answer: JsonArgs) -> None:
     try:
         found = section(parse_json(read_text(path)), path.name)
     except (OSError, ValueError) as error:
-        raise EngineError(f"cannot read {path} ({error}); give gpu-lengths.json, which `make gpu` writes") from None
+        raise EngineError(
+            f"cannot read {path} ({error}); give gpu-lengths.json or gpu-vit-b16.json of `make gpu`"
+        ) from None
     document = compare_measured(found)
     if not answer.write(document):
         out.print(measured_table(document))

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vitfold.audit.canonical import block_kernels
 from vitfold.audit.gpus import find_gpu
 from vitfold.audit.pricing import tiled
 from vitfold.audit.roofline import predict
 from vitfold.errors import RecipeError
 from vitfold.model import Architecture
-from vitfold.pipeline.solving import block_kernels_of
+from vitfold.pipeline.solving import block_of
 from vitfold.target import find_target
 
 
@@ -55,11 +56,11 @@ def forecast_lengths(
             f"{', '.join(map(str, wrong[:3])) or 'none'}"
         )
     device = find_gpu(gpu)
-    kernels = block_kernels_of(spec, find_target(target), device, batch)
+    shape, precision = block_of(spec, find_target(target), device)
     rows: list[LengthForecast] = []
     longest = None
     for tokens in sorted(set(lengths), reverse=True):
-        block = kernels(tokens, 0, False)
+        block = block_kernels(shape, precision, batch=batch, tokens=tokens, merged=0, sizes=False)
         found, work = predict(block, device), sum(kernel.macs for kernel in block)
         longest = longest or (found, work)
         rows.append(

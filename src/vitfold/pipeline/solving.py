@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, Literal
@@ -10,9 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from vitfold.architectures.programs import forward
-from vitfold.audit.canonical import BlockShape, block_kernels
+from vitfold.audit.canonical import BlockShape, block_kernels, schedule_kernels
 from vitfold.audit.gpus import Gpu, find_gpu
-from vitfold.audit.kernels import Kernel
 from vitfold.audit.roofline import Prediction, predict
 from vitfold.errors import RecipeError, TargetError
 from vitfold.images import ImageSet, batches
@@ -37,8 +36,6 @@ USUAL_BATCH = 8
 _HALF = "tensorrt-fp16"
 _BATCH = 8
 Bits = Literal["fp16", "int8", "fp8"]
-Blocks = Callable[[int, int, bool], tuple[Kernel, ...]]
-"""The kernels of a block: tokens that enter, tokens merged in it, whether any were merged before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +134,11 @@ def solve_merge(merging: MergeDistortion, *, target: str, gpu: str, batch: int, 
     device, spec = find_gpu(gpu), merging.spec
     seconds, half = (block_seconds(spec, find_target(name), device, batch) for name in (target, _HALF))
     found, none = _solve(merging, seconds, like), (0,) * spec.num_layers
-    kernels = block_kernels_of(spec, find_target(target), device, batch)
-    solved, unmerged = (predict(_blocks(kernels, r, spec.tokens), device) for r in (found.r, none))
+    shape, precision = block_of(spec, find_target(target), device)
+    solved, unmerged = (
+        predict(schedule_kernels(shape, precision, batch=batch, tokens=spec.tokens, r=r), device)
+        for r in (found.r, none)
+    )
     return replace(
         found,
         gpu=device.key,
@@ -199,17 +199,18 @@ def block_seconds(spec: Architecture, target: Target, gpu: Gpu, batch: int) -> S
     Raises:
         TargetError: if the target is not TensorRT's, or the GPU does not multiply its type.
     """
-    kernels = block_kernels_of(spec, target, gpu, batch)
+    shape, precision = block_of(spec, target, gpu)
 
     @cache
     def seconds(tokens: int, merged: int, sizes: bool) -> float:
-        return predict(kernels(tokens, merged, sizes), gpu).ms * 1e-3
+        kernels = block_kernels(shape, precision, batch=batch, tokens=tokens, merged=merged, sizes=sizes)
+        return predict(kernels, gpu).ms * 1e-3
 
     return seconds
 
 
-def block_kernels_of(spec: Architecture, target: Target, gpu: Gpu, batch: int) -> Blocks:
-    """Return what gives the kernels of a model's block, as TensorRT would compile it for a GPU.
+def block_of(spec: Architecture, target: Target, gpu: Gpu) -> tuple[BlockShape, Bits]:
+    """Return the shape of a model's blocks, and the type that TensorRT multiplies in on a GPU.
 
     Raises:
         TargetError: if the target is not TensorRT's, or the GPU does not multiply its type.
@@ -226,21 +227,7 @@ def block_kernels_of(spec: Architecture, target: Target, gpu: Gpu, batch: int) -
     shape = BlockShape(
         width=spec.embed_dim, heads=spec.num_heads, head_width=spec.head_dim, hidden=hidden, inner=spec.mlp_dim
     )
-
-    def kernels(tokens: int, merged: int, sizes: bool) -> tuple[Kernel, ...]:
-        return block_kernels(shape, precision, batch=batch, tokens=tokens, merged=merged, sizes=sizes)
-
-    return kernels
-
-
-def _blocks(kernels: Blocks, r: Sequence[int], tokens: int) -> list[Kernel]:
-    """The kernels of all blocks of a schedule."""
-    found: list[Kernel] = []
-    sizes = False
-    for merged in r:
-        found += kernels(tokens, merged, sizes)
-        tokens, sizes = tokens - merged, sizes or merged > 0
-    return found
+    return shape, precision
 
 
 def _cores(found: Prediction) -> dict[str, float]:

@@ -55,14 +55,24 @@ def lengths_tables(document: Mapping[str, Any]) -> Iterator[Table]:
         yield tiles_table({"gpu": row["gpu"], "products": row["products"]}, document["model"], title)
 
 
-MEASURED_COLUMNS = ("product", "tokens", "measured ms", "modelled", "measured ratio", "modelled", "without tiles")
+MEASURED_COLUMNS = (
+    "product",
+    "batch",
+    "tokens",
+    "measured ms",
+    "modelled",
+    "measured ratio",
+    "modelled",
+    "without tiles",
+)
 
 
 def measured_cells(document: Mapping[str, Any]) -> list[list[str]]:
-    """Return one row per product and length; ratios are to the longest length of the same product."""
+    """Return one row per product or model and length; ratios are to the longest length of the same one."""
     return [
         [
             row["product"],
+            str(row["batch"]),
             str(row["tokens"]),
             f"{row['measured_ms']:.4f}",
             f"{row['modelled_ms']:.4f}",
@@ -89,6 +99,6 @@ def measured_sentence(document: Mapping[str, Any]) -> str:
     if errors["tiles"] is None:
         return f"measured on {device}, at one length"
     return (
-        f"measured on {device}; ratios to the longest length are off by {100 * errors['tiles']:.1f} % with tiles and "
+        f"measured on {device}; ratios to the longest are off by {100 * errors['tiles']:.1f} % with tiles and "
         f"waves, {100 * errors['roofline']:.1f} % without (median)"
     )
