@@ -6,6 +6,7 @@ lengths, and `gpu-vit-b16.json`, whole models, of which the blocks are modelled 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -201,7 +202,7 @@ def _median_error(rows: list[Compared]) -> dict[str, float | None]:
     others = [row for row in rows if row.measured_ratio != 1.0]
 
     def median(key: str) -> float | None:
-        errors = sorted(abs(getattr(row, key) / row.measured_ratio - 1) for row in others)
-        return errors[len(errors) // 2] if errors else None
+        errors = [abs(getattr(row, key) / row.measured_ratio - 1) for row in others]
+        return statistics.median(errors) if errors else None
 
     return {"tiles": median("modelled_ratio"), "roofline": median("roofline_ratio")}
