@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-avx2 check docs node models results search lengths protocol registers ladder ablation audits diffusion readme gpu gpu-wheels clean
+.PHONY: demo test test-avx2 check docs node models results search lengths protocol registers ladder ablation audits prices diffusion readme gpu gpu-wheels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vitfold demo -o out/demo
@@ -145,12 +145,13 @@ audits: $(VENV)/.dev
 	for p in fp16 int8; do for m in 0 $(AT3); do \
 		$(TRT) $(VITB) --target tensorrt-$$p --merge $$m $$([ $$p = fp16 ] || echo $(MINMAX)) -o $(A)/$$p$$([ $$m = 0 ] || echo -3x48).fold; done; done
 	for r in 8 16; do $(TRT) $(VITB) --target tensorrt-int8 --merge $$r $(MINMAX) -o $(A)/int8-r$$r.fold; done
+	$(TRT) $(VITB) --target tensorrt-fp16 --merge 8 -o $(A)/fp16-r8.fold
 	$(TRT) $(VITB) --target tensorrt-fp8 -o $(A)/fp8.fold --calibration-size 16
 	$(TRT) $(VITB) --target tensorrt-int8 --recipe recipes/nvidia-int8-rounded.toml -o $(A)/int8-oq.fold
 	$(TRT) $(VITB) --target tensorrt-int8 --recipe recipes/nvidia-int8-rounded-3x48.toml -o $(A)/int8-oq-3x48.fold
 	$(TRT) $(VITB) --target tensorrt-fp8 --recipe recipes/nvidia-fp8-rounded-3x48.toml -o $(A)/fp8-oq-3x48.fold
 	for b in 8 64; do cd $(A); \
-		$(CURDIR)/$(BIN)/vitfold audit fp16.fold int8.fold int8-oq.fold fp16-3x48.fold int8-3x48.fold int8-oq-3x48.fold int8-r8.fold int8-r16.fold \
+		$(CURDIR)/$(BIN)/vitfold audit fp16.fold int8.fold int8-oq.fold fp16-3x48.fold int8-3x48.fold int8-oq-3x48.fold fp16-r8.fold int8-r8.fold int8-r16.fold \
 			--gpu sm86 --batch $$b -o $(CURDIR)/results/audit-vit-b16-sm86-batch$$b.json; \
 		$(CURDIR)/$(BIN)/vitfold audit fp16.fold int8.fold fp8.fold int8-oq-3x48.fold fp8-oq-3x48.fold \
 			--gpu sm89 --batch $$b -o $(CURDIR)/results/audit-vit-b16-sm89-batch$$b.json; cd $(CURDIR); done
@@ -164,6 +165,12 @@ audits: $(VENV)/.dev
 	cd $(A)/twin && $(CURDIR)/$(BIN)/vitfold audit fp16.fold shifted.fold twin.fold --batch 64 -o $(CURDIR)/results/audit-twin-demo-sm86.json
 	$(BIN)/vitfold forecast demo --images $(CIFAR10_TRAIN) --like 4 -o results/forecast-demo.json
 	$(BIN)/vitfold forecast $(VITB) --images $(PHOTOS) -o results/forecast-vit-b16.json
+	$(BIN)/vitfold forecast $(VITB) --lengths 197,192,176,160,147,144,128,101 --gpus H100,A100 --batches 1,8,64,128 -o results/forecast-lengths-vit-b16.json
+
+# The same kernels by the model of time as it is now, in seconds and without the compiler; then `make readme`.
+prices: $(VENV)/.dev
+	for f in vit-b16-sm86-batch8 vit-b16-sm86-batch64 vit-b16-sm89-batch8 vit-b16-sm89-batch64 vit-b16-384-sm86 twin-demo-sm86; do \
+		$(BIN)/vitfold audit results/audit-$$f.json -o results/audit-$$f.json || exit 1; done
 
 # Step reuse on the demo's Diffusion Transformer: time and likeness of every method; distances, which need many images; the
 # search, and its winner beside the unaccelerated sampler. Half an hour on an idle machine.

@@ -77,4 +77,4 @@ def test_a_product_in_tiles() -> None:
             "ms": 0.0123,
         }
     )
-    assert found == ["2 attn", "12 of 197x197x64", "int8", "64x32/3", "1.50x", "4", "36", "12.3"]
+    assert found == ["2 attn", "12 of 197x197x64", "int8", "64x32/3", "1.50x", "4", "36%", "12.3"]

@@ -143,7 +143,7 @@ def prediction_table(audits: Sequence[Audit]) -> Table:
     return table
 
 
-TILE_COLUMNS = ("product", "rows x columns x depth", "type", "tile", "padded", "waves", "last %", "us")
+TILE_COLUMNS = ("product", "rows x cols x depth", "type", "tile", "padded", "waves", "last", "us")
 
 
 def tiles_table(tiles: Mapping[str, Any], model: Mapping[str, Any], title: str) -> Table:
@@ -172,7 +172,7 @@ def tile_cells(row: Mapping[str, Any]) -> list[str]:
         f"{rows}x{columns}{shared}",
         f"{row['padded_ratio']:.2f}x",
         str(row["waves"]),
-        f"{100 * row['last_wave']:.0f}",
+        f"{100 * row['last_wave']:.0f}%",
         f"{1e3 * row['ms']:.1f}",
     ]
 
