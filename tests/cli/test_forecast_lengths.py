@@ -85,7 +85,8 @@ def test_a_processor_is_no_gpu(measured: Path) -> None:
         (("--lengths", "5", "--batches", "x"), "give batches as a list", 2),
         (("--lengths", "5", "--target", "cpu"), "times on GPUs need a target of TensorRT", 1),
         (("--lengths", "5", "--target", "tensorrt-fp8", "--gpus", "A100"), "none of A100 runs tensorrt-fp8", 1),
-        (("--measured", "none.json"), "give no SOURCE with it", 2),
+        (("--measured", "none.json"), "give no SOURCE, --images", 2),
+        (("--lengths", "5", "--images", "."), "lengths need no images", 2),
     ],
 )
 def test_what_cannot_be_is_said(larger: tuple[str, ...], arguments: tuple[str, ...], told: str, code: int) -> None:

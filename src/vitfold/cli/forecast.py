@@ -60,12 +60,14 @@ def forecast(
 ) -> None:
     """Solve a schedule for every GPU and batch: modelled times at a measured distortion. No GPU is needed."""
     if measured is not None:
-        refuse((source is not None, "give no SOURCE with it", "--measured"))
+        others = (source, images, lengths)
+        refuse((any(one is not None for one in others), "give no SOURCE, --images or --lengths with it", "--measured"))
         _compare(measured, answer)
         return
     refuse(
         (source is None, "give a model, or --measured FILE", "SOURCE"),
         (images is None and lengths is None, "give --images DIR, or --lengths, which needs none", "--images"),
+        (images is not None and lengths is not None, "lengths need no images; give one of both", "--lengths"),
     )
     names, sizes = listed(gpus), _sizes(batches)
     refuse((not names, "name GPUs, as H100,L4", "--gpus"))
