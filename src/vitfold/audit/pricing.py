@@ -54,10 +54,9 @@ def tiled(kernels: Sequence[Kernel], gpu: Gpu) -> list[dict[str, Any]]:
         tiling = kernel_tiling(kernel, gpu, ceilings())
         if tiling is None or kernel.product is None:
             continue
-        name = _BLOCK.sub("", kernel.sites[0] if kernel.sites else kernel.name)
-        key = (name, kernel.precision, kernel.product, kernel.bytes_moved, kernel.weight_bytes)
+        key = _alike(kernel)
         if key not in rows:
-            shown = {"name": name, "count": 0, "precision": kernel.precision, "product": asdict(kernel.product)}
+            shown = {"name": key[0], "count": 0, "precision": kernel.precision, "product": asdict(kernel.product)}
             rows[key] = shown | _to_dict(tiling)
         rows[key]["count"] += 1
     return list(rows.values())
@@ -82,7 +81,7 @@ def costs(kernels: Sequence[Kernel]) -> list[dict[str, Any]]:
     """Return what decides the time of kernels, alike ones counted, as `read_costs` takes it."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for kernel in kernels:
-        key = (kernel.kind, kernel.precision, kernel.product, kernel.bytes_moved, kernel.weight_bytes)
+        key = _alike(kernel)
         if key not in rows:
             rows[key] = {
                 "count": 0,
@@ -95,6 +94,12 @@ def costs(kernels: Sequence[Kernel]) -> list[dict[str, Any]]:
             }
         rows[key]["count"] += 1
     return list(rows.values())
+
+
+def _alike(kernel: Kernel) -> tuple[Any, ...]:
+    """What kernels of all blocks share that do the same at the same cost, its name first."""
+    name = _BLOCK.sub("", kernel.sites[0] if kernel.sites else kernel.name)
+    return name, kernel.kind, kernel.precision, kernel.product, kernel.bytes_moved, kernel.weight_bytes
 
 
 def read_costs(rows: Sequence[Any]) -> tuple[Kernel, ...]:
