@@ -13,7 +13,7 @@ from vitfold.audit.findings import find_problems
 from vitfold.audit.kernels import KINDS, PRECISIONS, Kernel, read_kernel
 from vitfold.audit.layers import parse_layers
 from vitfold.audit.limits import Finding
-from vitfold.audit.pricing import costs, priced, usual_gpu
+from vitfold.audit.pricing import costs, priced
 from vitfold.errors import EngineError
 
 
@@ -81,7 +81,7 @@ class Audit:
         return sum(kernel.bytes_moved for kernel in self.kernels)
 
     def to_dict(self, tiles_on: str | None = None) -> dict[str, Any]:
-        """Return plain JSON values; tiles are those on this GPU, by default the first that the plan stands for."""
+        """Return plain JSON values, with the tiles of products on a GPU if one is named."""
         return {
             "name": self.name,
             "gpu": self.gpu,
@@ -108,7 +108,7 @@ class Audit:
             "weight_bytes": sum(kernel.weight_bytes for kernel in self.kernels),
             "macs": sum(kernel.macs for kernel in self.kernels),
             "engine_bytes": self.compiled.engine_bytes,
-            **priced(self.kernels, tiles_on or usual_gpu(self.gpu)),
+            **priced(self.kernels, tiles_on),
             "findings": [finding.to_dict() for finding in self.findings],
             "not_understood": list(self.not_understood),
             "build_seconds": self.compiled.seconds,

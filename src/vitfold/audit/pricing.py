@@ -25,23 +25,23 @@ _LARGEST = 2**53
 _BLOCK = re.compile(r"^(?:\w+\.)*?(?:blocks|layers?|resblocks|h)\.\d+\.")
 
 
-def priced(kernels: Sequence[Kernel], tiles_on: str) -> dict[str, Any]:
-    """Return the times of a plan on every GPU that runs its types, and the tiles of its products on one.
+def priced(kernels: Sequence[Kernel], tiles_on: str | None = None) -> dict[str, Any]:
+    """Return the times of a plan on every GPU that runs its types, and the tiles of its products on one, if named.
 
     Raises:
         TargetError: if `tiles_on` is unknown, or does not multiply a type of the plan.
     """
-    shown = find_gpu(tiles_on)
-    if not shown.runs(kernels):
-        able = ", ".join(gpu.key for gpu in gpus() if gpu.runs(kernels))
-        raise TargetError(f"{shown.name} does not multiply a type of this plan; its tiles are known on {able}")
-    found = [predict(kernels, gpu) for gpu in gpus() if gpu.runs(kernels)]
+    shown, able = None if tiles_on is None else find_gpu(tiles_on), [gpu for gpu in gpus() if gpu.runs(kernels)]
+    if shown is not None and shown not in able:
+        names = ", ".join(gpu.key for gpu in able)
+        raise TargetError(f"{shown.name} does not multiply a type of this plan; its tiles are known on {names}")
+    found = [predict(kernels, gpu) for gpu in able]
     return {
         "predicted_ms": {one.gpu: one.ms for one in found},
         "predicted_roofline_ms": {one.gpu: one.roofline_ms for one in found},
         "predicted_bound": {one.gpu: dict(one.share) for one in found},
         "tensor_cores": {one.gpu: {"padding": one.padding, "idle": one.idle} for one in found},
-        "tiles": {"gpu": shown.key, "products": tiled(kernels, shown)},
+        **({} if shown is None else {"tiles": {"gpu": shown.key, "products": tiled(kernels, shown)}}),
         "prediction": PREDICTION,
         "model": constants([one.gpu for one in found]),
     }
@@ -137,7 +137,7 @@ def _read(row: Mapping[str, Any], where: str) -> Kernel:
 
 
 def reprice(document: Mapping[str, Any], tiles_on: str | None = None) -> dict[str, Any]:
-    """Return the document of an audit with its times by the model as it is now.
+    """Return the document of an audit with its times by the model as it is now, and tiles where a GPU is named.
 
     Raises:
         EngineError: if it is none, was written before kernels were kept, or holds values that no plan has.
@@ -151,10 +151,9 @@ def reprice(document: Mapping[str, Any], tiles_on: str | None = None) -> dict[st
         )
     try:
         kernels = read_costs(entry(document, "costs", list))
-        usual = usual_gpu(entry(document, "gpu", str))
     except ImplausibleError as error:
         raise EngineError(f"this audit cannot be priced again: {error}; audit its bundle anew") from None
-    return {**document, **priced(kernels, tiles_on or usual)}
+    return {**{key: value for key, value in document.items() if key != "tiles"}, **priced(kernels, tiles_on)}
 
 
 def usual_gpu(plan: str) -> str:

@@ -49,6 +49,7 @@ def audit(
     """Compile ahead of time without a GPU; count, explain and price every kernel. Times are a model, not measured."""
     from vitfold.audit.compiler import check_gpu
     from vitfold.audit.gpus import find_gpu
+    from vitfold.audit.pricing import usual_gpu
 
     check_gpu(gpu)
     if tiles is not None:
@@ -57,10 +58,11 @@ def audit(
     with steps("audit") as say:
         for path in subjects:
             if path.suffix == ".json":
-                documents += _repriced(path, tiles)
+                documents += _repriced(path, tiles, alone=len(subjects) == 1)
                 continue
             say(f"compiling {path}")
-            documents.append(_audit(path, gpu, batch).to_dict(tiles))
+            usual = usual_gpu(gpu) if len(subjects) == 1 else None
+            documents.append(_audit(path, gpu, batch).to_dict(tiles or usual))
     document: Any = documents[0] if len(documents) == 1 else {"audits": documents}
     printed = answer.write(document)
     if picture is not None:
@@ -75,22 +77,24 @@ def audit(
         for shown in documents:
             out.print(block_table(shown))
         out.print(prediction_table(documents))
-    if tiles is not None or len(documents) == 1:
-        for shown in documents:
+    for shown in documents:
+        if "tiles" in shown:
             out.print(tiles_table(shown["tiles"], shown["model"], shown["name"]))
     for shown in documents:
         _print_findings(shown)
 
 
-def _repriced(path: Path, tiles: str | None) -> list[dict[str, Any]]:
-    """Return the audits of a JSON file, priced by the model as it is now."""
-    from vitfold.audit.pricing import reprice
+def _repriced(path: Path, tiles: str | None, *, alone: bool) -> list[dict[str, Any]]:
+    """Return the audits of a JSON file, priced by the model as it is now; of one alone with its tiles."""
+    from vitfold.audit.pricing import reprice, usual_gpu
 
     try:
         found = section(parse_json(read_text(path)), str(path))
         audits = [section(one, "audits") for one in found.get("audits", [found])]
     except (OSError, ValueError, TypeError) as error:
         raise EngineError(f"cannot read {path} ({error}); give what `vitfold audit --output` wrote") from None
+    if tiles is None and alone and len(audits) == 1 and "costs" in audits[0]:
+        tiles = usual_gpu(str(audits[0].get("gpu")))
     return [reprice(one, tiles) for one in audits]
 
 
