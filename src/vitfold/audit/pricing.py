@@ -19,6 +19,7 @@ from vitfold.errors import EngineError, TargetError
 from vitfold.storage.checked import ImplausibleError, check_fields, entry, section
 
 PREDICTION = "roofline model with assumed tiles and waves, not a measurement"
+OF_BLOCKS = "roofline model of the transformer blocks with assumed tiles and waves, not a measurement"
 _MOST = 10_000
 """Kernels that are alike in one plan."""
 _LARGEST = 2**53

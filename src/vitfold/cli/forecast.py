@@ -106,9 +106,9 @@ def _sizes(batches: str) -> list[int]:
 def _labels(gpus: list[str]) -> dict[str, Any]:
     """Say what the figures are, and what they rest on."""
     from vitfold.audit.gpus import constants
-    from vitfold.audit.pricing import PREDICTION
+    from vitfold.audit.pricing import OF_BLOCKS
 
-    return {"prediction": f"of the transformer blocks: {PREDICTION}", "model": constants(gpus)}
+    return {"prediction": OF_BLOCKS, "model": constants(gpus)}
 
 
 def _solved(
