@@ -100,6 +100,23 @@ def test_parameters_that_are_read_twice_stay(tiny_model):
     assert streams_of(tied) == ()
 
 
+def test_heads_of_a_layer_that_is_read_twice_stay(tiny_model):
+    network = network_of(tiny_model(), MergeRecipe(r=()))
+    nodes = [
+        replace(node, attributes={**node.attributes, "layer": "blocks.0.attn.proj"})
+        if node.site == "blocks.1.attn.proj"
+        else node
+        for node in network.program.nodes
+    ]
+    tied = Program(inputs=network.program.inputs, nodes=tuple(nodes), outputs=network.program.outputs)
+    linears = tuple(
+        replace(site, layer="blocks.0.attn.proj") if site.layer == "blocks.1.attn.proj" else site
+        for site in network.linears
+    )
+    turned = turn_heads(replace(network, program=tied, linears=linears))
+    assert all(np.array_equal(turned.params[name], network.params[name]) for name in network.params)
+
+
 def test_a_norm_without_some_scales_stays_where_rows_are_summed(tiny_model):
     model = tiny_model(pool="avg")
     params = {**model.params, "norm.weight": model.params["norm.weight"].copy()}

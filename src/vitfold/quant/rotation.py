@@ -70,8 +70,9 @@ def turn_heads(network: Network, *, seed: int = 0) -> Network:
     """
     params = dict(network.params)
     attentions = {node.site: node for node in attentions_of(network.program)}
+    named = _times_named(network.program)
     for site in network.linears:
-        if site.values is None or site.attention is None:
+        if site.values is None or site.attention is None or named[site.values] > 1 or named[site.layer] > 1:
             continue
         shape = network.program.shapes[attentions[site.attention].operand("v")]
         heads, width = shape[1], shape[3]
@@ -158,7 +159,7 @@ def _turned(params: Mapping[str, Array], stream: Stream, rotation: Float[np.ndar
 
 def streams_of(program: Program) -> tuple[Stream, ...]:
     """Return the residual streams that can be turned: layers, norms and what works on rows is all that is there."""
-    named = Counter(name for node in program.nodes for name in _names_read(node))
+    named = _times_named(program)
     found: list[Stream] = []
     seen: set[Ref] = set()
     for node in program.nodes:
@@ -168,6 +169,11 @@ def streams_of(program: Program) -> tuple[Stream, ...]:
                 found.append(flood.stream())
             seen |= flood.refs
     return tuple(found)
+
+
+def _times_named(program: Program) -> Mapping[str, int]:
+    """Return how often a program reads each layer and parameter."""
+    return Counter(name for node in program.nodes for name in _names_read(node))
 
 
 def _names_read(node: Node) -> Iterator[str]:
