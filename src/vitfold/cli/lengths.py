@@ -34,10 +34,7 @@ def lengths(
     answer: JsonArgs,
     loading: ModelArgs,
 ) -> None:
-    """Time a model at many numbers of tokens, to see whether kernels round them up and which are worth merging to.
-
-    Of GPUs that are not here `vitfold forecast --lengths` says it in a model.
-    """
+    """Time a model at many numbers of tokens: which are worth merging to? Without a GPU: `forecast --lengths`."""
     wanted = numbers_of(lengths)
     require_optimize()
     found = given_images(images)
