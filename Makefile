@@ -187,7 +187,8 @@ diffusion: $(VENV)/.dev
 	mkdir -p $(WORK)/diffusion
 	$(DRAW) --count 20 --trials 5 --reuse $(METHODS),$(TOKENS) -o $(WORK)/diffusion/methods > results/diffusion-methods.json
 	$(DRAW) --count 30 --trials 1 --reuse $(subst $() ,$(comma),$(strip $(FORECASTS) $(RULES))) -o $(WORK)/diffusion/forecasts > results/diffusion-forecasts.json
-	$(DRAW) --count 400 --trials 1 --reuse fitted:10,fitted:12,solved:10,solved:12,solved:18,solved:26,stack:2,$(TOKENS) -o $(WORK)/diffusion/quality > results/diffusion-quality.json
+	$(DRAW) --count 400 --trials 1 --reuse solved:10,solved:12,solved:18,solved:26,stack:2,$(TOKENS) -o $(WORK)/diffusion/quality > results/diffusion-quality.json
+	$(DRAW) --count 400 --trials 1 --seed 7000 --reuse fitted:10,fitted:12,tokencache:0.8:3:6 -o $(WORK)/diffusion/fitted > results/diffusion-fitted.json
 	$(BIN)/vitfold diffusion ablate demo-dit --classes all --count 10 --batch 10 --trials 1 --threads 1 -o results/diffusion-tokencache.json
 	$(BIN)/vitfold diffusion optimize demo-dit --reuse auto --min-psnr 30 -o $(WORK)/diffusion/auto.fold --overwrite --json > results/diffusion-search.json
 	$(BIN)/vitfold diffusion optimize demo-dit --reuse none -o $(WORK)/diffusion/plain.fold --overwrite
