@@ -27,7 +27,7 @@ KINDS = {
 """What `layer_scale` multiplies by stands in the way until it is folded; the others have one stream."""
 
 
-def outputs(network: Network, model: Model, params=None) -> np.ndarray:
+def outputs(network: Network, model: Model) -> np.ndarray:
     spec = model.spec
     pixels = np.random.default_rng(0).standard_normal((3, spec.channels, *spec.image_size)).astype(np.float32)
     with torch.inference_mode():

@@ -16,7 +16,7 @@ from vitfold.model import DenoiserModel, DenoiserSpec
 from vitfold.model.denoiser import IMAGE, TIMESTEP
 from vitfold.ops.protocol import Ops, Port, T
 from vitfold.program import Ref, program_from_dict, replay, trace
-from vitfold.program.queries import linears_of
+from vitfold.program.queries import depending_on, linears_of
 from vitfold.transforms.dead import without_dead_nodes
 from vitfold.transforms.rewriting import only_outputs
 
@@ -79,10 +79,7 @@ def inner_layers(model: DenoiserModel) -> frozenset[str]:
     before, within = (
         {node.site for node in without_dead_nodes(only_outputs(program, name)).nodes} for name in (ENTERED, LEFT)
     )
-    varying = {Ref([port.name for port in program.inputs].index(IMAGE))}
-    for node in program.nodes:
-        if varying.intersection(node.reads()):
-            varying.update(node.outputs)
+    varying = depending_on(program, [Ref([port.name for port in program.inputs].index(IMAGE))])
     return frozenset(
         node.site
         for node in linears_of(program)

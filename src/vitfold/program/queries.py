@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from vitfold.errors import ProgramError
@@ -60,6 +60,15 @@ def params_read(program: Program) -> frozenset[str]:
         if node.op == "param":
             names.add(node.attributes["name"])
     return frozenset(names)
+
+
+def depending_on(program: Program, refs: Iterable[Ref]) -> set[Ref]:
+    """Return these values and all that are computed from one of them."""
+    found = set(refs)
+    for node in program.nodes:
+        if found.intersection(node.reads()):
+            found.update(node.outputs)
+    return found
 
 
 def norm_before(program: Program, node: Node) -> Node | None:

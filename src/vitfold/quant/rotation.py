@@ -160,11 +160,12 @@ def _turned(params: Mapping[str, Array], stream: Stream, rotation: Float[np.ndar
 def streams_of(program: Program) -> tuple[Stream, ...]:
     """Return the residual streams that can be turned: layers, norms and what works on rows is all that is there."""
     named = _times_named(program)
+    made_by, read_by = makers(program), readers(program)
     found: list[Stream] = []
     seen: set[Ref] = set()
     for node in program.nodes:
         if node.op in _NORMS and node.operand("x") not in seen:
-            flood = _Flood(program=program)
+            flood = _Flood(program=program, made_by=made_by, read_by=read_by)
             if flood.from_(node.operand("x")) and flood.whole(named):
                 found.append(flood.stream())
             seen |= flood.refs
@@ -193,6 +194,8 @@ class _Flood:
     """Everything that has the channels of one value."""
 
     program: Program
+    made_by: Mapping[Ref, Node]
+    read_by: Mapping[Ref, tuple[Node, ...]]
     refs: set[Ref] = field(default_factory=set)
     writers: list[Node] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
@@ -203,7 +206,6 @@ class _Flood:
 
     def from_(self, start: Ref) -> bool:
         """Spread from one value; False if something stands in the way."""
-        made_by, read_by = makers(self.program), readers(self.program)
         self.width = self.program.shapes[start][-1]
         outputs = set(self.program.outputs.values())
         todo = [start]
@@ -212,13 +214,13 @@ class _Flood:
             if ref in self.refs:
                 continue
             self.refs.add(ref)
-            maker = made_by.get(ref)
+            maker = self.made_by.get(ref)
             before = None if maker is None else self._before(maker, ref)
             if ref in outputs or before is None:
                 return False
             todo += before
-            for reader in read_by[ref]:
-                behind = self._behind(reader, ref, read_by)
+            for reader in self.read_by[ref]:
+                behind = self._behind(reader, ref)
                 if behind is None:
                     return False
                 todo += behind
@@ -258,26 +260,26 @@ class _Flood:
         found = list(self._linked(maker, ref))
         return found or None
 
-    def _behind(self, reader: Node, ref: Ref, read_by: Mapping[Ref, tuple[Node, ...]]) -> list[Ref] | None:
+    def _behind(self, reader: Node, ref: Ref) -> list[Ref] | None:
         """The values that have the channels of one behind a reader of it; None if it does something else with them."""
         if reader.op in _NORMS:
             self.norms[reader.site] = []
-            return [] if self._normed(reader, reader.outputs[0], read_by) else None
+            return [] if self._normed(reader, reader.outputs[0]) else None
         if reader.op in _LAYERS:
             self.readers.append(reader)
             return []
-        if reader.op == "slice" and all(one.op == "ones_like" for one in read_by[reader.outputs[0]]):
+        if reader.op == "slice" and all(one.op == "ones_like" for one in self.read_by[reader.outputs[0]]):
             return []
         if reader.op in ("norm", "similarity") or (reader.op == "reduce" and _is_row_norm(reader)):
             return []
         found = [made for made in reader.outputs if ref in self._linked(reader, made)]
         return found or None
 
-    def _normed(self, norm: Node, ref: Ref, read_by: Mapping[Ref, tuple[Node, ...]]) -> bool:
+    def _normed(self, norm: Node, ref: Ref) -> bool:
         """Collect the layers behind a norm; False if its output reaches something else."""
         if ref in self.program.outputs.values():
             return False
-        for reader in read_by[ref]:
+        for reader in self.read_by[ref]:
             if reader.op in _LAYERS:
                 if reader not in self.norms[norm.site]:
                     self.norms[norm.site].append(reader)
@@ -285,7 +287,7 @@ class _Flood:
             linear = reader.op in _PICKS | _SUMS and set(self._linked(reader, reader.outputs[0])) == {ref}
             if reader.op in _SUMS:
                 self.summed.add(norm.site)
-            if not linear or not self._normed(norm, reader.outputs[0], read_by):
+            if not linear or not self._normed(norm, reader.outputs[0]):
                 return False
         return True
 

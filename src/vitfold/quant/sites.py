@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 from vitfold.architectures.programs import plain_program
 from vitfold.model import Architecture
 from vitfold.program import Node, Program, Ref
-from vitfold.program.queries import attention_before, attentions_of, linears_of, makers, norm_before, readers
+from vitfold.program.queries import (
+    attention_before,
+    attentions_of,
+    depending_on,
+    linears_of,
+    makers,
+    norm_before,
+    readers,
+)
 from vitfold.transforms.sinks import PREFIX_ROWS
 
 
@@ -84,7 +92,7 @@ def sites_of(program: Program) -> Sites:
     depend on an input, as the query of attention pooling.
     """
     made_by = makers(program)
-    varying = _depending_on_inputs(program)
+    varying = depending_on(program, map(Ref, range(len(program.inputs))))
     linears = tuple(
         _linear(program, made_by, node) for node in linears_of(program) if varying.intersection(node.reads())
     )
@@ -125,11 +133,3 @@ def _direct(program: Program, made_by: Mapping[Ref, Node], attention: Node) -> b
     maker, read_by = made_by[attention.operand("v")], readers(program)
     pairs = zip(("q", "k"), maker.outputs, strict=False)
     return all(attention.operand(name) == ref and read_by[ref] == (attention,) for name, ref in pairs)
-
-
-def _depending_on_inputs(program: Program) -> set[Ref]:
-    found = {Ref(i) for i in range(len(program.inputs))}
-    for node in program.nodes:
-        if found.intersection(node.reads()):
-            found.update(node.outputs)
-    return found
