@@ -138,6 +138,15 @@ def test_a_narrower_arm_wins_where_its_units_cost_little(pruning: float, winner:
         assert laboratory.tried[1] == winner
 
 
+@pytest.mark.parametrize(("seconds", "tried"), [(0.69, 1), (0.60, 2)])
+def test_narrower_blocks_are_refitted_with_merging_where_that_promises_clearly_more(seconds, tried) -> None:
+    laboratory = SearchContext(mended=0.9, pruning=0.01)
+    points = ((seconds, 0.1, (10, 0, 0)), (0.7, 0.0, (0, 0, 0)))
+    narrower = Arm(quant="none", target="cpu", points=points, share=0.5, prune=PruneRecipe(mlp=0.5), lost=0.005)
+    run(laboratory, [narrower], least_latency(laboratory))
+    assert laboratory.tried == ["none-cpu-prune50-r0_0_0", "none-cpu-prune50-r10_0_0"][:tried]
+
+
 def test_what_narrower_blocks_drop_is_not_laid_to_quantization() -> None:
     laboratory = SearchContext(mended=0.9, pruning=0.07)
     narrower = replace(arm("w8a8", factor=0.2), share=0.5, prune=PruneRecipe(mlp=0.5), lost=0.035)
@@ -295,6 +304,29 @@ def test_arms_survive_their_journal() -> None:
     assert (found.points, found.rule) == (POINTS, "nearest")
     assert found.attempt(8).rule == "nearest"
     assert found.attempt(8).name == "w8a8-openvino-nearest-r10_0_0"
+
+
+def test_arms_of_an_earlier_run_are_kept_and_only_missing_ones_built(tmp_path: Path, monkeypatch) -> None:
+    """By engine and bits: a search that was interrupted while it timed schedules goes on with the next pair."""
+    laboratory: Any = SimpleNamespace(folder=tmp_path, trying=SimpleNamespace(refitting=None))
+    goal, built = LeastDrop(max_latency_ms=4.0, plain_ms=10.0), list[Any]()
+
+    def build(_: Any, pairs: Any, narrower: Any) -> Any:
+        assert narrower == []
+        for quant, target in pairs:
+            built.append((quant, target))
+            yield (quant, target), [arm(quant, target)]
+            if len(built) == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(search_module, "build_arms", build)
+    append_row(tmp_path / search_module.ARMS, replace(arm("none"), share=0.5).to_dict())  # of another division
+    with pytest.raises(KeyboardInterrupt):
+        search_module.find_arms(laboratory, ["none", "w8a8"], ["cpu", "openvino"], goal)
+    found = search_module.find_arms(laboratory, ["none", "w8a8"], ["cpu", "openvino"], goal)
+    assert built == [("none", "cpu"), ("none", "openvino"), ("w8a8", "cpu"), ("w8a8", "openvino")]
+    assert [(one.quant, one.target, one.share) for one in found] == [(*pair, 0.0) for pair in built]
+    assert all(one.points == POINTS for one in found)
 
 
 def test_what_was_screened_stands_for_what_distorts_alike(tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minute
             step = _Step(index=goal.start(arm))
             heapq.heappush(waiting, (goal.cost(arm, step.index), number, step))
             continue
-        if (number, step) in tried:
+        if (number, step) in tried or (best is not None and not _worth_a_refit(arm, step, goal, best)):
             continue
         unmerged = _Step(index=len(arm.points) - 1)
         if (
@@ -361,6 +361,13 @@ def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minute
     rows = [row for row in laboratory.rows if any((row["quant"], row["target"]) == (a.quant, a.target) for a in arms)]
     nearest = min((row for row in rows if row["error"] is None), key=goal.missed_by, default=None)
     return SearchResult(winner=best, rows=tuple(rows), verified=verified, nearest=nearest, reason=reason)
+
+
+def _worth_a_refit(arm: Arm, step: _Step, goal: Goal, best: Verdict) -> bool:
+    """Say whether narrower blocks that merge, too, promise clearly more than the best: they are refitted together."""
+    if arm.prune is None or not any(arm.points[step.index][2]) or not isinstance(goal, LeastLatency):
+        return True
+    return CLOSE * goal.cost(arm, step.index) <= goal.reached(best.row)
 
 
 def _following(
