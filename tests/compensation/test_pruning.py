@@ -14,7 +14,17 @@ from compensation_cases import drawn
 from test_graphs import exported
 
 from vitfold.architectures.programs import UNMERGED, forward, plain_program
-from vitfold.compensation import Losses, compensate, cut_to_width, divide, losses_from_dict, measure_losses
+from vitfold.compensation import (
+    Losses,
+    compensate,
+    cut_to_width,
+    divide,
+    losses_from_dict,
+    measure_losses,
+    pruning,
+    refit,
+)
+from vitfold.compensation.dividing import between, some_of
 from vitfold.compensation.pruning import kept_by_count
 from vitfold.errors import RecipeError
 from vitfold.model import Model, spec_from_dict, spec_to_dict
@@ -81,6 +91,47 @@ def test_units_that_nothing_needs_go_and_cost_nothing(tiny_model) -> None:
     done = compensate(model, NONE, drawn(512), prune=PruneRecipe(mlp=1 / 3))
     assert done.model.spec.mlp_dim == 64
     assert error(outputs(model), outputs(done.model)) < 1e-4
+
+
+def test_leaving_out_rows_that_are_gone_changes_nothing(monkeypatch) -> None:
+    """Against keeping all of them to the end."""
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(600, 65, generator=draw) @ torch.randn(65, 65, generator=draw)
+    square, cross = x.T @ x, torch.randn(9, 65, generator=draw) @ x.T @ x
+    for width, counts in ((1, (50, 31, 7)), (8, (6, 3, 1))):
+        short = {count: kept.tolist() for count, kept in kept_by_count(square, cross, counts, width)}
+        with monkeypatch.context() as patched:
+            patched.setattr(pruning, "_CLOSING_UP", 0.0)
+            assert short == {count: kept.tolist() for count, kept in kept_by_count(square, cross, counts, width)}
+
+
+@pytest.mark.parametrize("prune", ["even heads", "thin heads", "no pruning"])
+def test_what_attention_averaged_is_not_computed_again(prune: str, tiny_model, monkeypatch) -> None:
+    """Averages that were kept from fitting the projection are those that the narrower attention would give."""
+    model, merge = tiny_model(mlp_dim=128), MergeRecipe(r=(3, 3), order="index")
+    recipe = {"even heads": UNEVEN, "thin heads": THIN, "no pruning": None}[prune]
+    kept = compensate(model, merge, drawn(512), prune=recipe)
+    monkeypatch.setattr(refit._Averages, "known", lambda *_: {})
+    anew = compensate(model, merge, drawn(512), prune=recipe)
+    assert kept.error_after == pytest.approx(anew.error_after, rel=1e-3)
+    for one, other in zip(kept.refits, anew.refits, strict=True):
+        assert (one.layer, one.ridge) == (other.layer, other.ridge)
+        assert one.left == pytest.approx(other.left, rel=1e-3)
+    assert error(outputs(anew.model, merge), outputs(kept.model, merge)) < 1e-5
+
+
+def test_what_is_not_measured_lies_on_powers_of_what_goes_and_below_the_first_on_a_line() -> None:
+    counts = (7, 6, 5, 4, 3, 2, 1)
+    assert some_of(counts) == (6, 4, 2, 1)
+    assert some_of(counts[1:], first=0) == (6, 4, 2, 1)
+    assert some_of((3, 2, 1)) == (3, 2, 1)
+    assert between({}, (), 8) == {8: 0.0}
+    exact = {count: 0.01 * (8 - count) ** 1.7 for count in counts}
+    found = between({count: exact[count] for count in some_of(counts)}, counts, 8)
+    assert found == pytest.approx({8: 0.0, **exact, 7: exact[6] / 2})
+    assert list(found) == [8, *counts]
+    nothing = between({6: 0.0, 4: 0.0, 2: 0.0, 1: 0.0}, counts, 8)
+    assert max(nothing.values()) < 1e-9
 
 
 def test_of_two_equal_units_one_stays() -> None:

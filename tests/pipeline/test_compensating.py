@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from picturing import gradient_pictures
 from vitfold import pipeline
 from vitfold.artifacts.bundle import open_bundle
+from vitfold.artifacts.cache import cache_entries
 from vitfold.engines import open_session
 from vitfold.errors import CalibrationError, RecipeError
 from vitfold.images import ImageSet
 from vitfold.model import Model
 from vitfold.pipeline import compensate_plan, divide_for_compensation, recorded_division
+from vitfold.pipeline.pruning import pruning_losses
+from vitfold.pipeline.search import enough_for_refitting
+from vitfold.quant import Progress
 from vitfold.recipe import QuantRecipe
 
 
@@ -87,3 +93,34 @@ def test_the_second_time_it_is_read_from_the_cache(
 def test_without_merging_nothing_is_to_be_done(tiny_model: Callable[..., Model], many: ImageSet) -> None:
     plan = pipeline.optimize(tiny_model(), merge=0, compensate=True)
     assert compensate_plan(plan, many) is plan
+
+
+def test_whoever_is_interrupted_measures_no_block_twice(
+    tiny_model: Callable[..., Model], own_cache: Path, many: ImageSet
+) -> None:
+    """What was kept of the first block is taken as it is, even where it is not what would be measured."""
+    model = tiny_model()
+
+    def stop(step: str) -> None:
+        if "2/" in step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pruning_losses(model, many, progress=Progress(step=stop))
+    (entry,) = (one.path for one in cache_entries() if one.kind == "pruning")
+    record = json.loads(load_file(entry)["record"].tobytes())
+    record["1"]["32"] = 0.123
+    save_file({"record": np.frombuffer(json.dumps(record).encode(), np.uint8)}, entry)
+    losses = pruning_losses(model, many)
+    assert losses.units[0][32] == 0.123
+    assert losses.units[1][32] != 0.123
+    assert pruning_losses(model, many) == losses
+
+
+def test_a_search_refits_on_images_that_a_bundle_finds_again(many: ImageSet) -> None:
+    chosen = enough_for_refitting(many)
+    assert chosen is not None
+    fewer = chosen.sample(300, seed=0)
+    record = {"root": many.root, "images": 300, "digest": fewer.digest()}
+    assert recorded_division(record, None)[0].paths == fewer.paths
+    assert enough_for_refitting(many.first(255)) is None

@@ -14,8 +14,8 @@ from vitfold.bench.fidelity import Fidelity
 from vitfold.bench.statistics import Drop
 from vitfold.errors import VitfoldError
 from vitfold.pipeline import search as search_module
-from vitfold.pipeline.goals import Arm, LeastDrop, LeastLatency, arm_from_dict
-from vitfold.pipeline.search import SCREENED, Verdict, check_enough, search
+from vitfold.pipeline.goals import COARSE, Arm, LeastDrop, LeastLatency, Narrower, arm_from_dict
+from vitfold.pipeline.search import PRUNED, SCREENED, Verdict, check_enough, search
 from vitfold.recipe import PruneRecipe
 from vitfold.schedule.solve import Point
 
@@ -44,6 +44,7 @@ class SearchContext:
     slower: frozenset[str] = frozenset()
     rows: list[dict[str, Any]] = field(default_factory=list)
     screened: list[tuple[int, ...]] = field(default_factory=list)
+    screened_shares: list[float] = field(default_factory=list)
     tried: list[str] = field(default_factory=list)
 
     @property
@@ -64,8 +65,9 @@ class SearchContext:
         found = drop(self.merging(r) + self.hidden)
         return replace(found, low=found.low - self.hidden)
 
-    def screen_pruned(self, prune: PruneRecipe) -> Drop:
-        return drop(prune.mlp * self.pruning)
+    def screen_pruned(self, narrower: Narrower) -> Drop:
+        self.screened_shares.append(narrower.share)
+        return drop(narrower.share * self.pruning)
 
     def measure(self, attempt: Any) -> dict[str, Any]:
         self.tried.append(attempt.name)
@@ -125,16 +127,60 @@ def test_the_fastest_arm_is_tried_first_and_nothing_that_promises_less_after_it(
 
 @pytest.mark.parametrize(("pruning", "winner"), [(0.02, "none-cpu-prune50-r20_0_0"), (0.2, "none-cpu-r30_0_0")])
 def test_a_narrower_arm_wins_where_its_units_cost_little(pruning: float, winner: str) -> None:
-    """It starts where merging keeps what pruning leaves of the bound."""
+    """It starts where merging keeps what pruning leaves of the bound, behind no merging at all."""
     laboratory = SearchContext(mended=0.9, pruning=pruning)
-    narrower = replace(arm(factor=0.7), share=0.5, prune=PruneRecipe(mlp=0.5))
+    narrower = replace(arm(factor=0.7), share=0.5, prune=PruneRecipe(mlp=0.5), lost=0.5 * pruning)
     found = run(laboratory, [arm(), narrower], least_latency(laboratory))
     assert found.winner is not None
     assert found.winner.row["recipe"] == winner
+    assert laboratory.tried[0] == "none-cpu-prune50-r0_0_0"
     if pruning == 0.02:
-        assert laboratory.tried[0] == winner
-    else:
-        assert laboratory.tried[0] == "none-cpu-prune50-r0_0_0"
+        assert laboratory.tried[1] == winner
+
+
+@pytest.mark.parametrize(("seconds", "tried"), [(0.69, 1), (0.60, 2)])
+def test_narrower_blocks_are_refitted_with_merging_where_that_promises_clearly_more(seconds, tried) -> None:
+    laboratory = SearchContext(mended=0.9, pruning=0.01)
+    points = ((seconds, 0.1, (10, 0, 0)), (0.7, 0.0, (0, 0, 0)))
+    narrower = Arm(quant="none", target="cpu", points=points, share=0.5, prune=PruneRecipe(mlp=0.5), lost=0.005)
+    run(laboratory, [narrower], least_latency(laboratory))
+    assert laboratory.tried == ["none-cpu-prune50-r0_0_0", "none-cpu-prune50-r10_0_0"][:tried]
+
+
+def test_what_narrower_blocks_drop_is_not_laid_to_quantization() -> None:
+    laboratory = SearchContext(mended=0.9, pruning=0.07)
+    narrower = replace(arm("w8a8", factor=0.2), share=0.5, prune=PruneRecipe(mlp=0.5), lost=0.035)
+    found = run(laboratory, [narrower], least_latency(laboratory))
+    assert found.winner is None
+    assert laboratory.tried == ["w8a8-cpu-prune50-r0_0_0"]
+
+
+SHARES = [Narrower(share=share, prune=PruneRecipe(mlp=share)) for share in PRUNED]
+
+
+@pytest.mark.parametrize(
+    ("pruning", "shares"),
+    [
+        (0.057, (0.5, 0.55)),  # 0.55 drops 0.03135, 0.6 surely more than the bound
+        (0.0545, (0.5, 0.55, 0.6)),  # 0.6 may keep it
+        (0.2, ()),
+        (0.0, (0.65, 0.7)),
+    ],
+)
+def test_shares_around_the_largest_that_keeps_the_bound_are_tried(pruning: float, shares: tuple[float, ...]) -> None:
+    laboratory = SearchContext(pruning=pruning)
+    found = least_latency(laboratory).worth_trying(SHARES)
+    assert tuple(one.share for one in found) == shares
+    assert len(laboratory.screened_shares) <= 4
+    for one in found:
+        assert one.lost == pytest.approx(one.share * pruning)
+        assert one.prune == PruneRecipe(mlp=one.share)
+
+
+def test_where_time_is_the_bound_no_share_is_looked_at_before() -> None:
+    found = LeastDrop(max_latency_ms=4.0, plain_ms=10.0).worth_trying(SHARES)
+    assert tuple(one.share for one in found) == COARSE
+    assert least_latency(SearchContext()).worth_trying([]) == []
 
 
 def test_merging_alone_is_screened_by_bisection() -> None:
@@ -253,10 +299,34 @@ def test_a_latency_that_nothing_reaches_has_a_nearest_miss() -> None:
 
 
 def test_arms_survive_their_journal() -> None:
-    found = arm_from_dict(replace(arm("w8a8", "openvino"), rule="nearest").to_dict())
+    found = arm_from_dict(replace(arm("w8a8", "openvino"), rule="nearest", lost=0.25).to_dict())
+    assert found.lost == 0.25
     assert (found.points, found.rule) == (POINTS, "nearest")
     assert found.attempt(8).rule == "nearest"
     assert found.attempt(8).name == "w8a8-openvino-nearest-r10_0_0"
+
+
+def test_arms_of_an_earlier_run_are_kept_and_only_missing_ones_built(tmp_path: Path, monkeypatch) -> None:
+    """By engine and bits: a search that was interrupted while it timed schedules goes on with the next pair."""
+    laboratory: Any = SimpleNamespace(folder=tmp_path, trying=SimpleNamespace(refitting=None))
+    goal, built = LeastDrop(max_latency_ms=4.0, plain_ms=10.0), list[Any]()
+
+    def build(_: Any, pairs: Any, narrower: Any) -> Any:
+        assert narrower == []
+        for quant, target in pairs:
+            built.append((quant, target))
+            yield (quant, target), [arm(quant, target)]
+            if len(built) == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(search_module, "build_arms", build)
+    append_row(tmp_path / search_module.ARMS, replace(arm("none"), share=0.5).to_dict())  # of another division
+    with pytest.raises(KeyboardInterrupt):
+        search_module.find_arms(laboratory, ["none", "w8a8"], ["cpu", "openvino"], goal)
+    found = search_module.find_arms(laboratory, ["none", "w8a8"], ["cpu", "openvino"], goal)
+    assert built == [("none", "cpu"), ("none", "openvino"), ("w8a8", "cpu"), ("w8a8", "openvino")]
+    assert [(one.quant, one.target, one.share) for one in found] == [(*pair, 0.0) for pair in built]
+    assert all(one.points == POINTS for one in found)
 
 
 def test_what_was_screened_stands_for_what_distorts_alike(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ KINDS = frozenset(
             "compensation",
             "exactness",
             "predictors",
+            "pruning",
             "reference",
             "registers",
             "remedies",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from vitfold.pipeline.search import SearchContext, SearchResult
 
 ENGINES = ("cpu", "openvino")
-_FORMAT = 4
+_FORMAT = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,13 +67,13 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Bounded, *,
     divided = _divided(images, wanted)
     if wanted.search.max_drop is not None:
         check_enough(len(divided.held_out.paths), wanted.search.max_drop / 100)
-    with reserve_bundle(output, overwrite=overwrite) as place, working("search") as (say, _):
+    with _kept(), reserve_bundle(output, overwrite=overwrite) as place, working("search") as (say, _):
         check_space(place.destination, model.size_bytes)
         folder = _folder(model, divided, wanted)
         with alone(folder / ROWS):
             laboratory = _laboratory(model, divided, wanted, folder, say)
-            arms = find_arms(laboratory, wanted.quants(), wanted.targets())
             goal = _goal(laboratory, wanted)
+            arms = find_arms(laboratory, wanted.quants(), wanted.targets(), goal)
             found = search(laboratory, arms, goal, minutes=wanted.search.search_minutes)
             fidelity: Mapping[str, Any] | None
             if found.winner is not None:
@@ -100,6 +101,16 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Bounded, *,
         print_json(document)
         return
     _report(document, found, wanted)
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """Tell whoever interrupts a search that it goes on from there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note("what was measured is kept: the same command goes on from there")
+        raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

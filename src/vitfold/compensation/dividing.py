@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -26,8 +28,13 @@ from vitfold.recipe import HEAD_STEP, WIDTH_STEP, PruneRecipe
 from vitfold.transforms.merging import stream_name
 
 DIVIDING_IMAGES = 512
+BlockLosses = Mapping[int, Mapping[int, float]]
+"""What the output loses by how many heads (0) or units (1) of a block stay, or how wide its heads are (2)."""
 _EIGHTHS = (7, 6, 5, 4, 3, 2, 1, 0.5)
 _MOST_HEADS = 8
+_LEAST_LOSS = 1e-12
+_FEW = 3
+"""So many counts are all measured."""
 _HALVINGS = 60
 
 
@@ -69,10 +76,15 @@ def measure_losses(
     *,
     step: Callable[[str], Any] = lambda _: None,
     advance: Callable[[int], Any] = lambda _: None,
+    once: Callable[[int, Callable[[], BlockLosses]], BlockLosses] | None = None,
 ) -> Losses:
     """Let heads and hidden units of one block after another go, fit the others, and look at the output.
 
-    It is looked at on every eighth image, which nothing was fitted to.
+    It is looked at on every eighth image, which nothing was fitted to. Every second count is measured, `between` says
+    what the others lose.
+
+    Args:
+        once: takes a block and what measures it, and may know the answer from before.
 
     Raises:
         RecipeError: if neither heads nor units can go in every block.
@@ -84,7 +96,8 @@ def measure_losses(
             "neither heads nor hidden units of this model can go: attention or MLP are of a form that is not known; "
             "leave --prune out"
         )
-    found: tuple[list[Mapping[int, float]], ...] = ([], [], [])
+    found: list[BlockLosses] = []
+    once = once or _measured
     thinner = can_thin(model.spec) and 0 in kinds
     shown = {one.layer for way in ways for one in (way[kind] for kind in kinds) if one is not None}
     shown |= {rows.layer for heads, _ in ways if thinner and heads is not None for rows in heads.rows}
@@ -96,19 +109,33 @@ def measure_losses(
             tokens[number], exact[number] = {"x": x}, {"y": y[divided(len(x))[1]]}
             advance(group.size)
         for block, way in enumerate(ways):
-            step(f"measuring what block {block + 1}/{len(ways)} can do without")
+            step(f"measuring what blocks can do without: {block + 1}/{len(ways)}")
             there = _Block(model=model, program=whole, block=block, tokens=tokens, exact=exact)
             wanted = {kind: one for kind in kinds if (one := way[kind]) is not None}
-            sums = there.sums([one.layer for one in wanted.values()])
-            for kind, one in wanted.items():
-                losses = {count: there.loss(changed) for count, changed in _narrower(one, sums[one.layer])}
-                found[kind].append({one.there: 0.0, **losses})
-            if thinner:
-                heads = wanted[0]
-                losses = {width: there.loss(changed) for width, changed in _thinner(heads, there, sums[heads.layer])}
-                found[2].append({heads.width: 0.0, **losses})
+            found.append(once(block, partial(_block_losses, there, wanted, thinner=thinner)))
             there.advance()
-    return Losses(heads=tuple(found[0]), units=tuple(found[1]), head_dims=tuple(found[2]))
+    heads, units, head_dims = (tuple(one[kind] for one in found if kind in one) for kind in range(3))
+    return Losses(heads=heads, units=units, head_dims=head_dims)
+
+
+def _measured(block: int, measure: Callable[[], BlockLosses]) -> BlockLosses:  # noqa: ARG001
+    return measure()
+
+
+def _block_losses(there: _Block, wanted: Mapping[int, Narrowing], *, thinner: bool) -> BlockLosses:
+    """What the output loses with fewer heads (0), fewer units (1) and narrower heads (2) of a block."""
+    sums, found = there.sums([one.layer for one in wanted.values()]), dict[int, Mapping[int, float]]()
+    for kind, one in wanted.items():
+        counts = counts_of(one)
+        first = 1 if one.width == 1 else 0  # what the first head costs says little of what the second does
+        tried = _narrower(one, sums[one.layer], some_of(counts, first=first))
+        found[kind] = between({count: there.loss(changed) for count, changed in tried}, counts, one.there)
+    if thinner:
+        heads = wanted[0]
+        widths = tuple(range(heads.width - HEAD_STEP, 0, -HEAD_STEP))
+        tried = _thinner(heads, there, sums[heads.layer], some_of(widths))
+        found[2] = between({width: there.loss(changed) for width, changed in tried}, widths, heads.width)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -171,20 +198,51 @@ def _weights(x: Float[Tensor, "B N I"], prefix: int) -> Float[Tensor, "B N 1"]:
     return weight
 
 
-def _narrower(one: Narrowing, sums: RidgeSums) -> Iterator[tuple[int, Mapping[str, Array]]]:
-    """Yield parameters of the layer with zeros for what goes, for every count that is tried."""
-    for count, kept in kept_by_count(sums.square, sums.cross, counts_of(one), one.width):
+def some_of(counts: Sequence[int], *, first: int = 1) -> tuple[int, ...]:
+    """Return every second of falling counts from the `first` on, and the last, where there are more than three."""
+    return tuple(dict.fromkeys((*counts[first::2], counts[-1]))) if len(counts) > _FEW else tuple(counts)
+
+
+def between(losses: Mapping[int, float], counts: Sequence[int], whole: int) -> Mapping[int, float]:
+    """Return what is lost at every count, from some of them: a power of how many go, from one to the next.
+
+    Equation: log L(g) is linear in log g between two measured numbers g = whole - count; L(g) ~ g below the first.
+
+    Args:
+        losses: at some of the counts, the last one among them.
+        whole: the count at which nothing is lost.
+    """
+    if not counts:
+        return {whole: 0.0}
+    measured = sorted((whole - count, max(loss, _LEAST_LOSS)) for count, loss in losses.items())
+    (first, least), *_ = measured
+    gone, lost = (np.log([pair[end] for pair in measured]) for end in (0, 1))
+
+    def at(count: int) -> float:
+        if count in losses:
+            return losses[count]
+        goes = whole - count
+        return least * goes / first if goes < first else float(np.exp(np.interp(np.log(goes), gone, lost)))
+
+    return {whole: 0.0, **{count: at(count) for count in counts}}
+
+
+def _narrower(one: Narrowing, sums: RidgeSums, counts: Sequence[int]) -> Iterator[tuple[int, Mapping[str, Array]]]:
+    """Yield parameters of the layer with zeros for what goes, for every one of the counts."""
+    for count, kept in kept_by_count(sums.square, sums.cross, counts, one.width):
         weight = weight_of(sums, one.values(kept), CHOOSING_RIDGE)
         yield count, as_params(one.layer, weight)
 
 
-def _thinner(one: Narrowing, there: _Block, sums: RidgeSums) -> Iterator[tuple[int, Mapping[str, Array]]]:
-    """Yield parameters of an attention of lower rank, as wide as it is, for every width of its heads that is tried."""
+def _thinner(
+    one: Narrowing, there: _Block, sums: RidgeSums, widths: Sequence[int]
+) -> Iterator[tuple[int, Mapping[str, Array]]]:
+    """Yield parameters of an attention of lower rank, as wide as it is, for every one of the widths of its heads."""
     (rows,) = one.rows
     made, moments = with_bias(there.model.params, rows.layer), there.moments(rows.layer)
     columns = one.values(torch.arange(one.there))
     reading = weight_of(sums, columns, CHOOSING_RIDGE)
-    for width in range(one.width - HEAD_STEP, 0, -HEAD_STEP):
+    for width in widths:
         whole = lower_scores(made, moments, one.there, width).whole
         directions = factor_values(sums.square[columns][:, columns], reading[:, columns], one.there, width)
         basis = basis_of(directions, columns, len(sums.square))
@@ -193,7 +251,7 @@ def _thinner(one: Narrowing, there: _Block, sums: RidgeSums) -> Iterator[tuple[i
 
 
 def counts_of(one: Narrowing) -> tuple[int, ...]:
-    """Return how many units or heads are tried to stay: units by eighths, in steps of 32."""
+    """Return how many units or heads may stay: units by eighths, in steps of 32."""
     if one.width > 1:
         step = -(-one.there // _MOST_HEADS)
         return tuple(range(one.there - step, 0, -step))

@@ -16,6 +16,8 @@ CHOOSING_RIDGE = 0.01
 _LEAST = 1e-30
 _STEPS = 128
 """In how many steps units go, at least; in each all weights are fitted anew."""
+_CLOSING_UP = 7 / 8
+"""The share of rows that are still in use at which the others are left out of what is computed with."""
 
 
 def kept_by_count(
@@ -39,10 +41,14 @@ def kept_by_count(
     inverse = torch.linalg.inv(held)
     weight = cross.double() @ inverse
     there = (len(square) - 1) // width
-    stays = torch.ones(there, dtype=torch.bool)
+    left, stays = torch.arange(there), torch.ones(there, dtype=torch.bool)
+    group = max(1, there // _STEPS)
     for count in sorted(counts, reverse=True):
-        group = max(1, there // _STEPS)
         while (surplus := int(stays.sum()) - count) > 0:
+            if stays.sum() <= _CLOSING_UP * len(stays):
+                read = torch.cat((columns_of(stays.nonzero().flatten(), width), torch.tensor([len(inverse) - 1])))
+                inverse, weight = inverse[read][:, read], weight[:, read]
+                left, stays = left[stays], stays[stays]
             cost = _costs(weight, inverse, width)
             cost[~stays] = torch.inf
             going = torch.topk(cost, min(group, surplus), largest=False).indices
@@ -50,12 +56,12 @@ def kept_by_count(
             columns = columns_of(going, width)
             reach = inverse[:, columns]
             step = torch.linalg.solve(inverse[columns][:, columns], reach.T)
-            weight -= weight[:, columns] @ step
-            inverse -= reach @ step
+            weight.addmm_(weight[:, columns], step, alpha=-1.0)
+            inverse.addmm_(reach, step, alpha=-1.0)
             inverse[:, columns] = 0.0
             inverse[columns] = 0.0
             inverse[columns, columns] = 1.0
-        yield count, stays.nonzero().flatten()
+        yield count, left[stays]
 
 
 def _costs(weight: Float[Tensor, "O J"], inverse: Float[Tensor, "J J"], width: int) -> Float[Tensor, " U"]:

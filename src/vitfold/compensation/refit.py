@@ -9,7 +9,7 @@ it costs nothing at run time.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 from vitfold.architectures.programs import UNMERGED, plain_program, program_of
 from vitfold.compensation.factoring import Scores, lower_scores, no_moments
 from vitfold.compensation.narrowing import Narrowing, narrowed, narrowings, thinned
-from vitfold.compensation.pruning import NarrowFit, ThinFit, fit_narrow, fit_thin
+from vitfold.compensation.pruning import NarrowFit, ThinFit, basis_of, fit_narrow, fit_thin
 from vitfold.compensation.ridge import PREFIX_WEIGHT, Fit, RidgeSums, as_params, fit_change, no_sums, with_bias
 from vitfold.compensation.showing import BATCH, divided, mean_error, named, run, showing
 from vitfold.compensation.streams import LIMIT_BYTES, Columns, Streams
@@ -138,6 +138,27 @@ def compensate(
         return walk.run(examples.count)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Averages:
+    """What enters the projection of a block's attention, kept from when it was fitted: as it was, or what of it stays.
+
+    Narrower heads average narrower values: columns of the old averages, or directions in them.
+    """
+
+    layer: str
+    columns: Int[Tensor, " C"] | None = None
+    basis: Float[Tensor, "J W"] | None = None
+
+    def known(self, columns: Columns) -> dict[str, Tensor]:
+        """Return what need not be computed anew."""
+        value = columns[f"{self.layer}.x"]
+        if self.columns is not None:
+            value = value[..., self.columns]
+        elif self.basis is not None:
+            value = value @ self.basis
+        return {f"{self.layer}.x": value}
+
+
 class _Walk:
     """The model as it is and the merged or narrower one side by side, from block to block."""
 
@@ -159,6 +180,8 @@ class _Walk:
         layers = {layer for block in closing for layer in block if layer}
         thinner = {rows.layer for one in self._narrow.values() if one.thinner for rows in one.rows}
         self._shown = layers | thinner
+        entry = self._closing[self._first][0]
+        self._layers = len(layers) - (entry is not None and entry not in self._narrow)
         if not layers - {self._last}:
             raise RecipeError(
                 "no layer of this model writes straight to the residual stream, so merging cannot be compensated; "
@@ -171,6 +194,7 @@ class _Walk:
         self._refits: list[Refit] = []
         self._scores: dict[str, Scores] = {}
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._averages: _Averages | None = None
 
     def enter(self, number: int, inputs: tuple[Tensor, ...]) -> None:
         """Take a group of images: its tokens in front of the first change."""
@@ -187,6 +211,7 @@ class _Walk:
         """Refit every layer, and keep that if it helps the output."""
         for block in range(self._first, self._end):
             attention, mlp = self._closing[block]
+            self._averages = None
             self._advance_exact(block, attention)
             one = self._narrow.get(attention or "")
             if one is not None and one.thinner:
@@ -211,7 +236,7 @@ class _Walk:
 
     def _refit(self, block: int, layer: str, *, behind_merge: bool) -> None:
         """Fit a layer on what reaches it now, and change its parameters where that helps on held-out images."""
-        self._step(f"compensating {layer}")
+        self._tell(layer)
         sums, held_out = self._sums(layer)
         draw = torch.Generator().manual_seed(block)
         for number in range(len(self._merged)):
@@ -227,13 +252,21 @@ class _Walk:
             size = torch.ones(*now.shape[:2], 1) if source is None else source.sum(2, keepdim=True)
             missing = (wanted if source is None else (source @ wanted) / size) - now
             chosen = self._chosen(size.shape[1], draw)
+            if not behind_merge:
+                self._merged[number] = {**entering, f"{layer}.x": found[f"{layer}.x"]}
             rows = (found[f"{layer}.x"], missing, self._weights(size, len(chosen)))
             for into, images in zip((sums, held_out), divided(len(now)), strict=True):
                 into.add(*(value[images][:, chosen].flatten(0, 1) for value in rows))
+        if not behind_merge:
+            self._averages = _Averages(layer=layer)
         if layer in self._narrow:
             self._take_narrow(block, layer, sums, held_out)
         else:
             self._take(layer, fit_change(sums, held_out))
+
+    def _tell(self, layer: str) -> None:
+        done = len(self._refits) + 1
+        self._step(f"compensating: {layer} {done}/{self._layers}")
 
     def _sums(self, layer: str) -> tuple[RidgeSums, RidgeSums]:
         outputs, inputs = self._mended.params[f"{layer}.weight"].shape
@@ -289,6 +322,8 @@ class _Walk:
             self._refits.append(Refit(layer=layer, ridge=fit.ridge, left=fit.left, **kept))
             self._replace(layer, fit.weight)
             self._mended = narrowed(self._mended, one, fit.kept)
+            if self._averages is not None and self._averages.layer == layer:
+                self._averages = replace(self._averages, columns=one.values(fit.kept))
         self._shorter = showing(program_of(self._mended.spec, self._merge, sources=True), self._shown)
 
     def _take_thin(self, block: int, one: Narrowing, fit: NarrowFit, thin: ThinFit) -> None:
@@ -298,6 +333,9 @@ class _Walk:
         made = self._scores[one.layer].narrow(fit.kept, thin.directions)
         params = {**as_params(one.rows[0].layer, made), **as_params(one.layer, thin.weight)}
         self._mended = thinned(narrowed(self._mended, one, fit.kept), block, params, width)
+        columns = one.values(fit.kept)
+        basis = basis_of(thin.directions, columns, self._model.params[f"{one.layer}.weight"].shape[1] + 1)
+        self._averages = _Averages(layer=one.layer, basis=basis[:-1, :-1].float())
 
     def _weight(self, layer: str) -> Float[Tensor, "O J"]:
         return with_bias(self._mended.params, layer)
@@ -312,7 +350,8 @@ class _Walk:
         """Run one block: the columns of the tokens that leave it, and what else is to be shown."""
         behind = {stream_name(block + 1, column): column for column in COLUMNS}
         names = [name for name in behind if name in program.outputs]
-        found = run(program, params, named(program, block, columns), *names, *shown)
+        known = {} if self._averages is None else self._averages.known(columns)
+        found = run(program, params, {**named(program, block, columns), **known}, *names, *shown)
         return {behind.get(name, name): value for name, value in found.items()}
 
     def _judged(self, images: int) -> Compensated:
@@ -339,7 +378,7 @@ class _Walk:
 
     def _refit_output(self, layer: str) -> None:
         """Fit the layer that makes the output, on the unmerged model's output."""
-        self._step(f"compensating {layer}")
+        self._tell(layer)
         sums, held_out = self._sums(layer)
         for number in range(len(self._merged)):
             exact = self._output(self._whole, self._model.params, self._exact[number])

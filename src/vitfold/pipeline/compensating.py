@@ -15,6 +15,7 @@ from vitfold.errors import CalibrationError
 from vitfold.images import ImageSet, find_images
 from vitfold.pipeline.plan import Plan, head_dims_left
 from vitfold.pipeline.writing import FIDELITY_IMAGES
+from vitfold.recipe import MergeRecipe
 
 if TYPE_CHECKING:
     from vitfold.quant import Progress
@@ -65,7 +66,7 @@ def recorded_division(record: Mapping[str, Any], root: str | Path | None) -> tup
     images = find_images(folder)
     chosen, others = divide_for_compensation(images)
     if chosen.digest() != record["digest"]:
-        chosen = all_for_compensation(images)
+        chosen = images.sample(record.get("images", 0), seed=SEED)
         others = images.without(chosen) or images
     if chosen.digest() != record["digest"]:
         raise CalibrationError(
@@ -91,6 +92,7 @@ def compensate_plan(folded: Plan, images: ImageSet, *, progress: Progress | None
     from vitfold.quant.network import ImageExamples
 
     model, merge, digest = folded.folded, folded.recipe.merge, images.digest()
+    merge = merge if any(merge.r) else MergeRecipe(r=merge.r, order="index")  # there no order matters
     prune = folded.recipe.prune
     key = key_of(_FORMAT, model.digest(), replace(merge, compensate=True), prune, digest)
     kept = read_arrays("compensation", key)

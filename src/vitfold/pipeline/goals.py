@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from vitfold.bench.statistics import Drop
 from vitfold.pipeline.trials import Trial
@@ -12,8 +14,19 @@ from vitfold.recipe import PruneRecipe, check_prune
 from vitfold.schedule.solve import Point
 
 CLOSE = 1.03
+COARSE = (0.3, 0.4, 0.5, 0.6)
+"""Shares of the blocks' work that arms may lack where nothing says which of them is worth trying."""
 _GENTLER = 0.75
 _MARGIN = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Narrower:
+    """What of the blocks stays where a share of their work goes, and the drop that this alone is believed to cost."""
+
+    share: float
+    prune: PruneRecipe
+    lost: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -21,7 +34,8 @@ class Arm:
     """Bits and a target, with the schedules that none beats in both predicted time and distortion.
 
     `points` run from the fastest, which distorts most, to no merging; seconds are relative to the float model's.
-    `prune` says which heads and hidden units stay, None where all do; `share` is what then goes of the blocks' work.
+    `prune` says which heads and hidden units stay, None where all do; `share` is what then goes of the blocks' work,
+    and `lost` the drop that this alone is believed to cost.
     """
 
     quant: str
@@ -30,13 +44,14 @@ class Arm:
     rule: str = "tome"
     share: float = 0.0
     prune: PruneRecipe | None = None
+    lost: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         points = [[seconds, distortion, list(r)] for seconds, distortion, r in self.points]
         prune = None if self.prune is None else self.prune.to_dict()
-        values = {"quant": self.quant, "target": self.target, "rule": self.rule, "share": self.share}
-        return {**values, "prune": prune, "points": points}
+        values = {"quant": self.quant, "target": self.target, "rule": self.rule}
+        return {**values, "share": self.share, "lost": self.lost, "prune": prune, "points": points}
 
     def attempt(
         self,
@@ -76,7 +91,7 @@ def arm_from_dict(values: Mapping[str, Any]) -> Arm:
     """Rebuild an arm from `Arm.to_dict`."""
     points = tuple((seconds, distortion, tuple(r)) for seconds, distortion, r in values["points"])
     prune = check_prune(values["prune"], name="arms")
-    named = {name: values[name] for name in ("quant", "target", "rule", "share")}
+    named = {name: values[name] for name in ("quant", "target", "rule", "share", "lost")}
     return Arm(**named, prune=prune, points=points)
 
 
@@ -89,11 +104,29 @@ class LeastLatency:
 
     max_drop: float
     screen: Callable[[Point, str], Drop]
-    screen_pruned: Callable[[PruneRecipe], Drop]
+    screen_pruned: Callable[[Narrower], Drop]
+
+    def worth_trying(self, narrower: Sequence[Narrower]) -> list[Narrower]:
+        """Bisect for the largest share whose pruning alone keeps the bound; return it and its neighbours.
+
+        A gentler one leaves some of the bound to merging; the next bolder one stays unless it surely breaks it. What
+        was not looked at drops as much as the line between those that were.
+        """
+        low, high, seen = -1, len(narrower), dict[int, Drop]()
+        while high - low > 1:
+            middle = (low + high) // 2
+            seen[middle] = self.screen_pruned(narrower[middle])
+            low, high = (middle, high) if seen[middle].drop <= self.max_drop else (low, middle)
+        if high in seen and seen[high].low <= self.max_drop:
+            high += 1
+        at = {0.0: 0.0, **{narrower[i].share: max(0.0, seen[i].drop) for i in sorted(seen)}}
+        shares, drops = list(at), list(at.values())
+        first = max(0, low - 1)
+        return [replace(one, lost=float(np.interp(one.share, shares, drops))) for one in narrower[first:high]]
 
     def start(self, arm: Arm) -> int:
         """Bisect for the fastest schedule whose merging alone keeps what pruning leaves of the bound."""
-        bound = self.max_drop - (0.0 if arm.prune is None else max(0.0, self.screen_pruned(arm.prune).drop))
+        bound = self.max_drop - arm.lost
         low, high = 0, len(arm.points) - 1
         while low < high:
             middle = (low + high) // 2
@@ -149,6 +182,10 @@ class LeastDrop:
     max_latency_ms: float
     plain_ms: float
     max_drop: float = 1.0
+
+    def worth_trying(self, narrower: Sequence[Narrower]) -> list[Narrower]:
+        """Some shares of all: what they drop is found out by trying them."""
+        return [one for one in narrower if one.share in COARSE]
 
     def start(self, arm: Arm) -> int:
         """The least distortion that is predicted to be fast enough."""

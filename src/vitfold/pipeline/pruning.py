@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vitfold.artifacts.cache import keep_arrays, key_of, read_arrays
 from vitfold.images import ImageSet
-from vitfold.model import Architecture, Model
+from vitfold.model import Architecture, Array, Model
 from vitfold.pipeline.plan import count_costs, optimize
 from vitfold.recipe import MergeRecipe, PruneRecipe
 
 if TYPE_CHECKING:
-    from vitfold.compensation import Losses
+    from vitfold.compensation import BlockLosses, Losses
     from vitfold.quant import Progress
 
-_FORMAT = 2
+_FORMAT = 3
 _RECORD = "record"
 
 
@@ -70,10 +70,30 @@ def pruning_losses(folded: Model, images: ImageSet, *, progress: Progress | None
     kept = read_arrays("pruning", key)
     if kept is None or _RECORD not in kept:
         examples, progress = ImageExamples(images=chosen, preprocess=folded.preprocess), progress or Progress()
-        found = measure_losses(folded, examples, step=progress.step, advance=progress.advance)
-        kept = {_RECORD: np.frombuffer(json.dumps(found.to_dict()).encode(), np.uint8)}
+
+        def once(block: int, measure: Callable[[], BlockLosses]) -> BlockLosses:
+            """Whoever is interrupted goes on with the block that was being measured."""
+            own = key_of(_FORMAT, key, block)
+            known = read_arrays("pruning", own)
+            if known is None or _RECORD not in known:
+                losses = {str(kind): _written(one) for kind, one in measure().items()}
+                known = {_RECORD: _encoded(losses)}
+                keep_arrays("pruning", own, known)
+            read = json.loads(known[_RECORD].tobytes())
+            return {int(kind): {int(count): loss for count, loss in one.items()} for kind, one in read.items()}
+
+        found = measure_losses(folded, examples, step=progress.step, advance=progress.advance, once=once)
+        kept = {_RECORD: _encoded(found.to_dict())}
         keep_arrays("pruning", key, kept)
     return losses_from_dict(json.loads(kept[_RECORD].tobytes()))
+
+
+def _written(losses: Mapping[int, float]) -> dict[str, float]:
+    return {str(count): loss for count, loss in losses.items()}
+
+
+def _encoded(values: Mapping[str, Any]) -> Array:
+    return np.frombuffer(json.dumps(values).encode(), np.uint8)
 
 
 def block_costs(spec: Architecture, merge: MergeRecipe, attention: float = 1.0) -> Sequence[tuple[float, float]]:

@@ -6,6 +6,7 @@ its row: a bundle that ran over images and was timed beside the float one.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,8 @@ from vitfold.engines import open_session
 from vitfold.errors import BundleError, RecipeError, VitfoldError
 from vitfold.images import ImageSet
 from vitfold.model import ViTSpec
-from vitfold.pipeline.goals import CLOSE, Arm, Goal, LeastLatency, arm_from_dict
+from vitfold.pipeline.compensating import SEED
+from vitfold.pipeline.goals import CLOSE, Arm, Goal, LeastLatency, Narrower, arm_from_dict
 from vitfold.pipeline.latency import PROBE, measure_latency, on_this_machine, roughly_calibrated
 from vitfold.pipeline.plan import Plan
 from vitfold.pipeline.pruning import solve_prune
@@ -43,8 +45,12 @@ from vitfold.target import find_target
 ARMS = "arms.jsonl"
 SCREENED = "screened.jsonl"
 SCREENED_IMAGES = 500
+NARROWER_IMAGES = 2000
+"""Narrower blocks are told apart by fewer points than schedules, and cost a refit each: they are looked at longer."""
+REFITTING_IMAGES = 1024
+"""A refit takes as long as it has images, and a search makes several."""
 FLOAT_SITES = 4
-PRUNED = (0.3, 0.4, 0.5, 0.6)
+PRUNED = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)
 """Shares of the blocks' work that arms may lack, where there are images to refit what stays on."""
 _WORST = 0.25
 _ALIKE = 0.1
@@ -153,19 +159,21 @@ class SearchContext:
             return min(alike, key=lambda found: abs(found.distortion - distortion)).drop
         return self._screen(Trial(name="", r=r, rule=rule), distortion, "schedules")
 
-    def screen_pruned(self, prune: PruneRecipe) -> Drop:
+    def screen_pruned(self, narrower: Narrower) -> Drop:
         """Return the drop of narrower blocks alone, on the first images."""
         for found in self._screened:
-            if found.attempt.prune == prune:
+            if found.attempt.prune == narrower.prune:
                 return found.drop
         unmerged = (0,) * self.trying.model.spec.num_layers
-        return self._screen(Trial(name="", r=unmerged, prune=prune), 0.0, "narrower blocks")
+        attempt = Trial(name="", r=unmerged, prune=narrower.prune)
+        return self._screen(attempt, 0.0, f"{100 * narrower.share:g} % less work", NARROWER_IMAGES)
 
-    def _screen(self, attempt: Trial, distortion: float, shown: str) -> Drop:
+    def _screen(self, attempt: Trial, distortion: float, shown: str, images: int = SCREENED_IMAGES) -> Drop:
         self.say(f"screening {shown}")
-        some = self.trying.images.first(SCREENED_IMAGES)
-        with opened(plan_attempt(attempt, self.trying)) as session:
-            outputs = run_over(session, some, self.trying.model.preprocess)
+        some = self.trying.images.first(images)
+        with opened(plan_attempt(attempt, self.trying, say=lambda step: self.say(f"screening {shown}, {step}"))) as one:
+            self.say(f"screening {shown}, running over {len(some.paths)} images")
+            outputs = run_over(one, some, self.trying.model.preprocess)
         trying = replace(self.trying, images=some, expected=_only(self.trying, some))
         found = _Screened(attempt=attempt, distortion=distortion, drop=trying.drop(outputs))
         self._screened.append(found)
@@ -203,67 +211,73 @@ class SearchContext:
             return None
 
 
-def find_arms(laboratory: SearchContext, quants: Sequence[str], targets: Sequence[str]) -> list[Arm]:
-    """Return the arms of an earlier run in the same folder, or build and keep them."""
-    path = laboratory.folder / ARMS
-    kept = read_rows(path)
-    narrower = _narrower(laboratory)
+def find_arms(laboratory: SearchContext, quants: Sequence[str], targets: Sequence[str], goal: Goal) -> list[Arm]:
+    """Return the arms of an earlier run in the same folder, and build and keep those that are missing."""
+    path, wanted = laboratory.folder / ARMS, goal.worth_trying(_narrower(laboratory))
     pairs = [(quant, target) for quant in quants for target in targets]
-    wanted = [(*pair, share) for pair in pairs for share in narrower]
-    if [(row["quant"], row["target"], row["share"]) for row in kept] == wanted:
-        return [arm_from_dict(row) for row in kept]
-    path.unlink(missing_ok=True)
-    arms = build_arms(laboratory, pairs, narrower)
-    for arm in arms:
-        append_row(path, arm.to_dict())
-    return arms
+    shares = [0.0, *(one.share for one in wanted)]
+    kept: dict[tuple[str, str], list[Arm]] = {}
+    for row in read_rows(path):
+        arm = arm_from_dict(row)
+        kept.setdefault((arm.quant, arm.target), []).append(arm)
+    found = {pair: arms for pair, arms in kept.items() if [arm.share for arm in arms] == shares}
+    if found != kept:
+        path.unlink(missing_ok=True)
+        for arm in (arm for arms in found.values() for arm in arms):
+            append_row(path, arm.to_dict())
+    missing = [pair for pair in pairs if pair not in found]
+    if missing:
+        for pair, arms in build_arms(laboratory, missing, wanted):
+            found[pair] = arms
+            for arm in arms:
+                append_row(path, arm.to_dict())
+    return [arm for pair in pairs for arm in found[pair]]
 
 
 def build_arms(
-    laboratory: SearchContext, pairs: Sequence[tuple[str, str]], narrower: Mapping[float, PruneRecipe | None]
-) -> list[Arm]:
-    """Measure a latency table for every pair and the distortions once, and return the frontiers.
+    laboratory: SearchContext, pairs: Sequence[tuple[str, str]], narrower: Sequence[Narrower]
+) -> Iterator[tuple[tuple[str, str], list[Arm]]]:
+    """Measure the distortions once and a latency table for every pair, and yield its frontiers.
 
     Of narrower blocks only the narrowest are timed: what others take lies on the line between them and whole blocks.
 
     Args:
         pairs: bits and a target.
-        narrower: what of the blocks stays by the share of their work that goes.
+        narrower: what of the blocks stays, by rising share of their work that goes.
     """
     trying, say = laboratory.trying, laboratory.say
     say("choosing a merging rule")
     rule = gentlest_rule(trying.model, trying.calibration)
 
-    def rough(pair: tuple[str, str], share: float) -> Plan:
+    def rough(pair: tuple[str, str], prune: PruneRecipe | None = None) -> Plan:
         quant, target = pair
-        kept = (trying.calibration, rule, narrower[share])
+        kept = (trying.calibration, rule, prune)
         return roughly_calibrated(trying.model, quant_from_scheme(quant), target, *kept)
 
-    plans = {pair: rough(pair, 0.0) for pair in pairs}
-    here = on_this_machine(next(iter(plans.values())))
+    here = on_this_machine(rough(pairs[0]))
     merging = measure_merging(trying.model, trying.calibration, **here, rule=rule, say=say)
-    protocol, arms = replace(PROBE, batch=trying.protocol.batch), []
-    ends = sorted({0.0, max(narrower)})
+    protocol = replace(PROBE, batch=trying.protocol.batch)
     with open_session(laboratory.plain) as plain:
-        for (quant, target), plan in plans.items():
-            say(f"timing schedules of {quant} on {target}")
+        for number, (quant, target) in enumerate(pairs, start=1):
+            say(f"timing schedules: {quant} on {target} {number}/{len(pairs)}")
+            plan = rough((quant, target))
             table = measure_latency(plan, protocol=protocol)
             with ExitStack() as closing:
-                sessions = {"float": plain}
-                for share in ends:
-                    narrow = plan if share == 0.0 else rough((quant, target), share)
-                    sessions[str(share)] = closing.enter_context(opened(narrow))
+                sessions = {"float": plain, "whole": closing.enter_context(opened(plan))}
+                if narrower:
+                    narrow = rough((quant, target), narrower[-1].prune)
+                    sessions["narrow"] = closing.enter_context(opened(narrow))
                 times = timed(sessions, trying.model.spec, protocol=protocol)
-            whole, *others = (times[str(share)] for share in ends)
-            ratios = [1.0, *(1 / speed_up(whole, other)["median"] for other in others)]
             none = (0,) * trying.model.spec.num_layers
             total = table.total(none, trying.model.spec.tokens)
-            scale = 1 / speed_up(times["float"], whole)["median"] / total
-            for share, prune in narrower.items():
-                left = float(np.interp(share, ends, ratios))
-                points = _points(merging.space, table.narrowed(left), scale)
-                arms.append(Arm(quant=quant, target=target, rule=rule, share=share, prune=prune, points=points))
-    return arms
+            scale = 1 / speed_up(times["float"], times["whole"])["median"] / total
+            arms = [Arm(quant=quant, target=target, rule=rule, points=_points(merging.space, table, scale))]
+            for one in narrower:
+                least = 1 / speed_up(times["whole"], times["narrow"])["median"]
+                left = table.narrowed(float(np.interp(one.share, (0.0, narrower[-1].share), (1.0, least))))
+                points = _points(merging.space, left, scale)
+                arms.append(replace(arms[0], points=points, share=one.share, prune=one.prune, lost=one.lost))
+            yield (quant, target), arms
 
 
 def _points(space: Space, table: LatencyTable, scale: float) -> tuple[Point, ...]:
@@ -271,19 +285,18 @@ def _points(space: Space, table: LatencyTable, scale: float) -> tuple[Point, ...
     return tuple(frontier(space, lambda tokens, merged, _: scale * table.block(tokens, merged), _WORST))
 
 
-def _narrower(laboratory: SearchContext) -> Mapping[float, PruneRecipe | None]:
-    """What of the blocks stays by the share of their work that goes: all for none, and others where that can be."""
-    trying, found = laboratory.trying, dict[float, PruneRecipe | None]({0.0: None})
+def _narrower(laboratory: SearchContext) -> list[Narrower]:
+    """What of the blocks stays by the share of their work that goes, as far as that can be; none without refitting."""
+    trying, found = laboratory.trying, list[Narrower]()
     if trying.refitting is None:
         return found
     from vitfold.quant import Progress
 
     progress = Progress(step=laboratory.say)
-    try:
+    with contextlib.suppress(RecipeError):  # nothing can go, or not so much
         for share in PRUNED:
-            found[share] = solve_prune(trying.model, MergeRecipe(r=()), trying.refitting, share, progress=progress)
-    except RecipeError:
-        return {0.0: None}
+            prune = solve_prune(trying.model, MergeRecipe(r=()), trying.refitting, share, progress=progress)
+            found.append(Narrower(share=share, prune=prune))
     return found
 
 
@@ -294,8 +307,8 @@ def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minute
     missed it to gentler ones. One whose drop comes from quantization more than from merging is tried again with its
     most sensitive sites wide where its engine multiplies 16 bits, then float, and with a remedy against sink tokens
     where that does not mend it; one that merges too much with its merging compensated, where there are images for that.
-    Arms of narrower blocks start from gentler merging, by what pruning alone costs. What meets the bound has to keep it
-    on held-out images too.
+    Arms of narrower blocks start from gentler merging, by what pruning alone costs, and, while nothing has met the
+    bound, from no merging: that needs no other refit. What meets the bound has to keep it on held-out images too.
     """
     ends, verified = time.monotonic() + 60 * minutes, 0
     # An arm waits with the best that it could promise at all; only when its turn comes is it found out what it does.
@@ -318,8 +331,18 @@ def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minute
             step = _Step(index=goal.start(arm))
             heapq.heappush(waiting, (goal.cost(arm, step.index), number, step))
             continue
-        if (number, step) in tried:
+        if (number, step) in tried or (best is not None and not _worth_a_refit(arm, step, goal, best)):
             continue
+        unmerged = _Step(index=len(arm.points) - 1)
+        if (
+            best is None
+            and arm.prune is not None
+            and isinstance(goal, LeastLatency)
+            and (number, unmerged) not in tried
+        ):
+            # Narrower blocks alone were refitted when they were screened, and merging adds to their drop.
+            heapq.heappush(waiting, (cost, number, step))
+            step = unmerged
         tried.add((number, step))
         row = laboratory.measure(
             arm.attempt(
@@ -338,6 +361,13 @@ def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minute
     rows = [row for row in laboratory.rows if any((row["quant"], row["target"]) == (a.quant, a.target) for a in arms)]
     nearest = min((row for row in rows if row["error"] is None), key=goal.missed_by, default=None)
     return SearchResult(winner=best, rows=tuple(rows), verified=verified, nearest=nearest, reason=reason)
+
+
+def _worth_a_refit(arm: Arm, step: _Step, goal: Goal, best: Verdict) -> bool:
+    """Say whether narrower blocks that merge, too, promise clearly more than the best: they are refitted together."""
+    if arm.prune is None or not any(arm.points[step.index][2]) or not isinstance(goal, LeastLatency):
+        return True
+    return CLOSE * goal.cost(arm, step.index) <= goal.reached(best.row)
 
 
 def _following(
@@ -382,9 +412,9 @@ def divided_for_search(images: ImageSet, *, seed: int) -> tuple[ImageSet, ImageS
 
 def divided_for_refitting(images: ImageSet, *, seed: int) -> tuple[ImageSet | None, ImageSet]:
     """Return a third of the images for refitting layers, drawn by a seed, and the others; none, if that is too few."""
-    from vitfold.compensation import LEAST_IMAGES, MOST_IMAGES
+    from vitfold.compensation import LEAST_IMAGES
 
-    count = min(MOST_IMAGES, len(images.paths) // 3)
+    count = min(REFITTING_IMAGES, len(images.paths) // 3)
     if count < LEAST_IMAGES:
         return None, images
     chosen = images.sample(count, seed=seed)
@@ -392,11 +422,10 @@ def divided_for_refitting(images: ImageSet, *, seed: int) -> tuple[ImageSet | No
 
 
 def enough_for_refitting(images: ImageSet) -> ImageSet | None:
-    """Return as many images as refitting layers takes; None, if they are too few."""
+    """Return as many images as a search refits layers on; None, if they are too few."""
     from vitfold.compensation import LEAST_IMAGES
-    from vitfold.pipeline.compensating import all_for_compensation
 
-    return all_for_compensation(images) if len(images.paths) >= LEAST_IMAGES else None
+    return images.sample(REFITTING_IMAGES, seed=SEED) if len(images.paths) >= LEAST_IMAGES else None
 
 
 def check_enough(images: int, max_drop: float) -> None:
@@ -420,8 +449,8 @@ def _pays(row: Mapping[str, Any]) -> bool:
 def _quantization_costs(arm: Arm, index: int, row: Mapping[str, Any], laboratory: SearchContext) -> bool:
     if arm.quant == "none" or row["drop"] is None:
         return False
-    merging = laboratory.screen(arm.points[index], arm.rule).drop
-    return bool(row["drop"]["drop"] - merging > max(merging, 0.0))
+    others = laboratory.screen(arm.points[index], arm.rule).drop + arm.lost
+    return bool(row["drop"]["drop"] - others > max(others, 0.0))
 
 
 def _only(trying: EvalContext, images: ImageSet) -> Outputs:

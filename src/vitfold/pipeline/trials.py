@@ -163,18 +163,20 @@ def plan_attempt(attempt: Trial, trying: EvalContext, *, say: Say = lambda _: No
         registers="auto" if attempt.registers else None,
         target=attempt.target,
     )
+    from vitfold.quant import Progress
+
+    progress = Progress(step=say)
     if folded.needs_compensation:
         assert trying.refitting is not None
-        say("refitting weights")
-        folded = compensate_plan(folded, trying.refitting)
+        folded = compensate_plan(folded, trying.refitting, progress=progress)
     if quant is None:
         return folded
     say("calibrating")
     images = trying.calibration.sample(trying.calibration_size, seed=trying.calibration_seed)
     if attempt.float_sites:
         scheme = WIDE if attempt.wide else FLOAT
-        folded = keep_float(folded, images, attempt.float_sites, scheme=scheme)
-    return calibrate_plan(folded, images)
+        folded = keep_float(folded, images, attempt.float_sites, scheme=scheme, progress=progress)
+    return calibrate_plan(folded, images, progress=progress)
 
 
 def measure_attempt(
