@@ -53,7 +53,7 @@ OTHERS: dict[type, dict[str, Any]] = {
         "head_bits": 4,
         "format": "float8",
         "outputs": True,
-        "calibrate_merged": False,
+        "calibrate_merged": True,
         "polish_minutes": 2.0,
         "sites": {"head": "float"},
     },

@@ -94,7 +94,7 @@ class QuantRecipe:
     `head_bits` is the least that the classifier gets, as every published table does it. `format` says what
     the bits are: integers, or 8-bit floats (E4M3). `outputs` says whether the products of qkv and fc1 are rounded
     too, before their scale and bias (None: as the target gains from it). `calibrate_merged` says whether ranges and
-    rounding are found on the model that merges, or on the one that does not. `polish_minutes` is how long weights,
+    rounding are found on the model that merges, or on the one that does not merge. `polish_minutes` is how long weights,
     scales, biases and norms are trained behind all that, on the same images and without labels.
     """
 
@@ -107,7 +107,7 @@ class QuantRecipe:
     head_bits: int = 8
     format: Format = "integer"
     outputs: bool | None = None
-    calibrate_merged: bool = True
+    calibrate_merged: bool = False
     polish_minutes: float = 0.0
     sites: Mapping[str, str] = field(default_factory=dict)
 
@@ -391,7 +391,7 @@ class Recipe:
             del values["quant"]
         else:
             values["quant"]["sites"] = dict(self.quant.sites)
-            if self.quant.calibrate_merged:
+            if not any(self.merge.r):
                 del values["quant"]["calibrate_merged"]
             if not self.quant.polish_minutes:
                 del values["quant"]["polish_minutes"]

@@ -11,10 +11,10 @@ import pytest
 
 from vitfold.artifacts.bundle import MODEL, Bundle, Manifest, open_bundle, write_bundle
 from vitfold.artifacts.digested import MANIFEST, VERSION
-from vitfold.artifacts.vision import Vision
+from vitfold.artifacts.vision import Vision, read_vision
 from vitfold.errors import BundleError
 from vitfold.model import Model
-from vitfold.recipe import MergeRecipe, Recipe
+from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe
 
 
 @pytest.fixture
@@ -53,6 +53,22 @@ def test_what_is_written_is_read_back(tmp_path: Path, manifest: Manifest) -> Non
     assert again.onnx_path.read_bytes() == b"weights"
     assert again.name == "a"
     assert again.size_bytes == len(b"weights") + len((again.path / "recipe.toml").read_bytes())
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_bundles_of_before_that_state_no_calibration_were_calibrated_merged(manifest: Manifest, merged: bool) -> None:
+    target = {**manifest.target, "activation_type": "uint8", "quantized_product": "fused", "weight_bits": 8}
+    quantized = Recipe(merge=MergeRecipe(r=(2, 2)), quant=QuantRecipe(calibrate_merged=merged))
+    values = json.loads(json.dumps(manifest.changed(recipe=quantized).to_dict()))
+
+    def read() -> Vision:
+        return read_vision(values, labels=manifest.labels, target=target, name=MANIFEST)
+
+    assert read().recipe == quantized
+    del values["recipe"]["quant"]["calibrate_merged"]
+    again = read().recipe.quant
+    assert again is not None
+    assert again.calibrate_merged
 
 
 def test_equal_content_has_an_equal_digest(tmp_path: Path, manifest: Manifest) -> None:

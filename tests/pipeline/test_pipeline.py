@@ -188,8 +188,10 @@ def test_ranges_may_come_from_the_model_that_does_not_merge(tiny_model: Callable
     merge = {"calibrated merged": 3, "calibrated unmerged": 3, "not merged": 0}
     found = {}
     for name, r in merge.items():
-        asked = QuantRecipe(method="minmax", calibrate_merged=name != "calibrated unmerged")
+        asked = QuantRecipe(method="minmax", calibrate_merged=name == "calibrated merged")
         plan = pipeline.optimize(tiny_model(), merge=r, quant=asked, target="portable")
         found[name] = pipeline.calibrate_plan(plan, photos).quantizers.digest()
     assert found["calibrated unmerged"] == found["not merged"] != found["calibrated merged"]
+    assert not QuantRecipe().calibrate_merged
+    assert Recipe(merge=MergeRecipe(r=(2,)), quant=QuantRecipe()).to_dict()["quant"]["calibrate_merged"] is False
     assert "calibrate_merged" not in Recipe(quant=QuantRecipe()).to_dict()["quant"]

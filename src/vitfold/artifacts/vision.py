@@ -130,7 +130,15 @@ def _recipe(value: Any, name: str) -> Recipe:
     for key, kind in _SECTIONS.items():
         if key in values:
             check_fields(kind, values[key], f"recipe.{key}", _RECIPE)
-    return recipe_from_dict(values, name=name)
+    return recipe_from_dict(_stated(values), name=name)
+
+
+def _stated(values: dict[str, Any]) -> dict[str, Any]:
+    """Say what bundles of before `quant.calibrate_merged` was written left unsaid: they were calibrated merged."""
+    quant, merge = values.get("quant"), values.get("merge")
+    if quant is None or merge is None or "calibrate_merged" in quant or not any(merge["r"]):
+        return values
+    return {**values, "quant": {**quant, "calibrate_merged": True}}
 
 
 def _tokens(values: Mapping[str, Any], spec: Architecture, recipe: Recipe) -> tuple[int, ...]:

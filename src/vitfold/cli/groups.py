@@ -122,7 +122,7 @@ class RecipeArgs:
     prune_mlp: options.PruneMlp = None
     quant: options.Quant = None
     method: options.Method = None
-    calibrate_merged: options.CalibrateMerged = True
+    calibrate_merged: options.CalibrateMerged = False
     polish: options.Polish = 0.0
     registers: options.Registers = None
     keep_float: options.KeepFloat = 0

@@ -192,9 +192,9 @@ def _refused_recipes(job: _Job) -> tuple[tuple[bool, str, str], ...]:
             "--method",
         ),
         (
-            not wanted.calibrate_merged and (named or not quantizes),
-            "--calibrate-unmerged needs --quant, for example --quant w8a8; recipes say quant.calibrate_merged = false",
-            "--calibrate-unmerged",
+            wanted.calibrate_merged and (named or not quantizes),
+            "--calibrate-merged needs --quant, for example --quant w8a8; recipes say quant.calibrate_merged = true",
+            "--calibrate-merged",
         ),
         (
             wanted.polish > 0 and (named or not quantizes),
@@ -228,7 +228,7 @@ def _refused_searches(job: _Job) -> tuple[tuple[bool, str, str], ...]:
         any((wanted.merge, wanted.method, wanted.registers, wanted.recipe, wanted.compensate))
         or (wanted.prune, wanted.prune_mlp) != (None, None)
         or wanted.keep_float > 0
-        or not wanted.calibrate_merged
+        or wanted.calibrate_merged
         or wanted.polish > 0
         or job.dry_run
     )

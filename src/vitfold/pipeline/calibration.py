@@ -33,7 +33,7 @@ def constraints_of(target: Target) -> QuantConstraints:
 def calibration_merging(recipe: Recipe) -> MergeRecipe:
     """Return the merging of the model that is calibrated: the recipe's, or none."""
     assert recipe.quant is not None
-    return recipe.merge if recipe.quant.calibrate_merged else replace(recipe.merge, r=())
+    return recipe.merge if recipe.quant.calibrate_merged else MergeRecipe(r=())
 
 
 def split_images(folded: Plan, images: ImageSet) -> tuple[ImageSet, ImageSet]:
