@@ -94,7 +94,7 @@ class QuantRecipe:
     `head_bits` is the least that the classifier gets, as every published table does it. `format` says what
     the bits are: integers, or 8-bit floats (E4M3). `outputs` says whether the products of qkv and fc1 are rounded
     too, before their scale and bias (None: as the target gains from it). `calibrate_merged` says whether ranges and
-    rounding are found on the model that merges, or on the one that does not merge. `polish_minutes` is how long weights,
+    rounding are found on the model that merges, or on the one that does not. `polish_minutes` is how long weights,
     scales, biases and norms are trained behind all that, on the same images and without labels.
     """
 
