@@ -167,8 +167,7 @@ audits: $(VENV)/.dev
 	$(TRT) demo --target tensorrt-int8 --calibration-size 8 --method ptq4vit -o $(A)/twin/twin.fold
 	cd $(A)/twin && $(CURDIR)/$(BIN)/vitfold audit fp16.fold shifted.fold twin.fold --batch 64 -o $(CURDIR)/results/audit-twin-demo-sm86.json
 	$(BIN)/vitfold forecast demo --images $(CIFAR10_TRAIN) --like 4 -o results/forecast-demo.json
-	mkdir -p $(A)/few && cp $$(find $(PHOTOS) -type f | sort | head -n 4) $(A)/few
-	$(BIN)/vitfold forecast $(VITB) --images $(A)/few -o results/forecast-vit-b16.json
+	$(BIN)/vitfold forecast $(VITB) --images $(PHOTOS) -o results/forecast-vit-b16.json
 	$(BIN)/vitfold forecast $(VITB) --lengths 197,192,176,160,147,144,128,101 --gpus H100,A100 --batches 1,8,64,128 -o results/forecast-lengths-vit-b16.json
 
 # The same kernels by the model of time as it is now, in seconds and without the compiler; then `make readme`.
