@@ -135,6 +135,7 @@ ablation: $(VENV)/.dev
 		$(BIN)/vitfold ladder hf:./planted-$$f $(ABLATE) --images $(PHOTOS) --limit 60 --calibration-images $(PHOTOS) -o results/ablation-planted-$$f.json; done
 
 # What NVIDIA's compiler makes of ViT-B/16 in every form of docs/nvidia.md, and where merging pays; no GPU needed, an hour or so.
+# Kernels do not depend on ranges, so calibration is short.
 A := $(WORK)/audits
 B384 := timm:vit_base_patch16_384 --weights random
 MINMAX := --method minmax --calibration-size 16
@@ -146,10 +147,12 @@ audits: $(VENV)/.dev
 		$(TRT) $(VITB) --target tensorrt-$$p --merge $$m $$([ $$p = fp16 ] || echo $(MINMAX)) -o $(A)/$$p$$([ $$m = 0 ] || echo -3x48).fold; done; done
 	for r in 8 16; do $(TRT) $(VITB) --target tensorrt-int8 --merge $$r $(MINMAX) -o $(A)/int8-r$$r.fold; done
 	$(TRT) $(VITB) --target tensorrt-fp16 --merge 8 -o $(A)/fp16-r8.fold
-	$(TRT) $(VITB) --target tensorrt-fp8 -o $(A)/fp8.fold --calibration-size 16
-	$(TRT) $(VITB) --target tensorrt-int8 --recipe recipes/nvidia-int8-rounded.toml -o $(A)/int8-oq.fold
-	$(TRT) $(VITB) --target tensorrt-int8 --recipe recipes/nvidia-int8-rounded-3x48.toml -o $(A)/int8-oq-3x48.fold
-	$(TRT) $(VITB) --target tensorrt-fp8 --recipe recipes/nvidia-fp8-rounded-3x48.toml -o $(A)/fp8-oq-3x48.fold
+	$(TRT) $(VITB) --target tensorrt-fp8 $(MINMAX) -o $(A)/fp8.fold
+	for f in int8-rounded int8-rounded-3x48 fp8-rounded-3x48; do \
+		(cat recipes/nvidia-$$f.toml; printf 'method = "minmax"\ncalibration_size = 16\n') > $(A)/$$f.toml; done
+	$(TRT) $(VITB) --target tensorrt-int8 --recipe $(A)/int8-rounded.toml -o $(A)/int8-oq.fold
+	$(TRT) $(VITB) --target tensorrt-int8 --recipe $(A)/int8-rounded-3x48.toml -o $(A)/int8-oq-3x48.fold
+	$(TRT) $(VITB) --target tensorrt-fp8 --recipe $(A)/fp8-rounded-3x48.toml -o $(A)/fp8-oq-3x48.fold
 	for b in 8 64; do cd $(A); \
 		$(CURDIR)/$(BIN)/vitfold audit fp16.fold int8.fold int8-oq.fold fp16-3x48.fold int8-3x48.fold int8-oq-3x48.fold fp16-r8.fold int8-r8.fold int8-r16.fold \
 			--gpu sm86 --batch $$b -o $(CURDIR)/results/audit-vit-b16-sm86-batch$$b.json; \

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -448,7 +449,10 @@ def profiles(report: Report, calls: Mapping[str, Callable[[], None]]) -> None:
 
 
 def end_to_end(report: Report, source: str, batch: int, modules: Mapping[str, Callable[..., Any]]) -> None:
-    """Files to labels: decoded, resized and cropped by Pillow in threads ahead, normalized on the device."""
+    """Files to labels: decoded, resized and cropped by Pillow in threads ahead, normalized on the device.
+
+    A second row of every module resizes on the device, too, which is near to Pillow's and not equal (docs/gpu.md).
+    """
     if report.left() < 0 and not report.small:
         return
     model = load_source(source, weights="random").model
@@ -457,46 +461,40 @@ def end_to_end(report: Report, source: str, batch: int, modules: Mapping[str, Ca
     mean, std = (
         torch.tensor(v, device=report.device).view(1, 3, 1, 1) for v in (model.preprocess.mean, model.preprocess.std)
     )
-    on_gpu = report.device.type == "cuda"
+    on_gpu, shape = report.device.type == "cuda", model.preprocess.crop_size
 
-    def prepared(group: Sequence[Path]) -> torch.Tensor:
+    def prepared(group: Sequence[Path], *, ahead: bool) -> torch.Tensor:
         from PIL import Image
 
-        size = (model.preprocess.crop_size[1], model.preprocess.crop_size[0])
-        whole = np.stack(
-            [np.asarray(Image.open(p).convert("RGB").resize(size, Image.Resampling.BICUBIC)) for p in group]
-        )
-        held = torch.from_numpy(whole)
+        images = [Image.open(path).convert("RGB") for path in group]
+        if ahead:
+            images = [image.resize((shape[1], shape[0]), Image.Resampling.BICUBIC) for image in images]
+        held = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
         return held.pin_memory() if on_gpu else held
 
     groups = [files[start : start + batch] for start in range(0, len(files), batch)]
     rows: list[dict[str, Any]] = []
-    for name, module in modules.items():
+    for (name, module), ahead in itertools.product(modules.items(), (True, False)):
 
         def labelled(held: torch.Tensor, module: Callable[..., Any] = module) -> torch.Tensor:
-            x = (
-                held.to(report.device, non_blocking=True)
-                .permute(0, 3, 1, 2)
-                .contiguous()
-                .float()
-                .div_(255)
-                .sub_(mean)
-                .div_(std)
-            )
-            made = module(x.to(torch.float16))
+            x = held.to(report.device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float()
+            if x.shape[2:] != shape:
+                x = torch.nn.functional.interpolate(x, shape, mode="bicubic", antialias=True).round_().clamp_(0, 255)
+            made = module(x.div_(255).sub_(mean).div_(std).to(torch.float16))
             return (made[0] if isinstance(made, tuple) else made).argmax(1).cpu()
 
         with ThreadPoolExecutor(os.cpu_count() or 2) as pool, torch.no_grad():
-            ready = [one.result() for one in [pool.submit(prepared, g) for g in groups]]
+            ready = [one.result() for one in [pool.submit(prepared, g, ahead=ahead) for g in groups]]
             labelled(ready[0])
             wait(report.device)
             began = time.perf_counter_ns()
             for held in ready:
                 labelled(held)
             took = (time.perf_counter_ns() - began) / 1e9
-        rows.append({"name": name, "batch": batch, "images": len(files), "images_per_second": len(files) / took})
+        shown = name if ahead else f"{name}, resized on the device"
+        rows.append({"name": shown, "batch": batch, "images": len(files), "images_per_second": len(files) / took})
         report.write("end-to-end", rows, note="images decoded ahead; copy, normalization, network and labels are timed")
-        report.say(f"end to end, decoded ahead: {name} {rows[-1]['images_per_second']:.0f} images/s")
+        report.say(f"end to end, decoded ahead: {shown} {rows[-1]['images_per_second']:.0f} images/s")
 
 
 def lengths(report: Report) -> None:

@@ -150,7 +150,9 @@ class Target:
     QuantizeLinear/DequantizeLinear pairs in front of a MatMul, or the reordered form, in which products
     take integers, every dequantization stands behind one, and a softmax is normalized behind its product;
     `quantize_attention` says whether the products within attention gain from quantization there: what a
-    calibration should do unless told otherwise.
+    calibration should do unless told otherwise; `whole_attention` whether a quantized attention of which only some
+    queries are read, as in the last block of a model that pools by its class token, is computed for all of them,
+    because that is one kernel and the other is not.
     """
 
     name: str
@@ -168,6 +170,7 @@ class Target:
     quantize_attention: bool
     why: str
     quantize_outputs: bool = False
+    whole_attention: bool = False
     float_type: FloatType = "float32"
     weight_scale: WeightScale = "channel"
     argmax: ArgMax = "argmax"
@@ -305,6 +308,7 @@ TARGETS: dict[str, Target] = {
             _TENSORRT,
             name="tensorrt-int8",
             quantize_attention=True,
+            whole_attention=True,
             implied_quant="w8a8",
             why="TensorRT takes no uint8 activations and no zero points, which become shifts of x and of the bias; its "
             "fused attention in 8 bit needs q, k, v and the softmax in 8 bit, all of them",

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from vitfold import pipeline
 from vitfold.architectures.programs import forward
 from vitfold.model import Model
 from vitfold.ops.emit import emit_graph, write_onnx
 from vitfold.quant.sites import find_sites
-from vitfold.quantizer import Float8, Quantizer, Uniform
+from vitfold.quantizer import Float8, Quantizer, QuantParams, Uniform
 from vitfold.recipe import MergeRecipe
 from vitfold.target import TARGETS, Target
 
@@ -71,6 +73,24 @@ def written(tmp_path: Path):
         write_onnx(
             emit_graph(lambda ops, image: forward(ops, model.spec, recipe, image), model, target, quantizers), path
         )
+        return path
+
+    return write
+
+
+@pytest.fixture
+def deployed(tmp_path: Path):
+    """Return a function that writes what `optimize` makes of a model for a target, without calibration."""
+    pytest.importorskip("tensorrt_rtx", reason="NVIDIA's compiler is not installed: pip install 'vitfold[audit]'")
+
+    def write(
+        model: Model, name: str, quantizers: dict[str, Quantizer] | None, merge: str | None = None, **changes: Any
+    ) -> Path:
+        plan = pipeline.optimize(model, target=name, merge=merge)
+        given = None if quantizers is None else QuantParams(quantizers)
+        plan = replace(plan, target=replace(plan.target, **changes), quantizers=given)
+        path = tmp_path / "deployed.onnx"
+        assert pipeline.writing.write_graph(plan, path) == sum(cost.macs for cost in plan.costs())
         return path
 
     return write

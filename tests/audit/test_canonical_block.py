@@ -57,6 +57,25 @@ def test_a_merge_adds_five_kernels_and_no_copy(tiny_model, written, name):
     assert merged.findings == ()
 
 
+@pytest.mark.parametrize("merge", [None, "0,48,0", "8,8,8"])
+@pytest.mark.parametrize("name", BLOCK)
+def test_the_last_block_takes_the_form_of_the_fewest_kernels(tiny_model, deployed, name, merge):
+    """Behind its attention one row is left; whether the attention itself has one query is the target's choice."""
+    model, (gpu, _) = tiny_model(**WIDE), BLOCK[name]
+    found, other = (
+        audit_graph(deployed(model, name, quantizers(model, name), merge, whole_attention=whole), gpu=gpu)
+        for whole in (TARGETS[name].whole_attention, not TARGETS[name].whole_attention)
+    )
+    assert (found.fused, found.unfused) == (3, 0)
+    assert len(found.kernels) <= len(other.kernels)
+    assert found.copies <= 1
+    if name == "tensorrt-int8":
+        assert found.attention_types == {"int8": 3}
+        assert (other.fused, other.unfused) == (2, 1), "NVIDIA's compiler fuses one query, too: take the shorter form"
+        (cut,) = found.findings
+        assert (cut.kind, cut.where) == ("copies", ("blocks.2.attn",)), "one row is cut out of the attention's codes"
+
+
 def test_every_kernel_knows_its_site(tiny_model, written):
     found = audited(written, tiny_model(**WIDE), "tensorrt-int8", (0, 48, 0))
     assert all(kernel.sites for kernel in found.kernels)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from invoking import error, run, run_json
 
+from vitfold.architectures.programs import deployed_program, whole_in
 from vitfold.artifacts.bundle import open_bundle
+from vitfold.model import Model
+from vitfold.pipeline import count_costs, optimize
+from vitfold.program import program_from_dict
+from vitfold.program.queries import attention_of
+from vitfold.recipe import QuantRecipe
 
 pytest.importorskip("tensorrt_rtx", reason="NVIDIA's compiler is not installed: pip install 'vitfold[audit]'")
 
@@ -46,6 +54,42 @@ def test_targets_imply_their_precision(bundles: dict[str, Path]) -> None:
     target = open_bundle(bundles["int8"]).manifest.target
     assert target["batch"] == [1, 2, 8]
     assert "--minShapes=pixel_values:1x3x32x32" in target["trtexec"]
+
+
+@pytest.mark.parametrize(("name", "whole"), [("fp16", False), ("int8", True), ("fp8", False)])
+def test_a_bundle_says_which_attentions_keep_all_their_queries(
+    bundles: dict[str, Path], name: str, whole: bool
+) -> None:
+    manifest = open_bundle(bundles[name]).manifest
+    spec, blocks = manifest.spec, range(manifest.spec.num_layers)
+    assert whole_in(manifest) == (frozenset(f"blocks.{block}.attn" for block in blocks) if whole else frozenset())
+    program = program_from_dict(run_json("inspect", bundles[name], "--program"))
+    assert program == deployed_program(spec, manifest.recipe.merge, whole_in(manifest))
+    assert manifest.macs == sum(c.macs for c in count_costs(spec, manifest.recipe.merge, whole=whole_in(manifest)))
+    earlier = replace(manifest, target={key: value for key, value in manifest.target.items() if "whole" not in key})
+    assert whole_in(earlier) == frozenset(), "a bundle of a version before computes those that are read, and says so"
+
+
+@pytest.mark.parametrize(
+    ("target", "queries"), [("tensorrt-int8", 17), ("tensorrt-fp16", 1), ("tensorrt-fp8", 1), ("cpu-vnni", 1)]
+)
+def test_the_last_attention_has_the_queries_that_the_target_wants(
+    tiny_model: Callable[..., Model], target: str, queries: int
+) -> None:
+    plan = optimize(tiny_model(head_dim=32), target=target)
+    program = deployed_program(plan.folded.spec, plan.recipe.merge, plan.whole_attentions)
+    last = attention_of(program, 1)
+    assert last is not None
+    assert last.shapes[0][2] == queries
+
+
+def test_two_ranges_of_the_softmax_leave_one_query(tiny_model: Callable[..., Model]) -> None:
+    for method, whole in (("minmax", True), ("ptq4vit", False)):
+        plan = optimize(tiny_model(head_dim=32), target="tensorrt-int8", quant=QuantRecipe(method=method))
+        assert bool(plan.whole_attentions) == whole == plan.target.whole_attention
+    kept = QuantRecipe(method="minmax", sites={"blocks.1.attn": "float"})
+    assert optimize(tiny_model(head_dim=32), target="tensorrt-int8", quant=kept).whole_attentions == {"blocks.0.attn"}
+    assert not optimize(tiny_model(head_dim=8), target="tensorrt-int8").whole_attentions, "no width that INT8 fuses"
 
 
 def test_an_audit_counts_explains_and_prices(bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from onnx import numpy_helper
 from diffusing import build_tiny_dit
 from quantizing import affine, per_channel, symmetric
 from sinking import with_sinks
-from vitfold.architectures.programs import deployed_program
+from vitfold.architectures.programs import deployed_program, whole_attentions
 from vitfold.diffusion.parts import parts
 from vitfold.model import Array, Model
 from vitfold.model.folds import fold_layer_scale
@@ -33,7 +33,7 @@ from vitfold.program import replay
 from vitfold.program.queries import projections_of
 from vitfold.quant.sites import find_sites
 from vitfold.quantizer import Quantizer
-from vitfold.recipe import MergeRecipe
+from vitfold.recipe import MergeRecipe, QuantRecipe
 from vitfold.target import TARGETS, Target
 
 RECORDED = Path(__file__).with_name("graphs.json")
@@ -144,7 +144,9 @@ def record(path: Path) -> dict[str, Any]:
 
 def vit_graph(model: Model, merge: Mapping[str, Any], target: Target, path: Path, quantizers: Any = None) -> None:
     recipe = MergeRecipe(**{"r": (), **merge})
-    program = deployed_program(model.spec, recipe)
+    quant = None if quantizers is None else QuantRecipe(attention=target.quantize_attention)
+    whole = whole_attentions(model.spec, quant, wanted=target.whole_attention)
+    program = deployed_program(model.spec, recipe, whole)
     projections = projections_of(program)
     graph = emit_graph(
         lambda ops, image: replay(program, ops, image)[0], model, target, quantizers, projections=projections

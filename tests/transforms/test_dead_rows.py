@@ -105,6 +105,26 @@ def test_outputs_stay_what_they_were(tiny_model, random_images, feature, recipe)
     assert len(again.nodes) == len(shorter.nodes)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("feature", [name for name in SHORTER if name != "token, pool norm"])
+def test_an_attention_that_stays_whole_is_the_last_that_has_every_row(tiny_model, random_images, feature, recipe):
+    model, last = tiny_model(**FEATURES[feature]), "blocks.1.attn"
+    program = program_of(model, RECIPES[recipe])
+    shorter = without_dead_rows(program, shapes_of(model), whole={last})
+    images = random_images(model.spec, 3)
+    expected, found = run(program, model, images), run(shorter, model, images)
+    assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
+    before, after = macs(program, model), macs(shorter, model)
+    assert {site: after[site] for site in (f"{last}.qk", f"{last}.av")} == {
+        site: before[site] for site in (f"{last}.qk", f"{last}.av")
+    }
+    few = macs(without_dead_rows(program, shapes_of(model)), model)
+    assert {site: n for site, n in after.items() if not site.startswith(f"{last}.")} == {
+        site: n for site, n in few.items() if not site.startswith(f"{last}.")
+    }, "the MLP and what follows have the rows that are read, and a merge that nothing reads is dead"
+    assert after[f"{last}.proj"] == few[f"{last}.proj"]
+
+
 @pytest.mark.parametrize("remedy", REMEDIES)
 def test_remedies_against_sinks_stay_what_they_were(tiny_model, random_images, remedy):
     model = with_sinks(tiny_model(registers=1), **REMEDIES[remedy])

@@ -9,11 +9,13 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from vitfold.architectures.vit import vit
+from vitfold.artifacts.bundle import Manifest
 from vitfold.model import Architecture, GraphSpec, ViTSpec, param_shapes
 from vitfold.ops.protocol import Ops, Port, T
 from vitfold.program import Program, program_from_dict, replay, trace
 from vitfold.program.program import Shape
-from vitfold.recipe import MergeRecipe, tokens_per_block
+from vitfold.program.queries import attentions_of
+from vitfold.recipe import MergeRecipe, QuantRecipe, tokens_per_block
 from vitfold.transforms import without_dead_rows
 from vitfold.transforms.merging import COLUMNS, Deletion, Layout, merged, stream_name
 from vitfold.transforms.rewriting import only_outputs
@@ -128,10 +130,33 @@ def _named(program: Program, block: int, tokens: Tokens[T]) -> dict[str, T]:
 
 
 @functools.lru_cache(maxsize=64)
-def deployed_program(spec: Architecture, merge: MergeRecipe) -> Program:
+def deployed_program(spec: Architecture, merge: MergeRecipe, whole: frozenset[str] = frozenset()) -> Program:
     """Return the program that is written for a runtime: without the rows of its last block that pooling does not read.
+
+    Args:
+        whole: sites of attentions that keep all their queries, see `whole_attentions`.
 
     Raises:
         RecipeError: if more tokens shall merge than there are.
     """
-    return without_dead_rows(only_outputs(program_of(spec, merge), *spec.output_names), shapes_of(spec))
+    program = only_outputs(program_of(spec, merge), *spec.output_names)
+    return without_dead_rows(program, shapes_of(spec), whole=whole)
+
+
+def whole_attentions(spec: Architecture, quant: QuantRecipe | None, *, wanted: bool) -> frozenset[str]:
+    """Return the sites of attentions that a runtime computes for all queries, also where only some are read.
+
+    Args:
+        wanted: whether the target has it so, `Target.whole_attention`.
+    """
+    if not wanted or quant is None or not quant.attention:
+        return frozenset()
+    sites = (node.site for node in attentions_of(plain_program(spec)))
+    return frozenset(site for site in sites if quant.bits(site, weight=False) is not None)
+
+
+def whole_in(manifest: Manifest) -> frozenset[str]:
+    """Return the sites of the attentions that a bundle computes for all queries; none in those of versions before."""
+    return whole_attentions(
+        manifest.spec, manifest.recipe.quant, wanted=bool(manifest.target.get("whole_attention", False))
+    )

@@ -128,9 +128,9 @@ def _copies(kernels: Sequence[Kernel]) -> Iterator[Finding]:
         yield Finding(
             kind="copies",
             where=tuple(dict.fromkeys(site for kernel in copies for site in kernel.sites[:1])),
-            cause=f"{len(copies)} kernels only move or pad data: unfused attention pads odd numbers of tokens, and "
-            "some layouts of heads are turned by hand",
-            cure="cure unfused attention first; split q, k, v on one axis behind one transpose",
+            cause=f"{len(copies)} kernels only move or pad data: unfused attention pads odd numbers of tokens, some "
+            "layouts of heads are turned by hand, and the rows that pooling reads are cut out in the last block",
+            cure="cure unfused attention first; split q, k, v on one axis behind one transpose; the small cut stays",
         )
 
 

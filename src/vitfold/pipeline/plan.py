@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitfold.architectures.programs import deployed_program, forward
+from vitfold.architectures.programs import deployed_program, forward, whole_attentions
 from vitfold.audit.limits import INT8_ATTENTION_WIDTHS, check_attention
 from vitfold.engines import quantized_target
 from vitfold.errors import ArgumentError, RecipeError, TargetError
@@ -92,14 +92,25 @@ class Plan:
         """True if no engine executes it."""
         return self.target.simulated
 
+    @property
+    def whole_attentions(self) -> frozenset[str]:
+        """Sites of the attentions that this target computes for all queries, also where only some are read."""
+        return whole_attentions(self.folded.spec, self.recipe.quant, wanted=self.target.whole_attention)
+
     def costs(self) -> tuple[SiteCost, ...]:
         """Work per site for one image."""
-        return count_costs(self.folded.spec, self.recipe.merge)
+        return count_costs(self.folded.spec, self.recipe.merge, whole=self.whole_attentions)
 
     def executed(self) -> tuple[SiteCost, ...]:
         """Work per site for one image as this target does it: which products take integers, and how they get them."""
         first = self.target.quantized_product == "qdq"
-        return count_costs(self.folded.spec, self.recipe.merge, self.quantizers, dequantize_first=first)
+        return count_costs(
+            self.folded.spec,
+            self.recipe.merge,
+            self.quantizers,
+            dequantize_first=first,
+            whole=self.whole_attentions,
+        )
 
     def integer_work(self) -> IntegerWork:
         """How much of the work is integer, and how many dequantizations stand in front of a product, on this target."""
@@ -152,12 +163,21 @@ def optimize(
     if recipe.quant is None and quant is None:
         recipe = replace(recipe, quant=quant_from_scheme(find_target(target).implied_quant))
     _check_fits(recipe, model.spec)
-    chosen = resolve_target(target, recipe.quant)
+    chosen = _fusing(resolve_target(target, recipe.quant), recipe.quant)
     if batch is not None and not chosen.runtime.builds_for_batches:
         raise TargetError(f"target {target} runs any batch; leave the batch out, or choose a target of TensorRT")
     recipe, remarks = _settled(recipe, chosen, model.spec)
     folded = fold_layer_scale(model)
     return Plan(model=model, folded=folded, recipe=recipe, target=chosen, batch=batch, remarks=remarks)
+
+
+def _fusing(target: Target, quant: QuantRecipe | None) -> Target:
+    """Return the target as a method leaves it: where the softmax has two ranges, no attention is one kernel."""
+    from vitfold.quant import find_method
+
+    if quant is None or not target.whole_attention or "uniform" in find_method(quant.method).softmax:
+        return target
+    return replace(target, whole_attention=False)
 
 
 def _check_fits(recipe: Recipe, spec: Architecture) -> None:
@@ -345,10 +365,12 @@ def count_costs(
     *,
     dequantize_first: bool = False,
     every_row: bool = False,
+    whole: frozenset[str] = frozenset(),
 ) -> tuple[SiteCost, ...]:
     """Return the work per site for one image, without any weights; `quantizers` say what of it is integer.
 
-    `every_row` counts rows that nothing reads too, as the original model computes them.
+    `every_row` counts rows that nothing reads too, as the original model computes them; `whole` are the sites of
+    attentions that keep all their queries (`architectures.programs.whole_attentions`).
     """
     required, optional = param_shapes(spec)
     count = Count(required | optional, quantizers, dequantize_first=dequantize_first)
@@ -356,5 +378,5 @@ def count_costs(
     if every_row:
         forward(count, spec, recipe, shape)
     else:
-        replay(deployed_program(spec, recipe), count, shape)
+        replay(deployed_program(spec, recipe, whole), count, shape)
     return tuple(count.costs)

@@ -143,7 +143,7 @@ def write_graph(folded: Plan, path: Path) -> int:
     """Write the ONNX graph alone; return MACs per image."""
     from vitfold.ops.emit import emit_graph, write_onnx
 
-    program = deployed_program(folded.folded.spec, folded.recipe.merge)
+    program = deployed_program(folded.folded.spec, folded.recipe.merge, folded.whole_attentions)
     graph = emit_graph(
         lambda ops, image: replay(program, ops, image),
         folded.folded,

@@ -36,6 +36,7 @@ _OTHERS: dict[str, frozenset[str]] = {
     "many images": frozenset({"files", "bytes", "rows"}),
     "plans of steps": frozenset({"how", "rows"}),
     "a server under load": frozenset({"clients", "seconds", "rows"}),
+    "resizing": frozenset({"answers", "rows"}),
     "a page in a browser": frozenset({"chromium", "grey_levels"}),
     "adaptive merging": frozenset({"model", "rows"}),
     "outliers": frozenset({"remedies", "sink_site"}),

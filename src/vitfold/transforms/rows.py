@@ -2,13 +2,14 @@
 
 A slice moves towards the inputs through every operation that treats rows alike, up to the queries of an attention,
 through gathers and merges whose first rows stay what they were, and no further. What is left over is dead. This is
-exact: every row that is computed is computed from the same numbers.
+exact: every row that is computed is computed from the same numbers. Where an engine has a better kernel for an
+attention of all queries than for one of a few, the slice stops behind that attention.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from vitfold.ops.protocol import Ops
@@ -55,49 +56,68 @@ class Moved:
 Rule = Callable[[Program, Node, Rows], "Moved | None"]
 
 
-def without_dead_rows(program: Program, shapes: Mapping[str, Shape]) -> Program:
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A program, who makes its values, and which attentions keep all their queries."""
+
+    program: Program
+    by: Mapping[Ref, Node]
+    whole: Collection[str] = ()
+
+    def moved(self, rows: Rows) -> Moved | None:
+        """Return what makes only these rows, None where the value has to be made whole."""
+        node = self.by.get(rows.ref)
+        if node is None or (node.op == "attention" and node.site in self.whole):
+            return None
+        rule, length = RULES.get(node.op), self.program.shapes[rows.ref][rows.axis]
+        few = length >= _LONG and rows.stop - rows.start <= _WORTH * length
+        return rule(self.program, node, rows) if rule is not None and few else None
+
+
+def without_dead_rows(program: Program, shapes: Mapping[str, Shape], *, whole: Collection[str] = ()) -> Program:
     """Return the program without the rows that no output depends on.
 
     Args:
         shapes: those of the parameters.
+        whole: sites of attentions that are computed for all queries, whichever are read.
     """
-    made_by = makers(program)
-    whole, some = _demand(program, made_by)
+    made = Made(program, makers(program), whole)
+    needed, some = _demand(made)
     recorder = Recorder(shapes, program.inputs)
     values: dict[Ref | Rows, Traced] = {value.ref: value for value in recorder.enter()}
     waiting: dict[Ref, list[Rows]] = {}
     for rows in some:
         waiting.setdefault(rows.ref, []).append(rows)
     for number in range(len(program.inputs)):
-        _place_rows(program, recorder, values, waiting.get(Ref(number), []), made_by)
+        _place_rows(made, recorder, values, waiting.get(Ref(number), []))
     for node in program.nodes:
         recorder.scope(node.scope, node.block, node.role)
-        if whole.intersection(node.outputs):
+        if needed.intersection(node.outputs):
             _place_whole(recorder.ops, node, values)
         for ref in node.outputs:
-            _place_rows(program, recorder, values, waiting.get(ref, []), made_by)
+            _place_rows(made, recorder, values, waiting.get(ref, []))
     return without_dead_nodes(recorder.program({name: values[ref] for name, ref in program.outputs.items()}))
 
 
-def _demand(program: Program, made_by: Mapping[Ref, Node]) -> tuple[set[Ref], list[Rows]]:
+def _demand(made: Made) -> tuple[set[Ref], list[Rows]]:
     """Return the values that are needed whole, and the rows of others, in the order in which they were asked for."""
     whole: set[Ref] = set()
     some: dict[Rows, None] = {}
-    waiting: list[Rows | Ref] = list(program.outputs.values())
+    waiting: list[Rows | Ref] = list(made.program.outputs.values())
     while waiting:
         asked = waiting.pop()
         if isinstance(asked, Rows):
             if asked in some:
                 continue
             some[asked] = None
-            moved = _moved(program, made_by, asked)
+            moved = made.moved(asked)
             waiting.extend([asked.ref] if moved is None else moved.reads())
         elif asked not in whole:
             whole.add(asked)
-            node = made_by.get(asked)
+            node = made.by.get(asked)
             if node is not None:
                 rows = _rows_of_slice(node)
-                moves = rows is not None and _moved(program, made_by, rows) is not None
+                moves = rows is not None and made.moved(rows) is not None
                 waiting.extend([rows] if rows is not None and moves else node.reads())
     return whole, list(some)
 
@@ -111,19 +131,13 @@ def _place_whole(ops: Ops[Traced], node: Node, values: dict[Ref | Rows, Traced])
     values.update(zip(node.outputs, call(ops, node, known), strict=True))
 
 
-def _place_rows(
-    program: Program,
-    recorder: Recorder,
-    values: dict[Ref | Rows, Traced],
-    asked: list[Rows],
-    made_by: Mapping[Ref, Node],
-) -> None:
+def _place_rows(made: Made, recorder: Recorder, values: dict[Ref | Rows, Traced], asked: list[Rows]) -> None:
     """Record the rows of one value that were asked for: cut out of the whole where that is there anyway."""
     for rows in asked:
         if rows.ref in values:
             values[rows] = recorder.ops.slice(values[rows.ref], rows.axis, rows.start, rows.stop)
             continue
-        moved = _moved(program, made_by, rows)
+        moved = made.moved(rows)
         assert moved is not None, "rows that cannot be moved were asked for as a whole"
         if moved.node is None:
             (only,) = moved.reads()
@@ -139,14 +153,6 @@ def _named(given: Given, numbers: Mapping[Rows | Ref, Ref]) -> Operand:
     if isinstance(given, tuple):
         return tuple(numbers[one] for one in given)
     return None if given is None else numbers[given]
-
-
-def _moved(program: Program, made_by: Mapping[Ref, Node], rows: Rows) -> Moved | None:
-    node = made_by.get(rows.ref)
-    rule = None if node is None else RULES.get(node.op)
-    length = program.shapes[rows.ref][rows.axis]
-    few = length >= _LONG and rows.stop - rows.start <= _WORTH * length
-    return rule(program, node, rows) if node is not None and rule is not None and few else None
 
 
 def _rows_of_slice(node: Node) -> Rows | None:
