@@ -47,8 +47,6 @@ SCREENED = "screened.jsonl"
 SCREENED_IMAGES = 500
 NARROWER_IMAGES = 2000
 """Narrower blocks are told apart by fewer points than schedules, and cost a refit each: they are looked at longer."""
-REFITTING_IMAGES = 1024
-"""A refit takes as long as it has images, and a search makes several."""
 FLOAT_SITES = 4
 PRUNED = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)
 """Shares of the blocks' work that arms may lack, where there are images to refit what stays on."""
@@ -412,9 +410,9 @@ def divided_for_search(images: ImageSet, *, seed: int) -> tuple[ImageSet, ImageS
 
 def divided_for_refitting(images: ImageSet, *, seed: int) -> tuple[ImageSet | None, ImageSet]:
     """Return a third of the images for refitting layers, drawn by a seed, and the others; none, if that is too few."""
-    from vitfold.compensation import LEAST_IMAGES
+    from vitfold.compensation import LEAST_IMAGES, MOST_IMAGES
 
-    count = min(REFITTING_IMAGES, len(images.paths) // 3)
+    count = min(MOST_IMAGES, len(images.paths) // 3)
     if count < LEAST_IMAGES:
         return None, images
     chosen = images.sample(count, seed=seed)
@@ -423,9 +421,9 @@ def divided_for_refitting(images: ImageSet, *, seed: int) -> tuple[ImageSet | No
 
 def enough_for_refitting(images: ImageSet) -> ImageSet | None:
     """Return as many images as a search refits layers on; None, if they are too few."""
-    from vitfold.compensation import LEAST_IMAGES
+    from vitfold.compensation import LEAST_IMAGES, MOST_IMAGES
 
-    return images.sample(REFITTING_IMAGES, seed=SEED) if len(images.paths) >= LEAST_IMAGES else None
+    return images.sample(MOST_IMAGES, seed=SEED) if len(images.paths) >= LEAST_IMAGES else None
 
 
 def check_enough(images: int, max_drop: float) -> None:
