@@ -205,13 +205,13 @@ models: $(VENV)/.dev
 
 # What PyTorch gets from vitfold on the GPU at hand: results/gpu-*.json, within GPU_SECONDS. It needs no network and installs nothing: torch,
 # timm, onnx, onnx-ir, onnxruntime, safetensors, numpy, pillow, typer, rich and jaxtyping have to be there for PYTHON; what is pure Python
-# beside them comes from the wheels that `make gpu-wheels` fetched before, a few MB that travel with the checkout.
+# beside them, and torchao as a rival, comes from the wheels that `make gpu-wheels` fetched before, 6 MB that travel with the checkout.
 GPU_SECONDS ?= 360
 GPU_DEVICE ?= cuda
 gpu-wheels:
 	mkdir -p .gpu/wheels
 	$(PYTHON) -m pip download --disable-pip-version-check --no-deps --only-binary :all: --dest .gpu/wheels \
-		tomli-w platformdirs py-cpuinfo pytest pluggy iniconfig packaging beartype
+		tomli-w platformdirs py-cpuinfo pytest pluggy iniconfig packaging beartype torchao
 
 gpu:
 	mkdir -p .gpu/site
