@@ -147,6 +147,17 @@ def test_narrower_blocks_are_refitted_with_merging_where_that_promises_clearly_m
     assert laboratory.tried == ["none-cpu-prune50-r0_0_0", "none-cpu-prune50-r10_0_0"][:tried]
 
 
+def test_narrower_blocks_that_break_the_bound_alone_do_not_merge_as_well() -> None:
+    laboratory = SearchContext(mended=0.9, pruning=0.07)
+    narrower = replace(arm(factor=0.2), share=0.5, prune=PruneRecipe(mlp=0.5), lost=0.01)
+    goal = least_latency(laboratory)
+    assert any(narrower.points[goal.start(narrower)][2])
+    found = run(laboratory, [narrower, arm()], goal)
+    assert [name for name in laboratory.tried if "prune" in name] == ["none-cpu-prune50-r0_0_0"]
+    assert found.winner is not None
+    assert found.winner.row["recipe"] == "none-cpu-r30_0_0"
+
+
 def test_what_narrower_blocks_drop_is_not_laid_to_quantization() -> None:
     laboratory = SearchContext(mended=0.9, pruning=0.07)
     narrower = replace(arm("w8a8", factor=0.2), share=0.5, prune=PruneRecipe(mlp=0.5), lost=0.035)

@@ -306,7 +306,8 @@ def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minute
     most sensitive sites wide where its engine multiplies 16 bits, then float, and with a remedy against sink tokens
     where that does not mend it; one that merges too much with its merging compensated, where there are images for that.
     Arms of narrower blocks start from gentler merging, by what pruning alone costs, and, while nothing has met the
-    bound, from no merging: that needs no other refit. What meets the bound has to keep it on held-out images too.
+    bound, from no merging: that needs no other refit, and where it breaks the bound they do not merge at all. What
+    meets the bound has to keep it on held-out images too.
     """
     ends, verified = time.monotonic() + 60 * minutes, 0
     # An arm waits with the best that it could promise at all; only when its turn comes is it found out what it does.
@@ -316,6 +317,7 @@ def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minute
     heapq.heapify(waiting)
     best: Verdict | None = None
     tried: set[tuple[int, _Step]] = set()
+    alone: dict[int, bool] = {}
     reason = "every recipe that promised more was tried"
     while waiting:
         cost, number, step = heapq.heappop(waiting)
@@ -329,15 +331,10 @@ def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minute
             step = _Step(index=goal.start(arm))
             heapq.heappush(waiting, (goal.cost(arm, step.index), number, step))
             continue
-        if (number, step) in tried or (best is not None and not _worth_a_refit(arm, step, goal, best)):
+        if (number, step) in tried or not _worth_a_refit(arm, step, goal, best, alone=alone.get(number, True)):
             continue
         unmerged = _Step(index=len(arm.points) - 1)
-        if (
-            best is None
-            and arm.prune is not None
-            and isinstance(goal, LeastLatency)
-            and (number, unmerged) not in tried
-        ):
+        if best is None and arm.prune is not None and isinstance(goal, LeastLatency) and number not in alone:
             # Narrower blocks alone were refitted when they were screened, and merging adds to their drop.
             heapq.heappush(waiting, (cost, number, step))
             step = unmerged
@@ -347,6 +344,8 @@ def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minute
                 step.index, step.float_sites, wide=step.wide, compensate=step.compensate, registers=step.registers
             )
         )
+        if step == unmerged:
+            alone[number] = goal.meets(row)
         kept = False
         if goal.meets(row) and _pays(row):
             verdict = laboratory.verify(row)
@@ -361,11 +360,14 @@ def search(laboratory: SearchContext, arms: Sequence[Arm], goal: Goal, *, minute
     return SearchResult(winner=best, rows=tuple(rows), verified=verified, nearest=nearest, reason=reason)
 
 
-def _worth_a_refit(arm: Arm, step: _Step, goal: Goal, best: Verdict) -> bool:
-    """Say whether narrower blocks that merge, too, promise clearly more than the best: they are refitted together."""
+def _worth_a_refit(arm: Arm, step: _Step, goal: Goal, best: Verdict | None, *, alone: bool) -> bool:
+    """Say whether narrower blocks that merge, too, promise clearly more than the best: they are refitted together.
+
+    They do not where they break the bound `alone`, without merging.
+    """
     if arm.prune is None or not any(arm.points[step.index][2]) or not isinstance(goal, LeastLatency):
         return True
-    return CLOSE * goal.cost(arm, step.index) <= goal.reached(best.row)
+    return alone and (best is None or CLOSE * goal.cost(arm, step.index) <= goal.reached(best.row))
 
 
 def _following(
