@@ -76,7 +76,7 @@ def measure_losses(
     *,
     step: Callable[[str], Any] = lambda _: None,
     advance: Callable[[int], Any] = lambda _: None,
-    once: Callable[[int, Callable[[], BlockLosses]], BlockLosses] | None = None,
+    once: Callable[[int, Callable[[], BlockLosses]], BlockLosses] = lambda _, measure: measure(),
 ) -> Losses:
     """Let heads and hidden units of one block after another go, fit the others, and look at the output.
 
@@ -97,7 +97,6 @@ def measure_losses(
             "leave --prune out"
         )
     found: list[BlockLosses] = []
-    once = once or _measured
     thinner = can_thin(model.spec) and 0 in kinds
     shown = {one.layer for way in ways for one in (way[kind] for kind in kinds) if one is not None}
     shown |= {rows.layer for heads, _ in ways if thinner and heads is not None for rows in heads.rows}
@@ -116,10 +115,6 @@ def measure_losses(
             there.advance()
     heads, units, head_dims = (tuple(one[kind] for one in found if kind in one) for kind in range(3))
     return Losses(heads=heads, units=units, head_dims=head_dims)
-
-
-def _measured(block: int, measure: Callable[[], BlockLosses]) -> BlockLosses:  # noqa: ARG001
-    return measure()
 
 
 def _block_losses(there: _Block, wanted: Mapping[int, Narrowing], *, thinner: bool) -> BlockLosses:

@@ -76,8 +76,7 @@ def pruning_losses(folded: Model, images: ImageSet, *, progress: Progress | None
             own = key_of(_FORMAT, key, block)
             known = read_arrays("pruning", own)
             if known is None or _RECORD not in known:
-                losses = {str(kind): _written(one) for kind, one in measure().items()}
-                known = {_RECORD: _encoded(losses)}
+                known = {_RECORD: _encoded(measure())}
                 keep_arrays("pruning", own, known)
             read = json.loads(known[_RECORD].tobytes())
             return {int(kind): {int(count): loss for count, loss in one.items()} for kind, one in read.items()}
@@ -88,11 +87,7 @@ def pruning_losses(folded: Model, images: ImageSet, *, progress: Progress | None
     return losses_from_dict(json.loads(kept[_RECORD].tobytes()))
 
 
-def _written(losses: Mapping[int, float]) -> dict[str, float]:
-    return {str(count): loss for count, loss in losses.items()}
-
-
-def _encoded(values: Mapping[str, Any]) -> Array:
+def _encoded(values: Mapping[Any, Any]) -> Array:
     return np.frombuffer(json.dumps(values).encode(), np.uint8)
 
 

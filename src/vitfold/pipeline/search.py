@@ -27,7 +27,6 @@ from vitfold.engines import open_session
 from vitfold.errors import BundleError, RecipeError, VitfoldError
 from vitfold.images import ImageSet
 from vitfold.model import ViTSpec
-from vitfold.pipeline.compensating import SEED
 from vitfold.pipeline.goals import CLOSE, Arm, Goal, LeastLatency, Narrower, arm_from_dict
 from vitfold.pipeline.latency import PROBE, measure_latency, on_this_machine, roughly_calibrated
 from vitfold.pipeline.plan import Plan
@@ -422,10 +421,11 @@ def divided_for_refitting(images: ImageSet, *, seed: int) -> tuple[ImageSet | No
 
 
 def enough_for_refitting(images: ImageSet) -> ImageSet | None:
-    """Return as many images as a search refits layers on; None, if they are too few."""
-    from vitfold.compensation import LEAST_IMAGES, MOST_IMAGES
+    """Return as many images as refitting layers takes; None, if they are too few."""
+    from vitfold.compensation import LEAST_IMAGES
+    from vitfold.pipeline.compensating import all_for_compensation
 
-    return images.sample(MOST_IMAGES, seed=SEED) if len(images.paths) >= LEAST_IMAGES else None
+    return all_for_compensation(images) if len(images.paths) >= LEAST_IMAGES else None
 
 
 def check_enough(images: int, max_drop: float) -> None:
