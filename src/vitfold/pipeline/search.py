@@ -184,7 +184,12 @@ class SearchContext:
                 return row
         try:
             row = measure_attempt(
-                attempt, self.trying, self.folder, self.plain, say=lambda step: self.say(f"{attempt.name}: {step}")
+                attempt,
+                self.trying,
+                self.folder,
+                self.plain,
+                rows=self.rows,
+                say=lambda step: self.say(f"{attempt.name}: {step}"),
             )
         except VitfoldError as error:
             row = failed_row(attempt, error)

@@ -130,11 +130,12 @@ def run_sweep(
             say(f"{name} ({index} of {len(attempts)}): {step}")
 
         try:
-            row = measure_attempt(attempt, shared, folder, plain, say=named)
+            row = measure_attempt(attempt, shared, folder, plain, rows=rows, say=named)
         except VitfoldError as error:
             row = failed_row(attempt, error)
         row["commands"] = [command(attempt)]
         append_row(folder / ROWS, row)
+        rows = [*rows, row]
         yield row
 
 

@@ -5,7 +5,8 @@ Which recipes are tried, and in which order, is `sweep`'s and `search`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ from vitfold.progress import Say
 from vitfold.recipe import FLOAT, WIDE, PruneRecipe, quant_from_scheme
 
 CHECKED_IMAGES = 16
+_RUNS = 3
+_BUSY = 1.4
+"""So many times as long as beside other rows takes the float model where the machine is too busy for a speed-up."""
 
 
 def decides(head: Head) -> bool:
@@ -180,11 +184,18 @@ def plan_attempt(attempt: Trial, trying: EvalContext, *, say: Say = lambda _: No
 
 
 def measure_attempt(
-    attempt: Trial, trying: EvalContext, folder: Path, plain: Bundle, *, say: Say = lambda _: None
+    attempt: Trial,
+    trying: EvalContext,
+    folder: Path,
+    plain: Bundle,
+    *,
+    rows: Sequence[Mapping[str, Any]] = (),
+    say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """Write an attempt's bundle, run it over the images, time it beside the plain float one; return its row.
 
-    A run in which the two are noisy is repeated once, and the calmer one counts.
+    Times are taken again where they are noisy, or where the float model takes much longer than beside earlier `rows`:
+    runtimes suffer unequally from a busy machine. The calmest of three counts.
 
     Raises:
         VitfoldError: if it cannot be made or run.
@@ -204,7 +215,8 @@ def measure_attempt(
             say("timing beside the float model")
             with open_session(plain) as beside:
                 sessions = {"float": beside, "attempt": session}
-                times = _calm(lambda: timed(sessions, trying.model.spec, protocol=trying.protocol))
+                usual = min(map(_float_ms, rows), default=math.inf)
+                times = _calm(lambda: timed(sessions, trying.model.spec, protocol=trying.protocol), usual)
                 if trying.protocol.decode_ahead:
                     say("timing from files to labels, decoded ahead")
                     ahead = timed_ahead(sessions, trying.model.preprocess, trying.images, protocol=trying.protocol)
@@ -248,12 +260,23 @@ def _ahead(times: Mapping[str, Measurement] | None) -> dict[str, Any]:
     return {"decoded_ahead": {"throughput_ips": rates["attempt"], "float_ips": rates["float"], "speedup": speedup}}
 
 
-def _calm(measure: Callable[[], Mapping[str, Measurement]]) -> Mapping[str, Measurement]:
-    """Measure, and once more if it was noisy; return the run that spreads less."""
-    first = measure()
-    if not any(one.noisy for one in first.values()):
-        return first
-    return min((first, measure()), key=_spread)
+def _calm(measure: Callable[[], Mapping[str, Measurement]], usual_ms: float) -> Mapping[str, Measurement]:
+    """Measure until it is calm, three times at most; return the run that spreads least, of such as are not too slow."""
+
+    def slow(times: Mapping[str, Measurement]) -> bool:
+        return times["float"].latency_ms()["median"] > _BUSY * usual_ms
+
+    runs = [measure()]
+    while len(runs) < _RUNS and (slow(runs[-1]) or any(one.noisy for one in runs[-1].values())):
+        runs.append(measure())
+    return min([run for run in runs if not slow(run)] or runs, key=_spread)
+
+
+def _float_ms(row: Mapping[str, Any]) -> float:
+    """What the float model took beside a row; infinity where it was not timed."""
+    if row["speedup"] is None:
+        return math.inf
+    return float(row["latency_ns"]["median"]) / 1e6 * float(row["speedup"]["median"])
 
 
 def _spread(times: Mapping[str, Measurement]) -> float:
