@@ -66,6 +66,12 @@ results: $(VENV)/.dev
 	$(BIN)/vitfold demo -o $(WORK)/demo --seconds 6 --json-output results/demo.json
 	for r in 0 1 2 3 4; do $(BIN)/vitfold optimize demo --merge $$r -o $(WORK)/demo/r$$r.fold --overwrite; done
 	for r in 0 1 2 3 4; do $(BIN)/vitfold evaluate $(WORK)/demo/r$$r.fold --images $(CIFAR10_VAL) --json > results/cifar10-r$$r.json; done
+	for r in 2 3; do $(BIN)/vitfold optimize demo --merge $$r --quant w8a8 --images $(CIFAR10_TRAIN) --keep-slower --overwrite -o $(WORK)/r$$r-w8a8.fold; \
+		$(BIN)/vitfold evaluate $(WORK)/r$$r-w8a8.fold --images $(CIFAR10_VAL) --json > results/cifar10-r$$r-w8a8.json; done
+	printf '[quant]\nweights = 8\nactivations = 8\noutputs = false\n' > $(WORK)/products.toml
+	printf '[quant]\nweights = 8\nactivations = 8\n' > $(WORK)/codes.toml
+	for f in products codes; do $(BIN)/vitfold optimize demo --recipe $(WORK)/$$f.toml --target integer --images $(CIFAR10_TRAIN) --keep-slower --overwrite -o $(WORK)/$$f.fold; \
+		$(BIN)/vitfold evaluate $(WORK)/$$f.fold --images $(CIFAR10_VAL) --json > results/integer-$$f.json; done
 	for r in 0 8 16; do $(BIN)/vitfold optimize $(VITB) --merge $$r -o $(WORK)/r$$r.fold --overwrite; done
 	$(BENCH) $(WORK)/r0.fold $(WORK)/r8.fold $(WORK)/r16.fold --peers $(PEERS) --baseline onnxruntime --trials 15 --seconds 10 -o results/vit-b16-batch1.json
 	$(BENCH) $(WORK)/r0.fold $(WORK)/r8.fold $(WORK)/r16.fold --peers $(PEERS) --baseline onnxruntime --trials 6 --seconds 12 --batch 8 -o results/vit-b16-batch8.json
@@ -84,7 +90,7 @@ results: $(VENV)/.dev
 	$(BENCH) $(RUNGS) $(INT8PEERS) --trials 5 --seconds 10 --batch 8 -o results/vit-b16-int8-batch8.json
 
 # The search of docs/sweeps.md, its winner beside constant r, what limits it, and the same share of tokens on ViT-B/16 beside peers.
-# A quarter of an hour on an idle machine.
+# An hour on an idle machine, most of it the search and six calibrations.
 SEARCH := $(WORK)/search
 SHARE := 0,0,0,0,0,42,36,30,0,0,0,0
 search: $(VENV)/.dev

@@ -2,7 +2,9 @@
 
 A site is named after its operation: `blocks.3.attn.qkv.x` is the input of a linear layer, `.w` its weight, `.y` its
 output before scale and bias (what its normalized weights give); an attention has the sites `blocks.3.attn.q`, `.k`,
-`.v` and `.softmax`.
+`.v` and `.softmax`. Where codes are handed from product to product (target "integer"), `.out` is the output of a linear
+layer behind scale and bias, `.logits` what an attention's logits are below their largest, and `.x` of a LayerNorm the
+residual stream.
 """
 
 from __future__ import annotations
@@ -109,6 +111,13 @@ class Uniform:
 
 EXPONENTIALS = Uniform(scale=np.array(1 / 255), zero_point=np.array(0), low=0, high=255)
 """What exp(x - max) in (0, 1] is rounded to in a reordered softmax: it needs no calibration."""
+
+
+EXPONENTS = Uniform(scale=np.array(2.0**-9), zero_point=np.array(0), low=-4095, high=0)
+"""What logits below their largest are rounded to, where exponentials come from a table: its end is below 1 / 510."""
+STREAM_BITS = 20
+STREAM_LIMIT = 1 << 22
+"""Bits of the largest magnitude of a residual stream in integers, and where its codes end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -385,7 +394,7 @@ def _flatten(quantizers: Mapping[str, Quantizer]) -> tuple[str, dict[str, Array]
     return json.dumps(head, sort_keys=True), arrays
 
 
-_CODES: Range = (-(2**16), 2**16)
+_CODES: Range = (-STREAM_LIMIT, STREAM_LIMIT)
 
 
 def _restore(found: Any, tensor: Callable[[str], Array], site: str, depth: int = 0) -> Quantizer:

@@ -193,6 +193,16 @@ class Target:
         return self.quantized_product == "matmul_integer_to_float" and not self.symmetric
 
     @property
+    def hands_on(self) -> bool:
+        """True if rounded outputs are codes that the next product takes, and what stands between works on integers."""
+        return self.quantized_product == "integer"
+
+    @property
+    def takes_outputs(self) -> bool:
+        """True if the outputs of products can be rounded, too."""
+        return self.hands_on or self.simulated or self.weight_scale == "normalized"
+
+    @property
     def simulated(self) -> bool:
         """True if no engine executes it."""
         return not self.runtime.executes
@@ -343,8 +353,9 @@ TARGETS: dict[str, Target] = {
             name="integer",
             quantized_product="integer",
             quantize_attention=True,
-            why="operand reordering: every product takes integers, dequantizations stand behind it; exact on every "
-            "processor by 7-bit weights and unsigned keys and values",
+            quantize_outputs=True,
+            why="operand reordering: every product takes integers, and hands on codes; the same bits on every "
+            "processor, by 7-bit weights and unsigned keys and values",
         ),
         replace(
             _PORTABLE,

@@ -214,6 +214,15 @@ def test_polishing_goes_with_a_quantization_that_is_named(folder: Path, few: Pat
     assert "a search chooses" in error(*arguments, "--quant", "w8a8", "--max-drop", "1", code=2)
 
 
+def test_polishing_and_codes_handed_on_exclude_each_other(folder: Path, few: Path) -> None:
+    recipe = folder / "polished-codes.toml"
+    recipe.write_text("[quant]\noutputs = true\npolish_minutes = 1.0\n")
+    arguments = ("optimize", *RANDOM, "-o", folder / "bad.fold", "--images", few, "--recipe", recipe)
+    message = error(*arguments, "--target", "integer")
+    assert "leave --polish out, or set quant.outputs = false" in message
+    assert not (folder / "bad.fold").exists()
+
+
 def test_quantization_asks_for_images(folder: Path) -> None:
     assert "--images DIR" in error("optimize", *RANDOM, "-o", folder / "bad.fold", "--quant", "w8a8")
 

@@ -7,24 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import numpy_helper
 
+from integer_graphs import INTEGER, Emitted, every_tensor
 from oracles import reordered as oracle
 from quantizing import blocks_alone, quantized, symmetric
 from vitfold.architectures.programs import plain_program
 from vitfold.errors import TargetError
-from vitfold.model import Array, Model
-from vitfold.ops.emit import INPUT_NAME, SITE_KEY, emit_graph, write_onnx
+from vitfold.model import Model
+from vitfold.ops.emit import emit_graph, write_onnx
 from vitfold.ops.emit.reordered import dyadic
 from vitfold.program.queries import projections_of
 from vitfold.quantizer import Quantizer
-from vitfold.target import TARGETS
-
-INTEGER = TARGETS["integer"]
 
 
 def block_graph(model: Model, quantizers: dict[str, Quantizer], path: Path, r: int = 0) -> onnx.ModelProto:
@@ -33,62 +29,6 @@ def block_graph(model: Model, quantizers: dict[str, Quantizer], path: Path, r: i
     program = blocks_alone(model.spec, (r, 0))
     write_onnx(emit_graph(program, model, INTEGER, quantizers, projections=projections), path)
     return onnx.load(str(path))
-
-
-def every_tensor(graph: onnx.ModelProto, images: Array, level: onnxruntime.GraphOptimizationLevel) -> dict[str, Array]:
-    exposed = onnx.ModelProto()
-    exposed.CopyFrom(graph)
-    known = {output.name for output in graph.graph.output}
-    inferred = onnx.shape_inference.infer_shapes(graph).graph.value_info
-    exposed.graph.output.extend(value for value in inferred if value.name not in known)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    options.graph_optimization_level = level
-    session = onnxruntime.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(None, {INPUT_NAME: images}), strict=True))
-
-
-class Emitted:
-    """One run of a graph: its tensors by site and operator."""
-
-    def __init__(self, graph: onnx.ModelProto, tensors: dict[str, Array]) -> None:
-        self._graph = graph.graph
-        self._tensors = tensors
-        self._constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
-
-    def node(self, site: str, op_type: str) -> onnx.NodeProto:
-        (found,) = [
-            node
-            for node in self._graph.node
-            if node.op_type == op_type and any(e.key == SITE_KEY and e.value == site for e in node.metadata_props)
-        ]
-        return found
-
-    def value(self, name: str) -> Array:
-        return self._constants[name] if name in self._constants else self._tensors[name]
-
-    def output(self, site: str, op_type: str) -> Array:
-        return self.value(self.node(site, op_type).output[0])
-
-    def quantized(self, site: str, low: int = 0, high: int = 255) -> tuple[Array, float, int]:
-        """Check the codes of one QuantizeLinear against the oracle; return codes, scale and zero point."""
-        x, scale, zero_point = (self.value(name) for name in self.node(site, "QuantizeLinear").input)
-        found = self.output(site, "QuantizeLinear")
-        np.testing.assert_array_equal(found, oracle.codes(x, float(scale), int(zero_point), low, high))
-        return found, float(scale), int(zero_point)
-
-    def linear(self, layer: str, model: Model, quantizers: dict[str, Quantizer], codes: Array) -> None:
-        """Check accumulators and the floats behind them."""
-        x, w = quantizers[f"{layer}.x"], quantizers[f"{layer}.w"]
-        weight = w.codes(model.params[f"{layer}.weight"]).T
-        expected = oracle.product(codes, weight, int(x.zero_point) - x.low, w.zero_point)
-        found = self.output(layer, "MatMulInteger")
-        assert found.dtype == np.int32
-        np.testing.assert_array_equal(found, expected)
-        floats = oracle.scaled(expected, w.scale * x.scale) + model.params[f"{layer}.bias"]
-        np.testing.assert_array_equal(self.output(f"{layer}.bias", "Add"), floats)
 
 
 @pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_ALL"])
@@ -100,7 +40,7 @@ def test_a_block_equals_the_integer_oracle_bit_for_bit(tiny_model, random_images
         model, images, (5, 0), attention_zero_points=kind == "zero points", weight_bits=INTEGER.weight_bits
     )
     graph = block_graph(model, quantizers, tmp_path / "model.onnx", r=5)
-    tensors = every_tensor(graph, images, getattr(onnxruntime.GraphOptimizationLevel, level))
+    tensors = every_tensor(graph, images, level)
     emitted = Emitted(graph, tensors)
     for block in range(2):
         site = f"blocks.{block}.attn"
@@ -176,4 +116,4 @@ def test_what_has_no_quantizer_stays_float(tiny_model, random_images, tmp_path, 
         del quantizers[f"blocks.0.attn.{part}"]
     graph = block_graph(model, quantizers, tmp_path / "model.onnx")
     assert len([node for node in graph.graph.node if node.op_type == "MatMulInteger"]) == 2 * 6 - 1
-    every_tensor(graph, images, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    every_tensor(graph, images, "ORT_ENABLE_ALL")

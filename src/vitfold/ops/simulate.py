@@ -95,6 +95,14 @@ class Simulate(Run):
         return x if quantizer is None else fake_quantize(x, quantizer)
 
     def linear(self, layer: str, x: Float[Tensor, "*B I"], rows: str = "") -> Float[Tensor, "*B O"]:
+        """Q(X) W^T + b, rounded again where codes are handed on."""
+        return self._operand(f"{layer}.out", self._product(layer, x, rows))
+
+    def layer_norm(self, layer: str, x: Float[Tensor, "*B D"], eps: float) -> Float[Tensor, "*B D"]:
+        """LayerNorm of a stream that may be on a grid."""
+        return super().layer_norm(layer, self._operand(f"{layer}.x", x), eps)
+
+    def _product(self, layer: str, x: Float[Tensor, "*B I"], rows: str) -> Float[Tensor, "*B O"]:
         """Q(X) W^T + b; in integers where both are uniform, which is exact and three times as fast."""
         site = input_site(layer, rows)
         if f"{layer}.y" in self._quantizers and (not rows or site in self._quantizers):
@@ -146,5 +154,6 @@ class Simulate(Run):
     def _average(self, site: str, logits: Tensor, v: Tensor) -> Tensor:
         if not (self._reordered and f"{site}.softmax" in self._quantizers):
             return super()._average(site, logits, v)
-        powers = fake_quantize(torch.exp(logits - logits.amax(-1, keepdim=True)), EXPONENTIALS)
+        below = self._operand(f"{site}.logits", logits - logits.amax(-1, keepdim=True))
+        powers = fake_quantize(torch.exp(below), EXPONENTIALS)
         return (powers @ v) / powers.sum(-1, keepdim=True)

@@ -330,10 +330,15 @@ def resolve_quant(quant: QuantRecipe, target: Target, spec: Architecture) -> Qua
         )
     if quant.attention is None:
         quant = replace(quant, attention=target.quantize_attention and runs)
-    if quant.outputs and target.weight_scale != "normalized" and not target.simulated:
+    if quant.outputs and not target.takes_outputs:
         raise TargetError(f"target {target.name} rounds no outputs; leave quant.outputs out")
     if quant.outputs is None:
-        quant = replace(quant, outputs=target.quantize_outputs)
+        quant = replace(quant, outputs=target.quantize_outputs and not quant.polish_minutes)
+    if quant.outputs and quant.polish_minutes and target.hands_on:
+        raise RecipeError(
+            f"polishing learns scales one by one, and target {target.name} hands codes on between sites that share "
+            "theirs; leave --polish out, or set quant.outputs = false"
+        )
     return quant
 
 

@@ -23,6 +23,7 @@ from vitfold.quant.calibration_cache import search_once
 from vitfold.quant.collect import Samples, collect
 from vitfold.quant.float8 import search_attention_float8, search_linear_float8
 from vitfold.quant.folding import center_norms, fold_channels
+from vitfold.quant.handing import hand_on
 from vitfold.quant.linear import LinearProblem, search_apart, search_linear
 from vitfold.quant.methods import find_method
 from vitfold.quant.moments import collect_moments, round_weights
@@ -46,13 +47,15 @@ class QuantConstraints:
     `symmetric` weights and attention operands have the zero point 0, and zero points of other activations fold into
     biases; `weight_bits` caps 8-bit weights; `uniform_only` leaves
     out quantizers that cost a second product or exist in the simulation only, where the method has a choice;
-    `half_scales` rounds every scale to FP16, in which the graph will hold it.
+    `half_scales` rounds every scale to FP16, in which the graph will hold it; `hands_on` rounds outputs to what reads
+    them, not to a grid before scale and bias.
     """
 
     symmetric: bool = False
     weight_bits: int = 8
     uniform_only: bool = True
     half_scales: bool = False
+    hands_on: bool = False
 
     @classmethod
     def of(cls, target: Target) -> QuantConstraints:
@@ -62,6 +65,7 @@ class QuantConstraints:
             weight_bits=target.weight_bits,
             uniform_only=not target.simulated,
             half_scales=target.float_type == "float16",
+            hands_on=target.hands_on,
         )
 
 
@@ -157,7 +161,10 @@ def calibrate_network(
     if scheme.symmetric:
         folded, quantizers = center_norms(folded, quantizers)
     quantizers = {**quantizers, **search_apart(problems.values(), samples, method, before, quantizers)}
-    if quant.outputs:
+    if quant.outputs and scheme.hands_on:
+        progress.step("finding the grids of what is handed on")
+        quantizers |= hand_on(folded, problems, quantizers, examples)
+    elif quant.outputs:
         quantizers |= search_outputs(problems.values(), before, quantizers)
     if scheme.half_scales:
         quantizers = {site: in_half(quantizer) for site, quantizer in quantizers.items()}

@@ -23,6 +23,7 @@ RuleResult = Any
 Rule = Callable[["Translation", Any], RuleResult]
 
 _FLOATS = (1, 10, 11, 16)
+_DOUBLE = 11
 _INTEGERS = {2: torch.uint8, 3: torch.int8, 6: torch.int32, 7: torch.int64, 9: torch.bool}
 """Types by TensorProto.DataType; all floats of a graph are those of the module."""
 
@@ -188,12 +189,12 @@ def _cast(t: Translation, node: Any) -> RuleResult:
         return t.call(Tensor.to, x, _INTEGERS[kind])
     if kind not in _FLOATS:
         return t.refuse(node, f"a cast to the type {kind}")
-    # Integers become single precision, whatever the module's type is: sums of products do not fit a narrower one.
-    wide = t.call(Tensor.float, x)
-    if t.holds_integers(node.input[0]):
-        t.widen(wide)
-        return wide
-    return t.call(as_real, x, t.real)
+    if not t.holds_integers(node.input[0]):
+        return t.call(as_real, x, t.real)
+    # Integers become single precision at least, whatever the module's type is: sums of products fit no narrower one.
+    wide = t.call(Tensor.double if kind == _DOUBLE else Tensor.float, x)
+    t.widen(wide)
+    return wide
 
 
 def _clip(t: Translation, node: Any) -> RuleResult:
@@ -338,6 +339,7 @@ RULES: dict[str, Rule] = {
     **{"Add": _function(operator.add), "Sub": _function(operator.sub), "Mul": _function(operator.mul)},
     **{"Div": _function(divided), "Pow": _function(operator.pow), "Max": _function(at_least)},
     **{"Min": _function(at_most), "Equal": _function(operator.eq), "Less": _function(operator.lt)},
+    **{"Greater": _function(operator.gt), "LessOrEqual": _function(operator.le), "Round": _function(torch.round)},
     **{"Where": _function(chosen), "Neg": _function(operator.neg), "Abs": _function(torch.abs)},
     **{"Exp": _function(torch.exp), "Log": _function(torch.log), "Sqrt": _function(torch.sqrt)},
     **{"Sin": _function(torch.sin), "Cos": _function(torch.cos), "Tanh": _function(torch.tanh)},

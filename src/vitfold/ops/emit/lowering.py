@@ -144,7 +144,9 @@ class Emit(Ops[Value]):
         """One LayerNormalization; decomposed it would overflow in FP16."""
         shape, writer = self.count.layer_norm(layer, x.shape, eps), self.writer
         scale, bias = writer.weight(f"{layer}.weight"), writer.weight(f"{layer}.bias")
-        return Value(writer.node("LayerNormalization", x.onnx, scale, bias, site=layer, axis=-1, epsilon=eps), shape)
+        normal = writer.node("LayerNormalization", x.onnx, scale, bias, site=layer, axis=-1, epsilon=eps)
+        self._operands.chain.norm(layer, eps, x.onnx, normal)
+        return Value(normal, shape)
 
     def rms_norm(self, layer: str, x: Value, eps: float) -> Value:
         """One operator where the target has it, which in FP16 keeps its sum in single precision."""
@@ -156,17 +158,21 @@ class Emit(Ops[Value]):
 
     def activation(self, kind: str, x: Value, site: str) -> Value:
         """Gelu as one operator; the others as their textbook form."""
-        shape, node = self.count.activation(kind, x.shape, site), self.writer.node
+        y = self._activation(kind, x.onnx, site)
+        self._operands.chain.activation(kind, x.onnx, y)
+        return Value(y, self.count.activation(kind, x.shape, site))
+
+    def _activation(self, kind: str, x: ir.Value, site: str) -> ir.Value:
+        node = self.writer.node
         if kind in ("gelu_erf", "gelu_tanh"):
-            approximate = "none" if kind == "gelu_erf" else "tanh"
-            return Value(node("Gelu", x.onnx, site=site, approximate=approximate), shape)
+            return node("Gelu", x, site=site, approximate="none" if kind == "gelu_erf" else "tanh")
         if kind in ("relu", "elu"):
-            return Value(node(kind.capitalize(), x.onnx, site=site), shape)
+            return node(kind.capitalize(), x, site=site)
         alpha = 1.702 if kind == "quick_gelu" else 1.0
         if self._target.contrib:
-            return Value(node("QuickGelu", x.onnx, site=site, domain=MICROSOFT, alpha=alpha), shape)
-        gate = x.onnx if alpha == 1.0 else node("Mul", x.onnx, self.writer.number(alpha))
-        return Value(node("Mul", x.onnx, node("Sigmoid", gate), site=site), shape)
+            return node("QuickGelu", x, site=site, domain=MICROSOFT, alpha=alpha)
+        gate = x if alpha == 1.0 else node("Mul", x, self.writer.number(alpha))
+        return node("Mul", x, node("Sigmoid", gate), site=site)
 
     def softmax(self, site: str, a: Value) -> Value:
         """Softmax."""
@@ -188,7 +194,7 @@ class Emit(Ops[Value]):
             return self._in_heads(self._fused(site, rows, q, bias, scale), shape)
         scores = scoring.scores(site, q.onnx, k.onnx, scale)
         if bias is not None:
-            scores = self.writer.node("Add", scores, bias.onnx, site=f"{site}.bias")
+            scores = scoring.biased(site, scores, bias.onnx)
         return Value(averaging.average(site, scores, v.onnx), shape)
 
     def _fused(self, site: str, rows: Sequence[ir.Value], q: Value, bias: Value | None, scale: float) -> ir.Value:
@@ -213,8 +219,10 @@ class Emit(Ops[Value]):
         """One operator."""
         if b is None:
             return Value(self.writer.node(_ELEMENTWISE[op], a.onnx), self.count.elementwise(op, a.shape))
-        shape = self.count.elementwise(op, a.shape, b.shape)
-        return Value(self.writer.node(_ELEMENTWISE[op], a.onnx, b.onnx), shape)
+        y = self._operands.chain.add(a.onnx, b.onnx) if op == "add" else None
+        if y is None:
+            y = self.writer.node(_ELEMENTWISE[op], a.onnx, b.onnx)
+        return Value(y, self.count.elementwise(op, a.shape, b.shape))
 
     def reduce(self, op: str, a: Value, axis: int, *, keep: bool = False) -> Value:
         """One operator, or two."""
@@ -257,8 +265,8 @@ class Emit(Ops[Value]):
         shape = self.count.slice(a.shape, axis, start, stop, step)
         if (start, stop, step) == (0, a.shape[axis], 1):
             return a
-        bounds = (self.writer.integers(n) for n in (start, stop, axis, step))
-        return Value(self.writer.node("Slice", a.onnx, *bounds), shape)
+        bounds = [self.writer.integers(n) for n in (start, stop, axis, step)]
+        return Value(self._operands.chain.pick(a.onnx, lambda x: self.writer.node("Slice", x, *bounds)), shape)
 
     def concat(self, parts: tuple[Value, ...], axis: int) -> Value:
         """Concat."""

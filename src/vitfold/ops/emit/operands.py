@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from vitfold.errors import TargetError
 from vitfold.model import Array
+from vitfold.ops.emit.chain import Chain
 from vitfold.ops.emit.codes import Placed, PlacedWeight, Sign, place, place_weight
 from vitfold.ops.emit.writer import Writer
 from vitfold.products import computed_type
@@ -32,6 +33,7 @@ class Operands:
         self.target = target
         self.quantizers = quantizers
         self._writer = writer
+        self.chain = Chain(writer, quantizers)
         self._weights: dict[tuple[str, int], ir.Value] = {}
         self._codes: dict[tuple[ir.Value, float, str, int], ir.Value] = {}
         self._ready: dict[ir.Value, tuple[str, Placed]] = {}
@@ -144,14 +146,27 @@ class Operands:
         moves: list[ir.Node] = []
         if self.target.quantized_product != "qdq":
             x, moves = _before_moves(x)
+        codes = self._handed(site, branch)
+        if codes is not None:
+            self._codes[key] = codes
+            return codes
         if placed.shift:
             x = self._writer.node("Sub", x, self._writer.number(float(placed.shift)), site=site)
         scale = self._writer.number(float(placed.scale))
         codes = self._writer.node("QuantizeLinear", x, scale, self._writer.constant(placed.zero_point), site=site)
+        self._codes[key] = self._moved(site, codes, moves)
+        return self._codes[key]
+
+    def _handed(self, site: str, branch: Branch) -> ir.Value | None:
+        """Codes that are there, or made of such without a float; they move, and rows of them are picked."""
+        x, moves = _before_moves(branch.onnx, "Slice")
+        codes = self.chain.codes(site, x, branch.placed)
+        return None if codes is None else self._moved(site, codes, moves)
+
+    def _moved(self, site: str, codes: ir.Value, moves: list[ir.Node]) -> ir.Value:
         for move in moves:
             attributes = {name: attribute.value for name, attribute in move.attributes.items()}
             codes = self._writer.node(move.op_type, codes, *move.inputs[1:], site=site, **attributes)
-        self._codes[key] = codes
         return codes
 
     def hand_on(self, site: str, codes: ir.Value, placed: Placed) -> None:
@@ -211,11 +226,11 @@ def _key(branch: Branch) -> tuple[ir.Value, float, str, int]:
     return branch.onnx, float(placed.scale), placed.zero_point.dtype.str, int(placed.zero_point)
 
 
-def _before_moves(x: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
-    """Return the value that Reshape and Transpose nodes moved to `x`, and these nodes in order."""
+def _before_moves(x: ir.Value, *more: str) -> tuple[ir.Value, list[ir.Node]]:
+    """Return the value that Reshape and Transpose nodes, and `more`, moved to `x`, and these nodes in order."""
     moves: list[ir.Node] = []
     node = x.producer()
-    while node is not None and node.op_type in ("Reshape", "Transpose") and node.inputs[0] is not None:
+    while node is not None and node.op_type in ("Reshape", "Transpose", *more) and node.inputs[0] is not None:
         moves.insert(0, node)
         x = node.inputs[0]
         node = x.producer()

@@ -22,6 +22,8 @@ from vitfold.target import Target
 class Products(ABC):
     """How the products of a model are written."""
 
+    _writer: Writer
+
     @abstractmethod
     def linear(self, layer: str, site: str, x: Value, outputs: Shape) -> ir.Value:
         """X W^T + b on the last axis; `site` is that of x, `outputs` the shape of the result."""
@@ -29,6 +31,10 @@ class Products(ABC):
     @abstractmethod
     def scores(self, site: str, q: ir.Value, k: ir.Value, alpha: float) -> ir.Value:
         """Alpha q k^T of an attention, on rank-4 values."""
+
+    def biased(self, site: str, scores: ir.Value, bias: ir.Value) -> ir.Value:
+        """Scores of an attention with a bias that broadcasts."""
+        return self._writer.node("Add", scores, bias, site=f"{site}.bias")
 
     @abstractmethod
     def average(self, site: str, scores: ir.Value, v: ir.Value) -> ir.Value:

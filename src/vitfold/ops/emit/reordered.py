@@ -1,6 +1,8 @@
 """The reordered lowering: matrix products take integers, dequantization stands behind them.
 
-LayerNorm, exp and GELU stay float. `ops.simulate` with `reordered` computes the same in float.
+Where outputs are rounded, codes are handed on (`chain`): a linear layer writes what its reader wants, and LayerNorm,
+exp, GELU and the residual stream are integers too. Else they stay float. `ops.simulate` with `reordered` computes the
+same in float.
 
 Source: operand reordering (2504.18547).
 """
@@ -15,11 +17,12 @@ import onnx_ir as ir
 
 from vitfold.errors import TargetError
 from vitfold.model import Array
+from vitfold.ops.emit.chain import stream_placed
 from vitfold.ops.emit.codes import Placed, PlacedWeight, place
 from vitfold.ops.emit.operands import Branch, Operands
 from vitfold.ops.emit.products import Product, Quantized
-from vitfold.ops.emit.writer import Writer
-from vitfold.quantizer import EXPONENTIALS, Uniform
+from vitfold.ops.emit.writer import Shape, Value, Writer
+from vitfold.quantizer import EXPONENTIALS, NARROW_BITS, Uniform
 
 _MULTIPLIER_BITS = 24
 _SMALLEST = -14
@@ -51,16 +54,88 @@ class Reordered(Quantized):
     def __init__(self, writer: Writer, operands: Operands, projections: Mapping[str, str]) -> None:
         super().__init__(writer, operands)
         self._projections = projections
+        self._chain = operands.chain
+        self._sums: dict[ir.Value, tuple[ir.Value, float]] = {}
+
+    def linear(self, layer: str, site: str, x: Value, outputs: Shape) -> ir.Value:
+        """Floats; or the codes that what reads them wants, where `{layer}.out` has a grid per tensor."""
+        if self._hands(layer, None):
+            return self._handed(layer, site, x.onnx, 0, None)
+        y = super().linear(layer, site, x, outputs)
+        grid = self._operands.quantizers.get(f"{layer}.out")
+        if isinstance(grid, Uniform) and grid.axis is None and grid.bits <= NARROW_BITS:
+            y = self._operands.grid(f"{layer}.out", Branch(y, self._operands.place(f"{layer}.out")))
+        return y
+
+    def linear_parts(self, layer: str, x: ir.Value, parts: int) -> list[ir.Value] | None:
+        """Codes of queries, keys and values, where `{layer}.out` has a grid for each."""
+        if not self._hands(layer, -1):
+            return None
+        size = len(self._writer.params[f"{layer}.weight"]) // parts
+        starts = range(0, parts * size, size)
+        return [self._handed(layer, f"{layer}.x", x, start, start + size) for start in starts]
+
+    def _hands(self, layer: str, axis: int | None) -> bool:
+        grid, inputs = (self._operands.quantizers.get(f"{layer}.{end}") for end in ("out", "x"))
+        return isinstance(grid, Uniform) and isinstance(inputs, Uniform) and grid.axis == axis
+
+    def _handed(self, layer: str, site: str, x: ir.Value, start: int, stop: int | None) -> ir.Value:
+        """Requantize the output channels start:stop, all of which have one grid."""
+        operands, name = self._operands, f"{layer}.out"
+        grid, whole, (branch,) = operands.quantizers[name], operands.weight(layer), operands.left(site, x)
+        assert isinstance(grid, Uniform)
+        if grid.axis is not None:
+            (scale,), (zero,) = (np.unique(one[start:stop]) for one in (grid.scale, grid.zero_point))
+            grid = Uniform(scale=np.array(scale), zero_point=np.array(zero), low=grid.low, high=grid.high)
+        weight = whole if stop is None else whole.rows(start, stop)
+        codes = operands.weight_codes(layer, weight, start, stop)
+        product = self._accumulate(layer, operands.codes(site, branch), codes, branch.placed, weight)
+        scales = branch.placed.scale * weight.scale.astype(np.float64) / float(grid.scale)
+        bias = self._writer.params.get(f"{layer}.bias", np.zeros(1, np.float32))
+        bias = (bias if stop is None else bias[start:stop]).astype(np.float64) / float(grid.scale)
+        placed = stream_placed(grid) if grid.bits > NARROW_BITS else place(name, grid, operands.target)
+        return self._chain.hand(name, self._chain.requantize(name, product, scales, bias, placed), placed)
 
     def _product(self, one: Product) -> ir.Value:
         """D alpha (A - za) (B - zb) + b: one multiplication by all scales; branches of a twin meet as floats."""
         parts = []
         for branch in one.branches:
-            codes, scale = self._operands.codes(one.left, branch), branch.placed.scale * one.placed.scale
+            codes = self._operands.codes(one.left, branch)
+            scale = branch.placed.scale * one.placed.scale * np.float32(one.alpha)
             product = self._accumulate(one.site, codes, one.right, branch.placed, one.placed)
-            parts.append(self._scaled(one.site, product, scale * np.float32(one.alpha)))
+            parts.append(self._scaled(one.site, product, scale))
         y = self._writer.total(one.site, parts)
+        if len(parts) == 1 and one.bias is None and np.ndim(scale) == 0:
+            self._sums[y] = product, float(scale)
         return y if one.bias is None else self._writer.node("Add", y, one.bias, site=f"{one.site}.bias")
+
+    def biased(self, site: str, scores: ir.Value, bias: ir.Value) -> ir.Value:
+        """The sum; where integers go on, the bias in steps of the product, too."""
+        y = super().biased(site, scores, bias)
+        if scores in self._sums and f"{site}.logits" in self._operands.quantizers:
+            product, scale = self._sums[scores]
+            node, name = self._writer.node, f"{site}.bias"
+            steps = node("Round", node("Div", bias, self._writer.number(scale), site=name), site=name)
+            ends = (self._writer.number(end) for end in (-(2.0**31), 2.0**31))
+            steps = node("Clip", steps, *ends, site=name)
+            both = (node("Cast", one, site=name, to=int(ir.DataType.INT64)) for one in (product, steps))
+            self._sums[y] = node("Add", *both, site=name), scale
+        return y
+
+    def _exponentials(self, site: str, scores: ir.Value) -> ir.Value:
+        """Codes of exp(scores - their largest): by a table, or rounded."""
+        writer, softmax = self._writer, f"{site}.softmax"
+        grid = self._operands.quantizers.get(f"{site}.logits")
+        if isinstance(grid, Uniform) and scores in self._sums:
+            product, scale = self._sums[scores]
+            long = writer.node("Cast", product, site=softmax, to=int(ir.DataType.INT64))
+            return self._chain.exponentials(softmax, long, scale, grid)
+        largest = writer.node("ReduceMax", scores, writer.integers(-1), site=softmax, keepdims=1)
+        powers = writer.node("Exp", writer.node("Sub", scores, largest, site=softmax), site=softmax)
+        return self._operands.codes(softmax, Branch(powers, self._unit_interval(softmax)))
+
+    def _unit_interval(self, softmax: str) -> Placed:
+        return place(softmax, EXPONENTIALS, self._operands.target, np.uint8, sign="positive")
 
     def average(self, site: str, scores: ir.Value, v: ir.Value) -> ir.Value:
         """out_i = Dv sum_j E_ij (Vq_j - zv) / sum_j E_ij with the codes E of exp(scores - max) on the grid 1 / 255.
@@ -69,10 +144,7 @@ class Reordered(Quantized):
         multiplier Dv / Do and one rounding (half away from zero), and returned as that layer's codes.
         """
         writer, softmax, name = self._writer, f"{site}.softmax", f"{site}.v"
-        largest = writer.node("ReduceMax", scores, writer.integers(-1), site=softmax, keepdims=1)
-        powers = writer.node("Exp", writer.node("Sub", scores, largest, site=softmax), site=softmax)
-        placed = place(softmax, EXPONENTIALS, self._operands.target, np.uint8, sign="positive")
-        codes = self._operands.codes(softmax, Branch(powers, placed))
+        placed, codes = self._unit_interval(softmax), self._exponentials(site, scores)
         integers = writer.node("Cast", codes, site=softmax, to=int(ir.DataType.INT32))
         total = writer.node("ReduceSum", integers, writer.integers(-1), site=f"{softmax}.sum", keepdims=1)
         right = self._operands.right(name, v)
@@ -103,13 +175,8 @@ class Reordered(Quantized):
         node, long = self._writer.node, int(ir.DataType.INT64)
         above = node("Mul", node("Cast", product, site=name, to=long), self._long(2 * m), site=name)
         below = node("Mul", node("Cast", total, site=name, to=long), self._long(1 << shift), site=name)
-        half = node("Mul", node("Sign", above, site=name), below, site=name)
         twice = node("Mul", below, self._long(2), site=name)
-        rounded = node("Div", node("Add", above, half, site=name), twice, site=name)
-        moved = node("Add", rounded, self._long(int(reader.zero_point)), site=name)
-        bounds = np.iinfo(reader.zero_point.dtype)
-        clamped = node("Clip", moved, self._long(int(bounds.min)), self._long(int(bounds.max)), site=name)
-        return node("Cast", clamped, site=name, to=int(ir.DataType.from_numpy(reader.zero_point.dtype)))
+        return self._chain.clamped(name, self._chain.quotient(name, above, twice, below), reader)
 
     def _accumulate(self, site: str, a: ir.Value, b: ir.Value, left: Placed, right: Placed | PlacedWeight) -> ir.Value:
         """(A - za) (B - zb) in int32."""
