@@ -188,6 +188,32 @@ def test_every_activation_function_is_a_table(tiny_model, random_images, tmp_pat
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.03
 
 
+FEATURES: dict[str, dict[str, Any]] = {
+    "map": {"pool": "map", "map_heads": 2, "map_mlp_width": 24},
+    "none": {"pool": "none", "outputs": 0, "output": "last_hidden_state"},
+    "swiglu": {"mlp": "swiglu", "activation": "silu"},
+    "qk norm": {"qk_norm": True},
+    "registers": {"registers": 2, "dist_token": True, "pool": "token_dist"},
+    "norm in front": {"pre_norm": True},
+    "layer scale": {"layer_scale": True},
+    "no bias": {"without": ["head.bias", *(f"blocks.{i}.{n}.bias" for i in range(2) for n in ("attn.qkv", "mlp.fc2"))]},
+}
+
+
+@pytest.mark.parametrize("r", [(0, 0), (5, 3)])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_where_the_chain_has_gaps_the_graph_still_follows(tiny_model, random_images, tmp_path, feature, r):
+    model = tiny_model(**FEATURES[feature])
+    images = random_images(model.spec, 8)
+    done = calibrated(model, images, r)
+    assert any(site.endswith(".out") for site in done.quantizers)
+    graph = graph_of(model, done, tmp_path / "model.onnx", r)
+    found = every_tensor(graph, images, "ORT_ENABLE_ALL")[graph.graph.output[0].name]
+    expected = simulated(model, done, images, r)
+    distances = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(found, expected, strict=True)]
+    assert np.median(distances) < 0.05
+
+
 def test_what_is_kept_float_hands_nothing_on(tiny_model, random_images, tmp_path):
     model = tiny_model()
     images = random_images(model.spec, 8)

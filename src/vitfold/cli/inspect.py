@@ -182,6 +182,7 @@ def _quant(quant: QuantRecipe | None, *, simulated: bool) -> str:
     if quant is None:
         return "none"
     shown = f"{quant.scheme} by {quant.method}, {quant.calibration_size} calibration images, seed {quant.seed}"
+    shown += ", outputs rounded" if quant.outputs else ""
     kept = [glob for glob, scheme in quant.sites.items() if scheme == "float"]
     shown += f", float: {', '.join(kept)}" if kept else ""
     return f"{shown} (simulated)" if simulated else shown

@@ -115,6 +115,8 @@ def _print_plan(values: dict[str, Any]) -> None:
         shown = "simulated: no engine executes it" if values["simulated"] else "integer linear layers"
         if not values["simulated"] and values["recipe"]["quant"].get("attention"):
             shown += " and attention"
+        if values["recipe"]["quant"].get("outputs"):
+            shown += ", outputs rounded"
         out.print(f"  quant     {values['quantization']} ({shown})")
     if "registers" in values["recipe"] or "remedies" in values:
         out.print(f"  registers {_registers(values)}")

@@ -91,10 +91,12 @@ class Reordered(Quantized):
         codes = operands.weight_codes(layer, weight, start, stop)
         product = self._accumulate(layer, operands.codes(site, branch), codes, branch.placed, weight)
         scales = branch.placed.scale * weight.scale.astype(np.float64) / float(grid.scale)
-        bias = self._writer.params.get(f"{layer}.bias", np.zeros(1, np.float32))
-        bias = (bias if stop is None else bias[start:stop]).astype(np.float64) / float(grid.scale)
+        params = self._writer.params
+        bias = params.get(f"{layer}.bias", np.zeros(len(params[f"{layer}.weight"])))[start:stop].astype(np.float64)
         placed = stream_placed(grid) if grid.bits > NARROW_BITS else place(name, grid, operands.target)
-        return self._chain.hand(name, self._chain.requantize(name, product, scales, bias, placed), placed)
+        return self._chain.hand(
+            name, self._chain.requantize(name, product, scales, bias / float(grid.scale), placed), placed
+        )
 
     def _product(self, one: Product) -> ir.Value:
         """D alpha (A - za) (B - zb) + b: one multiplication by all scales; branches of a twin meet as floats."""
