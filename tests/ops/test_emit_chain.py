@@ -240,6 +240,20 @@ def test_a_stream_has_one_grid_with_room_above(tiny_model, random_images):
     assert logits.scale == EXPONENTS.scale
 
 
+@pytest.mark.parametrize("factor", [1e-7, 1e5])
+def test_tiny_and_huge_streams_fit_integers(tiny_model, random_images, tmp_path, factor):
+    model = tiny_model(class_token=False, pool="avg", pos_embed="none")
+    params = {name: array * factor if name.startswith("patch_embed") else array for name, array in model.params.items()}
+    model = model.with_params(model.spec, params)
+    images = random_images(model.spec, 8)
+    done = calibrated(model, images)
+    graph = graph_of(model, done, tmp_path / "model.onnx")
+    found = every_tensor(graph, images, "ORT_ENABLE_ALL")[graph.graph.output[0].name]
+    expected = simulated(model, done, images)
+    assert np.isfinite(found).all()
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.05
+
+
 @given(multipliers=st.lists(st.floats(2.0**-60, 2.0**29), min_size=1, max_size=5))
 def test_fixed_points_share_a_shift_and_fit(multipliers):
     m, shift = fixed_point(np.array(multipliers))

@@ -27,6 +27,8 @@ from vitfold.quantizer import EXPONENTS, NARROW_BITS, STREAM_BITS, STREAM_LIMIT,
 _CODES = 256
 _SHARES = tuple(n / 20 for n in range(21))
 """Of the extremes, where the ends of a grid are tried."""
+_LEAST = 2.0**-8
+"""The magnitude of a stream from which on its steps get finer: eps of a norm, in squared steps, has to fit integers."""
 _IMAGES = 32
 """Examples that the largest magnitude of a stream is taken from."""
 
@@ -116,7 +118,7 @@ def _streams(network: Network, quantizers: Mapping[str, Quantizer], examples: Ex
     if not norms:
         return {}
     largest = _largest(network, {node.site for node in norms}, examples)
-    step = 2.0 ** (math.ceil(math.log2(max(largest, 1e-12))) - STREAM_BITS)
+    step = 2.0 ** (math.ceil(math.log2(max(largest, _LEAST))) - STREAM_BITS)
     grid = Uniform(scale=np.array(step), zero_point=np.array(0), low=-STREAM_LIMIT, high=STREAM_LIMIT - 1)
     found: dict[str, Quantizer] = {f"{node.site}.x": grid for node in norms}
     for node in linears_of(program):

@@ -241,7 +241,7 @@ class Chain:
 
 
 def stream_placed(grid: Uniform) -> Placed:
-    """Return how the codes of a residual stream are stored: as int32, which nothing clips."""
+    """Return how the codes of a residual stream are stored: as int32 with the zero point 0."""
     return Placed(scale=np.float32(grid.scale), zero_point=np.zeros((), np.int32), shift=np.float32(0))
 
 
