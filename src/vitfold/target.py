@@ -354,8 +354,8 @@ TARGETS: dict[str, Target] = {
             quantized_product="integer",
             quantize_attention=True,
             quantize_outputs=True,
-            why="operand reordering: every product takes integers, and hands on codes; the same bits on every "
-            "processor, by 7-bit weights and unsigned keys and values",
+            why="operand reordering: every product takes integers, and hands on codes; exact on every "
+            "processor by 7-bit weights and unsigned keys and values",
         ),
         replace(
             _PORTABLE,

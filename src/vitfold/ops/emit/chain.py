@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from vitfold.errors import TargetError
 from vitfold.model import Array
+from vitfold.model.spec import sigmoid
 from vitfold.ops.emit.codes import Placed
 from vitfold.ops.emit.writer import Writer
 from vitfold.quantizer import EXPONENTIALS, STREAM_LIMIT, Quantizer, Uniform
@@ -29,8 +30,8 @@ _ERF = np.vectorize(math.erf, otypes=[np.float64])
 _FUNCTIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu_erf": lambda x: 0.5 * x * (1.0 + _ERF(x / math.sqrt(2.0))),
     "gelu_tanh": lambda x: 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))),
-    "quick_gelu": lambda x: x / (1.0 + np.exp(-1.702 * x)),
-    "silu": lambda x: x / (1.0 + np.exp(-x)),
+    "quick_gelu": lambda x: x * sigmoid(1.702 * x),
+    "silu": lambda x: x * sigmoid(x),
     "relu": lambda x: np.maximum(x, 0.0),
     "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0.0))),
 }
@@ -135,7 +136,7 @@ class Chain:
         b = np.rint(np.ldexp(np.asarray(offsets, np.float64), shift))
         if np.abs(b).max() > _MOST:
             raise TargetError(f"{site} cannot be requantized: its bias is beyond its range; calibrate again")
-        node, long = self._writer.node, self._long
+        node, long = self._writer.node, self._writer.long
         above = node("Mul", node("Cast", product, site=site, to=_LONG), long(m), site=site)
         if b.any():
             above = node("Add", above, long(b), site=site)
@@ -151,7 +152,7 @@ class Chain:
 
     def clamped(self, site: str, value: ir.Value, placed: Placed) -> ir.Value:
         """Codes of a grid from int64, in their type."""
-        node, long, kind = self._writer.node, self._long, placed.zero_point.dtype
+        node, long, kind = self._writer.node, self._writer.long, placed.zero_point.dtype
         low, high = np.iinfo(kind).min, np.iinfo(kind).max
         if _is_stream(placed):
             low, high = -STREAM_LIMIT, STREAM_LIMIT - 1
@@ -169,7 +170,7 @@ class Chain:
         Raises:
             TargetError: if the scale of the scores is that of no logits.
         """
-        node, long = self._writer.node, self._long
+        node, long = self._writer.node, self._writer.long
         m, shift = self._fixed_point(site, np.array(scale / float(grid.scale)), bits=24)
         largest = node("ReduceMax", scores, self._writer.integers(-1), site=site, keepdims=1)
         steps = node("Mul", node("Sub", largest, scores, site=site), long(m), site=site)
@@ -196,7 +197,7 @@ class Chain:
 
         G and B are the norm's weight and bias in steps of what it writes, with 16 fractional bits.
         """
-        node, long, params = self._writer.node, self._long, self._writer.params
+        node, long, params = self._writer.node, self._writer.long, self._writer.params
         weight, bias = (params[f"{norm.layer}.{name}"].astype(np.float64) for name in ("weight", "bias"))
         gains, offsets = (np.rint(np.ldexp(one / float(placed.scale), _AFFINE_BITS)) for one in (weight, bias))
         if max(np.abs(gains).max(), np.abs(offsets).max()) > 2**31:
@@ -223,15 +224,12 @@ class Chain:
         except ValueError as error:
             raise TargetError(f"{site} cannot be requantized: {error}; calibrate again") from None
 
-    def _long(self, value: Array | int) -> ir.Value:
-        return self._writer.constant(np.asarray(value, np.int64))
-
     def _times(self, site: str, value: ir.Value, factor: int) -> ir.Value:
-        return self._writer.node("Mul", value, self._long(factor), site=site)
+        return self._writer.node("Mul", value, self._writer.long(factor), site=site)
 
     def _root(self, site: str, value: ir.Value) -> ir.Value:
         """floor(sqrt(value)) of integers below 2^62: the root of a double is off by one at most, which is mended."""
-        node, one = self._writer.node, self._long(1)
+        node, one = self._writer.node, self._writer.long(1)
         root = node("Cast", node("Sqrt", node("Cast", value, site=site, to=_DOUBLE), site=site), site=site, to=_LONG)
         above = node("Greater", node("Mul", root, root, site=site), value, site=site)
         root = node("Sub", root, node("Cast", above, site=site, to=_LONG), site=site)

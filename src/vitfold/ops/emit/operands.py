@@ -136,26 +136,26 @@ class Operands:
         return branch
 
     def codes(self, site: str, branch: Branch) -> ir.Value:
-        """QuantizeLinear, behind the shift that a symmetric target needs; made once for equal branches.
+        """Codes that are there, or QuantizeLinear; made once for equal branches."""
+        key = _key(branch)
+        if key not in self._codes:
+            codes = self._handed(site, branch)
+            self._codes[key] = self._rounded(site, branch) if codes is None else codes
+        return self._codes[key]
+
+    def _rounded(self, site: str, branch: Branch) -> ir.Value:
+        """QuantizeLinear, behind the shift that a symmetric target needs.
 
         Codes are smaller to move than floats: where nothing has to recognize the pairs, quantize first.
         """
-        placed, x, key = branch.placed, branch.onnx, _key(branch)
-        if key in self._codes:
-            return self._codes[key]
-        moves: list[ir.Node] = []
+        x, placed, moves = branch.onnx, branch.placed, list[ir.Node]()
         if self.target.quantized_product != "qdq":
             x, moves = _before_moves(x)
-        codes = self._handed(site, branch)
-        if codes is not None:
-            self._codes[key] = codes
-            return codes
         if placed.shift:
             x = self._writer.node("Sub", x, self._writer.number(float(placed.shift)), site=site)
         scale = self._writer.number(float(placed.scale))
         codes = self._writer.node("QuantizeLinear", x, scale, self._writer.constant(placed.zero_point), site=site)
-        self._codes[key] = self._moved(site, codes, moves)
-        return self._codes[key]
+        return self._moved(site, codes, moves)
 
     def _handed(self, site: str, branch: Branch) -> ir.Value | None:
         """Codes that are there, or made of such without a float; they move, and rows of them are picked."""

@@ -175,9 +175,9 @@ class Reordered(Quantized):
         except ValueError as error:
             raise TargetError(f"{name} cannot be requantized: {error}; calibrate again") from None
         node, long = self._writer.node, int(ir.DataType.INT64)
-        above = node("Mul", node("Cast", product, site=name, to=long), self._long(2 * m), site=name)
-        below = node("Mul", node("Cast", total, site=name, to=long), self._long(1 << shift), site=name)
-        twice = node("Mul", below, self._long(2), site=name)
+        above = node("Mul", node("Cast", product, site=name, to=long), self._writer.long(2 * m), site=name)
+        below = node("Mul", node("Cast", total, site=name, to=long), self._writer.long(1 << shift), site=name)
+        twice = node("Mul", below, self._writer.long(2), site=name)
         return self._chain.clamped(name, self._chain.quotient(name, above, twice, below), reader)
 
     def _accumulate(self, site: str, a: ir.Value, b: ir.Value, left: Placed, right: Placed | PlacedWeight) -> ir.Value:
@@ -189,6 +189,3 @@ class Reordered(Quantized):
         name, factor = f"{site}.scale", np.asarray(scale, np.float32)
         floats = self._writer.node("Cast", product, site=name, to=int(ir.DataType.FLOAT))
         return self._writer.node("Mul", floats, self._writer.constant(factor), site=name)
-
-    def _long(self, value: int) -> ir.Value:
-        return self._writer.constant(np.array(value, np.int64))

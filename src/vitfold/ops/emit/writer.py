@@ -111,6 +111,10 @@ class Writer:
         """A vector of int64."""
         return self.constant(np.array(values, np.int64))
 
+    def long(self, value: Array | int) -> ir.Value:
+        """An int64 scalar, or an array of them."""
+        return self.constant(np.asarray(value, np.int64))
+
     def number(self, value: float) -> ir.Value:
         """A scalar of the graph's float type."""
         return self.constant(np.array(value, np.float32))
