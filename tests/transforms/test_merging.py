@@ -170,7 +170,7 @@ def test_deleted_patches_come_back_as_the_mean_of_their_neighbours(three, random
 def test_every_table_of_operations_speaks_the_vocabulary():
     """An operation under a name of yesterday would silently be one without a rule."""
     from vitfold.program import VOCABULARY, axes, queries
-    from vitfold.transforms import merging, rows
+    from vitfold.transforms import replay, rows
 
-    tables = (axes.ON_LAST_AXIS, axes._RULES, queries._ROWWISE, merging._ROWWISE, rows.RULES)
+    tables = (axes.ON_LAST_AXIS, axes._RULES, queries._ROWWISE, replay._ROWWISE, rows.RULES)
     assert set().union(*tables) <= set(VOCABULARY)
