@@ -15,7 +15,7 @@ from vitfold.model import ViTSpec, param_shapes
 from vitfold.ops.count import Count, integer_work
 from vitfold.ops.protocol import Ops
 from vitfold.ops.run import Run
-from vitfold.quantizer import Quantizer, Twin, Uniform
+from vitfold.quantizer import EXPONENTS, Quantizer, Twin, Uniform
 from vitfold.recipe import MergeRecipe, tokens_per_block
 from vitfold.schedule import resolve_r
 
@@ -257,6 +257,35 @@ def test_quantized_weights_take_one_byte_and_float_ones_four():
     costs = {cost.site: cost for cost in quantized_count(quantizers, dequantize_first=False).costs}
     assert costs["blocks.3.mlp.fc1"].weight_bytes == 4 * 768 * 3072, "weights on their grid alone stay float"
     assert not costs["blocks.3.mlp.fc1"].integer
+
+
+def test_codes_that_are_handed_on_take_one_byte():
+    tokens, width, heads = 197, 768, 12
+    plain = quantizers_of(BASE, attention=True)
+    wide = replace(INT8, scale=np.array(2.0**-16), low=-(1 << 22), high=(1 << 22) - 1)
+    handed = {**plain, "norm.x": wide}
+    for i in range(BASE.num_layers):
+        handed |= {f"blocks.{i}.norm1.x": wide, f"blocks.{i}.norm2.x": wide, f"blocks.{i}.attn.logits": EXPONENTS}
+        handed |= {f"blocks.{i}.attn.qkv.out": INT8, f"blocks.{i}.mlp.fc1.out": INT8}
+        handed |= {f"blocks.{i}.{layer}.out": wide for layer in ("attn.proj", "mlp.fc2")}
+    before, after = (
+        {(cost.site, cost.kind): cost.activation_bytes for cost in quantized_count(one, dequantize_first=False).costs}
+        for one in (plain, handed)
+    )
+    pairs, stream, block = heads * tokens * tokens, tokens * width, "blocks.3"
+    expected = {
+        (f"{block}.norm1", "normalization"): (4 + 1) * stream,
+        (f"{block}.attn.qkv", "linear"): (1 + 3) * stream,
+        (f"{block}.attn.qk", "matmul"): 2 * stream + 4 * pairs,
+        (f"{block}.attn.softmax", "softmax"): (4 + 1) * pairs,
+        (f"{block}.attn.av", "matmul"): pairs + 2 * stream,
+        (f"{block}.attn.proj", "linear"): (1 + 4) * stream,
+        (f"{block}.mlp.fc1", "linear"): (1 + 4) * stream,
+        (f"{block}.mlp.fc2", "linear"): (4 + 4) * stream,
+    }
+    assert {site: after[site] for site in expected} == expected
+    assert all(after[site] <= before[site] for site in before)
+    assert before[f"{block}.norm1", "normalization"] == 8 * stream
 
 
 def test_without_quantizers_nothing_is_integer():

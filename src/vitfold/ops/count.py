@@ -2,7 +2,8 @@
 
 The rule: one multiply-accumulate (MAC) per product in linear layers, patch embedding and
 matrix products, for one image; attention is counted at the tokens that enter a block, the MLP at those
-that leave its merge; elementwise work, softmax and normalization count bytes but no MACs.
+that leave its merge; elementwise work, softmax and normalization count bytes but no MACs. Values take four bytes,
+but for those that quantizers of outputs and norms (`{layer}.out`, `{norm}.x`, `{attention}.logits`) hand on as codes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ from vitfold.quantizer import NARROW_BITS, Quantizer, Twin, Uniform
 
 Shape = tuple[int, ...]
 FLOAT_BYTES = 4
+
+
+class CodeShape(Shape):
+    """The shape of a value that is written as codes of 8 bits, a byte each."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +115,7 @@ class Count(Ops[Shape]):
         operands: tuple[str, str] | None = None,
     ) -> None:
         """Append a cost; `operands` are the sites of both sides of a product."""
-        moved = sum(math.prod(shape) for shape in (*inputs, output)) * FLOAT_BYTES
+        moved = sum(math.prod(shape) * _item_bytes(shape) for shape in (*inputs, output))
         integer = operands is not None and all(operand in self._quantizers for operand in operands)
         dequantized, products = 0, 1
         if integer and operands is not None:
@@ -129,6 +136,11 @@ class Count(Ops[Shape]):
                 role=self._role,
             )
         )
+
+    def _hands(self, site: str) -> bool:
+        """Whether what is written at a site is codes of 8 bits."""
+        found = self._quantizers.get(site)
+        return isinstance(found, Uniform) and found.bits <= NARROW_BITS
 
     def shape(self, a: Shape) -> Shape:
         """The value itself."""
@@ -180,18 +192,20 @@ class Count(Ops[Shape]):
         """Rows times weights."""
         outputs, inputs = self._shapes[f"{layer}.weight"]
         _require(x[-1] == inputs, f"{layer} takes width {inputs}, found {x}")
-        output = (*x[:-1], outputs)
+        output: Shape = (*x[:-1], outputs)
+        output = CodeShape(output) if self._hands(f"{layer}.out") else output
         weights, operands = inputs * outputs, (input_site(layer, rows), f"{layer}.w")
         self._note(layer, "linear", (x,), output, math.prod(x[:-1]) * weights, weights, operands)
         return output
 
     def layer_norm(self, layer: str, x: Shape, eps: float) -> Shape:
         """One pass in, one out."""
-        self._note(layer, "normalization", (x,), x, weights=2 * x[-1])
-        return x
+        output = CodeShape(x) if f"{layer}.x" in self._quantizers else x
+        self._note(layer, "normalization", (x,), output, weights=2 * x[-1])
+        return output
 
     def activation(self, kind: str, x: Shape, site: str) -> Shape:
-        """One pass in, one out."""
+        """One pass in, one out; of codes a table makes codes."""
         self._note(site, "activation", (x,), x)
         return x
 
@@ -201,19 +215,30 @@ class Count(Ops[Shape]):
         scores = self._product(f"{site}.qk", q, k, (f"{site}.q", f"{site}.k"), transpose_b=True)
         fits = bias is None or (_broadcast(scores, bias) == scores and bias[-1] == scores[-1])
         _require(fits, f"{site} cannot add a bias {bias} to scores {scores}")
-        self._note(f"{site}.softmax", "softmax", (scores,) if bias is None else (scores, bias), scores)
-        return self._product(f"{site}.av", scores, v, (f"{site}.softmax", f"{site}.v"))
+        handed = f"{site}.logits" in self._quantizers and self._hands(f"{site}.softmax")
+        shares = CodeShape(scores) if handed else scores
+        self._note(f"{site}.softmax", "softmax", (scores,) if bias is None else (scores, bias), shares)
+        operands = (f"{site}.softmax", f"{site}.v")
+        return self._product(f"{site}.av", shares, v, operands, codes=handed and self._hands(f"{site}.v"))
 
     def matmul(self, site: str, a: Shape, b: Shape, *, transpose_b: bool = False) -> Shape:
         """Rows times columns times depth."""
         return self._product(site, a, b, transpose_b=transpose_b)
 
     def _product(
-        self, site: str, a: Shape, b: Shape, operands: tuple[str, str] | None = None, *, transpose_b: bool = False
+        self,
+        site: str,
+        a: Shape,
+        b: Shape,
+        operands: tuple[str, str] | None = None,
+        *,
+        transpose_b: bool = False,
+        codes: bool = False,
     ) -> Shape:
         columns, depth = (b[-2], b[-1]) if transpose_b else (b[-1], b[-2])
         _require(a[-1] == depth, f"{site} cannot multiply {a} and {b}")
-        output = (*_broadcast(a[:-2], b[:-2]), a[-2], columns)
+        output: Shape = (*_broadcast(a[:-2], b[:-2]), a[-2], columns)
+        output = CodeShape(output) if codes else output
         self._note(site, "matmul", (a, b), output, macs=math.prod(output) * a[-1], operands=operands)
         return output
 
@@ -226,11 +251,11 @@ class Count(Ops[Shape]):
         """Free; a wrong size is a bug in the program."""
         output = (a[0], *shape)
         _require(math.prod(output) == math.prod(a), f"cannot reshape {a} to {output}")
-        return output
+        return _like(a, output)
 
     def transpose(self, a: Shape, perm: tuple[int, ...]) -> Shape:
         """One copy."""
-        output = tuple(a[axis] for axis in perm)
+        output = _like(a, tuple(a[axis] for axis in perm))
         self._note(self._scope, "layout", (a,), output)
         return output
 
@@ -238,12 +263,12 @@ class Count(Ops[Shape]):
         """One copy."""
         _require(a[axis] % parts == 0, f"cannot split axis {axis} of {a} into {parts}")
         self._note(self._scope, "layout", (a,), a)
-        return ((*a[:axis], a[axis] // parts, *a[axis + 1 :]),) * parts
+        return (_like(a, (*a[:axis], a[axis] // parts, *a[axis + 1 :])),) * parts
 
     def slice(self, a: Shape, axis: int, start: int, stop: int, step: int = 1) -> Shape:
         """One copy of what is taken."""
         _require(0 <= start <= stop <= a[axis], f"slice {start}:{stop} is outside axis {axis} of {a}")
-        output = (*a[:axis], len(range(start, stop, step)), *a[axis + 1 :])
+        output = _like(a, (*a[:axis], len(range(start, stop, step)), *a[axis + 1 :]))
         self._note(self._scope, "layout", (output,), output)
         return output
 
@@ -316,6 +341,15 @@ class Count(Ops[Shape]):
         _require(rows == (*_column(index)[:2], x[2]), f"{site} needs one row of {x} per index of {index}, found {rows}")
         self._note(site, "elementwise", (x, rows), x)
         return x
+
+
+def _like(a: Shape, shape: Shape) -> Shape:
+    """A shape of the same kind of values as `a`."""
+    return CodeShape(shape) if isinstance(a, CodeShape) else shape
+
+
+def _item_bytes(shape: Shape) -> int:
+    return 1 if isinstance(shape, CodeShape) else FLOAT_BYTES
 
 
 def _broadcast(*shapes: Shape) -> Shape:
