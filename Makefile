@@ -53,12 +53,17 @@ CIFAR10_VAL ?= assets/demo/images
 CIFAR10_TRAIN ?= assets/demo/images
 PHOTOS ?= assets/demo/images
 WORK := out/results
+comma := ,
 VITB := timm:vit_base_patch16_224 --weights random
 PEERS := torch,torch-compile,onnxruntime
 INT8 := --quant w8a8 --method minmax --calibration-size 16 --images $(PHOTOS) --keep-slower --overwrite
-RUNGS := $(WORK)/r0.fold $(WORK)/r8.fold $(WORK)/r0-w8a8.fold $(WORK)/r8-w8a8.fold $(WORK)/r0-w8a8-ov.fold $(WORK)/r8-w8a8-ov.fold
-INT8PEERS := --peers torch,torch-compile,onnxruntime,onnxruntime-int8,openvino,nncf --baseline torch \
-	--calibration-images $(PHOTOS) --calibration-size 32
+# Processors that multiply bfloat16 have more rows: OpenVINO takes it by itself there.
+BF16 := $(shell grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null && echo -bf16)
+OV := $(if $(BF16),openvino openvino-bf16,openvino)
+RUNGS := $(foreach r,0 8,$(WORK)/r$(r).fold) $(if $(BF16),$(WORK)/r0-bf16.fold) \
+	$(foreach k,w8a8 w8a8-ov $(if $(BF16),w8a8-ov-bf16),$(foreach r,0 8,$(WORK)/r$(r)-$(k).fold))
+INT8PEERS := --peers torch,torch-compile,onnxruntime,onnxruntime-int8,openvino,nncf$(if $(BF16),$(comma)torch-bf16$(comma)openvino-bf16$(comma)nncf-bf16) \
+	--baseline torch --calibration-images $(PHOTOS) --calibration-size 32
 BENCH := $(BIN)/vitfold bench --images $(PHOTOS) --limit 1
 
 results: $(VENV)/.dev
@@ -79,15 +84,20 @@ results: $(VENV)/.dev
 		$(BIN)/vitfold optimize $(VITB) --merge 8 --target cpu:$$c -o $(WORK)/$$c.fold --overwrite; done
 	$(BENCH) $(WORK)/r8.fold $(WORK)/gather=gather_elements.fold $(WORK)/gather=one_hot.fold $(WORK)/scatter_add=scatter_elements.fold \
 		$(WORK)/linear_bias=add.fold --trials 15 --seconds 8 -o results/merge-lowerings.json
+	for c in gather=gather_nd gather=gather_elements gather=one_hot scatter_add=scatter_elements; do \
+		$(BIN)/vitfold optimize $(VITB) --merge 8 --target openvino$(BF16):$$c -o $(WORK)/ov-$$c.fold --overwrite; done
+	$(BENCH) $(foreach c,gather=gather_elements gather=gather_nd gather=one_hot scatter_add=scatter_elements,$(WORK)/ov-$(c).fold) \
+		--trials 15 --seconds 2 -o results/merge-lowerings-openvino.json
 	for a in fused decomposed; do for r in 0 4; do $(BIN)/vitfold optimize demo --merge $$r --quant w8a8 --images $(CIFAR10_TRAIN) --keep-slower \
 		--target cpu-vnni:attention=$$a --overwrite -o $(WORK)/r$$r-$$a.fold; done; done
 	$(BIN)/vitfold bench $(foreach r,0 4,$(WORK)/r$(r)-decomposed.fold $(WORK)/r$(r)-fused.fold) --images $(CIFAR10_VAL) --limit 500 \
 		--baseline r0-decomposed --trials 25 --seconds 5 -o results/attention-cifar10.json
 	for r in 0 8; do \
 		$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $$r -o $(WORK)/r$$r-w8a8.fold; \
-		$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $$r --target openvino -o $(WORK)/r$$r-w8a8-ov.fold; done
-	$(BENCH) $(RUNGS) $(INT8PEERS) --trials 10 --seconds 6 -o results/vit-b16-int8-batch1.json
-	$(BENCH) $(RUNGS) $(INT8PEERS) --trials 5 --seconds 10 --batch 8 -o results/vit-b16-int8-batch8.json
+		for t in $(OV); do $(BIN)/vitfold optimize $(VITB) $(INT8) --merge $$r --target $$t -o $(WORK)/r$$r-w8a8-ov$${t#openvino}.fold; done; done
+	$(if $(BF16),$(BIN)/vitfold optimize $(VITB) --target openvino-bf16 --overwrite -o $(WORK)/r0-bf16.fold)
+	$(BENCH) $(RUNGS) $(INT8PEERS) --trials 10 --seconds 3 -o results/vit-b16-int8-batch1.json
+	$(BENCH) $(RUNGS) $(INT8PEERS) --trials 5 --seconds 6 --batch 8 -o results/vit-b16-int8-batch8.json
 
 # The search of docs/sweeps.md, its winner beside constant r, what limits it, and the same share of tokens on ViT-B/16 beside peers.
 # An hour on an idle machine, most of it the search and six calibrations.
@@ -186,7 +196,6 @@ prices: $(VENV)/.dev
 DRAW := $(BIN)/vitfold diffusion sample demo-dit --classes all --batch 10 --json
 METHODS := solved:12,solved:14,solved:18,solved:26,stack:2,stack:3,taylor:2:1,taylor:3:1,taylor:3:2,chebyshev:4:2,first-block:0.1,guidance:2,fora:2
 # Forecasts and rules side by side, at 12, 14, 18 and 26 full steps or as near as their numbers come.
-comma := ,
 AT := 12 14 18 26
 FORECASTS := $(foreach k,$(AT),fitted:$(k) dpcache:$(k) solved:$(k)) $(foreach k,5 4 3 2,taylor-modules:$(k) dmd:$(k) foca:$(k))
 RULES := spectrum:3:1.5 spectrum:3:0.75 spectrum:2:0.25 spectrum:2:0.05 magcache:3:20 magcache:3:12 magcache:0.5:5 magcache:0.06:8 \

@@ -15,7 +15,7 @@ Gather = Literal["gather_nd", "gather_elements", "one_hot"]
 Scatter = Literal["one_hot", "masked_sum", "scatter_elements"]
 Bias = Literal["gemm", "add"]
 Attention = Literal["decomposed", "fused"]
-FloatType = Literal["float32", "float16"]
+FloatType = Literal["float32", "float16", "bfloat16"]
 ActivationType = Literal["uint8", "int8", "float8e4m3fn"]
 ArgMax = Literal["argmax", "topk"]
 Similarity = Literal["normalize", "divide"]
@@ -28,6 +28,7 @@ EngineName = Literal[
     "onnxruntime-coreml",
     "onnxruntime-directml",
     "openvino",
+    "openvino-bf16",
     "tensorrt",
     "torch",
     "torch-compile",
@@ -43,7 +44,9 @@ class Engine:
 
     `session` is the class that runs graphs on it, module and name, loaded only when asked for; None if it runs none.
     `options` are what it takes besides paths, and `settings` what it is always handed: an engine may have rows that
-    differ in them alone. Such a row is `like` another one, and takes what is written for that.
+    differ in them alone. Such a row is `like` another one, and takes what is written for that. One with
+    `narrow_floats` computes in bfloat16 where a graph says float32, and starts only on processors that multiply it;
+    elsewhere what is made for it runs on the row that it is like.
 
     `float_target` and `quantized_targets` are what models are written for unless told otherwise, of the latter the
     first that is exact on a processor; none: whatever its instruction sets ask for. `exact_targets` are those that are
@@ -62,6 +65,7 @@ class Engine:
     options: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     like: str | None = None
+    narrow_floats: bool = False
     quantized_targets: tuple[str, ...] = ()
     exact_targets: str = ""
     ways: tuple[str, ...] = (PLAIN,)
@@ -76,6 +80,11 @@ class Engine:
         """False for the simulation, which has no graphs and no speed."""
         return self.session is not None
 
+    @property
+    def exact_floats(self) -> str:
+        """The row that computes the same in the floats that a graph says: itself, but for `narrow_floats`."""
+        return str(self.like) if self.narrow_floats else self.name
+
 
 _ONNX_RUNTIME = Engine(
     name="onnxruntime",
@@ -86,6 +95,15 @@ _ONNX_RUNTIME = Engine(
     ways=(PLAIN, WIDE, FLOATING),
     several_parts=True,
     forks=True,
+)
+_OPENVINO = Engine(
+    name="openvino",
+    session="vitfold.engines.openvino:OpenVinoSession",
+    options=("threads", "execution"),
+    float_target="openvino",
+    quantized_targets=("openvino", "openvino-avx2"),
+    exact_targets="openvino-avx2 or portable",
+    ways=(PLAIN, FLOATING),
 )
 _TORCH = Engine(
     name="torch",
@@ -109,14 +127,15 @@ ENGINES: dict[str, Engine] = {
                 ("onnxruntime-directml", "DmlExecutionProvider"),
             )
         ),
-        Engine(
-            name="openvino",
-            session="vitfold.engines.openvino:OpenVinoSession",
-            options=("threads", "execution"),
-            float_target="openvino",
-            quantized_targets=("openvino", "openvino-avx2"),
-            exact_targets="openvino-avx2 or portable",
-            ways=(PLAIN, FLOATING),
+        _OPENVINO,
+        replace(
+            _OPENVINO,
+            name="openvino-bf16",
+            like="openvino",
+            settings={"precision": "bf16"},
+            narrow_floats=True,
+            float_target="openvino-bf16",
+            quantized_targets=("openvino-bf16",),
         ),
         Engine(
             name="tensorrt",
@@ -152,7 +171,8 @@ class Target:
     `quantize_attention` says whether the products within attention gain from quantization there: what a
     calibration should do unless told otherwise; `whole_attention` whether a quantized attention of which only some
     queries are read, as in the last block of a model that pools by its class token, is computed for all of them,
-    because that is one kernel and the other is not.
+    because that is one kernel and the other is not. `float_type` is what floats are computed in: float16 stands in the
+    graph, bfloat16 is what its engine makes of a graph of float32.
     """
 
     name: str
@@ -181,6 +201,11 @@ class Target:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
+
+    @property
+    def graph_floats(self) -> str:
+        """The type of the floats that stand in the graph."""
+        return "float16" if self.float_type == "float16" else "float32"
 
     @property
     def runtime(self) -> Engine:
@@ -241,6 +266,8 @@ _PORTABLE = Target(
     why="standard ONNX operators only: for any runtime, at some cost on ONNX Runtime; weights of 7 bits, which "
     "saturate on no processor",
 )
+_OPENVINO_GRAPH = replace(_PORTABLE, name="openvino", engine="openvino", gather="gather_nd", argmax="topk")
+"""GatherElements is a reference kernel there, which moves single elements."""
 _TENSORRT = replace(
     _PORTABLE,
     name="tensorrt-fp16",
@@ -301,17 +328,23 @@ TARGETS: dict[str, Target] = {
             why="ARM with dot products: s8 x s8 at full range",
         ),
         replace(
-            _PORTABLE,
-            name="openvino",
-            engine="openvino",
+            _OPENVINO_GRAPH,
             weight_bits=8,
             why="OpenVINO folds the Q/DQ pairs around products into integer kernels, at full range with VNNI or AMX",
         ),
         replace(
-            _PORTABLE,
+            _OPENVINO_GRAPH,
             name="openvino-avx2",
-            engine="openvino",
             why="OpenVINO on x86 without integer dot products, where pairs of 8-bit products saturate: 7-bit weights",
+        ),
+        replace(
+            _OPENVINO_GRAPH,
+            name="openvino-bf16",
+            engine="openvino-bf16",
+            weight_bits=8,
+            float_type="bfloat16",
+            why="OpenVINO on x86 with AMX or AVX512-BF16: what stays float is bfloat16, which halves attention's time; "
+            "elsewhere the bundle runs as on openvino",
         ),
         _TENSORRT,
         replace(

@@ -21,38 +21,46 @@ import numpy as np
 from jaxtyping import Num
 
 from vitfold.bench.environment import installed_version
-from vitfold.engines import DEFAULT, Session, open_graph
+from vitfold.engines import DEFAULT, Session, engine_obstacle, open_graph
 from vitfold.engines.exactness import is_exact
 from vitfold.errors import EngineError, SourceError, missing_extra, nearest
 from vitfold.images import ImageSet, batches
 from vitfold.model import Preprocess
+from vitfold.processor import processor
 from vitfold.products import Product
 from vitfold.storage.digest import file_sha256
 
 PEERS: Mapping[str, str] = {
     "torch": "the original module in eager PyTorch",
     "torch-compile": "the original module through torch.compile",
+    "torch-bf16": "the original module in bfloat16 in eager PyTorch, on processors that multiply it",
     "onnxruntime": "the original module through torch.onnx.export on ONNX Runtime",
     "onnxruntime-int8": "that export quantized by onnxruntime.quantization, on ONNX Runtime",
-    "openvino": "that export on OpenVINO",
-    "nncf": "that export quantized by NNCF, on OpenVINO",
+    "openvino": "that export on OpenVINO, in float32",
+    "openvino-bf16": "the same in bfloat16, OpenVINO's own choice on processors that multiply it",
+    "nncf": "that export quantized by NNCF, on OpenVINO, floats in float32",
+    "nncf-bf16": "the same with floats in bfloat16",
     "modelopt": "that export quantized to INT8 by NVIDIA ModelOpt for TensorRT: accuracy in ONNX Runtime, no time",
     "modelopt-fp8": "that export quantized to FP8 by NVIDIA ModelOpt for TensorRT: accuracy in ONNX Runtime, no time",
 }
-CALIBRATED = frozenset({"onnxruntime-int8", "nncf", "modelopt", "modelopt-fp8"})
+CALIBRATED = frozenset({"onnxruntime-int8", "nncf", "nncf-bf16", "modelopt", "modelopt-fp8"})
 MODELOPT_PYTHON = "VITFOLD_MODELOPT_PYTHON"
 _MODELOPT: Mapping[str, str] = {"modelopt": "int8", "modelopt-fp8": "fp8"}
 _NEEDS: Mapping[str, tuple[str, ...]] = {
     "torch": (),
     "torch-compile": (),
+    "torch-bf16": (),
     "onnxruntime": ("onnxscript",),
     "onnxruntime-int8": ("onnxscript", "onnx", "sympy"),
     "openvino": ("onnxscript", "openvino"),
+    "openvino-bf16": ("onnxscript", "openvino"),
     "nncf": ("onnxscript", "openvino", "nncf"),
+    "nncf-bf16": ("onnxscript", "openvino", "nncf"),
     "modelopt": ("onnxscript",),
     "modelopt-fp8": ("onnxscript",),
 }
 _BATCH = 8
+_NARROW = "-bf16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +107,23 @@ def check_peers(names: list[str], *, calibrated: bool = False) -> None:
                 raise EngineError(missing_extra(package, "peers", f"the peer {name}"))
         if name in _MODELOPT:
             _modelopt_python(name)
+        if name.endswith(_NARROW):
+            _check_narrow(name)
         if name in CALIBRATED and not calibrated:
             raise EngineError(_without_images(name))
+
+
+def _check_narrow(name: str) -> None:
+    """Check that bfloat16 is what somebody would take here: that the processor multiplies it.
+
+    Raises:
+        EngineError: if it does not.
+    """
+    if not {"avx512_bf16", "amx_bf16"} & set(processor()["instruction_sets"]):
+        raise EngineError(f"this processor has no products of bfloat16 for the peer {name}; leave it out of --peers")
+    obstacle = None if name.startswith("torch") else engine_obstacle("openvino-bf16")
+    if obstacle is not None:
+        raise EngineError(f"the peer {name} does not start: {obstacle}")
 
 
 def _without_images(name: str) -> str:
@@ -171,13 +194,14 @@ def open_peer(
 
     if name not in PEERS:
         raise EngineError(f"unknown peer {name!r}; {nearest(name, PEERS)}")
-    if name in ("torch", "torch-compile"):
+    if name in ("torch", "torch-compile", "torch-bf16"):
         if isinstance(original, Path):
             able = ", ".join(one for one in PEERS if not one.startswith("torch"))
             raise EngineError(f"{original} is a graph, and no module for the peer {name}; its peers are {able}")
-        size = sum(p.numel() * p.element_size() for p in original.parameters())
-        compiled = name == "torch-compile"
-        return Peer(session=module_session(original, compiled=compiled, threads=threads), size_bytes=size)
+        compiled, narrow = name == "torch-compile", name == "torch-bf16"
+        size = sum(p.numel() * (2 if narrow else p.element_size()) for p in original.parameters())
+        session: Session = module_session(original, compiled=compiled, narrow=narrow, threads=threads)
+        return Peer(session=session, size_bytes=size)
     if name in CALIBRATED and calibration is None:
         raise EngineError(_without_images(name))
     pixels = None if calibration is None or name not in CALIBRATED else calibration.pixels()
@@ -185,14 +209,15 @@ def open_peer(
         path = original if isinstance(original, Path) else _plain_export(original, shape, folder)
         if name == "onnxruntime-int8":
             path = _quantized_by_onnxruntime(path, pixels, folder / "onnxruntime-int8.onnx")
-        elif name == "nncf":
+        elif name in ("nncf", "nncf-bf16"):
             path = _quantized_by_nncf(path, pixels, folder / "nncf.xml")
     untimed = None
     if name in _MODELOPT:
         path, version = _quantized_by_modelopt(name, path, pixels, folder)
         untimed = f"nvidia-modelopt {version} wrote it for TensorRT; a time on ONNX Runtime says nothing about a GPU"
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*"))
-    engine = DEFAULT if untimed is not None or name.startswith(DEFAULT) else "openvino"
+    on_openvino = "openvino-bf16" if name.endswith(_NARROW) else "openvino"
+    engine = DEFAULT if untimed is not None or name.startswith(DEFAULT) else on_openvino
     # Graphs that were written for TensorRT are run as they are: the optimizer has no kernels for their fusions.
     session = open_graph(path, engine, threads=threads, literal=untimed is not None)
     return Peer(session=session, size_bytes=size, untimed=untimed)
@@ -299,8 +324,10 @@ def _quantized_by_nncf(plain: Path, pixels: Any, path: Path) -> Path:
 
     Tried like `_quantized_by_onnxruntime`: the preset MIXED with SmoothQuant, which the model type implies, 0.893 and
     0.987 (cosine 0.9994); without SmoothQuant 0.894 and 0.988 (cosine 0.9989); PERFORMANCE 0.893 and 0.992, and 4-13%
-    slower; the slow bias correction 0.890 and 0.983, and four times as long.
+    slower; the slow bias correction 0.890 and 0.983, and four times as long. One that lies there already is taken.
     """
+    if path.exists():
+        return path
     from vitfold.engines.openvino import without_telemetry
 
     with without_telemetry():

@@ -41,8 +41,9 @@ class Timing:
     peers: Annotated[
         str | None,
         typer.Option(
-            help="Time these beside the bundles (comma-separated): torch, torch-compile, onnxruntime, "
-            "onnxruntime-int8, openvino, nncf; modelopt and modelopt-fp8 get a fidelity, but no time."
+            help="Time these beside the bundles (comma-separated): torch, torch-compile, torch-bf16, "
+            "onnxruntime, onnxruntime-int8, openvino, openvino-bf16, nncf, nncf-bf16; modelopt "
+            "and modelopt-fp8 get a fidelity, but no time."
         ),
     ] = None
     calibration_images: options.CalibrationImages = None

@@ -14,7 +14,7 @@ from vitfold.cli.groups import listed
 from vitfold.cli.terminal import note, out
 from vitfold.errors import EngineError
 
-TIMED = "torch,torch-compile,onnxruntime,onnxruntime-int8,openvino,nncf"
+TIMED = "torch,torch-compile,torch-bf16,onnxruntime,onnxruntime-int8,openvino,openvino-bf16,nncf,nncf-bf16"
 
 
 @command(

@@ -161,7 +161,9 @@ def _registers(values: dict[str, Any]) -> str:
 
 def _print_bundle(values: dict[str, Any]) -> None:
     error = values["verified"]["median_relative_error"]
-    out.print(f"  verified  {values['verified']['engine']} within {error:.1e} of the reference")
+    narrowed = values["verified"].get("narrow_relative_error")
+    floats = "" if narrowed is None else f", {narrowed:.1e} in floats of fewer bits"
+    out.print(f"  verified  {values['verified']['engine']} within {error:.1e} of the reference{floats}")
     fidelity = values["fidelity"]
     if fidelity is not None:
         parts = [f"{percent(fidelity[key])} {name}" for key, name in _MEASURED if fidelity.get(key) is not None]

@@ -172,8 +172,8 @@ Target = Annotated[
     str | None,
     _recipe(
         help="What the graph is written for: cpu (quantized: this processor's instruction set), portable, "
-        "cpu-avx2, cpu-vnni, cpu-amx, cpu-arm, openvino, tensorrt-fp16, tensorrt-int8, tensorrt-fp8, integer or "
-        "simulation; fastest: cpu or openvino, whichever runs faster here. "
+        "cpu-avx2, cpu-vnni, cpu-amx, cpu-arm, openvino, openvino-bf16 (floats in bfloat16), tensorrt-fp16, "
+        "tensorrt-int8, tensorrt-fp8, integer or simulation; fastest: cpu or openvino, whichever runs faster here. "
         "Default: cpu; a search tries cpu and openvino."
     ),
 ]

@@ -12,15 +12,16 @@ from vitfold.artifacts.bundle import copy_bundle, publish_bundle
 from vitfold.artifacts.cache import entry_folder, key_of
 from vitfold.artifacts.digested import reserve_bundle
 from vitfold.artifacts.journal import ROWS, alone
-from vitfold.bench.environment import installed_version
 from vitfold.bench.reference import Reference, reference_outputs
 from vitfold.cli.groups import CalibrationArgs, SearchArgs
 from vitfold.cli.making import given_images, judged_images
 from vitfold.cli.terminal import heading, note, out, print_json, working
+from vitfold.engines import engine_obstacle
 from vitfold.errors import VitfoldError
 from vitfold.processor import processor
 from vitfold.report.tables import drop_text, sweep_table
 from vitfold.storage.placing import check_space
+from vitfold.target import find_target
 
 if TYPE_CHECKING:
     from vitfold.images import ImageSet
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from vitfold.pipeline.goals import Goal
     from vitfold.pipeline.search import SearchContext, SearchResult
 
-ENGINES = ("cpu", "openvino")
+ENGINES = ("cpu", "openvino", "openvino-bf16")
 _FORMAT = 5
 
 
@@ -50,7 +51,7 @@ class Bounded:
         """Targets to try: the one that was named, or every engine for CPUs that is installed."""
         if self.target not in (None, "fastest"):
             return [str(self.target)]
-        return [name for name in ENGINES if name != "openvino" or installed_version("openvino") is not None]
+        return [name for name in ENGINES if engine_obstacle(find_target(name).engine) is None]
 
 
 def run_search(model: Model, images: ImageSet, output: Path, wanted: Bounded, *, overwrite: bool, json: bool) -> None:

@@ -72,7 +72,8 @@ def find_engine(name: str) -> Engine:
 def open_session(bundle: Bundle, *, engine: str | None = None, threads: int | None = None) -> Session:
     """Load a bundle into the engine that its target names, or into another one.
 
-    Where this processor would compute its products wrongly, it runs in another, exact way, and a warning is logged.
+    Where this processor would compute its products wrongly, it runs in another, exact way, and where it has no
+    bfloat16 that the bundle is made for, in float32; a warning is logged.
 
     Raises:
         EngineError: if the engine is unknown, not installed or refuses the graph, or can't compute it exactly here, or
@@ -95,7 +96,7 @@ def open_session(bundle: Bundle, *, engine: str | None = None, threads: int | No
             raise EngineError(missing_extra("torch", "optimize", "a simulated bundle")) from None
 
         return open_simulation(bundle, threads=threads)
-    row = made_for if engine is None else find_engine(engine)
+    row = _starting(made_for, bundle) if engine is None else find_engine(engine)
     if not row.gpu:  # whose own parsers look first
         for path in bundle.graphs.values():
             check_graph(path)
@@ -112,6 +113,15 @@ def open_session(bundle: Bundle, *, engine: str | None = None, threads: int | No
     if remark is not None:
         _log.warning("%s: %s", bundle.path, remark)
     return session
+
+
+def _starting(made_for: Engine, bundle: Bundle) -> Engine:
+    """Return the engine that a bundle is made for, or the one that it is like, where no processor has its floats."""
+    obstacle = engine_obstacle(made_for.name) if made_for.narrow_floats else None
+    if obstacle is None or engine_obstacle(made_for.exact_floats) is not None:
+        return made_for
+    _log.warning("%s runs on %s: %s", bundle.path, made_for.exact_floats, obstacle.partition(",")[0])
+    return ENGINES[made_for.exact_floats]
 
 
 def open_graph(

@@ -62,6 +62,7 @@ def is_exact(engine: str, product: Product, execution: str = PLAIN) -> bool:
     Raises:
         EngineError: if the engine is not installed.
     """
+    engine = ENGINES[engine].exact_floats
     if not _may_saturate(engine):
         return True
     if os.environ.get(SWITCH) == "1" and product.saturates_in_16_bits and not _wide_enough(product, execution):

@@ -63,22 +63,25 @@ class OpenVinoSession(Session):
     batch (ViT-B/16 and ViT-S/14, batch 1); a size seen for the first time therefore costs a compilation in `bind`.
 
     The settings are those of one caller who waits for each result (hint LATENCY, one stream) with all threads on it.
-    Floats stay float32: on processors with bfloat16 the plugin would otherwise compute in it, and it would quantize
-    the activations of weight-only INT8 layers while running. The recipe decides precision, not the engine.
-    `execution` is a key of `EXECUTIONS`.
+    Floats stay float32 unless `precision` is bf16: on processors with bfloat16 the plugin would otherwise compute in
+    it, and it would quantize the activations of weight-only INT8 layers while running. The recipe decides precision,
+    not the engine. `execution` is a key of `EXECUTIONS`.
 
     Raises:
-        EngineError: if OpenVINO is not installed, or refuses the graph.
+        EngineError: if OpenVINO is not installed, or refuses the graph, or this processor has no bfloat16.
     """
 
-    def __init__(self, path: str | Path, *, threads: int | None = None, execution: str = PLAIN) -> None:
+    def __init__(
+        self, path: str | Path, *, threads: int | None = None, execution: str = PLAIN, precision: str = "f32"
+    ) -> None:
+        self.check_starts(precision=precision)
         self._ov = ov = _openvino()
-        self._path, self.execution = path, execution
+        self._path, self.execution, self._precision = path, execution, precision
         self._settings: dict[str, Any] = {
             "INFERENCE_NUM_THREADS": threads or usable_cores(),
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": precision,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
             **EXECUTIONS[execution],
         }
@@ -94,18 +97,24 @@ class OpenVinoSession(Session):
         self._request: Any = None
 
     @staticmethod
-    def check_starts() -> None:
-        """Check that OpenVINO is installed.
+    def check_starts(precision: str = "f32") -> None:
+        """Check that OpenVINO is installed, and that it multiplies floats of this precision here.
 
         Raises:
-            EngineError: if it is not.
+            EngineError: if it is not, or does not.
         """
-        _openvino()
+        ov = _openvino()
+        if precision == "bf16" and "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise EngineError(
+                "this processor has no products of bfloat16 (AMX or AVX512-BF16), which OpenVINO would emulate, "
+                "slowly; take openvino"
+            )
 
     @property
     def engine(self) -> str:
         """Name and version, without the build, and how integer products run where that is not as usual."""
-        return f"openvino {self._ov.__version__.partition('-')[0]}{SHOWN[self.execution]}"
+        name = "openvino" if self._precision == "f32" else f"openvino-{self._precision}"
+        return f"{name} {self._ov.__version__.partition('-')[0]}{SHOWN[self.execution]}"
 
     def _refusal(self, verb: str, error: Exception) -> str:
         lines = [line.strip() for line in str(error).splitlines()]

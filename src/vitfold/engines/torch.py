@@ -6,6 +6,7 @@ today, eager or compiled.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -83,9 +84,16 @@ class Original(torch.nn.Module):
         return self._first_output(given)
 
 
-def module_session(module: Any, *, compiled: bool = False, threads: int | None = None) -> TorchSession:
-    """Return a session of a module that maps images (B, 3, H, W) to one output tensor."""
-    call = torch.compile(module.eval()) if compiled else module.eval()
+def module_session(
+    module: Any, *, compiled: bool = False, narrow: bool = False, threads: int | None = None
+) -> TorchSession:
+    """Return a session of a module that maps images (B, 3, H, W) to one output tensor.
+
+    With `narrow` a copy of the module is in bfloat16, and images are cast to it.
+    """
+    call = copy.deepcopy(module).bfloat16().eval() if narrow else module.eval()
+    call = torch.compile(call) if compiled else call
     ends = Ends((Port(name="pixel_values", shape=(OPEN_AXIS,) * 3),), (Port(name="output", shape=(OPEN_AXIS,)),))
-    shown = "compile" if compiled else "eager"
-    return TorchSession({MAIN: lambda x: (call(x),)}, {MAIN: ends}, shown=shown, threads=threads)
+    shown = ("compile" if compiled else "eager") + (" bfloat16" if narrow else "")
+    dtype = torch.bfloat16 if narrow else torch.float32
+    return TorchSession({MAIN: lambda x: (call(x.to(dtype)),)}, {MAIN: ends}, shown=shown, threads=threads)

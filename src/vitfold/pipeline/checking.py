@@ -14,7 +14,7 @@ from vitfold.errors import VitfoldError
 from vitfold.model import Model
 from vitfold.model.spec import noise
 from vitfold.pipeline.plan import optimize
-from vitfold.pipeline.verifying import IMAGES, Verified, verify
+from vitfold.pipeline.verifying import IMAGES, Verified, verify_written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,8 @@ def check_bundle(path: str | Path, *, engine: str | None = None, threads: int | 
             model = _source(bundle)
             if isinstance(model, Model):
                 target = str(bundle.manifest.target["name"])
-                verified = verify(optimize(model, recipe=bundle.manifest.recipe, target=target), pixels, session)
+                plan = optimize(model, recipe=bundle.manifest.recipe, target=target)
+                verified = verify_written(plan, pixels, session, bundle.onnx_path)
             else:
                 reason = model
         return Checked(bundle=bundle, engine=session.engine, verified=verified, reason=reason)

@@ -18,6 +18,9 @@ from vitfold.pipeline.trial import SHORT, opened, timed
 from vitfold.recipe import Recipe
 from vitfold.target import find_target
 
+NARROW = "openvino-bf16"
+"""The engine, and the target, whose floats have fewer bits than those of a graph."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Race:
@@ -75,8 +78,9 @@ def raced(plain: Session, quantized: Session, folded: Plan, protocol: Protocol) 
 def fastest(folded: Plan, *, protocol: Protocol = SHORT) -> Plan:
     """Return the plan for the engine that runs it fastest here: ONNX Runtime, or OpenVINO where it is installed.
 
-    Both graphs hold the same codes; a simulated plan is returned as it is, and an engine that would compute these
-    codes wrongly on this processor does not run.
+    All graphs hold the same codes; a simulated plan is returned as it is, and an engine that would compute these
+    codes wrongly on this processor does not run. What is rounded already may be computed with floats of fewer bits,
+    too, where the processor multiplies them; what is not stays in float32.
     """
     if folded.simulated or installed_version("openvino") is None:
         return folded
@@ -84,6 +88,8 @@ def fastest(folded: Plan, *, protocol: Protocol = SHORT) -> Plan:
     if folded.quantizers and other.target.weight_bits < folded.target.weight_bits:
         return folded
     plans = {plan.target.engine: plan for plan in (folded, other)}
+    if folded.quantizers and engine_obstacle(NARROW) is None:
+        plans[NARROW] = replace(folded, target=find_target(NARROW))
     with ExitStack() as stack:
         sessions = {engine: stack.enter_context(opened(plan)) for engine, plan in plans.items()}
         measured = timed(sessions, folded.model.spec, protocol=protocol)

@@ -7,7 +7,7 @@ follow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from vitfold.model import Architecture, GraphSpec, Model
 from vitfold.model.spec import noise
 from vitfold.pipeline.plan import Plan
 from vitfold.products import products_of_recipe
+from vitfold.recipe import MergeRecipe
 
 if TYPE_CHECKING:
     from vitfold.engines.simulation import SimulationSession
@@ -40,7 +41,8 @@ class Verified:
     """How far the engine is from the reference: relative errors over images, and what rounding itself costs (or None).
 
     `largest` is the largest number that half precision has to hold, and its site, where the graph is of that type.
-    `remark` says what an unusual execution on this processor means.
+    `narrowed` is how far the engine's floats of fewer bits take it from itself in float32, where it has such. `remark`
+    says what an unusual execution on this processor means.
     """
 
     engine: str
@@ -49,6 +51,7 @@ class Verified:
     maximum: float
     rounding: float | None
     largest: tuple[float, str] | None = None
+    narrowed: float | None = None
     remark: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,6 +64,8 @@ class Verified:
         }
         if self.rounding is not None:
             values["rounding_relative_error"] = self.rounding
+        if self.narrowed is not None:
+            values["narrow_relative_error"] = self.narrowed
         if self.largest is not None:
             values["largest_value"], values["largest_site"] = self.largest
         return values
@@ -159,6 +164,35 @@ def verify(folded: Plan, pixels: Num[np.ndarray, "B ..."], session: Session) -> 
         largest=largest,
         remark=describe_execution(session.execution, folded.target.engine),
     )
+
+
+def verify_written(folded: Plan, pixels: Num[np.ndarray, "B ..."], session: Session, onnx_path: Path) -> Verified:
+    """Verify what was written; where its engine narrows floats, in float32 first, then how far that takes it.
+
+    Raises:
+        EngineError: if the output is not finite, half precision cannot hold a value, or the difference is too large.
+    """
+    row = folded.target.runtime
+    if not row.narrow_floats or not session.engine.startswith(f"{row.name} "):
+        return verify(folded, pixels, session)
+    products = products_of_recipe(folded.target.to_dict(), folded.recipe.quant)
+    with open_graph(onnx_path, row.exact_floats, products=products) as exact:
+        verified, expected = verify(folded, pixels, exact), exact(pixels)
+    narrowed, bound = float(np.median(relative_errors(expected, session(pixels)))), _narrow_bound(folded, pixels)
+    if not narrowed <= bound:
+        raise EngineError(
+            f"in bfloat16 the output differs from that in float32 by {narrowed:.1e} relative (bound {bound:.0e}); "
+            f"this model needs float32: choose --target {row.exact_floats}"
+        )
+    return replace(verified, engine=session.engine, narrowed=narrowed)
+
+
+def _narrow_bound(folded: Plan, pixels: Num[np.ndarray, "B ..."]) -> float:
+    """How far floats of fewer bits may take an output: where tokens merge as far as that does, for ties turn then."""
+    if not any(folded.recipe.merge.r):
+        return CEILING
+    unmerged = run_float(replace(folded, recipe=replace(folded.recipe, merge=MergeRecipe(r=()))), pixels)
+    return max(CEILING, float(np.median(relative_errors(unmerged, run_float(folded, pixels)))))
 
 
 def _output_rounding(spec: Architecture) -> float:

@@ -22,7 +22,7 @@ from vitfold.engines.trtexec import DEFAULT_BATCH, trtexec_command
 from vitfold.errors import RecipeError
 from vitfold.images import ImageSet
 from vitfold.pipeline.plan import Plan
-from vitfold.pipeline.verifying import open_written, simulation, verification_images, verify
+from vitfold.pipeline.verifying import open_written, simulation, verification_images, verify_written
 from vitfold.program import replay
 from vitfold.program.queries import projections_of
 from vitfold.progress import Say
@@ -64,7 +64,7 @@ def save(
         macs = _write_files(folded, onnx_path, say)
         say("verifying in the engine")
         with open_written(folded, onnx_path) as session:
-            verified = verify(folded, verification_images(model, images), session)
+            verified = verify_written(folded, verification_images(model, images), session, onnx_path)
             if verified.remark is not None:
                 _log.warning("%s", verified.remark)
             fidelity: Fidelity | None = None

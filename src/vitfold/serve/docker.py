@@ -32,7 +32,8 @@ _NEEDED = (
     "tomli-w",
 )
 _SERVER = ("starlette", "uvicorn", "python-multipart", "prometheus-client")
-_ENGINES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
+_ENGINES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "openvino-bf16": "openvino"}
+"""The package that an engine comes in."""
 _TEXTS = {
     "docker": deployments.docker,
     "kserve": deployments.kserve,

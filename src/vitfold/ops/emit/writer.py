@@ -43,7 +43,7 @@ class Writer:
         self.tape = Tape()
         self.params = params
         self.scope = "input"
-        self.real = ir.DataType.from_numpy(np.dtype(target.float_type))
+        self.real = ir.DataType.from_numpy(np.dtype(target.graph_floats))
         self._constants: dict[tuple[str, Shape, bytes], ir.Value] = {}
         self._weights: dict[tuple[str, bool], ir.Value] = {}
         self._names: Counter[str] = Counter()
