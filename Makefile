@@ -87,7 +87,7 @@ results: $(VENV)/.dev
 	for c in gather=gather_nd gather=gather_elements gather=one_hot scatter_add=scatter_elements; do \
 		$(BIN)/vitfold optimize $(VITB) --merge 8 --target openvino$(BF16):$$c -o $(WORK)/ov-$$c.fold --overwrite; done
 	$(BENCH) $(foreach c,gather=gather_elements gather=gather_nd gather=one_hot scatter_add=scatter_elements,$(WORK)/ov-$(c).fold) \
-		--trials 15 --seconds 2 -o results/merge-lowerings-openvino.json
+		--batch 8 --trials 9 --seconds 2 -o results/merge-lowerings-openvino.json
 	for a in fused decomposed; do for r in 0 4; do $(BIN)/vitfold optimize demo --merge $$r --quant w8a8 --images $(CIFAR10_TRAIN) --keep-slower \
 		--target cpu-vnni:attention=$$a --overwrite -o $(WORK)/r$$r-$$a.fold; done; done
 	$(BIN)/vitfold bench $(foreach r,0 4,$(WORK)/r$(r)-decomposed.fold $(WORK)/r$(r)-fused.fold) --images $(CIFAR10_VAL) --limit 500 \
@@ -116,9 +116,10 @@ search: $(VENV)/.dev
 		--limit 5000 --baseline r0-w8a8-ov --trials 15 --seconds 6 -o $(CURDIR)/results/search-winner.json
 	cd $(SEARCH) && $(CURDIR)/$(BIN)/vitfold profile demo.fold -o $(CURDIR)/results/profile-search-winner.json
 	$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $(SHARE) -o $(SEARCH)/found-w8a8.fold
-	$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $(SHARE) --target openvino -o $(SEARCH)/found-w8a8-ov.fold
-	$(BENCH) $(SEARCH)/found-w8a8-ov.fold $(SEARCH)/found-w8a8.fold --peers torch,onnxruntime-int8,nncf --calibration-images $(PHOTOS) \
-		--calibration-size 32 --trials 15 --seconds 8 -o results/vit-b16-found-batch1.json
+	for t in $(OV); do $(BIN)/vitfold optimize $(VITB) $(INT8) --merge $(SHARE) --target $$t -o $(SEARCH)/found-w8a8-ov$${t#openvino}.fold; done
+	$(if $(BF16),$(BIN)/vitfold optimize $(VITB) --merge $(SHARE) --target openvino-bf16 --overwrite -o $(SEARCH)/found-bf16.fold)
+	$(BENCH) $(foreach k,w8a8 w8a8-ov $(if $(BF16),bf16 w8a8-ov-bf16),$(SEARCH)/found-$(k).fold) --calibration-images $(PHOTOS) --calibration-size 32 \
+		--peers torch,onnxruntime-int8,nncf$(if $(BF16),$(comma)torch-bf16$(comma)openvino-bf16$(comma)nncf-bf16) --trials 15 --seconds 3 -o results/vit-b16-found-batch1.json
 
 # Which numbers of tokens kernels like, on one thread; the last on a processor that looks as if it ended at AVX2. Five minutes on an idle machine.
 LENGTHS := demo --images assets/demo/images --lengths 34:60 --quant w8a8
