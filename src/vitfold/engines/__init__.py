@@ -116,7 +116,7 @@ def open_session(bundle: Bundle, *, engine: str | None = None, threads: int | No
 
 
 def _starting(made_for: Engine, bundle: Bundle) -> Engine:
-    """Return the engine that a bundle is made for, or the one that it is like, where no processor has its floats."""
+    """Return the engine that a bundle is made for; the one that it is like, where this processor lacks its floats."""
     obstacle = engine_obstacle(made_for.name) if made_for.narrow_floats else None
     if obstacle is None or engine_obstacle(made_for.exact_floats) is not None:
         return made_for

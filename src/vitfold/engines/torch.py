@@ -95,5 +95,8 @@ def module_session(
     call = torch.compile(call) if compiled else call
     ends = Ends((Port(name="pixel_values", shape=(OPEN_AXIS,) * 3),), (Port(name="output", shape=(OPEN_AXIS,)),))
     shown = ("compile" if compiled else "eager") + (" bfloat16" if narrow else "")
-    dtype = torch.bfloat16 if narrow else torch.float32
-    return TorchSession({MAIN: lambda x: (call(x.to(dtype)),)}, {MAIN: ends}, shown=shown, threads=threads)
+
+    def run(x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (call(x.bfloat16() if narrow else x),)
+
+    return TorchSession({MAIN: run}, {MAIN: ends}, shown=shown, threads=threads)
