@@ -22,6 +22,11 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def profiled_macs(bundle: Path) -> int:
+    """The work that a profile divides its times by."""
+    return sum(kind["macs"] for kind in run_json("profile", bundle, "--runs", 2, "--no-ceiling")["kinds"])
+
+
 def test_a_bundle_with_compensated_merging_says_so_and_is_made_again(many: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "a.fold", tmp_path / "b.fold"
     made = run_json("optimize", *SOURCE, "--merge", 3, "--compensate", "--images", many, "-o", first)
@@ -56,6 +61,7 @@ def test_a_narrower_bundle_says_so_and_is_made_again(many: Path, tmp_path: Path)
     found = run_json("inspect", first)
     (units,) = {layer["units"] for layer in found["compensation"]["layers"] if layer["layer"].endswith("fc2")}
     assert f"{units} hidden units left" in run("inspect", first).stdout
+    assert profiled_macs(first) == found["macs"]
     run("optimize", "--from", first, "-o", second)
     assert run_json("inspect", second)["digest"] == found["digest"]
     assert len(run_json("predict", first, sorted(many.iterdir())[0])) == 1
@@ -74,6 +80,7 @@ def test_a_share_of_the_work_is_divided_among_the_blocks(many: Path, tmp_path: P
     assert whole["energy"]["original_uj"] == made["energy"]["original_uj"]
     found = run_json("inspect", first)
     assert found["recipe"]["prune"] == made["recipe"]["prune"]
+    assert profiled_macs(first) == found["macs"]
     run("optimize", "--from", first, "-o", second)
     assert run_json("inspect", second)["digest"] == found["digest"]
     assert len(run_json("predict", first, sorted(many.iterdir())[0])) == 1

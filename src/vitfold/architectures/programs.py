@@ -155,6 +155,22 @@ def whole_attentions(spec: Architecture, quant: QuantRecipe | None, *, wanted: b
     return frozenset(site for site in sites if quant.bits(site, weight=False) is not None)
 
 
+def spec_in(manifest: Manifest) -> Architecture:
+    """Return the architecture of what a bundle computes: its blocks are as narrow as the recipe left them.
+
+    Of a graph it is that before anything was pruned: what goes is found in its parameters, which no manifest holds.
+    """
+    spec, prune = manifest.spec, manifest.recipe.prune
+    if prune is None or not isinstance(spec, ViTSpec):
+        return spec
+    blocks = range(spec.num_layers)
+    return spec.with_widths(
+        [prune.heads_of(block, spec.heads_of(block)) for block in blocks],
+        [prune.head_dim_of(block, spec.head_dim_of(block)) for block in blocks],
+        [prune.units_of(block, spec.mlp_dim_of(block)) for block in blocks],
+    )
+
+
 def whole_in(manifest: Manifest) -> frozenset[str]:
     """Return the sites of the attentions that a bundle computes for all queries; none in those of versions before."""
     return whole_attentions(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitfold.architectures.programs import deployed_program, plain_program, whole_in
+from vitfold.architectures.programs import deployed_program, plain_program, spec_in, whole_in
 from vitfold.artifacts.bundle import holds_steps, open_bundle
 from vitfold.artifacts.steps import DECODE, Steps
 from vitfold.cli import options
@@ -134,7 +134,7 @@ def _print_lines(path: Path, lines: list[tuple[str, str]]) -> None:
 
 
 def _print_program(manifest: Manifest, *, json: bool) -> None:
-    _print_whole(deployed_program(manifest.spec, manifest.recipe.merge, whole_in(manifest)), json=json)
+    _print_whole(deployed_program(spec_in(manifest), manifest.recipe.merge, whole_in(manifest)), json=json)
 
 
 def _print_whole(found: Program, *, json: bool) -> None:

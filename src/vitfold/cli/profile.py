@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vitfold.architectures.programs import whole_in
+from vitfold.architectures.programs import spec_in, whole_in
 from vitfold.artifacts.bundle import open_bundle
 from vitfold.bench.comparison import pixels_for
 from vitfold.bench.environment import environment
@@ -56,12 +56,12 @@ def profile(
             target = str(manifest.target["name"])
             calls = stack.enter_context(probes(name, target=target, threads=threads)) if ceiling else {}
             measured = session.profile(runs, calls)
-        merge, whole = manifest.recipe.merge, whole_in(manifest)
+        merge, whole, spec = manifest.recipe.merge, whole_in(manifest), spec_in(manifest)
         joined = join(
             measured,
-            count_costs(manifest.spec, merge, whole=whole),
+            count_costs(spec, merge, whole=whole),
             batch=batch,
-            unmerged=count_costs(manifest.spec, MergeRecipe(r=()), whole=whole) if any(merge.r) else None,
+            unmerged=count_costs(spec, MergeRecipe(r=()), whole=whole) if any(merge.r) else None,
             ceiling=ceiling_of(measured.beside_ns) if ceiling else None,
         )
         result: dict[str, Any] = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitfold.architectures.programs import whole_in
+from vitfold.architectures.programs import spec_in, whole_in
 from vitfold.artifacts.bundle import Bundle, open_bundle
 from vitfold.bench.environment import installed_version
 from vitfold.cli import options
@@ -133,7 +133,7 @@ def _trace(bundle: Bundle, names: tuple[str, ...], photos: Any, pixels: Any) -> 
     merge = manifest.recipe.merge
     model = load_origin(manifest.origin).model
     flops = [0] * manifest.spec.num_layers
-    for cost in count_costs(manifest.spec, merge, whole=whole_in(manifest)):
+    for cost in count_costs(spec_in(manifest), merge, whole=whole_in(manifest)):
         if cost.block is not None:
             flops[cost.block] += 2 * cost.macs
     return Traced(

@@ -171,14 +171,7 @@ def _with_widths(spec: Architecture, params: Mapping[str, Array], head_dims: Seq
         joint = [params[f"{block}.attn.proj.weight"].shape[1] for block in blocks]
         heads = [width // dim for width, dim in zip(joint, head_dims, strict=True)]
         units = [params[f"{block}.mlp.fc2.weight"].shape[1] for block in blocks]
-        return replace(
-            spec,
-            num_heads=max(heads),
-            mlp_dim=max(units),
-            block_heads=_unlike(heads),
-            block_head_dims=() if set(head_dims) == {spec.head_dim} else tuple(head_dims),
-            block_mlp_dims=_unlike(units),
-        )
+        return spec.with_widths(heads, head_dims, units)
     shapes = {name: params[name].shape for name, _ in spec.shapes}
     program = rewrite(plain_program(spec), {**shapes_of(spec), **shapes}, _fewer_heads(shapes))
     attention, mlp = closing_linears(program)[0]
@@ -190,11 +183,6 @@ def _with_widths(spec: Architecture, params: Mapping[str, Array], head_dims: Seq
         num_heads=spec.num_heads if parted is None else parted.heads,
         mlp_dim=spec.mlp_dim if mlp is None else shapes[f"{mlp}.weight"][1],
     )
-
-
-def _unlike(widths: Sequence[int]) -> tuple[int, ...]:
-    """Widths of blocks, where they are not all alike."""
-    return () if len(set(widths)) == 1 else tuple(widths)
 
 
 def _fewer_heads(shapes: Mapping[str, tuple[int, ...]]) -> Change:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -210,6 +210,17 @@ class ViTSpec:
         """Tokens N that enter the first block."""
         return self.prefix + self.patches
 
+    def with_widths(self, heads: Sequence[int], head_dims: Sequence[int], units: Sequence[int]) -> ViTSpec:
+        """Return the architecture with so many heads, so wide, and so many hidden units per block: L numbers each."""
+        return replace(
+            self,
+            num_heads=max(heads),
+            mlp_dim=max(units),
+            block_heads=_unlike(heads),
+            block_head_dims=() if set(head_dims) == {self.head_dim} else tuple(head_dims),
+            block_mlp_dims=_unlike(units),
+        )
+
     def heads_of(self, block: int) -> int:
         """Heads of a block's attention."""
         return self.block_heads[block] if self.block_heads else self.num_heads
@@ -323,6 +334,11 @@ def with_first_names(values: Mapping[str, Any]) -> dict[str, Any]:
 def spec_from_dict(values: dict[str, Any]) -> Architecture:
     """Rebuild an architecture from `spec_to_dict`; an unknown key is an error, since it would change the function."""
     return graph_spec_from_dict(values) if values.get("kind") == KIND else vit_spec_from_dict(values)
+
+
+def _unlike(widths: Sequence[int]) -> tuple[int, ...]:
+    """Widths of blocks, where they are not all alike."""
+    return () if len(set(widths)) == 1 else tuple(widths)
 
 
 _BY_BLOCK = ("block_heads", "block_head_dims", "block_mlp_dims")
