@@ -135,9 +135,10 @@ def test_only_what_is_rounded_already_is_raced_in_bfloat16(
     monkeypatch.setattr(racing, "engine_obstacle", lambda engine: None if here else "not here")
     monkeypatch.setattr(racing, "opened", opened)
     monkeypatch.setattr(racing, "timed", timed)
-    if quantized and racing.quantized_target("openvino").weight_bits < plan.target.weight_bits:
-        pytest.skip("openvino is not exact here")
     taken = fastest(plan)
+    if quantized and racing.quantized_target("openvino").weight_bits < plan.target.weight_bits:
+        assert (taken, raced) == (plan, []), "OpenVINO would saturate with these weights"
+        return
     narrow = quantized and here
     assert raced == ["onnxruntime", "openvino", *([NARROW] if narrow else [])]
     assert taken.target.engine == raced[-1]

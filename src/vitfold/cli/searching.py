@@ -48,7 +48,7 @@ class Bounded:
         return [self.quant.lower()] if self.quant is not None else ["none", "w8a8"]
 
     def targets(self) -> list[str]:
-        """Targets to try: the one that was named, or every engine for CPUs that is installed."""
+        """Targets to try: the one that was named, or every engine for CPUs that starts here."""
         if self.target not in (None, "fastest"):
             return [str(self.target)]
         return [name for name in ENGINES if engine_obstacle(find_target(name).engine) is None]

@@ -192,15 +192,14 @@ class Count(Ops[Shape]):
         """Rows times weights."""
         outputs, inputs = self._shapes[f"{layer}.weight"]
         _require(x[-1] == inputs, f"{layer} takes width {inputs}, found {x}")
-        output: Shape = (*x[:-1], outputs)
-        output = CodeShape(output) if self._hands(f"{layer}.out") else output
+        output = _written((*x[:-1], outputs), codes=self._hands(f"{layer}.out"))
         weights, operands = inputs * outputs, (input_site(layer, rows), f"{layer}.w")
         self._note(layer, "linear", (x,), output, math.prod(x[:-1]) * weights, weights, operands)
         return output
 
     def layer_norm(self, layer: str, x: Shape, eps: float) -> Shape:
         """One pass in, one out."""
-        output = CodeShape(x) if f"{layer}.x" in self._quantizers else x
+        output = _written(x, codes=f"{layer}.x" in self._quantizers)
         self._note(layer, "normalization", (x,), output, weights=2 * x[-1])
         return output
 
@@ -216,7 +215,7 @@ class Count(Ops[Shape]):
         fits = bias is None or (_broadcast(scores, bias) == scores and bias[-1] == scores[-1])
         _require(fits, f"{site} cannot add a bias {bias} to scores {scores}")
         handed = f"{site}.logits" in self._quantizers and self._hands(f"{site}.softmax")
-        shares = CodeShape(scores) if handed else scores
+        shares = _written(scores, codes=handed)
         self._note(f"{site}.softmax", "softmax", (scores,) if bias is None else (scores, bias), shares)
         operands = (f"{site}.softmax", f"{site}.v")
         return self._product(f"{site}.av", shares, v, operands, codes=handed and self._hands(f"{site}.v"))
@@ -237,8 +236,7 @@ class Count(Ops[Shape]):
     ) -> Shape:
         columns, depth = (b[-2], b[-1]) if transpose_b else (b[-1], b[-2])
         _require(a[-1] == depth, f"{site} cannot multiply {a} and {b}")
-        output: Shape = (*_broadcast(a[:-2], b[:-2]), a[-2], columns)
-        output = CodeShape(output) if codes else output
+        output = _written((*_broadcast(a[:-2], b[:-2]), a[-2], columns), codes=codes)
         self._note(site, "matmul", (a, b), output, macs=math.prod(output) * a[-1], operands=operands)
         return output
 
@@ -343,9 +341,14 @@ class Count(Ops[Shape]):
         return x
 
 
+def _written(shape: Shape, *, codes: bool) -> Shape:
+    """The shape of values that are written as codes, or as floats."""
+    return CodeShape(shape) if codes else shape
+
+
 def _like(a: Shape, shape: Shape) -> Shape:
     """A shape of the same kind of values as `a`."""
-    return CodeShape(shape) if isinstance(a, CodeShape) else shape
+    return _written(shape, codes=isinstance(a, CodeShape))
 
 
 def _item_bytes(shape: Shape) -> int:
