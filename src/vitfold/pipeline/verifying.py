@@ -135,6 +135,13 @@ def verify(folded: Plan, pixels: Num[np.ndarray, "B ..."], session: Session) -> 
     Raises:
         EngineError: if the output is not finite, half precision cannot hold a value, or the difference is too large.
     """
+    return _verified(folded, pixels, session, session(pixels))
+
+
+def _verified(
+    folded: Plan, pixels: Num[np.ndarray, "B ..."], session: Session, found: Float[np.ndarray, "B ..."]
+) -> Verified:
+    """Compare what the engine found with the reference."""
     rounding, largest = None, None
     if folded.quantizers is None and folded.target.float_type != "float16":
         expected, bound = run_float(folded, pixels), FLOAT_ERROR
@@ -145,7 +152,6 @@ def verify(folded: Plan, pixels: Num[np.ndarray, "B ..."], session: Session) -> 
         rounding = float(np.median(relative_errors(run_float(folded, pixels), expected)))
         bound = bound_for(rounding)
     bound = max(bound, _output_rounding(folded.model.spec))
-    found = session(pixels)
     if not np.isfinite(found).all():
         raise EngineError("the engine returns NaN or infinite values; the weights overflow float32 on ordinary images")
     errors = relative_errors(expected, found)
@@ -177,7 +183,8 @@ def verify_written(folded: Plan, pixels: Num[np.ndarray, "B ..."], session: Sess
         return verify(folded, pixels, session)
     products = products_of_recipe(folded.target.to_dict(), folded.recipe.quant)
     with open_graph(onnx_path, row.exact_floats, products=products) as exact:
-        verified, expected = verify(folded, pixels, exact), exact(pixels)
+        expected = exact(pixels)
+        verified = _verified(folded, pixels, exact, expected)
     narrowed, bound = float(np.median(relative_errors(expected, session(pixels)))), _narrow_bound(folded, pixels)
     if not narrowed <= bound:
         raise EngineError(
