@@ -56,7 +56,7 @@ class Engine:
     `several_parts`: it runs bundles of more than one graph. `builds_for_batches`: what it builds of a graph takes a
     range of batches, so a target may state one. `strongly_typed`: every precision stands in the graph. `gpu`: it needs
     an NVIDIA GPU; elsewhere its graphs are checked on ONNX Runtime, and not timed. `forks`: it starts anew in a forked
-    process.
+    process. `rows`: tokens by which the time of its kernels goes up in steps.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Engine:
     strongly_typed: bool = False
     gpu: bool = False
     forks: bool = False
+    rows: int = 6
 
     @property
     def executes(self) -> bool:
@@ -104,6 +105,7 @@ _OPENVINO = Engine(
     quantized_targets=("openvino", "openvino-avx2"),
     exact_targets="openvino-avx2 or portable",
     ways=(PLAIN, FLOATING),
+    rows=16,
 )
 _TORCH = Engine(
     name="torch",

@@ -39,6 +39,8 @@ PLANS = (
     Plan("everything float", (*QUANT, "--keep-float", "999"), ("--keep-float 999", "49 sites", "fewer than 49"), 1),
     Plan("exactly everything float", (*QUANT, "--keep-float", "49"), ("leaves nothing to quantize",), 1),
     Plan("float without bits", ("--keep-float", "3"), ("nothing is quantized; add --quant",), 1),
+    Plan("one token too many for a tile", (*QUANT, "--target", "openvino"),
+         ("65 tokens are 1 more than a multiple of 16, by which kernels of openvino go; --merge align",)),
     Plan("a list that ends early", ("--merge", "1,1"), ("r names 2 of 12 blocks; the last 10 merge nothing",)),
     Plan("a recipe's list that ends early", ("--recipe", "{short}"), ("r names 2 of 12 blocks",)),
     Plan("a list that goes on", ("--merge", ",".join(["1"] * 13)), ("13 entries", "12 blocks"), 1),

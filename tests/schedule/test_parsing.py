@@ -77,6 +77,25 @@ def test_inflected_schedules(value, expected):
     assert resolve_r(value, BASE) == expected
 
 
+@pytest.mark.parametrize(
+    ("image", "class_token", "over"), [(224, True, 5), (256, True, 1), (224, False, 4), (384, True, 1), (128, True, 1)]
+)
+def test_aligned_schedules_merge_what_is_left_over_from_a_multiple_of_16(image, class_token, over):
+    spec = spec_of(num_layers=12, image=image, class_token=class_token, pool="avg")
+    for word in ("align", " ALIGN "):
+        r = resolve_r(word, spec)
+        assert r == (over, *(0,) * 11)
+    assert tokens_per_block(spec, r)[-1] % 16 == 0
+
+
+@pytest.mark.parametrize(("image", "tokens"), [(256, 256), (64, 17 - 1), (48, 9)])
+def test_nothing_is_aligned_where_nothing_is_left_over_or_too_much(image, tokens, caplog):
+    spec = spec_of(num_layers=3, image=image, class_token=False, pool="avg")
+    assert spec.tokens == tokens
+    assert resolve_r("align", spec) == (0, 0, 0)
+    assert f"align merges nothing: {tokens} tokens" in caplog.text
+
+
 @pytest.mark.parametrize("value", ["5:-1", "5:0.3", "5:1"])
 def test_an_inflection_needs_no_second_block(value):
     assert resolve_r(value, spec_of(num_layers=1)) == (5,)

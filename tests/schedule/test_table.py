@@ -36,6 +36,37 @@ def test_every_probe_can_be_carried_out_and_they_differ():
                 left -= merged
 
 
+@pytest.mark.parametrize(
+    ("tokens", "prefix", "rows"), [(197, 1, 16), (65, 1, 16), (65, 1, 6), (577, 1, 48), (196, 0, 16)]
+)
+def test_probes_lead_to_numbers_of_tokens_that_kernels_like(tokens, prefix, rows):
+    probes = probe_schedules(DEPTH, tokens, prefix, rows)
+    assert (tokens % rows, *(0,) * (DEPTH - 1)) in probes, "the fewest that get there"
+    assert len(probes) >= 6
+    for r in probes:
+        left = tokens
+        for merged in r:
+            assert 0 <= merged <= largest_r(left, prefix)
+            left -= merged
+            assert left == tokens or left % (rows // 2) == 0
+    assert max(sum(1 for merged in r if merged) for r in probes) >= 5, "merges enough to tell what one costs"
+
+
+@pytest.mark.parametrize("cliff", [0.0, 0.3])
+def test_what_the_models_own_number_of_tokens_costs_beyond_its_neighbours_is_found(cliff):
+    def steep(tokens: int, merged: int, sizes: bool) -> float:
+        """Each block takes longer by `cliff` where it has 65 tokens, which are one more than a multiple of 16."""
+        before, after = (1 + cliff * (count == 65) for count in (tokens, tokens - merged))
+        return 1e-5 * (0.4 * before * (tokens + 50) + 0.6 * after * (tokens - merged + 50)) + (5e-6 if merged else 0.0)
+
+    known = {r: schedule_seconds(r, 65, steep) for r in probe_schedules(DEPTH, 65, PREFIX, 16)}
+    table = fit_table(known, tokens=65, attention_ratio=0.4)
+    for r in ((0,) * 12, (1, *(0,) * 11), (0, 0, 0, 17, *(0,) * 8), (0, 1, 0, 16, *(0,) * 8)):
+        assert table.total(r, 65) == pytest.approx(schedule_seconds(r, 65, steep), rel=1e-6)
+    gain = table.total((0,) * 12, 65) / table.total((1, *(0,) * 11), 65)
+    assert gain > 1.2 if cliff else 1.0 < gain < 1.01
+
+
 def test_two_blocks_tell_nothing():
     with pytest.raises(ValueError, match="three blocks"):
         probe_schedules(2, 65, 1)

@@ -98,8 +98,9 @@ Merge = Annotated[
     str | None,
     _recipe(
         metavar="R",
-        help="Tokens merged per block: 8, a list 8,8,4, R:INFLECTION as 8:-1, or none. Or auto[:R], the fastest "
-        "schedule on this machine (TensorRT: on --gpu) that distorts no more than a constant R (8).",
+        help="Tokens merged per block: 8, a list 8,8,4, R:INFLECTION as 8:-1, or none; align: few, to a multiple of 16 "
+        "tokens. Or auto[:R], the fastest schedule on this machine (TensorRT: on --gpu) that distorts no more than a "
+        "constant R (8).",
     ),
 ]
 MergeRule = Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 from vitfold.errors import RecipeError
 from vitfold.images import ImageSet
 from vitfold.pipeline.plan import Plan
+from vitfold.schedule.landing import ROWS, leftover
 
 FEW_PATCHES = 2
 FEW_PATCHES_RATIO = 0.02
@@ -18,7 +19,8 @@ def foreseen(folded: Plan, calibration: ImageSet | None, *, keep_float: int = 0)
         CalibrationError: if the images are too few to calibrate on.
     """
     check_keep_float(folded, keep_float)
-    found = [_few_tokens(folded), None if calibration is None else _few_images(folded, calibration)]
+    few = None if calibration is None else _few_images(folded, calibration)
+    found = [_few_tokens(folded), _left_over(folded), few]
     return tuple(one for one in found if one is not None)
 
 
@@ -63,6 +65,19 @@ def _few_tokens(folded: Plan) -> str | None:
     return (
         f"the schedule leaves {tokens[-1]} of {tokens[0]} tokens{protected} behind the last block: little of an image "
         "is left there; lower --merge unless a measurement says otherwise"
+    )
+
+
+def _left_over(folded: Plan) -> str | None:
+    """Say of a plan that does not merge that few tokens are one tile too many, where its engine goes by tiles."""
+    spec, rows = folded.folded.spec, folded.target.runtime.rows
+    over = leftover(spec.tokens, spec.fixed, rows)
+    merges = any(folded.recipe.merge.r) or spec.unmergeable or not spec.num_layers
+    if merges or rows != ROWS or not 0 < over <= rows // 2:
+        return None
+    return (
+        f"{spec.tokens} tokens are {over} more than a multiple of {rows}, by which kernels of "
+        f"{folded.target.engine} go; --merge align merges them in the first block, and vitfold lengths times both"
     )
 
 

@@ -24,8 +24,6 @@ PROBE = Protocol(trials=7, seconds=1.0)
 ROUGH_IMAGES = 8
 MOST_MERGES = 6
 FINENESS = 32
-ROWS = 6
-"""Tokens by which the time of integer kernels with VNNI goes up in steps."""
 
 
 def measure_latency(
@@ -43,7 +41,7 @@ def measure_latency(
     """
     spec = plan.model.spec
     try:
-        probes = probe_schedules(spec.num_layers, spec.tokens, spec.fixed)
+        probes = probe_schedules(spec.num_layers, spec.tokens, spec.fixed, on_this_machine(plan)["step"])
     except ValueError as error:
         raise RecipeError(f"no latency table for this model: {error}; give the tokens to merge") from None
     times: dict[Schedule, float] = {}
@@ -84,10 +82,10 @@ def roughly_calibrated(
 
 def on_this_machine(plan: Plan) -> dict[str, Any]:
     """Return how schedules for a plan look: their order, to which lengths they lead, in how many merges at most."""
-    tokens = plan.model.spec.tokens
+    tokens, rows = plan.model.spec.tokens, plan.target.runtime.rows
     step, aligned = max(1, tokens // FINENESS), tokens >= FINENESS
     if aligned:
-        step = ROWS * max(1, round(step / ROWS))
+        step = rows * max(1, round(step / rows))
     return {"order": plan.recipe.merge.order, "step": step, "aligned": aligned, "most_merges": MOST_MERGES}
 
 

@@ -59,18 +59,18 @@ class LengthTime:
 
 
 def check_lengths(spec: Architecture, lengths: Sequence[int]) -> None:
-    """Check that one merge in the first block leads to every length, and that there are enough for a line.
+    """Check that at most one merge in the first block leads to every length, and that there are enough for a line.
 
     Raises:
         RecipeError: naming the lengths that can be.
     """
-    least, most = spec.tokens - largest_r(spec.tokens, spec.fixed), spec.tokens - 1
+    least, most = spec.tokens - largest_r(spec.tokens, spec.fixed), spec.tokens
     wrong = [length for length in lengths if not least <= length <= most]
     if wrong or len(set(lengths)) < 3:
         shown = [str(length) for length in wrong or lengths]
         raise RecipeError(
             f"lengths are at least three numbers of tokens from {least} to {most}, which one merge in the first block "
-            f"leaves; found {', '.join(shown[:_SHOWN])}{', ...' if len(shown) > _SHOWN else ''}"
+            f"leaves, or none; found {', '.join(shown[:_SHOWN])}{', ...' if len(shown) > _SHOWN else ''}"
         )
 
 
@@ -84,9 +84,9 @@ def measure_lengths(
 ) -> tuple[LengthTime, ...]:
     """Time the model at lengths, the longest first, each interleaved with the longest.
 
-    A merge in the first block leads to the length, so that every graph merges once. Where its memory lies moves the
-    time of a session by some per cent; every round therefore opens all of them anew. The plan is calibrated where it
-    quantizes; its own schedule is not looked at.
+    A merge in the first block leads to the length, so that every graph merges once, but for the model's own. Where its
+    memory lies moves the time of a session by some per cent; every round therefore opens all of them anew. The plan is
+    calibrated where it quantizes; its own schedule is not looked at.
 
     Raises:
         RecipeError: on lengths that cannot be.
@@ -115,7 +115,7 @@ def _timed(plan: Plan, longest: int, some: Sequence[int], protocol: Protocol) ->
 
 
 def _to_length(spec: Architecture, length: int) -> Schedule:
-    """One merge in the first block."""
+    """One merge in the first block; none where the model has so many tokens."""
     return (spec.tokens - length, *(0,) * (spec.num_layers - 1))
 
 

@@ -256,13 +256,14 @@ def build_arms(
         kept = (trying.calibration, rule, prune)
         return roughly_calibrated(trying.model, quant_from_scheme(quant), target, *kept)
 
-    here = on_this_machine(rough(pairs[0]))
-    merging = measure_merging(trying.model, trying.calibration, **here, rule=rule, say=say)
+    first = on_this_machine(rough(pairs[0]))
+    merging = measure_merging(trying.model, trying.calibration, **first, rule=rule, say=say)
     protocol = replace(PROBE, batch=trying.protocol.batch)
     with open_session(laboratory.plain) as plain:
         for number, (quant, target) in enumerate(pairs, start=1):
             say(f"timing schedules: {quant} on {target} {number}/{len(pairs)}")
             plan = rough((quant, target))
+            space = replace(merging.space, step=on_this_machine(plan)["step"])
             table = measure_latency(plan, protocol=protocol)
             with ExitStack() as closing:
                 sessions = {"float": plain, "whole": closing.enter_context(opened(plan))}
@@ -273,11 +274,11 @@ def build_arms(
             none = (0,) * trying.model.spec.num_layers
             total = table.total(none, trying.model.spec.tokens)
             scale = 1 / speed_up(times["float"], times["whole"])["median"] / total
-            arms = [Arm(quant=quant, target=target, rule=rule, points=_points(merging.space, table, scale))]
+            arms = [Arm(quant=quant, target=target, rule=rule, points=_points(space, table, scale))]
             for one in narrower:
                 least = 1 / speed_up(times["whole"], times["narrow"])["median"]
                 left = table.narrowed(float(np.interp(one.share, (0.0, narrower[-1].share), (1.0, least))))
-                points = _points(merging.space, left, scale)
+                points = _points(space, left, scale)
                 arms.append(replace(arms[0], points=points, share=one.share, prune=one.prune, lost=one.lost))
             yield (quant, target), arms
 

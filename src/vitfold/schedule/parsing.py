@@ -1,4 +1,4 @@
-"""The words of a schedule: none, a constant, a list, or a constant with an inflection."""
+"""The words of a schedule: none, align, a constant, a list, or a constant with an inflection."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from itertools import groupby
 from vitfold.errors import RecipeError
 from vitfold.model import Architecture
 from vitfold.recipe import largest_r, tokens_per_block
+from vitfold.schedule.landing import ROWS, leftover
 
 ACCEPTED = (
-    "accepted: none, a number (8: as many in every block), one number per block (8,8,0,4), "
-    "or number:inflection (8:-1 starts at 16 and ends at 0; the inflection lies in [-1, 1])"
+    "accepted: none, a number (8: as many in every block), one number per block (8,8,0,4), align (in the first block "
+    "what is left over from a multiple of 16 tokens), or number:inflection (8:-1 starts at 16 and ends at 0; the "
+    "inflection lies in [-1, 1])"
 )
 _log = logging.getLogger("vitfold")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
@@ -23,7 +25,8 @@ _INTEGER = re.compile(r"[+-]?[0-9]+")
 def resolve_r(value: object, spec: Architecture) -> tuple[int, ...]:
     """Return the tokens that each block removes: L integers that the model can carry out.
 
-    `None`, "none" and 0 remove nothing. A number is the same r in every block, and "r:inflection" the
+    `None`, "none" and 0 remove nothing; "align" removes in the first block what is left over from a multiple of 16
+    tokens, which kernels work on at a time. A number is the same r in every block, and "r:inflection" the
     linear schedule below; both remove less where too few tokens are left. A list is used as it stands,
     with zeros for the blocks behind its end.
 
@@ -62,12 +65,23 @@ def describe_r(r: Sequence[int]) -> str:
 def _from_text(text: str, spec: Architecture) -> tuple[int, ...]:
     if text.lower() == "none":
         return (0,) * spec.num_layers
+    if text.lower() == "align":
+        return _aligned(spec)
     if "," in text:
         return _literal([_integer(part.strip(), text) for part in text.split(",")], spec)
     if ":" in text:
         r, inflection = text.split(":", 1)
         return _clamped(_inflected(_integer(r.strip(), text), _inflection(inflection, text), spec.num_layers), spec)
     return _clamped((_integer(text, text),) * spec.num_layers, spec)
+
+
+def _aligned(spec: Architecture) -> tuple[int, ...]:
+    """Return the schedule of "align": one merge in the first block, none where no token is left over."""
+    r = (leftover(spec.tokens, spec.fixed), *(0,) * spec.num_layers)[: spec.num_layers]
+    if not any(r):
+        _log.warning("align merges nothing: %d tokens are a multiple of %d, or too few", spec.tokens, ROWS)
+    tokens_per_block(spec, r)
+    return r
 
 
 def _inflected(r: int, inflection: float, depth: int) -> tuple[int, ...]:

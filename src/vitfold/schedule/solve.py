@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vitfold.recipe import largest_r
+from vitfold.schedule.landing import landings
 
 STEP = 4
 MOST_MERGES = 4
@@ -53,8 +54,9 @@ class Space:
 
     def merges(self, tokens: int) -> range:
         """Return how many of so many tokens may merge."""
-        first = (tokens % self.step or self.step) if self.aligned else self.step
-        return range(first, largest_r(tokens, self.prefix) + 1, self.step)
+        if self.aligned:
+            return landings(tokens, self.prefix, self.step)
+        return range(self.step, largest_r(tokens, self.prefix) + 1, self.step)
 
     def distortion(self, block: int, tokens: int, merged: int) -> float:
         """Interpolate linearly in the share of the tokens that are there."""

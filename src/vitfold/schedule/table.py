@@ -13,9 +13,12 @@ import numpy as np
 from jaxtyping import Float
 
 from vitfold.recipe import largest_r
+from vitfold.schedule.landing import landings, leftover
 
 Schedule = tuple[int, ...]
 _HALVINGS = (0.25, 0.5)
+_MANY = 8
+"""So many times `rows` tokens are enough for probes that lead to multiples of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +52,11 @@ class LatencyTable:
         return total
 
 
-def probe_schedules(depth: int, tokens: int, prefix: int) -> tuple[Schedule, ...]:
-    """Return schedules whose times tell the table: no merging, large merges at the very start, one token everywhere.
+def probe_schedules(depth: int, tokens: int, prefix: int, rows: int = 1) -> tuple[Schedule, ...]:
+    """Return schedules whose times tell the table: no merging, few and large merges at the very start, many small ones.
+
+    They lead to multiples of `rows` tokens, or of half of them where there are few; one of them merges in the first
+    block what is left over, no more.
 
     Raises:
         ValueError: if the model has fewer than three blocks, which leaves nothing to tell apart.
@@ -58,19 +64,25 @@ def probe_schedules(depth: int, tokens: int, prefix: int) -> tuple[Schedule, ...
     if depth < 3:
         raise ValueError("a table needs a model of at least three blocks")
     found: list[Schedule] = [(0,) * depth]
+    over = leftover(tokens, prefix, rows)
+    if over:
+        found.append((over, *(0,) * (depth - 1)))
+    rows = rows if tokens >= _MANY * rows else max(1, rows // 2)
     for share in _HALVINGS:
-        found.append(_front(depth, tokens, prefix, (share,)))
+        found.append(_front(depth, tokens, prefix, (share,), rows))
     for share in _HALVINGS:
-        found.append(_front(depth, tokens, prefix, (0.5, share)))
-    few = [min(1, largest_r(tokens - block, prefix)) for block in range(depth)]
-    return (*dict.fromkeys(found), tuple(few))
+        found.append(_front(depth, tokens, prefix, (0.5, share), rows))
+    found.append(_many(depth, tokens, prefix, rows))
+    return tuple(dict.fromkeys(found))
 
 
 def fit_table(times: Mapping[Schedule, float], *, tokens: int, attention_ratio: float) -> LatencyTable:
     """Fit a table to the seconds that whole schedules took, by least squares of relative errors.
 
-    Equation: T(r) = sum_l [a f(N_l) + (1 - a) f(N_l - r_l) + g (r_l > 0)], f(N) = c_0 + c_1 N + c_2 N^2, all
-    coefficients at least 0: fewer of them than times, so that noise does not become a staircase.
+    Equation: T(r) = sum_l [a f(N_l) + (1 - a) f(N_l - r_l) + g (r_l > 0)],
+    f(N) = c_0 + c_1 N + c_2 N^2 + c_3 [N = N_0], all coefficients at least 0: fewer of them than times, so that noise
+    does not become a staircase. c_3 is what the model's own number of tokens N_0 costs beyond its neighbours, which
+    are multiples of what kernels work on.
     """
     lengths = sorted({tokens - sum(r) for r in times if sum(1 for merged in r if merged) <= 2})
     seconds = np.array(list(times.values()))
@@ -79,8 +91,8 @@ def fit_table(times: Mapping[Schedule, float], *, tokens: int, attention_ratio: 
     at = np.array(lengths) / tokens
     return LatencyTable(
         lengths=tuple(lengths),
-        seconds=tuple(float(value) for value in np.stack((at**0, at, at**2), 1) @ coefficients[:3]),
-        merge_seconds=float(coefficients[3]),
+        seconds=tuple(float(value) for value in np.stack((at**0, at, at**2, at == 1), 1) @ coefficients[:4]),
+        merge_seconds=float(coefficients[4]),
         attention_ratio=attention_ratio,
     )
 
@@ -100,21 +112,32 @@ def _nonnegative(a: Float[np.ndarray, "T C"], b: Float[np.ndarray, " T"]) -> Flo
     return best
 
 
-def _front(depth: int, tokens: int, prefix: int, shares: Sequence[float]) -> Schedule:
-    """Merges of these shares of the tokens in the first blocks."""
+def _front(depth: int, tokens: int, prefix: int, shares: Sequence[float], rows: int) -> Schedule:
+    """Merges of about these shares of the tokens in the first blocks."""
     r = []
     for share in shares:
-        r.append(min(largest_r(tokens, prefix), round(share * tokens)))
+        wanted = round(share * tokens)
+        near = min(landings(tokens, prefix, rows), key=lambda merged: abs(merged - wanted), default=None)
+        r.append(min(largest_r(tokens, prefix), wanted) if near is None else near)
         tokens -= r[-1]
     return (*r, *(0,) * (depth - len(r)))
 
 
+def _many(depth: int, tokens: int, prefix: int, rows: int) -> Schedule:
+    """The smallest merges in as many blocks as they go on."""
+    r = []
+    for _ in range(depth):
+        r.append(min(landings(tokens, prefix, rows), default=0))
+        tokens -= r[-1]
+    return tuple(r)
+
+
 def _row(r: Schedule, tokens: int, attention_ratio: float) -> list[float]:
-    """The coefficients of c_0, c_1, c_2 and g in the time of a schedule, with lengths in shares of the first one."""
-    row, count = np.zeros(4), tokens
+    """The coefficients of c_0 to c_3 and g in the time of a schedule, with lengths in shares of the first one."""
+    row, count = np.zeros(5), tokens
     for merged in r:
         for share, length in ((attention_ratio, count), (1 - attention_ratio, count - merged)):
-            row[:3] += share * np.array([1.0, length / tokens, (length / tokens) ** 2])
-        row[3] += merged > 0
+            row[:4] += share * np.array([1.0, length / tokens, (length / tokens) ** 2, length == tokens])
+        row[4] += merged > 0
         count -= merged
     return row.tolist()
