@@ -147,6 +147,15 @@ def test_narrower_blocks_are_refitted_with_merging_where_that_promises_clearly_m
     assert laboratory.tried == ["none-cpu-prune50-r0_0_0", "none-cpu-prune50-r10_0_0"][:tried]
 
 
+def test_merging_that_promises_little_more_is_passed_over_for_what_promises_clearly_more() -> None:
+    """A first merge that gains nothing hides one behind it that does: the row of no merging takes 0.94 here."""
+    laboratory = SearchContext(mended=0.9, pruning=0.01)
+    points = ((0.60, 0.1, (40, 0, 0)), (0.93, 0.05, (5, 0, 0)), (0.94, 0.0, (0, 0, 0)))
+    narrower = Arm(quant="none", target="cpu", points=points, share=0.1, prune=PruneRecipe(mlp=0.1), lost=0.005)
+    run(laboratory, [narrower], least_latency(laboratory))
+    assert laboratory.tried == ["none-cpu-prune10-r0_0_0", "none-cpu-prune10-r40_0_0"]
+
+
 def test_narrower_blocks_that_break_the_bound_alone_do_not_merge_as_well() -> None:
     laboratory = SearchContext(mended=0.9, pruning=0.07)
     narrower = replace(arm(factor=0.2), share=0.5, prune=PruneRecipe(mlp=0.5), lost=0.01)

@@ -382,7 +382,7 @@ def _following(
     index, mends = step.index, laboratory.trying.refitting is not None and any(arm.points[step.index][2])
     mends = mends and arm.prune is None  # there merging is mended with it
     if kept:
-        bolder = goal.bolder(arm, index, compensated=step.compensate or arm.prune is not None)
+        bolder = _bolder(goal, arm, step, row)
         if bolder is not None:
             yield _Step(index=bolder, compensate=step.compensate, registers=step.registers)
         elif mends and isinstance(goal, LeastLatency):
@@ -404,6 +404,17 @@ def _following(
     following = goal.further(arm, index) if step.float_sites == 0 and not step.compensate else None
     if following is not None:
         yield _Step(index=following)
+
+
+def _bolder(goal: Goal, arm: Arm, step: _Step, row: Mapping[str, Any]) -> int | None:
+    """Return the bolder schedule to try next; of narrower blocks the first that promises clearly more than this row."""
+    compensated = step.compensate or arm.prune is not None
+    found = goal.bolder(arm, step.index, compensated=compensated)
+    if arm.prune is None or not isinstance(goal, LeastLatency):
+        return found
+    while found is not None and CLOSE * goal.cost(arm, found) > goal.reached(row):
+        found = goal.bolder(arm, found, compensated=compensated)
+    return found
 
 
 def divided_for_search(images: ImageSet, *, seed: int) -> tuple[ImageSet, ImageSet]:
