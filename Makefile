@@ -107,7 +107,7 @@ SHARE := 5,0,0,0,0,64,0,32,0,0,0,0
 search: $(VENV)/.dev
 	mkdir -p $(SEARCH)
 	cd $(SEARCH) && $(CURDIR)/$(BIN)/vitfold optimize demo --max-drop 1.0 --images $(abspath $(CIFAR10_VAL)) --calibration-images $(abspath $(CIFAR10_TRAIN)) \
-		-o demo.fold --overwrite --json > $(CURDIR)/results/search-cifar10.json
+		-o demo.fold --overwrite --json > $(CURDIR)/results/search$(BF16)-cifar10.json
 	rm -rf $(SEARCH)/found.fold && cp -r $(SEARCH)/demo.fold $(SEARCH)/found.fold
 	for r in 0 1 2 3 4; do $(BIN)/vitfold optimize demo --merge $$r --quant w8a8 --target openvino --images $(CIFAR10_TRAIN) --keep-slower --overwrite \
 		-o $(SEARCH)/r$$r-w8a8-ov.fold; done
@@ -117,11 +117,11 @@ search: $(VENV)/.dev
 		--limit 5000 --baseline r0-w8a8-ov --trials 15 --seconds 6 -o $(CURDIR)/results/search-winner.json
 	cd $(SEARCH) && $(CURDIR)/$(BIN)/vitfold profile demo.fold -o $(CURDIR)/results/profile-search-winner.json
 	$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $(SHARE) -o $(SEARCH)/found-w8a8.fold
-	for t in $(OV); do for m in found=$(SHARE) align=align; do \
+	for t in $(OV); do for m in found=$(SHARE) align=align r0=0; do \
 		$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $${m#*=} --target $$t -o $(SEARCH)/$${m%%=*}-w8a8-ov$${t#openvino}.fold; done; done
 	$(if $(BF16),$(BIN)/vitfold optimize $(VITB) --merge $(SHARE) --target openvino-bf16 --overwrite -o $(SEARCH)/found-bf16.fold)
 	$(BENCH) $(foreach k,w8a8 w8a8-ov $(if $(BF16),bf16 w8a8-ov-bf16),$(SEARCH)/found-$(k).fold) \
-		$(foreach t,$(OV),$(SEARCH)/align-w8a8-ov$(t:openvino%=%).fold) --calibration-images $(PHOTOS) --calibration-size 32 \
+		$(foreach t,$(OV),$(SEARCH)/align-w8a8-ov$(t:openvino%=%).fold) $(SEARCH)/r0-w8a8-ov$(lastword $(OV:openvino%=%)).fold --calibration-images $(PHOTOS) --calibration-size 32 \
 		--peers torch,onnxruntime-int8,nncf$(if $(BF16),$(comma)torch-bf16$(comma)openvino-bf16$(comma)nncf-bf16) --trials 15 --seconds 3 -o results/vit-b16-found-batch1.json
 
 # Which numbers of tokens kernels like, on one thread, the last on a processor that looks as if it ended at AVX2; and on every core those about the

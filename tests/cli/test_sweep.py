@@ -122,6 +122,13 @@ def test_the_sweeps_that_come_along_can_be_carried_out(path: Path) -> None:
     )
 
 
+def test_recipes_are_named_by_their_schedules() -> None:
+    attempts = Sweep(merges=("0", "8", "4:-1", "align"), quants=("none", "w8a8")).attempts(vit_base())
+    assert [one.name for one in attempts if one.quant == "none"] == ["r0", "r8", "r4~-1", "align"]
+    assert attempts[-1].name == "align-w8a8"
+    assert attempts[-1].r == (5, *(0,) * 11)
+
+
 def test_a_search_writes_a_bundle_and_says_what_it_tried(few: Path, small, tmp_path: Path) -> None:
     arguments = (
         "optimize",

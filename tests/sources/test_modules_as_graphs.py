@@ -11,7 +11,7 @@ from torch import nn
 from zoo import randomize
 
 import vitfold
-from vitfold.errors import SourceError
+from vitfold.errors import RecipeError, SourceError
 from vitfold.model import GraphSpec
 from vitfold.sources import load_source
 
@@ -193,5 +193,9 @@ def test_an_attention_of_a_form_of_its_own_is_read_too():
     assert model.spec.unmergeable
     plan = vitfold.optimize(model, quant="w8a8")
     assert plan.needs_calibration
+    for merge in (8, "8", "8:-1", "align", "1,1"):
+        with pytest.raises(RecipeError, match="cannot merge"):
+            vitfold.optimize(model, merge=merge)
+    assert vitfold.optimize(model, merge=0).recipe.merge.r == ()
     with pytest.raises(SourceError, match="no attention"):
         vitfold.adapt(Gated(attends=False).eval(), image_size=(32, 32))

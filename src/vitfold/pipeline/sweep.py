@@ -152,9 +152,9 @@ def plain_bundle(path: Path, trying: EvalContext, *, say: Say = lambda _: None) 
 
 
 def attempt_name(merge: str, quant: str, method: str | None, rule: str = "tome") -> str:
-    """Return a short name of a recipe that is also one for a file: r4-w8a8, r8~-1-pitome-w8a8-ptq4vit."""
+    """Return a short name of a recipe that is also one for a file: r4-w8a8, r8~-1-pitome-w8a8-ptq4vit, align."""
     text = merge.strip().lower().replace(",", "_").replace(":", "~").replace(" ", "")
-    parts = ["r0" if text == "none" else f"r{text}"]
+    parts = ["r0" if text == "none" else text if text == "align" else f"r{text}"]
     parts += [rule] if rule != "tome" else []
     if method is not None:
         parts += [quant] if method == "vitfold" else [quant, method]

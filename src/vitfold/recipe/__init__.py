@@ -10,7 +10,7 @@ from vitfold.recipe.document import (
     parse_recipe,
     recipe_from_dict,
 )
-from vitfold.recipe.merging import RULES, MergeRecipe, MergeRule, Order, largest_r, tokens_per_block
+from vitfold.recipe.merging import RULES, MergeRecipe, MergeRule, Order, check_mergeable, largest_r, tokens_per_block
 from vitfold.recipe.pruning import HEAD_STEP, WIDTH_STEP, PruneRecipe
 from vitfold.recipe.quantization import FLOAT, WIDE, Format, QuantRecipe, bits_from_scheme, quant_from_scheme
 from vitfold.recipe.registers import RegistersRecipe, Remedy
@@ -33,6 +33,7 @@ __all__ = [
     "bits_from_scheme",
     "check_keys",
     "check_merge",
+    "check_mergeable",
     "check_prune",
     "check_quant",
     "check_registers",

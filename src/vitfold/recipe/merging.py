@@ -73,6 +73,16 @@ def check_r(r: object, *, name: str) -> None:
     raise RecipeError(f"{name} must be a list of integers of at least 0, one per block, found {found!r}")
 
 
+def check_mergeable(spec: Architecture) -> None:
+    """Check that tokens of a model can merge at all.
+
+    Raises:
+        RecipeError: saying why they cannot.
+    """
+    if spec.unmergeable:
+        raise RecipeError(f"tokens of this model cannot merge: {spec.unmergeable}; leave --merge out")
+
+
 def largest_r(tokens: int, prefix: int) -> int:
     """Return the most tokens that one merge can remove: floor((N - P) / 2)."""
     return max(0, (tokens - prefix) // 2)
@@ -91,7 +101,7 @@ def tokens_per_block(spec: Architecture, r: tuple[int, ...]) -> tuple[int, ...]:
         raise RecipeError(f"merge.r has {len(r)} entries, the model has {spec.num_layers} blocks; give one per block")
     if spec.unmergeable:
         if any(r):
-            raise RecipeError(f"tokens of this model cannot merge: {spec.unmergeable}; leave --merge out")
+            check_mergeable(spec)
         return (spec.tokens,) * (spec.num_layers + 1)
     deleted = [0 if spec.sinks is None else spec.sinks.deleted(block) for block in range(spec.num_layers + 1)]
     counts = [spec.tokens - deleted[0]]

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from vitfold.errors import RecipeError
 from vitfold.model import Architecture
-from vitfold.recipe import largest_r, tokens_per_block
+from vitfold.recipe import check_mergeable, largest_r, tokens_per_block
 from vitfold.schedule.landing import ROWS, leftover
 
 ACCEPTED = (
@@ -48,7 +48,7 @@ def resolve_r(value: object, spec: Architecture) -> tuple[int, ...]:
         return _from_text(value.strip(), spec)
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
         return _literal([_integer(n, value) for n in value], spec)
-    return _clamped((_integer(value, value),) * spec.num_layers, spec)
+    return _constant(_integer(value, value), spec)
 
 
 def describe_r(r: Sequence[int]) -> str:
@@ -71,12 +71,20 @@ def _from_text(text: str, spec: Architecture) -> tuple[int, ...]:
         return _literal([_integer(part.strip(), text) for part in text.split(",")], spec)
     if ":" in text:
         r, inflection = text.split(":", 1)
-        return _clamped(_inflected(_integer(r.strip(), text), _inflection(inflection, text), spec.num_layers), spec)
-    return _clamped((_integer(text, text),) * spec.num_layers, spec)
+        return _constant(_integer(r.strip(), text), spec, _inflection(inflection, text))
+    return _constant(_integer(text, text), spec)
+
+
+def _constant(r: int, spec: Architecture, inflection: float = 0.0) -> tuple[int, ...]:
+    """Return the same in every block, or so many on the average where there is an inflection."""
+    if r:
+        check_mergeable(spec)
+    return _clamped(_inflected(r, inflection, spec.num_layers), spec)
 
 
 def _aligned(spec: Architecture) -> tuple[int, ...]:
     """Return the schedule of "align": one merge in the first block, none where no token is left over."""
+    check_mergeable(spec)
     r = (leftover(spec.tokens, spec.fixed), *(0,) * spec.num_layers)[: spec.num_layers]
     if not any(r):
         _log.warning("align merges nothing: %d tokens are a multiple of %d, or too few", spec.tokens, ROWS)
@@ -94,6 +102,8 @@ def _inflected(r: int, inflection: float, depth: int) -> tuple[int, ...]:
 
 
 def _literal(r: list[int], spec: Architecture) -> tuple[int, ...]:
+    if any(r):
+        check_mergeable(spec)
     if len(r) > spec.num_layers:
         raise RecipeError(f"r has {len(r)} entries, the model has {spec.num_layers} blocks; give at most one per block")
     if len(r) < spec.num_layers:
