@@ -27,7 +27,7 @@ def test_lengths_are_timed_and_said(larger: tuple[str, ...], few: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("lengths", "told"), [("a:b", "takes A:B, as 176:196"), ("15,14", "at least three numbers"), ("14:200", "found 17")]
+    ("lengths", "told"), [("a:b", "takes A:B, as 176:196"), ("15,14", "at least three numbers"), ("14:200", "found 18")]
 )
 def test_what_is_no_length_is_refused(larger: tuple[str, ...], few: Path, lengths: str, told: str) -> None:
     assert told in error("lengths", *larger, "--lengths", lengths, "--quant", "none", "--images", few)
