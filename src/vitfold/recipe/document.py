@@ -156,9 +156,7 @@ def check_registers(values: Mapping[str, Any] | None, *, name: str) -> Registers
     Raises:
         RecipeError: naming the file and the key.
     """
-    if values is None:
-        return None
-    return _section(RegistersRecipe, {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}, name)
+    return _optional(RegistersRecipe, values, name)
 
 
 def check_prune(values: Mapping[str, Any] | None, *, name: str) -> PruneRecipe | None:
@@ -167,9 +165,14 @@ def check_prune(values: Mapping[str, Any] | None, *, name: str) -> PruneRecipe |
     Raises:
         RecipeError: naming the file and the key.
     """
+    return _optional(PruneRecipe, values, name)
+
+
+def _optional(kind: Callable[..., T], values: Mapping[str, Any] | None, name: str) -> T | None:
+    """Make a section that a recipe may lack; lists of TOML and JSON are tuples in it."""
     if values is None:
         return None
-    return _section(PruneRecipe, {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}, name)
+    return _section(kind, {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}, name)
 
 
 def _section(kind: Callable[..., T], values: Mapping[str, Any], name: str) -> T:
