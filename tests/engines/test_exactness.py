@@ -199,6 +199,17 @@ def test_a_quantized_plan_for_this_processor_never_saturates(tiny_model, monkeyp
     assert pipeline.optimize(tiny_model(), quant="w8a8", target="cpu-vnni").target.name == "cpu-vnni"
 
 
+def test_a_processor_that_is_told_to_end_early_is_measured_by_itself(own_cache, monkeypatch):
+    """Kernels follow such variables: what was kept for the whole processor says nothing of it, nor the other way."""
+    for settings in ({}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, {"ONEDNN_MAX_CPU_ISA": "AVX2", "LD_PRELOAD": ""}):
+        exactness._measured.cache_clear()
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        assert is_exact("onnxruntime", product(bits=7))
+    exactness._measured.cache_clear()
+    assert len([*(own_cache / "exactness").glob("*.txt")]) == 2, "an empty variable is none"
+
+
 def test_a_measurement_is_kept_for_the_next_process(own_cache, monkeypatch):
     exactness._measured.cache_clear()
     assert is_exact("onnxruntime", product(bits=7))

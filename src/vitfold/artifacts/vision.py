@@ -208,6 +208,9 @@ def _check_environment(values: dict[str, Any]) -> None:
     processor = section(values.get("processor"), f"{where}.processor")
     for key, kind in (("name", str), ("architecture", str), ("instruction_sets", tuple[str, ...])):
         entry(processor, key, kind, f"{where}.processor")
+    settings = section(processor.get("settings", {}), f"{where}.processor.settings")
+    for name in settings:
+        entry(settings, name, str, f"{where}.processor.settings")
     entry(values, "threads", int, where, (1, 2**20))
     for key in ("system", "python"):
         entry(values, key, str, where)

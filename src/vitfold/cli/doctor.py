@@ -87,6 +87,8 @@ def doctor(as_json: options.Json = False) -> None:
     heading(f"vitfold {__version__}", f" on Python {facts['python']}, {facts['system']}")
     out.print(f"  processor   {processor['name']}, {facts['cores']} usable cores")
     out.print(f"  sets        {' '.join(processor['instruction_sets']) or 'none known'}")
+    for name, value in processor.get("settings", {}).items():
+        out.print(f"  set         {name}={value}")
     out.print(
         f"  cache       {cache_folder()}, {kept / 1e9:.1f} of at most {cache_limit() / 1e9:.1f} GB",
         soft_wrap=True,

@@ -161,7 +161,7 @@ def _wide_enough(product: Product, execution: str) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _measured(engine: str, product: Product, execution: str) -> bool:
-    path, facts = probe_path(product), processor()
+    path = probe_path(product)
     try:
         opened = open_on(ENGINES[engine], {MAIN: path}, threads=1, execution=execution)
     except EngineError:
@@ -173,8 +173,7 @@ def _measured(engine: str, product: Product, execution: str) -> bool:
             hashlib.sha256(path.read_bytes()).hexdigest(),
             session.engine,
             execution,
-            facts["name"],
-            facts["instruction_sets"],
+            processor(),
         )
         kept = read_bytes(_KIND, key, ".txt")
         if kept in (b"exact", b"not exact"):

@@ -367,4 +367,5 @@ def environment_line(environment: Mapping[str, Any]) -> str:
     """Return the processor, its instruction sets and the thread count in one line."""
     processor = environment["processor"]
     sets = " ".join(processor["instruction_sets"]) or "no known instruction sets"
-    return f"{processor['name']}, {environment['threads']} threads, {sets}"
+    settings = "".join(f", {name}={value}" for name, value in processor.get("settings", {}).items())
+    return f"{processor['name']}, {environment['threads']} threads, {sets}{settings}"
