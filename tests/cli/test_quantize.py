@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from vitfold.artifacts.digested import reserve_bundle
 from vitfold.cli.finishing import make_bundle, publish
 from vitfold.cli.optimized import OptimizeResult, report_made
 from vitfold.images import find_images
-from vitfold.pipeline.racing import NARROW
+from vitfold.pipeline.racing import NARROW, unmerged_plan
 from vitfold.quantizer import load_quant_params
-from vitfold.recipe import QuantRecipe, Recipe
+from vitfold.recipe import MergeRecipe, QuantRecipe, Recipe
 from vitfold.sources import load_source
 
 QUICK = ("--method", "minmax", "--calibration-size", "8")
@@ -57,6 +58,30 @@ def test_a_quantized_bundle_says_what_it_is(quantized: Path, few: Path) -> None:
     assert bundle.manifest.fidelity["cosine"] > 0.98
     inspected = run("inspect", quantized).stdout
     assert "W8A8 by minmax" in inspected
+
+
+def test_a_bundle_says_what_its_work_is_as_when_it_was_made(folder: Path, few: Path, quantized: Path) -> None:
+    """Of every form: float, fused, Q/DQ, reordered, narrow, simulated."""
+    path, quant = folder / "work.fold", ("--quant", "w8a8", "--images", few, "--keep-slower", *QUICK)
+    for options in (
+        ("--merge", "2"),
+        ("--merge", "2", "--target", "portable", *quant),
+        ("--target", "openvino", *quant),
+        ("--target", "integer", *quant),
+        ("--quant", "w4a4", "--images", few, *QUICK),
+    ):
+        made = run_json("optimize", *RANDOM, "-o", path, "--overwrite", *options)
+        found = run_json("inspect", path)
+        expected = {key: value for key, value in made["energy"].items() if key != "original_uj"}
+        assert found["energy"] == expected
+        assert (found["bytes"], found["macs"], found["integer"]) == (made["bytes"], made["macs"], made["integer"])
+        assert (found["integer"] is None) == ("--quant" not in options)
+    row = run_json("bench", quantized, "--seconds", "0.1", "--trials", "1", "--images", few)["rows"][0]
+    inspected = run_json("inspect", quantized)
+    assert row["work"] == {key: inspected[key] for key in ("integer", "macs", "bytes", "energy")}
+    shown = run("inspect", quantized).stdout
+    for words in ("of the multiply-accumulates", "MB moved per image", "mJ per image (Horowitz"):
+        assert words in shown
 
 
 def test_a_quantized_bundle_predicts_and_evaluates(quantized: Path, few: Path) -> None:
@@ -168,6 +193,33 @@ def test_a_slower_bundle_gives_way_to_the_float_one(calibrated: pipeline.Plan, t
     report_made(raced(calibrated, path, lost, keep_slower=True), None, json=False)
     assert "kept all the same" in capsys.readouterr().err
     assert open_bundle(path).manifest.recipe.quant is not None
+
+
+def test_merging_is_raced_against_the_same_without_it(
+    folder: Path, few: Path, small: tuple[str, ...], capsys: Any
+) -> None:
+    path = folder / "merging.fold"
+    arguments = ("optimize", *small, "-o", path, "--images", few, "--overwrite")
+    for quant in ((), ("--quant", "w8a8", "--keep-slower", *QUICK)):
+        merging = run_json(*arguments, *quant, "--merge", "2")["merging"]
+        assert merging["speed_up"]["median"] > 0
+        assert (merging["reason"] is None) == (merging["speed_up"]["median"] > 1.0)
+    assert "over the same without it" in run(*arguments, "--merge", "2").stdout
+    assert run_json(*arguments)["merging"] is None
+    lost = pipeline.Race(median=0.9, iqr=0.1, reason="it is a test")
+    plan = pipeline.optimize(load_source(small[0], arch="test_vit", image_size=32, num_classes=10).model, merge=2)
+    with reserve_bundle(path, overwrite=True) as place:
+        made = make_bundle(*(plan, None, place, lambda _: None), race=None, merging=lambda *_: lost, keep_slower=False)
+        report_made(publish(made, place, None), None, json=False)
+    assert "merging does not pay on this machine (0.90x): it is a test" in capsys.readouterr().err
+    assert any(open_bundle(path).manifest.recipe.merge.r), "it is said, and left to the user"
+
+
+def test_a_plan_without_merging_has_the_same_ranges(calibrated: pipeline.Plan) -> None:
+    merged = replace(calibrated, recipe=replace(calibrated.recipe, merge=MergeRecipe(r=(2,) * 6, compensate=True)))
+    plain = unmerged_plan(merged)
+    assert plain.quantizers is calibrated.quantizers
+    assert plain.recipe == replace(calibrated.recipe, merge=MergeRecipe(r=(0,) * 6))
 
 
 def test_a_ladder_goes_on_where_it_stopped(folder: Path, few: Path, small: tuple[str, ...]) -> None:

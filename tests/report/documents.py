@@ -21,6 +21,12 @@ ENVIRONMENT: dict[str, Any] = {
 }
 
 
+def work(name: str) -> dict[str, Any]:
+    integer = {"macs_ratio": 0.96, "dequantized_operands": 0} if "w8a8" in name else None
+    energy = {"total_uj": 6510.0, "source": "a published table"}
+    return {"integer": integer, "macs": 10**9, "bytes": 101_000_000, "energy": energy}
+
+
 def bench_row(name: str, ms: float | None, top1: float | None, scope: str = "engine", **changes: Any) -> dict[str, Any]:
     fidelity = {"images": 436, "top1": top1, "top5": 1.0, "agreement": 0.97, "cosine": 0.99, "sqnr_db": 20.0}
     row: dict[str, Any] = {
@@ -30,7 +36,7 @@ def bench_row(name: str, ms: float | None, top1: float | None, scope: str = "eng
         "noisy": False,
         "fidelity": None if top1 is None else fidelity,
         "speed_up": None if ms is None else {"median": 16.0 / ms, "iqr": 0.1, "baseline": "r0"},
-        "tokens": 65, "macs": 10**9, "size_bytes": 86_000_000,
+        "tokens": 65, "macs": 10**9, "size_bytes": 86_000_000, "work": None if name == "torch" else work(name),
     }  # fmt: skip
     return {**row, **changes}
 

@@ -57,6 +57,7 @@ def test_everything_is_shown_and_escaped(written: Path) -> None:
         "The bottleneck is linear layers", "A processor", "vitfold report results", "onnxruntime",
         "vitfold optimize demo --merge 2 --quant w8a8 -o r2-w8a8.fold", "block 0", "14 tokens", "2.00 GFLOPs"[-6:],
         "blocks.11.mlp.fc1", "89.18", "Step reuse: steps", "~0.125", "21.50 ±0.50", "equal", "no Inception FID",
+        "integer %", "96.00", "MB moved", ">101<", "mJ (model)", "6.51", "Horowitz",
         'src="data:image/png;base64,', 'alt="Generated images, a line per sampler: none; none, w8a8; stack:2, w8a8;',
     ):  # fmt: skip
         assert shown in text, shown

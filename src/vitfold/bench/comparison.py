@@ -22,6 +22,7 @@ from vitfold.engines import Session
 from vitfold.errors import ImageError
 from vitfold.images import ImageSet, prepared_ahead
 from vitfold.model import Preprocess
+from vitfold.ops.work import Work
 from vitfold.progress import Say
 
 
@@ -39,6 +40,7 @@ class Subject:
     tokens: int | None = None
     macs: int | None = None
     size_bytes: int | None = None
+    work: Work | None = None
     untimed: str | None = None
 
 
@@ -73,6 +75,7 @@ class Row:
             "tokens": self.subject.tokens,
             "macs": self.subject.macs,
             "size_bytes": self.subject.size_bytes,
+            "work": None if self.subject.work is None else self.subject.work.to_dict(),
         }
 
 

@@ -40,18 +40,32 @@ def check_room(place: Place, folded: Plan) -> None:
 
 
 def make_bundle(
-    folded: Plan, comparing: ImageSet | None, place: Place, say: Say, *, race: Race | None, keep_slower: bool
+    folded: Plan,
+    comparing: ImageSet | None,
+    place: Place,
+    say: Say,
+    *,
+    race: Race | None,
+    merging: Race | None = None,
+    keep_slower: bool,
 ) -> OptimizeResult:
-    """Write the bundle in the workshop, and, after a `race` that it lost and unless told to keep it, the float one."""
+    """Write the bundle in the workshop, and, after a `race` that it lost and unless told to keep it, the float one.
+
+    `merging` is the race against the same without merging, which is reported and decides nothing.
+    """
     bundle = pipeline.save(folded, place.draft("made"), images=comparing, step=say)
-    if race is None:
-        return OptimizeResult(folded=folded, bundle=bundle)
-    say("racing the float model")
-    result = race(bundle, folded)
-    if result is not None and not result.faster and not keep_slower:
-        folded = pipeline.float_plan(folded)
-        bundle = pipeline.save(folded, place.draft("float"), images=comparing, step=say)
-    return OptimizeResult(folded=folded, bundle=bundle, race=result)
+    result = None
+    if race is not None:
+        say("racing the float model")
+        result = race(bundle, folded)
+        if result is not None and not result.faster and not keep_slower:
+            folded = pipeline.float_plan(folded)
+            bundle = pipeline.save(folded, place.draft("float"), images=comparing, step=say)
+    merged = None
+    if merging is not None and any(folded.recipe.merge.r):
+        say("racing the same without merging")
+        merged = merging(bundle, folded)
+    return OptimizeResult(folded=folded, bundle=bundle, race=result, merging=merged)
 
 
 def publish(made: OptimizeResult, place: Place, min_agreement: float | None) -> OptimizeResult:

@@ -18,12 +18,14 @@ from vitfold.cli.terminal import heading, out, print_json
 from vitfold.engines.exactness import exact_execution
 from vitfold.errors import EngineError, VitfoldError
 from vitfold.model import DiTSpec, Preprocess, ViTSpec
-from vitfold.report.tables import describe_registers, describe_steps_fidelity, fidelity_lines
+from vitfold.ops.energy import SOURCE
+from vitfold.report.tables import describe_integer, describe_registers, describe_steps_fidelity, fidelity_lines
 from vitfold.schedule import describe_r
 from vitfold.target import PLAIN
 
 if TYPE_CHECKING:
     from vitfold.artifacts.bundle import Bundle, Manifest
+    from vitfold.ops.work import Work
     from vitfold.program import Program
     from vitfold.recipe import QuantRecipe
 
@@ -46,10 +48,14 @@ def inspect(
     opened = open_bundle(bundle)
     if program:
         _print_program(opened.manifest, json=json)
-    elif json:
-        print_json(_document(opened))
     else:
-        _print_lines(opened.path, _lines(opened))
+        from vitfold.pipeline import bundle_work
+
+        work = bundle_work(opened)
+        if json:
+            print_json(_document(opened, work))
+        else:
+            _print_lines(opened.path, _lines(opened, work))
 
 
 def _inspect_graph(path: Path, *, program: bool, json: bool) -> None:
@@ -62,9 +68,10 @@ def _inspect_graph(path: Path, *, program: bool, json: bool) -> None:
         _print_lines(path, graph_lines(graph_document(model)))
 
 
-def _document(opened: Bundle) -> dict[str, Any]:
+def _document(opened: Bundle, work: Work | None) -> dict[str, Any]:
     manifest = opened.manifest
     return {
+        **({} if work is None else work.to_dict()),
         "recipe": manifest.recipe.to_dict(),
         "target": dict(manifest.target),
         "products": [product.name for product in manifest.products],
@@ -86,7 +93,7 @@ def _document(opened: Bundle) -> dict[str, Any]:
     }
 
 
-def _lines(opened: Bundle) -> list[tuple[str, str]]:
+def _lines(opened: Bundle, work: Work | None) -> list[tuple[str, str]]:
     manifest = opened.manifest
     spec, pre, registers, fidelity = manifest.spec, manifest.preprocess, manifest.recipe.registers, manifest.fidelity
     patch, pool = (f"patch {spec.patch_size[0]}, ", f"pool {spec.pool}, ") if isinstance(spec, ViTSpec) else ("", "")
@@ -111,13 +118,23 @@ def _lines(opened: Bundle) -> list[tuple[str, str]]:
         ("quant", _quant(manifest.recipe.quant, simulated=manifest.simulated)),
         *([("registers", describe_registers(registers.to_dict()))] if registers is not None else []),
         ("tokens", " ".join(map(str, manifest.tokens))),
-        ("work", f"{manifest.macs / 1e9:.3g} GMACs per image"),
+        *_work(manifest, work),
         ("size", f"{opened.size_bytes / 1e6:.1f} MB"),
         ("verified", f"{verified['engine']}, median relative error {verified['median_relative_error']:.1e}"),
         ("fidelity", figures),
         ("digest", opened.digest),
         *([("trtexec", str(manifest.target["trtexec"]))] if "trtexec" in manifest.target else []),
     ]
+
+
+def _work(manifest: Manifest, work: Work | None) -> list[tuple[str, str]]:
+    macs = f"{manifest.macs / 1e9:.3g} GMACs"
+    if work is None:
+        return [("work", f"{macs} per image")]
+    found = [("work", f"{macs}, {work.bytes / 1e6:.3g} MB moved per image")]
+    if work.integer is not None:
+        found.insert(0, ("integer", describe_integer(work.to_dict()["integer"])))
+    return [*found, ("energy", f"{work.energy.total_uj / 1e3:.3g} mJ per image ({SOURCE})")]
 
 
 def _preprocess(pre: Preprocess) -> str:

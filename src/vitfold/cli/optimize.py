@@ -282,7 +282,13 @@ def _make(job: _Job, found: ImageSet | None) -> None:
                 say("racing ONNX Runtime and OpenVINO")
                 plan = replace(plan, folded=pipeline.fastest(plan.folded))
             race = None if plan.calibration is None or wanted.repeat is not None else pipeline.race
-            made = make_bundle(plan.folded, plan.comparing, place, say, race=race, keep_slower=wanted.keep_slower)
+            merging = None if wanted.repeat is not None else pipeline.race_merging
+            made = make_bundle(
+                *(plan.folded, plan.comparing, place, say),
+                race=race,
+                merging=merging,
+                keep_slower=wanted.keep_slower,
+            )
             made = publish(made, place, job.min_agreement)
     report_made(made, measured, json=job.json)
     if solution is not None:

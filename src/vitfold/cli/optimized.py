@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vitfold.cli.terminal import heading, note, out, print_json
-from vitfold.ops.count import IntegerWork, integer_work
 from vitfold.ops.energy import energy_of
 from vitfold.pipeline import count_costs
 from vitfold.recipe import MergeRecipe
-from vitfold.report.tables import describe_registers, percent
+from vitfold.report.tables import describe_integer, describe_registers, percent
 from vitfold.schedule import describe_r
 
 if TYPE_CHECKING:
@@ -33,12 +32,15 @@ _MEASURED = (
 class OptimizeResult:
     """What was made: no bundle by a dry run, no race where nothing was to be decided by one.
 
+    `merging` is the race against the same without merging.
+
     `missed` says why a gate kept the bundle from its place, `kept` names the user's own files in the one it replaced.
     """
 
     folded: Plan
     bundle: Bundle | None = None
     race: Race | None = None
+    merging: Race | None = None
     missed: str | None = None
     kept: tuple[str, ...] = ()
 
@@ -61,6 +63,7 @@ def report_made(made: OptimizeResult, measured: RemedySearchResult | None, *, js
             "verified": dict(made.bundle.manifest.verified),
             "fidelity": made.bundle.manifest.fidelity,
             "race": None if made.race is None else {**made.race.to_dict(), "kept": kept},
+            "merging": None if made.merging is None else made.merging.to_dict(),
         }
     if json:
         print_json(values)
@@ -71,11 +74,16 @@ def report_made(made: OptimizeResult, measured: RemedySearchResult | None, *, js
     if made.race is not None and not made.race.faster:
         ending = "kept all the same (--keep-slower)" if kept == "quantized" else "the float model was kept instead"
         note(f"not faster than float on this machine ({made.race.median:.2f}x): {made.race.reason}; {ending}")
+    if made.merging is not None and not made.merging.faster:
+        note(
+            f"merging does not pay on this machine ({made.merging.median:.2f}x): {made.merging.reason}; merge more "
+            "tokens in few blocks, or let --merge auto or --max-drop choose"
+        )
 
 
 def _planned(folded: Plan) -> dict[str, Any]:
     base = folded.recipe.merge
-    quant, executed = folded.recipe.quant, folded.executed()
+    quant, work = folded.recipe.quant, folded.work().to_dict()
     original = energy_of(count_costs(folded.model.spec, MergeRecipe(r=())))
     return {
         "source": folded.model.origin.source,
@@ -84,17 +92,11 @@ def _planned(folded: Plan) -> dict[str, Any]:
         "schedule": describe_r(base.r),
         "quantization": None if quant is None else f"{quant.scheme} by {quant.method}",
         "simulated": folded.simulated,
-        "integer": None if folded.quantizers is None else _integer(integer_work(executed)),
+        **work,
         "tokens": list(folded.tokens),
-        "macs": sum(cost.macs for cost in executed),
         "weight_bytes": folded.model.size_bytes,
-        "bytes": sum(cost.activation_bytes + cost.weight_bytes for cost in executed),
-        "energy": {**energy_of(executed).to_dict(), "original_uj": original.total_uj},
+        "energy": {**work["energy"], "original_uj": original.total_uj},
     }
-
-
-def _integer(work: IntegerWork) -> dict[str, Any]:
-    return {"macs_ratio": work.integer_ratio, "dequantized_operands": work.dequantized_operands}
 
 
 def _print(values: dict[str, Any]) -> None:
@@ -121,10 +123,7 @@ def _print_plan(values: dict[str, Any]) -> None:
     if "registers" in values["recipe"] or "remedies" in values:
         out.print(f"  registers {_registers(values)}")
     if values["integer"] is not None:
-        out.print(
-            f"  integer   {percent(values['integer']['macs_ratio'])} of the multiply-accumulates, "
-            f"{values['integer']['dequantized_operands']} operands dequantized before a product",
-        )
+        out.print(f"  integer   {describe_integer(values['integer'])}")
     out.print(f"  tokens    {' '.join(map(str, values['tokens']))}")
     out.print(f"  work      {values['macs'] / 1e9:.3g} GMACs, {values['bytes'] / 1e6:.3g} MB moved per image")
     if values["quantization"] and values["integer"] is None:
@@ -177,6 +176,9 @@ def _print_bundle(values: dict[str, Any]) -> None:
         out.print(
             f"  race      {ratio['median']:.2f}x ± {ratio['iqr'] / 2:.2f} over the float graph, batch 1",
         )
+    if values["merging"] is not None:
+        ratio = values["merging"]["speed_up"]
+        out.print(f"  merging   {ratio['median']:.2f}x ± {ratio['iqr'] / 2:.2f} over the same without it, batch 1")
     if values["bundle"] is None:
         return
     out.print(f"  bundle    {values['bundle']} ({values['size_bytes'] / 1e6:.1f} MB)", soft_wrap=True)

@@ -18,9 +18,9 @@ from vitfold.pipeline.compensating import (
 from vitfold.pipeline.forecasting import LengthForecast, forecast_lengths
 from vitfold.pipeline.latency import measure_latency, on_this_machine, roughly_calibrated
 from vitfold.pipeline.lengths import LengthTime, check_lengths, measure_lengths
-from vitfold.pipeline.plan import Plan, count_costs, fusible_widths, optimize, read_recipe
+from vitfold.pipeline.plan import Plan, bundle_work, count_costs, fusible_widths, optimize, read_recipe
 from vitfold.pipeline.pruning import block_costs, pruning_losses, solve_prune
-from vitfold.pipeline.racing import Race, fastest, float_plan, race
+from vitfold.pipeline.racing import Race, fastest, float_plan, race, race_merging
 from vitfold.pipeline.solving import (
     LIKE,
     ON_GPUS,
@@ -46,6 +46,7 @@ __all__ = [
     "Solution",
     "all_for_compensation",
     "block_costs",
+    "bundle_work",
     "calibrate_plan",
     "check_forecast",
     "check_lengths",
@@ -66,6 +67,7 @@ __all__ = [
     "optimize",
     "pruning_losses",
     "race",
+    "race_merging",
     "rank_sites",
     "read_recipe",
     "recorded_division",

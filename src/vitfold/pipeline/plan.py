@@ -8,16 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitfold.architectures.programs import deployed_program, forward, whole_attentions
+from vitfold.architectures.programs import deployed_program, forward, spec_in, whole_attentions, whole_in
+from vitfold.artifacts.bundle import QUANTIZERS, Bundle
 from vitfold.audit.limits import INT8_ATTENTION_WIDTHS, check_attention
 from vitfold.engines import quantized_target
 from vitfold.errors import ArgumentError, RecipeError, TargetError
 from vitfold.model import Architecture, Model, ViTSpec, param_shapes
 from vitfold.model.folds import fold_layer_scale
 from vitfold.model.spec import as_vit
-from vitfold.ops.count import Count, IntegerWork, SiteCost, integer_work
+from vitfold.ops.count import Count, SiteCost
+from vitfold.ops.work import Work, work_of
 from vitfold.program import replay
-from vitfold.quantizer import Quantizer, QuantParams
+from vitfold.quantizer import Quantizer, QuantParams, load_quant_params
 from vitfold.recipe import (
     FLOAT,
     RULES,
@@ -103,18 +105,17 @@ class Plan:
 
     def executed(self) -> tuple[SiteCost, ...]:
         """Work per site for one image as this target does it: which products take integers, and how they get them."""
-        first = self.target.quantized_product == "qdq"
         return count_costs(
             self.folded.spec,
             self.recipe.merge,
             self.quantizers,
-            dequantize_first=first,
+            dequantize_first=self.target.quantized_product == "qdq",
             whole=self.whole_attentions,
         )
 
-    def integer_work(self) -> IntegerWork:
-        """How much of the work is integer, and how many dequantizations stand in front of a product, on this target."""
-        return integer_work(self.executed())
+    def work(self) -> Work:
+        """What one image takes on this target: how much of it is integer, bytes, energy."""
+        return work_of(self.executed(), quantized=self.quantizers is not None)
 
 
 def optimize(
@@ -385,3 +386,24 @@ def count_costs(
     else:
         replay(deployed_program(spec, recipe, whole), count, shape)
     return tuple(count.costs)
+
+
+def bundle_work(bundle: Bundle) -> Work | None:
+    """Return what one image takes in a bundle of a Vision Transformer, as `Plan.work` had it when it was written.
+
+    None where its manifest does not say: what pruning left of a graph, and which rows registers add.
+
+    Raises:
+        BundleError: if its quantizers cannot be read.
+    """
+    manifest = bundle.manifest
+    quantizers = None if manifest.recipe.quant is None else load_quant_params(bundle.path / QUANTIZERS)
+    costs = count_costs(
+        spec_in(manifest),
+        manifest.recipe.merge,
+        quantizers,
+        dequantize_first=manifest.target.get("quantized_product") == "qdq",
+        whole=whole_in(manifest),
+    )
+    work = work_of(costs, quantized=quantizers is not None)
+    return work if work.macs == manifest.macs else None

@@ -1,4 +1,4 @@
-"""Whether the quantized bundle is faster than the float one on this machine, and which engine is."""
+"""Whether quantizing and merging pay on this machine, and which engine is fastest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ NARROW = "openvino-bf16"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Race:
-    """How much faster the quantized bundle runs than the float one: median and interquartile range over trials."""
+    """How much faster a graph runs than the one beside it: median and interquartile range over trials.
+
+    `reason` says why it is not, None where it is.
+    """
 
     median: float
     iqr: float
@@ -32,7 +35,7 @@ class Race:
 
     @property
     def faster(self) -> bool:
-        """True if quantization pays."""
+        """True if what was done pays."""
         return self.median > 1.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,6 +76,33 @@ def raced(plain: Session, quantized: Session, folded: Plan, protocol: Protocol) 
     measured = timed({"float": plain, "quantized": quantized}, folded.model.spec, protocol=protocol)
     ratio = speed_up(measured["float"], measured["quantized"])
     return Race(**ratio, reason=None if ratio["median"] > 1.0 else _reason(folded))
+
+
+def unmerged_plan(folded: Plan) -> Plan:
+    """Return the same plan without merging: the same weights, ranges and target."""
+    merge = folded.recipe.merge
+    nothing = replace(merge, r=(0,) * len(merge.r), compensate=False)
+    return replace(folded, recipe=replace(folded.recipe, merge=nothing))
+
+
+def race_merging(merged: Bundle, folded: Plan, *, protocol: Protocol = SHORT) -> Race | None:
+    """Time the bundle against the same graph without merging, interleaved; None where nothing merges.
+
+    None, too, where nothing can be timed, as in `race`.
+    """
+    if not any(folded.recipe.merge.r) or merged.manifest.simulated:
+        return None
+    if engine_obstacle(folded.target.engine) is not None:
+        return None
+    with opened(unmerged_plan(folded)) as plain, open_session(merged) as session:
+        if session.execution != PLAIN:
+            return None
+        measured = timed({"plain": plain, "merged": session}, folded.model.spec, protocol=protocol)
+    ratio = speed_up(measured["plain"], measured["merged"])
+    return Race(**ratio, reason=None if ratio["median"] > 1.0 else _MERGES_COST)
+
+
+_MERGES_COST = "every merge takes time of its own, in each block that merges, whatever it saves behind it"
 
 
 def fastest(folded: Plan, *, protocol: Protocol = SHORT) -> Plan:

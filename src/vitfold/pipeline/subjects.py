@@ -16,7 +16,7 @@ from vitfold.bench.reference import compare_outputs, optional_reference, referen
 from vitfold.engines import ENGINES, Session, open_session
 from vitfold.errors import VitfoldError, nearest
 from vitfold.images import ImageSet
-from vitfold.pipeline import count_costs
+from vitfold.pipeline import bundle_work, count_costs
 from vitfold.progress import Advance
 from vitfold.recipe import MergeRecipe
 
@@ -93,6 +93,7 @@ class Lineup:
                 tokens=bundle.manifest.tokens[-1],
                 macs=bundle.manifest.macs,
                 size_bytes=bundle.size_bytes,
+                work=bundle_work(bundle),
             )
         )
         self._bundles[-1] = replace(self._bundles[-1], fidelity=self._fidelity(session, bundle, advance))

@@ -226,6 +226,7 @@ def measure_attempt(
         "tokens": list(manifest.tokens),
         "macs": manifest.macs,
         "size_bytes": bundle.size_bytes,
+        "work": folded.work().to_dict(),
         "images": fidelity.images,
         "top1": fidelity.top1,
         "top1_agreement": fidelity.agreement,
@@ -240,7 +241,7 @@ def measure_attempt(
 
 def failed_row(attempt: Trial, error: VitfoldError) -> dict[str, Any]:
     """Return the row of an attempt that could not be made or run."""
-    unknown = ("bundle", "macs", "size_bytes", "top1", "top1_agreement", "cosine", "sqnr_db", "drop")
+    unknown = ("bundle", "macs", "size_bytes", "work", "top1", "top1_agreement", "cosine", "sqnr_db", "drop")
     return {
         **attempt.to_dict(),
         **dict.fromkeys(unknown),

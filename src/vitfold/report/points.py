@@ -41,6 +41,9 @@ class Point:
     throughput_ips: float | None
     speed_up: float | None
     size_bytes: int | None
+    integer_ratio: float | None = None
+    moved_bytes: int | None = None
+    energy_uj: float | None = None
     paired_ms: float | None = None
     paired_ips: float | None = None
     speed_range: tuple[float, float] | None = None
@@ -95,6 +98,7 @@ def _of_sweep(row: Mapping[str, Any]) -> Point:
         throughput_ips=row.get("throughput_ips"),
         speed_up=None if speed_up is None else speed_up["median"],
         size_bytes=row.get("size_bytes"),
+        **_work(row.get("work")),
         speed_range=None if speed_up is None else _range(speed_up),
         drop=row.get("drop"),
         noisy=bool(row.get("noisy", False)),
@@ -113,6 +117,18 @@ def _family_of_sweep(row: Mapping[str, Any]) -> str:
     if not str(row.get("target") or "cpu").startswith("cpu"):
         words.append(str(row["target"]))
     return ", ".join(words)
+
+
+def _work(work: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What one image takes; nothing of peers, and of rows of versions before."""
+    if work is None:
+        return {}
+    integer = work["integer"]
+    return {
+        "integer_ratio": None if integer is None else integer["macs_ratio"],
+        "moved_bytes": work["bytes"],
+        "energy_uj": work["energy"]["total_uj"],
+    }
 
 
 def _range(speed_up: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -161,6 +177,7 @@ def _of_bench(row: Mapping[str, Any]) -> Point:
         throughput_ips=None if rate is None else rate["median"],
         speed_up=None if speed_up is None else speed_up["median"],
         size_bytes=row["size_bytes"],
+        **_work(row.get("work")),
         speed_range=None if speed_up is None else _range(speed_up),
         noisy=bool(row["noisy"]),
         error=row.get("untimed"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vitfold.bench.environment import busy_remark
+from vitfold.ops.energy import SOURCE
 from vitfold.report import curves, figures
 from vitfold.report.changes import MOST_PICTURES, change_strip
 from vitfold.report.loading import Document, Folder
@@ -81,6 +82,11 @@ def _comparison(document: Document) -> Section:
     failed = sum(point.error is not None for point in points)
     if failed:
         text.append(f"{failed} of {len(points)} rows have no speed or failed; the table says why.")
+    if any(point.energy_uj is not None for point in points):
+        text.append(
+            "Of one image: which share of the multiply-accumulates is integer, the megabytes of weights and "
+            f"activations that are moved, and millijoules by a published table ({SOURCE})."
+        )
     kind = "Sweep" if document.kind == "sweep" else "Comparison"
     return Section(
         title=kind if document.name == document.kind else f"{kind}: {document.name}",
@@ -102,6 +108,9 @@ def _points_table(points: Sequence[Point]) -> Table:
         "img/s",
         "speed-up",
         "MB",
+        "integer %",
+        "MB moved",
+        "mJ (model)",
         "images",
     ]
     header.append("remark")
@@ -130,6 +139,9 @@ def _cells(point: Point) -> list[str]:
         number(point.throughput_ips, ".1f"),
         speed_up,
         number(point.size_bytes, ".0f", scale=1e-6),
+        percent(point.integer_ratio, unit=""),
+        number(point.moved_bytes, ".0f", scale=1e-6),
+        number(point.energy_uj, ".2f", scale=1e-3),
         number(point.images, "d"),
         point.error or "",
     ]

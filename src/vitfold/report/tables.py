@@ -363,6 +363,14 @@ def number(value: int | float | None, form: str, *, scale: int | float = 1) -> s
     return "-" if value is None else f"{value * scale:{form}}"
 
 
+def describe_integer(integer: Mapping[str, Any]) -> str:
+    """Return in words how much of a graph's work is integer."""
+    return (
+        f"{percent(integer['macs_ratio'])} of the multiply-accumulates, "
+        f"{integer['dequantized_operands']} operands dequantized before a product"
+    )
+
+
 def environment_line(environment: Mapping[str, Any]) -> str:
     """Return the processor, its instruction sets and the thread count in one line."""
     processor = environment["processor"]
