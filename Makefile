@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-avx2 check docs node models results search lengths protocol registers ladder ablation audits prices diffusion readme gpu gpu-wheels clean
+.PHONY: demo test test-avx2 check docs node models results search lengths protocol compensated registers ladder ablation audits prices diffusion readme gpu gpu-wheels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vitfold demo -o out/demo
@@ -133,13 +133,18 @@ lengths: $(VENV)/.dev out/avx2.so
 	LD_PRELOAD=$(CURDIR)/out/avx2.so taskset -c 0 $(BIN)/vitfold lengths $(LENGTHS) --target cpu-avx2 -o results/lengths-demo-cpu-avx2.json
 	for t in cpu-vnni $(OV); do $(BIN)/vitfold lengths demo --images assets/demo/images --lengths 48,56,60,62,63,64,65 $(OWN) --target $$t \
 		-o results/lengths-own-demo-$$t.json; done
-	for t in $(OV); do $(BIN)/vitfold lengths $(VITB) --images assets/demo/images --lengths 128,144,160,176,192,196,197 $(OWN) --target $$t \
+	for t in $(OV); do $(BIN)/vitfold lengths $(VITB) --images assets/demo/images --lengths 128,144,160,176,192,193,196,197 $(OWN) --target $$t \
 		-o results/lengths-own-vit-b16-$$t.json; done
 
 # The source report's tables 4.4, 4.7 and 4.8 on the demo's model: its protocol, at a batch and as many calls as a CPU takes; goes on where it stopped.
-PROTOCOL := --images $(CIFAR10_VAL) --calibration-images $(CIFAR10_TRAIN) --merge 0,1,2,3,4 --batch 16 --iterations 20
+PROTOCOL := --images $(CIFAR10_VAL) --calibration-images $(CIFAR10_TRAIN) --batch 16 --iterations 20
 protocol: $(VENV)/.dev
-	for t in 4-4 4-7; do $(BIN)/vitfold sweep demo --plan recipes/sweeps/report-table-$$t.toml $(PROTOCOL) -o $(WORK)/table-$$t --json > results/table-$$t-cifar10.json; done
+	for t in 4-4 4-7 4-8; do $(BIN)/vitfold sweep demo --plan recipes/sweeps/report-table-$$t.toml $(PROTOCOL) --merge $$([ $$t = 4-8 ] && echo 0,3 || echo 0,1,2,3,4) \
+		$$([ $$t = 4-7 ] && echo --quant w8a8) -o $(WORK)/table-$$t --json > results/table-$$t-cifar10.json; done
+
+# Merging as it is beside weights refitted to it; half an hour.
+compensated: $(VENV)/.dev
+	$(BIN)/vitfold sweep demo --plan recipes/sweeps/compensated.toml --images $(CIFAR10_VAL) --calibration-images $(CIFAR10_TRAIN) -o $(WORK)/compensated --json > results/compensated-cifar10.json
 
 # What a cached row of registers costs in time, of ViT-B/16 on one thread. Ten minutes on an idle machine.
 registers: $(VENV)/.dev

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 from invoking import error, run, run_json
 from PIL import Image
+
+from vitfold.artifacts.bundle import open_bundle
 
 SOURCE = ("timm:test_vit", "--weights", "random", "--image-size", 64, "--num-classes", 10)
 
@@ -116,3 +119,21 @@ def test_weights_are_refitted_on_images_of_their_own(many: Path, tmp_path: Path)
     again = run_json("inspect", second)["compensation"]
     assert again == found["compensation"]
     assert "leave it out" in error("optimize", "--from", first, "--calibration-images", few, "-o", second, code=2)
+
+
+def test_refitted_rows_of_a_sweep_stand_beside_plain_ones(
+    few: Path, small: tuple[str, ...], tmp_path: Path, many: Path
+) -> None:
+    line = ("sweep", *small, "--merge", "0,1", "--compensate", "no,yes", "--images", few, "--calibration-images", many)
+    rows = run_json(*line, "-o", tmp_path / "s")["rows"]
+    assert [(row["recipe"], row["compensate"]) for row in rows] == [
+        ("r0", False),
+        ("r1", False),
+        ("r1-compensated", True),
+    ]
+    compensation = open_bundle(tmp_path / "s" / "r1-compensated.fold").manifest.compensation
+    assert compensation is not None
+    assert Path(compensation["root"]) == many
+    words = shlex.split(rows[2]["commands"][0])
+    assert "--compensate" in words
+    assert words[words.index("--calibration-images") + 1] == str(many)

@@ -11,7 +11,7 @@ from invoking import ROOT, error, run, run_json
 
 from specs import vit_base
 from vitfold.artifacts.bundle import open_bundle
-from vitfold.cli.sweep import SweepArgs
+from vitfold.cli.sweep import SweepArgs, sweep_of
 from vitfold.pipeline.sweep import Sweep
 from vitfold.pipeline.trial import SHORT
 
@@ -93,6 +93,8 @@ def test_a_folder_of_something_else_is_left_alone(swept: dict, sweep, folder: Pa
         (("--quant", "w8a8", "--methods", "ptq4it"), "ptq4vit"),
         (("--rules", "tomme"), "no merging rule is called 'tomme'; did you mean tome"),
         (("--calibration-size", "19"), "too few are left to report on"),
+        (("--merge", "1", "--compensate", "maybe"), "compensate is no, yes or both, no,yes, found 'maybe'"),
+        (("--merge", "1", "--compensate", "no,yes"), "give at least 256, better 2000, by --calibration-images DIR"),
     ],
 )
 def test_mistakes_are_said(few: Path, small, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -116,10 +118,11 @@ def test_a_plan_with_an_unknown_key_is_named(few: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_sweeps_that_come_along_can_be_carried_out(path: Path) -> None:
     values = SweepArgs(plan=path).chosen()
-    sweep = Sweep(merges=tuple(values["merge"]), quants=tuple(values["quant"]), methods=tuple(values["methods"]))
-    assert len(sweep.attempts(vit_base())) == len(values["merge"]) * (
-        values["quant"].count("none") + (len(values["quant"]) - values["quant"].count("none")) * len(values["methods"])
-    )
+    merging = sum(merge != "0" for merge in values["merge"])
+    ways = merging * len(values["rules"]) * len(values["compensate"]) + len(values["merge"]) - merging
+    floats = values["quant"].count("none")
+    each = floats + (len(values["quant"]) - floats) * len(values["methods"])
+    assert len(sweep_of(values).attempts(vit_base())) == ways * each
 
 
 def test_recipes_are_named_by_their_schedules() -> None:

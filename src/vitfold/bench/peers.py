@@ -35,6 +35,7 @@ PEERS: Mapping[str, str] = {
     "torch-compile": "the original module through torch.compile",
     "torch-bf16": "the original module in bfloat16 in eager PyTorch, on processors that multiply it",
     "onnxruntime": "the original module through torch.onnx.export on ONNX Runtime",
+    "onnxruntime-optimizer": "that export through onnxruntime.transformers.optimizer, on ONNX Runtime",
     "onnxruntime-int8": "that export quantized by onnxruntime.quantization, on ONNX Runtime",
     "openvino": "that export on OpenVINO, in float32",
     "openvino-bf16": "the same in bfloat16, OpenVINO's own choice on processors that multiply it",
@@ -51,6 +52,7 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
     "torch-compile": (),
     "torch-bf16": (),
     "onnxruntime": ("onnxscript",),
+    "onnxruntime-optimizer": ("onnxscript", "onnx"),
     "onnxruntime-int8": ("onnxscript", "onnx", "sympy"),
     "openvino": ("onnxscript", "openvino"),
     "openvino-bf16": ("onnxscript", "openvino"),
@@ -60,6 +62,8 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
     "modelopt-fp8": ("onnxscript",),
 }
 _BATCH = 8
+_LARGE = 1_500_000_000
+"""Bytes from which a graph's weights go into a file of their own: ONNX files end at 2 GiB."""
 _NARROW = "-bf16"
 
 
@@ -209,6 +213,8 @@ def open_peer(
         path = original if isinstance(original, Path) else _plain_export(original, shape, folder)
         if name == "onnxruntime-int8":
             path = _quantized_by_onnxruntime(path, pixels, folder / "onnxruntime-int8.onnx")
+        elif name == "onnxruntime-optimizer":
+            path = _optimized_by_onnxruntime(path, folder / "onnxruntime-optimizer.onnx")
         elif name in ("nncf", "nncf-bf16"):
             path = _quantized_by_nncf(path, pixels, folder / "nncf.xml")
     untimed = None
@@ -258,6 +264,20 @@ def _plain_export(module: Any, shape: tuple[int, ...], folder: Path) -> Path:
         example, batch = torch.zeros((2, *shape)), torch.export.Dim("batch")
         shapes = ({0: batch},)
         torch.onnx.export(module, (example,), str(path), dynamo=True, dynamic_shapes=shapes, opset_version=20)
+    return path
+
+
+def _optimized_by_onnxruntime(plain: Path, path: Path) -> Path:
+    """Write what `onnxruntime.transformers.optimizer` makes of a graph of a Vision Transformer.
+
+    Of timm's models as `torch.onnx.export` writes them it fuses biases and sums into GELU and LayerNorm, and no
+    attention.
+    """
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    made = optimize_model(str(plain), model_type="vit")
+    large = sum(file.stat().st_size for file in plain.parent.glob(f"{plain.stem}.*")) > _LARGE
+    made.save_model_to_file(str(path), use_external_data_format=large)
     return path
 
 

@@ -42,7 +42,7 @@ class Timing:
         str | None,
         typer.Option(
             help="Time these beside the bundles (comma-separated): torch, torch-compile, torch-bf16, "
-            "onnxruntime, onnxruntime-int8, openvino, openvino-bf16, nncf, nncf-bf16; modelopt "
+            "onnxruntime, onnxruntime-optimizer, onnxruntime-int8, openvino, openvino-bf16, nncf, nncf-bf16; modelopt "
             "and modelopt-fp8 get a fidelity, but no time."
         ),
     ] = None

@@ -39,7 +39,7 @@ _PARTS = (
     ("cuda-bindings", "cuda.bindings.runtime", "engine tensorrt, on NVIDIA GPUs", "vitfold[tensorrt]"),
     ("tensorrt-rtx-cu13", "tensorrt_rtx", "audit", "vitfold[audit]"),
     ("onnxscript", "onnxscript", "peers that start from the plain ONNX export in bench", "vitfold[peers]"),
-    ("onnx", "onnx", "peer onnxruntime-int8 in bench", "vitfold[peers]"),
+    ("onnx", "onnx", "peers onnxruntime-int8 and -optimizer in bench", "vitfold[peers]"),
     ("sympy", "sympy", "peer onnxruntime-int8 in bench", "vitfold[peers]"),
     ("nncf", "nncf", "peer nncf in bench", "vitfold[peers]"),
 )

@@ -25,7 +25,7 @@ from vitfold.storage.ordinary import read_text
 if TYPE_CHECKING:
     from vitfold.pipeline.ladder import Cell
 
-METHODS = "vitfold,ptq4vit,repq,noisy,smooth,mse,percentile,minmax"
+METHODS = "vitfold,ptq4vit,repq,erq,adalog,noisy,smooth,mse,percentile,minmax"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from vitfold.artifacts.bundle import copy_bundle, publish_bundle
 from vitfold.artifacts.cache import entry_folder, key_of
 from vitfold.artifacts.digested import reserve_bundle
 from vitfold.artifacts.journal import ROWS, alone
+from vitfold.bench.environment import environment
 from vitfold.bench.reference import Reference, reference_outputs
 from vitfold.cli.groups import CalibrationArgs, SearchArgs
 from vitfold.cli.making import given_images, judged_images
@@ -65,7 +66,7 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Bounded, *,
 
     check_decides(model.spec.head)
     images = judged_images(images, model.spec, model.labels)
-    divided = _divided(images, wanted)
+    divided, before = _divided(images, wanted), environment()
     if wanted.search.max_drop is not None:
         check_enough(len(divided.held_out.paths), wanted.search.max_drop / 100)
     with _kept(), reserve_bundle(output, overwrite=overwrite) as place, working("search") as (say, _):
@@ -86,6 +87,7 @@ def run_search(model: Model, images: ImageSet, output: Path, wanted: Bounded, *,
             publish_bundle(place, copy_bundle(winner, place.draft(), fidelity=fidelity))
     document = {
         "bundle": str(output),
+        "environment": before,
         "images": {
             "calibration": len(divided.calibration.paths),
             "refitting": 0 if divided.refitting is None else len(divided.refitting.paths),

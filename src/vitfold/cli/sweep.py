@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from vitfold.pipeline.trials import EvalContext, Trial
 
 
+_WORDS = {"no": False, "yes": True}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepArgs:
     """What is swept over, by options or in a file; an option wins."""
@@ -48,6 +51,9 @@ class SweepArgs:
     ] = None
     rules: Annotated[
         str | None, typer.Option(help="Merging rules, comma-separated: tome,nearest,greedy,tofu,pitome,evit.")
+    ] = None
+    compensate: Annotated[
+        str | None, typer.Option(help="Weights refitted to the merging, comma-separated: no,yes.")
     ] = None
     quant: Annotated[str | None, typer.Option(help="Bits, comma-separated: none,w8a8.")] = None
     methods: Annotated[str | None, typer.Option(help="Methods of quantization, comma-separated.")] = None
@@ -83,6 +89,7 @@ class SweepArgs:
         values: dict[str, Any] = {
             "merge": ["0"],
             "rules": ["tome"],
+            "compensate": ["no"],
             "quant": ["none"],
             "methods": ["vitfold"],
             "target": "cpu",
@@ -97,6 +104,9 @@ class SweepArgs:
         unknown = [rule for rule in values["rules"] if rule not in RULES]
         if unknown:
             raise RecipeError(f"no merging rule is called {unknown[0]!r}; {nearest(unknown[0], RULES)}")
+        unknown = [word for word in values["compensate"] if word not in _WORDS]
+        if unknown:
+            raise RecipeError(f"compensate is no, yes or both, no,yes, found {unknown[0]!r}")
         return values
 
 
@@ -130,6 +140,7 @@ def sweep(
         model = loading.load(source, say)
         found = judged_images(found, model.spec, model.labels)
         attempts = sweep_of(chosen).attempts(model.spec)
+        refitting = _refitting(drawn) if any(attempt.compensate for attempt in attempts) else None
         calibration, reported = divided(found, drawn, drawing.calibration_size, drawing.calibration_seed)
         reported = reported if limit is None else reported.first(limit)
         head = {
@@ -148,8 +159,8 @@ def sweep(
         begin_sweep(output, head, beside)
         stack.enter_context(alone(output / ROWS))
         rows = begin_sweep(output, head, beside)
-        again = partial(_command, source, calibration_images or images, drawing, loading.words())
-        trying = partial(_trying, model, calibration, reported, head, over.timing(chosen["protocol"]), say)
+        again = partial(_command, source, images, calibration_images, drawing, loading.words())
+        trying = partial(_trying, model, calibration, refitting, reported, head, over.timing(chosen["protocol"]), say)
         for row in run_sweep(output, attempts, rows, trying, retry=retry, command=again, say=say):
             rows.append(row)
     latest = {row["recipe"]: row for row in rows}
@@ -172,6 +183,7 @@ def sweep_of(chosen: Mapping[str, Any]) -> Sweep:
     return Sweep(
         merges=tuple(chosen["merge"]),
         rules=tuple(chosen["rules"]),
+        compensate=tuple(_WORDS[word] for word in chosen["compensate"]),
         quants=tuple(chosen["quant"]),
         methods=tuple(chosen["methods"]),
         target=chosen["target"],
@@ -196,9 +208,28 @@ def divided(images: ImageSet, calibration: ImageSet | None, size: int, seed: int
     return chosen, others
 
 
+def _refitting(calibration: ImageSet | None) -> ImageSet:
+    """Return the images that weights are refitted on.
+
+    Raises:
+        VitfoldError: if there are none, or too few.
+    """
+    from vitfold.compensation import LEAST_IMAGES
+    from vitfold.pipeline.search import enough_for_refitting
+
+    found = None if calibration is None else enough_for_refitting(calibration)
+    if found is None:
+        raise VitfoldError(
+            f"refitting weights takes images that nothing is reported on: give at least {LEAST_IMAGES}, better 2000, "
+            "by --calibration-images DIR, or leave --compensate yes out"
+        )
+    return found
+
+
 def _trying(
     model: Model,
     calibration: ImageSet,
+    refitting: ImageSet | None,
     images: ImageSet,
     head: Mapping[str, Any],
     protocol: Protocol,
@@ -216,6 +247,7 @@ def _trying(
         images=images,
         expected=expected,
         protocol=protocol,
+        refitting=refitting,
     )
 
 
@@ -236,13 +268,24 @@ def _read_plan(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     return read
 
 
-def _command(source: str, images: Path, drawing: CalibrationArgs, given: list[str], attempt: Trial) -> str:
+def _command(
+    source: str,
+    images: Path,
+    calibration_images: Path | None,
+    drawing: CalibrationArgs,
+    given: list[str],
+    attempt: Trial,
+) -> str:
     """Return the command that makes one bundle of the sweep again."""
     words = ["vitfold", "optimize", source, "--merge", ",".join(map(str, attempt.r)), "--target", attempt.target]
     words += ["--merge-rule", attempt.rule] if attempt.rule != "tome" else []
     words += given
+    if attempt.compensate:
+        words += ["--compensate", "--images", str(images), "--calibration-images", str(calibration_images)]
+    elif attempt.method is not None:
+        words += ["--images", str(calibration_images or images)]
     if attempt.method is not None:
-        words += ["--quant", attempt.quant, "--method", attempt.method, "--images", str(images)]
+        words += ["--quant", attempt.quant, "--method", attempt.method]
         size, seed = str(drawing.calibration_size), str(drawing.calibration_seed)
         words += ["--calibration-size", size, "--calibration-seed", seed, "--keep-slower"]
     return shlex.join([*words, "-o", f"{attempt.name}.fold"])

@@ -29,10 +29,14 @@ PLAIN = "float.fold"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """What is tried: every schedule by every rule with every quantization and, where it quantizes, every method."""
+    """What is tried: every schedule by every rule with every quantization and, where it quantizes, every method.
+
+    What merges is tried plain, with its weights refitted to that, or both, as `compensate` says.
+    """
 
     merges: tuple[str, ...]
     rules: tuple[str, ...] = ("tome",)
+    compensate: tuple[bool, ...] = (False,)
     quants: tuple[str, ...] = ("none",)
     methods: tuple[str, ...] = ("vitfold",)
     target: str = "cpu"
@@ -50,14 +54,16 @@ class Sweep:
         found = []
         for merge in self.merges:
             r = resolve_r(merge, spec)
-            for rule, quant in product(self.rules if any(r) else ("tome",), self.quants):
+            ways = product(self.rules, self.compensate) if any(r) else (("tome", False),)
+            for (rule, mended), quant in product(ways, self.quants):
                 quantizes = quant_from_scheme(quant.lower()) is not None
                 methods: tuple[str | None, ...] = self.methods if quantizes else (None,)
                 found += [
                     Trial(
-                        name=attempt_name(merge, quant.lower(), method, rule),
+                        name=attempt_name(merge, quant.lower(), method, rule, compensate=mended),
                         r=r,
                         rule=rule,
+                        compensate=mended,
                         quant=quant.lower(),
                         method=method,
                         target=self.target,
@@ -151,11 +157,12 @@ def plain_bundle(path: Path, trying: EvalContext, *, say: Say = lambda _: None) 
     return save(optimize(trying.model), path, images=trying.images.first(CHECKED_IMAGES), overwrite=True)
 
 
-def attempt_name(merge: str, quant: str, method: str | None, rule: str = "tome") -> str:
+def attempt_name(merge: str, quant: str, method: str | None, rule: str = "tome", *, compensate: bool = False) -> str:
     """Return a short name of a recipe that is also one for a file: r4-w8a8, r8~-1-pitome-w8a8-ptq4vit, align."""
     text = merge.strip().lower().replace(",", "_").replace(":", "~").replace(" ", "")
     parts = ["r0" if text == "none" else text if text == "align" else f"r{text}"]
     parts += [rule] if rule != "tome" else []
+    parts += ["compensated"] if compensate else []
     if method is not None:
         parts += [quant] if method == "vitfold" else [quant, method]
     return "-".join(parts)
