@@ -36,6 +36,10 @@ def test_every_trial_visits_every_subject_and_starts_with_another(clock: list[in
     assert samples == {name: ((10**9,),) * 3 for name in "abc"}
 
 
+def test_without_subjects_nothing_is_timed(clock: list[int]) -> None:
+    assert interleave(clock, {}, trials=3) == {}
+
+
 def test_warmup_and_the_first_run_of_a_visit_are_not_recorded(clock: list[int]) -> None:
     calls: list[str] = []
     samples = interleave(clock, {"a": worker(clock, "a", 10**9, calls)}, trials=2, seconds=2.0, warmup=3)

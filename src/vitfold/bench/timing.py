@@ -52,6 +52,10 @@ def interleave(
     machine falls on all of them. A visit runs once unrecorded unless `settling` is off, then records iterations for
     `seconds` / `trials` (at least one, at most `max_iterations`), or exactly `iterations`. The first
     trial is preceded by `warmup` unrecorded runs of each. `between` is called before another subject's turn.
+    Without subjects nothing is timed.
+
+    Raises:
+        ValueError: if trials, iterations, warmup or seconds are too few.
     """
     if trials < 1 or warmup < 0 or seconds <= 0 or (iterations is not None and iterations < 1):
         raise ValueError("trials and iterations must be at least 1, warmup at least 0 and seconds positive")
@@ -69,7 +73,7 @@ def interleave(
     gc.disable()
     try:
         for trial in range(trials):
-            start = trial % len(names)
+            start = trial % max(1, len(names))
             for name in names[start:] + names[:start]:
                 if progress is not None:
                     progress(f"trial {trial + 1}/{trials}: {name}")
