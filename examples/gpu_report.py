@@ -13,13 +13,12 @@ import copy
 import functools
 import itertools
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,14 +26,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from vitfold import pipeline
 from vitfold.bench.classes import class_targets
 from vitfold.bench.environment import environment, installed_version
 from vitfold.bench.timing import interleave
+from vitfold.cores import usable_cores
 from vitfold.engines.network import Network, read_network
-from vitfold.images import ImageSet, batches, find_images
-from vitfold.model import Model
+from vitfold.images import ImageSet, batches, find_images, prepared_ahead
+from vitfold.model import Model, Preprocess
 from vitfold.pipeline.plan import Plan
 from vitfold.pipeline.writing import write_graph
 from vitfold.recipe import MergeRecipe, QuantRecipe
@@ -44,6 +45,8 @@ from vitfold.sources import demo_folder, load_source
 ROOT = Path(__file__).parents[1]
 WARMING = 8
 """Processes that compile side by side; the kernels that they find are read from torch's cache afterwards."""
+PHOTO = (500, 375)
+"""Width and height of the files that are decoded, about the median of ImageNet."""
 KINDS = (
     ("attention", ("flash", "fmha", "attention", "sdpa")),
     (
@@ -144,7 +147,7 @@ class Subject:
         """Return the module on the device."""
         if self.graph is not None:
             return read_network(self.graph).eval().to(report.device)
-        original = copy.deepcopy(original_of(source))
+        original = copy.deepcopy(loaded(source).original)
         if self.how == "torchao":
             from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
@@ -154,10 +157,18 @@ class Subject:
 
 
 @functools.lru_cache(maxsize=1)
-def original_of(source: str) -> torch.nn.Module:
-    """Return the original module, of random weights, in float32 on the CPU."""
-    found: torch.nn.Module = load_source(source, weights="random").original
-    return found
+def loaded(source: str) -> Any:
+    """Return a source with random weights: `model`, and the `original` module in float32 on the CPU."""
+    return load_source(source, weights="random")
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A subject that runs at a batch: its module as it is called, and a call on random images that waits."""
+
+    subject: Subject
+    module: Callable[..., Any]
+    call: Callable[[], None]
 
 
 def graphs_of(report: Report, model: Model, plans: Mapping[str, Plan], merges: Mapping[str, Any]) -> dict[str, Path]:
@@ -258,7 +269,7 @@ def _outputs(network: Network, pixels: np.ndarray) -> np.ndarray:
 
 def subjects_of(report: Report, source: str) -> tuple[list[Subject], list[Subject], dict[str, Any]]:
     """Return what is timed at the largest batch, and at the others, with all graphs written, and its blocks' shape."""
-    model, few = load_source(source, weights="random").model, find_images(demo_folder() / "images").sample(2, seed=0)
+    model, few = loaded(source).model, find_images(demo_folder() / "images").sample(2, seed=0)
     layers = model.spec.num_layers
     merges = {"r0": None, "r8": 8, "3x48": [48 if i in (2, 5, 8) else 0 for i in range(layers)]}
     if report.small:
@@ -333,7 +344,8 @@ def speed(report: Report) -> None:
         if rows and report.left() < 20:
             return
         warm(report, source, subjects, batch)
-        calls, modules, failed = made_ready(report, source, subjects, batch)
+        ready, failed = made_ready(report, source, subjects, batch)
+        calls = {name: one.call for name, one in ready.items()}
         rounds = 2 if report.small else 7
         timed = interleave(calls, trials=rounds, seconds=0.02 if report.small else 1.4, warmup=1, max_iterations=200)
         found = rows_of(timed, batch)
@@ -345,49 +357,56 @@ def speed(report: Report) -> None:
             report.say(f"batch {batch}: {row['name']:20} {row['median_ms']:9.3f} ms  {pairs}")
         if place == 0:
             profiles(report, calls)
-            ours = [name for name in modules if "torch" not in name][: 1 if report.small else None]
-            end_to_end(report, source, batch, {name: modules[name] for name in ours})
+            end_to_end(report, source, batch, ready)
 
 
 def made_ready(
     report: Report, source: str, subjects: Sequence[Subject], batch: int
-) -> tuple[dict[str, Callable[[], None]], dict[str, Callable[..., Any]], list[dict[str, Any]]]:
-    """Return a call and a module per subject, and rows of those that do not run."""
-    calls: dict[str, Callable[[], None]] = {}
-    modules: dict[str, Callable[..., Any]] = {}
+) -> tuple[dict[str, Ready], list[dict[str, Any]]]:
+    """Return the subjects that run, by name, and rows of those that do not."""
+    ready: dict[str, Ready] = {}
     failed: list[dict[str, Any]] = []
     for subject in subjects:
-        if calls and report.left() < 0 and not report.small:
+        if ready and report.left() < 0 and not report.small:
             break
         try:
             module = subject.module(report, source)
             x = _pixels(module, subject, batch, report.device)
-            ready = module if subject.how == "eager" else compiled(module, report.device)
-            call = _in_tf32(runner(ready, x), subject.tf32)
+            called = module if subject.how == "eager" else compiled(module, report.device)
+            call = _in_tf32(runner(called, x), subject.tf32)
             call()
             call()
         except Exception as error:  # what one subject meets is said, and the others are measured
             failed.append({"name": subject.name, "batch": batch, "error": f"{type(error).__name__}: {error}"[:500]})
             report.say(f"{subject.name}: {failed[-1]['error'][:150]}")
             continue
-        calls[subject.name], modules[subject.name] = call, ready
+        ready[subject.name] = Ready(subject, called, call)
         report.say(f"ready at batch {batch}: {subject.name}")
-    return calls, modules, failed
+    return ready, failed
+
+
+BASELINES = ("torch-fp32", "torch-compile-fp16")
 
 
 def rows_of(timed: Mapping[str, Sequence[Sequence[int]]], batch: int) -> list[dict[str, Any]]:
     """Return a row per subject, with its ratios to the baselines."""
-    baselines = {n: _medians(timed[n]) for n in ("torch-fp32", "torch-compile-fp16") if n in timed}
+    medians = {name: _medians(trials) for name, trials in timed.items()}
     rows = []
     for name, trials in timed.items():
-        times = _medians(trials)
-        row: dict[str, Any] = {"name": name, "batch": batch, "median_ms": float(np.median(times))}
+        row: dict[str, Any] = {"name": name, "batch": batch, "median_ms": float(np.median(medians[name]))}
         row["images_per_second"] = batch / row["median_ms"] * 1e3
-        for baseline, others in baselines.items():
-            ratios = [other / own for other, own in zip(others, times, strict=True)]
-            row[f"faster_than_{baseline}"] = [float(r) for r in (min(ratios), np.median(ratios), max(ratios))]
-        rows.append({**row, "trials_ns": trials})
+        rows.append({**row, **ratios_of(medians, name), "trials_ns": trials})
     return rows
+
+
+def ratios_of(times: Mapping[str, Sequence[float]], name: str) -> dict[str, list[float]]:
+    """Return how many times as fast as each baseline a subject is: the least, the median and the largest round."""
+    found = {}
+    for baseline in BASELINES:
+        if baseline in times:
+            ratios = [other / own for other, own in zip(times[baseline], times[name], strict=True)]
+            found[f"faster_than_{baseline}"] = [float(r) for r in (min(ratios), np.median(ratios), max(ratios))]
+    return found
 
 
 def _in_tf32(call: Callable[[], None], wanted: bool) -> Callable[[], None]:
@@ -448,53 +467,155 @@ def profiles(report: Report, calls: Mapping[str, Callable[[], None]]) -> None:
         )
 
 
-def end_to_end(report: Report, source: str, batch: int, modules: Mapping[str, Callable[..., Any]]) -> None:
-    """Files to labels: decoded, resized and cropped by Pillow in threads ahead, normalized on the device.
+class Arrival:
+    """Images from the host to labels on the host: bytes copied from pinned memory, normalized on the device.
 
-    A second row of every module resizes on the device, too, which is near to Pillow's and not equal (docs/gpu.md).
+    The next batch is copied while the device works on this one, and labels are read a batch later, so that the host
+    never waits for what it has just asked for.
     """
-    if report.left() < 0 and not report.small:
-        return
-    model = load_source(source, weights="random").model
-    paths = list(find_images(demo_folder() / "images").paths)
-    files = [paths[i % len(paths)] for i in range((2 if report.small else 16) * batch)]
-    mean, std = (
-        torch.tensor(v, device=report.device).view(1, 3, 1, 1) for v in (model.preprocess.mean, model.preprocess.std)
-    )
-    on_gpu, shape = report.device.type == "cuda", model.preprocess.crop_size
 
-    def prepared(group: Sequence[Path], *, ahead: bool) -> torch.Tensor:
-        from PIL import Image
+    def __init__(self, report: Report, preprocess: Preprocess) -> None:
+        self._device, self._shape = report.device, preprocess.crop_size
+        mean, std = (
+            torch.tensor(values, device=report.device).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std)
+        )
+        self._factor, self._offset = 1 / (255 * std), -mean / std
+        self._on_gpu = report.device.type == "cuda"
+        self._copies = torch.cuda.Stream(report.device) if self._on_gpu else None
 
-        images = [Image.open(path).convert("RGB") for path in group]
-        if ahead:
-            images = [image.resize((shape[1], shape[0]), Image.Resampling.BICUBIC) for image in images]
-        held = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-        return held.pin_memory() if on_gpu else held
+    def through(self, held: Iterable[torch.Tensor], ready: Ready) -> float:
+        """Return the seconds from now until all labels of batches (B, H, W, 3) of bytes are on the host."""
+        labels: list[tuple[torch.Tensor, Any]] = []
+        wait(self._device)
+        began = time.perf_counter_ns()
+        with torch.no_grad():
+            for one in held:
+                made = ready.module(self._normalized(self._copied(one), getattr(torch, ready.subject.dtype)))
+                made = made[0] if isinstance(made, tuple) else made
+                labels.append((made.argmax(1).to("cpu", non_blocking=True), self._event()))
+                if len(labels) > 1 and self._on_gpu:
+                    labels[-2][1].synchronize()
+        wait(self._device)
+        return (time.perf_counter_ns() - began) / 1e9
 
-    groups = [files[start : start + batch] for start in range(0, len(files), batch)]
+    def _copied(self, held: torch.Tensor) -> torch.Tensor:
+        if self._copies is None:
+            return held
+        with torch.cuda.stream(self._copies):
+            x = held.to(self._device, non_blocking=True)
+        here = torch.cuda.current_stream(self._device)
+        here.wait_stream(self._copies)
+        x.record_stream(here)
+        return x
+
+    def _event(self) -> Any:
+        if not self._on_gpu:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def _normalized(self, held: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Images (B, 3, H, W) in the subject's type; those of another size are resized, near to how Pillow does."""
+        x = held.permute(0, 3, 1, 2).float()
+        if tuple(x.shape[2:]) != tuple(self._shape):
+            x = torch.nn.functional.interpolate(x.contiguous(), self._shape, mode="bicubic", antialias=True)
+            x = x.round_().clamp_(0, 255)
+        return torch.addcmul(self._offset, x, self._factor).to(dtype, memory_format=torch.contiguous_format)
+
+
+def photos_of(report: Report) -> list[Path]:
+    """Write JPEG files of the size of photos, made of the demo's images and noise, and return their paths."""
+    few = find_images(demo_folder() / "images").sample(4 if report.small else 64, seed=0)
+    noise = np.random.default_rng(0).normal(0, 12, (*PHOTO[::-1], 3))
+    folder = report.work / "photos"
+    folder.mkdir(exist_ok=True)
+
+    def write(place: int, path: Path) -> Path:
+        image = np.asarray(Image.open(path).convert("RGB").resize(PHOTO, Image.Resampling.BICUBIC))
+        noisy = np.clip(image + np.roll(noise, 7 * place, 1), 0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder / f"{place}.jpg", quality=90)
+        return folder / f"{place}.jpg"
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        return list(pool.map(write, range(len(few.paths)), few.paths))
+
+
+def held_bytes(report: Report, paths: Sequence[Path], size: tuple[int, int] | None) -> torch.Tensor:
+    """Decode a batch, resized by Pillow to `size` (width, height) unless it is none: (B, H, W, 3) of pinned bytes."""
+    images = [Image.open(path).convert("RGB") for path in paths]
+    if size is not None:
+        images = [image.resize(size, Image.Resampling.BICUBIC) for image in images]
+    held = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return held.pin_memory() if report.device.type == "cuda" else held
+
+
+def end_to_end(report: Report, source: str, batch: int, ready: Mapping[str, Ready]) -> None:
+    """Files to labels, of the baselines and of ours, each in its own type; rounds take turns.
+
+    First of images decoded ahead: resized by Pillow, and, in a second row of each, on the device, which is near to
+    Pillow's and not equal (docs/gpu.md). Then as a stream, in which threads decode while the device works.
+    """
+    preprocess, paths, workers = loaded(source).model.preprocess, photos_of(report), usable_cores()
+    size, count = preprocess.crop_size[::-1], batch * (2 if report.small else 8)
+    files = [paths[i % len(paths)] for i in range(count)]
+    groups = [files[start : start + batch] for start in range(0, count, batch)]
+    arrival, wanted = Arrival(report, preprocess), ends_of(report, ready)
     rows: list[dict[str, Any]] = []
-    for (name, module), ahead in itertools.product(modules.items(), (True, False)):
 
-        def labelled(held: torch.Tensor, module: Callable[..., Any] = module) -> torch.Tensor:
-            x = held.to(report.device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float()
-            if x.shape[2:] != shape:
-                x = torch.nn.functional.interpolate(x, shape, mode="bicubic", antialias=True).round_().clamp_(0, 255)
-            made = module(x.div_(255).sub_(mean).div_(std).to(torch.float16))
-            return (made[0] if isinstance(made, tuple) else made).argmax(1).cpu()
+    def prepared(to: tuple[int, int] | None) -> Iterator[torch.Tensor]:
+        return prepared_ahead(groups, lambda group: held_bytes(report, group, to), workers=workers)
 
-        with ThreadPoolExecutor(os.cpu_count() or 2) as pool, torch.no_grad():
-            ready = [one.result() for one in [pool.submit(prepared, g, ahead=ahead) for g in groups]]
-            labelled(ready[0])
-            wait(report.device)
-            began = time.perf_counter_ns()
-            for held in ready:
-                labelled(held)
-            took = (time.perf_counter_ns() - began) / 1e9
-        shown = name if ahead else f"{name}, resized on the device"
-        rows.append({"name": shown, "batch": batch, "images": len(files), "images_per_second": len(files) / took})
-        report.write("end-to-end", rows, note="images decoded ahead; copy, normalization, network and labels are timed")
-        report.say(f"end to end, decoded ahead: {shown} {rows[-1]['images_per_second']:.0f} images/s")
+    for suffix, to in {"": size, ", resized on the device": None}.items():
+        held = list(prepared(to))
+        add_ends(report, rows, suffix, {name: ready[name] for name in wanted}, arrival, lambda held=held: held)
+    began = time.perf_counter()
+    rate = sum(len(held) for held in prepared(size)) / (time.perf_counter() - began)
+    rows.append({"name": "decoding alone", "batch": batch, "workers": workers, "images_per_second": rate})
+    few = {name: ready[name] for name in wanted[:4]}
+    add_ends(report, rows, ", stream", few, arrival, lambda: prepared(size))
+
+
+def ends_of(report: Report, ready: Mapping[str, Ready]) -> list[str]:
+    """Return the baselines, then ours, the most merged first."""
+    ours = sorted((name for name in ready if "torch" not in name), key=lambda name: ("3x48" not in name, "r0" in name))
+    found = [name for name in BASELINES if name in ready] + ours
+    return found[:3] if report.small else found
+
+
+def add_ends(
+    report: Report,
+    rows: list[dict[str, Any]],
+    suffix: str,
+    ready: Mapping[str, Ready],
+    arrival: Arrival,
+    held: Callable[[], Iterable[torch.Tensor]],
+) -> None:
+    """Add a row per subject, `suffix` behind its name: three rounds through all batches that `held` gives."""
+    first = list(itertools.islice(held(), 1))
+    seconds: dict[str, list[float]] = {}
+    for name, one in ready.items():
+        try:
+            arrival.through(first * 3, one)
+            seconds[name] = []
+        except Exception as error:  # the others are measured
+            rows.append({"name": name + suffix, "error": f"{type(error).__name__}: {error}"[:500]})
+    for place in range(1 if report.small else 3):
+        if place and report.left() < 0:
+            break
+        for name, taken in seconds.items():
+            taken.append(arrival.through(held(), ready[name]))
+    images = sum(len(one) for one in held())
+    for name, taken in seconds.items():
+        rate = images / float(np.median(taken))
+        row = {"name": name + suffix, "batch": len(first[0]), "images": images, "images_per_second": rate}
+        rows.append({**row, **ratios_of(seconds, name), "seconds": taken})
+        report.say(f"end to end: {name + suffix} {rate:.0f} images/s")
+    note = (
+        f"JPEG files of {PHOTO[0]} x {PHOTO[1]}. Timed: copy, normalization, network and labels; in a stream decoding, "
+        "too, by threads ahead. Ratios are least, median and largest of rounds"
+    )
+    report.write("end-to-end", rows, note=note)
 
 
 def lengths(report: Report) -> None:

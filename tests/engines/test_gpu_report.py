@@ -36,8 +36,16 @@ def test_every_section_writes_its_file_on_a_bare_machine(tmp_path: Path) -> None
     assert all(document["rows"] for document in found.values())
     assert found["gpu-contract"]["rows"][0]["passed"]
     assert found["gpu-accuracy"]["rows"][0]["from_cpu"] < 1e-4
-    ends = [row["name"] for row in found["gpu-end-to-end"]["rows"]]
-    assert [f"{name}, resized on the device" for name in ends[::2]] == ends[1::2]
+    ends = {row["name"]: row for row in found["gpu-end-to-end"]["rows"]}
+    subjects = ["torch-fp32", "torch-compile-fp16", "fp16-r0"]
+    assert list(ends) == [
+        *subjects,
+        *(f"{name}, resized on the device" for name in subjects),
+        "decoding alone",
+        *(f"{name}, stream" for name in subjects),
+    ]
+    assert not [row for row in ends.values() if "error" in row]
+    assert all(row["faster_than_torch-fp32"] for name, row in ends.items() if name != "decoding alone")
     timed = {row["name"]: row for row in found["gpu-vit-b16"]["rows"]}
     assert not [row for row in timed.values() if "error" in row]
     assert {"torch-compile-fp16", "fp16-r0", "int8-r0"} <= set(timed)
