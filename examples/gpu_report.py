@@ -9,17 +9,22 @@ there. Needs torch, timm, onnx and what vitfold needs; no network. With `--devic
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +48,12 @@ from vitfold.schedule import resolve_r
 from vitfold.sources import demo_folder, load_source
 
 ROOT = Path(__file__).parents[1]
-WARMING = 8
+CHILDREN = 8
 """Processes that compile side by side; the kernels that they find are read from torch's cache afterwards."""
+WARMING = 0.3
+"""The share of what is left that a section waits for them."""
+PREFLIGHT = 60.0
+"""Seconds after which a compiler that has not compiled a line counts as broken."""
 PHOTO = (500, 375)
 """Width and height of the files that are decoded, about the median of ImageNet."""
 KINDS = (
@@ -69,11 +78,24 @@ class Report:
     work: Path
     small: bool
     environment: Mapping[str, Any]
-    printed: list[str] = field(default_factory=list)
+    compiles: bool = True
+    study: Study | None = None
 
     def left(self) -> float:
         """Seconds until the end."""
         return self.ends - time.monotonic()
+
+    def until(self, share: float) -> float:
+        """The moment at which a share of what is left is over, on the monotonic clock."""
+        return time.monotonic() + share * max(0.0, self.left())
+
+    def over(self, moment: float | None = None) -> bool:
+        """Say whether a moment is over, or the time; small models are always measured to the end."""
+        return not self.small and time.monotonic() > (self.ends if moment is None else moment)
+
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
+        """Stop what compiles in the background while something is timed."""
+        return contextlib.nullcontext() if self.study is None else self.study.children.paused()
 
     def write(self, name: str, rows: Sequence[Mapping[str, Any]], **facts: Any) -> None:
         """Write a file as it stands now, whole or not at all."""
@@ -103,8 +125,8 @@ def gpu_environment(device: torch.device) -> dict[str, Any]:
         command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
         try:
             said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout.strip()
-        except OSError:
-            said = ""
+        except (OSError, subprocess.SubprocessError) as error:  # it may hang where a driver is sick
+            said = f"{type(error).__name__}: {error}"
         facts["nvidia_smi"] = {"asked": asked, "said": said}
     return {**environment(), **facts}
 
@@ -133,9 +155,112 @@ def compiled(module: torch.nn.Module, device: torch.device) -> Callable[..., Any
     return torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
 
 
+def captured(module: Callable[..., Any], x: torch.Tensor) -> Callable[..., Any]:
+    """Return a module that is replayed as a CUDA graph without being compiled; what it returns is written anew."""
+    read, here, side = x.clone(), torch.cuda.current_stream(x.device), torch.cuda.Stream(x.device)
+    side.wait_stream(here)
+    with torch.no_grad():
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                module(read)
+        here.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = module(read)
+
+    def replay(given: torch.Tensor) -> Any:
+        read.copy_(given)
+        graph.replay()
+        return made
+
+    return replay
+
+
+def allow_recompilations() -> None:
+    """Let one piece of code be compiled for many batches and types; the setting has had two names."""
+    config: Any = torch._dynamo.config
+    setattr(config, "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit", 64)
+
+
+class Children:
+    """Processes of this script that compile side by side, most important first, and stop while something is timed."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(CHILDREN)
+        self._lock, self._free, self._ended = threading.Lock(), threading.Event(), False
+        self._running: set[subprocess.Popen[str]] = set()
+        self._found: dict[str, Future[str]] = {}
+        self._free.set()
+
+    def start(self, name: str, task: Sequence[Any], threads: int = 2) -> None:
+        """Queue a task: what `TASKS` does, and its arguments."""
+        self._found[name] = self._pool.submit(self._run, task, threads)
+
+    def wait(self, names: Iterable[str], seconds: float) -> None:
+        """Return when these are done, or the seconds are over."""
+        wait_for([self._found[name] for name in names if name in self._found], timeout=max(0.0, seconds))
+
+    def said(self, name: str) -> str | None:
+        """What went wrong, nothing where all went well or nothing was asked, None while it is at work."""
+        if name not in self._found:
+            return ""
+        return self._found[name].result() if self._found[name].done() else None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop those that run, and start no others, for as long as the block runs."""
+        with self._lock:
+            self._free.clear()
+            self._signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._signal(signal.SIGCONT)
+                self._free.set()
+
+    def end(self) -> None:
+        """End those that run, and start no others."""
+        with self._lock:
+            self._ended = True
+            self._free.set()
+            self._signal(signal.SIGKILL)
+        self._pool.shutdown(cancel_futures=True)
+
+    def _signal(self, what: signal.Signals) -> None:
+        for process in self._running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, what)
+
+    def _run(self, task: Sequence[Any], threads: int) -> str:
+        environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+        command = [sys.executable, __file__, "--child", json.dumps(task)]
+        while True:
+            self._free.wait()
+            with self._lock:
+                if self._ended:
+                    return "there was no time"
+                if not self._free.is_set():
+                    continue
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    start_new_session=True,
+                )
+                self._running.add(process)
+            break
+        _, said = process.communicate()
+        with self._lock:
+            self._running.discard(process)
+        return "" if process.returncode == 0 else f"exit {process.returncode}: {said[-600:]}"
+
+
 @dataclass(frozen=True)
 class Subject:
-    """What is timed: a graph of ours, or the original module; `how` is eager or compile."""
+    """What is timed: a graph of ours, or the original module; `how` is eager, compile or torchao, which compiles."""
 
     name: str
     graph: Path | None
@@ -143,17 +268,17 @@ class Subject:
     how: str = "compile"
     tf32: bool = False
 
-    def module(self, report: Report, source: str) -> torch.nn.Module:
+    def module(self, device: torch.device, source: str) -> torch.nn.Module:
         """Return the module on the device."""
         if self.graph is not None:
-            return read_network(self.graph).eval().to(report.device)
+            return read_network(self.graph).eval().to(device)
         original = copy.deepcopy(loaded(source).original)
         if self.how == "torchao":
             from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-            original = original.eval().to(report.device, getattr(torch, self.dtype))
+            original = original.eval().to(device, getattr(torch, self.dtype))
             quantize_(original, Int8DynamicActivationInt8WeightConfig())
-        return original.eval().to(report.device, getattr(torch, self.dtype))
+        return original.eval().to(device, getattr(torch, self.dtype))
 
 
 @functools.lru_cache(maxsize=1)
@@ -169,6 +294,35 @@ class Ready:
     subject: Subject
     module: Callable[..., Any]
     call: Callable[[], None]
+    how: str
+
+
+@dataclass
+class Study:
+    """The models that are timed: the `first` subjects at the largest batch before all others, `core` at all batches."""
+
+    source: str
+    batch: int
+    batches: tuple[int, ...]
+    subjects: list[Subject]
+    first: int
+    core: list[Subject]
+    blocks: dict[str, Any]
+    children: Children
+    ready: dict[str, Ready] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def essential(self, subject: Subject, batch: int) -> bool:
+        """Say whether a subject is compiled here even if no child has done so in time."""
+        return batch == self.batch and subject in self.subjects[: self.first]
+
+    def warm(self, report: Report, subjects: Sequence[Subject], batch: int) -> None:
+        """Have subjects compiled by children."""
+        for one in subjects:
+            if one.how != "eager":
+                graph = None if one.graph is None else str(one.graph)
+                task = ["subject", str(report.device), self.source, graph, one.dtype, one.how, batch]
+                self.children.start(f"{one.name}@{batch}", task)
 
 
 def graphs_of(report: Report, model: Model, plans: Mapping[str, Plan], merges: Mapping[str, Any]) -> dict[str, Path]:
@@ -205,7 +359,12 @@ def contract(report: Report) -> None:
     began = time.monotonic()
     try:
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(20.0, min(90.0, report.left()))
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=max(30.0, min(90.0, 0.3 * report.left())),
         )
         passed, said = done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     except subprocess.TimeoutExpired as error:
@@ -221,6 +380,7 @@ def accuracy(report: Report) -> None:
     few = images.sample(8, seed=0)
     images = images.first(8) if report.small else images.without(few) or images
     pixels = np.concatenate([one.pixel_values for one in batches(images, model.preprocess, batch=64)])
+    until = report.until(0.2)
     truth = class_targets(images, model.labels, model.spec.output_width)
     ways: list[tuple[str, str, Any, str | None]] = [
         ("fp32", "torch", None, None),
@@ -234,7 +394,7 @@ def accuracy(report: Report) -> None:
     rows: list[dict[str, Any]] = []
     reference: np.ndarray | None = None
     for name, target, merge, quant in ways:
-        if rows and report.left() < 0:
+        if rows and report.over(until):
             return
         path = report.work / f"demo-{name}.onnx"
         write_graph(plan_of(model, target, few, merge, quant=quant), path)
@@ -267,65 +427,90 @@ def _outputs(network: Network, pixels: np.ndarray) -> np.ndarray:
     return np.concatenate(made)
 
 
-def subjects_of(report: Report, source: str) -> tuple[list[Subject], list[Subject], dict[str, Any]]:
-    """Return what is timed at the largest batch, and at the others, with all graphs written, and its blocks' shape."""
+def study_of(report: Report, children: Children) -> Study:
+    """Return what is timed, with all graphs written."""
+    source = "timm:vit_tiny_patch16_224" if report.small else "timm:vit_base_patch16_224"
     model, few = loaded(source).model, find_images(demo_folder() / "images").sample(2, seed=0)
     layers = model.spec.num_layers
     merges = {"r0": None, "r8": 8, "3x48": [48 if i in (2, 5, 8) else 0 for i in range(layers)]}
     if report.small:
-        merges = {"r0": None, "r8": 8}
+        merges = {"r0": None, "r8": [8] + [0] * (layers - 1)}
     plans = {"fp16": plan_of(model, "torch-fp16", few), "int8": plan_of(model, "torch-fp16", few, quant="w8a8")}
     if has_float8(report.device):
         plans["fp8"] = plan_of(model, "torch-fp8", few)
-    report.say("writing graphs")
     graphs = graphs_of(report, model, plans, merges)
     most = "r8" if report.small else "3x48"
-    first = [f"{p}-{m}" for m in ("r0", most) for p in plans] + [f"{p}-r8" for p in plans if most != "r8"]
-    ours = [Subject(name, graphs[name], "float16") for name in first]
+    ours = {name: Subject(name, graph, "float16") for name, graph in graphs.items()}
     peers = [
         Subject("torch-compile-fp16", None, "float16"),
         Subject("torch-fp32", None, "float32", "eager"),
-        Subject("torch-tf32", None, "float32", "eager", tf32=True),
         Subject("torch-fp16", None, "float16", "eager"),
+        Subject("torch-tf32", None, "float32", "eager", tf32=True),
     ]
     if installed_version("torchao") is not None:
         peers.append(Subject("torchao-int8", None, "float16", "torchao"))
-    core = [peers[0], *(s for s in ours if s.name in ("fp16-r0", f"fp16-{most}", "int8-r0", f"int8-{most}"))]
+    first = [*peers[:2], ours[f"fp16-{most}"], ours[f"int8-{most}"]]
+    core = [*first, ours["fp16-r0"], ours["int8-r0"]]
+    rest = [*core[4:], *(one for name, one in ours.items() if name.startswith("fp8")), *peers[2:]]
+    rest += [one for one in ours.values() if one not in core and one not in rest]
+    batches = (1, 64, 8)
+    if report.small:
+        core, rest, batches = peers[1:2], [ours["int8-r0"]], (1,)
     spec = model.spec
     shape = {"tokens": spec.tokens, "width": spec.embed_dim, "heads": spec.num_heads, "head_width": spec.head_dim}
     schedules = {name: list(resolve_r(r, spec)) for name, r in merges.items()}
-    return [*peers, *ours], core, {"blocks": {**shape, "hidden": spec.mlp_dim, "schedules": schedules}}
+    blocks = {**shape, "hidden": spec.mlp_dim, "schedules": schedules}
+    batch = 2 if report.small else 128
+    return Study(source, batch, batches, [*first, *rest], len(first), core, blocks, children)
 
 
-def warm(report: Report, source: str, subjects: Sequence[Subject], batch: int) -> None:
-    """Compile in processes side by side, so that this one finds the kernels in torch's cache."""
-    asked = [s for s in subjects if s.how != "eager"]
-    asked = asked[1:2] if report.small else asked
-    report.say(f"compiling {len(asked)} subjects for batch {batch}")
+def prepare(report: Report) -> None:
+    """Write the graphs, see whether anything compiles here, and have children compile what is timed later."""
+    children = Children()
+    children.start("preflight", ["preflight", str(report.device)])
+    report.say("writing graphs")
+    report.study = study = study_of(report, children)
+    children.wait(["preflight"], PREFLIGHT)
+    said = children.said("preflight")
+    report.compiles = said == ""
+    said = "works" if report.compiles else said or f"not done within {PREFLIGHT:.0f} s"
+    report.environment = {**report.environment, "torch_compile": said}
+    report.say(f"torch.compile: {said}")
+    if not report.compiles:
+        return
+    if report.small:
+        study.warm(report, study.subjects[2:3], study.batch)
+        return
+    study.warm(report, study.subjects, study.batch)
+    for batch in study.batches:
+        study.warm(report, study.core, batch)
 
-    def one(subject: Subject) -> None:
-        graph = "" if subject.graph is None else str(subject.graph)
-        arguments = ["--warm", json.dumps([source, graph, subject.dtype, subject.how, batch, str(report.device)])]
-        bound = max(5.0, report.left())
-        try:
-            command = [sys.executable, __file__, *arguments]
-            done = subprocess.run(command, timeout=bound, check=False, capture_output=True, text=True)
-            if done.returncode:
-                report.say(f"{subject.name} does not compile: {done.stderr[-300:]}")
-        except subprocess.TimeoutExpired:
-            report.say(f"{subject.name} did not compile in time")
 
-    with ThreadPoolExecutor(WARMING) as pool:
-        list(pool.map(one, asked))
+def need_study(report: Report) -> Study:
+    """Return what is timed, prepared by now."""
+    if report.study is None:
+        prepare(report)
+    assert report.study is not None
+    return report.study
 
 
-def _warmed(report: Report, source: str, graph: str, dtype: str, how: str, batch: int) -> None:
-    """What a process of `warm` does."""
-    subject = Subject("warm", Path(graph) if graph else None, dtype, how)
-    module = subject.module(report, source)
-    call = runner(compiled(module, report.device), _pixels(module, subject, batch, report.device))
+def _compile_a_line(device: str) -> None:
+    x = torch.randn(64, 64, device=device)
+    torch.compile(lambda x: torch.softmax(x @ x, -1) * 2)(x)
+    wait(x.device)
+
+
+def _compile_a_subject(device: str, source: str, graph: str | None, dtype: str, how: str, batch: int) -> None:
+    """Three calls: one compiles, one is recorded as a CUDA graph, one replays it."""
+    subject = Subject("child", Path(graph) if graph else None, dtype, how)
+    module = subject.module(torch.device(device), source)
+    call = runner(compiled(module, torch.device(device)), _pixels(module, subject, batch, torch.device(device)))
     for _ in range(3):
         call()
+
+
+TASKS: Mapping[str, Callable[..., None]] = {"preflight": _compile_a_line, "subject": _compile_a_subject}
+"""What children do."""
 
 
 def _pixels(module: Any, subject: Subject, batch: int, device: torch.device) -> torch.Tensor:
@@ -335,54 +520,98 @@ def _pixels(module: Any, subject: Subject, batch: int, device: torch.device) -> 
 
 
 def speed(report: Report) -> None:
-    """Engine time of ViT-B/16 (random weights): every subject of a batch takes turns with the others."""
-    source = "timm:vit_tiny_patch16_224" if report.small else "timm:vit_base_patch16_224"
-    whole, core, blocks = subjects_of(report, source)
-    rows: list[dict[str, Any]] = []
-    plan = [(2, whole[:2] + whole[4:6])] if report.small else [(128, whole), (1, core), (8, core), (64, core)]
-    for place, (batch, subjects) in enumerate(plan):
-        if rows and report.left() < 20:
+    """Engine time of ViT-B/16 (random weights): every subject of a batch takes turns with the others.
+
+    The first subjects are timed and written before the rest is compiled, and again beside it.
+    """
+    study = need_study(report)
+    for subjects in (study.subjects[: study.first], study.subjects[study.first :]):
+        failed = make_ready(report, subjects, study.batch, study.ready, report.until(WARMING))
+        study.rows = [row for row in study.rows if "error" in row] + failed
+        study.rows += timed_rows(report, study.ready, study.batch)
+        write_speed(report)
+
+
+def batches_of(report: Report) -> None:
+    """The same at other batches, of a few subjects."""
+    study = need_study(report)
+    for batch in study.batches:
+        if report.over():
             return
-        warm(report, source, subjects, batch)
-        ready, failed = made_ready(report, source, subjects, batch)
-        calls = {name: one.call for name, one in ready.items()}
-        rounds = 2 if report.small else 7
-        timed = interleave(calls, trials=rounds, seconds=0.02 if report.small else 1.4, warmup=1, max_iterations=200)
-        found = rows_of(timed, batch)
-        rows += failed + found
-        note = "random weights; ratios are least, median and largest of paired rounds"
-        report.write("vit-b16", rows, model=source, scope="engine", note=note, **blocks)
-        for row in found:
-            pairs = ", ".join(f"{row[key][1]:.2f} {key.replace('_', ' ')}" for key in row if key.startswith("faster"))
-            report.say(f"batch {batch}: {row['name']:20} {row['median_ms']:9.3f} ms  {pairs}")
-        if place == 0:
-            profiles(report, calls)
-            end_to_end(report, source, batch, ready)
+        ready: dict[str, Ready] = {}
+        study.rows += make_ready(report, study.core, batch, ready, report.until(WARMING))
+        study.rows += timed_rows(report, ready, batch)
+        write_speed(report)
 
 
-def made_ready(
-    report: Report, source: str, subjects: Sequence[Subject], batch: int
-) -> tuple[dict[str, Ready], list[dict[str, Any]]]:
-    """Return the subjects that run, by name, and rows of those that do not."""
-    ready: dict[str, Ready] = {}
-    failed: list[dict[str, Any]] = []
+def write_speed(report: Report) -> None:
+    """Write `gpu-vit-b16.json` as it stands."""
+    study = need_study(report)
+    note = "random weights; ratios are least, median and largest of paired rounds"
+    facts = {"model": study.source, "scope": "engine", "note": note, "blocks": study.blocks}
+    report.write("vit-b16", study.rows, **facts)
+
+
+def make_ready(
+    report: Report, subjects: Sequence[Subject], batch: int, ready: dict[str, Ready], until: float
+) -> list[dict[str, Any]]:
+    """Add the subjects that run to `ready`, and return rows of those that do not; compiled by children until then."""
+    study, failed = need_study(report), []
     for subject in subjects:
-        if ready and report.left() < 0 and not report.small:
-            break
+        key = f"{subject.name}@{batch}"
+        study.children.wait([key], 120.0 if report.small else until - time.monotonic())
+        said = study.children.said(key)
+        if said is None and not study.essential(subject, batch):
+            error = "not compiled in time"
+        elif said and ("CUDA error" in said or said.startswith("exit -")):  # it would take this process along
+            error = said
+        else:
+            try:
+                ready[subject.name] = one = made_ready(report, subject, batch)
+                report.say(f"ready at batch {batch}: {subject.name}, {one.how}")
+                continue
+            except Exception as caught:  # what one subject meets is said, and the others are measured
+                error = f"{type(caught).__name__}: {caught}"
+        failed.append({"name": subject.name, "batch": batch, "error": error[:500]})
+        report.say(f"{subject.name}: {error[:150]}")
+    return failed
+
+
+def made_ready(report: Report, subject: Subject, batch: int) -> Ready:
+    """Return a subject that has run; where it does not compile, as a CUDA graph of its own kernels, or eagerly."""
+    module = subject.module(report.device, need_study(report).source)
+    x = _pixels(module, subject, batch, report.device)
+    how = "eager"
+    called: Callable[..., Any] = module
+    if subject.how != "eager":
         try:
-            module = subject.module(report, source)
-            x = _pixels(module, subject, batch, report.device)
-            called = module if subject.how == "eager" else compiled(module, report.device)
-            call = _in_tf32(runner(called, x), subject.tf32)
-            call()
-            call()
-        except Exception as error:  # what one subject meets is said, and the others are measured
-            failed.append({"name": subject.name, "batch": batch, "error": f"{type(error).__name__}: {error}"[:500]})
-            report.say(f"{subject.name}: {failed[-1]['error'][:150]}")
-            continue
-        ready[subject.name] = Ready(subject, called, call)
-        report.say(f"ready at batch {batch}: {subject.name}")
-    return ready, failed
+            if not report.compiles:
+                raise RuntimeError("nothing compiles here")
+            called, how = compiled(module, report.device), "torch.compile"
+            runner(called, x)()
+        except Exception as error:
+            report.say(f"{subject.name} does not compile: {type(error).__name__}: {str(error)[:150]}")
+            called, how = module, "eager"
+            if report.device.type == "cuda":
+                called, how = captured(module, x), "eager in a CUDA graph"
+    call = _in_tf32(runner(called, x), subject.tf32)
+    for _ in range(2):
+        call()
+    return Ready(subject, called, call, how)
+
+
+def timed_rows(report: Report, ready: Mapping[str, Ready], batch: int) -> list[dict[str, Any]]:
+    """Time subjects in turns and return their rows."""
+    calls = {name: one.call for name, one in ready.items()}
+    rounds, seconds = (2, 0.02) if report.small else (7, 1.4)
+    with report.quiet():
+        timed = interleave(calls, trials=rounds, seconds=seconds, warmup=1, max_iterations=200)
+    rows = rows_of(timed, batch)
+    for row in rows:
+        row["how"] = ready[row["name"]].how
+        pairs = ", ".join(f"{row[key][1]:.2f} {key.replace('_', ' ')}" for key in row if key.startswith("faster"))
+        report.say(f"batch {batch}: {row['name']:20} {row['median_ms']:9.3f} ms  {pairs}")
+    return rows
 
 
 BASELINES = ("torch-fp32", "torch-compile-fp16")
@@ -428,18 +657,18 @@ def _medians(trials: Sequence[Sequence[int]]) -> list[float]:
     return [float(np.median(trial)) / 1e6 for trial in trials]
 
 
-def profiles(report: Report, calls: Mapping[str, Callable[[], None]]) -> None:
+def profiles(report: Report) -> None:
     """Time per kind of kernel and the longest kernels of every subject, from torch's profiler."""
     from torch.profiler import ProfilerActivity, profile
 
-    on_gpu = report.device.type == "cuda"
+    on_gpu, until = report.device.type == "cuda", report.until(0.2)
     rows: list[dict[str, Any]] = []
-    for name, call in calls.items():
-        if rows and report.left() < 0:
+    for name, ready in need_study(report).ready.items():
+        if rows and report.over(until):
             return
-        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as watched:
+        with report.quiet(), profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as watched:
             for _ in range(3):
-                call()
+                ready.call()
         kernels = [
             (
                 event.key,
@@ -550,13 +779,15 @@ def held_bytes(report: Report, paths: Sequence[Path], size: tuple[int, int] | No
     return held.pin_memory() if report.device.type == "cuda" else held
 
 
-def end_to_end(report: Report, source: str, batch: int, ready: Mapping[str, Ready]) -> None:
+def end_to_end(report: Report) -> None:
     """Files to labels, of the baselines and of ours, each in its own type; rounds take turns.
 
     First of images decoded ahead: resized by Pillow, and, in a second row of each, on the device, which is near to
     Pillow's and not equal (docs/gpu.md). Then as a stream, in which threads decode while the device works.
     """
-    preprocess, paths, workers = loaded(source).model.preprocess, photos_of(report), usable_cores()
+    study = need_study(report)
+    batch, ready = study.batch, study.ready
+    preprocess, paths, workers = loaded(study.source).model.preprocess, photos_of(report), usable_cores()
     size, count = preprocess.crop_size[::-1], batch * (2 if report.small else 8)
     files = [paths[i % len(paths)] for i in range(count)]
     groups = [files[start : start + batch] for start in range(0, count, batch)]
@@ -569,8 +800,9 @@ def end_to_end(report: Report, source: str, batch: int, ready: Mapping[str, Read
     for suffix, to in {"": size, ", resized on the device": None}.items():
         held = list(prepared(to))
         add_ends(report, rows, suffix, {name: ready[name] for name in wanted}, arrival, lambda held=held: held)
-    began = time.perf_counter()
-    rate = sum(len(held) for held in prepared(size)) / (time.perf_counter() - began)
+    with report.quiet():
+        began = time.perf_counter()
+        rate = sum(len(held) for held in prepared(size)) / (time.perf_counter() - began)
     rows.append({"name": "decoding alone", "batch": batch, "workers": workers, "images_per_second": rate})
     few = {name: ready[name] for name in wanted[:4]}
     add_ends(report, rows, ", stream", few, arrival, lambda: prepared(size))
@@ -601,10 +833,11 @@ def add_ends(
         except Exception as error:  # the others are measured
             rows.append({"name": name + suffix, "error": f"{type(error).__name__}: {error}"[:500]})
     for place in range(1 if report.small else 3):
-        if place and report.left() < 0:
+        if place and report.over():
             break
-        for name, taken in seconds.items():
-            taken.append(arrival.through(held(), ready[name]))
+        with report.quiet():
+            for name, taken in seconds.items():
+                taken.append(arrival.through(held(), ready[name]))
     images = sum(len(one) for one in held())
     for name, taken in seconds.items():
         rate = images / float(np.median(taken))
@@ -624,7 +857,7 @@ def lengths(report: Report) -> None:
     rows: list[dict[str, Any]] = []
     dtype = torch.float16 if report.device.type == "cuda" else torch.float32
     for tokens in (197, 192, 176, 160, 144, 128):
-        if rows and report.left() < 0:
+        if rows and report.over():
             return
         calls: dict[str, Callable[[], None]] = {}
         for layer, (i, o) in {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}.items():
@@ -709,7 +942,7 @@ def diffusion(report: Report) -> None:
         required, _ = dit_param_shapes(spec)
         params = {n: 0.02 * rng.standard_normal(shape, dtype=np.float32) for n, shape in required.items()}
         for reuse in ("none", "stack:2", "fora:2"):
-            if rows and report.left() < 0 and not report.small:
+            if rows and report.over():
                 return
             method = find_method(reuse)
             folder = report.work / f"{name}-{reuse.replace(':', '')}"
@@ -735,12 +968,17 @@ def diffusion(report: Report) -> None:
 
 
 SECTIONS: Mapping[str, Callable[[Report], None]] = {
+    "prepare": prepare,
     "contract": contract,
     "accuracy": accuracy,
     "speed": speed,
+    "profile": profiles,
+    "end-to-end": end_to_end,
     "lengths": lengths,
     "diffusion": diffusion,
+    "batches": batches_of,
 }
+"""In the order in which they run; what takes long and tells least comes last."""
 
 
 def main() -> int:
@@ -750,33 +988,45 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=360.0)
     parser.add_argument("--sections", default=",".join(SECTIONS))
-    parser.add_argument("--warm", help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    allow_recompilations()
+    if asked.child:
+        task, *arguments = json.loads(asked.child)
+        TASKS[task](*arguments)
+        return 0
+    device = torch.device(asked.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device: install a driver, or try this with --device cpu", file=sys.stderr)
+        return 1
+    asked.output.mkdir(parents=True, exist_ok=True)
+    ends, facts = time.monotonic() + asked.seconds, gpu_environment(device)
     with tempfile.TemporaryDirectory(prefix="vitfold-gpu-") as work:
-        device = torch.device(json.loads(asked.warm)[-1] if asked.warm else asked.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            print("no CUDA device: install a driver, or try this with --device cpu", file=sys.stderr)
-            return 1
-        facts = {} if asked.warm else gpu_environment(device)
-        report = Report(asked.output, device, time.monotonic() + asked.seconds, Path(work), device.type == "cpu", facts)
-        if asked.warm:
-            _warmed(report, *json.loads(asked.warm)[:-1])
-            return 0
-        asked.output.mkdir(parents=True, exist_ok=True)
+        report = Report(asked.output, device, ends, Path(work), device.type == "cpu", facts)
         report.say(f"{facts.get('gpu', 'CPU')}, torch {torch.__version__}, torchao {installed_version('torchao')}")
-        failed = []
-        for name in asked.sections.split(","):
-            if report.left() < 0 and not report.small:
-                report.say(f"no time for {name}")
-                continue
-            try:
-                SECTIONS[name](report)
-            except Exception:
-                failed.append(name)
-                report.write(f"{name}-failed", [{"error": traceback.format_exc()}])
-                traceback.print_exc()
+        try:
+            failed = run_sections(report, asked.sections.split(","))
+        finally:
+            if report.study is not None:
+                report.study.children.end()
         report.say(f"files: {', '.join(sorted(p.name for p in asked.output.glob('gpu-*.json')))}")
     return 1 if failed else 0
+
+
+def run_sections(report: Report, names: Sequence[str]) -> list[str]:
+    """Run sections and return those that failed, each of which has left a file with what it met."""
+    failed = []
+    for name in names:
+        if report.over():
+            report.say(f"no time for {name}")
+            continue
+        try:
+            SECTIONS[name](report)
+        except Exception:
+            failed.append(name)
+            report.write(f"{name}-failed", [{"error": traceback.format_exc()}])
+            traceback.print_exc()
+    return failed
 
 
 if __name__ == "__main__":

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 ABSENT = "openvino diffusers open_clip nncf onnxscript tensorrt tensorrt_rtx cuda plotly torchao"
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The report as a module."""
+    spec = importlib.util.spec_from_file_location("gpu_report", ROOT / "examples" / "gpu_report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_report", module)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.slow
@@ -37,7 +52,7 @@ def test_every_section_writes_its_file_on_a_bare_machine(tmp_path: Path) -> None
     assert found["gpu-contract"]["rows"][0]["passed"]
     assert found["gpu-accuracy"]["rows"][0]["from_cpu"] < 1e-4
     ends = {row["name"]: row for row in found["gpu-end-to-end"]["rows"]}
-    subjects = ["torch-fp32", "torch-compile-fp16", "fp16-r0"]
+    subjects = ["torch-fp32", "torch-compile-fp16", "fp16-r8"]
     assert list(ends) == [
         *subjects,
         *(f"{name}, resized on the device" for name in subjects),
@@ -48,5 +63,65 @@ def test_every_section_writes_its_file_on_a_bare_machine(tmp_path: Path) -> None
     assert all(row["faster_than_torch-fp32"] for name, row in ends.items() if name != "decoding alone")
     timed = {row["name"]: row for row in found["gpu-vit-b16"]["rows"]}
     assert not [row for row in timed.values() if "error" in row]
-    assert {"torch-compile-fp16", "fp16-r0", "int8-r0"} <= set(timed)
+    assert {"torch-compile-fp16", "torch-fp32", "fp16-r8", "int8-r8", "int8-r0"} == set(timed)
+    assert {row["batch"] for row in found["gpu-vit-b16"]["rows"]} == {1, 2}
+    assert all(document["environment"]["torch_compile"] == "works" for document in found.values())
     assert set(found["gpu-vit-b16"]["blocks"]["schedules"]) == {"r0", "r8"}, "for `vitfold forecast --measured`"
+
+
+@pytest.mark.slow
+def test_where_nothing_compiles_the_rest_is_measured_and_every_file_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "gpu_report.py"), "--device", "cpu", "--seconds", "1"]
+    done = subprocess.run(
+        [*command, "--sections", "prepare,speed", "--output", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "CXX": "/absent/g++"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu-vit-b16.json").read_text())
+    assert "InvalidCxxCompiler" in found["environment"]["torch_compile"]
+    assert {row["how"] for row in found["rows"]} == {"eager"}
+    assert "int8-r8" in {row["name"] for row in found["rows"]}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="no /proc")
+def test_what_compiles_stops_while_something_is_timed(report: Any) -> None:
+    children = report.Children()
+    children.start("absent", ["subject", "cpu", "", "/absent.onnx", "float32", "eager", 1])
+    try:
+        while not children._running:
+            time.sleep(0.01)
+        with children.paused():
+            (process,) = children._running
+            deadline = time.monotonic() + 20
+            while (state := Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]) != "T":
+                assert time.monotonic() < deadline, state
+            children.start("later", ["preflight", "cpu"])
+            time.sleep(0.2)
+            assert children._running == {process}
+            assert children.said("absent") is children.said("later") is None
+        children.wait(["absent"], 120)
+        assert children.said("absent").startswith("exit 1: ")
+        assert "/absent.onnx" in children.said("absent")
+        assert children.said("never asked for") == ""
+    finally:
+        children.end()
+    assert not children._running
+
+
+def test_a_driver_that_hangs_does_not_end_the_report(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def hang(*_: Any, **__: Any) -> None:
+        raise subprocess.TimeoutExpired("nvidia-smi", 20)
+
+    properties = type(
+        "Properties", (), {"name": "X", "major": 9, "minor": 0, "multi_processor_count": 1, "total_memory": 1}
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(report, "environment", dict)
+    monkeypatch.setattr(subprocess, "run", hang)
+    assert "TimeoutExpired" in report.gpu_environment(torch.device("cuda"))["nvidia_smi"]["said"]
