@@ -125,3 +125,49 @@ def test_a_driver_that_hangs_does_not_end_the_report(report: Any, monkeypatch: p
     monkeypatch.setattr(report, "environment", dict)
     monkeypatch.setattr(subprocess, "run", hang)
     assert "TimeoutExpired" in report.gpu_environment(torch.device("cuda"))["nvidia_smi"]["said"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("triton_tem_fused_addmm_gelu_view_3", "product"),
+        ("triton_poi_fused__to_copy_add_addmm_clamp_mul_round_7", "fused elementwise"),
+        ("triton_red_fused__to_copy_add_addmm_gelu_native_layer_norm_4", "fused elementwise"),
+        ("triton_per_fused__int_mm_add_copy_native_layer_norm_view_12", "fused elementwise"),
+        ("triton_poi_fused__scaled_dot_product_flash_attention_clone_transpose_6", "fused elementwise"),
+        ("triton_per_fused_sort_21", "sort"),
+        ("graph_0_cpp_fused__int_mm_add_gelu_view_5", "fused elementwise"),
+        ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NTT", "product"),
+        (
+            "sm90_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_kernel__5x_cublas",
+            "product",
+        ),
+        ("sm90_xmma_gemm_i8i32_i8i32_i32_tn_n_tilesize128x128x128_warpgroupsize1x1x1_kernel__5x_cublas", "product"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_i16832gemm_s8_256x128_64x3_tn_align16>(Params)", "product"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float, __half, float, false, __half>(...)", "product"),
+        ("ampere_sgemm_128x64_tn", "product"),
+        ("void gemv2T_kernel_val<int, int, __half, __half, __half, float, 128, 16, 4, 4, false>(...)", "product"),
+        ("fmha_cutlassF_f16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel<...>::Params)", "attention"),
+        (
+            "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, cutlass::half_t>>",
+            "attention",
+        ),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x64x64_4x1x1", "attention"),
+        ("void at::native::radixSortKVInPlace<-1, -1, 32, 4, float, long, unsigned int>(...)", "sort"),
+        ("void at_cuda_detail::cub::DeviceSegmentedRadixSortKernel<Policy, false, float, long>(...)", "sort"),
+        ("Memcpy DtoD (Device -> Device)", "copy"),
+        ("Memset (Device)", "copy"),
+        ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(...)>", "copy"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<unsigned int, 3, 128, 1>(...)", "copy"),
+        (
+            "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float>(...)",
+            "single elementwise",
+        ),
+        ("void at::native::_scatter_gather_elementwise_kernel<128, 8, ReduceAdd>(...)", "single elementwise"),
+        ("aten::_int_mm", "product"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("## Call CompiledFxGraph ##", "other"),
+    ],
+)
+def test_kernels_are_known_by_their_names(report: Any, kernel: str, kind: str) -> None:
+    assert report.kind_of(kernel) == kind
