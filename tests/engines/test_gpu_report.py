@@ -61,6 +61,9 @@ def test_every_section_writes_its_file_on_a_bare_machine(tmp_path: Path) -> None
     ]
     assert not [row for row in ends.values() if "error" in row]
     assert all(row["faster_than_torch-fp32"] for name, row in ends.items() if name != "decoding alone")
+    products = {f"{layer}-{kind}" for layer in ("qkv", "proj", "fc1", "fc2") for kind in ("fp16", "int8", "fp8")}
+    lengths = found["gpu-lengths"]["rows"]
+    assert all({*row["ms"], *row.get("errors", ())} == products | {"attention-fp16"} for row in lengths)
     timed = {row["name"]: row for row in found["gpu-vit-b16"]["rows"]}
     assert not [row for row in timed.values() if "error" in row]
     assert {"torch-compile-fp16", "torch-fp32", "fp16-r8", "int8-r8", "int8-r0"} == set(timed)

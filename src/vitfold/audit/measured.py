@@ -21,7 +21,11 @@ from vitfold.storage.checked import ImplausibleError, entry, section
 
 _LINEAR = {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}
 """Inputs and outputs of the layers, in widths of the model."""
-_PRECISIONS: Mapping[str, tuple[Precision, int, int]] = {"fp16": ("fp16", 2, 2), "int8": ("int8", 1, 4)}
+_PRECISIONS: Mapping[str, tuple[Precision, int, int]] = {
+    "fp16": ("fp16", 2, 2),
+    "int8": ("int8", 1, 4),
+    "fp8": ("fp8", 1, 2),
+}
 """The type multiplied in, bytes of an operand's number and of an output's: PyTorch's INT8 products end in INT32."""
 _BLOCK = ("tokens", "width", "heads", "head_width", "hidden")
 _SIZE, _MS = (1, 2**20), (1e-9, 1e9)
