@@ -29,6 +29,7 @@ _MULTIPLE = 16
 _EXACT = 2**24
 """Up to here single precision holds every integer."""
 _FLOAT8 = "float8_e4m3fn"
+_HALVES = (torch.float16, torch.bfloat16)
 LEAST_CAPABILITY = (8, 9)
 """Of a GPU that multiplies 8-bit floats."""
 
@@ -85,23 +86,31 @@ def computed_product(a: Tensor, b: Tensor, zeros: tuple[int, int]) -> Tensor:
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0, dtype=torch.int32)
 
 
-def float8_product(codes: Tensor, weight: Tensor, outputs: int, scale: Tensor) -> Tensor:
-    """Scale A W of 8-bit floats (..., I) with a weight (O', I'), padded, in single precision."""
+def float8_product(codes: Tensor, weight: Tensor, outputs: int, scale: Tensor, real: Tensor) -> Tensor:
+    """Scale A W of 8-bit floats (..., I) with a weight (O', I'), padded: (..., O).
+
+    In half precision where that is the type of `real`, the module's floats, else in single precision.
+    """
     flat = codes.reshape(-1, codes.shape[-1])
+    kind = real.dtype if real.dtype in _HALVES else torch.float32
     if not flat.is_cuda:
         sums = (flat.float() @ weight[:outputs, : flat.shape[1]].float().t()) * scale
-        return sums.reshape(*codes.shape[:-1], outputs)
-    sums = scaled_product(flat, weight, scale)
+        return sums.to(kind).reshape(*codes.shape[:-1], outputs)
+    sums = scaled_product(flat, weight, scale, kind)
     return sums[:, :outputs].reshape(*codes.shape[:-1], outputs)
 
 
-def scaled_product(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Scale A W of 8-bit floats (R, I) with a padded weight (O', I'), by the kernel that GPUs have for it: (R, O')."""
+def scaled_product(codes: Tensor, weight: Tensor, scale: Tensor, kind: torch.dtype = torch.float32) -> Tensor:
+    """Scale A W of 8-bit floats (R, I) with a padded weight (O', I'), by the kernel that GPUs have for it: (R, O').
+
+    Sums are kept as `kind`. Tensor cores may add in fewer bits than single precision has (`use_fast_accum`), as is
+    usual for inference: unverified here, for a CPU, on which alone this has run, adds in single precision.
+    """
     missing = weight.shape[1] - codes.shape[1]
     if missing:  # of bytes: padding has no kernel for 8-bit floats
         codes = F.pad(codes.view(torch.uint8), (0, missing)).view(torch.float8_e4m3fn)
     one = torch.ones((), dtype=torch.float32, device=codes.device)
-    return torch._scaled_mm(codes, weight.t(), scale_a=scale, scale_b=one, out_dtype=torch.float32)
+    return torch._scaled_mm(codes, weight.t(), scale_a=scale, scale_b=one, out_dtype=kind, use_fast_accum=True)
 
 
 def scaled(sums: Tensor, scale: Tensor, bias: Tensor | None, real: Tensor) -> Tensor:
@@ -159,7 +168,7 @@ def codes_of(t: Translation, node: Any, value: int = 0, scale: int = 1, zero: in
 
 
 def product(t: Translation, name: str, a: Codes, b: Codes) -> Any:
-    """The node that holds (A - za) (B - zb), in int32, or scaled by A's scale for 8-bit floats."""
+    """The node that holds (A - za) (B - zb), in int32; for 8-bit floats scaled by A's scale and B's largest."""
     if b.constant is None:
         if a.float8:
             raise ValueError(f"{name} multiplies 8-bit floats that are both computed")
@@ -168,7 +177,8 @@ def product(t: Translation, name: str, a: Codes, b: Codes) -> Any:
     if a.float8:
         t.uses_float8 = True
         held = t.hold(padded(_float8(weight)))
-        return t.call(float8_product, a.value, held, len(weight), t.exact(np.asarray(a.scale).reshape(())))
+        scale = np.asarray(a.scale.reshape(()) * _largest(b), np.float32)
+        return t.call(float8_product, a.value, held, len(weight), t.exact(scale), t.real)
     unsigned = weight.dtype == np.uint8
     codes = (weight.astype(np.int16) - 128 * unsigned).astype(np.int8)
     shift = 128 * (np.asarray(a.zero_point).dtype == np.uint8) - _one(a.zero_point)
@@ -203,8 +213,13 @@ def _float8(codes: Array) -> Tensor:
 
 def joint_scale(a: Codes, b: Codes) -> Array:
     """Return the factor behind a product: per column where B has one per column."""
-    left = np.ones((), np.float32) if a.float8 and b.constant is not None else a.scale.reshape(())
+    left = 1 / _largest(b) if a.float8 and b.constant is not None else a.scale.reshape(())
     return np.asarray(left * b.scale, np.float32)
+
+
+def _largest(b: Codes) -> Array:
+    """The largest scale of a weight. With it, sums of 8-bit floats keep to the range of outputs, and fit halves."""
+    return np.asarray(np.max(b.scale), np.float32)
 
 
 def _quantize(t: Translation, node: Any) -> Any:
