@@ -72,6 +72,12 @@ def run(session: Session, pixels: Array) -> Array:
     return output
 
 
+def assert_same(session: Session, found: Array, expected: Array) -> None:
+    """Equal to the last bit; on a GPU, which adds merged tokens in any order, to the last but a few."""
+    bound = 0.0 if session.reads_in_place else 1e-5
+    np.testing.assert_allclose(found, expected, rtol=bound, atol=bound * np.abs(expected).max())
+
+
 def test_an_engine_is_a_session_and_says_its_version(session: Session) -> None:
     assert isinstance(session, Session)
     name, version = session.engine.split(maxsplit=1)
@@ -98,8 +104,8 @@ def test_output_is_that_of_the_reference(
 
 def test_equal_input_gives_equal_output(session: Session, model: Model, random_images: Callable[..., Array]) -> None:
     pixels = random_images(model.spec, 3)
-    np.testing.assert_array_equal(run(session, pixels), run(session, pixels))
-    np.testing.assert_array_equal(run(session, pixels), session(pixels))
+    assert_same(session, run(session, pixels), run(session, pixels))
+    assert_same(session, run(session, pixels), session(pixels))
 
 
 def test_names_that_the_graph_lacks_are_refused(session: Session, model: Model, random_images: Any) -> None:
@@ -127,7 +133,7 @@ def test_an_image_does_not_depend_on_its_neighbours(
 
 def test_input_need_not_be_contiguous(session: Session, model: Model, random_images: Callable[..., Array]) -> None:
     pixels = random_images(model.spec, 4)
-    np.testing.assert_array_equal(run(session, pixels[::2]), run(session, np.ascontiguousarray(pixels[::2])))
+    assert_same(session, run(session, pixels[::2]), run(session, np.ascontiguousarray(pixels[::2])))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 31, 32), (1, 1, 32, 32), (3, 32, 32)])
@@ -302,7 +308,7 @@ def test_a_profile_names_the_sites(
 ) -> None:
     before = run(session, random_images(model.spec, 2))
     profile = session.profile(runs=3)
-    np.testing.assert_array_equal(session.fetch()["logits"], before, "the profiler leaves the output as it was")
+    assert_same(session, session.fetch()["logits"], before)  # the profiler leaves the output as it was
     assert len(profile.plain_ns) == len(profile.profiled_ns) == 3
     assert all(node.latency_ns >= 0 for node in profile.nodes)
     assert sum(node.latency_ns for node in profile.nodes) <= sum(profile.profiled_ns), "no run is counted twice"

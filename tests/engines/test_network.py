@@ -31,6 +31,8 @@ PROBES = sorted(
         "*.onnx"
     )
 )
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Kernels are those of the GPU, where there is one; what is expected of them is computed on the CPU."""
 WIDE = {"embed_dim": 64, "mlp_dim": 96, "head_dim": 16}
 
 
@@ -65,11 +67,11 @@ def _photos(folder: Path) -> ImageSet:
 
 
 def run(network: Network, pixels: Array) -> Array:
-    """In its own type."""
+    """In its own type, and where it is."""
     with torch.no_grad():
-        made = network(torch.from_numpy(pixels))
+        made = network(torch.from_numpy(pixels).to(network.body.get_buffer("real").device))
     assert isinstance(made, torch.Tensor)
-    return made.float().numpy()
+    return made.float().cpu().numpy()
 
 
 def far(found: Array, expected: Array) -> float:
@@ -83,14 +85,15 @@ def test_products_of_extreme_codes_are_exact(path: Path, rows: int) -> None:
     left = exactness.left_codes(rows)
     right = exactness.right_codes(7 if "-7-" in path.stem else 8) if path.stem.endswith("weight") else left.T
     pixels = left.reshape(rows, *exactness.IMAGE).astype(np.float32)
-    np.testing.assert_array_equal(run(read_network(path), pixels), (left @ right).astype(np.float32))
+    np.testing.assert_array_equal(run(read_network(path).to(DEVICE), pixels), (left @ right).astype(np.float32))
 
 
 def test_long_products_of_computed_codes_are_exact() -> None:
     rng = np.random.default_rng(0)
     a, b = (torch.from_numpy(rng.integers(200, 256, (2, 3, *shape), dtype=np.uint8)) for shape in ((5, 700), (700, 4)))
-    assert int(computed_product(a, b, (0, 0)).max()) > 2**24, "beyond what single precision holds"
-    assert torch.equal(computed_product(a, b, (0, 7)), a.int() @ (b.int() - 7))
+    placed = a.to(DEVICE), b.to(DEVICE)
+    assert int(computed_product(*placed, (0, 0)).max()) > 2**24, "beyond what single precision holds"
+    assert torch.equal(computed_product(*placed, (0, 7)).cpu(), a.int() @ (b.int() - 7))
 
 
 @pytest.mark.parametrize("shape", [(1, 7, 3), (40, 48, 10), (17, 16, 16)])
@@ -107,15 +110,17 @@ def test_kernels_are_given_what_they_take(shape: tuple[int, int, int], monkeypat
         return kernel(x, y)
 
     monkeypatch.setattr(torch, "_int_mm", watched)
-    found = integer_product(a, padded(w), torch.zeros(outputs, dtype=torch.int32))
-    assert torch.equal(found, a.int() @ w.int().t())
+    zeros = torch.zeros(outputs, dtype=torch.int32, device=DEVICE)
+    found = integer_product(a.to(DEVICE), padded(w).to(DEVICE), zeros)
+    assert torch.equal(found.cpu(), a.int() @ w.int().t())
     ((m, k, n),) = given
     assert m > 16
     assert k % 8 == n % 8 == 0
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 7, 3), (40, 48, 10), (17, 16, 16)])
-def test_the_kernel_of_8_bit_floats_computes_what_floats_do(shape: tuple[int, int, int]) -> None:
+def test_the_kernel_of_8_bit_floats_computes_what_floats_do(shape: tuple[int, int, int], kind: torch.dtype) -> None:
     """The call that GPUs get, on a CPU where torch has it there, too."""
     rows, inputs, outputs = shape
     generator = torch.Generator().manual_seed(0)
@@ -124,12 +129,57 @@ def test_the_kernel_of_8_bit_floats_computes_what_floats_do(shape: tuple[int, in
     )
     scale = torch.tensor(0.25)
     expected = (a.float() @ w.float().t()) * scale
+    held = a.to(DEVICE), padded(w).to(DEVICE)
+    rtol = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[kind]
+    if DEVICE.type == "cuda":  # sums of fewer bits
+        rtol = max(rtol, 1e-3)
+    close = {"rtol": rtol, "atol": rtol * float(expected.abs().max())}
+    real = torch.empty(0, dtype=kind, device=DEVICE)
+    product = float8_product(*held, outputs, scale.to(DEVICE), real)
+    assert product.dtype == kind
+    torch.testing.assert_close(product.float().cpu(), expected, **close)
     try:
-        found = scaled_product(a, padded(w), scale)
+        found = scaled_product(*held, scale.to(DEVICE), kind)
     except (NotImplementedError, RuntimeError) as error:
-        pytest.skip(f"this torch has it on GPUs only: {error}")
-    torch.testing.assert_close(found[:, :outputs], expected, rtol=1e-5, atol=1e-2)
-    torch.testing.assert_close(float8_product(a, padded(w), outputs, scale), expected, rtol=1e-5, atol=1e-2)
+        pytest.skip(f"this torch or this GPU has it not: {error}")
+    assert found.dtype == kind
+    torch.testing.assert_close(found[:, :outputs].float().cpu(), expected, **close)
+
+
+def test_sums_of_8_bit_floats_fit_half_precision(tmp_path: Path) -> None:
+    """A weight's codes are up to 448 whatever its numbers are: sums of them alone would be infinite."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    columns = np.geomspace(1e-4, 1.0, 8).astype(np.float32)
+    weight = rng.standard_normal((64, 8)).astype(np.float32) * columns
+    scales = np.abs(weight).max(0) / 448
+    codes = torch.from_numpy(weight / scales).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    kind = onnx.TensorProto.FLOAT8E4M3FN
+    constants = [
+        helper.make_tensor("w", kind, codes.shape, codes.tobytes(), raw=True),
+        numpy_helper.from_array(scales.astype(np.float32), "w_scale"),
+        numpy_helper.from_array(np.float32(128 / 448), "x_scale"),
+        helper.make_tensor("zero", kind, [], b"\x00", raw=True),
+        helper.make_tensor("zeros", kind, [8], bytes(8), raw=True),
+    ]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "x_scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "x_scale", "zero"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "w_scale", "zeros"], ["v"], axis=1),
+        helper.make_node("MatMul", ["d", "v"], ["y"], name="product"),
+    ]
+    ends = [helper.make_tensor_value_info("x", 1, ["batch", 64]), helper.make_tensor_value_info("y", 1, ["batch", 8])]
+    graph = helper.make_graph(nodes, "graph", ends[:1], ends[1:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), str(tmp_path / "f8.onnx"))
+    x = (128 * rng.uniform(-1, 1, (5, 64))).astype(np.float32)
+    found = run(read_network(tmp_path / "f8.onnx").half(), x)
+    exact = run(read_network(tmp_path / "f8.onnx"), x)
+    assert np.isfinite(found).all()
+    assert np.abs(x @ (weight / scales)).max() > 65504, "which half precision does not hold"
+    assert far(exact, x @ weight) < 0.05
+    np.testing.assert_allclose(found, exact, rtol=0.02, atol=0.02 * np.abs(exact).max(0).min())
 
 
 @pytest.mark.parametrize(
