@@ -233,11 +233,12 @@ diffusion: $(VENV)/.dev
 models: $(VENV)/.dev
 	$(BIN)/python examples/check_models.py --output docs/models.json
 
-# What PyTorch gets from vitfold on the GPU at hand: results/gpu-*.json, within GPU_SECONDS. It needs no network and installs nothing: torch,
+# What PyTorch gets from vitfold on the GPU at hand: gpu-*.json in GPU_OUTPUT, within GPU_SECONDS. It needs no network and installs nothing: torch,
 # timm, onnx, onnx-ir, onnxruntime, safetensors, numpy, pillow, typer, rich and jaxtyping have to be there for PYTHON; what is pure Python
 # beside them, and torchao as a rival, comes from the wheels that `make gpu-wheels` fetched before, 6 MB that travel with the checkout.
 GPU_SECONDS ?= 360
 GPU_DEVICE ?= cuda
+GPU_OUTPUT ?= results
 gpu-wheels:
 	mkdir -p .gpu/wheels
 	$(PYTHON) -m pip download --disable-pip-version-check --no-deps --only-binary :all: --dest .gpu/wheels \
@@ -246,7 +247,7 @@ gpu-wheels:
 gpu:
 	mkdir -p .gpu/site
 	for wheel in .gpu/wheels/*.whl; do $(PYTHON) -m zipfile -e $$wheel .gpu/site || exit 1; done
-	PYTHONPATH=src:.gpu/site $(PYTHON) examples/gpu_report.py --output results --device $(GPU_DEVICE) --seconds $(GPU_SECONDS)
+	PYTHONPATH=src:.gpu/site $(PYTHON) examples/gpu_report.py --output $(GPU_OUTPUT) --device $(GPU_DEVICE) --seconds $(GPU_SECONDS)
 
 readme:
 	$(BIN)/python -m vitfold.report.document README.md docs/*.md

@@ -32,20 +32,29 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 
 from vitfold import pipeline
 from vitfold.bench.classes import class_targets
 from vitfold.bench.environment import environment, installed_version
 from vitfold.bench.timing import interleave
 from vitfold.cores import usable_cores
+from vitfold.diffusion import find_method, sample
+from vitfold.diffusion.opening import plan_parts, write_parts
 from vitfold.engines.network import Network, read_network
+from vitfold.engines.network.session import NetworkSession
+from vitfold.errors import EngineError
 from vitfold.images import ImageSet, batches, find_images, prepared_ahead
-from vitfold.model import Model, Preprocess
+from vitfold.model import DiTSpec, Model, Preprocess
+from vitfold.model.dit import dit_param_shapes
 from vitfold.pipeline.plan import Plan
 from vitfold.pipeline.writing import write_graph
 from vitfold.recipe import MergeRecipe, QuantRecipe
 from vitfold.schedule import resolve_r
 from vitfold.sources import demo_folder, load_source
+from vitfold.sources.diffusers import dit_params
+from vitfold.sources.dit import demo_dit_folder
+from vitfold.target import find_target
 
 ROOT = Path(__file__).parents[1]
 CHILDREN = 8
@@ -56,6 +65,8 @@ PREFLIGHT = 60.0
 """Seconds after which a compiler that has not compiled a line counts as broken."""
 PHOTO = (500, 375)
 """Width and height of the files that are decoded, about the median of ImageNet."""
+SAMPLERS = tuple(itertools.product(("demo-dit", "dit-xl-2-256"), ("none", "stack:2", "fora:2")))
+"""Diffusion Transformers, and how they reuse steps."""
 KINDS = (
     ("attention", ("flash", "fmha", "attention", "sdpa")),
     ("sort", ("sort", "topk")),
@@ -190,15 +201,15 @@ class Children:
     """Processes of this script that compile side by side, most important first, and stop while something is timed."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(CHILDREN)
+        self._pools = ThreadPoolExecutor(CHILDREN), ThreadPoolExecutor(len(SAMPLERS))
         self._lock, self._free, self._ended = threading.Lock(), threading.Event(), False
-        self._running: set[subprocess.Popen[str]] = set()
+        self._running: dict[str, subprocess.Popen[str]] = {}
         self._found: dict[str, Future[str]] = {}
         self._free.set()
 
-    def start(self, name: str, task: Sequence[Any], threads: int = 2) -> None:
-        """Queue a task: what `TASKS` does, and its arguments."""
-        self._found[name] = self._pool.submit(self._run, task, threads)
+    def start(self, name: str, task: Sequence[Any], *, threads: int = 2, aside: bool = False) -> None:
+        """Queue a task: what `TASKS` does, and its arguments; `aside` from the others, whom it does not hold up."""
+        self._found[name] = self._pools[aside].submit(self._run, name, task, threads)
 
     def wait(self, names: Iterable[str], seconds: float) -> None:
         """Return when these are done, or the seconds are over."""
@@ -211,11 +222,11 @@ class Children:
         return self._found[name].result() if self._found[name].done() else None
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stop those that run, and start no others, for as long as the block runs."""
+    def paused(self, but: str | None = None) -> Iterator[None]:
+        """Stop those that run, but for one, and start no others, for as long as the block runs."""
         with self._lock:
             self._free.clear()
-            self._signal(signal.SIGSTOP)
+            self._signal(signal.SIGSTOP, but)
         try:
             yield
         finally:
@@ -229,14 +240,15 @@ class Children:
             self._ended = True
             self._free.set()
             self._signal(signal.SIGKILL)
-        self._pool.shutdown(cancel_futures=True)
+        for pool in self._pools:
+            pool.shutdown(cancel_futures=True)
 
-    def _signal(self, what: signal.Signals) -> None:
-        for process in self._running:
+    def _signal(self, what: signal.Signals, but: str | None = None) -> None:
+        for process in (process for name, process in self._running.items() if name != but):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, what)
 
-    def _run(self, task: Sequence[Any], threads: int) -> str:
+    def _run(self, name: str, task: Sequence[Any], threads: int) -> str:
         environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
         command = [sys.executable, __file__, "--child", json.dumps(task)]
         while True:
@@ -254,11 +266,11 @@ class Children:
                     text=True,
                     start_new_session=True,
                 )
-                self._running.add(process)
+                self._running[name] = process
             break
         _, said = process.communicate()
         with self._lock:
-            self._running.discard(process)
+            del self._running[name]
         return "" if process.returncode == 0 else f"exit {process.returncode}: {said[-600:]}"
 
 
@@ -354,7 +366,7 @@ def has_float8(device: torch.device) -> bool:
 
 
 CONTRACT = (
-    "extreme_codes or kernel or long_products or fit_half or onnx_runtime or "
+    "extreme_codes or kernel or long_products or fit_half or onnx_runtime and not openvino or "
     "test_engines and torch and not compile or reference and torch and compile and 5"
 )
 """The tests of the contract that say something about a GPU, as pytest's -k takes them."""
@@ -521,10 +533,6 @@ def _compile_a_subject(device: str, source: str, graph: str | None, dtype: str, 
         call()
 
 
-TASKS: Mapping[str, Callable[..., None]] = {"preflight": _compile_a_line, "subject": _compile_a_subject}
-"""What children do."""
-
-
 def _pixels(module: Any, subject: Subject, batch: int, device: torch.device) -> torch.Tensor:
     size = (3, 224, 224) if subject.graph is None else module.ends.inputs[0].shape
     generator = torch.Generator().manual_seed(0)
@@ -537,7 +545,9 @@ def speed(report: Report) -> None:
     The first subjects are timed and written before the rest is compiled, and again beside it.
     """
     study = need_study(report)
-    for subjects in (study.subjects[: study.first], study.subjects[study.first :]):
+    for place, subjects in enumerate((study.subjects[: study.first], study.subjects[study.first :])):
+        if place:
+            start_samplers(report)
         failed = make_ready(report, subjects, study.batch, study.ready, report.until(WARMING))
         study.rows = [row for row in study.rows if "error" in row] + failed
         study.rows += timed_rows(report, study.ready, study.batch)
@@ -956,74 +966,118 @@ class Ddim:
         return argparse.Namespace(prev_sample=then.sqrt() * clean + (1 - then).sqrt() * noise)
 
 
-def diffusion(report: Report) -> None:
-    """Diffusion Transformers of random weights with and without reuse of steps: the demo's shape, and DiT-XL/2."""
-    from vitfold.diffusion import find_method, sample
-    from vitfold.diffusion.opening import plan_parts, write_parts
-    from vitfold.engines.network.session import NetworkSession
-    from vitfold.model import DiTSpec
-    from vitfold.model.dit import dit_param_shapes
-
+def dit_of(name: str, *, small: bool) -> tuple[DiTSpec, dict[str, np.ndarray], str]:
+    """Return a Diffusion Transformer and what its weights are: the demo's own where they are at hand, else random."""
     shared = {"freq_shift": 1, "condition": "block", "activation": "gelu_tanh", "mlp_norm_eps": 1e-5}
-    specs = {
-        "like-demo-dit": DiTSpec(
-            image_size=32,
-            patch_size=4,
-            channels=1,
-            outputs=1,
-            embed_dim=192,
-            num_layers=10,
-            num_heads=6,
-            mlp_dim=768,
-            classes=10,
-            **shared,
-        ),
-        "dit-xl-2-256": DiTSpec(
-            image_size=32,
-            patch_size=2,
-            channels=4,
-            outputs=8,
-            embed_dim=1152,
-            num_layers=1 if report.small else 28,
-            num_heads=16,
-            mlp_dim=4608,
-            classes=1000,
-            **shared,
-        ),
-    }
-    rows: list[dict[str, Any]] = []
+    if name == "demo-dit":
+        sizes = {"image_size": 32, "patch_size": 4, "channels": 1, "outputs": 1, "classes": 10}
+        spec = DiTSpec(**sizes, embed_dim=192, num_layers=10, num_heads=6, mlp_dim=768, **shared)
+        weights = demo_dit_folder() / "diffusion_pytorch_model.safetensors"
+        if weights.is_file():
+            return spec, dit_params(spec, load_file(weights)), "the demo's weights"
+    else:
+        sizes = {"image_size": 32, "patch_size": 2, "channels": 4, "outputs": 8, "classes": 1000}
+        layers = 1 if small else 28
+        spec = DiTSpec(**sizes, embed_dim=1152, num_layers=layers, num_heads=16, mlp_dim=4608, **shared)
     rng = np.random.default_rng(0)
-    steps, count = (4, 1) if report.small else (50, 4)
-    dtype = torch.float16 if report.device.type == "cuda" else torch.float32
-    for name, spec in specs.items():
-        required, _ = dit_param_shapes(spec)
-        params = {n: 0.02 * rng.standard_normal(shape, dtype=np.float32) for n, shape in required.items()}
-        for reuse in ("none", "stack:2", "fora:2"):
-            if rows and report.over():
-                return
-            method = find_method(reuse)
-            folder = report.work / f"{name}-{reuse.replace(':', '')}"
-            folder.mkdir()
-            found = plan_parts(spec, method, (), 0)
-            write_parts(found, params, folder, {})
-            graphs = {part: folder / f"{part}.onnx" for part in found}
-            with NetworkSession(graphs, compiled=not report.small, device=report.device, dtype=dtype) as session:
+    required, optional = dit_param_shapes(spec)
+    shapes = {**required, **optional}
+    return (
+        spec,
+        {n: 0.02 * rng.standard_normal(shape, dtype=np.float32) for n, shape in shapes.items()},
+        "random weights",
+    )
+
+
+def _sample(device: str, name: str, reuse: str, folder: str, compiles: bool) -> None:
+    """Make a sampler ready, say so, and draw when told to; in the narrowest type in which all samples are finite."""
+    place, small = Path(folder), device == "cpu"
+    spec, params, weights = dit_of(name, small=small)
+    method = find_method(reuse)
+    parts = plan_parts(spec, method, (), 0)
+    write_parts(parts, params, place, target=find_target("torch"))
+    del params
+    graphs = {part: place / f"{part}.onnx" for part in parts}
+    steps, count, times = (4, 1, 1) if small else (50, 4, 2)
+    row: dict[str, Any] = {"name": name, "reuse": reuse, "weights": weights, "steps": steps, "images": count}
+    how = {"seed": 0, "guidance": 4.0}
+    for dtype in [torch.float32] if small else [torch.float16, torch.bfloat16, torch.float32]:
+        try:
+            with NetworkSession(graphs, compiled=compiles, device=torch.device(device), dtype=dtype) as session:
+                sample(session, spec, Ddim(min(steps, 8)), method, list(range(count)), **how)
+                (place / "ready").touch()
+                while not (place / "go").exists():
+                    time.sleep(0.02)
                 took = []
-                for _ in range(1 if report.small else 3):
+                for _ in range(times):
                     began = time.perf_counter()
-                    drawn = sample(session, spec, Ddim(steps), method, list(range(count)), seed=0, guidance=4.0)
+                    drawn = sample(session, spec, Ddim(steps), method, list(range(count)), **how)
                     took.append(time.perf_counter() - began)
-            row = {"name": name, "reuse": reuse, "steps": steps, "images": count, "seconds": took}
-            row |= {"full_steps": len(drawn.full_ns), "median_full_ms": float(np.median(drawn.full_ns)) / 1e6}
-            if drawn.reused_ns:
-                row["median_reused_ms"] = float(np.median(drawn.reused_ns)) / 1e6
-            rows.append(row)
-            report.write(
-                "dit", rows, note="random weights; graphs cast to the device's type; the first run of three compiles"
-            )
-            report.say(f"{name}, reuse {reuse}: {took[-1]:.2f} s for {count} images of {steps} steps")
+            break
+        except EngineError as error:  # numbers beyond half precision, or a kernel that a type lacks
+            row.setdefault("instead_of", {})[str(dtype)] = str(error)[:300]
+    else:
+        raise RuntimeError(str(row["instead_of"]))
+    row |= {"type": str(dtype), "how": session.engine, "seconds": took, "full_steps": len(drawn.full_ns)}
+    row["median_full_ms"] = float(np.median(drawn.full_ns)) / 1e6
+    if drawn.reused_ns:
+        row["median_reused_ms"] = float(np.median(drawn.reused_ns)) / 1e6
+    np.save(place / "drawn.npy", drawn.samples)
+    (place / "row.new").write_text(json.dumps(row))
+    (place / "row.new").replace(place / "row.json")
 
 
+def start_samplers(report: Report) -> None:
+    """Have children make the samplers ready, each in a folder."""
+    study = need_study(report)
+    for name, reuse in SAMPLERS:
+        folder = report.work / f"{name}-{reuse.replace(':', '')}"
+        if not folder.exists():
+            folder.mkdir()
+            task = ["sample", str(report.device), name, reuse, str(folder), report.compiles and not report.small]
+            study.children.start(folder.name, task, aside=True)
+
+
+def diffusion(report: Report) -> None:
+    """Diffusion Transformers with and without reuse of steps: the demo's, and DiT-XL/2. Children draw, one at a time."""
+    start_samplers(report)
+    children, until = need_study(report).children, report.until(0.6)
+    rows: list[dict[str, Any]] = []
+    plain: dict[str, np.ndarray] = {}
+
+    def appears(path: Path, child: str) -> bool:
+        while not path.exists() and children.said(child) is None and not report.over(until):
+            time.sleep(0.02)
+        return path.exists()
+
+    for name, reuse in SAMPLERS:
+        folder = report.work / f"{name}-{reuse.replace(':', '')}"
+        if appears(folder / "ready", folder.name):
+            with children.paused(but=folder.name):
+                (folder / "go").touch()
+                appears(folder / "row.json", folder.name)
+        if (folder / "row.json").exists():
+            row = json.loads((folder / "row.json").read_text())
+            drawn = np.load(folder / "drawn.npy")
+            first = plain.setdefault(name, drawn) if reuse == "none" else plain.get(name)
+            if first is not None:
+                row["from_none"] = float(np.linalg.norm(drawn - first) / np.linalg.norm(first))
+            report.say(f"{name}, reuse {reuse}: {row['seconds'][-1]:.2f} s for {row['images']} images, {row['type']}")
+        else:
+            row = {"name": name, "reuse": reuse, "error": children.said(folder.name) or "not done in time"}
+            report.say(f"{name}, reuse {reuse}: {row['error'][-150:]}")
+        rows.append(row)
+        report.write(
+            "dit", rows, note="graphs cast to `type`; from_none is how far samples are from those without reuse"
+        )
+
+
+TASKS: Mapping[str, Callable[..., None]] = {
+    "preflight": _compile_a_line,
+    "subject": _compile_a_subject,
+    "sample": _sample,
+}
+"""What children do."""
 SECTIONS: Mapping[str, Callable[[Report], None]] = {
     "prepare": prepare,
     "contract": contract,

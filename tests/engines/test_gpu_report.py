@@ -30,7 +30,7 @@ def report(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.slow
-def test_every_section_writes_its_file_on_a_bare_machine(tmp_path: Path) -> None:
+def test_every_section_writes_its_file_on_a_bare_machine(tmp_path: Path, report: Any) -> None:
     """With what a machine with a GPU has: other packages cannot be imported."""
     (tmp_path / "site").mkdir()
     lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in ABSENT.split())]
@@ -64,6 +64,11 @@ def test_every_section_writes_its_file_on_a_bare_machine(tmp_path: Path) -> None
     products = {f"{layer}-{kind}" for layer in ("qkv", "proj", "fc1", "fc2") for kind in ("fp16", "int8", "fp8")}
     lengths = found["gpu-lengths"]["rows"]
     assert all({*row["ms"], *row.get("errors", ())} == products | {"attention-fp16"} for row in lengths)
+    drawn = found["gpu-dit"]["rows"]
+    assert [(row["name"], row["reuse"]) for row in drawn] == list(report.SAMPLERS)
+    assert not [row for row in drawn if "error" in row]
+    assert {row["weights"] for row in drawn[:3]} == {"the demo's weights"}
+    assert 0 < drawn[1]["from_none"] < 1
     timed = {row["name"]: row for row in found["gpu-vit-b16"]["rows"]}
     assert not [row for row in timed.values() if "error" in row]
     assert {"torch-compile-fp16", "torch-fp32", "fp16-r8", "int8-r8", "int8-r0"} == set(timed)
@@ -98,13 +103,13 @@ def test_what_compiles_stops_while_something_is_timed(report: Any) -> None:
         while not children._running:
             time.sleep(0.01)
         with children.paused():
-            (process,) = children._running
+            process = children._running["absent"]
             deadline = time.monotonic() + 20
             while (state := Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]) != "T":
                 assert time.monotonic() < deadline, state
             children.start("later", ["preflight", "cpu"])
             time.sleep(0.2)
-            assert children._running == {process}
+            assert list(children._running) == ["absent"]
             assert children.said("absent") is children.said("later") is None
         children.wait(["absent"], 120)
         assert children.said("absent").startswith("exit 1: ")
@@ -174,3 +179,21 @@ def test_a_driver_that_hangs_does_not_end_the_report(report: Any, monkeypatch: p
 )
 def test_kernels_are_known_by_their_names(report: Any, kernel: str, kind: str) -> None:
     assert report.kind_of(kernel) == kind
+
+
+def test_the_demo_s_diffusion_transformer_needs_no_diffusers(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    import numpy as np
+
+    from vitfold.sources.dit import load_dit
+
+    spec, params, weights = report.dit_of("demo-dit", small=False)
+    loaded = load_dit("demo-dit")
+    assert weights == "the demo's weights"
+    assert spec == loaded.spec
+    assert set(params) == set(loaded.params)
+    assert all(np.array_equal(values, loaded.params[name]) for name, values in params.items())
+    monkeypatch.setenv("VITFOLD_DEMO_DIT", "/absent")
+    spec, params, weights = report.dit_of("demo-dit", small=False)
+    assert (spec, weights) == (loaded.spec, "random weights")
+    assert set(params) == set(loaded.params)

@@ -120,7 +120,7 @@ def translate(
     state = {name: _array(tensor) for name, tensor in module.state_dict().items()}
     model = DiTModel(
         spec=spec,
-        params=_params(spec, state),
+        params=dit_params(spec, state),
         schedule=schedule,
         labels=labels,
         origin=origin,
@@ -207,8 +207,12 @@ def check_dit_parity(module: Any, model: DiTModel, *, seed: int = 0) -> float:
     return error
 
 
-def _params(spec: DiTSpec, state: dict[str, Array]) -> dict[str, Array]:
-    """Rename and stack; every tensor is used once, or the model is refused."""
+def dit_params(spec: DiTSpec, state: dict[str, Array]) -> dict[str, Array]:
+    """Return the parameters of a state dict of diffusers, which is emptied: names changed, projections stacked.
+
+    Raises:
+        SourceError: if a tensor has no place in the program.
+    """
     params: dict[str, Array] = {"pos_embed": sincos_positions(spec.grid, spec.embed_dim), **unit_norm(spec.embed_dim)}
 
     def linear(name: str, *layers: str) -> None:
