@@ -71,7 +71,7 @@ def test_every_section_writes_its_file_on_a_bare_machine(tmp_path: Path, report:
     assert 0 < drawn[1]["from_none"] < 1
     timed = {row["name"]: row for row in found["gpu-vit-b16"]["rows"]}
     assert not [row for row in timed.values() if "error" in row]
-    assert {"torch-compile-fp16", "torch-fp32", "fp16-r8", "int8-r8", "int8-r0"} == set(timed)
+    assert {"torch-compile-fp16", "torch-fp32", "fp16-r8", "int8-r8", "int8-r0", "int8-r8-max-autotune"} == set(timed)
     assert {row["batch"] for row in found["gpu-vit-b16"]["rows"]} == {1, 2}
     assert all(document["environment"]["torch_compile"] == "works" for document in found.values())
     assert set(found["gpu-vit-b16"]["blocks"]["schedules"]) == {"r0", "r8"}, "for `vitfold forecast --measured`"
@@ -197,3 +197,59 @@ def test_the_demo_s_diffusion_transformer_needs_no_diffusers(report: Any, monkey
     spec, params, weights = report.dit_of("demo-dit", small=False)
     assert (spec, weights) == (loaded.spec, "random weights")
     assert set(params) == set(loaded.params)
+
+
+def test_what_is_not_compiled_in_time_is_timed_at_the_end(
+    report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what took its own process along is not tried in this one."""
+    import torch
+
+    def made_ready(_: Any, subject: Any, __: int) -> Any:
+        if subject.name == "refused":
+            raise ValueError("no such kernel")
+        return report.Ready(subject, torch.nn.Identity(), lambda: None, "eager")
+
+    said: dict[str, str | None] = {"slow@2": None, "fatal@2": "exit -11: ", "sick@2": "exit 1: CUDA error: misaligned"}
+    children = report.Children()
+    monkeypatch.setattr(children, "said", lambda name: said.get(name, ""))
+    monkeypatch.setattr(report, "made_ready", made_ready)
+    monkeypatch.setattr(report, "start_samplers", lambda _: None)
+    names = ["torch-compile-fp16", "torch-fp32", "fp16-r0", "slow", "fatal", "sick", "refused"]
+    subjects = [report.Subject(name, None, "float16") for name in names]
+    study = report.Study("", 2, (1,), subjects, 2, subjects[:1], {}, children)
+    given = report.Report(tmp_path, torch.device("cpu"), time.monotonic() + 60, tmp_path, True, {}, study=study)
+    report.speed(given)
+    rows = {row["name"]: row for row in json.loads((tmp_path / "gpu-vit-b16.json").read_text())["rows"]}
+    assert list(rows) == ["slow", "fatal", "sick", "refused", "torch-compile-fp16", "torch-fp32", "fp16-r0"]
+    errors = {name: row["error"] for name, row in rows.items() if "error" in row}
+    assert errors == {
+        "slow": report.LATE,
+        "fatal": "exit -11: ",
+        "sick": "exit 1: CUDA error: misaligned",
+        "refused": "ValueError: no such kernel",
+    }
+    said["slow@2"] = ""
+    report.late(given)
+    rows = {row["name"]: row for row in json.loads((tmp_path / "gpu-vit-b16.json").read_text())["rows"]}
+    assert list(rows) == ["fatal", "sick", "refused", "torch-compile-fp16", "torch-fp32", "fp16-r0", "slow"]
+    assert rows["slow"]["faster_than_torch-fp32"]
+    children.end()
+
+
+def test_every_subject_that_fails_leaves_its_error(
+    report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(report, "made_ready", fail)
+    monkeypatch.setattr(report, "start_samplers", lambda _: None)
+    children = report.Children()
+    study = report.Study("", 2, (1,), [report.Subject("a", None, "float16")], 1, [], {}, children)
+    report.speed(report.Report(tmp_path, torch.device("cpu"), time.monotonic(), tmp_path, True, {}, study=study))
+    (row,) = json.loads((tmp_path / "gpu-vit-b16.json").read_text())["rows"]
+    assert row["error"] == "RuntimeError: out of memory"
+    children.end()
