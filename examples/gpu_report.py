@@ -484,7 +484,7 @@ def study_of(report: Report, children: Children) -> Study:
     rest += [tuned, *(one for one in ours.values() if one not in core and one not in rest)]
     batches = (1, 64, 8)
     if report.small:
-        core, rest, batches = peers[1:2], [ours["int8-r0"], tuned], (1,)
+        core, rest, batches = peers[1:2], [tuned], (1,)
     spec = model.spec
     shape = {"tokens": spec.tokens, "width": spec.embed_dim, "heads": spec.num_heads, "head_width": spec.head_dim}
     schedules = {name: list(resolve_r(r, spec)) for name, r in merges.items()}

@@ -71,7 +71,7 @@ def test_every_section_writes_its_file_on_a_bare_machine(tmp_path: Path, report:
     assert 0 < drawn[1]["from_none"] < 1
     timed = {row["name"]: row for row in found["gpu-vit-b16"]["rows"]}
     assert not [row for row in timed.values() if "error" in row]
-    assert {"torch-compile-fp16", "torch-fp32", "fp16-r8", "int8-r8", "int8-r0", "int8-r8-max-autotune"} == set(timed)
+    assert {"torch-compile-fp16", "torch-fp32", "fp16-r8", "int8-r8", "int8-r8-max-autotune"} == set(timed)
     assert {row["batch"] for row in found["gpu-vit-b16"]["rows"]} == {1, 2}
     assert all(document["environment"]["torch_compile"] == "works" for document in found.values())
     assert set(found["gpu-vit-b16"]["blocks"]["schedules"]) == {"r0", "r8"}, "for `vitfold forecast --measured`"
