@@ -222,7 +222,10 @@ class Children:
         """What went wrong, nothing where all went well or nothing was asked, None while it is at work."""
         if name not in self._found:
             return ""
-        return self._found[name].result() if self._found[name].done() else None
+        found = self._found[name]
+        if not found.done():
+            return None
+        return found.result() if found.exception() is None else f"not started: {found.exception()}"
 
     @contextlib.contextmanager
     def paused(self, but: str | None = None) -> Iterator[None]:
@@ -480,8 +483,8 @@ def study_of(report: Report, children: Children) -> Study:
     first = [*peers[:2], ours[f"fp16-{most}"], ours[f"int8-{most}"]]
     core = [*first, ours["fp16-r0"], ours["int8-r0"]]
     tuned = replace(first[3], name=f"{first[3].name}-{TUNED}", how=TUNED)
-    rest = [*core[4:], *(one for name, one in ours.items() if name.startswith("fp8")), *peers[2:]]
-    rest += [tuned, *(one for one in ours.values() if one not in core and one not in rest)]
+    rest = [*core[4:], *(ours[name] for name in ("fp8-r0", f"fp8-{most}") if name in ours), *peers[2:], tuned]
+    rest += [one for one in ours.values() if one not in core and one not in rest]  # each layer of another length
     batches = (1, 64, 8)
     if report.small:
         core, rest, batches = peers[1:2], [tuned], (1,)
@@ -501,11 +504,12 @@ def prepare(report: Report) -> None:
     report.study = study = study_of(report, children)
     children.wait(["preflight"], PREFLIGHT)
     said = children.said("preflight")
-    report.compiles = said == ""
-    said = "works" if report.compiles else said or f"not done within {PREFLIGHT:.0f} s"
-    report.environment = {**report.environment, "torch_compile": said}
-    report.say(f"torch.compile: {said}")
-    if not report.compiles:
+    report.compiles = said == "" or (said is not None and _compiles_here(report))
+    shown = "works" if said == "" else said or f"not done within {PREFLIGHT:.0f} s"
+    shown = f"works in this process alone: {shown}" if said and report.compiles else shown
+    report.environment = {**report.environment, "torch_compile": shown}
+    report.say(f"torch.compile: {shown}")
+    if said != "":  # a GPU may be lent to one process only
         return
     if report.small:
         study.warm(report, study.subjects[2:3], study.batch)
@@ -523,6 +527,15 @@ def need_study(report: Report) -> Study:
     return report.study
 
 
+def _compiles_here(report: Report) -> bool:
+    try:
+        _compile_a_line(str(report.device))
+    except Exception as error:  # whatever a compiler may meet
+        report.say(f"does not compile here either: {type(error).__name__}: {str(error)[:150]}")
+        return False
+    return True
+
+
 def _compile_a_line(device: str) -> None:
     x = torch.randn(64, 64, device=device)
     torch.compile(lambda x: torch.softmax(x @ x, -1) * 2)(x)
@@ -533,17 +546,16 @@ def _compile_a_subject(device: str, source: str, graph: str | None, dtype: str, 
     """Three calls: one compiles, one is recorded as a CUDA graph, one replays it."""
     subject = Subject("child", Path(graph) if graph else None, dtype, how)
     module = subject.module(torch.device(device), source)
-    x = _pixels(source, subject, batch, torch.device(device))
+    x = _pixels(source, module, dtype, batch, torch.device(device))
     call = runner(compiled(module, torch.device(device), how), x)
     for _ in range(3):
         call()
 
 
-def _pixels(source: str, subject: Subject, batch: int, device: torch.device) -> torch.Tensor:
-    spec = loaded(source).model.spec
-    size = (spec.channels, *spec.image_size)
+def _pixels(source: str, module: torch.nn.Module, dtype: str, batch: int, device: torch.device) -> torch.Tensor:
+    size = module.ends.inputs[0].shape if isinstance(module, Network) else (3, *loaded(source).model.spec.image_size)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn((batch, *size), generator=generator).to(device, getattr(torch, subject.dtype))
+    return torch.randn((batch, *size), generator=generator).to(device, getattr(torch, dtype))
 
 
 def speed(report: Report) -> None:
@@ -623,7 +635,8 @@ def make_ready(
 def made_ready(report: Report, subject: Subject, batch: int) -> Ready:
     """Return a subject that has run; where it does not compile, as a CUDA graph of its own kernels, or eagerly."""
     source = need_study(report).source
-    module, x = subject.module(report.device, source), _pixels(source, subject, batch, report.device)
+    module = subject.module(report.device, source)
+    x = _pixels(source, module, subject.dtype, batch, report.device)
     how = "eager"
     called: Callable[..., Any] = module
     if subject.how != "eager":

@@ -253,3 +253,25 @@ def test_every_subject_that_fails_leaves_its_error(
     (row,) = json.loads((tmp_path / "gpu-vit-b16.json").read_text())["rows"]
     assert row["error"] == "RuntimeError: out of memory"
     children.end()
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_gpu_that_is_lent_to_one_process_is_measured(
+    report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool
+) -> None:
+    import torch
+
+    def compile_a_line(_: str) -> None:
+        if not here:
+            raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(report.Children, "start", lambda *_, **__: None)
+    monkeypatch.setattr(report.Children, "said", lambda *_: "exit 1: all CUDA-capable devices are busy")
+    monkeypatch.setattr(report, "study_of", lambda _, children: report.Study("", 2, (1,), [], 0, [], {}, children))
+    monkeypatch.setattr(report, "_compile_a_line", compile_a_line)
+    given = report.Report(tmp_path, torch.device("cpu"), time.monotonic() + 60, tmp_path, True, {})
+    report.prepare(given)
+    assert given.compiles == here
+    said = given.environment["torch_compile"]
+    assert said == "works in this process alone: " * here + "exit 1: all CUDA-capable devices are busy"
+    given.study.children.end()
