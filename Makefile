@@ -247,7 +247,7 @@ gpu-wheels:
 gpu:
 	mkdir -p .gpu/site
 	for wheel in .gpu/wheels/*.whl; do $(PYTHON) -m zipfile -e $$wheel .gpu/site || exit 1; done
-	PYTHONPATH=src:.gpu/site $(PYTHON) examples/gpu_report.py --output $(GPU_OUTPUT) --device $(GPU_DEVICE) --seconds $(GPU_SECONDS)
+	PYTHONPATH=src:.gpu/site $(PYTHON) -m vitfold.gpu --output $(GPU_OUTPUT) --device $(GPU_DEVICE) --seconds $(GPU_SECONDS)
 
 readme:
 	$(BIN)/python -m vitfold.report.document README.md docs/*.md

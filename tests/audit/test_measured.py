@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -128,18 +126,15 @@ def test_a_report_without_blocks_is_refused():
         compare_measured(broken)
 
 
-def test_what_a_processor_measured_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_a_processor_measured_is_refused(tmp_path: Path):
     """The file as the report on a GPU writes it where there is none."""
     torch = pytest.importorskip("torch")
-    spec = importlib.util.spec_from_file_location("gpu_report", ROOT / "examples" / "gpu_report.py")
-    assert spec is not None
-    assert spec.loader is not None
-    report = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_report", report)
-    spec.loader.exec_module(report)
+    from vitfold.gpu.lengths import lengths
+    from vitfold.gpu.report import Report, gpu_environment
+
     device = torch.device("cpu")
-    facts = report.gpu_environment(device)
-    report.lengths(report.Report(tmp_path, device, time.monotonic() + 60, tmp_path, True, facts))
+    facts = gpu_environment(device)
+    lengths(Report(tmp_path, device, time.monotonic() + 60, tmp_path, True, facts))
     written = json.loads((tmp_path / "gpu-lengths.json").read_text())
     assert len(written["rows"]) == 6
     with pytest.raises(EngineError, match=r"measured on cpu: .* run `make gpu` on one of NVIDIA H100"):

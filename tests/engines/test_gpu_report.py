@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,31 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from vitfold.gpu import checks, report, samplers, speed, study
+from vitfold.gpu.children import Children
+from vitfold.gpu.kernels import kind_of
+from vitfold.gpu.report import Ready, Report, Study, Subject
 
 ROOT = Path(__file__).parents[2]
 ABSENT = "openvino diffusers open_clip nncf onnxscript tensorrt tensorrt_rtx cuda plotly torchao"
 
 
-@pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The report as a module."""
-    spec = importlib.util.spec_from_file_location("gpu_report", ROOT / "examples" / "gpu_report.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_report", module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
-def test_every_section_writes_its_file_on_a_bare_machine(tmp_path: Path, report: Any) -> None:
+def test_every_section_writes_its_file_on_a_bare_machine(tmp_path: Path) -> None:
     """With what a machine with a GPU has: other packages cannot be imported."""
     (tmp_path / "site").mkdir()
     lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in ABSENT.split())]
     (tmp_path / "site" / "sitecustomize.py").write_text("\n".join(lines) + "\n")
     path = os.pathsep.join([str(tmp_path / "site"), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(ROOT / "examples" / "gpu_report.py"), "--device", "cpu", "--seconds", "1"]
+    command = [sys.executable, "-m", "vitfold.gpu", "--device", "cpu", "--seconds", "1"]
     done = subprocess.run(
         [*command, "--output", str(tmp_path / "results")],
         env={**os.environ, "PYTHONPATH": path, "VITFOLD_CACHE": str(tmp_path / "cache")},
@@ -65,7 +58,7 @@ def test_every_section_writes_its_file_on_a_bare_machine(tmp_path: Path, report:
     lengths = found["gpu-lengths"]["rows"]
     assert all({*row["ms"], *row.get("errors", ())} == products | {"attention-fp16"} for row in lengths)
     drawn = found["gpu-dit"]["rows"]
-    assert [(row["name"], row["reuse"]) for row in drawn] == list(report.SAMPLERS)
+    assert [(row["name"], row["reuse"]) for row in drawn] == list(samplers.SAMPLERS)
     assert not [row for row in drawn if "error" in row]
     assert {row["weights"] for row in drawn[:3]} == {"the demo's weights"}
     assert 0 < drawn[1]["from_none"] < 1
@@ -79,7 +72,7 @@ def test_every_section_writes_its_file_on_a_bare_machine(tmp_path: Path, report:
 
 @pytest.mark.slow
 def test_where_nothing_compiles_the_rest_is_measured_and_every_file_says_so(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples" / "gpu_report.py"), "--device", "cpu", "--seconds", "1"]
+    command = [sys.executable, "-m", "vitfold.gpu", "--device", "cpu", "--seconds", "1"]
     done = subprocess.run(
         [*command, "--sections", "prepare,speed", "--output", str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "CXX": "/absent/g++"},
@@ -96,8 +89,8 @@ def test_where_nothing_compiles_the_rest_is_measured_and_every_file_says_so(tmp_
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="no /proc")
-def test_what_compiles_stops_while_something_is_timed(report: Any) -> None:
-    children = report.Children()
+def test_what_compiles_stops_while_something_is_timed() -> None:
+    children = Children()
     children.start("absent", ["subject", "cpu", "", "/absent.onnx", "float32", "eager", 1])
     try:
         while not children._running:
@@ -120,9 +113,7 @@ def test_what_compiles_stops_while_something_is_timed(report: Any) -> None:
     assert not children._running
 
 
-def test_a_driver_that_hangs_does_not_end_the_report(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
+def test_a_driver_that_hangs_does_not_end_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     def hang(*_: Any, **__: Any) -> None:
         raise subprocess.TimeoutExpired("nvidia-smi", 20)
 
@@ -177,79 +168,72 @@ def test_a_driver_that_hangs_does_not_end_the_report(report: Any, monkeypatch: p
         ("## Call CompiledFxGraph ##", "other"),
     ],
 )
-def test_kernels_are_known_by_their_names(report: Any, kernel: str, kind: str) -> None:
-    assert report.kind_of(kernel) == kind
+def test_kernels_are_known_by_their_names(kernel: str, kind: str) -> None:
+    assert kind_of(kernel) == kind
 
 
-def test_the_demo_s_diffusion_transformer_needs_no_diffusers(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_s_diffusion_transformer_needs_no_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     import numpy as np
 
     from vitfold.sources.dit import load_dit
 
-    spec, params, weights = report.dit_of("demo-dit", small=False)
+    spec, params, weights = samplers.dit_of("demo-dit", small=False)
     loaded = load_dit("demo-dit")
     assert weights == "the demo's weights"
     assert spec == loaded.spec
     assert set(params) == set(loaded.params)
     assert all(np.array_equal(values, loaded.params[name]) for name, values in params.items())
     monkeypatch.setenv("VITFOLD_DEMO_DIT", "/absent")
-    spec, params, weights = report.dit_of("demo-dit", small=False)
+    spec, params, weights = samplers.dit_of("demo-dit", small=False)
     assert (spec, weights) == (loaded.spec, "random weights")
     assert set(params) == set(loaded.params)
 
 
-def test_what_is_not_compiled_in_time_is_timed_at_the_end(
-    report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_compiled_in_time_is_timed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what took its own process along is not tried in this one."""
-    import torch
 
     def made_ready(_: Any, subject: Any, __: int) -> Any:
         if subject.name == "refused":
             raise ValueError("no such kernel")
-        return report.Ready(subject, torch.nn.Identity(), lambda: None, "eager")
+        return Ready(subject, torch.nn.Identity(), lambda: None, "eager")
 
     said: dict[str, str | None] = {"slow@2": None, "fatal@2": "exit -11: ", "sick@2": "exit 1: CUDA error: misaligned"}
-    children = report.Children()
+    children = Children()
     monkeypatch.setattr(children, "said", lambda name: said.get(name, ""))
-    monkeypatch.setattr(report, "made_ready", made_ready)
-    monkeypatch.setattr(report, "start_samplers", lambda _: None)
+    monkeypatch.setattr(speed, "made_ready", made_ready)
+    monkeypatch.setattr(speed, "start_samplers", lambda _: None)
     names = ["torch-compile-fp16", "torch-fp32", "fp16-r0", "slow", "fatal", "sick", "refused"]
-    subjects = [report.Subject(name, None, "float16") for name in names]
-    study = report.Study("", 2, (1,), subjects, 2, subjects[:1], {}, children)
-    given = report.Report(tmp_path, torch.device("cpu"), time.monotonic() + 60, tmp_path, True, {}, study=study)
-    report.speed(given)
+    subjects = [Subject(name, None, "float16") for name in names]
+    planned = Study("", 2, (1,), subjects, 2, subjects[:1], {}, children)
+    given = Report(tmp_path, torch.device("cpu"), time.monotonic() + 60, tmp_path, True, {}, study=planned)
+    speed.speed(given)
     rows = {row["name"]: row for row in json.loads((tmp_path / "gpu-vit-b16.json").read_text())["rows"]}
     assert list(rows) == ["slow", "fatal", "sick", "refused", "torch-compile-fp16", "torch-fp32", "fp16-r0"]
     errors = {name: row["error"] for name, row in rows.items() if "error" in row}
     assert errors == {
-        "slow": report.LATE,
+        "slow": speed.LATE,
         "fatal": "exit -11: ",
         "sick": "exit 1: CUDA error: misaligned",
         "refused": "ValueError: no such kernel",
     }
     said["slow@2"] = ""
-    report.late(given)
+    speed.late(given)
     rows = {row["name"]: row for row in json.loads((tmp_path / "gpu-vit-b16.json").read_text())["rows"]}
     assert list(rows) == ["fatal", "sick", "refused", "torch-compile-fp16", "torch-fp32", "fp16-r0", "slow"]
     assert rows["slow"]["faster_than_torch-fp32"]
     children.end()
 
 
-def test_every_subject_that_fails_leaves_its_error(
-    report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch
-
+def test_every_subject_that_fails_leaves_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(report, "made_ready", fail)
-    monkeypatch.setattr(report, "start_samplers", lambda _: None)
-    children = report.Children()
-    study = report.Study("", 2, (1,), [report.Subject("a", None, "float16")], 1, [], {}, children)
-    report.speed(report.Report(tmp_path, torch.device("cpu"), time.monotonic(), tmp_path, True, {}, study=study))
+    monkeypatch.setattr(speed, "made_ready", fail)
+    monkeypatch.setattr(speed, "start_samplers", lambda _: None)
+    children = Children()
+    planned = Study("", 2, (1,), [Subject("a", None, "float16")], 1, [], {}, children)
+    speed.speed(Report(tmp_path, torch.device("cpu"), time.monotonic(), tmp_path, True, {}, study=planned))
     (row,) = json.loads((tmp_path / "gpu-vit-b16.json").read_text())["rows"]
     assert row["error"] == "RuntimeError: out of memory"
     children.end()
@@ -257,21 +241,52 @@ def test_every_subject_that_fails_leaves_its_error(
 
 @pytest.mark.parametrize("here", [True, False])
 def test_a_gpu_that_is_lent_to_one_process_is_measured(
-    report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool
 ) -> None:
-    import torch
-
     def compile_a_line(_: str) -> None:
         if not here:
             raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(report.Children, "start", lambda *_, **__: None)
-    monkeypatch.setattr(report.Children, "said", lambda *_: "exit 1: all CUDA-capable devices are busy")
-    monkeypatch.setattr(report, "study_of", lambda _, children: report.Study("", 2, (1,), [], 0, [], {}, children))
-    monkeypatch.setattr(report, "_compile_a_line", compile_a_line)
-    given = report.Report(tmp_path, torch.device("cpu"), time.monotonic() + 60, tmp_path, True, {})
-    report.prepare(given)
+    monkeypatch.setattr(Children, "start", lambda *_, **__: None)
+    monkeypatch.setattr(Children, "said", lambda *_: "exit 1: all CUDA-capable devices are busy")
+    monkeypatch.setattr(study, "study_of", lambda _, children: Study("", 2, (1,), [], 0, [], {}, children))
+    monkeypatch.setattr(study, "compile_a_line", compile_a_line)
+    given = Report(tmp_path, torch.device("cpu"), time.monotonic() + 60, tmp_path, True, {})
+    study.prepare(given)
     assert given.compiles == here
     said = given.environment["torch_compile"]
     assert said == "works in this process alone: " * here + "exit 1: all CUDA-capable devices are busy"
     given.study.children.end()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would be measured")
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--gpu-report", "DIR"], 1, "the report on the GPU is not whole"),
+        (["--gpu-report", "DIR", "a.fold"], 2, "leave bundles out"),
+        ([], 2, "give at least one bundle"),
+    ],
+)
+def test_the_command_says_what_it_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, said: str
+) -> None:
+    from typer.testing import CliRunner
+
+    from vitfold.cli.app import app
+
+    words = [str(tmp_path / "results") if word == "DIR" else word for word in arguments]
+    result = CliRunner().invoke(app, ["bench", *words])
+    assert result.exit_code == code
+    assert said in " ".join(result.stderr.replace("│", " ").split())
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_package_without_a_checkout_says_where_the_contract_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    checks.contract(Report(tmp_path, torch.device("cpu"), time.monotonic() + 60, tmp_path, True, {}))
+    (row,) = json.loads((tmp_path / "gpu-contract.json").read_text())["rows"]
+    assert row["passed"] is None
+    assert "run it from a checkout" in row["said"]

@@ -1,6 +1,6 @@
 """What was measured on a GPU beside what the model says of the same products, or of the blocks of a merged model.
 
-The files are those of `examples/gpu_report.py`: `gpu-lengths.json`, linear layers and attention of a block at several
+The files are those of `vitfold.gpu`: `gpu-lengths.json`, linear layers and attention of a block at several
 lengths, and `gpu-vit-b16.json`, whole models, of which the blocks are modelled as TensorRT would compile them.
 """
 

@@ -20,7 +20,7 @@ from vitfold.cli import options
 from vitfold.cli.app import renamed
 from vitfold.cli.declaring import command
 from vitfold.cli.groups import listed
-from vitfold.cli.making import given_images, judged_images, say_busy, turned
+from vitfold.cli.making import given_images, judged_images, require_optimize, say_busy, turned
 from vitfold.cli.table import print_ladders
 from vitfold.cli.terminal import counting, note, print_json, skipped, steps, write_samples
 from vitfold.errors import VitfoldError
@@ -78,6 +78,14 @@ class Timing:
     engine: options.Engine = None
     threads: options.Threads = None
     output: options.SamplesFile = None
+    gpu_report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Instead of bundles, measure what PyTorch gets from vitfold on the GPU at hand, into gpu-*.json "
+            "there, within --seconds (360).",
+        ),
+    ] = None
     json: options.Json = False
 
 
@@ -91,10 +99,17 @@ class Timing:
 )
 def bench(
     *,
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Bundles; the first is the baseline.")],
+    bundles: Annotated[
+        list[Path] | None, typer.Argument(metavar="BUNDLE", help="Bundles; the first is the baseline.")
+    ] = None,
     asked: Timing,
 ) -> None:
     """Time bundles, engine only and end to end, each with its fidelity."""
+    if asked.gpu_report is not None:
+        _report_gpu(asked.gpu_report, bundles, asked.seconds)
+        return
+    if not bundles:
+        raise typer.BadParameter("give at least one bundle; vitfold optimize makes them", param_hint="BUNDLE")
     if not any(holds_steps(path) for path in bundles):
         bench_bundles(bundles, asked)
         return
@@ -109,6 +124,21 @@ def bench(
 
     renamed("vitfold bench with bundles of steps", "vitfold diffusion bench")
     bench_steps(bundles, asked.batch or 8, asked.trials or 5, asked.threads, asked.output, json=asked.json)
+
+
+def _report_gpu(output: Path, bundles: list[Path] | None, seconds: float | None) -> None:
+    """Measure the GPU at hand.
+
+    Raises:
+        VitfoldError: if there is none, or a section failed.
+    """
+    if bundles:
+        raise typer.BadParameter("measures models of its own; leave bundles out", param_hint="--gpu-report")
+    require_optimize()
+    from vitfold.gpu.__main__ import measure
+
+    if measure(output, seconds=seconds or 360.0) != 0:
+        raise VitfoldError("the report on the GPU is not whole; what was measured, and what failed, is said above")
 
 
 def bench_bundles(bundles: list[Path], asked: Timing) -> None:
