@@ -135,7 +135,7 @@ def _report_gpu(output: Path, bundles: list[Path] | None, seconds: float | None)
     if bundles:
         raise typer.BadParameter("measures models of its own; leave bundles out", param_hint="--gpu-report")
     require_optimize()
-    from vitfold.gpu.__main__ import measure
+    from vitfold.gpu.sections import measure
 
     if measure(output, seconds=seconds or 360.0) != 0:
         raise VitfoldError("the report on the GPU is not whole; what was measured, and what failed, is said above")

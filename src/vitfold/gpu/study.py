@@ -22,7 +22,6 @@ from vitfold.recipe import MergeRecipe, QuantRecipe
 from vitfold.schedule import resolve_r
 from vitfold.sources import demo_folder
 
-
 PREFLIGHT = 60.0
 """Seconds after which a compiler that has not compiled a line counts as broken."""
 

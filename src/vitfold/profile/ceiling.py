@@ -19,8 +19,10 @@ from vitfold.model import Array
 from vitfold.quantizer import Quantizer, Uniform
 from vitfold.target import Target, find_target
 
-# About a millisecond each, like the model's own nodes: longer ones would meet other programs on a shared machine.
+# Some milliseconds in all: longer ones would meet other programs on a shared machine. One product alone takes a third
+# of a millisecond where there is AMX, and starting a run is half of that.
 CHANNELS, ROWS, INNER, COLUMNS = 3, 192, 768, 1536
+LAYERS = 8
 COPY_BYTES = 32 << 20
 _LAYER = "probe"
 
@@ -58,10 +60,10 @@ class Ceiling:
 
 @contextlib.contextmanager
 def probes(engine: str, *, target: str, threads: int | None = None) -> Iterator[dict[str, Call]]:
-    """Hand out a product of 192 x 768 x 1536 in float and one in integers, and a copy of 32 MiB, to run in turn.
+    """Hand out eight layers of 192 x 768 x 1536 in float and eight in integers, and a copy of 32 MiB, to run in turn.
 
-    The integer product takes the input as float, as every layer of a bundle does; products are written as `target`
-    writes them, so that both sides of the comparison run the same kernels.
+    Integer layers take their inputs as floats, as those of a bundle do; products are written as `target` writes them,
+    so that both sides of the comparison run the same kernels.
 
     Raises:
         EngineError: if the extra that writes graphs is missing, or the engine refuses one.
@@ -82,7 +84,7 @@ def probes(engine: str, *, target: str, threads: int | None = None) -> Iterator[
 def ceiling_of(samples_ns: Mapping[str, tuple[int, ...]]) -> Ceiling:
     """Return what the probes reached in their best runs."""
     best = {name: min(samples) for name, samples in samples_ns.items()}
-    macs = ROWS * INNER * COLUMNS
+    macs = LAYERS * ROWS * INNER * COLUMNS
     return Ceiling(
         float_gmacs=macs / best["float"],
         integer_gmacs=macs / best["integer"],
@@ -101,7 +103,7 @@ def _probe_target(engine: str, name: str, *, integer: bool) -> Target:
 
 
 def _write(path: Path, target: Target, *, integer: bool) -> Path:
-    """Write one linear layer (ROWS, INNER) -> (ROWS, COLUMNS) as an ONNX graph."""
+    """Write linear layers (ROWS, INNER) -> (ROWS, COLUMNS) and back, in turns, as an ONNX graph."""
     try:
         from vitfold.ops.emit import emit_program, write_onnx
     except ModuleNotFoundError:
@@ -109,23 +111,34 @@ def _write(path: Path, target: Target, *, integer: bool) -> Path:
             missing_extra("onnx-ir", "optimize", "the machine's ceiling (or leave it out: --no-ceiling)")
         ) from None
     draw = np.random.default_rng(0)
-    high = 2 ** (target.weight_bits - 1) - 1
-    weight = draw.uniform(-1, 1, (COLUMNS, INNER)).astype(np.float32)
-    quantizers: Mapping[str, Quantizer] | None = None
-    if integer:
-        low, scale = -high - 1, np.full(COLUMNS, 1 / high, np.float32)
-        weights = Uniform(scale=scale, zero_point=np.zeros(COLUMNS, np.int32), low=low, high=high, axis=0)
-        inputs = Uniform(scale=np.array(1 / 127), zero_point=np.array(0), low=-128, high=127)
-        weight = weights(weight)
-        quantizers = {f"{_LAYER}.w": weights, f"{_LAYER}.x": inputs}
-    params = {f"{_LAYER}.weight": weight, f"{_LAYER}.bias": np.zeros(COLUMNS, np.float32)}
+    params: dict[str, Array] = {}
+    quantizers: dict[str, Quantizer] = {}
+    for place in range(LAYERS):
+        outputs, inputs = (INNER, COLUMNS) if place % 2 else (COLUMNS, INNER)
+        # As large behind a layer as in front of it.
+        weight = (draw.uniform(-1, 1, (outputs, inputs)) * (3 / inputs) ** 0.5).astype(np.float32)
+        if integer:
+            weights, quantizers[f"{_LAYER}{place}.x"] = _grids(target, weight)
+            quantizers[f"{_LAYER}{place}.w"], weight = weights, weights(weight)
+        params |= {f"{_LAYER}{place}.weight": weight, f"{_LAYER}{place}.bias": np.zeros(outputs, np.float32)}
 
     def program(ops: Any, image: Any) -> Any:
-        return ops.linear(_LAYER, ops.reshape(image, (ROWS, INNER)))
+        rows = ops.reshape(image, (ROWS, INNER))
+        for place in range(LAYERS):
+            rows = ops.linear(f"{_LAYER}{place}", rows)
+        return rows
 
     shape = (CHANNELS, ROWS // CHANNELS, INNER)
-    write_onnx(emit_program(program, params, target, quantizers, shape=shape, output_name="product"), path)
+    write_onnx(emit_program(program, params, target, quantizers or None, shape=shape, output_name="product"), path)
     return path
+
+
+def _grids(target: Target, weight: Array) -> tuple[Uniform, Uniform]:
+    """The quantizers of a layer's weights and of its inputs."""
+    high, outputs = 2 ** (target.weight_bits - 1) - 1, len(weight)
+    scale = np.full(outputs, np.abs(weight).max() / high, np.float32)
+    weights = Uniform(scale=scale, zero_point=np.zeros(outputs, np.int32), low=-high - 1, high=high, axis=0)
+    return weights, Uniform(scale=np.array(3 / 127), zero_point=np.array(0), low=-128, high=127)
 
 
 @contextlib.contextmanager
