@@ -115,7 +115,6 @@ search: $(VENV)/.dev
 	cd $(SEARCH) && $(CURDIR)/$(BIN)/vitfold bench found.fold r3-w8a8.fold r0-w8a8-ov.fold r1-w8a8-ov.fold \
 		r2-w8a8-ov.fold r3-w8a8-ov.fold r4-w8a8-ov.fold --images $(abspath $(CIFAR10_VAL)) \
 		--limit 5000 --baseline r0-w8a8-ov --trials 15 --seconds 6 -o $(CURDIR)/results/search-winner.json
-	cd $(SEARCH) && $(CURDIR)/$(BIN)/vitfold profile demo.fold -o $(CURDIR)/results/profile-search-winner.json
 	$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $(SHARE) -o $(SEARCH)/found-w8a8.fold
 	for t in $(OV); do for m in found=$(SHARE) align=align r0=0; do \
 		$(BIN)/vitfold optimize $(VITB) $(INT8) --merge $${m#*=} --target $$t -o $(SEARCH)/$${m%%=*}-w8a8-ov$${t#openvino}.fold; done; done

@@ -214,6 +214,15 @@ def test_merging_is_raced_against_the_same_without_it(
     assert "merging does not pay on this machine (0.90x): it is a test" in capsys.readouterr().err
     assert any(open_bundle(path).manifest.recipe.merge.r), "it is said, and left to the user"
 
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with reserve_bundle(path, overwrite=True) as place:
+        made = make_bundle(*(plan, None, place, lambda _: None), race=None, merging=full, keep_slower=False)
+        report_made(publish(made, place, None), None, json=False)
+    assert "merging was not raced against none" in capsys.readouterr().err
+    assert open_bundle(path).size_bytes > 0
+
 
 def test_a_plan_without_merging_has_the_same_ranges(calibrated: pipeline.Plan) -> None:
     merged = replace(calibrated, recipe=replace(calibrated.recipe, merge=MergeRecipe(r=(2,) * 6, compensate=True)))

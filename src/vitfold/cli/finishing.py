@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from vitfold import pipeline
 from vitfold.artifacts.bundle import publish_bundle
 from vitfold.cli.optimized import OptimizeResult
-from vitfold.errors import GateError
+from vitfold.cli.terminal import note
+from vitfold.errors import GateError, VitfoldError
 from vitfold.progress import Say
 from vitfold.storage.placing import check_space
 
@@ -64,7 +65,13 @@ def make_bundle(
     merged = None
     if merging is not None and any(folded.recipe.merge.r):
         say("racing the same without merging")
-        merged = merging(bundle, folded)
+        try:
+            merged = merging(bundle, folded)
+        except (
+            VitfoldError,
+            OSError,
+        ) as error:  # no room for a second graph, say: the bundle stands
+            note(f"merging was not raced against none: {error}")
     return OptimizeResult(folded=folded, bundle=bundle, race=result, merging=merged)
 
 
