@@ -99,8 +99,8 @@ results: $(VENV)/.dev
 	$(BENCH) $(RUNGS) $(INT8PEERS) --trials 10 --seconds 3 -o results/vit-b16-int8-batch1.json
 	$(BENCH) $(RUNGS) $(INT8PEERS) --trials 5 --seconds 6 --batch 8 -o results/vit-b16-int8-batch8.json
 
-# The search of docs/sweeps.md, its winner beside constant r, what limits it, and about the same share of tokens on ViT-B/16 beside peers,
-# in merges that lead to multiples of 16.
+# The search of docs/sweeps.md, its winner beside constant r, and about the same share of tokens on ViT-B/16 beside peers, in merges that lead to
+# multiples of 16, and what limits that.
 # An hour on an idle machine, most of it the search and six calibrations.
 SEARCH := $(WORK)/search
 SHARE := 5,0,0,0,0,64,0,32,0,0,0,0
@@ -122,6 +122,7 @@ search: $(VENV)/.dev
 	$(BENCH) $(foreach k,w8a8 w8a8-ov $(if $(BF16),bf16 w8a8-ov-bf16),$(SEARCH)/found-$(k).fold) \
 		$(foreach t,$(OV),$(SEARCH)/align-w8a8-ov$(t:openvino%=%).fold) $(SEARCH)/r0-w8a8-ov$(lastword $(OV:openvino%=%)).fold --calibration-images $(PHOTOS) --calibration-size 32 \
 		--peers torch,onnxruntime-int8,nncf$(if $(BF16),$(comma)torch-bf16$(comma)openvino-bf16$(comma)nncf-bf16) --trials 15 --seconds 3 -o results/vit-b16-found-batch1.json
+	$(BIN)/vitfold profile $(SEARCH)/found-w8a8.fold -o results/profile-vit-b16-found.json
 
 # ViT-B/16 and its peers on a processor that looks as if it ended at AVX2: a quarter of an hour.
 AVX2 := LD_PRELOAD=$(CURDIR)/out/avx2.so VITFOLD_CACHE=$(CURDIR)/out/avx2-cache
