@@ -263,7 +263,7 @@ def test_usage_errors_exit_with_two(merged: Path) -> None:
     both = ("-o", "x.fold", "--merge", "2", "--recipe", "r.toml")
     assert "Invalid value for --recipe: give either --recipe or --merge" in error("optimize", "demo", *both, code=2)
     assert "Missing option '--images'" in error("evaluate", merged, code=2)
-    assert "Missing argument 'BUNDLE...'" in error("bench", code=2)
+    assert "Invalid value for BUNDLE: give at least one bundle" in error("bench", code=2)
     assert "Missing argument 'IMAGE...'" in error("predict", merged, code=2)
 
 

@@ -104,7 +104,7 @@ def test_what_compiles_stops_while_something_is_timed() -> None:
             time.sleep(0.2)
             assert list(children._running) == ["absent"]
             assert children.said("absent") is children.said("later") is None
-        children.wait(["absent"], 120)
+        children.wait(["absent"], 120.0)
         assert children.said("absent").startswith("exit 1: ")
         assert "/absent.onnx" in children.said("absent")
         assert children.said("never asked for") == ""
