@@ -97,7 +97,7 @@ def measure_lengths(
     found: dict[int, list[Float[np.ndarray, " T"]]] = {length: [] for length in others}
     for number in range(rounds):
         for start in range(0, len(others), _TOGETHER - 1):
-            say(f"timing lengths: round {number + 1}/{rounds}, {start}/{len(others)}")
+            say(f"timing lengths, round {number + 1} of {rounds} {start}/{len(others)}")
             some = others[start : start + _TOGETHER - 1]
             for length, ratios in _timed(plan, longest, some, protocol).items():
                 found[length].append(ratios)
