@@ -67,10 +67,7 @@ def make_bundle(
         say("racing the same without merging")
         try:
             merged = merging(bundle, folded)
-        except (
-            VitfoldError,
-            OSError,
-        ) as error:  # no room for a second graph, say: the bundle stands
+        except (VitfoldError, OSError) as error:  # no room for it, say: the bundle stands
             note(f"merging was not raced against none: {error}")
     return OptimizeResult(folded=folded, bundle=bundle, race=result, merging=merged)
 

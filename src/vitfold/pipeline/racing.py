@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from vitfold.target import find_target
 
 NARROW = "openvino-bf16"
 """The engine, and the target, whose floats have fewer bits than those of a graph."""
+_MERGES_COST = "every merge takes time of its own, in each block that merges, whatever it saves behind it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,17 +67,25 @@ def race(quantized: Bundle, folded: Plan, *, protocol: Protocol = SHORT) -> Race
     Simulated bundles have no time, others none on a machine where their engine does not start, and those for a
     processor with exact 8-bit products none on one that has to run them in another way.
     """
-    if quantized.manifest.simulated or engine_obstacle(folded.target.engine) is not None:
+    return _against(float_plan(folded), quantized, folded, protocol)
+
+
+def _against(
+    other: Plan, bundle: Bundle, folded: Plan, protocol: Protocol, why: Callable[[Plan], str] | None = None
+) -> Race | None:
+    if bundle.manifest.simulated or engine_obstacle(folded.target.engine) is not None:
         return None
-    with opened(float_plan(folded)) as plain, open_session(quantized) as session:
-        return raced(plain, session, folded, protocol) if session.execution == PLAIN else None
+    with opened(other) as plain, open_session(bundle) as session:
+        return raced(plain, session, folded, protocol, why) if session.execution == PLAIN else None
 
 
-def raced(plain: Session, quantized: Session, folded: Plan, protocol: Protocol) -> Race:
-    """Time two opened graphs of a plan, the float one and the quantized one."""
-    measured = timed({"float": plain, "quantized": quantized}, folded.model.spec, protocol=protocol)
-    ratio = speed_up(measured["float"], measured["quantized"])
-    return Race(**ratio, reason=None if ratio["median"] > 1.0 else _reason(folded))
+def raced(
+    plain: Session, made: Session, folded: Plan, protocol: Protocol, why: Callable[[Plan], str] | None = None
+) -> Race:
+    """Time two opened graphs, the plain one and what was made of it; `why` says why it is no faster."""
+    measured = timed({"plain": plain, "made": made}, folded.model.spec, protocol=protocol)
+    ratio = speed_up(measured["plain"], measured["made"])
+    return Race(**ratio, reason=None if ratio["median"] > 1.0 else (why or _reason)(folded))
 
 
 def unmerged_plan(folded: Plan) -> Plan:
@@ -90,19 +100,9 @@ def race_merging(merged: Bundle, folded: Plan, *, protocol: Protocol = SHORT) ->
 
     None, too, where nothing can be timed, as in `race`.
     """
-    if not any(folded.recipe.merge.r) or merged.manifest.simulated:
+    if not any(folded.recipe.merge.r):
         return None
-    if engine_obstacle(folded.target.engine) is not None:
-        return None
-    with opened(unmerged_plan(folded)) as plain, open_session(merged) as session:
-        if session.execution != PLAIN:
-            return None
-        measured = timed({"plain": plain, "merged": session}, folded.model.spec, protocol=protocol)
-    ratio = speed_up(measured["plain"], measured["merged"])
-    return Race(**ratio, reason=None if ratio["median"] > 1.0 else _MERGES_COST)
-
-
-_MERGES_COST = "every merge takes time of its own, in each block that merges, whatever it saves behind it"
+    return _against(unmerged_plan(folded), merged, folded, protocol, lambda _: _MERGES_COST)
 
 
 def fastest(folded: Plan, *, protocol: Protocol = SHORT) -> Plan:
