@@ -122,6 +122,10 @@ search: $(VENV)/.dev
 	$(BENCH) $(foreach k,w8a8 w8a8-ov $(if $(BF16),bf16 w8a8-ov-bf16),$(SEARCH)/found-$(k).fold) \
 		$(foreach t,$(OV),$(SEARCH)/align-w8a8-ov$(t:openvino%=%).fold) $(SEARCH)/r0-w8a8-ov$(lastword $(OV:openvino%=%)).fold --calibration-images $(PHOTOS) --calibration-size 32 \
 		--peers torch,onnxruntime-int8,nncf$(if $(BF16),$(comma)torch-bf16$(comma)openvino-bf16$(comma)nncf-bf16) --trials 15 --seconds 3 -o results/vit-b16-found-batch1.json
+	$(BIN)/vitfold optimize $(VITB) $(INT8) -o $(SEARCH)/r0-w8a8.fold
+	$(BENCH) $(foreach b,r0-w8a8 found-w8a8 found-w8a8-ov r0-w8a8-ov$(BF16) $(if $(BF16),found-w8a8-ov-bf16),$(SEARCH)/$(b).fold) \
+		--calibration-images $(PHOTOS) --calibration-size 32 --peers torch,onnxruntime,onnxruntime-int8,openvino,nncf$(if $(BF16),$(comma)torch-bf16$(comma)openvino-bf16$(comma)nncf-bf16) \
+		--baseline torch --threads 1 --trials 10 --seconds 3 -o results/vit-b16-found-threads1.json
 	$(BIN)/vitfold profile $(SEARCH)/found-w8a8.fold -o results/profile-vit-b16-found.json
 
 # ViT-B/16 and its peers on a processor that looks as if it ended at AVX2: a quarter of an hour.
