@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,22 +69,18 @@ def race(quantized: Bundle, folded: Plan, *, protocol: Protocol = SHORT) -> Race
     return _against(float_plan(folded), quantized, folded, protocol)
 
 
-def _against(
-    other: Plan, bundle: Bundle, folded: Plan, protocol: Protocol, why: Callable[[Plan], str] | None = None
-) -> Race | None:
+def _against(other: Plan, bundle: Bundle, folded: Plan, protocol: Protocol, reason: str | None = None) -> Race | None:
     if bundle.manifest.simulated or engine_obstacle(folded.target.engine) is not None:
         return None
     with opened(other) as plain, open_session(bundle) as session:
-        return raced(plain, session, folded, protocol, why) if session.execution == PLAIN else None
+        return raced(plain, session, folded, protocol, reason) if session.execution == PLAIN else None
 
 
-def raced(
-    plain: Session, made: Session, folded: Plan, protocol: Protocol, why: Callable[[Plan], str] | None = None
-) -> Race:
-    """Time two opened graphs, the plain one and what was made of it; `why` says why it is no faster."""
+def raced(plain: Session, made: Session, folded: Plan, protocol: Protocol, reason: str | None = None) -> Race:
+    """Time two opened graphs, the plain one and what was made of it; `reason`, if given, says why it is no faster."""
     measured = timed({"plain": plain, "made": made}, folded.model.spec, protocol=protocol)
     ratio = speed_up(measured["plain"], measured["made"])
-    return Race(**ratio, reason=None if ratio["median"] > 1.0 else (why or _reason)(folded))
+    return Race(**ratio, reason=None if ratio["median"] > 1.0 else reason or _reason(folded))
 
 
 def unmerged_plan(folded: Plan) -> Plan:
@@ -102,7 +97,7 @@ def race_merging(merged: Bundle, folded: Plan, *, protocol: Protocol = SHORT) ->
     """
     if not any(folded.recipe.merge.r):
         return None
-    return _against(unmerged_plan(folded), merged, folded, protocol, lambda _: _MERGES_COST)
+    return _against(unmerged_plan(folded), merged, folded, protocol, _MERGES_COST)
 
 
 def fastest(folded: Plan, *, protocol: Protocol = SHORT) -> Plan:
