@@ -60,9 +60,10 @@ INT8 := --quant w8a8 --method minmax --calibration-size 16 --images $(PHOTOS) --
 # Processors that multiply bfloat16 have more rows: OpenVINO takes it by itself there.
 BF16 := $(shell grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null && echo -bf16)
 OV := $(if $(BF16),openvino openvino-bf16,openvino)
+BF16PEERS := $(if $(BF16),$(comma)torch-bf16$(comma)openvino-bf16$(comma)nncf-bf16)
 RUNGS := $(foreach r,0 8,$(WORK)/r$(r).fold) $(if $(BF16),$(WORK)/r0-bf16.fold) \
 	$(foreach k,w8a8 w8a8-ov $(if $(BF16),w8a8-ov-bf16),$(foreach r,0 8,$(WORK)/r$(r)-$(k).fold))
-INT8PEERS := --peers torch,torch-compile,onnxruntime,onnxruntime-int8,openvino,nncf$(if $(BF16),$(comma)torch-bf16$(comma)openvino-bf16$(comma)nncf-bf16) \
+INT8PEERS := --peers torch,torch-compile,onnxruntime,onnxruntime-int8,openvino,nncf$(BF16PEERS) \
 	--baseline torch --calibration-images $(PHOTOS) --calibration-size 32
 BENCH := $(BIN)/vitfold bench --images $(PHOTOS) --limit 1
 
@@ -100,7 +101,7 @@ results: $(VENV)/.dev
 	$(BENCH) $(RUNGS) $(INT8PEERS) --trials 5 --seconds 6 --batch 8 -o results/vit-b16-int8-batch8.json
 
 # The search of docs/sweeps.md, its winner beside constant r, and about the same share of tokens on ViT-B/16 beside peers, in merges that lead to
-# multiples of 16, and what limits that.
+# multiples of 16, on all threads and on one, and what limits that.
 # An hour on an idle machine, most of it the search and six calibrations.
 SEARCH := $(WORK)/search
 SHARE := 5,0,0,0,0,64,0,32,0,0,0,0
@@ -121,10 +122,10 @@ search: $(VENV)/.dev
 	$(if $(BF16),$(BIN)/vitfold optimize $(VITB) --merge $(SHARE) --target openvino-bf16 --overwrite -o $(SEARCH)/found-bf16.fold)
 	$(BENCH) $(foreach k,w8a8 w8a8-ov $(if $(BF16),bf16 w8a8-ov-bf16),$(SEARCH)/found-$(k).fold) \
 		$(foreach t,$(OV),$(SEARCH)/align-w8a8-ov$(t:openvino%=%).fold) $(SEARCH)/r0-w8a8-ov$(lastword $(OV:openvino%=%)).fold --calibration-images $(PHOTOS) --calibration-size 32 \
-		--peers torch,onnxruntime-int8,nncf$(if $(BF16),$(comma)torch-bf16$(comma)openvino-bf16$(comma)nncf-bf16) --trials 15 --seconds 3 -o results/vit-b16-found-batch1.json
+		--peers torch,onnxruntime-int8,nncf$(BF16PEERS) --trials 15 --seconds 3 -o results/vit-b16-found-batch1.json
 	$(BIN)/vitfold optimize $(VITB) $(INT8) -o $(SEARCH)/r0-w8a8.fold
 	$(BENCH) $(foreach b,r0-w8a8 found-w8a8 found-w8a8-ov r0-w8a8-ov$(BF16) $(if $(BF16),found-w8a8-ov-bf16),$(SEARCH)/$(b).fold) \
-		--calibration-images $(PHOTOS) --calibration-size 32 --peers torch,onnxruntime,onnxruntime-int8,openvino,nncf$(if $(BF16),$(comma)torch-bf16$(comma)openvino-bf16$(comma)nncf-bf16) \
+		--calibration-images $(PHOTOS) --calibration-size 32 --peers torch,onnxruntime,onnxruntime-int8,openvino,nncf$(BF16PEERS) \
 		--baseline torch --threads 1 --trials 10 --seconds 3 -o results/vit-b16-found-threads1.json
 	$(BIN)/vitfold profile $(SEARCH)/found-w8a8.fold -o results/profile-vit-b16-found.json
 
